@@ -1,0 +1,34 @@
+"""diffoundry compiles diffusers checkpoints into engines and runs them without PyTorch.
+
+`compile(checkpoint, out)` makes a bundle; `load(bundle)` opens it; `load(bundle)(prompt)` draws.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bundle import DiffoundryError
+    from .export import compile
+    from .runtime.pipeline import Pipeline, Request, Result, load
+
+__version__ = "0.1.0"
+__all__ = ["DiffoundryError", "Pipeline", "Request", "Result", "__version__", "compile", "load"]
+
+_HOMES = {
+    "DiffoundryError": ".bundle",
+    "compile": ".export",
+    "load": ".runtime.pipeline",
+    "Pipeline": ".runtime.pipeline",
+    "Request": ".runtime.pipeline",
+    "Result": ".runtime.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that `import diffoundry` stays fast and torch-free.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'diffoundry' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -1,0 +1,5 @@
+"""`python -m diffoundry`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,22 @@
+"""The artifact that both halves share: layout, manifest, hashes, atomic writes."""
+
+from .bundle import Bundle
+from .errors import BundleError, CheckpointError, DiffoundryError, EngineError, RequestError, StoppedError
+from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Component, Latents, Manifest, Prompt, Tensor
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "Component",
+    "DiffoundryError",
+    "EngineError",
+    "Latents",
+    "Manifest",
+    "Prompt",
+    "RequestError",
+    "StoppedError",
+    "Tensor",
+]

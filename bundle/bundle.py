@@ -1,0 +1,82 @@
+"""`Bundle`: a folder with its manifest, opened for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import optimum
+from .errors import BundleError
+from .files import inside, read_json, sha256_file
+from .manifest import MANIFEST_NAME, Component, Manifest, from_json
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle on disk. `foreign` is true for a folder that `optimum-cli export onnx` wrote: it has no hashes."""
+
+    root: Path
+    manifest: Manifest
+    foreign: bool = False
+
+    @classmethod
+    def open(cls, root: str | Path) -> Bundle:
+        """Read and check the manifest; file contents are checked by `check`.
+
+        Raises `BundleError` when the folder is missing, is no bundle, or has paths that leave it.
+        """
+        root = Path(root)
+        if not root.is_dir():
+            raise BundleError(f"{root} is not a folder: give the bundle that `diffoundry compile` wrote")
+        if (root / MANIFEST_NAME).is_file():
+            manifest = from_json(read_json(root / MANIFEST_NAME, "the manifest"), str(root / MANIFEST_NAME))
+            bundle = cls(root, manifest)
+        elif (root / "model_index.json").is_file():
+            bundle = cls(root, optimum.describe(root), foreign=True)
+        else:
+            raise BundleError(f"{root} holds no {MANIFEST_NAME}: it is not a bundle; make one with `diffoundry compile`")
+        for name in bundle.manifest.all_files():
+            inside(root, name)
+        for prompt in bundle.manifest.prompts.values():
+            inside(root, prompt.tokenizer)
+        return bundle
+
+    def path(self, relative: str) -> Path:
+        """The absolute path of a file in the bundle, which must lie inside it."""
+        return inside(self.root, relative)
+
+    def component(self, name: str) -> Component:
+        """The component called `name`. Raises `BundleError` listing what there is."""
+        try:
+            return self.manifest.components[name]
+        except KeyError:
+            have = ", ".join(self.manifest.components)
+            raise BundleError(f"{self.root} has no component {name!r}, only {have}: compile it again") from None
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The contents of `scheduler/scheduler_config.json`."""
+        return read_json(self.root / "scheduler" / "scheduler_config.json", "the scheduler configuration")
+
+    def problems(self, names: Iterable[str] | None = None) -> list[str]:
+        """What is wrong with the files in the manifest (those in `names` if given), a line each; [] when all match."""
+        known = self.manifest.all_files()
+        wanted = known if names is None else {name: known[name] for name in names}
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda name: _problem(self.path(name), name, wanted[name]), wanted))
+        return [line for line in found if line]
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raise `BundleError` when a file in the manifest is missing or was changed since the bundle was built."""
+        problems = self.problems(names)
+        if problems:
+            raise BundleError(f"{self.root}: {'; '.join(problems)}; compile the bundle again")
+
+
+def _problem(path: Path, name: str, expected: str) -> str:
+    try:
+        return "" if sha256_file(path) == expected else f"{name} was changed after the bundle was built"
+    except OSError:
+        return f"{name} is missing or cannot be read"

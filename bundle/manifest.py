@@ -1,0 +1,209 @@
+"""`bundle.json`: what a bundle holds. The schema is documented in the README, section "The bundle"."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from .errors import BundleError
+
+SCHEMA_VERSION = 1
+"""Raised when a reader of the old version would misread the new manifest."""
+
+MANIFEST_NAME = "bundle.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One input or output of a component; a `str` in `shape` is the name of a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One ONNX model. `files` maps each of its files (model, external data, config) to its SHA-256."""
+
+    model: str
+    dtype: str
+    files: dict[str, str]
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """How latents relate to pixels: `x_vae = x / scaling_factor + shift_factor`, `downscale` pixels a latent."""
+
+    channels: int
+    downscale: int
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """How text becomes the token ids of one text encoder."""
+
+    tokenizer: str
+    max_length: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole manifest; see the README for each field."""
+
+    family: str
+    tasks: tuple[str, ...]
+    precision: str
+    components: dict[str, Component]
+    files: dict[str, str]
+    latents: Latents
+    prompts: dict[str, Prompt]
+    default_width: int
+    default_height: int
+    source: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def all_files(self) -> dict[str, str]:
+        """Every file that the manifest vouches for, with its SHA-256."""
+        files = dict(self.files)
+        for component in self.components.values():
+            files.update(component.files)
+        return files
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as a JSON object, schema version first."""
+    value = asdict(manifest)
+    return {"schema_version": value.pop("schema_version"), **value}
+
+
+def from_json(value: dict[str, Any], where: str) -> Manifest:
+    """Check `value` and return the manifest. Raises `BundleError` naming the field that is wrong."""
+    version = value.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise BundleError(f"{where} has no schema_version: it is not a diffoundry bundle, or it is damaged")
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{where} has schema version {version}; this diffoundry reads up to {SCHEMA_VERSION}: upgrade diffoundry"
+        )
+    if version < 1:
+        raise BundleError(f"{where} has schema version {version}, which never existed: compile the bundle again")
+    reader = _Reader(where)
+    components = {
+        name: reader.component(f"components.{name}", part)
+        for name, part in reader.get(value, "components", dict).items()
+    }
+    latents = reader.get(value, "latents", dict)
+    return Manifest(
+        family=reader.get(value, "family", str),
+        tasks=tuple(reader.strings("tasks", reader.get(value, "tasks", list))),
+        precision=reader.get(value, "precision", str),
+        components=components,
+        files=reader.hashes("files", reader.get(value, "files", dict)),
+        latents=Latents(
+            channels=reader.positive(latents, "channels", "latents."),
+            downscale=reader.positive(latents, "downscale", "latents."),
+            scaling_factor=reader.number(latents, "scaling_factor", "latents."),
+            shift_factor=reader.number(latents, "shift_factor", "latents."),
+        ),
+        prompts={
+            name: reader.prompt(f"prompts.{name}.", part) for name, part in reader.get(value, "prompts", dict).items()
+        },
+        default_width=reader.positive(value, "default_width"),
+        default_height=reader.positive(value, "default_height"),
+        source=reader.texts("source", reader.get(value, "source", dict)),
+        versions=reader.texts("versions", reader.get(value, "versions", dict)),
+        schema_version=version,
+    )
+
+
+class _Reader:
+    """Takes typed fields out of untrusted JSON and says which one is wrong."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def fail(self, name: str, problem: str) -> BundleError:
+        return BundleError(f"{self.where}: field {name!r} {problem}; compile the bundle again")
+
+    def get(self, value: Any, name: str, kind: type[_T], prefix: str = "") -> _T:
+        if not isinstance(value, dict) or name not in value:
+            raise self.fail(prefix + name, "is missing")
+        found = value[name]
+        if not isinstance(found, kind) or isinstance(found, bool):
+            raise self.fail(prefix + name, f"must be of type {kind.__name__}, found {type(found).__name__}")
+        return found
+
+    def positive(self, value: Any, name: str, prefix: str = "") -> int:
+        found = self.get(value, name, int, prefix)
+        if found < 1:
+            raise self.fail(prefix + name, f"must be at least 1, found {found}")
+        return found
+
+    def number(self, value: Any, name: str, prefix: str = "") -> float:
+        found = value.get(name) if isinstance(value, dict) else None
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or abs(found) > 1e30:
+            raise self.fail(prefix + name, "must be a finite number")
+        return float(found)
+
+    def strings(self, name: str, values: list[Any]) -> list[str]:
+        if not all(isinstance(item, str) for item in values):
+            raise self.fail(name, "must be a list of strings")
+        return values
+
+    def texts(self, name: str, values: dict[Any, Any]) -> dict[str, str]:
+        if not all(isinstance(item, str) for item in values.values()):
+            raise self.fail(name, "must map names to strings")
+        return values
+
+    def hashes(self, name: str, values: dict[Any, Any]) -> dict[str, str]:
+        if not all(isinstance(item, str) and _SHA256.fullmatch(item) for item in values.values()):
+            raise self.fail(name, "must map paths to SHA-256 hashes")
+        return values
+
+    def tensors(self, name: str, values: list[Any]) -> tuple[Tensor, ...]:
+        result = []
+        for item in values:
+            shape = self.get(item, "shape", list, f"{name}.")
+            if not all(isinstance(axis, (int, str)) for axis in shape):
+                raise self.fail(f"{name}.shape", "must hold sizes and axis names")
+            result.append(
+                Tensor(self.get(item, "name", str, f"{name}."), self.get(item, "dtype", str, f"{name}."), tuple(shape))
+            )
+        return tuple(result)
+
+    def component(self, name: str, value: Any) -> Component:
+        model = self.get(value, "model", str, f"{name}.")
+        files = self.hashes(f"{name}.files", self.get(value, "files", dict, f"{name}."))
+        if model not in files:
+            raise self.fail(f"{name}.files", f"does not vouch for the model {model!r}")
+        return Component(
+            model=model,
+            dtype=self.get(value, "dtype", str, f"{name}."),
+            files=files,
+            inputs=self.tensors(f"{name}.inputs", self.get(value, "inputs", list, f"{name}.")),
+            outputs=self.tensors(f"{name}.outputs", self.get(value, "outputs", list, f"{name}.")),
+            key=self.get(value, "key", str, f"{name}."),
+        )
+
+    def prompt(self, prefix: str, value: Any) -> Prompt:
+        numbers = {
+            name: self.get(value, name, int, prefix) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        return Prompt(
+            tokenizer=self.get(value, "tokenizer", str, prefix),
+            max_length=self.positive(value, "max_length", prefix),
+            **numbers,
+        )

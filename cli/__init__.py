@@ -1,0 +1,51 @@
+"""The command line: one file a verb."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import click
+
+from ..bundle import DiffoundryError
+from ..bundle.files import disk_error
+from .compile import compile_command
+from .inspect import inspect_command
+from .run import run_command
+from .verify import verify_command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="diffoundry", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Compile diffusers checkpoints into engines and run them without PyTorch."""
+
+
+for command in (compile_command, run_command, inspect_command, verify_command):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except DiffoundryError as error:
+        _fail(str(error))
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; what was finished is kept, run the same command again to go on")
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        known = disk_error(error)
+        if known is None:
+            raise
+        _fail(str(known))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    print("Error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(1)

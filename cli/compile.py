@@ -1,0 +1,54 @@
+"""`diffoundry compile`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from .progress import progress
+
+
+@click.command("compile")
+@click.argument("checkpoint")
+@click.option("-o", "--output", required=True, type=click.Path(), help="The bundle folder to make.")
+@click.option(
+    "--engine", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True, help="What runs the models."
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What the engines are built for."
+)
+@click.option(
+    "--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of weights and activations."
+)
+@click.option("--family", type=click.Choice(["stable-diffusion"]), help="Override the family found in model_index.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def compile_command(
+    checkpoint: str, output: str, engine: str, device: str, precision: str, family: str | None, as_json: bool
+) -> None:
+    """Compile CHECKPOINT, a diffusers folder or a hub id (owner/name), into a bundle.
+
+    Each component is traced to ONNX, held against torch on three random shapes, and built for this machine. A compile
+    that was stopped goes on where it was; a finished stage is not done twice.
+    """
+    from ..export import compile
+
+    with progress("compile", shown=not as_json) as report:
+        bundle = compile(
+            checkpoint, output, engine=engine, device=device, precision=precision, family=family, progress=report
+        )
+    worst = _worst_error(bundle.root)
+    if as_json:
+        print(json.dumps({"bundle": str(bundle.root), "max_abs_error": worst}))
+    else:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+        click.echo(f"{bundle.root} is ready. Largest difference to torch: {errors}")
+
+
+def _worst_error(root: object) -> dict[str, float]:
+    from pathlib import Path
+
+    from ..bundle.files import read_json
+
+    parity = read_json(Path(str(root)) / "reports" / "parity.json", "the parity report")
+    return {name: max(case["max_abs_error"] for case in part["cases"]) for name, part in parity.items()}

@@ -1,0 +1,77 @@
+"""`diffoundry inspect`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import click
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def inspect_command(bundle: str, as_json: bool) -> None:
+    """Show what BUNDLE holds, what it was built with and what was measured on it."""
+    from ..bundle import Bundle, BundleError
+    from ..bundle.files import read_json
+    from ..bundle.manifest import to_json
+    from ..engines import EngineStore
+
+    opened = Bundle.open(bundle)
+    parity: dict[str, Any] = {}
+    with suppress(BundleError):
+        parity = read_json(opened.root / "reports" / "parity.json", "the parity report")
+    engines = EngineStore(opened.root / "engines").records()
+    sizes = {
+        name: sum(opened.path(file).stat().st_size for file in part.files if opened.path(file).is_file())
+        for name, part in opened.manifest.components.items()
+    }
+    if as_json:
+        described = {"bundle": str(opened.root), "bytes": sizes, **to_json(opened.manifest)}
+        print(json.dumps({**described, "parity": parity, "engines": engines}, ensure_ascii=False))
+    else:
+        _show(opened, sizes, parity, engines)
+
+
+def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    manifest = opened.manifest
+    console = Console(highlight=False)
+    source = manifest.source.get("name", "an ONNX folder without a manifest")
+    console.print(f"{opened.root}: {manifest.family} from {source}, {manifest.precision}, {', '.join(manifest.tasks)}")
+    latents = manifest.latents
+    console.print(
+        f"default size {manifest.default_width}x{manifest.default_height}, any multiple of {latents.downscale}; "
+        f"{latents.channels} latent channels, scaling factor {latents.scaling_factor:g}"
+    )
+    table = Table("component", "size", "inputs", "outputs", "max error to torch")
+    for name, component in manifest.components.items():
+        cases = parity.get(name, {}).get("cases", [])
+        worst = f"{max(case['max_abs_error'] for case in cases):.1e}" if cases else "not measured"
+        table.add_row(name, _size(sizes[name]), _tensors(component.inputs), _tensors(component.outputs), worst)
+    console.print(table)
+    table = Table("engine", "of", "backend", "provider", "size")
+    for record in engines:
+        table.add_row(
+            str(record.get("key", ""))[:12],
+            str(record.get("component", "")),
+            f"{record.get('backend')} {record.get('version')}",
+            str(record.get("provider", "")),
+            _size(record["bytes"]),
+        )
+    if engines:
+        console.print(table)
+    if manifest.versions:
+        console.print("built with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _tensors(tensors: tuple[Any, ...]) -> str:
+    return "\n".join(f"{t.name} {t.dtype}[{', '.join(str(axis) for axis in t.shape)}]" for t in tensors)

@@ -1,0 +1,39 @@
+"""Progress on standard error: a bar on a terminal, plain lines elsewhere, nothing under --json or --quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Report(Protocol):
+    def __call__(self, text: str, done: int, total: int) -> None: ...
+
+
+@contextmanager
+def progress(title: str, *, shown: bool = True, every: float = 5.0) -> Iterator[Report]:
+    """Yield `report(text, done, total)`. Plain lines come when the text changes, or `every` seconds."""
+    if not shown:
+        yield lambda text, done, total: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda text, done, total: bar.update(task, description=f"{title}: {text}", completed=done, total=total)
+    else:
+        start = time.monotonic()
+        last: list[object] = ["", start - every]
+
+        def plain(text: str, done: int, total: int) -> None:
+            now = time.monotonic()
+            if text != last[0] or now - float(str(last[1])) >= every or done == total:
+                last[:] = [text, now]
+                print(f"{title}: {text} {done}/{total} ({now - start:.0f} s)", file=sys.stderr, flush=True)
+
+        yield plain

@@ -1,0 +1,110 @@
+"""`diffoundry run`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from .progress import progress
+
+
+@click.command("run")
+@click.argument("bundle", type=click.Path())
+@click.argument("prompt")
+@click.option("-n", "--negative", default="", help="What the image should not show.")
+@click.option("-o", "--output", default="out.png", show_default=True, type=click.Path(), help="PNG file to write.")
+@click.option("--scheduler", help="ddim, ddpm, euler, dpm++2m or lcm. [default: the checkpoint's own]")
+@click.option("--steps", default=20, show_default=True, type=int)
+@click.option("--guidance", default=7.5, show_default=True, type=float, help="1 or less turns guidance off.")
+@click.option(
+    "--guidance-mode",
+    default="joint",
+    show_default=True,
+    type=click.Choice(["joint", "split", "off"]),
+    help="Both halves in one call, in two calls of half the memory, or none.",
+)
+@click.option(
+    "--guidance-interval",
+    nargs=2,
+    type=float,
+    default=(0.0, 1.0),
+    show_default=True,
+    help="The part of the steps in which guidance is on.",
+)
+@click.option("--seed", type=int, help="Of the first image; image i has seed + i. [default: random]")
+@click.option("--count", default=1, show_default=True, type=int, help="Number of images.")
+@click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Most images in one U-Net call.")
+@click.option("--width", type=int, help="In pixels. [default: the checkpoint's own]")
+@click.option("--height", type=int, help="In pixels. [default: the checkpoint's own]")
+@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt (ONNX Runtime).")
+@click.option("--threads", type=click.IntRange(1), help="Of the CPU. [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def run_command(
+    bundle: str,
+    prompt: str,
+    negative: str,
+    output: str,
+    scheduler: str | None,
+    steps: int,
+    guidance: float,
+    guidance_mode: str,
+    guidance_interval: tuple[float, float],
+    seed: int | None,
+    count: int,
+    batch: int,
+    width: int | None,
+    height: int | None,
+    provider: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Draw PROMPT with BUNDLE and write a PNG that records how it was made."""
+    from .. import __version__
+    from ..runtime.guidance import Guidance
+    from ..runtime.images import output_paths, save_png
+    from ..runtime.pipeline import Request, load
+
+    request = Request(
+        prompt=prompt,
+        negative_prompt=negative,
+        steps=steps,
+        guidance=Guidance(guidance, guidance_mode, guidance_interval),
+        scheduler=scheduler,
+        seed=seed,
+        count=count,
+        width=width,
+        height=height,
+    )
+    paths = output_paths(Path(output), count)
+    pipeline = load(bundle, provider=provider, threads=threads)
+    with progress("run", shown=not as_json) as report:
+        result = pipeline.generate(
+            request, batch=batch, low_memory=True, callback=lambda k, total, _: report("step", k, total)
+        )
+    manifest = pipeline.bundle.manifest
+    for path, image, own in zip(paths, result.images, result.seeds, strict=True):
+        made = {**result.request, "seed": own, "count": 1, "source": manifest.source, "diffoundry": __version__}
+        save_png(image, path, made)
+    for name, text in result.cut.items():
+        print(f"Warning: {name} is too long, this part was left out: {text}", file=sys.stderr)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "images": [
+                        {"path": str(path), "seed": own} for path, own in zip(paths, result.seeds, strict=True)
+                    ],
+                    "request": result.request,
+                    "provider": provider,
+                    "cut": result.cut,
+                    "seconds": {name: round(value, 4) for name, value in result.seconds.items()},
+                },
+                ensure_ascii=False,
+            )
+        )
+    else:
+        for path, own in zip(paths, result.seeds, strict=True):
+            click.echo(f"{path} (seed {own})")

@@ -1,0 +1,34 @@
+"""`diffoundry verify`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command("verify")
+@click.argument("bundle", type=click.Path())
+@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt (ONNX Runtime).")
+@click.option("--threads", type=click.IntRange(1), help="Of the CPU. [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def verify_command(bundle: str, provider: str, threads: int | None, as_json: bool) -> None:
+    """Check every hash of BUNDLE, then each component against the outputs torch gave when it was compiled."""
+    from ..bundle import Bundle, BundleError
+    from ..runtime.verify import verify
+
+    opened = Bundle.open(bundle)
+    checks = []
+    for check in verify(opened, provider=provider, threads=threads):
+        checks.append(check)
+        if not as_json:
+            verdict = "ok" if check.passed else "FAILED"
+            click.echo(f"{check.component}: {verdict}, error {check.max_abs_error:.1e} of {check.allowed:.1e} allowed")
+    failed = [check.component for check in checks if not check.passed]
+    if as_json:
+        rows = [{"component": c.component, "max_abs_error": c.max_abs_error, "allowed": c.allowed} for c in checks]
+        print(json.dumps({"bundle": str(opened.root), "files": len(opened.manifest.all_files()), "components": rows}))
+    else:
+        click.echo(f"{len(opened.manifest.all_files())} files unchanged")
+    if failed:
+        raise BundleError(f"{', '.join(failed)} no longer gives what torch gave: compile the bundle again on this machine")

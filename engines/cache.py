@@ -1,0 +1,88 @@
+"""Built engines on disk, under a key that is the hash of everything that decides them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle import BundleError
+from ..bundle.files import inside, read_json, sha256_file, sha256_json, write_json
+
+RECORD_NAME = "engine.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStore:
+    """The `engines/` folder of a bundle."""
+
+    root: Path
+
+    def key(self, built_from: dict[str, Any]) -> str:
+        """The key of an engine that `built_from` decides: sources, backend, versions, hardware, options."""
+        return sha256_json(built_from)[:32]
+
+    def find(self, key: str) -> Path | None:
+        """The folder of a whole engine with this key, or None; a damaged one is removed."""
+        folder = self.root / key
+        if not folder.is_dir():
+            return None
+        try:
+            record = read_json(folder / RECORD_NAME, "the engine record")
+            files = record.get("files")
+            if record.get("key") == key and isinstance(files, dict) and files:
+                if all(sha256_file(inside(folder, name)) == digest for name, digest in files.items()):
+                    return folder
+        except (BundleError, OSError):
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    @contextmanager
+    def building(self, key: str, record: dict[str, Any]) -> Iterator[Path]:
+        """A folder to build in; when the block ends well it becomes the engine `key`, else it is removed."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=self.root))
+        try:
+            yield work
+            files = {path.name: sha256_file(path) for path in sorted(work.iterdir()) if path.is_file()}
+            write_json(work / RECORD_NAME, {"key": key, **record, "files": files})
+            with contextlib.suppress(OSError):  # another process was first: its engine is as good
+                work.rename(self.root / key)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What each built engine was built from and for, with its size in bytes."""
+        found = []
+        if self.root.is_dir():
+            for folder in sorted(self.root.iterdir()):
+                if (folder / RECORD_NAME).is_file():
+                    with contextlib.suppress(BundleError):
+                        record = read_json(folder / RECORD_NAME, "the engine record")
+                        record["bytes"] = sum(path.stat().st_size for path in folder.iterdir())
+                        found.append(record)
+        return found
+
+    def writable(self) -> bool:
+        """Whether an engine can be kept here (a bundle may lie on a read-only disk)."""
+        parent = self.root if self.root.exists() else self.root.parent
+        return os.access(parent, os.W_OK)
+
+
+def cpu_identity() -> str:
+    """What an engine optimized for this processor depends on: architecture and instruction sets."""
+    flags = ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                flags = line.partition(":")[2]
+                break
+    return sha256_json([platform.system(), platform.machine(), platform.processor(), sorted(flags.split())])[:16]

@@ -1,0 +1,71 @@
+"""What every engine offers, and the check of its inputs that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle import EngineError, Tensor
+
+Array = npt.NDArray[Any]
+
+
+class Bound(Protocol):
+    """An engine with its buffers bound: write new values into the arrays that were bound, then call."""
+
+    def __call__(self, *changed: str) -> dict[str, Array]:
+        """Run; `changed` names the inputs whose arrays were written since the last call.
+
+        Returns the output arrays, which the next call overwrites.
+        """
+
+
+class Engine(Protocol):
+    """A component that runs. `inputs` and `outputs` carry names, dtypes and shapes with named axes."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]: ...
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once. Raises `EngineError` naming the input that is wrong and what was allowed."""
+
+    def bind(self, feeds: Mapping[str, Array]) -> Bound:
+        """Bind the arrays in `feeds` for many runs of the same shapes; nothing is copied on the CPU."""
+
+
+def check_feeds(component: str, inputs: tuple[Tensor, ...], feeds: Mapping[str, Array]) -> None:
+    """Hold `feeds` against `inputs`: names, dtypes, ranks, fixed sizes and axes of one name of one size.
+
+    An axis of size 1 may stand for a named axis of any size where the graph broadcasts it (the timestep).
+    Raises `EngineError`.
+    """
+    expected = {tensor.name for tensor in inputs}
+    if expected != set(feeds):
+        missing, extra = sorted(expected - set(feeds)), sorted(set(feeds) - expected)
+        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(extra)}"] * bool(extra)
+        raise EngineError(f"{component}: inputs are {', '.join(sorted(expected))}; {'; '.join(parts)}")
+    sizes: dict[str, tuple[int, str]] = {}
+    for tensor in inputs:
+        array = feeds[tensor.name]
+        wanted = f"{component}: input {tensor.name!r} must be {tensor.dtype} of shape {_show(tensor.shape)}"
+        if array.dtype != np.dtype(tensor.dtype):
+            raise EngineError(f"{wanted}, found {array.dtype}")
+        if array.ndim != len(tensor.shape):
+            raise EngineError(f"{wanted}, found shape {_show(array.shape)}")
+        for axis, size in zip(tensor.shape, array.shape, strict=True):
+            if size == 0 or (isinstance(axis, int) and axis != size):
+                raise EngineError(f"{wanted}, found shape {_show(array.shape)}")
+            if isinstance(axis, str) and not (array.ndim == 1 and size == 1):
+                first, owner = sizes.setdefault(axis, (size, tensor.name))
+                if first != size:
+                    raise EngineError(f"{wanted}, found shape {_show(array.shape)}: {axis} is {first} in {owner!r}")
+
+
+def _show(shape: tuple[int | str, ...]) -> str:
+    return "(" + ", ".join(str(axis) for axis in shape) + ")"

@@ -1,0 +1,219 @@
+"""ONNX Runtime: the CPU, CUDA and TensorRT providers. The provider asked for is the provider used, or it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..bundle import EngineError, Tensor
+from .cache import EngineStore, cpu_identity
+from .engine import Array, check_feeds
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_REMEDIES = {
+    "cuda": "install onnxruntime-gpu in place of onnxruntime (`pip install diffoundry[cuda]`) and CUDA's libraries",
+    "tensorrt": "install onnxruntime-gpu in place of onnxruntime (`pip install diffoundry[cuda]`) and TensorRT",
+}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+_OPTIMIZED = "model.onnx"
+_OPTIMIZED_DATA = "model.onnx_data"
+_EXTERNAL_FROM_BYTES = 1024
+
+
+def default_threads() -> int:
+    """The processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows have no affinity
+        return os.cpu_count() or 1
+
+
+class OnnxRuntimeEngine:
+    """One ONNX model in one session; see `engine.Engine` for the contract."""
+
+    def __init__(self, session: ort.InferenceSession, component: str, provider: str) -> None:
+        self.component = component
+        self.provider = provider
+        self._session = session
+        self.inputs = _tensors(component, session.get_inputs())
+        self.outputs = _tensors(component, session.get_outputs())
+
+    @classmethod
+    def load(
+        cls,
+        model: Path,
+        *,
+        component: str = "",
+        provider: str = "cpu",
+        threads: int | None = None,
+        store: EngineStore | None = None,
+        source: Mapping[str, str] | None = None,
+    ) -> OnnxRuntimeEngine:
+        """Load `model`.
+
+        provider: a key of `PROVIDERS`. threads: of one operator, default all processors.
+        store, source: where to keep the graph that ONNX Runtime optimized for this machine, and the SHA-256 of
+        each file of the model; with both, the second load skips the optimization.
+        Raises `EngineError` when the model cannot be read or the provider is not there.
+        """
+        component = component or model.parent.name
+        name = _available(provider)
+        threads = threads or default_threads()
+        path, options = model, _options(threads)
+        with contextlib.ExitStack() as stack:
+            if store is not None and source and provider == "cpu" and store.writable():
+                built_from = {
+                    "component": component,
+                    "source": dict(source),
+                    "backend": "onnxruntime",
+                    "version": ort.__version__,
+                    "provider": provider,
+                    "device": cpu_identity(),
+                    "precision": "as in the model",
+                    "profile": "dynamic",
+                    "optimization": "all",
+                }
+                key = store.key(built_from)
+                found = store.find(key)
+                if found is not None:
+                    path = found / _OPTIMIZED
+                    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+                else:
+                    work = stack.enter_context(store.building(key, built_from))
+                    options.optimized_model_filepath = str(work / _OPTIMIZED)
+                    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _OPTIMIZED_DATA)
+                    options.add_session_config_entry(
+                        "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
+                    )
+            session = _session(path, options, name, component)
+        used = session.get_providers()
+        if not used or used[0] != name:
+            raise EngineError(f"{component}: provider {provider!r} did not start on this machine; {_remedy(provider)}")
+        return cls(session, component, provider)
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once on host arrays. Raises `EngineError` on a wrong input."""
+        check_feeds(self.component, self.inputs, feeds)
+        try:
+            values = self._session.run(None, dict(feeds))
+        except Exception as error:  # ONNX Runtime raises its own family of exceptions
+            raise _run_error(self.component, error) from None
+        return {tensor.name: value for tensor, value in zip(self.outputs, values, strict=True)}
+
+    def bind(self, feeds: Mapping[str, Array]) -> OnnxRuntimeBound:
+        """Bind the arrays in `feeds`; on the CPU the session reads them in place."""
+        check_feeds(self.component, self.inputs, feeds)
+        return OnnxRuntimeBound(self, feeds)
+
+
+class OnnxRuntimeBound:
+    """A session with its buffers bound once; on a GPU only what changed is uploaded."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, feeds: Mapping[str, Array]) -> None:
+        self._component = engine.component
+        self._session = engine._session
+        self._host = engine.provider == "cpu"
+        self._binding = self._session.io_binding()
+        self._feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        if any(self._feeds[name] is not feeds[name] for name in feeds):
+            raise EngineError(f"{engine.component}: arrays must be contiguous to be bound")
+        device = "cpu" if self._host else "cuda"
+        # On the CPU an OrtValue made from a NumPy array shares its memory.
+        self._inputs = {n: ort.OrtValue.ortvalue_from_numpy(a, device, 0) for n, a in self._feeds.items()}
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._outputs: dict[str, Array] = {}
+        self._names = [tensor.name for tensor in engine.outputs]
+        for name in self._names:
+            self._binding.bind_output(name, "cpu")
+
+    def __call__(self, *changed: str) -> dict[str, Array]:
+        """Run; see `engine.Bound`."""
+        if not self._host:
+            for name in changed:
+                self._inputs[name].update_inplace(self._feeds[name])
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise _run_error(self._component, error) from None
+        if not self._outputs and self._host:
+            # The first run told the shapes: from now on the session writes into these arrays.
+            for name, array in zip(self._names, self._binding.copy_outputs_to_cpu(), strict=True):
+                self._outputs[name] = np.ascontiguousarray(array)
+                self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(self._outputs[name]))
+        elif not self._host:
+            self._outputs = dict(zip(self._names, self._binding.copy_outputs_to_cpu(), strict=True))
+        return self._outputs
+
+
+def _available(provider: str) -> str:
+    try:
+        name = PROVIDERS[provider]
+    except KeyError:
+        raise EngineError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}") from None
+    if name not in ort.get_available_providers():
+        raise EngineError(f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {_remedy(provider)}")
+    return name
+
+
+def _remedy(provider: str) -> str:
+    return f"{_REMEDIES[provider]}, or use --provider cpu" if provider in _REMEDIES else "use --provider cpu"
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4
+    return options
+
+
+def _session(path: Path, options: ort.SessionOptions, provider: str, component: str) -> ort.InferenceSession:
+    if not path.is_file():
+        raise EngineError(f"{component}: {path} is missing; compile the bundle again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a provider did not start is an error below
+            session = ort.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:
+        raise EngineError(f"{component}: ONNX Runtime cannot load {path}: {_first_line(error)}") from None
+    session.disable_fallback()
+    return session
+
+
+def _run_error(component: str, error: Exception) -> EngineError:
+    return EngineError(f"{component}: ONNX Runtime failed: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _tensors(component: str, nodes: list[Any]) -> tuple[Tensor, ...]:
+    result = []
+    for node in nodes:
+        if node.type not in _DTYPES:
+            raise EngineError(f"{component}: tensor {node.name!r} has type {node.type}, which is not supported")
+        axes = tuple(a if isinstance(a, (int, str)) else f"{node.name}_{i}" for i, a in enumerate(node.shape))
+        result.append(Tensor(node.name, _DTYPES[node.type], axes))
+    return tuple(result)

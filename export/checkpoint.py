@@ -1,0 +1,91 @@
+"""A diffusers checkpoint on disk (or fetched from the hub), checked before anything is loaded from it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle import BundleError, CheckpointError
+from ..bundle.files import read_json
+
+_MAX_HEADER = 100 << 20
+"""safetensors' own limit for the JSON header."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder with `model_index.json`; `index` is its contents."""
+
+    root: Path
+    index: dict[str, Any]
+
+    @classmethod
+    def open(cls, source: str | Path) -> Checkpoint:
+        """Open a local folder, or fetch the hub id `owner/name`. Raises `CheckpointError`."""
+        root = Path(source)
+        if not root.exists():
+            root = _fetch(str(source))
+        if root.is_file():
+            raise CheckpointError(f"{root} is a file: give a folder in the diffusers layout (with model_index.json)")
+        if not (root / "model_index.json").is_file():
+            raise CheckpointError(f"{root} holds no model_index.json: it is not a diffusers checkpoint")
+        try:
+            index = read_json(root / "model_index.json", "the pipeline index")
+        except BundleError as error:
+            raise CheckpointError(f"{error}: download the checkpoint again") from None
+        return cls(root, index)
+
+    @property
+    def class_name(self) -> str:
+        """The diffusers pipeline class that the checkpoint was saved from."""
+        return str(self.index.get("_class_name", ""))
+
+    def folder(self, name: str) -> Path:
+        """The folder of component `name`, whose weights were checked to be whole. Raises `CheckpointError`."""
+        folder = self.root / name
+        if not folder.is_dir():
+            raise CheckpointError(f"{self.root} has no folder {name!r}: the checkpoint is incomplete, download it again")
+        for path in sorted(folder.glob("*.safetensors")):
+            check_safetensors(path)
+        return folder
+
+    def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
+        """The JSON configuration of component `name`. Raises `CheckpointError`."""
+        try:
+            return read_json(self.folder(name) / file, f"the {name} configuration")
+        except BundleError as error:
+            raise CheckpointError(f"{error}: download the checkpoint again") from None
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise `CheckpointError` when `path` is truncated or no safetensors file; only the header is read."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, _MAX_HEADER):
+            raise CheckpointError(f"{path} is truncated or no safetensors file ({size} bytes): download it again")
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise CheckpointError(f"{path} has a damaged header: download it again") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise CheckpointError(f"{path} is truncated: {size} bytes of {expected}; download it again")
+
+
+def _fetch(name: str) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise CheckpointError(f"{name} does not exist: give a folder in the diffusers layout, or a hub id owner/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*/*.bin"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name} is no local folder, and the hub did not give it: {reason[:200]}") from None

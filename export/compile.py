@@ -1,0 +1,344 @@
+"""`compile`: checkpoint → bundle, stage by stage, each done once.
+
+Work goes on in `.<name>.part` beside the bundle, which is renamed into place when all of it is done. A stage writes
+its record last; a record whose key and file hashes hold is taken over, from an earlier run or from the bundle that
+stands there. The key is the hash of everything that decides the stage.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle import MANIFEST_NAME, Bundle, BundleError, CheckpointError, Component, DiffoundryError, Manifest
+from ..bundle.files import (
+    disk_error,
+    exclusive,
+    link_or_copy,
+    read_json,
+    remove,
+    sha256_file,
+    sha256_json,
+    sha256_tree,
+    write_json,
+)
+from ..bundle.manifest import to_json
+from ..engines import EngineStore
+from .checkpoint import Checkpoint
+from .families import Family, family_of
+from .plan import ComponentPlan
+
+Progress = Callable[[str, int, int], None]
+"""`progress(stage, done, total)`, before each stage and once at the end."""
+
+ENGINES = ("onnxruntime",)
+PRECISIONS = ("fp32",)
+_REVISION = 1
+"""Raise it when the exporter writes something else from the same input."""
+_TOOLS = ("torch", "diffusers", "transformers", "onnxscript")
+_LOCK_NAME = ".lock"
+_DISK_FACTOR = 2.2
+"""Disk needed, as a multiple of the float32 weights: the ONNX model and the engine made of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A finished component: its manifest entry and its parity report."""
+
+    component: Component
+    parity: dict[str, Any]
+    reference: dict[str, str]
+
+
+def compile(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    engine: str = "onnxruntime",
+    device: str = "cpu",
+    precision: str = "fp32",
+    family: str | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Make the bundle `out` from a diffusers folder or hub id.
+
+    engine, device: what the engines are built for; each component is validated on it against torch.
+    family: overrides the family found by the pipeline class. progress: see `Progress`.
+    Raises `CheckpointError`, `EngineError` or `DiffoundryError`; what was finished is kept for the next run, and
+    `out` is either the old bundle or the whole new one.
+    """
+    for name, value, known in (("engine", engine, ENGINES), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise DiffoundryError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    _require_export()
+    source = Checkpoint.open(checkpoint)
+    family_name, rules = family_of(source, family)
+    target = Path(out).absolute()
+    _check_target(target, source)
+    try:
+        build = _Build(source, family_name, rules, target, device, precision, progress)
+        with exclusive(build.work / _LOCK_NAME, str(target)):
+            _recover(target)
+            try:
+                return build.run()
+            finally:
+                build.tidy()
+    except OSError as error:
+        known_error = disk_error(error)
+        if known_error is None:
+            raise
+        raise known_error from error
+
+
+def _require_export() -> None:
+    for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript"):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise DiffoundryError(f"compile needs {name}: run `pip install 'diffoundry[export]'`") from None
+
+
+def _check_target(target: Path, source: Checkpoint) -> None:
+    if not target.parent.is_dir():
+        raise DiffoundryError(f"the folder {target.parent} does not exist: make it, or choose another --output")
+    if target.resolve() == source.root.resolve():
+        raise DiffoundryError(f"the bundle would overwrite the checkpoint {source.root}: choose another --output")
+    if target.exists() and not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise DiffoundryError(f"{target} exists and is no bundle: choose another --output, or remove it first")
+
+
+def _old(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
+
+
+def _recover(target: Path) -> None:
+    """Undo or finish a swap of bundles that was interrupted between its two renames."""
+    if _old(target).exists():
+        if target.exists():
+            remove(_old(target))
+        else:
+            _old(target).rename(target)
+
+
+class _Build:
+    """One compile: the paths it works in and the stages it runs."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        family_name: str,
+        rules: Family,
+        target: Path,
+        device: str,
+        precision: str,
+        progress: Progress | None,
+    ) -> None:
+        self.source, self.family_name, self.rules, self.target = source, family_name, rules, target
+        self.device, self.precision = device, precision
+        self.progress = progress or (lambda stage, done, total: None)
+        self.work = target.parent / f".{target.name}.part"
+        self.store = EngineStore(self.work / "engines")
+        self.versions = {name: importlib.metadata.version(name) for name in _TOOLS}
+
+    def run(self) -> Bundle:
+        plans = self.rules.components(self.source)
+        total = len(plans) + 2
+        self.progress("hash the checkpoint", 0, total)
+        hashes = {name: sha256_tree(self.source.folder(name)) for name in sorted({plan.source for plan in plans})}
+        self._take_engines()
+        self._check_disk(plans)
+        stages = {}
+        for i, plan in enumerate(plans):
+            self.progress(plan.name, i + 1, total)
+            stages[plan.name] = self._stage(plan, hashes[plan.source])
+        self.progress("write the bundle", total - 1, total)
+        self._write(stages, hashes)
+        self._swap()
+        self.progress("done", total, total)
+        return Bundle.open(self.target)
+
+    def tidy(self) -> None:
+        """After a failure: leave the work folder only if a finished stage is in it."""
+        if not any((self.work / ".stages").glob("*.json")):
+            remove(self.work)
+
+    def _take_engines(self) -> None:
+        """Engines of the bundle that is replaced stay; their keys decide whether they are ever used."""
+        old = self.target / "engines"
+        if old.is_dir():
+            for path in sorted(old.glob("[0-9a-f]*/*")):
+                copy = self.store.root / path.parent.name / path.name
+                if not copy.exists():
+                    link_or_copy(path, copy)
+
+    def _check_disk(self, plans: list[ComponentPlan]) -> None:
+        weights = 0
+        for name in {plan.source for plan in plans if self._record(plan.name) is None}:
+            files = [path for path in self.source.folder(name).iterdir() if path.suffix in (".safetensors", ".bin")]
+            weights += max((path.stat().st_size for path in files), default=0)
+        free = shutil.disk_usage(self.work).free
+        if free < _DISK_FACTOR * weights:
+            raise DiffoundryError(
+                f"the bundle needs about {_DISK_FACTOR * weights / 1e9:.1f} GB at {self.target.parent}, "
+                f"{free / 1e9:.1f} GB are free: free some disk space and run the same command again"
+            )
+
+    def _stage(self, plan: ComponentPlan, source_hash: str) -> Stage:
+        """The finished component, taken over from earlier work where its key and hashes hold."""
+        key = sha256_json(
+            {
+                "revision": _REVISION,
+                "source": source_hash,
+                "inputs": [asdict(tensor) for tensor in plan.inputs],
+                "outputs": [asdict(tensor) for tensor in plan.outputs],
+                "versions": self.versions,
+                "precision": self.precision,
+                "device": self.device,
+            }
+        )
+        done = self._finished(self.work, self._record(plan.name), key) or self._from_target(plan.name, key)
+        if done is not None:
+            self._load(plan.name, done.component)  # the engine, if this machine has none yet
+            return done
+        return self._build(plan, key)
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        try:
+            return read_json(self.work / ".stages" / f"{name}.json", "the stage record")
+        except BundleError:
+            return None
+
+    def _finished(self, root: Path, record: dict[str, Any] | None, key: str) -> Stage | None:
+        if record is None or record.get("key") != key:
+            return None
+        try:
+            parts = record["component"]
+            component = Component(parts["model"], parts["dtype"], parts["files"], key=key)
+            stage = Stage(component, record["parity"], record["reference"])
+            if all(sha256_file(root / name) == sha for name, sha in {**component.files, **stage.reference}.items()):
+                return stage
+        except (KeyError, TypeError, OSError):
+            pass
+        return None
+
+    def _from_target(self, name: str, key: str) -> Stage | None:
+        """The component of the bundle that stands at the target, linked into the work folder."""
+        try:
+            record = read_json(self.target / "reports" / "stages" / f"{name}.json", "the stage record")
+        except BundleError:
+            return None
+        stage = self._finished(self.target, record, key)
+        if stage is not None:
+            for path in (*stage.component.files, *stage.reference):
+                link_or_copy(self.target / path, self.work / path)
+            self._keep(name, stage)
+        return stage
+
+    def _keep(self, name: str, stage: Stage) -> None:
+        (self.work / ".stages").mkdir(exist_ok=True)
+        component = {"model": stage.component.model, "dtype": stage.component.dtype, "files": stage.component.files}
+        record = {"key": stage.component.key, "component": component, "parity": stage.parity, "reference": stage.reference}
+        write_json(self.work / ".stages" / f"{name}.json", record)
+
+    def _build(self, plan: ComponentPlan, key: str) -> Stage:
+        from .trace import trace
+        from .validate import compare, save_reference, torch_cases
+
+        folder = self.work / plan.name
+        remove(folder)
+        folder.mkdir()
+        module = plan.load()
+        # the cases first: tracing may leave its marks on the module
+        cases = torch_cases(plan, module)
+        trace(plan, module, folder)
+        del module
+        gc.collect()
+        shutil.copyfile(self.source.folder(plan.source) / "config.json", folder / "config.json")
+        files = {f"{plan.name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
+        component = Component(f"{plan.name}/model.onnx", "float32", files, plan.inputs, plan.outputs, key)
+        parity = compare(plan, self._load(plan.name, component), cases)
+        reference = f"reports/reference/{plan.name}.npz"
+        save_reference(self.work / reference, cases[0])
+        stage = Stage(component, parity, {reference: sha256_file(self.work / reference)})
+        self._keep(plan.name, stage)
+        return stage
+
+    def _load(self, name: str, component: Component) -> Any:
+        from ..engines.onnxruntime import OnnxRuntimeEngine
+
+        source = {path: sha for path, sha in component.files.items() if not path.endswith(".json")}
+        return OnnxRuntimeEngine.load(
+            self.work / component.model, component=name, provider=self.device, store=self.store, source=source
+        )
+
+    def _write(self, stages: dict[str, Stage], hashes: dict[str, str]) -> None:
+        """Everything but the components: scheduler, tokenizer, pipeline index, reports, manifest."""
+        from .scheduler import write_scheduler
+
+        work = self.work
+        remove(work / "tokenizer")
+        prompts = self.rules.prompts(self.source, work)
+        write_scheduler(self.source, work / "scheduler", self.rules.scheduler_config)
+        index = {
+            name: [None, None] if name in ("safety_checker", "feature_extractor", "image_encoder") else value
+            for name, value in self.source.index.items()
+        }
+        write_json(work / "model_index.json", {**index, "requires_safety_checker": False})
+        write_json(work / "reports" / "parity.json", {name: stage.parity for name, stage in stages.items()})
+        remove(work / "reports" / "stages")
+        (work / "reports" / "stages").mkdir()
+        for name in stages:
+            shutil.copyfile(work / ".stages" / f"{name}.json", work / "reports" / "stages" / f"{name}.json")
+        names = ["model_index.json", "scheduler/scheduler_config.json", "reports/parity.json"]
+        names += [path.relative_to(work).as_posix() for path in sorted((work / "tokenizer").iterdir())]
+        files = {name: sha256_file(work / name) for name in names}
+        for stage in stages.values():
+            files.update(stage.reference)
+        plans = {plan.name: plan for plan in self.rules.components(self.source)}
+        width, height = self.rules.default_size(self.source)
+        manifest = Manifest(
+            family=self.family_name,
+            tasks=self.rules.TASKS,
+            precision=self.precision,
+            components={
+                name: Component(
+                    stage.component.model,
+                    stage.component.dtype,
+                    stage.component.files,
+                    plans[name].inputs,
+                    plans[name].outputs,
+                    stage.component.key,
+                )
+                for name, stage in stages.items()
+            },
+            files=files,
+            latents=self.rules.latents(self.source),
+            prompts=prompts,
+            default_width=width,
+            default_height=height,
+            source={"name": self.source.root.resolve().name, "pipeline": self.source.class_name, "sha256": sha256_json(hashes)},
+            versions={**self.versions, **_running_versions()},
+        )
+        write_json(work / MANIFEST_NAME, to_json(manifest))
+
+    def _swap(self) -> None:
+        """Put the finished folder in the place of the bundle; `_recover` mends a stop between the renames."""
+        for name in (".stages", _LOCK_NAME):
+            remove(self.work / name)
+        if self.target.exists():
+            self.target.rename(_old(self.target))
+        self.work.rename(self.target)
+        remove(_old(self.target))
+
+
+def _running_versions() -> dict[str, str]:
+    import onnxruntime
+
+    from .. import __version__
+
+    return {"onnxruntime": onnxruntime.__version__, "diffoundry": __version__}

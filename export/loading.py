@@ -1,0 +1,60 @@
+"""Load models and tokenizers of a checkpoint, refusing what would load silently wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..bundle import CheckpointError, Prompt
+
+
+def load_pretrained(kind: Any, folder: Path) -> Any:
+    """`kind.from_pretrained(folder)` in float32. Raises `CheckpointError` when weights are missing or damaged."""
+    import torch
+
+    variant = {} if _plain_weights(folder) or not _fp16_weights(folder) else {"variant": "fp16"}
+    try:
+        model, info = kind.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True, **variant)
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder} cannot be loaded: {reason[:300]}") from None
+    missing = sorted(name for name in info.get("missing_keys", ()) if not name.endswith("position_ids"))
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks the weights {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
+            f"({len(missing)} in all): the checkpoint is incomplete, download it again"
+        )
+    return model.float().eval().requires_grad_(False)
+
+
+def _plain_weights(folder: Path) -> bool:
+    return any(".fp16." not in path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+
+
+def _fp16_weights(folder: Path) -> bool:
+    return any(folder.glob("*.fp16.*"))
+
+
+def load_tokenizer(source: Path, target: Path, window: int) -> Prompt:
+    """Copy a CLIP tokenizer to `target`, with the `tokenizer.json` of the `tokenizers` library beside its own files."""
+    from transformers import CLIPTokenizerFast
+
+    try:
+        tokenizer = CLIPTokenizerFast.from_pretrained(source)
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {source} cannot be loaded: {error}") from None
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.suffix in (".json", ".txt") and path.is_file():
+            shutil.copyfile(path, target / path.name)
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    (target / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    return Prompt(
+        tokenizer=target.name,
+        max_length=min(int(tokenizer.model_max_length), window),
+        bos_token_id=int(tokenizer.bos_token_id),
+        eos_token_id=int(tokenizer.eos_token_id),
+        pad_token_id=int(tokenizer.pad_token_id),
+    )

@@ -1,0 +1,26 @@
+"""Write the scheduler configuration of a checkpoint as its pipeline class uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..bundle.files import write_json
+from .checkpoint import Checkpoint
+
+
+def write_scheduler(checkpoint: Checkpoint, folder: Path, mend: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Write `scheduler_config.json`: the checkpoint's own keys, what the pipeline class mends, and no other default.
+
+    Keys that the file leaves out stay out, so that each sampler applies its own default, as diffusers does.
+    """
+    import diffusers
+
+    config = checkpoint.config("scheduler", "scheduler_config.json")
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    full = dict(kind.from_config(config).config) if kind is not None else dict(config)
+    mended = mend({name: value for name, value in full.items() if not name.startswith("_")})
+    changed = {name: value for name, value in mended.items() if name in full and full[name] != value}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "scheduler_config.json", {**config, **changed})

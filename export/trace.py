@@ -1,0 +1,104 @@
+"""Trace a torch module to ONNX with named dynamic axes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import CheckpointError
+from .plan import ComponentPlan
+
+OPSET = 20
+MODEL_NAME = "model.onnx"
+DATA_NAME = "model.onnx_data"
+_EXTERNAL_FROM_BYTES = 64 << 20
+"""Models with more weights than this keep them beside the graph; a protobuf holds at most 2 GiB."""
+_CHATTY = ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", "torch.utils._sympy", "torch._dynamo")
+
+
+def trace(plan: ComponentPlan, module: Any, folder: Path) -> None:
+    """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large).
+
+    Raises `CheckpointError` when the exporter fails or fixed an axis that the plan names.
+    """
+    import onnx_ir
+    import torch
+
+    sizes = {name: axis.unit * (-(-axis.low // axis.unit) + 1 + i) for i, (name, axis) in enumerate(plan.axes.items())}
+    feeds = {name: torch.from_numpy(array) for name, array in plan.feeds(sizes, np.random.default_rng(0)).items()}
+    dynamic = {t.name: {i: axis for i, axis in enumerate(t.shape) if isinstance(axis, str)} for t in plan.inputs}
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                module,
+                (),
+                kwargs=feeds,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=dynamic,
+                output_names=[tensor.name for tensor in plan.outputs],
+                verbose=False,
+            )
+        except Exception as error:  # the exporter wraps whatever the model raised
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{plan.name} cannot be traced to ONNX: {reason[:300]}") from error
+    model = program.model
+    _name_axes(plan, model)
+    if plan.repeat:
+        _repeat(plan.repeat, model)
+    model.producer_name, model.producer_version = "diffoundry", ""
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = DATA_NAME if weights > _EXTERNAL_FROM_BYTES else None
+    onnx_ir.save(model, folder / MODEL_NAME, external_data=external)
+
+
+def _name_axes(plan: ComponentPlan, model: Any) -> None:
+    """Give inputs and outputs the plan's names and axes. Raises `CheckpointError` when an axis became fixed."""
+    import onnx_ir
+
+    values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    for tensor in (*plan.inputs, *plan.outputs):
+        value = values.get(tensor.name)
+        if value is None or value.shape is None or len(value.shape) != len(tensor.shape):
+            raise CheckpointError(f"{plan.name}: the traced model has no tensor {tensor.name!r} of rank {len(tensor.shape)}")
+        for i, axis in enumerate(tensor.shape):
+            if isinstance(axis, str) and isinstance(value.shape[i], int):
+                raise CheckpointError(f"{plan.name}: axis {axis!r} of {tensor.name!r} was fixed to {value.shape[i]} in tracing")
+        value.shape = onnx_ir.Shape(list(tensor.shape))
+
+
+def _repeat(name: str, model: Any) -> None:
+    """Let the vector input `name` hold one value for all rows: expand it to the rows of the first input."""
+    import onnx_ir
+
+    graph = model.graph
+    vector = next(value for value in graph.inputs if value.name == name)
+    rows = onnx_ir.node("Shape", [graph.inputs[0]], {"start": 0, "end": 1}, name="rows_of_batch")
+    expand = onnx_ir.node("Expand", [vector, rows.outputs[0]], name=f"{name}_of_rows")
+    expand.outputs[0].name, expand.outputs[0].dtype, expand.outputs[0].shape = f"{name}_of_rows", vector.dtype, vector.shape
+    rows.outputs[0].name = "rows_of_batch"
+    onnx_ir.convenience.replace_all_uses_with(vector, expand.outputs[0])
+    expand.replace_input_with(0, vector)
+    graph.insert_before(graph[0], [rows, expand])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks on itself; its failures are exceptions."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

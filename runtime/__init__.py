@@ -1,0 +1,1 @@
+"""The slim half: prompt → tokens → embeddings → the denoising loop → image."""

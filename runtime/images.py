@@ -1,0 +1,67 @@
+"""Decoded samples to pictures, and PNG files that say how they were made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ..bundle import EngineError, RequestError
+from ..engines import Array
+
+METADATA_KEY = "diffoundry"
+"""The PNG text chunk that holds, as JSON, everything needed to make the picture again."""
+
+
+def to_image(sample: Array) -> Image.Image:
+    """A decoded sample, float (3, H, W) in [-1, 1], as an RGB picture, rounded as diffusers rounds."""
+    if not np.isfinite(sample).all():
+        raise EngineError("the decoded image is not finite (NaN or infinity): the VAE overflowed; use a bundle of higher precision")
+    unit = np.clip(sample.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
+    return Image.fromarray(np.round(unit * 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def output_paths(path: Path, count: int) -> list[Path]:
+    """Where to write `count` images: `path` itself, or path-0.png, path-1.png … for several.
+
+    Raises `RequestError` when the folder does not exist or the format is not PNG.
+    """
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"the output {path} must end in .png: other formats would lose the record of how it was made")
+    if not path.parent.is_dir():
+        raise RequestError(f"the folder {path.parent} does not exist: make it, or choose another --output")
+    if path.is_dir():
+        raise RequestError(f"the output {path} is a folder: give a file name")
+    if not os.access(path.parent, os.W_OK):
+        raise RequestError(f"no permission to write in {path.parent}: choose another --output")
+    return [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+
+
+def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write `image` beside `path` with its metadata, then rename it into place."""
+    info = PngInfo()
+    info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        image.save(beside, format="PNG", pnginfo=info)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The record that `save_png` wrote into `path`. Raises `RequestError` when there is none."""
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(METADATA_KEY)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read as a picture: {error}") from None
+    if not text:
+        raise RequestError(f"{path} holds no diffoundry record")
+    return dict(json.loads(text))

@@ -1,0 +1,246 @@
+"""`load(bundle)` and the `Pipeline` that turns prompts into images."""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..bundle import Bundle, RequestError
+from ..engines import Array, Engine, EngineStore
+from .guidance import Guidance
+from .images import to_image
+from .loop import Callback, Denoiser, denoise, draw
+from .noise import TorchGenerator
+from .schedulers import find_sampler, make_table
+from .tokenizer import PromptTokenizer
+
+_MAX_SEED = 2**63 - 1
+_LARGEST_SIDE = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to draw. `seed` None means a fresh random one; sizes None mean the checkpoint's own."""
+
+    prompt: str
+    negative_prompt: str = ""
+    steps: int = 20
+    guidance: Guidance = field(default_factory=Guidance)
+    scheduler: str | None = None
+    seed: int | None = None
+    count: int = 1
+    width: int | None = None
+    height: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "count"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise RequestError(f"{name} must be a whole number of at least 1, found {value}")
+        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed <= _MAX_SEED - self.count):
+            raise RequestError(f"seed must be a whole number from 0 to {_MAX_SEED}, found {self.seed}")
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise RequestError(f"{name} must be a string, found {type(getattr(self, name)).__name__}")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Images with what made them: image i came from `seeds[i]` alone.
+
+    cut: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
+    latents: the final latents, float32 (count, C, H/downscale, W/downscale).
+    """
+
+    images: list[Image.Image]
+    seeds: list[int]
+    request: dict[str, Any]
+    cut: dict[str, str]
+    seconds: dict[str, float]
+    latents: Array
+
+
+class Pipeline:
+    """A loaded bundle. Engines are loaded when first needed and kept; runs may come from several threads."""
+
+    def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.provider = provider
+        self._threads = threads
+        self._store = None if bundle.foreign else EngineStore(bundle.root / "engines")
+        self._engines: dict[str, Engine] = {}
+        self._lock = threading.RLock()
+        self._scheduler_config = bundle.scheduler_config()
+        self._tokenizers: dict[str, PromptTokenizer] = {}
+
+    def engine(self, name: str) -> Engine:
+        """The engine of component `name`, loaded on first use.
+
+        Raises `BundleError` when its files were changed, `EngineError` when the provider cannot run it.
+        """
+        from ..engines.onnxruntime import OnnxRuntimeEngine
+
+        with self._lock:
+            if name not in self._engines:
+                component = self.bundle.component(name)
+                self.bundle.check(component.files)
+                self._engines[name] = OnnxRuntimeEngine.load(
+                    self.bundle.path(component.model),
+                    component=name,
+                    provider=self.provider,
+                    threads=self._threads,
+                    store=self._store,
+                    source={path: sha for path, sha in component.files.items() if not path.endswith(".json")},
+                )
+            return self._engines[name]
+
+    def release(self, name: str) -> None:
+        """Drop the engine of component `name` and its memory; the next use loads it again."""
+        with self._lock:
+            self._engines.pop(name, None)
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
+        """Text embeddings, (len(prompts), tokens, width), in one call, and what was cut off each prompt."""
+        with self._lock:
+            if "text_encoder" not in self._tokenizers:
+                spec = self.bundle.manifest.prompts["text_encoder"]
+                files = [name for name in self.bundle.manifest.files if name.startswith(("tokenizer/", "scheduler/"))]
+                self.bundle.check(files)
+                self._tokenizers["text_encoder"] = PromptTokenizer(self.bundle.path(spec.tokenizer), spec)
+            tokenizer = self._tokenizers["text_encoder"]
+        ids, cut = tokenizer.encode(prompts)
+        engine = self.engine("text_encoder")
+        spec = engine.inputs[0]
+        output = engine({spec.name: ids.astype(spec.dtype)})
+        name = "last_hidden_state" if "last_hidden_state" in output else engine.outputs[0].name
+        return output[name], cut
+
+    def decode(self, latents: Array) -> Array:
+        """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale); one image at a time."""
+        settings = self.bundle.manifest.latents
+        engine = self.engine("vae_decoder")
+        spec = engine.inputs[0]
+        scaled = latents / np.float32(settings.scaling_factor) + np.float32(settings.shift_factor)
+        rows = [engine({spec.name: scaled[i : i + 1].astype(spec.dtype)})[engine.outputs[0].name] for i in range(len(scaled))]
+        return np.concatenate(rows)
+
+    def generate(self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None) -> Result:
+        """Run `request`.
+
+        batch: images in one U-Net call (default: all). low_memory: drop each engine when its part is done.
+        callback: see `loop.Callback`; it counts the steps of all batches.
+        Raises `RequestError` for what the bundle cannot do, before anything is run.
+        """
+        width, height = self._size(request)
+        name, _ = find_sampler(self._scheduler_config, request.scheduler)
+        table = make_table(self._scheduler_config, request.steps, request.scheduler)
+        first = secrets.randbelow(2**32) if request.seed is None else request.seed
+        seeds = [first + i for i in range(request.count)]
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "text_encoder"):
+            texts = [request.prompt] + [request.negative_prompt] * request.guidance.active
+            embeddings, cut = self.encode(texts)
+        if low_memory:
+            self.release("text_encoder")
+        with _timed(seconds, "load"):
+            unet = self.engine("unet")
+        settings = self.bundle.manifest.latents
+        shape = (settings.channels, height // settings.downscale, width // settings.downscale)
+        batch = min(batch or request.count, request.count)
+        batches = [seeds[i : i + batch] for i in range(0, request.count, batch)]
+        finished = []
+        with _timed(seconds, "loop"):
+            for i, rows in enumerate(batches):
+                generators = [TorchGenerator(seed) for seed in rows]
+                latents = draw(generators, shape) * np.float32(table.init_scale)
+                repeated = [np.repeat(part[None], len(rows), axis=0) for part in embeddings]
+                negative = repeated[1] if len(repeated) > 1 else None
+                denoiser = Denoiser(unet, latents.shape, repeated[0], negative, request.guidance)
+                shifted = _shifted(callback, i * table.steps, len(batches) * table.steps)
+                finished.append(denoise(denoiser, table, latents, request.guidance, generators, shifted))
+        del unet
+        if low_memory:
+            self.release("unet")
+        latents = np.concatenate(finished)
+        with _timed(seconds, "vae_decoder"):
+            images = [to_image(sample) for sample in self.decode(latents)]
+        record = {**asdict(request), "scheduler": name, "seed": first, "width": width, "height": height}
+        return Result(
+            images=images,
+            seeds=seeds,
+            request=record,
+            cut={label: text for label, text in zip(("prompt", "negative_prompt"), cut, strict=False) if text},
+            seconds=seconds,
+            latents=latents,
+        )
+
+    def __call__(self, prompt: str, **options: Any) -> Result:
+        """`generate` with plain keywords.
+
+        Those of `Request` (guidance as a number), `guidance_mode`, `guidance_interval`, `batch`, `low_memory`, `callback`.
+        """
+        run = {key: options.pop(key) for key in ("batch", "low_memory", "callback") if key in options}
+        guidance = {
+            field_name: options.pop(key)
+            for key, field_name in (("guidance", "scale"), ("guidance_mode", "mode"), ("guidance_interval", "interval"))
+            if key in options
+        }
+        known = set(Request.__dataclass_fields__) - {"prompt", "guidance"}
+        unknown = set(options) - known
+        if unknown:
+            name = sorted(unknown)[0]
+            near = difflib.get_close_matches(name, [*known, *("batch", "low_memory", "callback", "guidance")], n=1)
+            raise RequestError(f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        return self.generate(Request(prompt, guidance=Guidance(**guidance), **options), **run)
+
+    def _size(self, request: Request) -> tuple[int, int]:
+        manifest = self.bundle.manifest
+        width = request.width if request.width is not None else manifest.default_width
+        height = request.height if request.height is not None else manifest.default_height
+        unit = manifest.latents.downscale
+        for name, value in (("width", width), ("height", height)):
+            if not isinstance(value, int) or value < unit or value % unit or value > _LARGEST_SIDE:
+                near = min(max(unit, round(value / unit) * unit), _LARGEST_SIDE) if isinstance(value, (int, float)) else unit
+                raise RequestError(
+                    f"{name} must be a multiple of {unit} from {unit} to {_LARGEST_SIDE}, found {value}: try {near}"
+                )
+        return width, height
+
+
+def load(bundle: str | Path, *, provider: str = "cpu", threads: int | None = None) -> Pipeline:
+    """Open a bundle, or a folder that `optimum-cli export onnx` wrote, for running.
+
+    provider: cpu, cuda or tensorrt (ONNX Runtime's execution providers). threads: of the CPU, default all.
+    Raises `BundleError` when the folder is no bundle.
+    """
+    if threads is not None and threads < 1:
+        raise RequestError(f"threads must be at least 1, found {threads}")
+    return Pipeline(Bundle.open(bundle), provider=provider, threads=threads)
+
+
+class _timed:
+    """Adds the seconds of its block to `seconds[name]`."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start
+
+
+def _shifted(callback: Callback | None, done: int, total: int) -> Callback | None:
+    if callback is None:
+        return None
+    return lambda k, _, latents: callback(done + k, total, latents)

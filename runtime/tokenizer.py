@@ -1,0 +1,68 @@
+"""Prompts to token ids, with the `tokenizers` library alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from ..bundle import BundleError, Prompt
+from ..engines import Array
+
+_CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class PromptTokenizer:
+    """One text encoder's tokenizer: a window of `prompt.max_length` tokens with start, end and padding."""
+
+    def __init__(self, folder: Path, prompt: Prompt) -> None:
+        """Raises `BundleError` when the tokenizer's files are missing or damaged."""
+        self._prompt = prompt
+        self._tokenizer = _load(folder)
+
+    def encode(self, texts: Sequence[str]) -> tuple[Array, list[str]]:
+        """Token ids, int64 (len(texts), max_length), and for each text the part that did not fit ("" if all did)."""
+        spec = self._prompt
+        rows, cut = [], []
+        for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False):
+            ids = encoding.ids
+            room = spec.max_length - 2
+            cut.append(self._tokenizer.decode(ids[room:]).replace("</w>", " ").strip() if len(ids) > room else "")
+            row = [spec.bos_token_id, *ids[:room], spec.eos_token_id]
+            rows.append(row + [spec.pad_token_id] * (spec.max_length - len(row)))
+        return np.array(rows, np.int64), cut
+
+
+def _load(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else _clip(folder)
+    except Exception as error:  # the Rust side raises plain Exception
+        raise BundleError(f"the tokenizer in {folder} cannot be read ({error}); compile the bundle again") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _clip(folder: Path) -> Tokenizer:
+    """CLIP's byte-pair encoding from `vocab.json` and `merges.txt` (Radford et al. 2021)."""
+    model = models.BPE.from_file(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        unk_token="<|endoftext|>",
+        end_of_word_suffix="</w>",
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

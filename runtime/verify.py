@@ -1,0 +1,63 @@
+"""`verify`: the hashes of a bundle, then each component against what torch gave when it was compiled."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..bundle import Bundle, BundleError
+from ..engines import Array
+from .pipeline import Pipeline
+
+TOLERANCE = 1e-4
+"""As in compile: the largest absolute difference, as a fraction of the largest output value (and at least of 1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One component: the largest difference to the recorded reference and what was allowed."""
+
+    component: str
+    max_abs_error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_abs_error <= self.allowed
+
+
+def verify(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> Iterator[Check]:
+    """Check every hash, then yield one `Check` a component as it is done.
+
+    Raises `BundleError` when a file was changed, or for a bundle without recorded references.
+    """
+    if bundle.foreign:
+        raise BundleError(f"{bundle.root} has no bundle.json and so nothing to verify against: compile it")
+    bundle.check()
+    pipeline = Pipeline(bundle, provider=provider, threads=threads)
+    for name in bundle.manifest.components:
+        feeds, expected = _reference(bundle, name)
+        found = pipeline.engine(name)(feeds)
+        error, allowed = 0.0, np.inf
+        for output, reference in expected.items():
+            if output not in found or found[output].shape != reference.shape:
+                raise BundleError(f"{name}: output {output!r} is not of the recorded shape; compile the bundle again")
+            difference = float(np.abs(found[output] - reference).max())
+            error = max(error, difference if np.isfinite(difference) else np.inf)
+            allowed = min(allowed, TOLERANCE * max(1.0, float(np.abs(reference).max())))
+        pipeline.release(name)
+        yield Check(name, error, allowed)
+
+
+def _reference(bundle: Bundle, name: str) -> tuple[dict[str, Array], dict[str, Array]]:
+    path = bundle.path(f"reports/reference/{name}.npz")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path} cannot be read ({error}); compile the bundle again") from None
+    feeds = {key.removeprefix("in."): value for key, value in arrays.items() if key.startswith("in.")}
+    return feeds, {key.removeprefix("out."): value for key, value in arrays.items() if key.startswith("out.")}
