@@ -1,0 +1,41 @@
+# Each target sets up what it needs in .venv, from the versions pinned in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: build/pico.bundle/bundle.json
+	$(BIN)/diffoundry run build/pico.bundle "a large red star at the left on a navy background" --seed 7 --steps 20 -o build/star.png
+	$(BIN)/python -m diffoundry.examples.pico.demo build/pico.bundle demo.png
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/diffoundry
+	cd $(VENV)/typing && MYPYPATH=. ../bin/mypy --config-file diffoundry/pyproject.toml -p diffoundry
+
+bench: build/pico.bundle/bundle.json
+	$(BIN)/python -m diffoundry.benchmarks.pico examples/pico build/pico.bundle
+	$(BIN)/python -m diffoundry.benchmarks.startup build/pico.bundle
+
+build/pico.bundle/bundle.json: $(READY) $(wildcard examples/pico/*/*)
+	mkdir -p build
+	$(BIN)/diffoundry compile examples/pico -o build/pico.bundle
+	touch $@
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build .venv

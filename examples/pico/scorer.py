@@ -1,0 +1,88 @@
+"""Read the attributes of a scene off a picture: which size, colour, shape, place and background it shows.
+
+The reading is analysis by synthesis. Background: the palette colour nearest to the median of the border. Colour: the
+one nearest to the pixels that differ most from the background. Place: the one nearest to the centroid of the shape.
+Shape and size: the rendering, moved to that centroid, that overlaps best; under `MIN_OVERLAP` it is no shape at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+
+from .world import ATTRIBUTES, BACKGROUNDS, COLORS, PLACES, SHAPES, SIDE, SIZES, Scene, coverage
+
+MIN_OVERLAP = 0.75
+"""Dice coefficient under which a blob counts as no shape."""
+
+_RADII = (0.93, 0.98, 1.03, 1.08)
+_NOTHING = 24.0
+"""Largest difference to the background, of 255, at which a picture shows no shape."""
+
+
+def read(image: np.ndarray) -> dict[str, str | None]:
+    """The attributes of a uint8 RGB picture of shape (64, 64, 3), each None when it shows none.
+
+    Raises ValueError for another shape or dtype.
+    """
+    if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
+        raise ValueError(f"a picture must be uint8 of shape ({SIDE}, {SIDE}, 3), found {image.dtype} {image.shape}")
+    pixels = image.astype(np.float32)
+    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    background = np.median(border, axis=0)
+    found: dict[str, str | None] = dict.fromkeys(ATTRIBUTES)
+    found["background"] = _nearest(BACKGROUNDS, background)
+    difference = np.linalg.norm(pixels - background, axis=2)
+    if difference.max() < _NOTHING:
+        return found
+    core = pixels[difference > 0.7 * difference.max()]
+    foreground = np.median(core, axis=0)
+    found["color"] = _nearest(COLORS, foreground)
+    direction = foreground - background
+    mask = np.clip((pixels - background) @ direction / (direction @ direction), 0, 1)
+    mask[mask < 0.15] = 0
+    y, x = _centroid(mask)
+    found["place"] = _nearest({name: (SIDE / 2 + dx, SIDE / 2 + dy) for name, (dx, dy) in PLACES.items()}, np.array([x, y]))
+    overlaps = {
+        (shape, size): max(_overlap(mask, shape, SIZES[size] * k, x, y) for k in _RADII) for shape in SHAPES for size in SIZES
+    }
+    shape, size = max(overlaps, key=lambda pair: overlaps[pair])
+    if overlaps[shape, size] >= MIN_OVERLAP:
+        found["shape"], found["size"] = shape, size
+    return found
+
+
+def score(pictures: Iterable[np.ndarray], scenes: Iterable[Scene]) -> dict[str, float]:
+    """The share of each attribute that is right over the pairs, and `all`: their mean."""
+    right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
+    for picture, scene in zip(pictures, scenes, strict=True):
+        found = read(picture)
+        for name in ATTRIBUTES:
+            right[name].append(found[name] == getattr(scene, name))
+    shares = {name: float(np.mean(values)) for name, values in right.items()}
+    return {**shares, "all": float(np.mean(list(shares.values())))}
+
+
+def _nearest(palette: dict[str, tuple[int, int, int]] | dict[str, tuple[float, float]], value: np.ndarray) -> str:
+    return min(palette, key=lambda name: float(np.linalg.norm(np.array(palette[name]) - value)))
+
+
+def _centroid(mask: np.ndarray) -> tuple[float, float]:
+    rows, columns = np.mgrid[0:SIDE, 0:SIDE] + 0.5
+    total = mask.sum()
+    return float((mask * rows).sum() / total), float((mask * columns).sum() / total)
+
+
+@functools.cache
+def _own_centroid(shape: str) -> tuple[float, float]:
+    """How far the centroid of a shape lies from its centre, as a fraction of its radius."""
+    y, x = _centroid(coverage(shape, SIDE / 2, SIDE / 2, SIDE / 4))
+    return (y - SIDE / 2) / (SIDE / 4), (x - SIDE / 2) / (SIDE / 4)
+
+
+def _overlap(mask: np.ndarray, shape: str, radius: float, x: float, y: float) -> float:
+    dy, dx = _own_centroid(shape)
+    template = coverage(shape, x - dx * radius, y - dy * radius, radius)
+    return float(2 * (mask * template).sum() / ((mask**2).sum() + (template**2).sum()))
