@@ -37,7 +37,9 @@ class Bundle:
         elif (root / "model_index.json").is_file():
             bundle = cls(root, optimum.describe(root), foreign=True)
         else:
-            raise BundleError(f"{root} holds no {MANIFEST_NAME}: it is not a bundle; make one with `diffoundry compile`")
+            raise BundleError(
+                f"{root} holds no {MANIFEST_NAME}: it is not a bundle; make one with `diffoundry compile`"
+            )
         for name in bundle.manifest.all_files():
             inside(root, name)
         for prompt in bundle.manifest.prompts.values():

@@ -64,7 +64,14 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def inside(root: Path, relative: str) -> Path:
     """`root / relative`, refused with `BundleError` when it is absolute or leads out of `root`."""
     pure = PurePosixPath(relative)
-    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or ":" in relative or "\0" in relative:
+    if (
+        not relative
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or "\\" in relative
+        or ":" in relative
+        or "\0" in relative
+    ):
         raise BundleError(f"path {relative!r} leaves the bundle; the bundle is damaged or hostile: do not use it")
     path = root / relative
     if not path.resolve().is_relative_to(root.resolve()):

@@ -28,7 +28,7 @@ for command in (compile_command, run_command, inspect_command, verify_command):
 def main() -> NoReturn:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="diffoundry", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

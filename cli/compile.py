@@ -13,15 +13,25 @@ from .progress import progress
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The bundle folder to make.")
 @click.option(
-    "--engine", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True, help="What runs the models."
+    "--engine",
+    type=click.Choice(["onnxruntime"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the models.",
 )
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What the engines are built for."
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What the engines are built for.",
 )
 @click.option(
     "--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of weights and activations."
 )
-@click.option("--family", type=click.Choice(["stable-diffusion"]), help="Override the family found in model_index.json.")
+@click.option(
+    "--family", type=click.Choice(["stable-diffusion"]), help="Override the family found in model_index.json."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def compile_command(
     checkpoint: str, output: str, engine: str, device: str, precision: str, family: str | None, as_json: bool

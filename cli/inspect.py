@@ -25,7 +25,7 @@ def inspect_command(bundle: str, as_json: bool) -> None:
         parity = read_json(opened.root / "reports" / "parity.json", "the parity report")
     engines = EngineStore(opened.root / "engines").records()
     sizes = {
-        name: sum(opened.path(file).stat().st_size for file in part.files if opened.path(file).is_file())
+        name: sum(path.stat().st_size for path in opened.path(part.model).parent.glob("*") if path.is_file())
         for name, part in opened.manifest.components.items()
     }
     if as_json:
@@ -37,7 +37,7 @@ def inspect_command(bundle: str, as_json: bool) -> None:
 
 def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     manifest = opened.manifest
     console = Console(highlight=False)
@@ -48,7 +48,7 @@ def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: l
         f"default size {manifest.default_width}x{manifest.default_height}, any multiple of {latents.downscale}; "
         f"{latents.channels} latent channels, scaling factor {latents.scaling_factor:g}"
     )
-    table = Table("component", "size", "inputs", "outputs", "max error to torch")
+    table = Table(Column("component", no_wrap=True), "size", "inputs", "outputs", "error to torch")
     for name, component in manifest.components.items():
         cases = parity.get(name, {}).get("cases", [])
         worst = f"{max(case['max_abs_error'] for case in cases):.1e}" if cases else "not measured"

@@ -25,7 +25,9 @@ def progress(title: str, *, shown: bool = True, every: float = 5.0) -> Iterator[
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=None)
-            yield lambda text, done, total: bar.update(task, description=f"{title}: {text}", completed=done, total=total)
+            yield lambda text, done, total: bar.update(
+                task, description=f"{title}: {text}", completed=done, total=total
+            )
     else:
         start = time.monotonic()
         last: list[object] = ["", start - every]

@@ -94,9 +94,7 @@ def run_command(
         print(
             json.dumps(
                 {
-                    "images": [
-                        {"path": str(path), "seed": own} for path, own in zip(paths, result.seeds, strict=True)
-                    ],
+                    "images": [{"path": str(path), "seed": own} for path, own in zip(paths, result.seeds, strict=True)],
                     "request": result.request,
                     "provider": provider,
                     "cut": result.cut,

@@ -31,4 +31,6 @@ def verify_command(bundle: str, provider: str, threads: int | None, as_json: boo
     else:
         click.echo(f"{len(opened.manifest.all_files())} files unchanged")
     if failed:
-        raise BundleError(f"{', '.join(failed)} no longer gives what torch gave: compile the bundle again on this machine")
+        raise BundleError(
+            f"{', '.join(failed)} no longer gives what torch gave: compile the bundle again on this machine"
+        )

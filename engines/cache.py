@@ -37,9 +37,9 @@ class EngineStore:
         try:
             record = read_json(folder / RECORD_NAME, "the engine record")
             files = record.get("files")
-            if record.get("key") == key and isinstance(files, dict) and files:
-                if all(sha256_file(inside(folder, name)) == digest for name, digest in files.items()):
-                    return folder
+            named = record.get("key") == key and isinstance(files, dict) and bool(files)
+            if named and all(sha256_file(inside(folder, name)) == digest for name, digest in record["files"].items()):
+                return folder
         except (BundleError, OSError):
             pass
         shutil.rmtree(folder, ignore_errors=True)

@@ -99,7 +99,9 @@ class OnnxRuntimeEngine:
                 else:
                     work = stack.enter_context(store.building(key, built_from))
                     options.optimized_model_filepath = str(work / _OPTIMIZED)
-                    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _OPTIMIZED_DATA)
+                    options.add_session_config_entry(
+                        "session.optimized_model_external_initializers_file_name", _OPTIMIZED_DATA
+                    )
                     options.add_session_config_entry(
                         "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
                     )
@@ -132,8 +134,8 @@ class OnnxRuntimeBound:
         self._session = engine._session
         self._host = engine.provider == "cpu"
         self._binding = self._session.io_binding()
-        self._feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        if any(self._feeds[name] is not feeds[name] for name in feeds):
+        self._feeds = dict(feeds)
+        if not all(array.flags.c_contiguous for array in feeds.values()):
             raise EngineError(f"{engine.component}: arrays must be contiguous to be bound")
         device = "cpu" if self._host else "cuda"
         # On the CPU an OrtValue made from a NumPy array shares its memory.

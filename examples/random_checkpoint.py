@@ -86,7 +86,9 @@ def make(size: str, out: Path, seed: int = 0) -> None:
     shape = SIZES[size]
     torch.manual_seed(seed)
     tokens = shape["vocabulary"]
-    tokenizer = CLIPTokenizer(**_vocabulary(tokens), pad_token=shape.get("pad_token", "<|endoftext|>"), model_max_length=77)
+    tokenizer = CLIPTokenizer(
+        **_vocabulary(tokens), pad_token=shape.get("pad_token", "<|endoftext|>"), model_max_length=77
+    )
     ids = {"bos_token_id": tokens - 2, "eos_token_id": tokens - 1, "pad_token_id": tokenizer.pad_token_id}
     text = CLIPTextModel(CLIPTextConfig(vocab_size=tokens, max_position_embeddings=77, **ids, **shape["text"]))
     unet = UNet2DConditionModel(in_channels=4, out_channels=4, **_SD_BLOCKS, **shape["unet"])

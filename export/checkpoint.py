@@ -47,7 +47,9 @@ class Checkpoint:
         """The folder of component `name`, whose weights were checked to be whole. Raises `CheckpointError`."""
         folder = self.root / name
         if not folder.is_dir():
-            raise CheckpointError(f"{self.root} has no folder {name!r}: the checkpoint is incomplete, download it again")
+            raise CheckpointError(
+                f"{self.root} has no folder {name!r}: the checkpoint is incomplete, download it again"
+            )
         for path in sorted(folder.glob("*.safetensors")):
             check_safetensors(path)
         return folder

@@ -13,9 +13,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..bundle import MANIFEST_NAME, Bundle, BundleError, CheckpointError, Component, DiffoundryError, Manifest
+from ..bundle import MANIFEST_NAME, Bundle, BundleError, Component, DiffoundryError, Manifest
 from ..bundle.files import (
     disk_error,
     exclusive,
@@ -30,8 +30,10 @@ from ..bundle.files import (
 from ..bundle.manifest import to_json
 from ..engines import EngineStore
 from .checkpoint import Checkpoint
-from .families import Family, family_of
 from .plan import ComponentPlan
+
+if TYPE_CHECKING:
+    from .families import Family
 
 Progress = Callable[[str, int, int], None]
 """`progress(stage, done, total)`, before each stage and once at the end."""
@@ -76,6 +78,8 @@ def compile(
         if value not in known:
             raise DiffoundryError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
     _require_export()
+    from .families import family_of  # imports torch
+
     source = Checkpoint.open(checkpoint)
     family_name, rules = family_of(source, family)
     target = Path(out).absolute()
@@ -242,7 +246,12 @@ class _Build:
     def _keep(self, name: str, stage: Stage) -> None:
         (self.work / ".stages").mkdir(exist_ok=True)
         component = {"model": stage.component.model, "dtype": stage.component.dtype, "files": stage.component.files}
-        record = {"key": stage.component.key, "component": component, "parity": stage.parity, "reference": stage.reference}
+        record = {
+            "key": stage.component.key,
+            "component": component,
+            "parity": stage.parity,
+            "reference": stage.reference,
+        }
         write_json(self.work / ".stages" / f"{name}.json", record)
 
     def _build(self, plan: ComponentPlan, key: str) -> Stage:
@@ -321,7 +330,11 @@ class _Build:
             prompts=prompts,
             default_width=width,
             default_height=height,
-            source={"name": self.source.root.resolve().name, "pipeline": self.source.class_name, "sha256": sha256_json(hashes)},
+            source={
+                "name": self.source.root.resolve().name,
+                "pipeline": self.source.class_name,
+                "sha256": sha256_json(hashes),
+            },
             versions={**self.versions, **_running_versions()},
         )
         write_json(work / MANIFEST_NAME, to_json(manifest))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
 
     variant = {} if _plain_weights(folder) or not _fp16_weights(folder) else {"variant": "fp16"}
     try:
-        model, info = kind.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True, **variant)
+        with _quiet():
+            model, info = kind.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True, **variant)
     except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder} cannot be loaded: {reason[:300]}") from None
@@ -26,6 +29,27 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
             f"({len(missing)} in all): the checkpoint is incomplete, download it again"
         )
     return model.float().eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars, and no warnings of missing weights: those are errors here."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_transformers)
+    levels = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level, bar in zip(libraries, levels, bars, strict=True):
+            library.set_verbosity(level)
+            if bar:
+                library.enable_progress_bar()
 
 
 def _plain_weights(folder: Path) -> bool:

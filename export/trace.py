@@ -66,10 +66,14 @@ def _name_axes(plan: ComponentPlan, model: Any) -> None:
     for tensor in (*plan.inputs, *plan.outputs):
         value = values.get(tensor.name)
         if value is None or value.shape is None or len(value.shape) != len(tensor.shape):
-            raise CheckpointError(f"{plan.name}: the traced model has no tensor {tensor.name!r} of rank {len(tensor.shape)}")
+            raise CheckpointError(
+                f"{plan.name}: the traced model has no tensor {tensor.name!r} of rank {len(tensor.shape)}"
+            )
         for i, axis in enumerate(tensor.shape):
             if isinstance(axis, str) and isinstance(value.shape[i], int):
-                raise CheckpointError(f"{plan.name}: axis {axis!r} of {tensor.name!r} was fixed to {value.shape[i]} in tracing")
+                raise CheckpointError(
+                    f"{plan.name}: axis {axis!r} of {tensor.name!r} was fixed to {value.shape[i]} in tracing"
+                )
         value.shape = onnx_ir.Shape(list(tensor.shape))
 
 
@@ -81,7 +85,11 @@ def _repeat(name: str, model: Any) -> None:
     vector = next(value for value in graph.inputs if value.name == name)
     rows = onnx_ir.node("Shape", [graph.inputs[0]], {"start": 0, "end": 1}, name="rows_of_batch")
     expand = onnx_ir.node("Expand", [vector, rows.outputs[0]], name=f"{name}_of_rows")
-    expand.outputs[0].name, expand.outputs[0].dtype, expand.outputs[0].shape = f"{name}_of_rows", vector.dtype, vector.shape
+    expand.outputs[0].name, expand.outputs[0].dtype, expand.outputs[0].shape = (
+        f"{name}_of_rows",
+        vector.dtype,
+        vector.shape,
+    )
     rows.outputs[0].name = "rows_of_batch"
     onnx_ir.convenience.replace_all_uses_with(vector, expand.outputs[0])
     expand.replace_input_with(0, vector)

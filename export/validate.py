@@ -51,7 +51,8 @@ def compare(plan: ComponentPlan, engine: Engine, cases: list[Case]) -> dict[str,
         for name, reference in expected.items():
             if found[name].shape != reference.shape:
                 raise CheckpointError(
-                    f"{plan.name}: output {name!r} has shape {found[name].shape}, torch gives {reference.shape} for {shapes}"
+                    f"{plan.name}: output {name!r} has shape {found[name].shape}, "
+                    f"torch gives {reference.shape} for {shapes}"
                 )
             largest = float(np.abs(reference).max())
             error = float(np.abs(found[name] - reference).max())
@@ -70,4 +71,4 @@ def save_reference(path: Path, case: Case) -> None:
     arrays = {f"in.{name}": array for name, array in feeds.items()} | {f"out.{n}": a for n, a in outputs.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -22,7 +22,9 @@ METADATA_KEY = "diffoundry"
 def to_image(sample: Array) -> Image.Image:
     """A decoded sample, float (3, H, W) in [-1, 1], as an RGB picture, rounded as diffusers rounds."""
     if not np.isfinite(sample).all():
-        raise EngineError("the decoded image is not finite (NaN or infinity): the VAE overflowed; use a bundle of higher precision")
+        raise EngineError(
+            "the decoded image is not finite (NaN or infinity): the VAE overflowed; use a bundle of higher precision"
+        )
     unit = np.clip(sample.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
     return Image.fromarray(np.round(unit * 255).astype(np.uint8).transpose(1, 2, 0))
 
@@ -33,7 +35,9 @@ def output_paths(path: Path, count: int) -> list[Path]:
     Raises `RequestError` when the folder does not exist or the format is not PNG.
     """
     if path.suffix.lower() != ".png":
-        raise RequestError(f"the output {path} must end in .png: other formats would lose the record of how it was made")
+        raise RequestError(
+            f"the output {path} must end in .png: other formats would lose the record of how it was made"
+        )
     if not path.parent.is_dir():
         raise RequestError(f"the folder {path.parent} does not exist: make it, or choose another --output")
     if path.is_dir():

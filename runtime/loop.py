@@ -37,7 +37,9 @@ class _Call:
 class Denoiser:
     """The guided model: binds the U-Net's buffers once for a batch and prompt, then predicts step after step."""
 
-    def __init__(self, unet: Engine, shape: tuple[int, ...], prompt: Array, negative: Array | None, guidance: Guidance) -> None:
+    def __init__(
+        self, unet: Engine, shape: tuple[int, ...], prompt: Array, negative: Array | None, guidance: Guidance
+    ) -> None:
         """shape: (N, C, H, W) of the latents; prompt, negative: (N, tokens, width)."""
         self._unet, self._shape, self._guidance = unet, shape, guidance
         self._prompt, self._negative = prompt, negative
@@ -53,7 +55,7 @@ class Denoiser:
         else:
             negative = self._call("negative")(x, timestep)
             prompt = self._call("prompt")(x, timestep)
-        difference = np.subtract(prompt, negative, dtype=np.float32)
+        difference: Array = np.subtract(prompt, negative, dtype=np.float32)
         difference *= np.float32(self._guidance.scale)
         difference += negative
         return difference
@@ -64,15 +66,17 @@ class Denoiser:
         return self._calls[kind]
 
     def _bind(self, kind: str) -> _Call:
-        parts = {"prompt": [self._prompt], "negative": [self._negative], "joint": [self._negative, self._prompt]}[kind]
-        embeddings = np.concatenate([part for part in parts if part is not None])
+        halves = {"prompt": (self._prompt,), "negative": (self._negative,), "joint": (self._negative, self._prompt)}
+        embeddings = np.concatenate([half for half in halves[kind] if half is not None])
         specs = {tensor.name: tensor for tensor in self._unet.inputs}
         missing = {"sample", "timestep", "encoder_hidden_states"} - set(specs)
         if missing:
             raise EngineError(f"unet: the model has no input {', '.join(sorted(missing))}: it is of another family")
         rows = len(embeddings)
         # ours takes one timestep a row; exports of other tools take a scalar, or one for all rows
-        timestep_shape = (rows,) if specs["timestep"].shape == specs["sample"].shape[:1] else (1,) * len(specs["timestep"].shape)
+        timestep_shape = (
+            (rows,) if specs["timestep"].shape == specs["sample"].shape[:1] else (1,) * len(specs["timestep"].shape)
+        )
         sample = np.zeros((rows, *self._shape[1:]), specs["sample"].dtype)
         timestep = np.zeros(timestep_shape, specs["timestep"].dtype)
         feeds: Mapping[str, Array] = {
@@ -107,9 +111,11 @@ def denoise(
             raise StoppedError(f"stopped by the callback after step {k + 1} of {table.steps}")
     if not np.isfinite(registers[0]).all():
         raise EngineError(
-            "the final latents are not finite (NaN or infinity): the model overflowed; lower the guidance or use a bundle of higher precision"
+            "the final latents are not finite (NaN or infinity): the model overflowed; "
+            "lower the guidance or use a bundle of higher precision"
         )
-    return registers[0]
+    final: Array = registers[0]
+    return final
 
 
 def draw(generators: Sequence[TorchGenerator], shape: tuple[int, ...]) -> Array:

@@ -112,10 +112,10 @@ class Pipeline:
         """Text embeddings, (len(prompts), tokens, width), in one call, and what was cut off each prompt."""
         with self._lock:
             if "text_encoder" not in self._tokenizers:
-                spec = self.bundle.manifest.prompts["text_encoder"]
+                prompt = self.bundle.manifest.prompts["text_encoder"]
                 files = [name for name in self.bundle.manifest.files if name.startswith(("tokenizer/", "scheduler/"))]
                 self.bundle.check(files)
-                self._tokenizers["text_encoder"] = PromptTokenizer(self.bundle.path(spec.tokenizer), spec)
+                self._tokenizers["text_encoder"] = PromptTokenizer(self.bundle.path(prompt.tokenizer), prompt)
             tokenizer = self._tokenizers["text_encoder"]
         ids, cut = tokenizer.encode(prompts)
         engine = self.engine("text_encoder")
@@ -130,10 +130,15 @@ class Pipeline:
         engine = self.engine("vae_decoder")
         spec = engine.inputs[0]
         scaled = latents / np.float32(settings.scaling_factor) + np.float32(settings.shift_factor)
-        rows = [engine({spec.name: scaled[i : i + 1].astype(spec.dtype)})[engine.outputs[0].name] for i in range(len(scaled))]
+        rows = [
+            engine({spec.name: scaled[i : i + 1].astype(spec.dtype)})[engine.outputs[0].name]
+            for i in range(len(scaled))
+        ]
         return np.concatenate(rows)
 
-    def generate(self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None) -> Result:
+    def generate(
+        self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None
+    ) -> Result:
         """Run `request`.
 
         batch: images in one U-Net call (default: all). low_memory: drop each engine when its part is done.
@@ -186,7 +191,8 @@ class Pipeline:
     def __call__(self, prompt: str, **options: Any) -> Result:
         """`generate` with plain keywords.
 
-        Those of `Request` (guidance as a number), `guidance_mode`, `guidance_interval`, `batch`, `low_memory`, `callback`.
+        They are those of `Request` (guidance as a number), `guidance_mode`, `guidance_interval`, and those of
+        `generate`: `batch`, `low_memory`, `callback`.
         """
         run = {key: options.pop(key) for key in ("batch", "low_memory", "callback") if key in options}
         guidance = {
@@ -209,7 +215,11 @@ class Pipeline:
         unit = manifest.latents.downscale
         for name, value in (("width", width), ("height", height)):
             if not isinstance(value, int) or value < unit or value % unit or value > _LARGEST_SIDE:
-                near = min(max(unit, round(value / unit) * unit), _LARGEST_SIDE) if isinstance(value, (int, float)) else unit
+                near = (
+                    min(max(unit, round(value / unit) * unit), _LARGEST_SIDE)
+                    if isinstance(value, (int, float))
+                    else unit
+                )
                 raise RequestError(
                     f"{name} must be a multiple of {unit} from {unit} to {_LARGEST_SIDE}, found {value}: try {near}"
                 )

@@ -45,7 +45,9 @@ def main(bundle: str, out: Path, seed: int, steps: int) -> None:
     print(f"wrote {out}")
 
 
-def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _wrapped(
+    text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,6 +1,6 @@
 """Score a bundle of pico on captions that training never saw:
 
-    python -m diffoundry.examples.pico.score build/pico.bundle
+python -m diffoundry.examples.pico.score build/pico.bundle
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ GUIDANCE = 7.5
 
 @click.command()
 @click.argument("bundle", type=click.Path())
-@click.option("--captions", default=200, show_default=True, type=click.IntRange(1, 200), help="Held-out captions to draw.")
+@click.option(
+    "--captions", default=200, show_default=True, type=click.IntRange(1, 200), help="Held-out captions to draw."
+)
 @click.option("--scheduler", default="dpm++2m", show_default=True)
 @click.option("--steps", default=20, show_default=True)
 @click.option("--guidance", default=GUIDANCE, show_default=True)

@@ -30,7 +30,14 @@ def read(image: np.ndarray) -> dict[str, str | None]:
     if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
         raise ValueError(f"a picture must be uint8 of shape ({SIDE}, {SIDE}, 3), found {image.dtype} {image.shape}")
     pixels = image.astype(np.float32)
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    border = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
     background = np.median(border, axis=0)
     found: dict[str, str | None] = dict.fromkeys(ATTRIBUTES)
     found["background"] = _nearest(BACKGROUNDS, background)
@@ -44,9 +51,13 @@ def read(image: np.ndarray) -> dict[str, str | None]:
     mask = np.clip((pixels - background) @ direction / (direction @ direction), 0, 1)
     mask[mask < 0.15] = 0
     y, x = _centroid(mask)
-    found["place"] = _nearest({name: (SIDE / 2 + dx, SIDE / 2 + dy) for name, (dx, dy) in PLACES.items()}, np.array([x, y]))
+    found["place"] = _nearest(
+        {name: (SIDE / 2 + dx, SIDE / 2 + dy) for name, (dx, dy) in PLACES.items()}, np.array([x, y])
+    )
     overlaps = {
-        (shape, size): max(_overlap(mask, shape, SIZES[size] * k, x, y) for k in _RADII) for shape in SHAPES for size in SIZES
+        (shape, size): max(_overlap(mask, shape, SIZES[size] * k, x, y) for k in _RADII)
+        for shape in SHAPES
+        for size in SIZES
     }
     shape, size = max(overlaps, key=lambda pair: overlaps[pair])
     if overlaps[shape, size] >= MIN_OVERLAP:

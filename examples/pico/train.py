@@ -14,7 +14,6 @@ On 2 CPU cores the whole recipe takes between one and three hours.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,14 +23,25 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.training_utils import EMAModel, compute_snr
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .world import Scene, all_scenes, caption, random_caption, render, split_scenes
 
-BETAS: dict[str, Any] = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BETAS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
 CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -42,13 +52,20 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     learner = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     learner.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     learner.train_from_iterator((caption(scene) for scene in all_scenes()), trainer)
-    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges = [
+        pair if isinstance(pair, list) else pair.split(" ") for pair in json.loads(learner.to_str())["model"]["merges"]
+    ]
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
@@ -106,7 +123,7 @@ def make_unet() -> UNet2DConditionModel:
 def _save(path: Path, state: dict[str, Any]) -> None:
     beside = path.with_suffix(".part")
     torch.save(state, beside)
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def _to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -164,7 +181,15 @@ def train_autoencoder(work: Path, steps: int, batch: int = 16) -> AutoencoderKL:
             _log("autoencoder", step + 1, steps, running / 100, since)
             running = 0.0
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            _save(path, {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1})
+            _save(
+                path,
+                {
+                    "model": vae.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "step": step + 1,
+                },
+            )
     vae.eval()
     rng = np.random.default_rng(3)
     with torch.no_grad():
@@ -192,7 +217,9 @@ def encode_world(vae: AutoencoderKL, work: Path, count: int) -> tuple[torch.Tens
     return state["latents"], state["scenes"]
 
 
-def _batches(latents: torch.Tensor, scenes: torch.Tensor, start: int, steps: int, batch: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
+def _batches(
+    latents: torch.Tensor, scenes: torch.Tensor, start: int, steps: int, batch: int
+) -> Iterator[tuple[torch.Tensor, list[str]]]:
     train, _ = split_scenes()
     for step in range(start, steps):
         rng = np.random.default_rng((2, step))
@@ -212,7 +239,9 @@ def train_diffusion(
     both.train()
     noiser = DDPMScheduler(**BETAS)
     optimizer = torch.optim.AdamW(both.parameters(), lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.04, final_div_factor=100)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-3, total_steps=steps, pct_start=0.04, final_div_factor=100
+    )
     ema = EMAModel(both.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
     path, start = work / "diffusion.pt", 0
     if path.exists():
@@ -252,7 +281,9 @@ def train_diffusion(
     return text_encoder, unet
 
 
-def write_checkpoint(out: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> None:
+def write_checkpoint(
+    out: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
+) -> None:
     """Write the diffusers folder: autoencoder and U-Net stored in fp16, the small text encoder in fp32."""
     scheduler = DPMSolverMultistepScheduler(**BETAS, steps_offset=1)
     pipeline = StableDiffusionPipeline(
@@ -271,8 +302,20 @@ def write_checkpoint(out: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel,
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("build/pico"), show_default=True, help="Where to write the checkpoint.")
-@click.option("--work", type=click.Path(path_type=Path), default=Path("build/pico-train"), show_default=True, help="Training state, to resume from.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("build/pico"),
+    show_default=True,
+    help="Where to write the checkpoint.",
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("build/pico-train"),
+    show_default=True,
+    help="Training state, to resume from.",
+)
 @click.option("--vae-steps", default=9000, show_default=True)
 @click.option("--steps", default=16000, show_default=True, help="Steps of the diffusion stage.")
 def main(out: Path, work: Path, vae_steps: int, steps: int) -> None:

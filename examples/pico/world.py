@@ -112,7 +112,20 @@ def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
         return [(x, y - 1.1 * r), (x + 0.8 * r, y), (x, y + 1.1 * r), (x - 0.8 * r, y)]
     if shape == "cross":
         a, b = 0.34 * r, r
-        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        corners = [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
         return [(x + dx, y + dy) for dx, dy in corners]
     if shape == "heart":
         points = []
@@ -139,10 +152,10 @@ def coverage(shape: str, x: float, y: float, r: float, side: int = SIDE) -> np.n
 
 def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
     """Draw `scene` as uint8 RGB of shape (64, 64, 3); `rng` moves, resizes and tints it a little."""
-    dx, dy = PLACES[scene.place]
+    dx, dy = (float(offset) for offset in PLACES[scene.place])
     radius = SIZES[scene.size]
-    foreground = np.array(COLORS[scene.color], np.float32)
-    background = np.array(BACKGROUNDS[scene.background], np.float32)
+    foreground: np.ndarray = np.array(COLORS[scene.color], np.float64)
+    background: np.ndarray = np.array(BACKGROUNDS[scene.background], np.float64)
     if rng is not None:
         dx, dy = dx + rng.uniform(-1.5, 1.5), dy + rng.uniform(-1.5, 1.5)
         radius *= rng.uniform(0.94, 1.06)

@@ -115,7 +115,9 @@ def components(checkpoint: Checkpoint) -> list[ComponentPlan]:
             source="vae",
             load=module(VaeDecoder, AutoencoderKL, "vae"),
             inputs=(
-                Tensor("latent_sample", "float32", ("batch_size", vae["latent_channels"], "latent_height", "latent_width")),
+                Tensor(
+                    "latent_sample", "float32", ("batch_size", vae["latent_channels"], "latent_height", "latent_width")
+                ),
             ),
             outputs=(Tensor("sample", "float32", ("batch_size", vae["out_channels"], "height", "width")),),
             axes={"batch_size": batch, "latent_height": Axis(4, 12), "latent_width": Axis(4, 12)},
@@ -154,10 +156,13 @@ def _check_unet(config: dict[str, Any]) -> None:
     }
     for name, meaning in unsupported.items():
         if config.get(name) is not None:
-            raise CheckpointError(f"the U-Net takes {meaning} ({name}), which the stable-diffusion family does not support")
+            raise CheckpointError(
+                f"the U-Net takes {meaning} ({name}), which the stable-diffusion family does not support"
+            )
     if config.get("in_channels") != config.get("out_channels"):
         raise CheckpointError(
-            f"the U-Net takes {config.get('in_channels')} channels (an inpainting or depth model), which is not supported"
+            f"the U-Net takes {config.get('in_channels')} channels (an inpainting or depth model), "
+            "which is not supported"
         )
 
 

@@ -55,7 +55,9 @@ def find_sampler(config: Config, name: str | None) -> tuple[str, Sampler]:
         return key, SAMPLERS[key]
     known = ", ".join(SAMPLERS)
     if name is None:
-        raise RequestError(f"the bundle's own scheduler {asked or '(none)'} is not supported: add --scheduler with one of {known}")
+        raise RequestError(
+            f"the bundle's own scheduler {asked or '(none)'} is not supported: add --scheduler with one of {known}"
+        )
     near = difflib.get_close_matches(key, [*SAMPLERS, *by_class], n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise RequestError(f"unknown scheduler {name!r}: {hint}the schedulers are {known}")

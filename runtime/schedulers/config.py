@@ -38,7 +38,9 @@ def alphas_cumprod(config: Config) -> Array:
     elif schedule == "squaredcos_cap_v2":
         betas = _cosine(steps)
     else:
-        raise RequestError(f"the beta schedule {schedule!r} is not supported: use linear, scaled_linear or squaredcos_cap_v2")
+        raise RequestError(
+            f"the beta schedule {schedule!r} is not supported: use linear, scaled_linear or squaredcos_cap_v2"
+        )
     if config.get("rescale_betas_zero_snr"):
         betas = _zero_terminal_snr(betas)
     return _cumprod(np.float32(1) - betas).astype(np.float64)
@@ -111,7 +113,9 @@ def predicted_x0(config: Config, alpha: Array, sigma: Array) -> tuple[Array, Arr
         with np.errstate(divide="ignore"):
             p, q = 1 / alpha, -sigma / alpha
         if not np.isfinite(p).all():
-            raise RequestError("the schedule starts at pure noise, where predicted noise says nothing: use v_prediction")
+            raise RequestError(
+                "the schedule starts at pure noise, where predicted noise says nothing: use v_prediction"
+            )
         return p, q
     if prediction == "sample":
         return np.zeros_like(alpha), np.ones_like(alpha)

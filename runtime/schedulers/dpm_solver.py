@@ -63,6 +63,7 @@ def dpm_solver_pp_2m(config: Config, steps: int) -> Table:
 def _timesteps(config: Config, steps: int) -> np.ndarray:
     total = train_steps(config, steps)
     spacing = config.get("timestep_spacing", "linspace")
+    timesteps: np.ndarray
     if spacing == "linspace":
         timesteps = np.linspace(0, total - 1, steps + 1).round()[::-1][:-1]
     elif spacing == "leading":

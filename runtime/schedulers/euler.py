@@ -30,7 +30,7 @@ def final_sigma(config: Config, sigmas: np.ndarray) -> float:
 
 
 def euler(config: Config, steps: int) -> Table:
-    """Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 2, no churn."""
+    """Karras et al. 2022, "Elucidating the Design Space of Diffusion Models", algorithm 2 (no churn)."""
     refuse(
         config,
         use_karras_sigmas=False,

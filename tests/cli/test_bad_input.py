@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import shutil
@@ -107,7 +108,8 @@ def test_disk_full_during_compile(tmp_path, checkpoint_of):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_compile_goes_on_where_it_was(tmp_path, checkpoint_of, how):
     line = [sys.executable, "-m", "diffoundry", "compile", str(checkpoint_of("pico")), "-o", str(tmp_path / "b")]
-    first = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+    first = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     stages = tmp_path / ".b.part" / ".stages"
     deadline = time.monotonic() + 240
     while not (stages / "vae_decoder.json").exists():
@@ -175,7 +177,8 @@ def test_a_checkpoint_is_not_a_bundle(command, checkpoint_of):
 
 
 @pytest.mark.parametrize(
-    "file", ["unet/model.onnx", "text_encoder/config.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"]
+    "file",
+    ["unet/model.onnx", "text_encoder/config.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"],
 )
 def test_a_file_changed_after_it_was_built(command, copied, tmp_path, file):
     path = copied / file

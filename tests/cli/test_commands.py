@@ -31,7 +31,16 @@ def test_the_png_tells_how_to_make_it_again(command, bundle_of, tmp_path):
     assert command("run", bundle_of("pico"), PROMPT, *options, "-o", tmp_path / "a.png").returncode == 0
     made = read_metadata(tmp_path / "a-1.png")
     again = ["--steps", made["steps"], "--guidance", made["guidance"]["scale"], "--scheduler", made["scheduler"]]
-    again += ["--width", made["width"], "--height", made["height"], "--seed", made["seed"], "-n", made["negative_prompt"]]
+    again += [
+        "--width",
+        made["width"],
+        "--height",
+        made["height"],
+        "--seed",
+        made["seed"],
+        "-n",
+        made["negative_prompt"],
+    ]
     assert command("run", bundle_of("pico"), made["prompt"], *again, "-o", tmp_path / "b.png").returncode == 0
     first, second = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("a-1.png", "b.png"))
     assert np.abs(first - second).max() <= 1

@@ -77,8 +77,12 @@ def test_trajectory_equals_diffusers(sampler, steps, prediction, spacing, schedu
         return
     found_timesteps, found_inputs, found_states = our_trajectory(config, sampler, steps, outputs, seed)
     np.testing.assert_allclose(found_timesteps, timesteps, atol=1e-3)
-    for found, expected in zip([*found_inputs, *found_states], [*inputs, *states], strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(expected).max()))
+    # float32 keeps 7 digits of the largest state so far: with large sigmas the small ones after it lose theirs
+    largest = np.maximum.accumulate([max(1.0, float(np.abs(state).max())) for state in states])
+    for k, (found, expected) in enumerate(zip(found_states, states, strict=True)):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * largest[k])
+    for k, (found, expected) in enumerate(zip(found_inputs, inputs, strict=True)):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * largest[k])
 
 
 @pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])

@@ -1,0 +1,145 @@
+"""The pipeline's own promises: seeds, batches, guidance modes, callbacks, threads."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from diffoundry.bundle import EngineError, RequestError, StoppedError
+from diffoundry.runtime.guidance import Guidance
+from diffoundry.runtime.loop import Denoiser, denoise
+from diffoundry.runtime.noise import TorchGenerator
+from diffoundry.runtime.pipeline import Request, load
+from diffoundry.runtime.schedulers import make_table
+
+PROMPT = "a large red star at the left on a navy background"
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle_of):
+    return load(bundle_of("pico"))
+
+
+@pytest.mark.parametrize("sampler", ["dpm++2m", "ddpm"])
+@pytest.mark.parametrize("batch", [None, 2])
+def test_an_image_of_a_batch_equals_the_image_made_alone(pipe, sampler, batch):
+    together = pipe(PROMPT, seed=5, count=3, steps=6, scheduler=sampler, batch=batch)
+    assert together.seeds == [5, 6, 7]
+    for i, seed in enumerate(together.seeds):
+        alone = pipe(PROMPT, seed=seed, steps=6, scheduler=sampler)
+        np.testing.assert_allclose(together.latents[i], alone.latents[0], atol=TOLERANCE)
+        pixels = [np.asarray(image).astype(int) for image in (together.images[i], alone.images[0])]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_seed_zero_is_a_seed(pipe):
+    first, second = (pipe(PROMPT, seed=0, steps=2) for _ in range(2))
+    np.testing.assert_array_equal(first.latents, second.latents)
+    assert first.seeds == [0]
+    assert not np.allclose(first.latents, pipe(PROMPT, seed=1, steps=2).latents, atol=1e-2)
+
+
+def test_no_seed_is_a_fresh_seed_that_is_told(pipe):
+    first, second = (pipe(PROMPT, steps=2) for _ in range(2))
+    assert first.seeds != second.seeds
+    np.testing.assert_array_equal(pipe(PROMPT, steps=2, seed=first.seeds[0]).latents, first.latents)
+
+
+def test_split_guidance_equals_joint(pipe):
+    joint, split = (
+        pipe(PROMPT, negative_prompt="a ring", seed=1, steps=5, guidance_mode=m) for m in ("joint", "split")
+    )
+    np.testing.assert_allclose(joint.latents, split.latents, atol=TOLERANCE)
+    assert not np.allclose(joint.latents, pipe(PROMPT, seed=1, steps=5, guidance_mode="off").latents, atol=1e-2)
+
+
+def test_guidance_of_one_is_off(pipe):
+    one = pipe(PROMPT, seed=1, steps=4, guidance=1.0)
+    off = pipe(PROMPT, seed=1, steps=4, guidance=7.5, guidance_mode="off")
+    np.testing.assert_array_equal(one.latents, off.latents)
+
+
+def test_the_guidance_interval_decides_which_steps_are_guided(pipe):
+    def latents(interval):
+        return pipe(PROMPT, seed=1, steps=4, guidance_interval=interval).latents
+
+    np.testing.assert_array_equal(latents((0.0, 0.0)), pipe(PROMPT, seed=1, steps=4, guidance_mode="off").latents)
+    np.testing.assert_array_equal(latents((0.0, 1.0)), pipe(PROMPT, seed=1, steps=4).latents)
+    assert not np.allclose(latents((0.25, 0.75)), latents((0.0, 1.0)), atol=1e-3)
+    assert [Guidance(7.5, interval=(0.25, 0.75)).at(k, 4) for k in range(4)] == [False, True, True, False]
+
+
+def test_the_negative_prompt_changes_the_image(pipe):
+    plain, negative = (pipe(PROMPT, seed=1, steps=4, negative_prompt=n).latents for n in ("", "a small ring"))
+    assert not np.allclose(plain, negative, atol=1e-3)
+
+
+def test_the_callback_sees_every_step_and_can_stop(pipe):
+    seen = []
+    pipe(PROMPT, seed=1, steps=3, count=2, batch=1, callback=lambda *step: seen.append(step[:2]))
+    assert seen == [(k, 6) for k in range(1, 7)]
+    with pytest.raises(StoppedError, match="after step 2 of 5"):
+        pipe(PROMPT, seed=1, steps=5, callback=lambda k, total, latents: k < 2)
+
+
+def test_two_threads_get_what_each_would_get_alone(pipe):
+    wanted = {sampler: pipe(PROMPT, seed=3, steps=8, scheduler=sampler).latents for sampler in ("dpm++2m", "ddpm")}
+    found = {}
+
+    def work(sampler):
+        found[sampler] = pipe(PROMPT, seed=3, steps=8, scheduler=sampler).latents
+
+    threads = [threading.Thread(target=work, args=(sampler,)) for sampler in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for sampler, latents in wanted.items():
+        np.testing.assert_allclose(found[sampler], latents, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"count": True}, "count"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"width": 63}, "multiple of 8"),
+        ({"height": 1 << 20}, "multiple of 8"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"guidance_mode": "both"}, "joint, split, off"),
+        ({"guidance_interval": (0.5, 1.5)}, "interval"),
+        ({"negative_prompt": None}, "negative_prompt"),
+        ({"stepz": 3}, "did you mean 'steps'"),
+    ],
+)
+def test_wrong_requests_are_refused_before_anything_runs(pipe, options, message):
+    with pytest.raises(RequestError, match=message):
+        pipe(PROMPT, **options)
+
+
+def test_latents_that_are_not_finite_are_an_error():
+    class Broken:
+        inputs = ()
+
+    class NotANumber(Denoiser):
+        def __call__(self, x, timestep, guided):
+            return np.full_like(x, np.nan)
+
+    table = make_table({"steps_offset": 1}, 3, "euler")
+    denoiser = NotANumber(Broken(), (1, 4, 8, 8), np.zeros((1, 77, 8)), None, Guidance())
+    with pytest.raises(EngineError, match="not finite"):
+        denoise(denoiser, table, np.zeros((1, 4, 8, 8), np.float32), Guidance(), [TorchGenerator(0)])
+
+
+def test_the_record_of_a_result_makes_it_again(pipe):
+    first = pipe(PROMPT, steps=3, guidance=3.0, guidance_mode="split")
+    record = dict(first.request)
+    guidance = Guidance(**record.pop("guidance"))
+    again = pipe.generate(Request(guidance=guidance, **record))
+    np.testing.assert_array_equal(first.latents, again.latents)
