@@ -21,7 +21,8 @@ THEIRS = """
 import sys, numpy, torch
 from optimum.onnxruntime import ORTStableDiffusionPipeline
 pipeline = ORTStableDiffusionPipeline.from_pretrained(sys.argv[1])
-image = pipeline(sys.argv[3], num_inference_steps=8, generator=torch.Generator().manual_seed(7), output_type="np").images
+generator = torch.Generator().manual_seed(7)
+image = pipeline(sys.argv[3], num_inference_steps=8, generator=generator, output_type="np").images
 numpy.save(sys.argv[2], image)
 """
 

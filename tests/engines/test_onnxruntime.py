@@ -1,0 +1,166 @@
+"""The ONNX Runtime engine: checked inputs, bound buffers, the cache of optimized graphs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from diffoundry.bundle import Bundle, EngineError
+from diffoundry.engines import EngineStore
+from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
+
+
+@pytest.fixture(scope="module")
+def unet_path(bundle_of):
+    return bundle_of("pico") / "unet" / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def unet(unet_path):
+    return OnnxRuntimeEngine.load(unet_path)
+
+
+def feeds(rows=2, height=8, width=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "sample": rng.standard_normal((rows, 4, height, width)).astype(np.float32),
+        "timestep": rng.random(rows).astype(np.float32) * 999,
+        "encoder_hidden_states": rng.standard_normal((rows, 77, 64)).astype(np.float32),
+    }
+
+
+def test_specs_name_the_axes(unet):
+    assert [(t.name, t.dtype, t.shape) for t in unet.inputs] == [
+        ("sample", "float32", ("batch_size", 4, "height", "width")),
+        ("timestep", "float32", ("batch_size",)),
+        ("encoder_hidden_states", "float32", ("batch_size", "sequence_length", 64)),
+    ]
+    assert [t.name for t in unet.outputs] == ["out_sample"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.pop("timestep"), "missing timestep"),
+        (lambda f: f.update(extra=f["sample"]), "unknown extra"),
+        (lambda f: f.update(sample=f["sample"].astype(np.float64)), "'sample' must be float32.*found float64"),
+        (lambda f: f.update(sample=f["sample"][0]), r"found shape \(4, 8, 8\)"),
+        (lambda f: f.update(sample=f["sample"][:, :3]), r"batch_size, 4, height, width.*found shape \(2, 3, 8, 8\)"),
+        (lambda f: f.update(sample=f["sample"][:, :, :0]), r"found shape \(2, 4, 0, 8\)"),
+        (lambda f: f.update(timestep=np.zeros(3, np.float32)), "batch_size is 2 in 'sample'"),
+        (
+            lambda f: f.update(encoder_hidden_states=f["encoder_hidden_states"][..., :63]),
+            r"found shape \(2, 77, 63\)",
+        ),
+    ],
+)
+def test_a_wrong_input_is_named_with_what_was_allowed(unet, change, message):
+    wrong = feeds()
+    change(wrong)
+    with pytest.raises(EngineError, match=message):
+        unet(wrong)
+    with pytest.raises(EngineError, match=message):
+        unet.bind(wrong)
+
+
+def test_one_timestep_may_stand_for_all_rows(unet):
+    given = feeds(rows=3)
+    given["timestep"][:] = 321
+    single = {**given, "timestep": given["timestep"][:1]}
+    np.testing.assert_allclose(unet(given)["out_sample"], unet(single)["out_sample"], atol=1e-6)
+
+
+def test_rows_may_stand_at_different_timesteps(unet):
+    together = feeds(rows=3)
+    outputs = unet(together)["out_sample"]
+    for i in range(3):
+        alone = unet({name: array[i : i + 1] for name, array in together.items()})["out_sample"]
+        np.testing.assert_allclose(outputs[i], alone[0], atol=2e-5)
+    assert not np.allclose(outputs, unet({**together, "timestep": together["timestep"][::-1].copy()})["out_sample"])
+
+
+def test_a_bound_engine_reads_the_arrays_in_place(unet):
+    arrays = feeds()
+    bound = unet.bind(arrays)
+    first = bound("sample", "timestep")["out_sample"].copy()
+    np.testing.assert_array_equal(first, unet(arrays)["out_sample"])
+    for seed in (1, 2):
+        arrays["sample"][...] = feeds(seed=seed)["sample"]
+        arrays["timestep"][...] = 10 * seed
+        np.testing.assert_array_equal(bound("sample", "timestep")["out_sample"], unet(arrays)["out_sample"])
+
+
+def test_arrays_that_cannot_be_bound_are_refused(unet):
+    strided = feeds(rows=4)
+    strided = {**strided, "sample": strided["sample"].transpose(0, 1, 3, 2)}
+    with pytest.raises(EngineError, match="contiguous"):
+        unet.bind(strided)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there_is_refused(unet_path, provider):
+    with pytest.raises(EngineError, match="--provider cpu"):
+        OnnxRuntimeEngine.load(unet_path, provider=provider)
+
+
+def test_a_damaged_model_is_one_clear_error(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(EngineError, match="cannot load"):
+        OnnxRuntimeEngine.load(tmp_path / "model.onnx")
+    with pytest.raises(EngineError, match="is missing"):
+        OnnxRuntimeEngine.load(tmp_path / "other.onnx")
+
+
+def test_the_optimized_graph_is_kept_and_used(unet_path, unet, tmp_path):
+    store = EngineStore(tmp_path / "engines")
+    source = Bundle.open(unet_path.parent.parent).component("unet").files
+    OnnxRuntimeEngine.load(unet_path, store=store, source=source)
+    (record,) = store.records()
+    assert record["component"] == "unet"
+    assert record["source"] == source
+    before = {path: path.stat().st_mtime_ns for path in store.root.glob("*/*")}
+    cached = OnnxRuntimeEngine.load(unet_path, store=store, source=source)
+    assert {path: path.stat().st_mtime_ns for path in store.root.glob("*/*")} == before
+    assert cached.inputs == unet.inputs
+    np.testing.assert_allclose(cached(feeds())["out_sample"], unet(feeds())["out_sample"], atol=1e-5)
+
+
+def test_the_cached_graph_is_what_runs(unet_path, tmp_path):
+    """Served from the cache, the session reads the cached file: without its data it cannot start."""
+    store = EngineStore(tmp_path / "engines")
+    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
+    (folder,) = store.root.iterdir()
+    record = json.loads((folder / "engine.json").read_text())
+    (folder / "model.onnx").write_bytes(b"nonsense")
+    from diffoundry.bundle.files import sha256_file
+
+    record["files"]["model.onnx"] = sha256_file(folder / "model.onnx")
+    (folder / "engine.json").write_text(json.dumps(record))
+    with pytest.raises(EngineError, match="cannot load"):
+        OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
+
+
+def test_another_source_or_a_damaged_plan_is_built_anew(unet_path, tmp_path):
+    store = EngineStore(tmp_path / "engines")
+    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
+    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "2"})
+    assert len(store.records()) == 2
+    folder = store.root / store.records()[0]["key"]
+    (folder / "model.onnx").write_bytes(b"x")
+    assert store.find(folder.name) is None
+    assert not folder.exists()
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path):
+    store = EngineStore(tmp_path / "engines")
+
+    def fail():
+        with store.building("0" * 32, {}) as work:
+            (work / "plan").write_bytes(b"half")
+            raise EngineError("out of memory")
+
+    with pytest.raises(EngineError, match="out of memory"):
+        fail()
+    assert list(store.root.iterdir()) == []

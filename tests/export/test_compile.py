@@ -1,0 +1,185 @@
+"""Compile: validation that can fail, stages that are done once, sizes of every kind, external data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+import diffoundry
+from diffoundry.bundle import Bundle, CheckpointError, DiffoundryError
+from diffoundry.bundle.files import exclusive
+from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
+from diffoundry.export import trace as trace_module
+from diffoundry.export import validate
+from diffoundry.export.checkpoint import Checkpoint
+from diffoundry.export.families import family_of
+from diffoundry.export.trace import trace
+
+
+def plan_of(checkpoint, name):
+    source = Checkpoint.open(checkpoint)
+    _, family = family_of(source)
+    return next(plan for plan in family.components(source) if plan.name == name)
+
+
+@pytest.fixture(scope="module")
+def traced(checkpoint_of, tmp_path_factory):
+    """The pico text encoder's plan, torch's cases and a folder with its trace."""
+    plan = plan_of(checkpoint_of("pico"), "text_encoder")
+    module = plan.load()
+    cases = validate.torch_cases(plan, module)
+    folder = tmp_path_factory.mktemp("traced")
+    trace(plan, module, folder)
+    return plan, cases, folder
+
+
+def test_the_cases_have_three_different_shapes(traced):
+    _, cases, _ = traced
+    assert len({feeds["input_ids"].shape for feeds, _ in cases}) == 3
+
+
+def test_validation_passes_a_right_trace_and_reports_it(traced):
+    plan, cases, folder = traced
+    report = validate.compare(plan, OnnxRuntimeEngine.load(folder / "model.onnx"), cases)
+    assert [case["output"] for case in report["cases"]] == ["last_hidden_state"] * 3
+    assert all(0 < case["max_abs_error"] < 1e-4 for case in report["cases"])
+
+
+def test_validation_refuses_a_wrong_trace(traced, tmp_path):
+    plan, cases, folder = traced
+    model = onnx.load(folder / "model.onnx")
+    largest = max(model.graph.initializer, key=lambda tensor: int(np.prod(tensor.dims)))
+    weights = onnx.numpy_helper.to_array(largest).copy()
+    weights[:, 0] += 0.5
+    largest.CopyFrom(onnx.numpy_helper.from_array(weights, largest.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(CheckpointError, match="differs from torch"):
+        validate.compare(plan, OnnxRuntimeEngine.load(tmp_path / "model.onnx"), cases)
+
+
+def test_a_trace_with_a_fixed_axis_is_refused(traced, tmp_path):
+    plan, _, _ = traced
+    module = plan.load()
+    forward = module.forward
+    module.forward = lambda input_ids: forward(input_ids.reshape(2, -1))
+    with pytest.raises(CheckpointError, match=r"fixed|traced"):
+        trace(plan, module, tmp_path)
+
+
+def test_large_weights_lie_beside_the_graph(traced, tmp_path, monkeypatch):
+    plan, cases, _ = traced
+    monkeypatch.setattr(trace_module, "_EXTERNAL_FROM_BYTES", 1000)
+    trace(plan, plan.load(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx_data"}
+    validate.compare(plan, OnnxRuntimeEngine.load(tmp_path / "model.onnx"), cases)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (16, 7)])
+def test_the_unet_runs_at_sizes_that_do_not_halve(size, checkpoint_of, bundle_of):
+    import torch
+
+    module = plan_of(checkpoint_of("sd15-small"), "unet").load()
+    engine = OnnxRuntimeEngine.load(bundle_of("sd15-small") / "unet" / "model.onnx")
+    rng = np.random.default_rng(0)
+    feeds = {
+        "sample": rng.standard_normal((1, 4, *size)).astype(np.float32),
+        "timestep": np.array([7.0], np.float32),
+        "encoder_hidden_states": rng.standard_normal((1, 77, 32)).astype(np.float32),
+    }
+    with torch.no_grad():
+        expected = module(**{name: torch.from_numpy(array) for name, array in feeds.items()}).numpy()
+    np.testing.assert_allclose(engine(feeds)["out_sample"], expected, atol=1e-4)
+
+
+def test_a_second_compile_builds_nothing_and_one_changed_weight_rebuilds_one_component(
+    tmp_path, checkpoint_of, bundle_of, monkeypatch
+):
+    from safetensors.numpy import load_file, save_file
+
+    checkpoint = shutil.copytree(checkpoint_of("pico"), tmp_path / "checkpoint")
+    bundle = shutil.copytree(bundle_of("pico"), tmp_path / "bundle")
+    traced = []
+    real = trace_module.trace
+    monkeypatch.setattr(trace_module, "trace", lambda plan, *rest: (traced.append(plan.name), real(plan, *rest)))
+    before = (bundle / "unet/model.onnx").read_bytes()
+    diffoundry.compile(checkpoint, bundle)
+    assert traced == []
+    path = checkpoint / "text_encoder/model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("final_layer_norm.bias"))
+    save_file({**tensors, name: tensors[name] + 1}, path)
+    rebuilt = diffoundry.compile(checkpoint, bundle)
+    assert traced == ["text_encoder"]
+    assert (bundle / "unet/model.onnx").read_bytes() == before
+    rebuilt.check()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "bundle"}
+
+
+def test_every_file_of_a_bundle_is_vouched_for(bundle_of):
+    root = bundle_of("pico")
+    bundle = Bundle.open(root)
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    unknown = {name for name in found - set(bundle.manifest.all_files()) if not name.startswith("engines/")}
+    assert unknown == {"bundle.json", *(f"reports/stages/{name}.json" for name in bundle.manifest.components)}
+    bundle.check()
+
+
+def test_the_scheduler_is_mended_as_the_pipeline_class_does(bundle_of, checkpoint_of, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    checkpoint = shutil.copytree(checkpoint_of("sd2-small"), tmp_path / "c")
+    path = checkpoint / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "steps_offset": 0, "clip_sample": True}))
+    from diffoundry.export.families import stable_diffusion
+    from diffoundry.export.scheduler import write_scheduler
+
+    write_scheduler(Checkpoint.open(checkpoint), tmp_path / "out", stable_diffusion.scheduler_config)
+    written = json.loads((tmp_path / "out/scheduler_config.json").read_text())
+    theirs = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None).scheduler.config
+    assert {name: written[name] for name in config if not name.startswith("_")} == {
+        name: theirs[name] for name in config if not name.startswith("_")
+    }
+    assert written["steps_offset"] == 1
+    assert written["clip_sample"] is False
+
+
+def test_two_compiles_of_one_bundle_do_not_mix(tmp_path, checkpoint_of):
+    with (
+        exclusive(tmp_path / ".b.part" / ".lock", "b"),
+        pytest.raises(DiffoundryError, match="another process is working on"),
+    ):
+        diffoundry.compile(checkpoint_of("pico"), tmp_path / "b")
+
+
+def test_a_swap_that_was_cut_short_is_mended(tmp_path, checkpoint_of, bundle_of):
+    shutil.copytree(bundle_of("pico"), tmp_path / ".b.old")
+    diffoundry.compile(checkpoint_of("pico"), tmp_path / "b").check()
+    assert {path.name for path in tmp_path.iterdir()} == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"time_cond_proj_dim": 256}, "LCM"),
+        ({"addition_embed_type": "text_time"}, "SDXL"),
+        ({"in_channels": 9}, "9 channels"),
+    ],
+)
+def test_a_unet_of_another_family_is_refused(tmp_path, checkpoint_of, change, message):
+    checkpoint = shutil.copytree(checkpoint_of("pico"), tmp_path / "c")
+    path = checkpoint / "unet/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        diffoundry.compile(checkpoint, tmp_path / "b")
+    assert {path.name for path in tmp_path.iterdir()} == {"c"}
+
+
+@pytest.mark.parametrize("options", [{"engine": "openvino"}, {"precision": "fp4"}, {"family": "dit"}])
+def test_unknown_choices_are_refused(tmp_path, checkpoint_of, options):
+    with pytest.raises(DiffoundryError, match="unknown"):
+        diffoundry.compile(checkpoint_of("pico"), tmp_path / "b", **options)
