@@ -36,6 +36,10 @@ class Component:
     outputs: tuple[Tensor, ...] = ()
     key: str = ""
 
+    def model_files(self) -> dict[str, str]:
+        """The files that decide what an engine computes: the graph and its weights."""
+        return {path: sha for path, sha in self.files.items() if not path.endswith(".json")}
+
 
 @dataclass(frozen=True, slots=True)
 class Latents:

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,16 @@ class EngineStore:
                         record["bytes"] = sum(path.stat().st_size for path in folder.iterdir())
                         found.append(record)
         return found
+
+    def prune(self, sources: Collection[Mapping[str, str]]) -> None:
+        """Remove half-built engines, and those made of another model than one of `sources` (path → SHA-256)."""
+        for folder in self.root.iterdir() if self.root.is_dir() else ():
+            try:
+                source = read_json(folder / RECORD_NAME, "the engine record").get("source")
+            except BundleError:
+                source = None
+            if folder.name.startswith(".") or source not in sources:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def writable(self) -> bool:
         """Whether an engine can be kept here (a bundle may lie on a read-only disk)."""

@@ -162,6 +162,7 @@ class _Build:
             stages[plan.name] = self._stage(plan, hashes[plan.source])
         self.progress("write the bundle", total - 1, total)
         self._write(stages, hashes)
+        self.store.prune([stage.component.model_files() for stage in stages.values()])
         self._swap()
         self.progress("done", total, total)
         return Bundle.open(self.target)
@@ -280,9 +281,12 @@ class _Build:
     def _load(self, name: str, component: Component) -> Any:
         from ..engines.onnxruntime import OnnxRuntimeEngine
 
-        source = {path: sha for path, sha in component.files.items() if not path.endswith(".json")}
         return OnnxRuntimeEngine.load(
-            self.work / component.model, component=name, provider=self.device, store=self.store, source=source
+            self.work / component.model,
+            component=name,
+            provider=self.device,
+            store=self.store,
+            source=component.model_files(),
         )
 
     def _write(self, stages: dict[str, Stage], hashes: dict[str, str]) -> None:
@@ -352,6 +356,4 @@ class _Build:
 def _running_versions() -> dict[str, str]:
     import onnxruntime
 
-    from .. import __version__
-
-    return {"onnxruntime": onnxruntime.__version__, "diffoundry": __version__}
+    return {"onnxruntime": onnxruntime.__version__, "diffoundry": importlib.metadata.version("diffoundry")}

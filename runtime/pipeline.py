@@ -99,7 +99,7 @@ class Pipeline:
                     provider=self.provider,
                     threads=self._threads,
                     store=self._store,
-                    source={path: sha for path, sha in component.files.items() if not path.endswith(".json")},
+                    source=component.model_files(),
                 )
             return self._engines[name]
 

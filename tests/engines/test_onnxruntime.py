@@ -164,3 +164,31 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(EngineError, match="out of memory"):
         fail()
     assert list(store.root.iterdir()) == []
+
+
+def test_a_model_cannot_read_files_outside_its_folder(tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    (tmp_path / "secret").write_bytes(b"\0" * 64)
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[16], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": "../secret", "offset": "0", "length": "64"}.items():
+        weight.external_data.add(key=key, value=value)
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [16]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", tensors[:1], tensors[1:], [weight])
+    (tmp_path / "bundle").mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (tmp_path / "bundle/model.onnx").write_bytes(model.SerializeToString())
+    assert onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph.node[0].op_type == "Add"
+    with pytest.raises(EngineError, match="cannot load"):
+        OnnxRuntimeEngine.load(tmp_path / "bundle/model.onnx")
+
+
+def test_engines_of_other_models_are_pruned(unet_path, tmp_path):
+    store = EngineStore(tmp_path / "engines")
+    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
+    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "2"})
+    (store.root / ".half-built").mkdir()
+    store.prune([{"a": "2"}])
+    assert [record["source"] for record in store.records()] == [{"a": "2"}]
+    assert len(list(store.root.iterdir())) == 1

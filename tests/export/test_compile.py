@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import diffoundry
-from diffoundry.bundle import Bundle, CheckpointError, DiffoundryError
+from diffoundry.bundle import Bundle, CheckpointError, DiffoundryError, EngineError
 from diffoundry.bundle.files import exclusive
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.export import trace as trace_module
@@ -76,6 +76,10 @@ def test_large_weights_lie_beside_the_graph(traced, tmp_path, monkeypatch):
     trace(plan, plan.load(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx_data"}
     validate.compare(plan, OnnxRuntimeEngine.load(tmp_path / "model.onnx"), cases)
+    data = tmp_path / "model.onnx_data"
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(EngineError, match="cannot load"):
+        OnnxRuntimeEngine.load(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (16, 7)])
@@ -116,6 +120,7 @@ def test_a_second_compile_builds_nothing_and_one_changed_weight_rebuilds_one_com
     assert traced == ["text_encoder"]
     assert (bundle / "unet/model.onnx").read_bytes() == before
     rebuilt.check()
+    assert len(list((bundle / "engines").iterdir())) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "bundle"}
 
 
