@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bundle import DiffoundryError
     from .export import compile
+    from .runtime.guidance import Guidance
     from .runtime.pipeline import Pipeline, Request, Result, load
 
 __version__ = "0.1.0"
-__all__ = ["DiffoundryError", "Pipeline", "Request", "Result", "__version__", "compile", "load"]
+__all__ = ["DiffoundryError", "Guidance", "Pipeline", "Request", "Result", "__version__", "compile", "load"]
 
 _HOMES = {
     "DiffoundryError": ".bundle",
     "compile": ".export",
+    "Guidance": ".runtime.guidance",
     "load": ".runtime.pipeline",
     "Pipeline": ".runtime.pipeline",
     "Request": ".runtime.pipeline",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import getpass
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,10 +18,13 @@ from typing import Any
 from .errors import BundleError, DiffoundryError
 
 _CHUNK = 1 << 20
+_PLAIN_PATH = re.compile(r"[^\\:\0\ud800-\udfff]{1,1024}")
 
 
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of the contents of `path`."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -64,17 +70,14 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def inside(root: Path, relative: str) -> Path:
     """`root / relative`, refused with `BundleError` when it is absolute or leads out of `root`."""
     pure = PurePosixPath(relative)
-    if (
-        not relative
-        or pure.is_absolute()
-        or ".." in pure.parts
-        or "\\" in relative
-        or ":" in relative
-        or "\0" in relative
-    ):
+    if pure.is_absolute() or ".." in pure.parts or not _PLAIN_PATH.fullmatch(relative):
         raise BundleError(f"path {relative!r} leaves the bundle; the bundle is damaged or hostile: do not use it")
     path = root / relative
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        within = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a loop of links
+        within = False
+    if not within:
         raise BundleError(f"path {relative!r} leads out of the bundle through a link; the bundle is damaged or hostile")
     return path
 
@@ -97,24 +100,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def disk_error(error: OSError) -> DiffoundryError | None:
-    """The error to show for a failed write, or None when `error` is of another kind."""
+def disk_error(error: OSError) -> DiffoundryError:
+    """What to show for an error of the operating system: one line that names the file and the remedy."""
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiffoundryError(f"no space left to write{where}: free some disk space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return DiffoundryError(f"no permission to write{where}: choose a folder that you can write to")
-    return None
+    return DiffoundryError(f"{error.strerror or error}{where}: check the path")
 
 
 @contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock on `path` (made if missing) that the operating system drops when this process ends.
+def exclusive(path: Path) -> Iterator[None]:
+    """Keep other processes of this machine from working on `path`, until the block or this process ends.
 
+    The lock lies in the folder for temporary files, so that nothing is left beside `path`.
     Raises `DiffoundryError` at once when another process holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    what = str(path)
+    lock_path = Path(tempfile.gettempdir()) / f"diffoundry-{sha256_json([getpass.getuser(), what])[:24]}.lock"
+    with lock_path.open("a+b") as file:
         try:
             import fcntl
         except ImportError:  # Windows has no flock

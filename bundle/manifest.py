@@ -13,6 +13,8 @@ SCHEMA_VERSION = 1
 
 MANIFEST_NAME = "bundle.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHORTEST_WINDOW = 3  # start, one token, end
+_LARGEST_TOKEN = 1 << 31
 _T = TypeVar("_T")
 
 
@@ -110,6 +112,8 @@ def from_json(value: dict[str, Any], where: str) -> Manifest:
         for name, part in reader.get(value, "components", dict).items()
     }
     latents = reader.get(value, "latents", dict)
+    if not components:
+        raise reader.fail("components", "is empty")
     return Manifest(
         family=reader.get(value, "family", str),
         tasks=tuple(reader.strings("tasks", reader.get(value, "tasks", list))),
@@ -119,7 +123,7 @@ def from_json(value: dict[str, Any], where: str) -> Manifest:
         latents=Latents(
             channels=reader.positive(latents, "channels", "latents."),
             downscale=reader.positive(latents, "downscale", "latents."),
-            scaling_factor=reader.number(latents, "scaling_factor", "latents."),
+            scaling_factor=reader.nonzero(latents, "scaling_factor", "latents."),
             shift_factor=reader.number(latents, "shift_factor", "latents."),
         ),
         prompts={
@@ -161,6 +165,12 @@ class _Reader:
         if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or abs(found) > 1e30:
             raise self.fail(prefix + name, "must be a finite number")
         return float(found)
+
+    def nonzero(self, value: Any, name: str, prefix: str = "") -> float:
+        found = self.number(value, name, prefix)
+        if abs(found) < 1e-12:
+            raise self.fail(prefix + name, "must not be zero")
+        return found
 
     def strings(self, name: str, values: list[Any]) -> list[str]:
         if not all(isinstance(item, str) for item in values):
@@ -204,10 +214,10 @@ class _Reader:
 
     def prompt(self, prefix: str, value: Any) -> Prompt:
         numbers = {
-            name: self.get(value, name, int, prefix) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            name: self.get(value, name, int, prefix)
+            for name in ("max_length", "bos_token_id", "eos_token_id", "pad_token_id")
         }
-        return Prompt(
-            tokenizer=self.get(value, "tokenizer", str, prefix),
-            max_length=self.positive(value, "max_length", prefix),
-            **numbers,
-        )
+        for name, number in numbers.items():
+            if not (_SHORTEST_WINDOW if name == "max_length" else 0) <= number < _LARGEST_TOKEN:
+                raise self.fail(prefix + name, f"is out of range, found {number}")
+        return Prompt(tokenizer=self.get(value, "tokenizer", str, prefix), **numbers)

@@ -18,6 +18,13 @@ _COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
 def describe(root: Path) -> Manifest:
     """A manifest for the ONNX folder `root`, without hashes. Raises `BundleError` when it is no such folder."""
+    try:
+        return _describe(root)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise BundleError(f"{root}: a configuration file is damaged ({error}): export the model again") from None
+
+
+def _describe(root: Path) -> Manifest:
     index = read_json(root / "model_index.json", "the pipeline index")
     class_name = index.get("_class_name")
     family = _FAMILIES.get(str(class_name))
@@ -32,7 +39,10 @@ def describe(root: Path) -> Manifest:
         )
     vae = read_json(root / "vae_decoder" / "config.json", "the VAE configuration")
     unet = read_json(root / "unet" / "config.json", "the U-Net configuration")
-    downscale = 2 ** (len(_field(vae, "block_out_channels", list)) - 1)
+    blocks = _field(vae, "block_out_channels", list)
+    if not blocks:
+        raise BundleError(f"{root}: the VAE configuration has no block_out_channels: export the model again")
+    downscale = 2 ** (len(blocks) - 1)
     side = _field(unet, "sample_size", int) * downscale
     return Manifest(
         family=family,
@@ -53,7 +63,7 @@ def describe(root: Path) -> Manifest:
 
 
 def _field(config: dict[str, Any], name: str, kind: type) -> Any:
-    if not isinstance(config.get(name), kind):
+    if not isinstance(config.get(name), kind) or isinstance(config.get(name), bool):
         raise BundleError(f"the configuration lacks {name!r}: export the model again")
     return config[name]
 
@@ -72,4 +82,6 @@ def _prompt(root: Path) -> Prompt:
         if token not in vocab:
             raise BundleError(f"{folder} has no token {token!r}: export the model again")
         ids[f"{name}_token_id"] = int(vocab[token])
-    return Prompt(tokenizer="tokenizer", max_length=int(config.get("model_max_length", 77)), **ids)
+    text = read_json(root / "text_encoder" / "config.json", "the text encoder configuration")
+    window = min(int(config.get("model_max_length", 77)), _field(text, "max_position_embeddings", int))
+    return Prompt(tokenizer="tokenizer", max_length=window, **ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import NoReturn
 
@@ -27,6 +28,9 @@ for command in (compile_command, run_command, inspect_command, verify_command):
 
 def main() -> NoReturn:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter still gets the line
     try:
         code = cli.main(prog_name="diffoundry", standalone_mode=False)
     except click.ClickException as error:
@@ -39,10 +43,7 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
-        known = disk_error(error)
-        if known is None:
-            raise
-        _fail(str(known))
+        _fail(str(disk_error(error)))
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -41,7 +41,9 @@ def compile_command(
     Each component is traced to ONNX, held against torch on three random shapes, and built for this machine. A compile
     that was stopped goes on where it was; a finished stage is not done twice.
     """
+    from ..bundle import DiffoundryError
     from ..export import compile
+    from ..runtime.schedulers import find_sampler
 
     with progress("compile", shown=not as_json) as report:
         bundle = compile(
@@ -53,6 +55,10 @@ def compile_command(
     else:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
         click.echo(f"{bundle.root} is ready. Largest difference to torch: {errors}")
+        try:
+            find_sampler(bundle.scheduler_config(), None)
+        except DiffoundryError as error:
+            click.echo(f"Note: {error}", err=True)
 
 
 def _worst_error(root: object) -> dict[str, float]:

@@ -22,15 +22,18 @@ def inspect_command(bundle: str, as_json: bool) -> None:
     opened = Bundle.open(bundle)
     parity: dict[str, Any] = {}
     with suppress(BundleError):
+        opened.check({"reports/parity.json"} & set(opened.manifest.files))
         parity = read_json(opened.root / "reports" / "parity.json", "the parity report")
     engines = EngineStore(opened.root / "engines").records()
     sizes = {
         name: sum(path.stat().st_size for path in opened.path(part.model).parent.glob("*") if path.is_file())
+        if opened.path(part.model).is_file()
+        else 0
         for name, part in opened.manifest.components.items()
     }
     if as_json:
         described = {"bundle": str(opened.root), "bytes": sizes, **to_json(opened.manifest)}
-        print(json.dumps({**described, "parity": parity, "engines": engines}, ensure_ascii=False))
+        print(json.dumps({**described, "parity": parity, "engines": engines}))
     else:
         _show(opened, sizes, parity, engines)
 
@@ -38,9 +41,10 @@ def inspect_command(bundle: str, as_json: bool) -> None:
 def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
+    from rich.text import Text
 
     manifest = opened.manifest
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     source = manifest.source.get("name", "an ONNX folder without a manifest")
     console.print(f"{opened.root}: {manifest.family} from {source}, {manifest.precision}, {', '.join(manifest.tasks)}")
     latents = manifest.latents
@@ -50,26 +54,30 @@ def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: l
     )
     table = Table(Column("component", no_wrap=True), "size", "inputs", "outputs", "error to torch")
     for name, component in manifest.components.items():
-        cases = parity.get(name, {}).get("cases", [])
-        worst = f"{max(case['max_abs_error'] for case in cases):.1e}" if cases else "not measured"
-        table.add_row(name, _size(sizes[name]), _tensors(component.inputs), _tensors(component.outputs), worst)
+        row = (_size(sizes[name]), _tensors(component.inputs), _tensors(component.outputs), _worst(parity.get(name)))
+        table.add_row(*(Text(cell) for cell in (name, *row)))
     console.print(table)
     table = Table("engine", "of", "backend", "provider", "size")
     for record in engines:
-        table.add_row(
-            str(record.get("key", ""))[:12],
-            str(record.get("component", "")),
-            f"{record.get('backend')} {record.get('version')}",
-            str(record.get("provider", "")),
-            _size(record["bytes"]),
-        )
+        backend = f"{record.get('backend')} {record.get('version')}"
+        row = (record.get("key", ""), record.get("component", ""), backend, record.get("provider", ""))
+        table.add_row(*(Text(str(cell)[:40]) for cell in (*row, _size(record["bytes"]))))
     if engines:
         console.print(table)
     if manifest.versions:
         console.print("built with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
 
 
+def _worst(part: Any) -> str:
+    try:
+        return f"{max(float(case['max_abs_error']) for case in part['cases']):.1e}"
+    except (TypeError, ValueError, LookupError):
+        return "not measured"
+
+
 def _size(count: int) -> str:
+    if not count:
+        return "missing"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -40,7 +40,7 @@ from .progress import progress
 @click.option("--width", type=int, help="In pixels. [default: the checkpoint's own]")
 @click.option("--height", type=int, help="In pixels. [default: the checkpoint's own]")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt (ONNX Runtime).")
-@click.option("--threads", type=click.IntRange(1), help="Of the CPU. [default: all]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Of the CPU. [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def run_command(
     bundle: str,
@@ -100,7 +100,6 @@ def run_command(
                     "cut": result.cut,
                     "seconds": {name: round(value, 4) for name, value in result.seconds.items()},
                 },
-                ensure_ascii=False,
             )
         )
     else:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..bundle import BundleError
 from ..bundle.files import inside, read_json, sha256_file, sha256_json, write_json
 
 RECORD_NAME = "engine.json"
+_ABANDONED_SECONDS = 6 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class EngineStore:
     def building(self, key: str, record: dict[str, Any]) -> Iterator[Path]:
         """A folder to build in; when the block ends well it becomes the engine `key`, else it is removed."""
         self.root.mkdir(parents=True, exist_ok=True)
+        self._sweep()
         work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=self.root))
         try:
             yield work
@@ -67,9 +70,16 @@ class EngineStore:
                 if (folder / RECORD_NAME).is_file():
                     with contextlib.suppress(BundleError):
                         record = read_json(folder / RECORD_NAME, "the engine record")
-                        record["bytes"] = sum(path.stat().st_size for path in folder.iterdir())
+                        record["bytes"] = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
                         found.append(record)
         return found
+
+    def _sweep(self) -> None:
+        """Remove what builds that were killed left behind; a build of another process is younger than this."""
+        for folder in self.root.glob(".*"):
+            with contextlib.suppress(OSError):
+                if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def prune(self, sources: Collection[Mapping[str, str]]) -> None:
         """Remove half-built engines, and those made of another model than one of `sources` (path → SHA-256)."""
@@ -83,8 +93,8 @@ class EngineStore:
 
     def writable(self) -> bool:
         """Whether an engine can be kept here (a bundle may lie on a read-only disk)."""
-        parent = self.root if self.root.exists() else self.root.parent
-        return os.access(parent, os.W_OK)
+        parent = self.root if os.path.lexists(self.root) else self.root.parent
+        return parent.is_dir() and os.access(parent, os.W_OK)
 
 
 def cpu_identity() -> str:

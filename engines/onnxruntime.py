@@ -75,7 +75,7 @@ class OnnxRuntimeEngine:
         Raises `EngineError` when the model cannot be read or the provider is not there.
         """
         component = component or model.parent.name
-        name = _available(provider)
+        name = require_provider(provider)
         threads = threads or default_threads()
         path, options = model, _options(threads)
         with contextlib.ExitStack() as stack:
@@ -138,10 +138,11 @@ class OnnxRuntimeBound:
         if not all(array.flags.c_contiguous for array in feeds.values()):
             raise EngineError(f"{engine.component}: arrays must be contiguous to be bound")
         device = "cpu" if self._host else "cuda"
-        # On the CPU an OrtValue made from a NumPy array shares its memory.
         self._inputs = {n: ort.OrtValue.ortvalue_from_numpy(a, device, 0) for n, a in self._feeds.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
+        # On the CPU most values share the memory of their array; scalars, and all on a GPU, are copies.
+        self._copies = {n for n, v in self._inputs.items() if v.data_ptr() != self._feeds[n].ctypes.data}
         self._outputs: dict[str, Array] = {}
         self._names = [tensor.name for tensor in engine.outputs]
         for name in self._names:
@@ -149,9 +150,8 @@ class OnnxRuntimeBound:
 
     def __call__(self, *changed: str) -> dict[str, Array]:
         """Run; see `engine.Bound`."""
-        if not self._host:
-            for name in changed:
-                self._inputs[name].update_inplace(self._feeds[name])
+        for name in self._copies.intersection(changed):
+            self._inputs[name].update_inplace(self._feeds[name])
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
@@ -166,10 +166,11 @@ class OnnxRuntimeBound:
         return self._outputs
 
 
-def _available(provider: str) -> str:
+def require_provider(provider: str) -> str:
+    """ONNX Runtime's name of `provider`. Raises `EngineError` when this build of ONNX Runtime lacks it."""
     try:
         name = PROVIDERS[provider]
-    except KeyError:
+    except (KeyError, TypeError):
         raise EngineError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}") from None
     if name not in ort.get_available_providers():
         raise EngineError(f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {_remedy(provider)}")
@@ -198,7 +199,8 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
             warnings.simplefilter("ignore")  # that a provider did not start is an error below
             session = ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:
-        raise EngineError(f"{component}: ONNX Runtime cannot load {path}: {_first_line(error)}") from None
+        written = f", or cannot write {options.optimized_model_filepath}" if options.optimized_model_filepath else ""
+        raise EngineError(f"{component}: ONNX Runtime cannot load {path}{written}: {_first_line(error)}") from None
     session.disable_fallback()
     return session
 

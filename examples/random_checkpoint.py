@@ -113,6 +113,21 @@ def make(size: str, out: Path, seed: int = 0) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out)
+    name_as_of_old(out / "text_encoder")
+
+
+def name_as_of_old(folder: Path) -> None:
+    """Give the weights of a saved CLIP text encoder the names of published checkpoints.
+
+    transformers 5 writes them without the prefix `text_model.`, and transformers 4 then silently draws new ones.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    prefix = "text_model."
+    named = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in tensors.items()}
+    save_file(named, path, metadata={"format": "pt"})
 
 
 def _vocabulary(count: int) -> dict[str, Any]:

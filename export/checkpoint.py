@@ -25,6 +25,8 @@ class Checkpoint:
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
         """Open a local folder, or fetch the hub id `owner/name`. Raises `CheckpointError`."""
+        if not isinstance(source, (str, Path)):
+            raise CheckpointError(f"the checkpoint must be a folder or a hub id, found {source!r}")
         root = Path(source)
         if not root.exists():
             root = _fetch(str(source))
@@ -64,6 +66,8 @@ class Checkpoint:
 
 def check_safetensors(path: Path) -> None:
     """Raise `CheckpointError` when `path` is truncated or no safetensors file; only the header is read."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file: download it again")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -72,8 +76,8 @@ def check_safetensors(path: Path) -> None:
             raise CheckpointError(f"{path} is truncated or no safetensors file ({size} bytes): download it again")
         try:
             header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, LookupError, TypeError, AttributeError):
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise CheckpointError(f"{path} has a damaged header: download it again") from None
     expected = 8 + length + max(ends, default=0)
     if size != expected:

@@ -11,11 +11,21 @@ import gc
 import importlib.metadata
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import MANIFEST_NAME, Bundle, BundleError, Component, DiffoundryError, Manifest
+from ..bundle import (
+    MANIFEST_NAME,
+    Bundle,
+    BundleError,
+    CheckpointError,
+    Component,
+    DiffoundryError,
+    Latents,
+    Manifest,
+    Prompt,
+)
 from ..bundle.files import (
     disk_error,
     exclusive,
@@ -29,8 +39,9 @@ from ..bundle.files import (
 )
 from ..bundle.manifest import to_json
 from ..engines import EngineStore
+from ..engines.onnxruntime import OnnxRuntimeEngine, require_provider
 from .checkpoint import Checkpoint
-from .plan import ComponentPlan
+from .plan import OPSET, ComponentPlan
 
 if TYPE_CHECKING:
     from .families import Family
@@ -42,8 +53,8 @@ ENGINES = ("onnxruntime",)
 PRECISIONS = ("fp32",)
 _REVISION = 1
 """Raise it when the exporter writes something else from the same input."""
-_TOOLS = ("torch", "diffusers", "transformers", "onnxscript")
-_LOCK_NAME = ".lock"
+_TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnxruntime", "diffoundry")
+_FOLDERS = ("engines", "reports", "tokenizer", "scheduler")
 _DISK_FACTOR = 2.2
 """Disk needed, as a multiple of the float32 weights: the ONNX model and the engine made of it."""
 
@@ -82,21 +93,20 @@ def compile(
 
     source = Checkpoint.open(checkpoint)
     family_name, rules = family_of(source, family)
-    target = Path(out).absolute()
-    _check_target(target, source)
+    if not isinstance(out, (str, Path)):
+        raise DiffoundryError(f"the output must be a path, found {out!r}")
     try:
+        target = Path(out).resolve()
+        _check_target(target, source)
         build = _Build(source, family_name, rules, target, device, precision, progress)
-        with exclusive(build.work / _LOCK_NAME, str(target)):
+        with exclusive(target):
             _recover(target)
             try:
                 return build.run()
             finally:
                 build.tidy()
     except OSError as error:
-        known_error = disk_error(error)
-        if known_error is None:
-            raise
-        raise known_error from error
+        raise disk_error(error) from error
 
 
 def _require_export() -> None:
@@ -110,10 +120,30 @@ def _require_export() -> None:
 def _check_target(target: Path, source: Checkpoint) -> None:
     if not target.parent.is_dir():
         raise DiffoundryError(f"the folder {target.parent} does not exist: make it, or choose another --output")
-    if target.resolve() == source.root.resolve():
+    if source.root.resolve().is_relative_to(target):
         raise DiffoundryError(f"the bundle would overwrite the checkpoint {source.root}: choose another --output")
     if target.exists() and not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise DiffoundryError(f"{target} exists and is no bundle: choose another --output, or remove it first")
+    strangers = _strangers(target)
+    if strangers:
+        raise DiffoundryError(
+            f"{target} holds {', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''}, which the bundle there "
+            "does not list and which would be lost: move it away, or choose another --output"
+        )
+
+
+def _strangers(target: Path) -> list[str]:
+    """Files in the bundle folder `target` that are not the bundle's: its folders hold nothing else."""
+    if not (target / MANIFEST_NAME).is_file():
+        return []
+    try:
+        manifest = read_json(target / MANIFEST_NAME, "the manifest")
+        folders = {*_FOLDERS, *manifest["components"]}
+    except (BundleError, LookupError, TypeError):
+        folders = set(_FOLDERS)
+    names = (path.relative_to(target) for path in target.rglob("*") if not path.is_dir())
+    own = (MANIFEST_NAME, "model_index.json")
+    return sorted(name.as_posix() for name in names if name.parts[0] not in folders and name.as_posix() not in own)
 
 
 def _old(target: Path) -> Path:
@@ -150,22 +180,76 @@ class _Build:
         self.versions = {name: importlib.metadata.version(name) for name in _TOOLS}
 
     def run(self) -> Bundle:
-        plans = self.rules.components(self.source)
+        require_provider(self.device)
+        plans, latents, (width, height) = self._read()
         total = len(plans) + 2
         self.progress("hash the checkpoint", 0, total)
         hashes = {name: sha256_tree(self.source.folder(name)) for name in sorted({plan.source for plan in plans})}
+        self.work.mkdir(exist_ok=True)
         self._take_engines()
         self._check_disk(plans)
+        prompts = self._write_small()
         stages = {}
         for i, plan in enumerate(plans):
             self.progress(plan.name, i + 1, total)
             stages[plan.name] = self._stage(plan, hashes[plan.source])
         self.progress("write the bundle", total - 1, total)
-        self._write(stages, hashes)
+        self._write(
+            stages,
+            Manifest(
+                family=self.family_name,
+                tasks=self.rules.TASKS,
+                precision=self.precision,
+                components={
+                    plan.name: replace(stages[plan.name].component, inputs=plan.inputs, outputs=plan.outputs)
+                    for plan in plans
+                },
+                files={},
+                latents=latents,
+                prompts=prompts,
+                default_width=width,
+                default_height=height,
+                source={
+                    "name": self.source.root.resolve().name,
+                    "pipeline": self.source.class_name,
+                    "sha256": sha256_json(hashes),
+                },
+                versions=self.versions,
+            ),
+        )
         self.store.prune([stage.component.model_files() for stage in stages.values()])
         self._swap()
         self.progress("done", total, total)
         return Bundle.open(self.target)
+
+    def _read(self) -> tuple[list[ComponentPlan], Latents, tuple[int, int]]:
+        """What the family makes of the configurations, before any work is done."""
+        try:
+            return (
+                self.rules.components(self.source),
+                self.rules.latents(self.source),
+                self.rules.default_size(self.source),
+            )
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise CheckpointError(
+                f"a config.json in {self.source.root} is damaged ({type(error).__name__}: {error}): "
+                "download the checkpoint again"
+            ) from None
+
+    def _write_small(self) -> dict[str, Prompt]:
+        """Tokenizer, scheduler and pipeline index: before the long work, so that what is wrong with them shows."""
+        from .scheduler import write_scheduler
+
+        for name in ("tokenizer", "scheduler"):
+            remove(self.work / name)
+        prompts = self.rules.prompts(self.source, self.work)
+        write_scheduler(self.source, self.work / "scheduler", self.rules.scheduler_config)
+        index = {
+            name: [None, None] if name in ("safety_checker", "feature_extractor", "image_encoder") else value
+            for name, value in self.source.index.items()
+        }
+        write_json(self.work / "model_index.json", {**index, "requires_safety_checker": False})
+        return prompts
 
     def tidy(self) -> None:
         """After a failure: leave the work folder only if a finished stage is in it."""
@@ -201,7 +285,8 @@ class _Build:
                 "source": source_hash,
                 "inputs": [asdict(tensor) for tensor in plan.inputs],
                 "outputs": [asdict(tensor) for tensor in plan.outputs],
-                "versions": self.versions,
+                "versions": {name: version for name, version in self.versions.items() if name != "diffoundry"},
+                "opset": OPSET,
                 "precision": self.precision,
                 "device": self.device,
             }
@@ -279,8 +364,6 @@ class _Build:
         return stage
 
     def _load(self, name: str, component: Component) -> Any:
-        from ..engines.onnxruntime import OnnxRuntimeEngine
-
         return OnnxRuntimeEngine.load(
             self.work / component.model,
             component=name,
@@ -289,19 +372,9 @@ class _Build:
             source=component.model_files(),
         )
 
-    def _write(self, stages: dict[str, Stage], hashes: dict[str, str]) -> None:
-        """Everything but the components: scheduler, tokenizer, pipeline index, reports, manifest."""
-        from .scheduler import write_scheduler
-
+    def _write(self, stages: dict[str, Stage], manifest: Manifest) -> None:
+        """The reports, and the manifest with the hash of every file."""
         work = self.work
-        remove(work / "tokenizer")
-        prompts = self.rules.prompts(self.source, work)
-        write_scheduler(self.source, work / "scheduler", self.rules.scheduler_config)
-        index = {
-            name: [None, None] if name in ("safety_checker", "feature_extractor", "image_encoder") else value
-            for name, value in self.source.index.items()
-        }
-        write_json(work / "model_index.json", {**index, "requires_safety_checker": False})
         write_json(work / "reports" / "parity.json", {name: stage.parity for name, stage in stages.items()})
         remove(work / "reports" / "stages")
         (work / "reports" / "stages").mkdir()
@@ -312,48 +385,12 @@ class _Build:
         files = {name: sha256_file(work / name) for name in names}
         for stage in stages.values():
             files.update(stage.reference)
-        plans = {plan.name: plan for plan in self.rules.components(self.source)}
-        width, height = self.rules.default_size(self.source)
-        manifest = Manifest(
-            family=self.family_name,
-            tasks=self.rules.TASKS,
-            precision=self.precision,
-            components={
-                name: Component(
-                    stage.component.model,
-                    stage.component.dtype,
-                    stage.component.files,
-                    plans[name].inputs,
-                    plans[name].outputs,
-                    stage.component.key,
-                )
-                for name, stage in stages.items()
-            },
-            files=files,
-            latents=self.rules.latents(self.source),
-            prompts=prompts,
-            default_width=width,
-            default_height=height,
-            source={
-                "name": self.source.root.resolve().name,
-                "pipeline": self.source.class_name,
-                "sha256": sha256_json(hashes),
-            },
-            versions={**self.versions, **_running_versions()},
-        )
-        write_json(work / MANIFEST_NAME, to_json(manifest))
+        write_json(work / MANIFEST_NAME, to_json(replace(manifest, files=files)))
 
     def _swap(self) -> None:
         """Put the finished folder in the place of the bundle; `_recover` mends a stop between the renames."""
-        for name in (".stages", _LOCK_NAME):
-            remove(self.work / name)
+        remove(self.work / ".stages")
         if self.target.exists():
             self.target.rename(_old(self.target))
         self.work.rename(self.target)
         remove(_old(self.target))
-
-
-def _running_versions() -> dict[str, str]:
-    import onnxruntime
-
-    return {"onnxruntime": onnxruntime.__version__, "diffoundry": importlib.metadata.version("diffoundry")}

@@ -10,6 +10,9 @@ from typing import Any
 
 from ..bundle import CheckpointError, Prompt
 
+_CLIP_FILES = ("vocab.json", "merges.txt")
+_SHORTEST_WINDOW = 3  # start, one token, end
+
 
 def load_pretrained(kind: Any, folder: Path) -> Any:
     """`kind.from_pretrained(folder)` in float32. Raises `CheckpointError` when weights are missing or damaged."""
@@ -19,7 +22,7 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
     try:
         with _quiet():
             model, info = kind.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True, **variant)
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
+    except Exception as error:  # each library has its own ways of refusing a damaged configuration or file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder} cannot be loaded: {reason[:300]}") from None
     missing = sorted(name for name in info.get("missing_keys", ()) if not name.endswith("position_ids"))
@@ -60,14 +63,30 @@ def _fp16_weights(folder: Path) -> bool:
     return any(folder.glob("*.fp16.*"))
 
 
-def load_tokenizer(source: Path, target: Path, window: int) -> Prompt:
-    """Copy a CLIP tokenizer to `target`, with the `tokenizer.json` of the `tokenizers` library beside its own files."""
+def load_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> Prompt:
+    """Copy a CLIP tokenizer to `target`, with the `tokenizer.json` of the `tokenizers` library beside its own files.
+
+    window, vocabulary: the positions and tokens that the text encoder knows.
+    Raises `CheckpointError` when files are missing or the tokenizer has other tokens than the text encoder.
+    """
     from transformers import CLIPTokenizerFast
 
+    if not (source / "tokenizer.json").is_file() and not all((source / f).is_file() for f in _CLIP_FILES):
+        raise CheckpointError(
+            f"{source} holds neither tokenizer.json nor {' and '.join(_CLIP_FILES)}: download it again"
+        )
     try:
         tokenizer = CLIPTokenizerFast.from_pretrained(source)
+        length = min(int(tokenizer.model_max_length), window)
+        ids = [int(token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)]
+        largest = max(tokenizer.get_vocab().values())
     except Exception as error:
-        raise CheckpointError(f"the tokenizer in {source} cannot be loaded: {error}") from None
+        raise CheckpointError(f"the tokenizer in {source} cannot be loaded ({error}): download it again") from None
+    if largest >= vocabulary or length < _SHORTEST_WINDOW:
+        raise CheckpointError(
+            f"the tokenizer in {source} has token {largest} and windows of {length}, the text encoder {vocabulary} "
+            "tokens: they are not of one checkpoint, download it again"
+        )
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.suffix in (".json", ".txt") and path.is_file():
@@ -77,8 +96,8 @@ def load_tokenizer(source: Path, target: Path, window: int) -> Prompt:
     (target / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
     return Prompt(
         tokenizer=target.name,
-        max_length=min(int(tokenizer.model_max_length), window),
-        bos_token_id=int(tokenizer.bos_token_id),
-        eos_token_id=int(tokenizer.eos_token_id),
-        pad_token_id=int(tokenizer.pad_token_id),
+        max_length=length,
+        bos_token_id=ids[0],
+        eos_token_id=ids[1],
+        pad_token_id=ids[2],
     )

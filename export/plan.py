@@ -11,6 +11,9 @@ import numpy as np
 from ..bundle import Tensor
 from ..engines import Array
 
+OPSET = 20
+"""The ONNX operator set that is traced to."""
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:

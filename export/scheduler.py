@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..bundle import CheckpointError
 from ..bundle.files import write_json
 from .checkpoint import Checkpoint
 
@@ -18,8 +19,17 @@ def write_scheduler(checkpoint: Checkpoint, folder: Path, mend: Callable[[dict[s
     import diffusers
 
     config = checkpoint.config("scheduler", "scheduler_config.json")
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    full = dict(kind.from_config(config).config) if kind is not None else dict(config)
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    full = dict(config)
+    known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    if known:
+        try:
+            full = dict(kind.from_config(config).config)
+        except Exception as error:  # each scheduler has its own ways of refusing
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"the scheduler configuration of {checkpoint.root} is damaged ({reason[:200]}): download it again"
+            ) from None
     mended = mend({name: value for name, value in full.items() if not name.startswith("_")})
     changed = {name: value for name, value in mended.items() if name in full and full[name] != value}
     folder.mkdir(parents=True, exist_ok=True)

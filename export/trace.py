@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..bundle import CheckpointError
-from .plan import ComponentPlan
+from .plan import OPSET, ComponentPlan
 
-OPSET = 20
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
 _EXTERNAL_FROM_BYTES = 64 << 20

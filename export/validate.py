@@ -70,5 +70,6 @@ def save_reference(path: Path, case: Case) -> None:
     feeds, outputs = case
     arrays = {f"in.{name}": array for name, array in feeds.items()} | {f"out.{n}": a for n, a in outputs.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # it may be linked to a finished bundle's, which must not change
     with path.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+import numpy as np
 
 from ..bundle import RequestError
 
 MODES = ("joint", "split", "off")
+_LARGEST_SCALE = 1e6
+_ROUNDING = 1e-9
+"""0.28 of 25 steps is 7 of them, though 0.28 * 25 is a little more than 7."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +27,16 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or self.scale < 0:
-            raise RequestError(f"guidance must be a number of at least 0, found {self.scale}")
+        if not _is_number(self.scale) or not 0 <= self.scale <= _LARGEST_SCALE:
+            raise RequestError(f"guidance must be a number from 0 to {_LARGEST_SCALE:g}, found {self.scale!r}")
+        object.__setattr__(self, "scale", float(self.scale))
         if self.mode not in MODES:
             raise RequestError(f"unknown guidance mode {self.mode!r}: choose one of {', '.join(MODES)}")
-        low, high = self.interval
-        if not (0 <= low <= high <= 1):
-            raise RequestError(f"the guidance interval must be two numbers 0 ≤ start ≤ end ≤ 1, found {low} {high}")
+        found = self.interval
+        pair = isinstance(found, (tuple, list)) and len(found) == 2 and all(_is_number(part) for part in found)
+        if not pair or not 0 <= found[0] <= found[1] <= 1:
+            raise RequestError(f"the guidance interval must be two numbers 0 <= start <= end <= 1, found {found!r}")
+        object.__setattr__(self, "interval", (float(found[0]), float(found[1])))
 
     @property
     def active(self) -> bool:
@@ -39,4 +46,8 @@ class Guidance:
     def at(self, k: int, steps: int) -> bool:
         """Whether step k of `steps` is guided."""
         low, high = self.interval
-        return self.active and low * steps <= k < high * steps
+        return self.active and low * steps - _ROUNDING <= k < high * steps - _ROUNDING
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..bundle import EngineError, RequestError
 from ..engines import Array
 
+_LONGEST_NAME = 200
 METADATA_KEY = "diffoundry"
 """The PNG text chunk that holds, as JSON, everything needed to make the picture again."""
 
@@ -36,15 +37,19 @@ def output_paths(path: Path, count: int) -> list[Path]:
     """
     if path.suffix.lower() != ".png":
         raise RequestError(
-            f"the output {path} must end in .png: other formats would lose the record of how it was made"
+            f"the output {path} must be a name that ends in .png: only PNG keeps the record of how it was made"
         )
     if not path.parent.is_dir():
         raise RequestError(f"the folder {path.parent} does not exist: make it, or choose another --output")
-    if path.is_dir():
-        raise RequestError(f"the output {path} is a folder: give a file name")
     if not os.access(path.parent, os.W_OK):
         raise RequestError(f"no permission to write in {path.parent}: choose another --output")
-    return [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+    paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+    for each in paths:
+        if each.is_dir():
+            raise RequestError(f"the output {each} is a folder: give another file name")
+        if len(os.fsencode(each.name)) > _LONGEST_NAME:
+            raise RequestError(f"the output name {each.name[:20]}… is too long: at most {_LONGEST_NAME} bytes")
+    return paths
 
 
 def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:

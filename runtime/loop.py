@@ -107,7 +107,8 @@ def denoise(
         output = denoiser(model_input, float(table.timesteps[k]), guidance.at(k, table.steps))
         noise = draw(generators, latents.shape[1:]) if table.c[k].any() else None
         registers = step(table, k, registers, output, noise)
-        if callback is not None and callback(k + 1, table.steps, registers[0]) is False:
+        answer = None if callback is None else callback(k + 1, table.steps, registers[0])
+        if isinstance(answer, (bool, np.bool_)) and not answer:
             raise StoppedError(f"stopped by the callback after step {k + 1} of {table.steps}")
     if not np.isfinite(registers[0]).all():
         raise EngineError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import operator
+import re
 import secrets
 import threading
 import time
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..bundle import Bundle, RequestError
+from ..bundle import Bundle, BundleError, RequestError
 from ..engines import Array, Engine, EngineStore
 from .guidance import Guidance
 from .images import to_image
@@ -23,8 +25,15 @@ from .noise import TorchGenerator
 from .schedulers import find_sampler, make_table
 from .tokenizer import PromptTokenizer
 
-_MAX_SEED = 2**63 - 1
+_LARGEST_SEED = 2**62
 _LARGEST_SIDE = 16384
+_MOST_STEPS = 1_000_000
+_MOST_IMAGES = 4096
+_MOST_THREADS = 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_FAMILIES = {"stable-diffusion": ("text_encoder", "unet", "vae_decoder")}
+"""The families that this runtime runs, and the components that each needs."""
+_PRECISIONS = ("fp32", "as exported")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +51,38 @@ class Request:
     height: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "count"):
+        for name, low, high in (
+            ("steps", 1, _MOST_STEPS),
+            ("count", 1, _MOST_IMAGES),
+            ("seed", 0, _LARGEST_SEED),
+            ("width", 1, _LARGEST_SIDE),
+            ("height", 1, _LARGEST_SIDE),
+        ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RequestError(f"{name} must be a whole number of at least 1, found {value}")
-        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed <= _MAX_SEED - self.count):
-            raise RequestError(f"seed must be a whole number from 0 to {_MAX_SEED}, found {self.seed}")
+            if value is not None or name in ("steps", "count"):
+                object.__setattr__(self, name, whole_number(name, value, low, high))
         for name in ("prompt", "negative_prompt"):
-            if not isinstance(getattr(self, name), str):
-                raise RequestError(f"{name} must be a string, found {type(getattr(self, name)).__name__}")
+            text = getattr(self, name)
+            if not isinstance(text, str) or _SURROGATE.search(text):
+                found = f"{type(text).__name__}" if not isinstance(text, str) else "bytes that are not UTF-8"
+                raise RequestError(f"{name} must be a string of text, found {found}")
+        if not isinstance(self.guidance, Guidance):
+            object.__setattr__(self, "guidance", Guidance(self.guidance))
+        if self.negative_prompt and not self.guidance.active:
+            raise RequestError(
+                "the negative prompt has no effect without guidance: leave it out, or set guidance above 1"
+            )
+
+
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """`value` as an int. Raises `RequestError` when it is no whole number from `low` to `high`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if isinstance(value, bool) or not low <= number <= high:
+        raise RequestError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
+    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +105,13 @@ class Pipeline:
     """A loaded bundle. Engines are loaded when first needed and kept; runs may come from several threads."""
 
     def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
+        """Raises `BundleError` for a bundle of another kind, `EngineError` when the provider is not there."""
+        from ..engines.onnxruntime import require_provider
+
+        _check_manifest(bundle)
+        require_provider(provider)
+        if threads is not None:
+            threads = whole_number("threads", threads, 1, _MOST_THREADS)
         self.bundle = bundle
         self.provider = provider
         self._threads = threads
@@ -113,8 +152,6 @@ class Pipeline:
         with self._lock:
             if "text_encoder" not in self._tokenizers:
                 prompt = self.bundle.manifest.prompts["text_encoder"]
-                files = [name for name in self.bundle.manifest.files if name.startswith(("tokenizer/", "scheduler/"))]
-                self.bundle.check(files)
                 self._tokenizers["text_encoder"] = PromptTokenizer(self.bundle.path(prompt.tokenizer), prompt)
             tokenizer = self._tokenizers["text_encoder"]
         ids, cut = tokenizer.encode(prompts)
@@ -146,6 +183,9 @@ class Pipeline:
         Raises `RequestError` for what the bundle cannot do, before anything is run.
         """
         width, height = self._size(request)
+        batch = request.count if batch is None else min(whole_number("batch", batch, 1, _MOST_IMAGES), request.count)
+        if callback is not None and not callable(callback):
+            raise RequestError(f"callback must be callable, found {type(callback).__name__}")
         name, _ = find_sampler(self._scheduler_config, request.scheduler)
         table = make_table(self._scheduler_config, request.steps, request.scheduler)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
@@ -160,7 +200,6 @@ class Pipeline:
             unet = self.engine("unet")
         settings = self.bundle.manifest.latents
         shape = (settings.channels, height // settings.downscale, width // settings.downscale)
-        batch = min(batch or request.count, request.count)
         batches = [seeds[i : i + batch] for i in range(0, request.count, batch)]
         finished = []
         with _timed(seconds, "loop"):
@@ -214,12 +253,8 @@ class Pipeline:
         height = request.height if request.height is not None else manifest.default_height
         unit = manifest.latents.downscale
         for name, value in (("width", width), ("height", height)):
-            if not isinstance(value, int) or value < unit or value % unit or value > _LARGEST_SIDE:
-                near = (
-                    min(max(unit, round(value / unit) * unit), _LARGEST_SIDE)
-                    if isinstance(value, (int, float))
-                    else unit
-                )
+            if value < unit or value % unit:
+                near = max(unit, round(value / unit) * unit)
                 raise RequestError(
                     f"{name} must be a multiple of {unit} from {unit} to {_LARGEST_SIDE}, found {value}: try {near}"
                 )
@@ -232,8 +267,8 @@ def load(bundle: str | Path, *, provider: str = "cpu", threads: int | None = Non
     provider: cpu, cuda or tensorrt (ONNX Runtime's execution providers). threads: of the CPU, default all.
     Raises `BundleError` when the folder is no bundle.
     """
-    if threads is not None and threads < 1:
-        raise RequestError(f"threads must be at least 1, found {threads}")
+    if not isinstance(bundle, (str, Path)):
+        raise BundleError(f"the bundle must be a path, found {bundle!r}")
     return Pipeline(Bundle.open(bundle), provider=provider, threads=threads)
 
 
@@ -248,6 +283,29 @@ class _timed:
 
     def __exit__(self, *_: object) -> None:
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start
+
+
+def _check_manifest(bundle: Bundle) -> None:
+    """Raise `BundleError` for what this runtime cannot run, or would run without a hash to hold it against."""
+    manifest, root = bundle.manifest, bundle.root
+    needed = _FAMILIES.get(manifest.family)
+    if needed is None:
+        raise BundleError(f"{root} is of the family {manifest.family!r}; this version runs {', '.join(_FAMILIES)}")
+    if manifest.precision not in _PRECISIONS:
+        raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {_PRECISIONS[0]}")
+    if "txt2img" not in manifest.tasks:
+        raise BundleError(f"{root} does not hold the task txt2img, only {', '.join(manifest.tasks) or 'none'}")
+    for name in needed:
+        bundle.component(name)
+    if "text_encoder" not in manifest.prompts:
+        raise BundleError(f"{root}: field 'prompts.text_encoder' is missing; compile the bundle again")
+    if not bundle.foreign:
+        tokenizer = f"{manifest.prompts['text_encoder'].tokenizer}/"
+        small = ["scheduler/scheduler_config.json", *(f for f in manifest.files if f.startswith(tokenizer))]
+        unlisted = [name for name in (small[0], f"{tokenizer}tokenizer.json") if name not in manifest.files]
+        if unlisted:
+            raise BundleError(f"{root}: the manifest has no hash for {', '.join(unlisted)}; compile the bundle again")
+        bundle.check(small)
 
 
 def _shifted(callback: Callback | None, done: int, total: int) -> Callback | None:

@@ -39,25 +39,36 @@ def verify(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None)
     bundle.check()
     pipeline = Pipeline(bundle, provider=provider, threads=threads)
     for name in bundle.manifest.components:
-        feeds, expected = _reference(bundle, name)
-        found = pipeline.engine(name)(feeds)
-        error, allowed = 0.0, np.inf
+        engine = pipeline.engine(name)
+        feeds, expected = _reference(bundle, name, {tensor.name for tensor in engine.outputs})
+        found = engine(feeds)
+        error, allowed = 0.0, float("inf")
         for output, reference in expected.items():
-            if output not in found or found[output].shape != reference.shape:
+            if found[output].shape != reference.shape:
                 raise BundleError(f"{name}: output {output!r} is not of the recorded shape; compile the bundle again")
             difference = float(np.abs(found[output] - reference).max())
-            error = max(error, difference if np.isfinite(difference) else np.inf)
+            if not np.isfinite(difference):
+                raise BundleError(f"{name}: output {output!r} is not finite; compile the bundle again on this machine")
+            error = max(error, difference)
             allowed = min(allowed, TOLERANCE * max(1.0, float(np.abs(reference).max())))
         pipeline.release(name)
         yield Check(name, error, allowed)
 
 
-def _reference(bundle: Bundle, name: str) -> tuple[dict[str, Array], dict[str, Array]]:
-    path = bundle.path(f"reports/reference/{name}.npz")
+def _reference(bundle: Bundle, name: str, outputs: set[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The recorded inputs and outputs of a component, which must cover all its outputs with finite numbers."""
+    relative = f"reports/reference/{name}.npz"
+    if relative not in bundle.manifest.files:
+        raise BundleError(f"{bundle.root}: the manifest has no hash for {relative}; compile the bundle again")
+    path = bundle.path(relative)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise BundleError(f"{path} cannot be read ({error}); compile the bundle again") from None
     feeds = {key.removeprefix("in."): value for key, value in arrays.items() if key.startswith("in.")}
-    return feeds, {key.removeprefix("out."): value for key, value in arrays.items() if key.startswith("out.")}
+    expected = {key.removeprefix("out."): value for key, value in arrays.items() if key.startswith("out.")}
+    numbers = all(value.dtype.kind == "f" and np.isfinite(value).all() for value in expected.values())
+    if set(expected) != outputs or not numbers:
+        raise BundleError(f"{path} does not hold every output of {name}; compile the bundle again")
+    return feeds, expected

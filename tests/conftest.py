@@ -57,11 +57,13 @@ def copied(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `diffoundry ARGS…` in a process of its own."""
+def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `diffoundry ARGS…` in a process and a folder of its own."""
+    folder = tmp_path_factory.mktemp("cwd")
 
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "diffoundry", *(str(argument) for argument in arguments)]
+        options = {"cwd": folder, **options}
         return subprocess.run(line, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload,no-any-return]
 
     return run

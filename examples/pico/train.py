@@ -1,12 +1,13 @@
 """Train pico from nothing: `python -m diffoundry.examples.pico.train --out examples/pico`.
 
-Three stages, each resumable from the checkpoints in `--work`:
+Four stages, each resumable from the checkpoints in `--work`:
 
 1. tokenizer: byte-pair encoding over every caption of the world, in CLIP's layout;
 2. autoencoder: L1 reconstruction with a small KL term (Rombach et al. 2022, section 3.1);
 3. diffusion: text encoder and U-Net together, noise-prediction loss (Ho et al. 2020, equation 14) with
-   min-SNR weights (Hang et al. 2023, equation 8), 10 % caption dropout for classifier-free guidance
-   (Ho & Salimans 2022) and an exponential moving average of the weights.
+   weights 1/√SNR (Yu et al. 2023, "Debias the training of diffusion models"), 10 % caption dropout for
+   classifier-free guidance (Ho & Salimans 2022) and an exponential moving average of the weights;
+4. decoder: the decoder alone once more, on latents with a little noise.
 
 On 2 CPU cores the whole recipe takes between one and three hours.
 """
@@ -34,6 +35,7 @@ from diffusers.training_utils import EMAModel, compute_snr
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..random_checkpoint import name_as_of_old
 from .world import Scene, all_scenes, caption, random_caption, render, split_scenes
 
 BETAS: dict[str, Any] = {
@@ -42,6 +44,7 @@ BETAS: dict[str, Any] = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
+_DECODER_NOISE = 0.08
 CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -198,6 +201,46 @@ def train_autoencoder(work: Path, steps: int, batch: int = 16) -> AutoencoderKL:
     return vae
 
 
+def train_decoder(work: Path, vae: AutoencoderKL, steps: int, batch: int = 16) -> AutoencoderKL:
+    """Stage 4. Sharpen the decoder alone on latents with a little noise, as the U-Net leaves it: latents stay."""
+    torch.manual_seed(2)
+    weights = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    optimizer = torch.optim.Adam(weights, lr=6e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-4, total_steps=steps, pct_start=0.05)
+    path, start = work / "decoder.pt", 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start = state["step"]
+    train, _ = split_scenes()
+    since = time.time()
+    running = 0.0
+    for step in range(start, steps):
+        rng = np.random.default_rng((5, step))
+        images = _pictures([train[i] for i in rng.integers(0, len(train), batch)], rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(images).latent_dist.mean
+                latents = latents + _DECODER_NOISE * torch.randn_like(latents)
+            output = vae.decode(latents).sample
+        loss = (_shape_weights(images) * (output.float() - images).abs()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        running += loss.item()
+        if (step + 1) % 100 == 0:
+            _log("decoder", step + 1, steps, running / 100, since)
+            running = 0.0
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            _save(path, {**state, "step": step + 1})
+    return vae.eval()
+
+
 def encode_world(vae: AutoencoderKL, work: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (count, 4, 8, 8), scaled, of randomly jittered training pictures, and their scene indices."""
     path = work / f"latents-{count}.pt"
@@ -260,8 +303,8 @@ def train_diffusion(
         timesteps = torch.randint(0, BETAS["num_train_timesteps"], (batch,), generator=generator)
         noisy = noiser.add_noise(clean, noise, timesteps)
         predicted = unet(noisy, timesteps, text_encoder(tokens)[0]).sample
-        snr = compute_snr(noiser, timesteps)
-        weights = snr.clamp(max=5.0) / snr
+        # the place of the shape is decided while there is almost only noise, where the plain loss hardly sees it
+        weights = compute_snr(noiser, timesteps).rsqrt().clamp(max=15.0) / 3
         loss = ((predicted - noise).pow(2).mean(dim=(1, 2, 3)) * weights).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -285,7 +328,9 @@ def write_checkpoint(
     out: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
 ) -> None:
     """Write the diffusers folder: autoencoder and U-Net stored in fp16, the small text encoder in fp32."""
-    scheduler = DPMSolverMultistepScheduler(**BETAS, steps_offset=1)
+    # the last two are for the samplers that a user may choose instead, as in the published Stable Diffusion 1.5
+    others = {"clip_sample": False, "set_alpha_to_one": False}
+    scheduler = DPMSolverMultistepScheduler.from_config({**BETAS, "steps_offset": 1, **others})
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_encoder,
@@ -297,6 +342,7 @@ def write_checkpoint(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out, safe_serialization=True)
+    name_as_of_old(out / "text_encoder")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(Path(tokenizer.name_or_path) / name, out / "tokenizer" / name)
 
@@ -317,14 +363,16 @@ def write_checkpoint(
     help="Training state, to resume from.",
 )
 @click.option("--vae-steps", default=9000, show_default=True)
-@click.option("--steps", default=16000, show_default=True, help="Steps of the diffusion stage.")
-def main(out: Path, work: Path, vae_steps: int, steps: int) -> None:
+@click.option("--steps", default=8000, show_default=True, help="Steps of the diffusion stage.")
+@click.option("--decoder-steps", default=3000, show_default=True)
+def main(out: Path, work: Path, vae_steps: int, steps: int, decoder_steps: int) -> None:
     """Train pico, or go on where an earlier run stopped."""
     work.mkdir(parents=True, exist_ok=True)
     make_tokenizer(work / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     vae = train_autoencoder(work, vae_steps)
     text_encoder, unet = train_diffusion(work, vae, tokenizer, steps)
+    vae = train_decoder(work, vae, decoder_steps)
     write_checkpoint(out, vae, text_encoder, unet, tokenizer)
     print(f"wrote {out}", flush=True)
 

@@ -159,6 +159,10 @@ def _check_unet(config: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"the U-Net takes {meaning} ({name}), which the stable-diffusion family does not support"
             )
+    if not isinstance(config.get("cross_attention_dim"), int):
+        raise CheckpointError(
+            f"the U-Net has cross_attention_dim {config.get('cross_attention_dim')!r}, which is not supported"
+        )
     if config.get("in_channels") != config.get("out_channels"):
         raise CheckpointError(
             f"the U-Net takes {config.get('in_channels')} channels (an inpainting or depth model), "
@@ -192,8 +196,9 @@ def default_size(checkpoint: Checkpoint) -> tuple[int, int]:
 
 def prompts(checkpoint: Checkpoint, folder: Path) -> dict[str, Prompt]:
     """Write the tokenizer below `folder` and say how it is used."""
-    window = int(checkpoint.config("text_encoder")["max_position_embeddings"])
-    return {"text_encoder": load_tokenizer(checkpoint.folder("tokenizer"), folder / "tokenizer", window)}
+    text = checkpoint.config("text_encoder")
+    limits = int(text["max_position_embeddings"]), int(text["vocab_size"])
+    return {"text_encoder": load_tokenizer(checkpoint.folder("tokenizer"), folder / "tokenizer", *limits)}
 
 
 def scheduler_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ...bundle import RequestError
 from .config import Config
 from .ddim import ddim
@@ -44,26 +46,40 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def find_sampler(config: Config, name: str | None) -> tuple[str, Sampler]:
-    """The sampler called `name` (or by its diffusers class); without a name, the one `config` was written for.
+    """The sampler called `name`, under the name that asks for it again.
 
-    Raises `RequestError` suggesting the nearest name.
+    A short name fixes the options it stands for; a diffusers class name, and the class of the config itself when
+    `name` is None, leaves them to the config. Raises `RequestError` suggesting the nearest name.
     """
-    by_class = {sampler.class_name: key for key, sampler in SAMPLERS.items()}
-    asked = name or str(config.get("_class_name", ""))
-    key = by_class.get(asked, asked.lower() if name else asked)
-    if key in SAMPLERS:
-        return key, SAMPLERS[key]
+    by_class = {sampler.class_name: sampler for sampler in SAMPLERS.values()}
     known = ", ".join(SAMPLERS)
     if name is None:
-        raise RequestError(
-            f"the bundle's own scheduler {asked or '(none)'} is not supported: add --scheduler with one of {known}"
-        )
-    near = difflib.get_close_matches(key, [*SAMPLERS, *by_class], n=1, cutoff=0.4)
+        own = str(config.get("_class_name", ""))
+        if own not in by_class:
+            raise RequestError(
+                f"the bundle's own scheduler {own or '(none)'} is not supported: add --scheduler with one of {known}"
+            )
+        return own, by_class[own]
+    if isinstance(name, str) and name in by_class:
+        return name, by_class[name]
+    if isinstance(name, str) and name.lower() in SAMPLERS:
+        return name.lower(), SAMPLERS[name.lower()]
+    near = difflib.get_close_matches(str(name).lower(), [*SAMPLERS, *by_class], n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise RequestError(f"unknown scheduler {name!r}: {hint}the schedulers are {known}")
 
 
 def make_table(config: Config, steps: int, name: str | None = None) -> Table:
-    """The table of `steps` steps of the sampler `name` (default: the config's own) under `config`."""
-    _, sampler = find_sampler(config, name)
-    return sampler.table({**config, **(sampler.fixed if name else {})}, steps)
+    """The table of `steps` steps of the sampler `name` (default: the config's own) under `config`.
+
+    Raises `RequestError` for an option that is not supported, a damaged config, or more steps than it has.
+    """
+    key, sampler = find_sampler(config, name)
+    try:
+        with np.errstate(all="ignore"):
+            table = sampler.table({**config, **(sampler.fixed if key in SAMPLERS else {})}, steps)
+    except (TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+        raise RequestError(f"the scheduler configuration is damaged ({error}): compile the bundle again") from None
+    if not all(np.isfinite(part).all() for part in (table.A, table.b, table.c, table.d, table.x0, table.input_scale)):
+        raise RequestError(f"{key} has no {steps} distinct steps under this configuration: ask for fewer --steps")
+    return table

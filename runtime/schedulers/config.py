@@ -12,6 +12,7 @@ from ...bundle import RequestError
 from ...engines import Array
 
 Config = Mapping[str, Any]
+_MOST_TRAINING_STEPS = 1_000_000
 
 
 def refuse(config: Config, **neutral: Any) -> None:
@@ -31,6 +32,8 @@ def alphas_cumprod(config: Config) -> Array:
     schedule = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is not None:
         betas = np.asarray(config["trained_betas"], np.float32)
+        if betas.shape != (steps,):
+            raise RequestError(f"trained_betas must hold num_train_timesteps={steps} values, found {betas.size}")
     elif schedule == "linear":
         betas = _linspace(start, end, steps)
     elif schedule == "scaled_linear":
@@ -79,6 +82,8 @@ def _zero_terminal_snr(betas: Array) -> Array:
 def train_steps(config: Config, steps: int) -> int:
     """The number of training timesteps. Raises `RequestError` when more `steps` than that are asked for."""
     total = int(config.get("num_train_timesteps", 1000))
+    if not 1 <= total <= _MOST_TRAINING_STEPS:
+        raise RequestError(f"num_train_timesteps must be between 1 and {_MOST_TRAINING_STEPS}, found {total}")
     if not 1 <= steps <= total:
         raise RequestError(f"steps must be between 1 and {total}, found {steps}")
     return total
@@ -93,12 +98,16 @@ def spaced_timesteps(config: Config, steps: int, default: str) -> Array:
     if spacing == "leading":
         return np.arange(steps)[::-1] * float(total // steps) + int(config.get("steps_offset", 0))
     if spacing == "trailing":
-        return np.round(np.arange(total, 0, -total / steps)) - 1
+        return np.round(total - np.arange(steps) * (total / steps)) - 1
     raise RequestError(f"the timestep spacing {spacing!r} is not supported: use linspace, leading or trailing")
 
 
 def check_range(timesteps: Array, total: int) -> Array:
-    """`timesteps` as they are. Raises `RequestError` when steps_offset pushed one past the training range."""
+    """`timesteps` as they are. Raises `RequestError` when steps_offset pushed one out of the training range."""
+    if len(timesteps) and timesteps.min() < 0:
+        raise RequestError(
+            f"timestep {timesteps.min():.0f} is negative: mend steps_offset in the scheduler configuration"
+        )
     if len(timesteps) and timesteps.max() >= total:
         raise RequestError(
             f"timestep {timesteps.max():.0f} is past the {total} that the model was trained with: ask for fewer steps"

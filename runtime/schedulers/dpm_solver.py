@@ -9,6 +9,9 @@ from .config import Config, check_range, predicted_x0, refuse, train_steps
 from .euler import final_sigma, sigmas_of
 from .table import Table, empty
 
+_MEAN_MIDPOINT = ("logrho", "bh1", "bh2")
+"""Solver types of other samplers, which diffusers reads as midpoint."""
+
 _FEW_STEPS = 15
 """Below this many steps diffusers lowers the order at the end."""
 
@@ -34,7 +37,10 @@ def dpm_solver_pp_2m(config: Config, steps: int) -> Table:
     order = config.get("solver_order", 2)
     if order not in (1, 2):
         raise RequestError(f"the scheduler option solver_order={order} is not supported, only 1 and 2")
-    heun = config.get("solver_type", "midpoint") == "heun"
+    solver = config.get("solver_type", "midpoint")
+    if solver not in ("midpoint", "heun", *_MEAN_MIDPOINT):
+        raise RequestError(f"the scheduler option solver_type={solver!r} is not supported, only midpoint and heun")
+    heun = solver == "heun"
     timesteps = _timesteps(config, steps)
     steps = len(timesteps)
     train = sigmas_of(config)
@@ -69,7 +75,7 @@ def _timesteps(config: Config, steps: int) -> np.ndarray:
     elif spacing == "leading":
         timesteps = np.arange(steps + 1)[::-1][:-1] * float(total // (steps + 1)) + int(config.get("steps_offset", 0))
     elif spacing == "trailing":
-        timesteps = np.arange(total, 0, -total / steps).round() - 1
+        timesteps = (total - np.arange(steps) * (total / steps)).round() - 1
     else:
         raise RequestError(f"the timestep spacing {spacing!r} is not supported: use linspace, leading or trailing")
     return check_range(timesteps, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import resource
 import shutil
@@ -127,11 +128,46 @@ def test_a_stopped_compile_goes_on_where_it_was(tmp_path, checkpoint_of, how):
     assert "text_encoder.json" in written
     second = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr
-    for name, at in written.items():
-        assert (tmp_path / "b/reports/stages" / name).exists()
-        assert (tmp_path / "b/text_encoder/model.onnx").stat().st_mtime_ns <= at or name != "text_encoder.json"
+    for name, at in written.items():  # what was finished before the stop was not made again after it
+        assert (tmp_path / "b" / name.removesuffix(".json") / "model.onnx").stat().st_mtime_ns <= at
+    assert (tmp_path / "b/unet/model.onnx").stat().st_mtime_ns > max(written.values())
     nothing_left(tmp_path, "b")
     assert subprocess.run([*line[:3], "verify", str(tmp_path / "b")], capture_output=True).returncode == 0
+
+
+def test_files_that_are_not_the_bundles_are_not_lost(command, tmp_path, checkpoint_of, copied):
+    (copied / "mine.png").write_bytes(b"a picture")
+    fails(command("compile", checkpoint_of("pico"), "-o", copied), "mine.png", "would be lost")
+    shutil.copytree(checkpoint_of("pico"), copied / "source")
+    fails(command("compile", copied / "source", "-o", copied), "would overwrite the checkpoint")
+    assert (copied / "mine.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "word"),
+    [
+        ("unet/config.json", {"cross_attention_dim": None}, "cross_attention_dim"),
+        ("text_encoder/config.json", {"num_attention_heads": 7}, "text_encoder cannot be loaded"),
+        ("vae/config.json", {"block_out_channels": []}, "vae"),
+        ("text_encoder/config.json", {"max_position_embeddings": "x"}, "config.json"),
+        ("text_encoder/config.json", {"vocab_size": 10}, "not of one checkpoint"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "bogus"}, "scheduler configuration"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 1}, "windows of 1"),
+    ],
+)
+def test_damaged_configurations(command, tmp_path, checkpoint_of, file, change, word):
+    shutil.copytree(checkpoint_of("pico"), tmp_path / "x")
+    config = json.loads((tmp_path / "x" / file).read_text())
+    (tmp_path / "x" / file).write_text(json.dumps({**config, **change}))
+    fails(command("compile", tmp_path / "x", "-o", tmp_path / "b"), word)
+
+
+def test_an_empty_tokenizer_folder(command, tmp_path, checkpoint_of):
+    shutil.copytree(checkpoint_of("pico"), tmp_path / "x")
+    for path in (tmp_path / "x/tokenizer").iterdir():
+        path.unlink()
+    fails(command("compile", tmp_path / "x", "-o", tmp_path / "b"), "holds neither tokenizer.json nor vocab.json")
+    nothing_left(tmp_path, "x")
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
@@ -141,26 +177,56 @@ def test_a_stopped_compile_goes_on_where_it_was(tmp_path, checkpoint_of, how):
     ("options", "words"),
     [
         (["--width", "100"], ["width must be a multiple of 8", "found 100", "try 96"]),
-        (["--height", "-8"], ["height must be a multiple of 8"]),
-        (["--width", "0"], ["width must be a multiple of 8"]),
+        (["--height", "-8"], ["height must be a whole number from 1 to 16384"]),
+        (["--width", "0"], ["width must be a whole number"]),
+        (["--width", "1e9"], None),
+        (["--scheduler", ""], ["unknown scheduler ''"]),
+        (["--threads", "3000000000"], None),
+        (["-n", "a ring", "--guidance", "1"], ["negative prompt has no effect without guidance"]),
+        (["--guidance", "1e39"], ["guidance must be a number from 0 to 1e+06"]),
+        (["--count", "20000000"], ["count must be a whole number from 1 to 4096"]),
+        (["-o", ".png"], ["must be a name that ends in .png"]),
+        (["-o", "x" * 300 + ".png"], ["too long"]),
         (["--scheduler", "eular"], ["unknown scheduler 'eular'", "did you mean 'euler'"]),
-        (["--steps", "0"], ["steps", "at least 1"]),
+        (["--steps", "0"], ["steps must be a whole number from 1"]),
+        (["--steps", "1000", "--scheduler", "dpm++2m"], ["no 1000 distinct steps", "ask for fewer"]),
         (["--steps", "2000"], ["steps must be between 1 and 1000"]),
         (["--guidance", "nan"], ["guidance must be a number"]),
         (["--guidance", "-1"], ["guidance must be a number"]),
         (["--guidance", "inf"], ["guidance must be a number"]),
         (["--guidance-interval", "0.9", "0.1"], ["guidance interval"]),
         (["--seed", "-1"], ["seed must be a whole number"]),
-        (["--count", "0"], ["count", "at least 1"]),
+        (["--count", "0"], ["count must be a whole number from 1"]),
         (["--provider", "cuda"], ["'cuda'", "--provider cpu"]),
         (["--provider", "npu"], ["unknown provider 'npu'", "cpu, cuda, tensorrt"]),
         (["-o", "nowhere/out.png"], ["nowhere does not exist"]),
-        (["-o", "out.jpg"], ["must end in .png"]),
+        (["-o", "out.jpg"], ["must be a name that ends in .png"]),
     ],
 )
 def test_a_run_that_cannot_be(command, bundle_of, tmp_path, options, words):
-    fails(command("run", bundle_of("pico"), "a red star", "--steps", "2", *options, cwd=tmp_path), *words)
+    done = command("run", bundle_of("pico"), "a red star", "--steps", "2", *options, cwd=tmp_path)
+    if words is None:
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+    else:
+        fails(done, *words)
     nothing_left(tmp_path)
+
+
+def test_one_of_several_outputs_is_a_folder(command, bundle_of, tmp_path):
+    (tmp_path / "o-1.png").mkdir()
+    done = command("run", bundle_of("pico"), "x", "--steps", 1, "--count", 2, "-o", tmp_path / "o.png")
+    fails(done, "o-1.png is a folder")
+    nothing_left(tmp_path, "o-1.png")
+
+
+def test_a_prompt_that_is_no_text(command, bundle_of, tmp_path):
+    done = command("run", bundle_of("pico"), b"\xff\xfe".decode("utf-8", "surrogateescape"), cwd=tmp_path)
+    fails(done, "prompt must be a string of text")
+
+
+def test_a_path_that_is_too_long(command, bundle_of):
+    fails(command("run", "x" * 5000, "a red star"), "File name too long", "check the path")
 
 
 def test_wrong_usage_is_exit_code_2(command, bundle_of):
@@ -206,6 +272,68 @@ def test_a_manifest_of_a_newer_schema(command, copied):
     (copied / "bundle.json").write_text(json.dumps({**manifest, "schema_version": 99}))
     fails(command("run", copied, "x"), "schema version 99", "upgrade diffoundry")
     fails(command("inspect", copied), "schema version 99")
+
+
+def rehash(bundle, *names):
+    """Put the present hashes of `names` into the manifest, as somebody would who tampers with care."""
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    for name in names:
+        manifest["files"][name] = hashlib.sha256((bundle / name).read_bytes()).hexdigest()
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_train_timesteps": "x"},
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": 10**12},
+        {"beta_start": None},
+        {"beta_start": -0.1},
+        {"trained_betas": [0.1]},
+        {"steps_offset": -500, "timestep_spacing": "leading"},
+        {"prediction_type": "nonsense"},
+        {"solver_type": "bogus"},
+        {"_class_name": "PNDMScheduler"},
+    ],
+)
+def test_a_damaged_scheduler_configuration(command, copied, change):
+    path = copied / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    rehash(copied, "scheduler/scheduler_config.json")
+    fails(command("run", copied, "x"), "")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"family": "flux"}, ["'flux'"]),
+        ({"tasks": ["inpaint"]}, ["txt2img"]),
+        ({"precision": "int3"}, ["'int3'"]),
+        ({"prompts": {}}, ["prompts.text_encoder"]),
+        ({"components": {}}, ["'components' is empty"]),
+        ({"files": {}}, ["no hash for scheduler/scheduler_config.json"]),
+    ],
+)
+def test_a_manifest_that_vouches_for_too_little(command, copied, change, words):
+    manifest = json.loads((copied / "bundle.json").read_text())
+    (copied / "bundle.json").write_text(json.dumps({**manifest, **change}))
+    fails(command("run", copied, "x"), *words)
+    fails(command("verify", copied), *words)
+
+
+def test_a_reference_without_outputs_verifies_nothing(command, copied):
+    import numpy as np
+
+    name = "reports/reference/unet.npz"
+    with np.load(copied / name) as archive:
+        inputs = {key: archive[key] for key in archive.files if key.startswith("in.")}
+    np.savez(copied / name, **inputs)
+    rehash(copied, name)
+    done = command("verify", copied)
+    assert done.returncode == 1
+    assert "Error: " in done.stderr
+    assert "does not hold every output of unet" in done.stderr
 
 
 @pytest.mark.parametrize("where", ["component", "files", "tokenizer"])

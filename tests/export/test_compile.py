@@ -155,7 +155,7 @@ def test_the_scheduler_is_mended_as_the_pipeline_class_does(bundle_of, checkpoin
 
 def test_two_compiles_of_one_bundle_do_not_mix(tmp_path, checkpoint_of):
     with (
-        exclusive(tmp_path / ".b.part" / ".lock", "b"),
+        exclusive(tmp_path / "b"),
         pytest.raises(DiffoundryError, match="another process is working on"),
     ):
         diffoundry.compile(checkpoint_of("pico"), tmp_path / "b")

@@ -70,6 +70,7 @@ def test_the_guidance_interval_decides_which_steps_are_guided(pipe):
     np.testing.assert_array_equal(latents((0.0, 1.0)), pipe(PROMPT, seed=1, steps=4).latents)
     assert not np.allclose(latents((0.25, 0.75)), latents((0.0, 1.0)), atol=1e-3)
     assert [Guidance(7.5, interval=(0.25, 0.75)).at(k, 4) for k in range(4)] == [False, True, True, False]
+    assert sum(Guidance(7.5, interval=(0, 0.28)).at(k, 25) for k in range(25)) == 7
 
 
 def test_the_negative_prompt_changes_the_image(pipe):
@@ -83,6 +84,13 @@ def test_the_callback_sees_every_step_and_can_stop(pipe):
     assert seen == [(k, 6) for k in range(1, 7)]
     with pytest.raises(StoppedError, match="after step 2 of 5"):
         pipe(PROMPT, seed=1, steps=5, callback=lambda k, total, latents: k < 2)
+    with pytest.raises(StoppedError):
+        pipe(PROMPT, seed=1, steps=5, callback=lambda *step: np.bool_(False))
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    given = pipe(PROMPT, seed=np.int64(4), steps=np.int32(2), width=np.int64(64), guidance=np.float32(3))
+    np.testing.assert_array_equal(given.latents, pipe(PROMPT, seed=4, steps=2, width=64, guidance=3).latents)
 
 
 def test_two_threads_get_what_each_would_get_alone(pipe):
@@ -116,6 +124,14 @@ def test_two_threads_get_what_each_would_get_alone(pipe):
         ({"guidance_interval": (0.5, 1.5)}, "interval"),
         ({"negative_prompt": None}, "negative_prompt"),
         ({"stepz": 3}, "did you mean 'steps'"),
+        ({"batch": 0}, "batch"),
+        ({"callback": 5}, "callback"),
+        ({"seed": True}, "seed"),
+        ({"width": float("nan")}, "width"),
+        ({"guidance": None}, "guidance"),
+        ({"guidance_interval": 0.5}, "interval"),
+        ({"scheduler": 5}, "unknown scheduler"),
+        ({"negative_prompt": "a ring", "guidance": 1}, "no effect"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_runs(pipe, options, message):

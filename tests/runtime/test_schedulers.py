@@ -149,3 +149,19 @@ def test_unsupported_options_are_named(sampler, options, named):
 def test_step_counts_out_of_range_are_refused(sampler, steps):
     with pytest.raises(RequestError, match="steps"):
         make_table(SD, steps, sampler)
+
+
+def test_a_short_name_fixes_its_options_and_a_class_name_leaves_them():
+    config = {**SD, "_class_name": "DPMSolverMultistepScheduler", "solver_order": 1}
+    own, by_class, by_name = (make_table(config, 10, name) for name in (None, "DPMSolverMultistepScheduler", "dpm++2m"))
+    np.testing.assert_array_equal(own.A, by_class.A)
+    assert not np.allclose(own.A, by_name.A)
+    assert find_sampler(config, None)[0] == "DPMSolverMultistepScheduler"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler", "dpm++2m"])
+def test_trailing_spacing_has_as_many_steps_as_asked_for(sampler):
+    for steps in (61, 103, 499, 998):
+        table = make_table({**SD, "timestep_spacing": "trailing"}, steps, sampler)
+        assert table.steps == steps
+        assert table.timesteps.min() >= 0
