@@ -118,7 +118,7 @@ def test_two_threads_get_what_each_would_get_alone(pipe):
         ({"seed": 2**63}, "seed"),
         ({"seed": 1.5}, "seed"),
         ({"width": 63}, "multiple of 8"),
-        ({"height": 1 << 20}, "multiple of 8"),
+        ({"height": 1 << 20}, "whole number from 1 to 16384"),
         ({"guidance": float("nan")}, "guidance"),
         ({"guidance_mode": "both"}, "joint, split, off"),
         ({"guidance_interval": (0.5, 1.5)}, "interval"),

@@ -119,7 +119,7 @@ def test_unknown_scheduler_suggests_the_nearest():
 
 
 def test_class_names_are_accepted():
-    assert find_sampler(SD, "EulerDiscreteScheduler")[0] == "euler"
+    assert find_sampler(SD, "EulerDiscreteScheduler") == ("EulerDiscreteScheduler", SAMPLERS["euler"])
 
 
 def test_a_checkpoint_with_an_unknown_scheduler_asks_for_one():
