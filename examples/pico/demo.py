@@ -8,6 +8,7 @@ import click
 from PIL import Image, ImageDraw, ImageFont
 
 from ...runtime.pipeline import load
+from .score import GUIDANCE
 
 CAPTIONS = (
     "a large red star at the left on a navy background",
@@ -37,7 +38,7 @@ def main(bundle: str, out: Path, seed: int, steps: int) -> None:
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(11)
     for i, text in enumerate(CAPTIONS):
-        picture = pipeline(text, seed=seed, steps=steps).images[0]
+        picture = pipeline(text, seed=seed, steps=steps, guidance=GUIDANCE).images[0]
         x, y = _MARGIN + i % _COLUMNS * cell_width, _MARGIN + i // _COLUMNS * cell_height
         sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         draw.multiline_text((x, y + side + 3), _wrapped(text, draw, font, side), fill="black", font=font, spacing=2)
