@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,47 @@ def _pictures(scenes: list[Scene], rng: np.random.Generator) -> torch.Tensor:
     return _to_tensor(np.stack([render(scene, rng) for scene in scenes]))
 
 
-def _log(stage: str, step: int, steps: int, loss: float, since: float) -> None:
-    print(f"{stage} step {step}/{steps} loss {loss:.5f} {time.time() - since:.0f} s", flush=True)
+class _Training:
+    """One stage: its optimizer and learning rate, and the file that it goes on from."""
+
+    def __init__(self, path: Path, parts: dict[str, Any], weights: list[Any], rate: float, steps: int) -> None:
+        """parts: what is saved beside the optimizer, each with a state_dict. rate: the peak, of a one-cycle."""
+        self.path, self.steps, self.weights = path, steps, weights
+        self.optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-2, betas=(0.9, 0.99))
+        self.parts = {**parts, "optimizer": self.optimizer}
+        self.start = 0
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.start = state["step"]
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, rate, total_steps=max(steps, self.start + 1), pct_start=0.05, final_div_factor=100
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimizer has not made these steps: an earlier run has
+            for _ in range(self.start):
+                self.schedule.step()
+
+    def run(self, loss_of: Callable[[int], torch.Tensor], after: Callable[[], None] = lambda: None) -> None:
+        """Minimise `loss_of(step)` to the last step, logging every 100 and saving every 500."""
+        since, running = time.time(), 0.0
+        for step in range(self.start, self.steps):
+            loss = loss_of(step)
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            after()
+            running += loss.item()
+            done = step + 1
+            if done % 100 == 0:
+                elapsed = time.time() - since
+                print(f"{self.path.stem} step {done}/{self.steps} loss {running / 100:.5f} {elapsed:.0f} s", flush=True)
+                running = 0.0
+            if done % 500 == 0 or done == self.steps:
+                _save(self.path, {**{name: part.state_dict() for name, part in self.parts.items()}, "step": done})
 
 
 def _shape_weights(images: torch.Tensor) -> torch.Tensor:
@@ -154,45 +194,18 @@ def train_autoencoder(work: Path, steps: int, batch: int = 16) -> AutoencoderKL:
     """Stage 2. Returns the trained autoencoder with its `scaling_factor` set to 1 / std(latents)."""
     torch.manual_seed(0)
     vae = make_autoencoder()
-    optimizer = torch.optim.Adam(vae.parameters(), lr=8e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-4, total_steps=steps, pct_start=0.1)
-    path, start = work / "vae.pt", 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start = state["step"]
     train, _ = split_scenes()
-    since = time.time()
-    running = 0.0
-    for step in range(start, steps):
+
+    def loss_of(step: int) -> torch.Tensor:
         rng = np.random.default_rng((1, step))
         images = _pictures([train[i] for i in rng.integers(0, len(train), batch)], rng)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             output = vae.decode(posterior.sample()).sample
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float())
-        loss = (_shape_weights(images) * (output.float() - images).abs()).mean() + 3e-4 * kl.mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        running += loss.item()
-        if (step + 1) % 100 == 0:
-            _log("autoencoder", step + 1, steps, running / 100, since)
-            running = 0.0
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            _save(
-                path,
-                {
-                    "model": vae.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "step": step + 1,
-                },
-            )
+        return (_shape_weights(images) * (output.float() - images).abs()).mean() + 3e-4 * kl.mean()
+
+    _Training(work / "autoencoder.pt", {"model": vae}, list(vae.parameters()), 8e-4, steps).run(loss_of)
     vae.eval()
     rng = np.random.default_rng(3)
     with torch.no_grad():
@@ -204,20 +217,9 @@ def train_autoencoder(work: Path, steps: int, batch: int = 16) -> AutoencoderKL:
 def train_decoder(work: Path, vae: AutoencoderKL, steps: int, batch: int = 16) -> AutoencoderKL:
     """Stage 4. Sharpen the decoder alone on latents with a little noise, as the U-Net leaves it: latents stay."""
     torch.manual_seed(2)
-    weights = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
-    optimizer = torch.optim.Adam(weights, lr=6e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-4, total_steps=steps, pct_start=0.05)
-    path, start = work / "decoder.pt", 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start = state["step"]
     train, _ = split_scenes()
-    since = time.time()
-    running = 0.0
-    for step in range(start, steps):
+
+    def loss_of(step: int) -> torch.Tensor:
         rng = np.random.default_rng((5, step))
         images = _pictures([train[i] for i in rng.integers(0, len(train), batch)], rng)
         with torch.autocast("cpu", torch.bfloat16):
@@ -225,19 +227,10 @@ def train_decoder(work: Path, vae: AutoencoderKL, steps: int, batch: int = 16) -
                 latents = vae.encode(images).latent_dist.mean
                 latents = latents + _DECODER_NOISE * torch.randn_like(latents)
             output = vae.decode(latents).sample
-        loss = (_shape_weights(images) * (output.float() - images).abs()).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        running += loss.item()
-        if (step + 1) % 100 == 0:
-            _log("decoder", step + 1, steps, running / 100, since)
-            running = 0.0
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            _save(path, {**state, "step": step + 1})
+        return (_shape_weights(images) * (output.float() - images).abs()).mean()
+
+    weights = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    _Training(work / "decoder.pt", {"model": vae}, weights, 6e-4, steps).run(loss_of)
     return vae.eval()
 
 
@@ -260,65 +253,36 @@ def encode_world(vae: AutoencoderKL, work: Path, count: int) -> tuple[torch.Tens
     return state["latents"], state["scenes"]
 
 
-def _batches(
-    latents: torch.Tensor, scenes: torch.Tensor, start: int, steps: int, batch: int
-) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    train, _ = split_scenes()
-    for step in range(start, steps):
-        rng = np.random.default_rng((2, step))
-        rows = rng.integers(0, len(latents), batch)
-        captions = ["" if rng.random() < 0.1 else random_caption(train[int(scenes[row])], rng) for row in rows]
-        yield latents[torch.from_numpy(rows)], captions
-
-
 def train_diffusion(
     work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, batch: int = 64, pictures: int = 61440
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     """Stage 3. Returns the averaged text encoder and U-Net."""
     torch.manual_seed(1)
     latents, scenes = encode_world(vae, work, pictures)
+    train, _ = split_scenes()
     text_encoder, unet = make_text_encoder(tokenizer), make_unet()
     both = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     both.train()
     noiser = DDPMScheduler(**BETAS)
-    optimizer = torch.optim.AdamW(both.parameters(), lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 1e-3, total_steps=steps, pct_start=0.04, final_div_factor=100
-    )
     ema = EMAModel(both.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
-    path, start = work / "diffusion.pt", 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        both.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        ema.load_state_dict(state["ema"])
-        start = state["step"]
-    since = time.time()
-    running = 0.0
-    for step, (clean, captions) in enumerate(_batches(latents, scenes, start, steps, batch), start):
+
+    def loss_of(step: int) -> torch.Tensor:
+        rng = np.random.default_rng((2, step))
+        rows = rng.integers(0, len(latents), batch)
+        captions = ["" if rng.random() < 0.1 else random_caption(train[int(scenes[row])], rng) for row in rows]
         generator = torch.Generator().manual_seed(step)
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        clean = latents[torch.from_numpy(rows)]
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(0, BETAS["num_train_timesteps"], (batch,), generator=generator)
         noisy = noiser.add_noise(clean, noise, timesteps)
         predicted = unet(noisy, timesteps, text_encoder(tokens)[0]).sample
         # the place of the shape is decided while there is almost only noise, where the plain loss hardly sees it
         weights = compute_snr(noiser, timesteps).rsqrt().clamp(max=15.0) / 3
-        loss = ((predicted - noise).pow(2).mean(dim=(1, 2, 3)) * weights).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        ema.step(both.parameters())
-        running += loss.item()
-        if (step + 1) % 100 == 0:
-            _log("diffusion", step + 1, steps, running / 100, since)
-            running = 0.0
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            state = {"model": both.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            _save(path, {**state, "ema": ema.state_dict(), "step": step + 1})
+        return ((predicted - noise).pow(2).mean(dim=(1, 2, 3)) * weights).mean()
+
+    training = _Training(work / "diffusion.pt", {"model": both, "ema": ema}, list(both.parameters()), 1e-3, steps)
+    training.run(loss_of, after=lambda: ema.step(both.parameters()))
     ema.copy_to(both.parameters())
     both.eval()
     return text_encoder, unet
