@@ -332,7 +332,8 @@ def write_checkpoint(
 def main(out: Path, work: Path, vae_steps: int, steps: int, decoder_steps: int) -> None:
     """Train pico, or go on where an earlier run stopped."""
     work.mkdir(parents=True, exist_ok=True)
-    make_tokenizer(work / "tokenizer")
+    if not (work / "tokenizer").exists():  # equally frequent pairs come in any order, and the weights know one
+        make_tokenizer(work / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     vae = train_autoencoder(work, vae_steps)
     text_encoder, unet = train_diffusion(work, vae, tokenizer, steps)
