@@ -8,16 +8,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bundle import DiffoundryError
+    from .bundle import DiffoundryError, StoppedError
     from .export import compile
     from .runtime.guidance import Guidance
     from .runtime.pipeline import Pipeline, Request, Result, load
 
 __version__ = "0.1.0"
-__all__ = ["DiffoundryError", "Guidance", "Pipeline", "Request", "Result", "__version__", "compile", "load"]
+__all__ = [
+    "DiffoundryError",
+    "Guidance",
+    "Pipeline",
+    "Request",
+    "Result",
+    "StoppedError",
+    "__version__",
+    "compile",
+    "load",
+]
 
 _HOMES = {
     "DiffoundryError": ".bundle",
+    "StoppedError": ".bundle",
     "compile": ".export",
     "Guidance": ".runtime.guidance",
     "load": ".runtime.pipeline",
@@ -25,6 +36,10 @@ _HOMES = {
     "Request": ".runtime.pipeline",
     "Result": ".runtime.pipeline",
 }
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

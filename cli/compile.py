@@ -36,10 +36,11 @@ from .progress import progress
 def compile_command(
     checkpoint: str, output: str, engine: str, device: str, precision: str, family: str | None, as_json: bool
 ) -> None:
-    """Compile CHECKPOINT, a diffusers folder or a hub id (owner/name), into a bundle.
+    """Compile CHECKPOINT into a bundle.
 
-    Each component is traced to ONNX, held against torch on three random shapes, and built for this machine. A compile
-    that was stopped goes on where it was; a finished stage is not done twice.
+    CHECKPOINT is a folder in the diffusers layout, or a hub id (owner/name) when online. Each component is traced to
+    ONNX, held against torch on three random shapes, and built for this machine. A compile that was stopped goes on
+    where it was; a finished stage is not done twice.
     """
     from ..bundle import DiffoundryError
     from ..export import compile
@@ -54,7 +55,7 @@ def compile_command(
         print(json.dumps({"bundle": str(bundle.root), "max_abs_error": worst}))
     else:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
-        click.echo(f"{bundle.root} is ready. Largest difference to torch: {errors}")
+        click.echo(f"{output} is ready. Largest difference to torch: {errors}")
         try:
             find_sampler(bundle.scheduler_config(), None)
         except DiffoundryError as error:

@@ -13,7 +13,7 @@ import click
 @click.argument("bundle", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def inspect_command(bundle: str, as_json: bool) -> None:
-    """Show what BUNDLE holds, what it was built with and what was measured on it."""
+    """Show what BUNDLE holds and what was measured."""
     from ..bundle import Bundle, BundleError
     from ..bundle.files import read_json
     from ..bundle.manifest import to_json
@@ -40,30 +40,32 @@ def inspect_command(bundle: str, as_json: bool) -> None:
 
 def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
     from rich.text import Text
 
     manifest = opened.manifest
     console = Console(highlight=False, markup=False)
     source = manifest.source.get("name", "an ONNX folder without a manifest")
+    if opened.foreign:
+        console.print("there is no bundle.json: nothing in this folder is checked when it is run")
     console.print(f"{opened.root}: {manifest.family} from {source}, {manifest.precision}, {', '.join(manifest.tasks)}")
     latents = manifest.latents
     console.print(
         f"default size {manifest.default_width}x{manifest.default_height}, any multiple of {latents.downscale}; "
         f"{latents.channels} latent channels, scaling factor {latents.scaling_factor:g}"
     )
-    table = Table(Column("component", no_wrap=True), "size", "inputs", "outputs", "error to torch")
-    for name, component in manifest.components.items():
-        row = (_size(sizes[name]), _tensors(component.inputs), _tensors(component.outputs), _worst(parity.get(name)))
-        table.add_row(*(Text(cell) for cell in (name, *row)))
+    table = Table("component", "size", "largest error to torch")
+    for name in manifest.components:
+        table.add_row(*(Text(cell) for cell in (name, _size(sizes[name]), _worst(parity.get(name)))))
     console.print(table)
-    table = Table("engine", "of", "backend", "provider", "size")
+    for name, component in manifest.components.items():
+        for arrow, tensors in (("<-", component.inputs), ("->", component.outputs)):
+            for tensor in tensors:
+                shape = ", ".join(str(axis) for axis in tensor.shape)
+                console.print(f"{name} {arrow} {tensor.name} {tensor.dtype}[{shape}]", soft_wrap=True)
     for record in engines:
-        backend = f"{record.get('backend')} {record.get('version')}"
-        row = (record.get("key", ""), record.get("component", ""), backend, record.get("provider", ""))
-        table.add_row(*(Text(str(cell)[:40]) for cell in (*row, _size(record["bytes"]))))
-    if engines:
-        console.print(table)
+        made = " ".join(str(record.get(name, "?"))[:32] for name in ("component", "backend", "version", "provider"))
+        console.print(f"engines/{str(record.get('key'))[:32]}: {made}, {_size(record['bytes'])}", soft_wrap=True)
     if manifest.versions:
         console.print("built with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
 
@@ -79,7 +81,3 @@ def _size(count: int) -> str:
     if not count:
         return "missing"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _tensors(tensors: tuple[Any, ...]) -> str:
-    return "\n".join(f"{t.name} {t.dtype}[{', '.join(str(axis) for axis in t.shape)}]" for t in tensors)

@@ -15,9 +15,18 @@ from .progress import progress
 @click.argument("bundle", type=click.Path())
 @click.argument("prompt")
 @click.option("-n", "--negative", default="", help="What the image should not show.")
-@click.option("-o", "--output", default="out.png", show_default=True, type=click.Path(), help="PNG file to write.")
-@click.option("--scheduler", help="ddim, ddpm, euler, dpm++2m or lcm. [default: the checkpoint's own]")
-@click.option("--steps", default=20, show_default=True, type=int)
+@click.option(
+    "-o",
+    "--output",
+    default="out.png",
+    show_default=True,
+    type=click.Path(),
+    help="PNG file to write; with --count NAME-0.png, NAME-1.png and so on.",
+)
+@click.option(
+    "--scheduler", help="ddim, ddpm, euler, dpm++2m, lcm, or a diffusers class. [default: the checkpoint's own]"
+)
+@click.option("--steps", default=20, show_default=True, type=int, help="Calls of the U-Net.")
 @click.option("--guidance", default=7.5, show_default=True, type=float, help="1 or less turns guidance off.")
 @click.option(
     "--guidance-mode",
@@ -32,15 +41,15 @@ from .progress import progress
     type=float,
     default=(0.0, 1.0),
     show_default=True,
-    help="The part of the steps in which guidance is on.",
+    help="START and END of guidance, as parts of the steps from 0 to 1.",
 )
 @click.option("--seed", type=int, help="Of the first image; image i has seed + i. [default: random]")
 @click.option("--count", default=1, show_default=True, type=int, help="Number of images.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Most images in one U-Net call.")
-@click.option("--width", type=int, help="In pixels. [default: the checkpoint's own]")
-@click.option("--height", type=int, help="In pixels. [default: the checkpoint's own]")
+@click.option("--width", type=int, help="In pixels, a multiple of 8. [default: the checkpoint's own]")
+@click.option("--height", type=int, help="In pixels, a multiple of 8. [default: the checkpoint's own]")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt (ONNX Runtime).")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Of the CPU. [default: all]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def run_command(
     bundle: str,
@@ -61,7 +70,10 @@ def run_command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Draw PROMPT with BUNDLE and write a PNG that records how it was made."""
+    """Draw PROMPT with BUNDLE.
+
+    The PNG records how it was made, in its text chunk `diffoundry`.
+    """
     from .. import __version__
     from ..runtime.guidance import Guidance
     from ..runtime.images import output_paths, save_png

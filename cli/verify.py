@@ -10,10 +10,13 @@ import click
 @click.command("verify")
 @click.argument("bundle", type=click.Path())
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt (ONNX Runtime).")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Of the CPU. [default: all]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def verify_command(bundle: str, provider: str, threads: int | None, as_json: bool) -> None:
-    """Check every hash of BUNDLE, then each component against the outputs torch gave when it was compiled."""
+    """Check BUNDLE: every hash, then every output.
+
+    Each component runs on recorded inputs and is held against what torch gave when it was compiled.
+    """
     from ..bundle import Bundle, BundleError
     from ..runtime.verify import verify
 

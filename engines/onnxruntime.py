@@ -22,8 +22,8 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 _REMEDIES = {
-    "cuda": "install onnxruntime-gpu in place of onnxruntime (`pip install diffoundry[cuda]`) and CUDA's libraries",
-    "tensorrt": "install onnxruntime-gpu in place of onnxruntime (`pip install diffoundry[cuda]`) and TensorRT",
+    "cuda": "`pip uninstall onnxruntime`, then `pip install onnxruntime-gpu`, and install CUDA's libraries",
+    "tensorrt": "`pip uninstall onnxruntime`, then `pip install onnxruntime-gpu`, and install TensorRT",
 }
 _DTYPES = {
     "tensor(float)": "float32",
@@ -178,7 +178,7 @@ def require_provider(provider: str) -> str:
 
 
 def _remedy(provider: str) -> str:
-    return f"{_REMEDIES[provider]}, or use --provider cpu" if provider in _REMEDIES else "use --provider cpu"
+    return f"{_REMEDIES[provider]}, or use cpu" if provider in _REMEDIES else "use cpu"
 
 
 def _options(threads: int) -> ort.SessionOptions:
@@ -188,6 +188,8 @@ def _options(threads: int) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4
+    # Threads that spin after a run would take the processors from the next component's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
@@ -206,6 +208,8 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
 
 
 def _run_error(component: str, error: Exception) -> EngineError:
+    if "llocate" in str(error):
+        return EngineError(f"{component}: out of memory: ask for a smaller size, a smaller batch or split guidance")
     return EngineError(f"{component}: ONNX Runtime failed: {_first_line(error)}")
 
 

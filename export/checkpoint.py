@@ -25,7 +25,7 @@ class Checkpoint:
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
         """Open a local folder, or fetch the hub id `owner/name`. Raises `CheckpointError`."""
-        if not isinstance(source, (str, Path)):
+        if not isinstance(source, (str, Path)) or not str(source):
             raise CheckpointError(f"the checkpoint must be a folder or a hub id, found {source!r}")
         root = Path(source)
         if not root.exists():
@@ -54,6 +54,13 @@ class Checkpoint:
             )
         for path in sorted(folder.glob("*.safetensors")):
             check_safetensors(path)
+        return folder
+
+    def weights(self, name: str) -> Path:
+        """The folder of component `name`, which must hold weights. Raises `CheckpointError`."""
+        folder = self.folder(name)
+        if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+            raise CheckpointError(f"{folder} holds no weights (*.safetensors): the checkpoint is incomplete")
         return folder
 
     def config(self, name: str, file: str = "config.json") -> dict[str, Any]:

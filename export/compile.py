@@ -93,7 +93,7 @@ def compile(
 
     source = Checkpoint.open(checkpoint)
     family_name, rules = family_of(source, family)
-    if not isinstance(out, (str, Path)):
+    if not isinstance(out, (str, Path)) or not str(out):
         raise DiffoundryError(f"the output must be a path, found {out!r}")
     try:
         target = Path(out).resolve()
@@ -184,7 +184,7 @@ class _Build:
         plans, latents, (width, height) = self._read()
         total = len(plans) + 2
         self.progress("hash the checkpoint", 0, total)
-        hashes = {name: sha256_tree(self.source.folder(name)) for name in sorted({plan.source for plan in plans})}
+        hashes = {name: sha256_tree(self.source.weights(name)) for name in sorted({plan.source for plan in plans})}
         self.work.mkdir(exist_ok=True)
         self._take_engines()
         self._check_disk(plans)

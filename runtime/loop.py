@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import EngineError, StoppedError
+from ..bundle import EngineError, StoppedError, Tensor
 from ..engines import Array, Bound, Engine
 from .guidance import Guidance
 from .noise import TorchGenerator
@@ -20,71 +21,91 @@ Callback = Callable[[int, int, Array], object]
 
 @dataclass(slots=True)
 class _Call:
-    """A U-Net call of a fixed number of rows: its bound buffers."""
+    """One call of the U-Net: its bound buffers, and the batch row that each of its rows comes from."""
 
+    rows: Array
     sample: Array
     timestep: Array
     bound: Bound
-    output: str = field(default="out_sample")
+    output: str
 
     def __call__(self, x: Array, timestep: float) -> Array:
-        for copy in range(len(self.sample) // len(x)):
-            self.sample[copy * len(x) : (copy + 1) * len(x)] = x
+        self.sample[...] = x[self.rows]
         self.timestep[...] = timestep
         return self.bound("sample", "timestep")[self.output]
 
 
 class Denoiser:
-    """The guided model: binds the U-Net's buffers once for a batch and prompt, then predicts step after step."""
+    """The guided model: binds the U-Net's buffers once for a batch and prompt, then predicts step after step.
+
+    With a `pool` of w threads the rows of a call are shared among w + 1 calls that run at once, which is faster than
+    sharing each operator where the operators are small; the engine should then have one thread of its own.
+    """
 
     def __init__(
-        self, unet: Engine, shape: tuple[int, ...], prompt: Array, negative: Array | None, guidance: Guidance
+        self,
+        unet: Engine,
+        shape: tuple[int, ...],
+        prompt: Array,
+        negative: Array | None,
+        guidance: Guidance,
+        pool: ThreadPoolExecutor | None = None,
+        workers: int = 0,
     ) -> None:
-        """shape: (N, C, H, W) of the latents; prompt, negative: (N, tokens, width)."""
+        """shape: (N, C, H, W) of the latents; prompt, negative: (N, tokens, width); workers: threads of the pool."""
         self._unet, self._shape, self._guidance = unet, shape, guidance
         self._prompt, self._negative = prompt, negative
-        self._calls: dict[str, _Call] = {}
+        self._pool, self._workers = pool, workers
+        self._calls: dict[str, list[_Call]] = {}
 
     def __call__(self, x: Array, timestep: float, guided: bool) -> Array:
         """The guided model output, float32 (N, C, H, W). x: the scaled model input."""
         if not guided:
-            return np.array(self._call("prompt")(x, timestep), np.float32)
+            return np.array(self._run("prompt", x, timestep), np.float32)
         if self._guidance.mode == "joint":
-            both = self._call("joint")(x, timestep)
+            both = self._run("joint", x, timestep)
             negative, prompt = both[: len(x)], both[len(x) :]
         else:
-            negative = self._call("negative")(x, timestep)
-            prompt = self._call("prompt")(x, timestep)
+            negative = self._run("negative", x, timestep)
+            prompt = self._run("prompt", x, timestep)
         difference: Array = np.subtract(prompt, negative, dtype=np.float32)
         difference *= np.float32(self._guidance.scale)
         difference += negative
         return difference
 
-    def _call(self, kind: str) -> _Call:
+    def _run(self, kind: str, x: Array, timestep: float) -> Array:
         if kind not in self._calls:
             self._calls[kind] = self._bind(kind)
-        return self._calls[kind]
+        first, *others = self._calls[kind]
+        if not others or self._pool is None:
+            return first(x, timestep)
+        waiting = [self._pool.submit(call, x, timestep) for call in others]
+        return np.concatenate([first(x, timestep), *(future.result() for future in waiting)])
 
-    def _bind(self, kind: str) -> _Call:
+    def _bind(self, kind: str) -> list[_Call]:
         halves = {"prompt": (self._prompt,), "negative": (self._negative,), "joint": (self._negative, self._prompt)}
         embeddings = np.concatenate([half for half in halves[kind] if half is not None])
         specs = {tensor.name: tensor for tensor in self._unet.inputs}
         missing = {"sample", "timestep", "encoder_hidden_states"} - set(specs)
         if missing:
             raise EngineError(f"unet: the model has no input {', '.join(sorted(missing))}: it is of another family")
-        rows = len(embeddings)
+        at_once = 1 if self._pool is None else self._workers + 1
+        parts = np.array_split(np.arange(len(embeddings)), min(at_once, len(embeddings)))
+        return [self._bind_rows(specs, embeddings, part) for part in parts]
+
+    def _bind_rows(self, specs: Mapping[str, Tensor], embeddings: Array, part: Array) -> _Call:
         # ours takes one timestep a row; exports of other tools take a scalar, or one for all rows
-        timestep_shape = (
-            (rows,) if specs["timestep"].shape == specs["sample"].shape[:1] else (1,) * len(specs["timestep"].shape)
-        )
-        sample = np.zeros((rows, *self._shape[1:]), specs["sample"].dtype)
+        a_row = specs["timestep"].shape == specs["sample"].shape[:1]
+        timestep_shape = (len(part),) if a_row else (1,) * len(specs["timestep"].shape)
+        sample = np.zeros((len(part), *self._shape[1:]), specs["sample"].dtype)
         timestep = np.zeros(timestep_shape, specs["timestep"].dtype)
         feeds: Mapping[str, Array] = {
             "sample": sample,
             "timestep": timestep,
-            "encoder_hidden_states": np.ascontiguousarray(embeddings, specs["encoder_hidden_states"].dtype),
+            "encoder_hidden_states": np.ascontiguousarray(embeddings[part], specs["encoder_hidden_states"].dtype),
         }
-        return _Call(sample, timestep, self._unet.bind(feeds), self._unet.outputs[0].name)
+        bound = self._unet.bind(feeds)
+        return _Call(part % self._shape[0], sample, timestep, bound, self._unet.outputs[0].name)
 
 
 def denoise(

@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _LARGEST_SIDE = 16384
 _MOST_STEPS = 1_000_000
 _MOST_IMAGES = 4096
 _MOST_THREADS = 1024
+_SMALL_BYTES = 64 << 20
+"""A model under this has operators too small to be worth sharing among processors."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FAMILIES = {"stable-diffusion": ("text_encoder", "unet", "vae_decoder")}
 """The families that this runtime runs, and the components that each needs."""
@@ -106,7 +109,7 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
         """Raises `BundleError` for a bundle of another kind, `EngineError` when the provider is not there."""
-        from ..engines.onnxruntime import require_provider
+        from ..engines.onnxruntime import default_threads, require_provider
 
         _check_manifest(bundle)
         require_provider(provider)
@@ -118,6 +121,8 @@ class Pipeline:
         self._store = None if bundle.foreign else EngineStore(bundle.root / "engines")
         self._engines: dict[str, Engine] = {}
         self._lock = threading.RLock()
+        self._workers = (threads or default_threads()) - 1
+        self._pool = ThreadPoolExecutor(self._workers, "diffoundry") if self._workers else None
         self._scheduler_config = bundle.scheduler_config()
         self._tokenizers: dict[str, PromptTokenizer] = {}
 
@@ -136,11 +141,17 @@ class Pipeline:
                     self.bundle.path(component.model),
                     component=name,
                     provider=self.provider,
-                    threads=self._threads,
+                    threads=1 if name == "unet" and self._small(name) else self._threads,
                     store=self._store,
                     source=component.model_files(),
                 )
             return self._engines[name]
+
+    def _small(self, name: str) -> bool:
+        """Whether rows of this component's calls are shared among the processors, rather than its operators."""
+        model = self.bundle.path(self.bundle.component(name).model)
+        weights = sum(path.stat().st_size for path in model.parent.glob("model.onnx*") if path.is_file())
+        return self.provider == "cpu" and weights < _SMALL_BYTES
 
     def release(self, name: str) -> None:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
@@ -208,10 +219,11 @@ class Pipeline:
                 latents = draw(generators, shape) * np.float32(table.init_scale)
                 repeated = [np.repeat(part[None], len(rows), axis=0) for part in embeddings]
                 negative = repeated[1] if len(repeated) > 1 else None
-                denoiser = Denoiser(unet, latents.shape, repeated[0], negative, request.guidance)
+                pool, workers = (self._pool, self._workers) if self._small("unet") else (None, 0)
+                denoiser = Denoiser(unet, latents.shape, repeated[0], negative, request.guidance, pool, workers)
                 shifted = _shifted(callback, i * table.steps, len(batches) * table.steps)
                 finished.append(denoise(denoiser, table, latents, request.guidance, generators, shifted))
-        del unet
+        del unet, denoiser  # both hold the session, and low_memory is to free it
         if low_memory:
             self.release("unet")
         latents = np.concatenate(finished)
