@@ -39,7 +39,9 @@ def optimum_python(tmp_path_factory):
 
     version = torch.__version__.split("+")[0]
     subprocess.run([python, "-m", "pip", "install", "--quiet", f"torch=={version}"], check=True)
-    packages = ["optimum-onnx[onnxruntime]==0.1.0", "diffusers", "accelerate"]
+    # pinned, or pip searches for minutes for versions that go together
+    packages = ["optimum-onnx[onnxruntime]==0.1.0", "optimum==2.1.0", "transformers==4.57.6", "diffusers==0.39.0"]
+    packages += ["huggingface_hub==0.36.2", "accelerate==1.15.0"]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
 
