@@ -13,6 +13,7 @@ from ..bundle.files import disk_error
 from .compile import compile_command
 from .inspect import inspect_command
 from .run import run_command
+from .schedulers import schedulers_command
 from .verify import verify_command
 
 
@@ -22,7 +23,7 @@ def cli() -> None:
     """Compile diffusers checkpoints into engines and run them without PyTorch."""
 
 
-for command in (compile_command, run_command, inspect_command, verify_command):
+for command in (compile_command, run_command, inspect_command, verify_command, schedulers_command):
     cli.add_command(command)
 
 

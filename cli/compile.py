@@ -6,6 +6,7 @@ import json
 
 import click
 
+from .options import read_counts
 from .progress import progress
 
 
@@ -32,9 +33,23 @@ from .progress import progress
 @click.option(
     "--family", type=click.Choice(["stable-diffusion"]), help="Override the family found in model_index.json."
 )
+@click.option(
+    "--trace-scheduler",
+    metavar="CLASS",
+    help="Read the tables of this diffusers class, or module:Class, off its code, for the --steps named.",
+)
+@click.option("--steps", metavar="N,N,…", help="Step counts of --trace-scheduler.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def compile_command(
-    checkpoint: str, output: str, engine: str, device: str, precision: str, family: str | None, as_json: bool
+    checkpoint: str,
+    output: str,
+    engine: str,
+    device: str,
+    precision: str,
+    family: str | None,
+    trace_scheduler: str | None,
+    steps: str | None,
+    as_json: bool,
 ) -> None:
     """Compile CHECKPOINT into a bundle.
 
@@ -44,11 +59,19 @@ def compile_command(
     """
     from ..bundle import DiffoundryError
     from ..export import compile
-    from ..runtime.schedulers import find_sampler
+    from ..runtime.schedules import Schedules
 
     with progress("compile", shown=not as_json) as report:
         bundle = compile(
-            checkpoint, output, engine=engine, device=device, precision=precision, family=family, progress=report
+            checkpoint,
+            output,
+            engine=engine,
+            device=device,
+            precision=precision,
+            family=family,
+            trace_scheduler=trace_scheduler,
+            steps=tuple(read_counts("--steps", steps)),
+            progress=report,
         )
     worst = _worst_error(bundle.root)
     if as_json:
@@ -57,7 +80,7 @@ def compile_command(
         errors = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
         click.echo(f"{output} is ready. Largest difference to torch: {errors}")
         try:
-            find_sampler(bundle.scheduler_config(), None)
+            Schedules(bundle).named(None)
         except DiffoundryError as error:
             click.echo(f"Note: {error}", err=True)
 
@@ -68,4 +91,6 @@ def _worst_error(root: object) -> dict[str, float]:
     from ..bundle.files import read_json
 
     parity = read_json(Path(str(root)) / "reports" / "parity.json", "the parity report")
-    return {name: max(case["max_abs_error"] for case in part["cases"]) for name, part in parity.items()}
+    return {
+        name: max(case["max_abs_error"] for case in part["cases"]) for name, part in parity.items() if name != "step"
+    }

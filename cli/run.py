@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from .options import read_numbers, read_options
 from .progress import progress
 
 
@@ -24,9 +25,15 @@ from .progress import progress
     help="PNG file to write; with --count NAME-0.png, NAME-1.png and so on.",
 )
 @click.option(
-    "--scheduler", help="ddim, ddpm, euler, dpm++2m, lcm, or a diffusers class. [default: the checkpoint's own]"
+    "--scheduler",
+    help="A name that `diffoundry schedulers` lists, or a diffusers class. [default: the checkpoint's own]",
 )
-@click.option("--steps", default=20, show_default=True, type=int, help="Calls of the U-Net.")
+@click.option(
+    "--scheduler-option", "options", multiple=True, metavar="KEY=VALUE", help="As in a scheduler_config.json, or eta."
+)
+@click.option("--steps", default=20, show_default=True, type=int, help="Steps of the scheduler.")
+@click.option("--timesteps", metavar="T,T,…", help="Timesteps of your own, in place of --steps.")
+@click.option("--sigmas", metavar="S,S,…", help="Sigmas of your own, in place of --steps.")
 @click.option("--guidance", default=7.5, show_default=True, type=float, help="1 or less turns guidance off.")
 @click.option(
     "--guidance-mode",
@@ -43,7 +50,17 @@ from .progress import progress
     show_default=True,
     help="START and END of guidance, as parts of the steps from 0 to 1.",
 )
+@click.option(
+    "--guidance-rescale", default=0.0, show_default=True, type=float, help="0 to 1, against overexposure (Lin 2023)."
+)
 @click.option("--seed", type=int, help="Of the first image; image i has seed + i. [default: random]")
+@click.option(
+    "--rng",
+    default="cpu",
+    show_default=True,
+    type=click.Choice(["cpu", "cuda"]),
+    help="Whose noise the seed means: torch's generator on the CPU, or on an NVIDIA GPU.",
+)
 @click.option("--count", default=1, show_default=True, type=int, help="Number of images.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Most images in one U-Net call.")
 @click.option("--width", type=int, help="In pixels, a multiple of 8. [default: the checkpoint's own]")
@@ -57,11 +74,16 @@ def run_command(
     negative: str,
     output: str,
     scheduler: str | None,
+    options: tuple[str, ...],
     steps: int,
+    timesteps: str | None,
+    sigmas: str | None,
     guidance: float,
     guidance_mode: str,
     guidance_interval: tuple[float, float],
+    guidance_rescale: float,
     seed: int | None,
+    rng: str,
     count: int,
     batch: int,
     width: int | None,
@@ -83,8 +105,12 @@ def run_command(
         prompt=prompt,
         negative_prompt=negative,
         steps=steps,
-        guidance=Guidance(guidance, guidance_mode, guidance_interval),
+        guidance=Guidance(guidance, guidance_mode, guidance_interval, guidance_rescale),
         scheduler=scheduler,
+        scheduler_options=read_options(options),
+        timesteps=read_numbers("--timesteps", timesteps),
+        sigmas=read_numbers("--sigmas", sigmas),
+        rng=rng,
         seed=seed,
         count=count,
         width=width,

@@ -23,6 +23,23 @@ class Bound(Protocol):
         """
 
 
+class Linked(Protocol):
+    """An engine whose inputs and outputs are tensors that stay on its device."""
+
+    def __call__(self) -> None:
+        """Run: read the input tensors, write the output tensors."""
+
+
+class Placed(Protocol):
+    """A tensor on an engine's device."""
+
+    def numpy(self) -> Array:
+        """A copy on the host."""
+
+    def update_inplace(self, array: Array) -> None:
+        """Overwrite it with `array`, of its own shape and dtype."""
+
+
 class Engine(Protocol):
     """A component that runs. `inputs` and `outputs` carry names, dtypes and shapes with named axes."""
 
@@ -37,6 +54,15 @@ class Engine(Protocol):
 
     def bind(self, feeds: Mapping[str, Array]) -> Bound:
         """Bind the arrays in `feeds` for many runs of the same shapes; nothing is copied on the CPU."""
+
+    def place(self, array: Array) -> Placed:
+        """A copy of `array` on this engine's device."""
+
+    def link(self, tensors: Mapping[str, Placed]) -> Linked:
+        """Bind every input and output to a tensor that `place` made: nothing crosses the bus in a call.
+
+        Raises `EngineError` when a name is missing or an input is not of the shape and dtype allowed.
+        """
 
 
 def check_feeds(component: str, inputs: tuple[Tensor, ...], feeds: Mapping[str, Array]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,35 @@ class OnnxRuntimeEngine:
         check_feeds(self.component, self.inputs, feeds)
         return OnnxRuntimeBound(self, feeds)
 
+    @property
+    def _device(self) -> str:
+        return "cpu" if self.provider == "cpu" else "cuda"
+
+    def place(self, array: Array) -> ort.OrtValue:
+        """See `engine.Engine`."""
+        return ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), self._device, 0)
+
+    def link(self, tensors: Mapping[str, ort.OrtValue]) -> Callable[[], None]:
+        """See `engine.Engine`. On a GPU the calls of linked engines follow one another on the device's streams."""
+        missing = {tensor.name for tensor in (*self.inputs, *self.outputs)} - set(tensors)
+        if missing:
+            raise EngineError(f"{self.component}: nothing was linked to {', '.join(sorted(missing))}")
+        shapes = {t.name: np.broadcast_to(np.zeros((), t.dtype), tensors[t.name].shape()) for t in self.inputs}
+        check_feeds(self.component, self.inputs, shapes)
+        binding = self._session.io_binding()
+        for tensor in self.inputs:
+            binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
+        for tensor in self.outputs:
+            binding.bind_ortvalue_output(tensor.name, tensors[tensor.name])
+
+        def run() -> None:
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:
+                raise _run_error(self.component, error) from None
+
+        return run
+
 
 class OnnxRuntimeBound:
     """A session with its buffers bound once; on a GPU only what changed is uploaded."""
@@ -137,8 +166,7 @@ class OnnxRuntimeBound:
         self._feeds = dict(feeds)
         if not all(array.flags.c_contiguous for array in feeds.values()):
             raise EngineError(f"{engine.component}: arrays must be contiguous to be bound")
-        device = "cpu" if self._host else "cuda"
-        self._inputs = {n: ort.OrtValue.ortvalue_from_numpy(a, device, 0) for n, a in self._feeds.items()}
+        self._inputs = {n: ort.OrtValue.ortvalue_from_numpy(a, engine._device, 0) for n, a in self._feeds.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
         # On the CPU most values share the memory of their array; scalars, and all on a GPU, are copies.

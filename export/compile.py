@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from ..bundle.files import (
 from ..bundle.manifest import to_json
 from ..engines import EngineStore
 from ..engines.onnxruntime import OnnxRuntimeEngine, require_provider
+from . import step_graph
 from .checkpoint import Checkpoint
 from .plan import OPSET, ComponentPlan
 
@@ -76,18 +77,24 @@ def compile(
     device: str = "cpu",
     precision: str = "fp32",
     family: str | None = None,
+    trace_scheduler: str | None = None,
+    steps: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Bundle:
     """Make the bundle `out` from a diffusers folder or hub id.
 
     engine, device: what the engines are built for; each component is validated on it against torch.
     family: overrides the family found by the pipeline class. progress: see `Progress`.
+    trace_scheduler: a diffusers class or `module:Class` that diffoundry has no function for; its tables are read off
+    it for each of `steps` and kept in the bundle, which can then run it.
     Raises `CheckpointError`, `EngineError` or `DiffoundryError`; what was finished is kept for the next run, and
     `out` is either the old bundle or the whole new one.
     """
     for name, value, known in (("engine", engine, ENGINES), ("precision", precision, PRECISIONS)):
         if value not in known:
             raise DiffoundryError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    if (trace_scheduler is None) != (not steps):
+        raise DiffoundryError("a scheduler is traced for the step counts named: give both it and the counts")
     _require_export()
     from .families import family_of  # imports torch
 
@@ -99,6 +106,7 @@ def compile(
         target = Path(out).resolve()
         _check_target(target, source)
         build = _Build(source, family_name, rules, target, device, precision, progress)
+        build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler else None
         with exclusive(target):
             _recover(target)
             try:
@@ -178,6 +186,7 @@ class _Build:
         self.work = target.parent / f".{target.name}.part"
         self.store = EngineStore(self.work / "engines")
         self.versions = {name: importlib.metadata.version(name) for name in _TOOLS}
+        self.traced: tuple[str, tuple[int, ...]] | None = None
 
     def run(self) -> Bundle:
         require_provider(self.device)
@@ -194,6 +203,9 @@ class _Build:
             self.progress(plan.name, i + 1, total)
             stages[plan.name] = self._stage(plan, hashes[plan.source])
         self.progress("write the bundle", total - 1, total)
+        stages[step_graph.NAME] = self._step()
+        tensors = {plan.name: (plan.inputs, plan.outputs) for plan in plans}
+        tensors[step_graph.NAME] = (step_graph.INPUTS, step_graph.OUTPUTS)
         self._write(
             stages,
             Manifest(
@@ -201,8 +213,8 @@ class _Build:
                 tasks=self.rules.TASKS,
                 precision=self.precision,
                 components={
-                    plan.name: replace(stages[plan.name].component, inputs=plan.inputs, outputs=plan.outputs)
-                    for plan in plans
+                    name: replace(stages[name].component, inputs=inputs, outputs=outputs)
+                    for name, (inputs, outputs) in tensors.items()
                 },
                 files={},
                 latents=latents,
@@ -238,12 +250,14 @@ class _Build:
 
     def _write_small(self) -> dict[str, Prompt]:
         """Tokenizer, scheduler and pipeline index: before the long work, so that what is wrong with them shows."""
-        from .scheduler import write_scheduler
+        from .scheduler import write_scheduler, write_traced
 
         for name in ("tokenizer", "scheduler"):
             remove(self.work / name)
         prompts = self.rules.prompts(self.source, self.work)
         write_scheduler(self.source, self.work / "scheduler", self.rules.scheduler_config)
+        if self.traced:
+            write_traced(self.work / "scheduler", *self.traced)
         index = {
             name: [None, None] if name in ("safety_checker", "feature_extractor", "image_encoder") else value
             for name, value in self.source.index.items()
@@ -356,12 +370,28 @@ class _Build:
         shutil.copyfile(self.source.folder(plan.source) / "config.json", folder / "config.json")
         files = {f"{plan.name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
         component = Component(f"{plan.name}/model.onnx", "float32", files, plan.inputs, plan.outputs, key)
-        parity = compare(plan, self._load(plan.name, component), cases)
+        parity = compare(plan.name, self._load(plan.name, component), cases)
         reference = f"reports/reference/{plan.name}.npz"
         save_reference(self.work / reference, cases[0])
         stage = Stage(component, parity, {reference: sha256_file(self.work / reference)})
         self._keep(plan.name, stage)
         return stage
+
+    def _step(self) -> Stage:
+        """The step of the loop as a graph, held against the host's step."""
+        from .validate import compare, save_reference
+
+        model = f"{step_graph.NAME}/model.onnx"
+        remove(self.work / step_graph.NAME)
+        (self.work / step_graph.NAME).mkdir()
+        step_graph.write_step(self.work / model)
+        files = {model: sha256_file(self.work / model)}
+        component = Component(model, "float32", files, key=sha256_json(files))
+        cases = step_graph.step_cases()
+        parity = compare(step_graph.NAME, self._load(step_graph.NAME, component), cases)
+        reference = f"reports/reference/{step_graph.NAME}.npz"
+        save_reference(self.work / reference, cases[0])
+        return Stage(component, parity, {reference: sha256_file(self.work / reference)})
 
     def _load(self, name: str, component: Component) -> Any:
         return OnnxRuntimeEngine.load(
@@ -378,10 +408,12 @@ class _Build:
         write_json(work / "reports" / "parity.json", {name: stage.parity for name, stage in stages.items()})
         remove(work / "reports" / "stages")
         (work / "reports" / "stages").mkdir()
-        for name in stages:
+        for name in (path.stem for path in sorted((work / ".stages").glob("*.json"))):
             shutil.copyfile(work / ".stages" / f"{name}.json", work / "reports" / "stages" / f"{name}.json")
-        names = ["model_index.json", "scheduler/scheduler_config.json", "reports/parity.json"]
-        names += [path.relative_to(work).as_posix() for path in sorted((work / "tokenizer").iterdir())]
+        names = ["model_index.json", "reports/parity.json"]
+        for folder in ("scheduler", "tokenizer"):
+            files_of = sorted(path for path in (work / folder).rglob("*") if path.is_file())
+            names += [path.relative_to(work).as_posix() for path in files_of]
         files = {name: sha256_file(work / name) for name in names}
         for stage in stages.values():
             files.update(stage.reference)

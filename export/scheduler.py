@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..bundle import CheckpointError
-from ..bundle.files import write_json
+from ..bundle.files import read_json, write_json
 from .checkpoint import Checkpoint
 
 
@@ -34,3 +34,18 @@ def write_scheduler(checkpoint: Checkpoint, folder: Path, mend: Callable[[dict[s
     changed = {name: value for name, value in mended.items() if name in full and full[name] != value}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "scheduler_config.json", {**config, **changed})
+
+
+def write_traced(folder: Path, name: str, counts: Sequence[int]) -> None:
+    """Write the tables of the scheduler class `name` under the configuration in `folder`, one for each step count.
+
+    name: a diffusers class or `module:Class`. Raises `RequestError` when it cannot be traced.
+    """
+    from ..runtime.schedulers.stored import save_table, traced_path
+    from .trace_scheduler import trace_scheduler_class
+
+    config = read_json(folder / "scheduler_config.json", "the scheduler configuration")
+    for count, table in trace_scheduler_class(name, config, counts).items():
+        path = folder / traced_path(name.rpartition(":")[2], count)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_table(path, table)

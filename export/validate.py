@@ -39,8 +39,8 @@ def hash_name(name: str) -> int:
     return sum((i + 1) * ord(letter) for i, letter in enumerate(name))
 
 
-def compare(plan: ComponentPlan, engine: Engine, cases: list[Case]) -> dict[str, Any]:
-    """Run the cases on `engine` and report the differences.
+def compare(component: str, engine: Engine, cases: list[Case]) -> dict[str, Any]:
+    """Run the cases of `component` on `engine` and report the differences.
 
     Raises `CheckpointError` when one is above `TOLERANCE`.
     """
@@ -51,15 +51,15 @@ def compare(plan: ComponentPlan, engine: Engine, cases: list[Case]) -> dict[str,
         for name, reference in expected.items():
             if found[name].shape != reference.shape:
                 raise CheckpointError(
-                    f"{plan.name}: output {name!r} has shape {found[name].shape}, "
-                    f"torch gives {reference.shape} for {shapes}"
+                    f"{component}: output {name!r} has shape {found[name].shape}, "
+                    f"the reference {reference.shape} for {shapes}"
                 )
             largest = float(np.abs(reference).max())
             error = float(np.abs(found[name] - reference).max())
             report.append({"inputs": shapes, "output": name, "max_abs_error": error, "max_abs_reference": largest})
             if not error <= TOLERANCE * max(1.0, largest):
                 raise CheckpointError(
-                    f"{plan.name}: output {name!r} differs from torch by {error:.3g} (values up to {largest:.3g}, "
+                    f"{component}: output {name!r} differs from the reference by {error:.3g} (values up to {largest:.3g}, "
                     f"allowed {TOLERANCE:g} of that) for {shapes}: the trace is wrong, do not use it"
                 )
     return {"tolerance": TOLERANCE, "cases": report}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..bundle import RequestError
+from ..engines import Array
 
 MODES = ("joint", "split", "off")
 _LARGEST_SCALE = 1e6
@@ -20,11 +21,13 @@ class Guidance:
 
     mode: `joint` runs both halves in one call, `split` in two calls of half the memory, `off` runs the prompt alone.
     interval: the part of the steps, from 0 to 1, in which guidance is on (Kynkäänniemi et al. 2024).
+    rescale: φ from 0 to 1, the part of m that gets the deviation of m_prompt (Lin et al. 2023, section 3.4).
     """
 
     scale: float = 7.5
     mode: str = "joint"
     interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
 
     def __post_init__(self) -> None:
         if not _is_number(self.scale) or not 0 <= self.scale <= _LARGEST_SCALE:
@@ -37,6 +40,9 @@ class Guidance:
         if not pair or not 0 <= found[0] <= found[1] <= 1:
             raise RequestError(f"the guidance interval must be two numbers 0 <= start <= end <= 1, found {found!r}")
         object.__setattr__(self, "interval", (float(found[0]), float(found[1])))
+        if not _is_number(self.rescale) or not 0 <= self.rescale <= 1:
+            raise RequestError(f"the guidance rescale must be a number from 0 to 1, found {self.rescale!r}")
+        object.__setattr__(self, "rescale", float(self.rescale))
 
     @property
     def active(self) -> bool:
@@ -47,6 +53,20 @@ class Guidance:
         """Whether step k of `steps` is guided."""
         low, high = self.interval
         return self.active and low * steps - _ROUNDING <= k < high * steps - _ROUNDING
+
+
+def combine(prompt: Array, negative: Array, guidances: list[Guidance]) -> Array:
+    """The guided model output of n rows, float32 (n, C, H, W), from both halves and the guidance of each row."""
+    scale = np.array([guidance.scale for guidance in guidances], np.float32)[:, None, None, None]
+    guided: Array = np.subtract(prompt, negative, dtype=np.float32)
+    guided *= scale
+    guided += negative
+    for row, (wanted, guidance) in enumerate(zip(prompt, guidances, strict=True)):
+        if guidance.rescale:
+            # φ · m · (σ_prompt / σ_m) + (1 − φ) · m; their ratio is the same with any denominator of the variance
+            ratio = wanted.std(dtype=np.float64) / guided[row].std(dtype=np.float64)
+            guided[row] *= np.float32(guidance.rescale * ratio + 1 - guidance.rescale)
+    return guided
 
 
 def _is_number(value: object) -> bool:

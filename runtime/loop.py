@@ -1,4 +1,4 @@
-"""The denoising loop: scale, call the U-Net, guide, step."""
+"""The denoising loop: scale, call the U-Net, guide, step. Rows of one batch may differ in all but their size."""
 
 from __future__ import annotations
 
@@ -10,136 +10,181 @@ import numpy as np
 
 from ..bundle import EngineError, StoppedError, Tensor
 from ..engines import Array, Bound, Engine
-from .guidance import Guidance
-from .noise import TorchGenerator
+from .guidance import Guidance, combine
+from .noise import Generator
 from .schedulers import Table
-from .step import step
+from .step import State
 
 Callback = Callable[[int, int, Array], object]
 """`callback(step, total, latents)` after each step; returning False stops the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image to be: its schedule, guidance and noise, its text, and the latents that it starts from.
+
+    prompt, negative: (tokens, width); negative is needed where the guidance is active. latents: float32 (C, H, W).
+    """
+
+    table: Table
+    guidance: Guidance
+    generator: Generator
+    prompt: Array
+    negative: Array | None
+    latents: Array
 
 
 @dataclass(slots=True)
 class _Call:
     """One call of the U-Net: its bound buffers, and the batch row that each of its rows comes from."""
 
-    rows: Array
+    source: Array
     sample: Array
     timestep: Array
     bound: Bound
     output: str
 
-    def __call__(self, x: Array, timestep: float) -> Array:
-        self.sample[...] = x[self.rows]
-        self.timestep[...] = timestep
+    def __call__(self, x: Array, timesteps: Array) -> Array:
+        self.sample[...] = x[self.source]
+        if self.timestep.shape == self.source.shape:
+            self.timestep[...] = timesteps[self.source]
+        else:  # a graph of another tool, with one timestep for all rows
+            told = np.unique(timesteps[self.source])
+            if len(told) > 1:
+                raise EngineError(
+                    "unet: this model takes one timestep for all rows, so all must be at the same step: "
+                    "give them one scheduler and step count, or compile the checkpoint with diffoundry"
+                )
+            self.timestep[...] = told[0]
         return self.bound("sample", "timestep")[self.output]
 
 
 class Denoiser:
-    """The guided model: binds the U-Net's buffers once for a batch and prompt, then predicts step after step.
+    """The guided model over the rows of a batch: it binds the U-Net's buffers once for each set of rows.
 
     With a `pool` of w threads the rows of a call are shared among w + 1 calls that run at once, which is faster than
     sharing each operator where the operators are small; the engine should then have one thread of its own.
     """
 
     def __init__(
-        self,
-        unet: Engine,
-        shape: tuple[int, ...],
-        prompt: Array,
-        negative: Array | None,
-        guidance: Guidance,
-        pool: ThreadPoolExecutor | None = None,
-        workers: int = 0,
+        self, unet: Engine, rows: Sequence[Row], pool: ThreadPoolExecutor | None = None, workers: int = 0
     ) -> None:
-        """shape: (N, C, H, W) of the latents; prompt, negative: (N, tokens, width); workers: threads of the pool."""
-        self._unet, self._shape, self._guidance = unet, shape, guidance
-        self._prompt, self._negative = prompt, negative
+        """workers: threads of the pool."""
+        self._unet, self._rows = unet, list(rows)
+        self._split = any(row.guidance.active and row.guidance.mode == "split" for row in rows)
         self._pool, self._workers = pool, workers
-        self._calls: dict[str, list[_Call]] = {}
+        self._calls: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Call]] = {}
+        self._bound_rows: tuple[int, ...] = ()
 
-    def __call__(self, x: Array, timestep: float, guided: bool) -> Array:
-        """The guided model output, float32 (N, C, H, W). x: the scaled model input."""
-        if not guided:
-            return np.array(self._run("prompt", x, timestep), np.float32)
-        if self._guidance.mode == "joint":
-            both = self._run("joint", x, timestep)
-            negative, prompt = both[: len(x)], both[len(x) :]
+    def __call__(self, x: Array, timesteps: Array, rows: tuple[int, ...], guided: tuple[bool, ...]) -> Array:
+        """The guided model output, float32 (n, C, H, W).
+
+        x: the scaled model input, (n, C, H, W); timesteps: (n,); rows: which rows of the batch these are; guided:
+        which of them are guided in this step.
+        """
+        on = [i for i, is_guided in enumerate(guided) if is_guided]
+        everyone = tuple(range(len(rows)))
+        if not on:
+            return np.array(self._run((), everyone, rows, x, timesteps), np.float32)
+        if self._split:
+            negative = np.array(self._run(tuple(on), (), rows, x, timesteps))
+            prompt = self._run((), everyone, rows, x, timesteps)
         else:
-            negative = self._run("negative", x, timestep)
-            prompt = self._run("prompt", x, timestep)
-        difference: Array = np.subtract(prompt, negative, dtype=np.float32)
-        difference *= np.float32(self._guidance.scale)
-        difference += negative
-        return difference
+            both = self._run(tuple(on), everyone, rows, x, timesteps)
+            negative, prompt = both[: len(on)], both[len(on) :]
+        guidances = [self._rows[rows[i]].guidance for i in on]
+        if len(on) == len(rows):
+            return combine(prompt, negative, guidances)
+        result: Array = np.array(prompt, np.float32)
+        result[on] = combine(prompt[on], negative, guidances)
+        return result
 
-    def _run(self, kind: str, x: Array, timestep: float) -> Array:
-        if kind not in self._calls:
-            self._calls[kind] = self._bind(kind)
-        first, *others = self._calls[kind]
+    def _run(
+        self, negative: tuple[int, ...], prompt: tuple[int, ...], rows: tuple[int, ...], x: Array, timesteps: Array
+    ) -> Array:
+        """One call: rows with the negative prompt, then rows with the prompt, both as places in `rows`."""
+        if rows != self._bound_rows:  # some have finished: the places of the others have changed
+            self._calls.clear()
+            self._bound_rows = rows
+        key = (negative, prompt)
+        if key not in self._calls:
+            self._calls[key] = self._bind(rows, negative, prompt, x.shape[1:])
+        first, *others = self._calls[key]
         if not others or self._pool is None:
-            return first(x, timestep)
-        waiting = [self._pool.submit(call, x, timestep) for call in others]
-        return np.concatenate([first(x, timestep), *(future.result() for future in waiting)])
+            return first(x, timesteps)
+        waiting = [self._pool.submit(call, x, timesteps) for call in others]
+        return np.concatenate([first(x, timesteps), *(future.result() for future in waiting)])
 
-    def _bind(self, kind: str) -> list[_Call]:
-        halves = {"prompt": (self._prompt,), "negative": (self._negative,), "joint": (self._negative, self._prompt)}
-        embeddings = np.concatenate([half for half in halves[kind] if half is not None])
+    def _bind(
+        self, rows: tuple[int, ...], negative: tuple[int, ...], prompt: tuple[int, ...], shape: tuple[int, ...]
+    ) -> list[_Call]:
+        texts = [self._rows[rows[i]].negative for i in negative] + [self._rows[rows[i]].prompt for i in prompt]
+        embeddings = np.stack([text for text in texts if text is not None])
+        source = np.array([*negative, *prompt])
         specs = {tensor.name: tensor for tensor in self._unet.inputs}
         missing = {"sample", "timestep", "encoder_hidden_states"} - set(specs)
         if missing:
             raise EngineError(f"unet: the model has no input {', '.join(sorted(missing))}: it is of another family")
         at_once = 1 if self._pool is None else self._workers + 1
-        parts = np.array_split(np.arange(len(embeddings)), min(at_once, len(embeddings)))
-        return [self._bind_rows(specs, embeddings, part) for part in parts]
+        parts = np.array_split(np.arange(len(source)), min(at_once, len(source)))
+        return [self._bind_rows(specs, source[part], embeddings[part], shape) for part in parts]
 
-    def _bind_rows(self, specs: Mapping[str, Tensor], embeddings: Array, part: Array) -> _Call:
+    def _bind_rows(
+        self, specs: Mapping[str, Tensor], source: Array, embeddings: Array, shape: tuple[int, ...]
+    ) -> _Call:
         # ours takes one timestep a row; exports of other tools take a scalar, or one for all rows
         a_row = specs["timestep"].shape == specs["sample"].shape[:1]
-        timestep_shape = (len(part),) if a_row else (1,) * len(specs["timestep"].shape)
-        sample = np.zeros((len(part), *self._shape[1:]), specs["sample"].dtype)
+        timestep_shape = source.shape if a_row else (1,) * len(specs["timestep"].shape)
+        sample = np.zeros((len(source), *shape), specs["sample"].dtype)
         timestep = np.zeros(timestep_shape, specs["timestep"].dtype)
         feeds: Mapping[str, Array] = {
             "sample": sample,
             "timestep": timestep,
-            "encoder_hidden_states": np.ascontiguousarray(embeddings[part], specs["encoder_hidden_states"].dtype),
+            "encoder_hidden_states": np.ascontiguousarray(embeddings, specs["encoder_hidden_states"].dtype),
         }
-        bound = self._unet.bind(feeds)
-        return _Call(part % self._shape[0], sample, timestep, bound, self._unet.outputs[0].name)
+        return _Call(source, sample, timestep, self._unet.bind(feeds), self._unet.outputs[0].name)
 
 
-def denoise(
-    denoiser: Denoiser,
-    table: Table,
-    latents: Array,
-    guidance: Guidance,
-    generators: Sequence[TorchGenerator],
-    callback: Callback | None = None,
-) -> Array:
-    """Run every row of `table` from `latents` (float32 (N, C, H, W), already scaled) and return the final latents.
+def denoise(denoiser: Denoiser, rows: Sequence[Row], callback: Callback | None = None) -> Array:
+    """Run each row to the end of its table and return the final latents, float32 (N, C, H, W).
 
-    generators: one a batch row, from which stochastic samplers draw.
+    Rows that have fewer steps than others leave the batch when they are done.
     Raises `StoppedError` when the callback returns False, `EngineError` when the latents are no longer finite.
     """
-    registers = np.zeros((table.registers, *latents.shape), np.float32)
-    registers[0] = latents
-    for k in range(table.steps):
-        model_input = registers[0] * np.float32(table.input_scale[k])
-        output = denoiser(model_input, float(table.timesteps[k]), guidance.at(k, table.steps))
-        noise = draw(generators, latents.shape[1:]) if table.c[k].any() else None
-        registers = step(table, k, registers, output, noise)
-        answer = None if callback is None else callback(k + 1, table.steps, registers[0])
-        if isinstance(answer, (bool, np.bool_)) and not answer:
-            raise StoppedError(f"stopped by the callback after step {k + 1} of {table.steps}")
-    if not np.isfinite(registers[0]).all():
+    state = State([row.table for row in rows], np.stack([row.latents for row in rows]))
+    latents = np.stack([row.latents for row in rows])
+    active = tuple(range(len(rows)))
+    total = max(row.table.steps for row in rows)
+    for done in range(1, total + 1):
+        here = [rows[i] for i in active]
+        guided = tuple(row.guidance.at(k, row.table.steps) for row, k in zip(here, state.positions, strict=True))
+        output = denoiser(state.model_input(), state.timesteps, active, guided)
+        shape = (1, *latents.shape[1:])
+        noise = [row.generator.randn(*shape) if draws else None for row, draws in zip(here, state.draws, strict=True)]
+        state.advance(output, noise)
+        finished = state.finished()
+        if callback is not None or any(finished):
+            latents[list(active)] = state.x
+        if callback is not None:
+            stop_if_asked(callback(done, total, latents.copy()), done, total)
+        if any(finished) and not all(finished):
+            going = [i for i, ended in enumerate(finished) if not ended]
+            state.keep(going)
+            active = tuple(active[i] for i in going)
+    check_finite(latents)
+    return latents
+
+
+def stop_if_asked(answer: object, done: int, total: int) -> None:
+    """Raise `StoppedError` when a callback's answer is False."""
+    if isinstance(answer, (bool, np.bool_)) and not answer:
+        raise StoppedError(f"stopped by the callback after step {done} of {total}")
+
+
+def check_finite(latents: Array) -> None:
+    """Raise `EngineError` when final latents are NaN or infinite."""
+    if not np.isfinite(latents).all():
         raise EngineError(
             "the final latents are not finite (NaN or infinity): the model overflowed; "
             "lower the guidance or use a bundle of higher precision"
         )
-    final: Array = registers[0]
-    return final
-
-
-def draw(generators: Sequence[TorchGenerator], shape: tuple[int, ...]) -> Array:
-    """Standard normal float32 (N, *shape), row i from generator i."""
-    return np.concatenate([generator.randn(1, *shape) for generator in generators])

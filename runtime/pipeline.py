@@ -8,9 +8,9 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from PIL import Image
 
 from ..bundle import Bundle, BundleError, RequestError
 from ..engines import Array, Engine, EngineStore
+from .device_loop import can_link, denoise_on_device
 from .guidance import Guidance
 from .images import to_image
-from .loop import Callback, Denoiser, denoise, draw
-from .noise import TorchGenerator
-from .schedulers import find_sampler, make_table
+from .loop import Callback, Denoiser, Row, denoise
+from .noise import GENERATORS
+from .schedulers import Steps, Table
+from .schedules import Schedules
 from .tokenizer import PromptTokenizer
 
 _LARGEST_SEED = 2**62
@@ -37,11 +39,24 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _FAMILIES = {"stable-diffusion": ("text_encoder", "unet", "vae_decoder")}
 """The families that this runtime runs, and the components that each needs."""
 _PRECISIONS = ("fp32", "as exported")
+_GUIDANCE = {
+    "guidance": "scale",
+    "guidance_mode": "mode",
+    "guidance_interval": "interval",
+    "guidance_rescale": "rescale",
+}
+_LOOPS = ("host", "device")
+_TEXTS = ("prompt", "negative_prompt")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to draw. `seed` None means a fresh random one; sizes None mean the checkpoint's own."""
+    """What to draw. `seed` None means a fresh random one; sizes None mean the checkpoint's own.
+
+    scheduler: a short name or a diffusers class; None is the checkpoint's own. scheduler_options: laid over the
+    checkpoint's scheduler configuration. timesteps, sigmas: a schedule of one's own, in place of `steps`.
+    rng: whose generator `seed` is for, `cpu` or `cuda`, as in torch.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -52,6 +67,10 @@ class Request:
     count: int = 1
     width: int | None = None
     height: int | None = None
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    rng: str = "cpu"
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -71,6 +90,16 @@ class Request:
                 raise RequestError(f"{name} must be a string of text, found {found}")
         if not isinstance(self.guidance, Guidance):
             object.__setattr__(self, "guidance", Guidance(self.guidance))
+        if not isinstance(self.scheduler_options, Mapping) or not all(
+            isinstance(k, str) for k in self.scheduler_options
+        ):
+            raise RequestError(f"scheduler_options must map names to values, found {self.scheduler_options!r}")
+        for name in ("timesteps", "sigmas"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+        if self.timesteps is not None and self.sigmas is not None:
+            raise RequestError("timesteps and sigmas are two ways to say the same: give one of them")
+        if self.rng not in GENERATORS:
+            raise RequestError(f"unknown rng {self.rng!r}: choose one of {', '.join(GENERATORS)}")
         if self.negative_prompt and not self.guidance.active:
             raise RequestError(
                 "the negative prompt has no effect without guidance: leave it out, or set guidance above 1"
@@ -86,6 +115,31 @@ def whole_number(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not low <= number <= high:
         raise RequestError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
     return number
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...] | None:
+    """`values` as finite floats. Raises `RequestError` when they are none, or none are given."""
+    if values is None:
+        return None
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if not numbers or not np.isfinite(numbers).all():
+        raise RequestError(f"{name} must be a list of numbers, found {values!r}")
+    return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A request made ready: `texts` are the prompt and, where it is guided, the negative prompt."""
+
+    request: Request
+    table: Table
+    texts: tuple[str, ...]
+    seeds: list[int]
+    size: tuple[int, int]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +161,14 @@ class Result:
 class Pipeline:
     """A loaded bundle. Engines are loaded when first needed and kept; runs may come from several threads."""
 
-    def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
-        """Raises `BundleError` for a bundle of another kind, `EngineError` when the provider is not there."""
+    def __init__(
+        self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None, loop: str | None = None
+    ) -> None:
+        """loop: where the step of the loop runs, `host` or `device` (the `step` graph of the bundle).
+
+        By default it is the host on the CPU, where it is the faster one (`benchmarks/step.py`), and the device
+        elsewhere. Raises `BundleError` for a bundle of another kind, `EngineError` when the provider is not there.
+        """
         from ..engines.onnxruntime import default_threads, require_provider
 
         _check_manifest(bundle)
@@ -120,10 +180,16 @@ class Pipeline:
         self._threads = threads
         self._store = None if bundle.foreign else EngineStore(bundle.root / "engines")
         self._engines: dict[str, Engine] = {}
+        if loop not in (None, *_LOOPS):
+            raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
+        if loop == "device" and "step" not in bundle.manifest.components:
+            raise BundleError(f"{bundle.root} holds no step graph: compile it again, or use the loop 'host'")
+        on_device = provider != "cpu" and "step" in bundle.manifest.components
+        self._loop = loop or ("device" if on_device else "host")
         self._lock = threading.RLock()
         self._workers = (threads or default_threads()) - 1
         self._pool = ThreadPoolExecutor(self._workers, "diffoundry") if self._workers else None
-        self._scheduler_config = bundle.scheduler_config()
+        self._schedules = Schedules(bundle)
         self._tokenizers: dict[str, PromptTokenizer] = {}
 
     def engine(self, name: str) -> Engine:
@@ -187,75 +253,120 @@ class Pipeline:
     def generate(
         self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None
     ) -> Result:
-        """Run `request`.
+        """Run `request`; see `generate_many` for the options and errors."""
+        return self.generate_many([request], batch=batch, low_memory=low_memory, callback=callback)[0]
+
+    def generate_many(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch: int | None = None,
+        low_memory: bool = False,
+        callback: Callback | None = None,
+    ) -> list[Result]:
+        """Run several requests in one batch: all but their size may differ, and each image is what it is alone.
 
         batch: images in one U-Net call (default: all). low_memory: drop each engine when its part is done.
-        callback: see `loop.Callback`; it counts the steps of all batches.
+        callback: see `loop.Callback`; it counts the steps of all batches, each as long as its longest row.
         Raises `RequestError` for what the bundle cannot do, before anything is run.
         """
-        width, height = self._size(request)
-        batch = request.count if batch is None else min(whole_number("batch", batch, 1, _MOST_IMAGES), request.count)
+        jobs = [self._job(request) for request in requests]
+        total = sum(job.request.count for job in jobs)
+        if not jobs or total > _MOST_IMAGES:
+            raise RequestError(f"a batch must have from 1 to {_MOST_IMAGES} images, found {total}")
+        if len({job.size for job in jobs}) > 1:
+            raise RequestError("the requests of one batch must have one size: run other sizes on their own")
+        batch = total if batch is None else whole_number("batch", batch, 1, _MOST_IMAGES)
         if callback is not None and not callable(callback):
             raise RequestError(f"callback must be callable, found {type(callback).__name__}")
-        name, _ = find_sampler(self._scheduler_config, request.scheduler)
-        table = make_table(self._scheduler_config, request.steps, request.scheduler)
-        first = secrets.randbelow(2**32) if request.seed is None else request.seed
-        seeds = [first + i for i in range(request.count)]
         seconds: dict[str, float] = {}
         with _timed(seconds, "text_encoder"):
-            texts = [request.prompt] + [request.negative_prompt] * request.guidance.active
+            texts = list(dict.fromkeys(text for job in jobs for text in job.texts))
             embeddings, cut = self.encode(texts)
         if low_memory:
             self.release("text_encoder")
         with _timed(seconds, "load"):
             unet = self.engine("unet")
-        settings = self.bundle.manifest.latents
-        shape = (settings.channels, height // settings.downscale, width // settings.downscale)
-        batches = [seeds[i : i + batch] for i in range(0, request.count, batch)]
-        finished = []
         with _timed(seconds, "loop"):
-            for i, rows in enumerate(batches):
-                generators = [TorchGenerator(seed) for seed in rows]
-                latents = draw(generators, shape) * np.float32(table.init_scale)
-                repeated = [np.repeat(part[None], len(rows), axis=0) for part in embeddings]
-                negative = repeated[1] if len(repeated) > 1 else None
-                pool, workers = (self._pool, self._workers) if self._small("unet") else (None, 0)
-                denoiser = Denoiser(unet, latents.shape, repeated[0], negative, request.guidance, pool, workers)
-                shifted = _shifted(callback, i * table.steps, len(batches) * table.steps)
-                finished.append(denoise(denoiser, table, latents, request.guidance, generators, shifted))
-        del unet, denoiser  # both hold the session, and low_memory is to free it
+            rows = [row for job in jobs for row in self._rows(job, texts, embeddings)]
+            batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+            lengths = [max(row.table.steps for row in part) for part in batches]
+            finished = []
+            for i, part in enumerate(batches):
+                report = _shifted(callback, sum(lengths[:i]), sum(lengths))
+                finished.append(self._denoise(unet, part, report))
+        del unet  # it holds the session, and low_memory is to free it
         if low_memory:
             self.release("unet")
         latents = np.concatenate(finished)
         with _timed(seconds, "vae_decoder"):
             images = [to_image(sample) for sample in self.decode(latents)]
-        record = {**asdict(request), "scheduler": name, "seed": first, "width": width, "height": height}
-        return Result(
-            images=images,
-            seeds=seeds,
-            request=record,
-            cut={label: text for label, text in zip(("prompt", "negative_prompt"), cut, strict=False) if text},
-            seconds=seconds,
-            latents=latents,
-        )
+        results, at = [], 0
+        for job in jobs:
+            own = slice(at, at + job.request.count)
+            at = own.stop
+            cuts = {name: cut[texts.index(text)] for name, text in zip(_TEXTS, job.texts, strict=False)}
+            results.append(
+                Result(
+                    images=images[own],
+                    seeds=job.seeds,
+                    request=job.record,
+                    cut={name: text for name, text in cuts.items() if text},
+                    seconds=seconds,
+                    latents=latents[own],
+                )
+            )
+        return results
+
+    def _denoise(self, unet: Engine, rows: list[Row], callback: Callback | None) -> Array:
+        split = any(row.guidance.active and row.guidance.mode == "split" for row in rows)
+        if self._loop == "device" and not split and can_link(unet):
+            return denoise_on_device(unet, self.engine("step"), rows, callback)
+        pool, workers = (self._pool, self._workers) if self._small("unet") else (None, 0)
+        return denoise(Denoiser(unet, rows, pool, workers), rows, callback)
+
+    def _job(self, request: Request) -> _Job:
+        width, height = self._size(request)
+        asked = Steps(request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
+        table = self._schedules.table(asked, request.scheduler, request.scheduler_options)
+        first = secrets.randbelow(2**32) if request.seed is None else request.seed
+        record = {
+            **{item.name: getattr(request, item.name) for item in fields(request)},
+            "guidance": asdict(request.guidance),
+            "scheduler_options": dict(request.scheduler_options),
+            "scheduler": self._schedules.named(request.scheduler),
+            "seed": first,
+            "width": width,
+            "height": height,
+        }
+        texts = (request.prompt, request.negative_prompt) if request.guidance.active else (request.prompt,)
+        return _Job(request, table, texts, [first + i for i in range(request.count)], (width, height), record)
+
+    def _rows(self, job: _Job, texts: list[str], embeddings: Array) -> list[Row]:
+        settings = self.bundle.manifest.latents
+        width, height = (side // settings.downscale for side in job.size)
+        prompt, *negative = (embeddings[texts.index(text)] for text in job.texts)
+        rows = []
+        for seed in job.seeds:
+            generator = GENERATORS[job.request.rng](seed)
+            latents = generator.randn(settings.channels, height, width) * np.float32(job.table.init_scale)
+            guided = negative[0] if negative else None
+            rows.append(Row(job.table, job.request.guidance, generator, prompt, guided, latents))
+        return rows
 
     def __call__(self, prompt: str, **options: Any) -> Result:
         """`generate` with plain keywords.
 
-        They are those of `Request` (guidance as a number), `guidance_mode`, `guidance_interval`, and those of
-        `generate`: `batch`, `low_memory`, `callback`.
+        They are those of `Request` (guidance as a number), `guidance_mode`, `guidance_interval`, `guidance_rescale`,
+        and those of `generate`: `batch`, `low_memory`, `callback`.
         """
         run = {key: options.pop(key) for key in ("batch", "low_memory", "callback") if key in options}
-        guidance = {
-            field_name: options.pop(key)
-            for key, field_name in (("guidance", "scale"), ("guidance_mode", "mode"), ("guidance_interval", "interval"))
-            if key in options
-        }
+        guidance = {field_name: options.pop(key) for key, field_name in _GUIDANCE.items() if key in options}
         known = set(Request.__dataclass_fields__) - {"prompt", "guidance"}
         unknown = set(options) - known
         if unknown:
             name = sorted(unknown)[0]
-            near = difflib.get_close_matches(name, [*known, *("batch", "low_memory", "callback", "guidance")], n=1)
+            near = difflib.get_close_matches(name, [*known, *_GUIDANCE, "batch", "low_memory", "callback"], n=1)
             raise RequestError(f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         return self.generate(Request(prompt, guidance=Guidance(**guidance), **options), **run)
 
@@ -273,15 +384,15 @@ class Pipeline:
         return width, height
 
 
-def load(bundle: str | Path, *, provider: str = "cpu", threads: int | None = None) -> Pipeline:
+def load(bundle: str | Path, *, provider: str = "cpu", threads: int | None = None, loop: str | None = None) -> Pipeline:
     """Open a bundle, or a folder that `optimum-cli export onnx` wrote, for running.
 
     provider: cpu, cuda or tensorrt (ONNX Runtime's execution providers). threads: of the CPU, default all.
-    Raises `BundleError` when the folder is no bundle.
+    loop: see `Pipeline`. Raises `BundleError` when the folder is no bundle.
     """
     if not isinstance(bundle, (str, Path)):
         raise BundleError(f"the bundle must be a path, found {bundle!r}")
-    return Pipeline(Bundle.open(bundle), provider=provider, threads=threads)
+    return Pipeline(Bundle.open(bundle), provider=provider, threads=threads, loop=loop)
 
 
 class _timed:

@@ -68,7 +68,7 @@ def _reference(bundle: Bundle, name: str, outputs: set[str]) -> tuple[dict[str, 
         raise BundleError(f"{path} cannot be read ({error}); compile the bundle again") from None
     feeds = {key.removeprefix("in."): value for key, value in arrays.items() if key.startswith("in.")}
     expected = {key.removeprefix("out."): value for key, value in arrays.items() if key.startswith("out.")}
-    numbers = all(value.dtype.kind == "f" and np.isfinite(value).all() for value in expected.values())
+    numbers = all(value.dtype.kind in "fi" and np.isfinite(value).all() for value in expected.values())
     if set(expected) != outputs or not numbers:
         raise BundleError(f"{path} does not hold every output of {name}; compile the bundle again")
     return feeds, expected

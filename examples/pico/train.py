@@ -116,7 +116,7 @@ def make_unet() -> UNet2DConditionModel:
         sample_size=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 128),
+        block_out_channels=(48, 96),
         layers_per_block=1,
         cross_attention_dim=64,
         attention_head_dim=4,

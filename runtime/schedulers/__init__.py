@@ -1,9 +1,9 @@
-"""Samplers as data: each function turns a `scheduler_config.json` and a step count into a `Table`."""
+"""Samplers as data: each function turns a `scheduler_config.json` and the steps asked for into a `Table`."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,51 +13,142 @@ from ...bundle import RequestError
 from .config import Config
 from .ddim import ddim
 from .ddpm import ddpm
-from .dpm_solver import dpm_solver_pp_2m
-from .euler import euler
+from .dpm_solver import deis, dpm_multistep, dpm_singlestep
+from .edm import edm_dpm_solver, edm_euler
+from .euler import euler, euler_ancestral
+from .flow_match import flow_euler, flow_heun, flow_lcm
+from .heun import heun
+from .ipndm import ipndm
+from .kdpm2 import kdpm2, kdpm2_ancestral
 from .lcm import lcm
-from .table import Table
+from .lms import lms
+from .pndm import pndm
+from .sa_solver import sa_solver
+from .table import Steps, Table
+from .tcd import tcd
+from .unipc import unipc
 
-__all__ = ["SAMPLERS", "Sampler", "Table", "find_sampler", "make_table"]
+__all__ = ["SAMPLERS", "Sampler", "Steps", "Table", "find_sampler", "make_table"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """A sampler: its table function, the diffusers class it stands for, and the options that its name fixes."""
+    """A sampler: its table function, the diffusers class it stands for, its paper and what it is, and its options.
 
-    table: Callable[[Config, int], Table]
+    fixed: options that the name stands for. adds: options beyond those of the config, with their defaults.
+    """
+
+    table: Callable[[Config, Steps], Table]
     class_name: str
+    paper: str
     summary: str
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
+_KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_DPM_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+_DPM_2M_SDE = _DPM_2M | {"algorithm_type": "sde-dpmsolver++"}
+
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(ddim, "DDIMScheduler", "Song et al. 2021, deterministic"),
-    "ddpm": Sampler(ddpm, "DDPMScheduler", "Ho et al. 2020, stochastic"),
-    "euler": Sampler(euler, "EulerDiscreteScheduler", "Karras et al. 2022, algorithm 2, deterministic"),
+    "ddim": Sampler(ddim, "DDIMScheduler", "Song et al. 2021", "deterministic; with eta=1 as stochastic as DDPM"),
+    "ddpm": Sampler(ddpm, "DDPMScheduler", "Ho et al. 2020", "stochastic, for many steps"),
     "dpm++2m": Sampler(
-        dpm_solver_pp_2m,
-        "DPMSolverMultistepScheduler",
-        "Lu et al. 2022, second-order multistep, deterministic",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"},
+        dpm_multistep, "DPMSolverMultistepScheduler", "Lu et al. 2022", "second order, deterministic", _DPM_2M
     ),
-    "lcm": Sampler(lcm, "LCMScheduler", "Luo et al. 2023, few steps with a consistency-distilled model"),
+    "dpm++2m-karras": Sampler(
+        dpm_multistep, "DPMSolverMultistepScheduler", "Lu et al. 2022", "dpm++2m on Karras sigmas", _DPM_2M | _KARRAS
+    ),
+    "dpm++2m-sde": Sampler(
+        dpm_multistep, "DPMSolverMultistepScheduler", "Lu et al. 2022", "second order, stochastic", _DPM_2M_SDE
+    ),
+    "dpm++2m-sde-karras": Sampler(
+        dpm_multistep,
+        "DPMSolverMultistepScheduler",
+        "Lu et al. 2022",
+        "dpm++2m-sde on Karras sigmas",
+        _DPM_2M_SDE | _KARRAS,
+    ),
+    "dpm++3m": Sampler(
+        dpm_multistep,
+        "DPMSolverMultistepScheduler",
+        "Lu et al. 2022",
+        "third order, deterministic",
+        {"algorithm_type": "dpmsolver++", "solver_order": 3},
+    ),
+    "dpm++3m-sde": Sampler(
+        dpm_multistep,
+        "DPMSolverMultistepScheduler",
+        "Lu et al. 2022",
+        "third order, stochastic",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+    ),
+    "dpm2m": Sampler(
+        dpm_multistep,
+        "DPMSolverMultistepScheduler",
+        "Lu et al. 2022",
+        "second order in the predicted noise",
+        _DPM_2M | {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    "dpm++2s": Sampler(
+        dpm_singlestep, "DPMSolverSinglestepScheduler", "Lu et al. 2022", "second order, blocks of 2 steps", _DPM_2M
+    ),
+    "dpm++2s-karras": Sampler(
+        dpm_singlestep, "DPMSolverSinglestepScheduler", "Lu et al. 2022", "dpm++2s on Karras sigmas", _DPM_2M | _KARRAS
+    ),
+    "dpm++3s": Sampler(
+        dpm_singlestep,
+        "DPMSolverSinglestepScheduler",
+        "Lu et al. 2022",
+        "third order, blocks of 3 steps",
+        {"algorithm_type": "dpmsolver++", "solver_order": 3},
+    ),
+    "deis": Sampler(deis, "DEISMultistepScheduler", "Zhang & Chen 2023", "exponential integrator, order 1 to 3"),
+    "euler": Sampler(euler, "EulerDiscreteScheduler", "Karras et al. 2022", "first order, deterministic"),
+    "euler_a": Sampler(euler_ancestral, "EulerAncestralDiscreteScheduler", "Song et al. 2021", "euler, fresh noise"),
+    "euler-karras": Sampler(euler, "EulerDiscreteScheduler", "Karras et al. 2022", "euler, Karras sigmas", _KARRAS),
+    "heun": Sampler(heun, "HeunDiscreteScheduler", "Karras et al. 2022", "second order, two calls a step"),
+    "heun-karras": Sampler(heun, "HeunDiscreteScheduler", "Karras et al. 2022", "heun, Karras sigmas", _KARRAS),
+    "lms": Sampler(lms, "LMSDiscreteScheduler", "Bashforth and Adams 1883", "fourth-order multistep in sigma"),
+    "lms-karras": Sampler(lms, "LMSDiscreteScheduler", "Bashforth and Adams 1883", "lms, Karras sigmas", _KARRAS),
+    "kdpm2": Sampler(kdpm2, "KDPM2DiscreteScheduler", "Lu et al. 2022", "second order, two calls a step"),
+    "kdpm2-karras": Sampler(kdpm2, "KDPM2DiscreteScheduler", "Lu et al. 2022", "kdpm2, Karras sigmas", _KARRAS),
+    "kdpm2_a": Sampler(kdpm2_ancestral, "KDPM2AncestralDiscreteScheduler", "Lu et al. 2022", "kdpm2 with fresh noise"),
+    "kdpm2_a-karras": Sampler(
+        kdpm2_ancestral, "KDPM2AncestralDiscreteScheduler", "Lu et al. 2022", "kdpm2_a, Karras sigmas", _KARRAS
+    ),
+    "edm-euler": Sampler(edm_euler, "EDMEulerScheduler", "Karras et al. 2022", "euler for models in EDM's formulation"),
+    "edm-dpm++2m": Sampler(
+        edm_dpm_solver, "EDMDPMSolverMultistepScheduler", "Lu et al. 2022", "dpm++2m for models in EDM's formulation"
+    ),
+    "ipndm": Sampler(ipndm, "IPNDMScheduler", "Liu et al. 2022", "fourth-order multistep of models of audio"),
+    "flow-euler": Sampler(flow_euler, "FlowMatchEulerDiscreteScheduler", "Esser et al. 2024", "flow matching"),
+    "flow-heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", "Esser et al. 2024", "flow, second order"),
+    "flow-lcm": Sampler(flow_lcm, "FlowMatchLCMScheduler", "Luo et al. 2023", "flow, few steps, distilled"),
+    "lcm": Sampler(lcm, "LCMScheduler", "Luo et al. 2023", "1 to 8 steps of a consistency-distilled model"),
+    "plms": Sampler(pndm, "PNDMScheduler", "Liu et al. 2022", "fourth order, deterministic", {"skip_prk_steps": True}),
+    "pndm": Sampler(pndm, "PNDMScheduler", "Liu et al. 2022", "plms, Runge-Kutta at first", {"skip_prk_steps": False}),
+    "sa": Sampler(sa_solver, "SASolverScheduler", "Xue et al. 2023", "multistep predictor-corrector, stochastic"),
+    "tcd": Sampler(tcd, "TCDScheduler", "Zheng et al. 2024", "a few steps of a TCD-distilled model; eta is its gamma"),
+    "unipc": Sampler(unipc, "UniPCMultistepScheduler", "Zhao et al. 2023", "multistep predictor-corrector"),
+    "unipc-karras": Sampler(unipc, "UniPCMultistepScheduler", "Zhao et al. 2023", "unipc, Karras sigmas", _KARRAS),
 }
 
 
-def find_sampler(config: Config, name: str | None) -> tuple[str, Sampler]:
+def find_sampler(config: Mapping[str, Any], name: str | None) -> tuple[str, Sampler]:
     """The sampler called `name`, under the name that asks for it again.
 
     A short name fixes the options it stands for; a diffusers class name, and the class of the config itself when
     `name` is None, leaves them to the config. Raises `RequestError` suggesting the nearest name.
     """
-    by_class = {sampler.class_name: sampler for sampler in SAMPLERS.values()}
-    known = ", ".join(SAMPLERS)
+    by_class: dict[str, Sampler] = {}
+    for sampler in SAMPLERS.values():
+        by_class.setdefault(sampler.class_name, sampler)
     if name is None:
         own = str(config.get("_class_name", ""))
         if own not in by_class:
             raise RequestError(
-                f"the bundle's own scheduler {own or '(none)'} is not supported: add --scheduler with one of {known}"
+                f"the bundle's own scheduler {own or '(none)'} is not supported: "
+                "add --scheduler with one of those that `diffoundry schedulers` lists"
             )
         return own, by_class[own]
     if isinstance(name, str) and name in by_class:
@@ -66,20 +157,39 @@ def find_sampler(config: Config, name: str | None) -> tuple[str, Sampler]:
         return name.lower(), SAMPLERS[name.lower()]
     near = difflib.get_close_matches(str(name).lower(), [*SAMPLERS, *by_class], n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise RequestError(f"unknown scheduler {name!r}: {hint}the schedulers are {known}")
+    raise RequestError(f"unknown scheduler {name!r}: {hint}`diffoundry schedulers` lists them")
 
 
-def make_table(config: Config, steps: int, name: str | None = None) -> Table:
-    """The table of `steps` steps of the sampler `name` (default: the config's own) under `config`.
+def make_table(
+    config: Mapping[str, Any],
+    steps: int | Steps,
+    name: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Table:
+    """The table of the sampler `name` (default: the config's own) under `config` with `options` laid over it.
 
-    Raises `RequestError` for an option that is not supported, a damaged config, or more steps than it has.
+    steps: a count, or which steps. Raises `RequestError` for an option that is not supported or that the sampler does
+    not have, a damaged config, or more steps than it has.
     """
     key, sampler = find_sampler(config, name)
+    asked = steps if isinstance(steps, Steps) else Steps(steps)
+    absent = {*config.get("_use_default_values", ()), "_use_default_values"}
+    own = {option: value for option, value in config.items() if option not in absent}
+    fixed = sampler.fixed if key in SAMPLERS else {}
+    read = Config({**own, **fixed, **(options or {})})
+    if not 0 <= asked.start < max(asked.count, 1):
+        raise RequestError(f"the first step must be between 0 and {asked.count - 1}, found {asked.start}")
     try:
         with np.errstate(all="ignore"):
-            table = sampler.table({**config, **(sampler.fixed if key in SAMPLERS else {})}, steps)
+            table = sampler.table(read, asked)
     except (TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
         raise RequestError(f"the scheduler configuration is damaged ({error}): compile the bundle again") from None
-    if not all(np.isfinite(part).all() for part in (table.A, table.b, table.c, table.d, table.x0, table.input_scale)):
-        raise RequestError(f"{key} has no {steps} distinct steps under this configuration: ask for fewer --steps")
+    for option in options or {}:
+        if option not in read.read:
+            near = difflib.get_close_matches(option, sorted(read.read), n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(read.read))}"
+            raise RequestError(f"{key} has no scheduler option {option!r}{hint}")
+    parts = (table.timesteps, table.weights, table.x0, table.input_scale, table.levels, table.init_scale)
+    if not all(np.isfinite(part).all() for part in parts):
+        raise RequestError(f"{key} has no {asked.count} distinct steps under this configuration: ask for fewer --steps")
     return table

@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import numpy as np
 
-from .config import Config, alphas_cumprod, check_range, clip_range, predicted_x0, refuse, spaced_timesteps, train_steps
-from .table import Table, empty
+from .config import Config, alphas_cumprod, clip_range, predicted_noise, predicted_x0, train_steps
+from .spacing import ddim_timesteps, takes
+from .table import Rows, Steps, Table
 
 
-def ddim(config: Config, steps: int) -> Table:
-    """Song et al. 2021, "Denoising Diffusion Implicit Models", equation 12 with η = 0."""
-    refuse(config, thresholding=False)
-    total = train_steps(config, steps)
+def ddim(config: Config, steps: Steps) -> Table:
+    """Song et al. 2021, "Denoising Diffusion Implicit Models", equation 12; `eta` of 0 is deterministic, 1 is DDPM.
+
+    `use_clipped_model_output` derives the noise from the clamped x0, as GLIDE does.
+    """
+    takes(steps)
+    config.refuse(thresholding=False)
+    config.one_of("prediction_type", "epsilon", "sample", "v_prediction")
+    eta = float(config.get("eta", 0.0))
+    clipped = config.get("use_clipped_model_output", False)
     bar = alphas_cumprod(config)
-    timesteps = check_range(np.round(spaced_timesteps(config, steps, "leading")), total)
+    timesteps = ddim_timesteps(config, steps, "leading")
     now = timesteps.astype(int)
-    before = now - total // steps
+    before = now - train_steps(config) // steps.count
     final = 1.0 if config.get("set_alpha_to_one", True) else bar[0]
     bar_now, bar_before = bar[now], np.where(before >= 0, bar[before], final)
     alpha, sigma = np.sqrt(bar_now), np.sqrt(1 - bar_now)
-    table = empty(timesteps, 1, clip=clip_range(config, True))
     p, q = predicted_x0(config, alpha, sigma)
-    table.x0[:] = np.stack([p, q], axis=1)
-    # noise = u·x + v·m, written so that sigma = 0 divides nothing
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction == "epsilon":
-        u, v = np.zeros(steps), np.ones(steps)
-    elif prediction == "v_prediction":
-        u, v = sigma, alpha
-    else:
-        u, v = 1 / sigma, -alpha / sigma
-    to_x0, to_noise = np.sqrt(bar_before), np.sqrt(1 - bar_before)
-    table.A[:, 0, 0], table.b[:, 0] = to_noise * u, to_noise * v
-    if np.isinf(table.clip):
-        table.A[:, 0, 0] += to_x0 * p
-        table.b[:, 0] += to_x0 * q
-    else:
-        table.d[:, 0] = to_x0
-    return table
+    u, v = predicted_noise(config, alpha, sigma)
+    deviation = eta * np.sqrt((1 - bar_before) / (1 - bar_now) * (1 - bar_now / bar_before))
+    rows = Rows(timesteps, np.stack([alpha, sigma], 1), start=steps.start, clip=clip_range(config, True))
+    for k in range(steps.start, len(timesteps)):
+        x0 = rows.predicted(k, p[k], q[k])
+        noise = (rows.x - alpha[k] * x0) / sigma[k] if clipped else u[k] * rows.x + v[k] * rows.m
+        new = np.sqrt(bar_before[k]) * x0 + np.sqrt(1 - bar_before[k] - deviation[k] ** 2) * noise
+        rows.set(k, new + deviation[k] * rows.noise, draws=eta > 0)
+    return rows.table()

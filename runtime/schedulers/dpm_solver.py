@@ -1,87 +1,294 @@
-"""DPM-Solver++, multistep, second order."""
+"""DPM-Solver, DPM-Solver++ and DEIS: polynomials in λ = log(α/σ), integrated exactly."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from ...bundle import RequestError
-from .config import Config, check_range, predicted_x0, refuse, train_steps
-from .euler import final_sigma, sigmas_of
-from .table import Table, empty
-
-_MEAN_MIDPOINT = ("logrho", "bh1", "bh2")
-"""Solver types of other samplers, which diffusers reads as midpoint."""
+from ...engines import Array
+from .config import Config, predicted_noise, predicted_x0
+from .spacing import (
+    as_float32,
+    at_timesteps,
+    count_of,
+    curve,
+    custom_timesteps,
+    dpm_timesteps,
+    final_sigma,
+    takes,
+    timesteps_of,
+    training_sigmas,
+)
+from .table import Rows, Steps, Table
 
 _FEW_STEPS = 15
-"""Below this many steps diffusers lowers the order at the end."""
+"""Below this many steps `lower_order_final` lowers the order of the last two."""
 
 
-def dpm_solver_pp_2m(config: Config, steps: int) -> Table:
-    """Lu et al. 2022, "DPM-Solver++", algorithm 2 (2M), midpoint and Heun forms.
+class Transfer(NamedTuple):
+    """x_t = keep·x_s + value·f + slope·f′ + bend·f″ + deviation·noise, with f and its derivatives by λ at s.
 
-    Register 1 holds the x0 predicted at the step before.
+    middle: the weight of f′ in place of slope, by the midpoint rule.
     """
-    refuse(
-        config,
-        thresholding=False,
-        algorithm_type="dpmsolver++",
-        use_karras_sigmas=False,
-        use_exponential_sigmas=False,
-        use_beta_sigmas=False,
-        use_lu_lambdas=False,
-        use_flow_sigmas=False,
-        use_dynamic_shifting=False,
-    )
-    if config.get("lambda_min_clipped") not in (None, -np.inf, "-inf", "-Infinity"):
-        raise RequestError("the scheduler option lambda_min_clipped is not supported: choose another --scheduler")
-    order = config.get("solver_order", 2)
-    if order not in (1, 2):
-        raise RequestError(f"the scheduler option solver_order={order} is not supported, only 1 and 2")
-    solver = config.get("solver_type", "midpoint")
-    if solver not in ("midpoint", "heun", *_MEAN_MIDPOINT):
-        raise RequestError(f"the scheduler option solver_type={solver!r} is not supported, only midpoint and heun")
-    heun = solver == "heun"
-    timesteps = _timesteps(config, steps)
-    steps = len(timesteps)
-    train = sigmas_of(config)
-    sigmas = np.append(np.interp(timesteps, np.arange(len(train)), train), final_sigma(config, train))
-    sigmas = sigmas.astype(np.float32).astype(np.float64)
-    alpha = 1 / np.sqrt(sigmas**2 + 1)
-    sigma = sigmas * alpha
-    p, q = predicted_x0(config, alpha[:-1], sigma[:-1])
-    with np.errstate(divide="ignore"):
-        lambdas = np.log(alpha) - np.log(sigma)
-    table = empty(timesteps, 2)
-    table.x0[:] = np.stack([p, q], axis=1)
-    for k in range(steps):
-        h = lambdas[k + 1] - lambdas[k]
-        phi = -np.expm1(-h)
-        old = 0.0
-        if k > 0 and order == 2 and not _lower_order(config, k, steps):
-            ratio = h / (lambdas[k] - lambdas[k - 1])
-            old = alpha[k + 1] * ratio * ((1 - phi / h) if heun else phi / 2)
-        new = alpha[k + 1] * phi + old
-        table.A[k] = [[sigma[k + 1] / sigma[k] + new * p[k], -old], [p[k], 0.0]]
-        table.b[k] = [new * q[k], q[k]]
-    return table
+
+    keep: float
+    value: float
+    middle: float
+    slope: float
+    bend: float
+    deviation: float
 
 
-def _timesteps(config: Config, steps: int) -> np.ndarray:
-    total = train_steps(config, steps)
-    spacing = config.get("timestep_spacing", "linspace")
-    timesteps: np.ndarray
-    if spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, steps + 1).round()[::-1][:-1]
-    elif spacing == "leading":
-        timesteps = np.arange(steps + 1)[::-1][:-1] * float(total // (steps + 1)) + int(config.get("steps_offset", 0))
-    elif spacing == "trailing":
-        timesteps = (total - np.arange(steps) * (total / steps)).round() - 1
+def transfer(algorithm: str, alpha: Array, sigma: Array, log_snr: Array) -> Transfer:
+    """From the first to the second of two noise levels, (2,) each, under one of four algorithms.
+
+    dpmsolver++: f predicts the image (Lu et al. 2022, "DPM-Solver++", equation 8). dpmsolver: f predicts the noise
+    (Lu et al. 2022, "DPM-Solver", equation 3.4). sde-dpmsolver++, sde-dpmsolver: their SDEs ("DPM-Solver++", appendix).
+    """
+    h = span(log_snr)
+    stochastic = algorithm.startswith("sde")
+    if algorithm.endswith("++"):
+        rate = 2.0 if stochastic else 1.0
+        keep = sigma[1] / sigma[0] * (np.exp(-h) if stochastic else 1.0)
+        scale, variance = alpha[1], -np.expm1(-2 * h)
     else:
-        raise RequestError(f"the timestep spacing {spacing!r} is not supported: use linspace, leading or trailing")
-    return check_range(timesteps, total)
+        rate, keep = -1.0, alpha[1] / alpha[0]
+        scale, variance = sigma[1] * (2.0 if stochastic else 1.0), np.expm1(2 * h)
+    phi = -np.expm1(-rate * h)
+    slope = scale * (h - phi / rate)
+    # the SDE's quadratic term has its sign turned in diffusers
+    square = scale * h**2 / 2 * (-1 if stochastic else 1)
+    deviation = sigma[1] * np.sqrt(variance) if stochastic else 0.0
+    return Transfer(keep, scale * phi, scale * phi * h / 2, slope, square - slope / rate, deviation)
 
 
-def _lower_order(config: Config, k: int, steps: int) -> bool:
-    few = config.get("lower_order_final", True) and steps < _FEW_STEPS
-    zero = config.get("final_sigmas_type", "zero") == "zero"
-    return k == steps - 1 and bool(config.get("euler_at_final", False) or few or zero)
+def span(log_snr: Array) -> float:
+    """λ_t − λ_s of two noise levels, (2,); 0 where float32, in which diffusers has them, cannot tell them apart."""
+    return float(log_snr[1] - log_snr[0]) if np.ptp(np.float32(log_snr)) else 0.0
+
+
+def derivatives(*points: tuple[float, Array]) -> tuple[Array, Array]:
+    """f′ and f″ at the first of two or three points (λ, f), of the polynomial through them."""
+    (at, f), (first, _), *_ = points
+    chords = [(g - f) / (other - at) for other, g in points[1:]]
+    if len(chords) == 1:
+        return chords[0], np.zeros_like(f)
+    half = (chords[0] - chords[1]) / (first - points[2][0])
+    return chords[0] - (first - at) * half, 2 * half
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """timesteps: (S,). alpha, sigma, log_snr: (S + 1,), the last after all steps. x0 = p·x + q·m, (S,) each.
+
+    u, v: f = u·x + v·m, (S,) each, is what the solver integrates; where they are None it is x0.
+    """
+
+    timesteps: Array
+    alpha: Array
+    sigma: Array
+    log_snr: Array
+    p: Array
+    q: Array
+    u: Array | None = None
+    v: Array | None = None
+
+    def rows(self, registers: int, start: int) -> Rows:
+        """An empty table of this schedule."""
+        return Rows(self.timesteps, np.stack([self.alpha, self.sigma], axis=1)[:-1], registers, start=start)
+
+    def predicted(self, rows: Rows, k: int) -> Array:
+        """What the solver integrates, at row k."""
+        x0 = rows.predicted(k, self.p[k], self.q[k])
+        return x0 if self.u is None or self.v is None else self.u[k] * rows.x + self.v[k] * rows.m
+
+    def transfer(self, algorithm: str, s: int, t: int) -> Transfer:
+        """`transfer` from time s to time t."""
+        pair = [s, t]
+        return transfer(algorithm, self.alpha[pair], self.sigma[pair], self.log_snr[pair])
+
+
+def dpm_multistep(config: Config, steps: Steps) -> Table:
+    """Lu et al. 2022, "DPM-Solver++", algorithm 2 (2M) and its kin, of order 1 to 3."""
+    takes(steps, "timesteps", "mu")
+    algorithm = _algorithm(config, "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
+    schedule = _schedule(config, steps, rounds=config.get("beta_schedule") != "squaredcos_cap_v2")
+    schedule = _for_algorithm(config, schedule, algorithm)
+    euler_last = bool(config.get("euler_at_final", False)) or schedule.sigma[-1] == 0
+    return multistep(config, steps, schedule, algorithm, midpoint_or_heun(config), euler_last)
+
+
+def deis(config: Config, steps: Steps) -> Table:
+    """Zhang & Chen 2023, "Fast Sampling of Diffusion Models with Exponential Integrator", ρAB-DEIS in log ρ = −λ."""
+    config.lacks("rescale_betas_zero_snr", "lambda_min_clipped", "use_lu_lambdas", "final_sigmas_type", "variance_type")
+    takes(steps, "mu")
+    config.one_of("algorithm_type", "deis", "dpmsolver", "dpmsolver++")
+    config.one_of("solver_type", "logrho", "midpoint", "heun", "bh1", "bh2")
+    schedule = _schedule(config, steps, rounds=True, repeats=True)
+    alpha, sigma = schedule.alpha[:-1], schedule.sigma[:-1]
+    if config.get("prediction_type") == "flow_prediction" and not config.get("use_flow_sigmas"):
+        sigma = sigma / alpha
+    schedule = replace(schedule, u=(1 - alpha * schedule.p) / sigma, v=-alpha * schedule.q / sigma)
+    return multistep(config, steps, schedule, "dpmsolver", "logrho", euler_last=False)
+
+
+def multistep(
+    config: Config, steps: Steps, schedule: Schedule, algorithm: str, solver_type: str, euler_last: bool
+) -> Table:
+    """A polynomial through the newest predictions. Registers: x, then the predictions before, newest first."""
+    highest = config.one_of("solver_order", 2, 1, 3)
+    count = len(schedule.timesteps)
+    few = bool(config.get("lower_order_final", True)) and count < _FEW_STEPS
+    rows = schedule.rows(highest, steps.start)
+    for k in range(steps.start, count):
+        order = min(highest, k - steps.start + 1)
+        if few:
+            order = min(order, count - k)
+        if euler_last and k == count - 1:
+            order = 1
+        history = (schedule.predicted(rows, k), *rows.kept[1:])
+        points = [(schedule.log_snr[k - i], history[i]) for i in range(order)]
+        step = schedule.transfer(algorithm, k, k + 1)
+        new = step.keep * rows.x + step.value * history[0] + step.deviation * rows.noise
+        if order == 2:
+            slope, _ = derivatives(*points)
+            new = new + (step.middle if solver_type == "midpoint" else step.slope) * slope
+        elif order == 3:
+            if algorithm == "sde-dpmsolver":
+                raise RequestError("algorithm_type=sde-dpmsolver has no third order: set solver_order to 2")
+            slope, bend = derivatives(*points)
+            # DPM-Solver's own code halves the second derivative
+            new = new + step.slope * slope + (step.bend if solver_type == "logrho" else step.bend / 2) * bend
+        divides = solver_type != "logrho" and (order == 3 or (order == 2 and solver_type == "heun"))
+        if divides and span(schedule.log_snr[k : k + 2]) == 0:
+            raise RequestError(
+                f"two noise levels of the schedule are equal, where order {order} divides by zero: set euler_at_final, "
+                "or final_sigmas_type to zero"
+            )
+        rows.set(k, new, *history[: highest - 1], draws=algorithm.startswith("sde"))
+    return rows.table()
+
+
+def dpm_singlestep(config: Config, steps: Steps) -> Table:
+    """Lu et al. 2022, "DPM-Solver++", algorithm 1 (2S), and "DPM-Solver", algorithm 2 (3S), a row for each model call.
+
+    Registers: x, the x that the block of calls began with, then the predictions before, newest first.
+    """
+    takes(steps, "timesteps", "mu")
+    config.lacks("rescale_betas_zero_snr", "timestep_spacing", "use_lu_lambdas")
+    algorithm = _algorithm(config, "dpmsolver++", "dpmsolver", "sde-dpmsolver++")
+    solver_type = midpoint_or_heun(config)
+    highest = config.one_of("solver_order", 2, 1, 3)
+    schedule = _for_algorithm(config, _schedule(config, steps, rounds=True), algorithm)
+    count = len(schedule.timesteps)
+    orders = [1 + k % highest for k in range(count)]
+    if schedule.sigma[-1] == 0 or (config.get("lower_order_final", False) and count % highest == 0):
+        orders[-1] = 1
+    registers = 1 if highest == 1 else highest + 1
+    rows = schedule.rows(registers, steps.start)
+    for k in range(steps.start, count):
+        order = min(orders[k], k - steps.start + 1)
+        base = rows.x if order == 1 else rows.kept[1]
+        history = (schedule.predicted(rows, k), *rows.kept[2:])
+        points = [(schedule.log_snr[k - i], history[i]) for i in reversed(range(order))]
+        step = schedule.transfer(algorithm, k + 1 - order, k + 1)
+        new = step.keep * base + step.value * points[0][1] + step.deviation * rows.noise
+        if order == 2:
+            slope, _ = derivatives(*points)
+            new = new + (step.middle if solver_type == "midpoint" else step.slope) * slope
+        elif order == 3 and solver_type == "midpoint":
+            slope, _ = derivatives(points[0], points[2])
+            new = new + step.slope * slope
+        elif order == 3:
+            slope, bend = derivatives(*points)
+            new = new + step.slope * slope + step.bend * bend
+        rows.set(k, *(new, base, *history)[:registers], draws=algorithm.startswith("sde"))
+    return rows.table()
+
+
+def _algorithm(config: Config, *known: str) -> str:
+    algorithm = config.one_of("algorithm_type", *known, "deis")
+    if not algorithm.endswith("++") and config.get("final_sigmas_type", "zero") == "zero":
+        raise RequestError(f"algorithm_type={algorithm} cannot end at sigma 0: set final_sigmas_type to sigma_min")
+    return "dpmsolver++" if algorithm == "deis" else str(algorithm)
+
+
+def _for_algorithm(config: Config, schedule: Schedule, algorithm: str) -> Schedule:
+    if algorithm.endswith("++"):
+        return schedule
+    if config.get("prediction_type") == "flow_prediction":
+        raise RequestError(f"algorithm_type={algorithm} takes no flow_prediction: set algorithm_type to dpmsolver++")
+    u, v = predicted_noise(config, schedule.alpha[:-1], schedule.sigma[:-1])
+    return replace(schedule, u=u, v=v)
+
+
+def midpoint_or_heun(config: Config) -> str:
+    """midpoint or heun; the solver types of other samplers are read as midpoint."""
+    return "heun" if config.one_of("solver_type", "midpoint", "heun", "logrho", "bh1", "bh2") == "heun" else "midpoint"
+
+
+def _schedule(config: Config, steps: Steps, rounds: bool, repeats: bool = False) -> Schedule:
+    """rounds: whole timesteps on a Karras or Lu curve are the nearest, not the next lower ones.
+
+    repeats: after a curve's last sigma comes the same again, and no `final_sigmas_type` says otherwise.
+    """
+    config.refuse(thresholding=False)
+    if config.get("variance_type") in ("learned", "learned_range"):
+        raise RequestError("variance_type=learned is not supported: the model must predict the mean alone")
+    train = training_sigmas(config)
+    timesteps, sigmas, curved = _spaced(config, steps, train, rounds)
+    last = (sigmas[-1] if curved else train[0]) if repeats else final_sigma(config, train)
+    sigmas = as_float32(np.append(sigmas, last))
+    if steps.start >= len(timesteps):
+        raise RequestError(f"the first step must be between 0 and {len(timesteps) - 1}, found {steps.start}")
+    if config.get("use_flow_sigmas", False):
+        alpha, sigma = 1 - sigmas, sigmas
+    else:
+        alpha = 1 / np.sqrt(sigmas**2 + 1)
+        sigma = sigmas * alpha
+    flow = config.get("prediction_type") == "flow_prediction"
+    p, q = predicted_x0(config, alpha[:-1], (sigmas if flow else sigma)[:-1])
+    return Schedule(timesteps, alpha, sigma, np.log(alpha) - np.log(sigma), p, q)
+
+
+def _spaced(config: Config, steps: Steps, train: Array, rounds: bool) -> tuple[Array, Array, bool]:
+    """The whole timesteps, their sigmas, and whether the sigmas came first."""
+    flow, shift = config.get("use_flow_sigmas", False), _flow_shift(config, steps)
+    timesteps = custom_timesteps(config, steps)
+    if timesteps is not None and not flow:
+        timesteps = np.trunc(timesteps)
+        return timesteps, at_timesteps(timesteps, train), False
+    if timesteps is not None:
+        raise RequestError("timesteps cannot be chosen with use_flow_sigmas: the sigmas choose them")
+    count = count_of(config, steps)
+    sigmas, nearest = curve(config, train, count), bool(config.get("use_karras_sigmas"))
+    if config.get("use_lu_lambdas") and not nearest:
+        # Lu et al. 2022, "DPM-Solver", section 3.3: even steps of λ
+        ends = np.log(train.astype(np.float32)).astype(np.float64)
+        sigmas, nearest = np.exp(np.linspace(ends[-1], ends[0], count)), True
+    if sigmas is not None:
+        timesteps = timesteps_of(sigmas, train)
+        return np.trunc(timesteps.round() if rounds and nearest else timesteps), sigmas, True
+    if flow:
+        even = 1 - np.linspace(1, 1 / len(train), count + 1)
+        sigmas = (shift * even / (1 + (shift - 1) * even))[:0:-1]
+        return np.trunc(sigmas * len(train)), sigmas, True
+    lowest = config.get("lambda_min_clipped")
+    kept = -np.log(train) >= float(-np.inf if lowest is None else lowest)
+    timesteps = dpm_timesteps(config, steps, last=int(kept.sum()))
+    return timesteps, at_timesteps(timesteps, train), False
+
+
+def _flow_shift(config: Config, steps: Steps) -> float:
+    dynamic = (
+        config.get("use_dynamic_shifting", False) and config.get("time_shift_type", "exponential") == "exponential"
+    )
+    shift = float(config.get("flow_shift", 1.0))
+    if steps.mu is None:
+        return shift
+    if not dynamic:
+        raise RequestError("mu needs use_dynamic_shifting and time_shift_type=exponential: set them, or give no mu")
+    return float(np.exp(steps.mu))

@@ -1,64 +1,129 @@
-"""Euler."""
+"""Euler, and Euler with ancestral noise."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ...bundle import RequestError
-from .config import Config, alphas_cumprod, check_range, refuse, spaced_timesteps, train_steps
-from .table import Table, empty
+from ...engines import Array
+from .config import Config, linspace32
+from .spacing import (
+    along_curve,
+    as_float32,
+    at_timesteps,
+    chosen_timesteps,
+    custom_sigmas,
+    sigma_schedule,
+    takes,
+    timesteps_of,
+    training_sigmas,
+    with_final,
+)
+from .table import Rows, Steps, Table
 
-_SMALLEST_BAR = 2.0**-24
-"""ᾱ at the last timestep of a zero-terminal-SNR schedule, so that sigma stays finite; diffusers' value."""
-
-
-def sigmas_of(config: Config) -> np.ndarray:
-    """σ_t = √((1 − ᾱ_t)/ᾱ_t) for each training timestep, of float32 precision."""
-    bar = alphas_cumprod(config)
-    if config.get("rescale_betas_zero_snr"):
-        bar[-1] = _SMALLEST_BAR
-    bar32 = bar.astype(np.float32)
-    return np.asarray(np.sqrt((1 - bar32) / bar32), np.float64)
-
-
-def final_sigma(config: Config, sigmas: np.ndarray) -> float:
-    """σ after the last step, as `final_sigmas_type` says."""
-    kind = config.get("final_sigmas_type", "zero")
-    if kind not in ("zero", "sigma_min"):
-        raise RequestError(f"final_sigmas_type {kind!r} is not supported: use zero or sigma_min")
-    return 0.0 if kind == "zero" else float(sigmas[0])
+_MOST_CHURN = np.sqrt(2) - 1
 
 
-def euler(config: Config, steps: int) -> Table:
-    """Karras et al. 2022, "Elucidating the Design Space of Diffusion Models", algorithm 2 (no churn)."""
-    refuse(
-        config,
-        use_karras_sigmas=False,
-        use_exponential_sigmas=False,
-        use_beta_sigmas=False,
-        interpolation_type="linear",
-        timestep_type="discrete",
-    )
-    total = train_steps(config, steps)
-    timesteps = check_range(spaced_timesteps(config, steps, "linspace").astype(np.float32), total)
-    train = sigmas_of(config)
-    sigmas = np.append(np.interp(timesteps, np.arange(total), train), final_sigma(config, train))
-    sigmas = sigmas.astype(np.float32).astype(np.float64)
-    now, step = sigmas[:-1], np.diff(sigmas)
-    spacing = config.get("timestep_spacing", "linspace")
-    largest = sigmas.max()
-    table = empty(timesteps, 1, init_scale=largest if spacing != "leading" else float(np.sqrt(largest**2 + 1)))
-    table.input_scale[:] = 1 / np.sqrt(now**2 + 1)
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction == "epsilon":
-        p, q = np.ones(steps), -now
-    elif prediction == "v_prediction":
-        p, q = 1 / (now**2 + 1), -now / np.sqrt(now**2 + 1)
-    elif prediction in ("sample", "original_sample"):
-        p, q = np.zeros(steps), np.ones(steps)
+def euler(config: Config, steps: Steps) -> Table:
+    """Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 2, order 1.
+
+    The model sees x before the churn, as one call a step allows.
+    """
+    takes(steps, "timesteps", "sigmas")
+    timesteps, sigmas = _schedule(config, steps)
+    now = sigmas[: len(timesteps)]
+    churn = churned(config, sigmas[:-1])
+    x0 = sigma_x0(config, churn[0] if config.get("prediction_type", "epsilon") == "epsilon" else now)
+    rows = Rows(timesteps, sigma_levels(now), start=steps.start)
+    rows.input_scale = 1 / np.sqrt(now**2 + 1)
+    churned_euler(rows, range(steps.start, len(timesteps)), sigmas, churn, x0)
+    return rows.table(first_scale(config, sigmas))
+
+
+def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
+    """Timesteps and at least one sigma more: log-linear ones do not end at the final sigma but one before."""
+    train = training_sigmas(config)
+    continuous = config.one_of("timestep_type", "discrete", "continuous") == "continuous"
+    continuous = continuous and config.get("prediction_type") == "v_prediction"
+    if continuous and steps.timesteps is not None:
+        raise RequestError("timesteps cannot be chosen where timestep_type is 'continuous': choose sigmas")
+    log_linear = config.one_of("interpolation_type", "linear", "log_linear") == "log_linear"
+    sigmas = custom_sigmas(steps)
+    if sigmas is not None:
+        timesteps = timesteps_of(sigmas[:-1], train)
     else:
-        raise RequestError(f"prediction type {prediction!r} is not supported: use epsilon, sample or v_prediction")
-    table.x0[:] = np.stack([p, q], axis=1)
-    table.A[:, 0, 0] = 1 + step * (1 - p) / now
-    table.b[:, 0] = -step * q / now
-    return table
+        timesteps = chosen_timesteps(config, steps)
+        if log_linear:
+            sigmas = np.exp(linspace32(np.log(train[-1]), np.log(train[0]), len(timesteps) + 1))
+        else:
+            sigmas = at_timesteps(timesteps, train)
+        timesteps, sigmas = along_curve(config, timesteps, sigmas, train)
+        sigmas = with_final(config, sigmas, train)
+    return (0.25 * np.log(sigmas[:-1]) if continuous else timesteps), sigmas
+
+
+def churned(config: Config, sigmas: Array) -> tuple[Array, Array]:
+    """σ̂ and the deviation of the noise from σ up to it: `s_churn`, `s_tmin`, `s_tmax` and `s_noise` of Karras 2022."""
+    low, high = float(config.get("s_tmin", 0.0)), float(config.get("s_tmax", np.inf))
+    gamma = min(float(config.get("s_churn", 0.0)) / len(sigmas), _MOST_CHURN)
+    hat = np.where((low <= sigmas) & (sigmas <= high), (1 + gamma) * sigmas, sigmas)
+    return hat, float(config.get("s_noise", 1.0)) * np.sqrt(hat**2 - sigmas**2)
+
+
+def churned_euler(rows: Rows, calls: range, sigmas: Array, churn: tuple[Array, Array], x0: tuple[Array, Array]) -> None:
+    """Set the rows `calls` to Euler steps along `sigmas`; churn: σ̂ and its deviation; x0: p and q, see `sigma_x0`."""
+    (hat, deviation), (p, q) = churn, x0
+    for k in calls:
+        jump = deviation[k] * rows.noise
+        slope = (rows.x + jump - rows.predicted(k, p[k], q[k]) - p[k] * jump) / hat[k]
+        rows.set(k, rows.x + jump + (sigmas[k + 1] - hat[k]) * slope, draws=bool(hat[k] > sigmas[k]))
+
+
+def sigma_levels(sigmas: Array) -> Array:
+    """(S, 2) levels of x = image + σ · noise."""
+    return np.stack([np.ones(len(sigmas)), sigmas], axis=1)
+
+
+def sigma_x0(config: Config, sigmas: Array) -> tuple[Array, Array]:
+    """x0 = p·x + q·m for x = image + σ · noise, where the model saw x/√(σ² + 1)."""
+    prediction = config.one_of("prediction_type", "epsilon", "v_prediction", "sample", "original_sample")
+    if prediction == "epsilon":
+        return np.ones_like(sigmas), -sigmas
+    if prediction == "v_prediction":
+        return 1 / (sigmas**2 + 1), -sigmas / np.sqrt(sigmas**2 + 1)
+    return np.zeros_like(sigmas), np.ones_like(sigmas)
+
+
+def first_scale(config: Config, sigmas: Array) -> float:
+    """The deviation of the first x: σ_max, or √(σ_max² + 1) where the spacing does not begin at the last timestep."""
+    largest = float(sigmas.max())
+    leading = config.get("timestep_spacing", "linspace") == "leading"
+    return float(np.sqrt(largest**2 + 1)) if leading else largest
+
+
+def euler_ancestral(config: Config, steps: Steps) -> Table:
+    """Euler down to σ_down, then noise of deviation σ_up (Song et al. 2021, appendix F, as k-diffusion has it)."""
+    takes(steps)
+    config.lacks("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+    config.one_of("prediction_type", "epsilon", "v_prediction")
+    timesteps, sigmas = sigma_schedule(config, steps, training_sigmas(config))
+    sigmas = as_float32(np.append(sigmas, 0.0))
+    now, (down, up) = sigmas[:-1], ancestral(sigmas)
+    p, q = sigma_x0(config, now)
+    rows = Rows(timesteps, sigma_levels(now), start=steps.start)
+    rows.input_scale = 1 / np.sqrt(now**2 + 1)
+    for k in range(steps.start, len(timesteps)):
+        slope = (rows.x - rows.predicted(k, p[k], q[k])) / now[k]
+        rows.set(k, rows.x + (down[k] - now[k]) * slope + up[k] * rows.noise, draws=True)
+    return rows.table(first_scale(config, sigmas))
+
+
+def ancestral(sigmas: Array) -> tuple[Array, Array]:
+    """σ_down and σ_up of each step from one of `sigmas` to the next: σ_down² + σ_up² is the square of the next.
+
+    In float32 like diffusers, because σ_down is what is left of a difference that is small beside large sigmas.
+    """
+    now, then = sigmas[:-1].astype(np.float32), sigmas[1:].astype(np.float32)
+    up = np.sqrt(then**2 * (now**2 - then**2) / now**2)
+    down = np.sqrt(then**2 - up**2)
+    return down.astype(np.float64), up.astype(np.float64)

@@ -9,7 +9,7 @@ import pytest
 
 from diffoundry.bundle import EngineError, RequestError, StoppedError
 from diffoundry.runtime.guidance import Guidance
-from diffoundry.runtime.loop import Denoiser, denoise
+from diffoundry.runtime.loop import Denoiser, Row, denoise
 from diffoundry.runtime.noise import TorchGenerator
 from diffoundry.runtime.pipeline import Request, load
 from diffoundry.runtime.schedulers import make_table
@@ -132,6 +132,15 @@ def test_two_threads_get_what_each_would_get_alone(pipe):
         ({"guidance_interval": 0.5}, "interval"),
         ({"scheduler": 5}, "unknown scheduler"),
         ({"negative_prompt": "a ring", "guidance": 1}, "no effect"),
+        ({"guidance_rescale": 2}, "rescale"),
+        ({"rng": "mps"}, "unknown rng 'mps': choose one of cpu, cuda"),
+        ({"timesteps": []}, "timesteps must be a list of numbers"),
+        ({"timesteps": [999, 500], "sigmas": [3, 1]}, "give one of them"),
+        ({"timesteps": [500, 999], "scheduler": "ddpm"}, "must descend"),
+        ({"timesteps": [1e9], "scheduler": "ddpm"}, "past the 1000"),
+        ({"timesteps": [float("nan")]}, "timesteps"),
+        ({"scheduler_options": {"use_karas_sigmas": True}, "scheduler": "euler"}, "did you mean 'use_karras_sigmas'"),
+        ({"scheduler_options": 5}, "scheduler_options"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_runs(pipe, options, message):
@@ -140,17 +149,15 @@ def test_wrong_requests_are_refused_before_anything_runs(pipe, options, message)
 
 
 def test_latents_that_are_not_finite_are_an_error():
-    class Broken:
-        inputs = ()
-
     class NotANumber(Denoiser):
-        def __call__(self, x, timestep, guided):
+        def __call__(self, x, timesteps, rows, guided):
             return np.full_like(x, np.nan)
 
     table = make_table({"steps_offset": 1}, 3, "euler")
-    denoiser = NotANumber(Broken(), (1, 4, 8, 8), np.zeros((1, 77, 8)), None, Guidance())
+    text, latents = np.zeros((77, 8), np.float32), np.zeros((4, 8, 8), np.float32)
+    row = Row(table, Guidance(), TorchGenerator(0), text, text, latents)
     with pytest.raises(EngineError, match="not finite"):
-        denoise(denoiser, table, np.zeros((1, 4, 8, 8), np.float32), Guidance(), [TorchGenerator(0)])
+        denoise(NotANumber(None, [row]), [row])
 
 
 def test_the_record_of_a_result_makes_it_again(pipe):

@@ -1,0 +1,41 @@
+"""Values of options that several verbs share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+
+def read_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is JSON where it reads as JSON, else text. Raises `click.UsageError`."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise click.UsageError(f"--scheduler-option takes KEY=VALUE, found {pair!r}")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = {"True": True, "False": False, "None": None}.get(text, text)
+    return options
+
+
+def read_numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers with commas between them. Raises `click.UsageError`."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"{name} takes numbers with commas between them, found {text!r}") from None
+
+
+def read_counts(name: str, text: str | None) -> list[int]:
+    """Whole numbers from 1 on with commas between them. Raises `click.UsageError`."""
+    numbers = read_numbers(name, text) or ()
+    if not all(number >= 1 and number == int(number) for number in numbers):
+        raise click.UsageError(f"{name} takes whole numbers with commas between them, found {text!r}")
+    return [int(number) for number in numbers]

@@ -1,0 +1,147 @@
+"""`diffoundry schedulers`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import read_options
+
+if TYPE_CHECKING:
+    from ..runtime.schedulers import Table
+
+_STABLE_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+"""The noise schedule that the published Stable Diffusion 1.x, 2.x and XL checkpoints were trained with."""
+
+
+@click.command("schedulers")
+@click.argument("name", required=False)
+@click.option("--steps", type=int, help="Show the table of this many steps. [default: 20]")
+@click.option("--start", default=0, show_default=True, type=int, help="The first step to make, as image-to-image does.")
+@click.option("--bundle", type=click.Path(), help="Take the noise schedule of this bundle, not Stable Diffusion's.")
+@click.option(
+    "--scheduler-option", "options", multiple=True, metavar="KEY=VALUE", help="As in a scheduler_config.json."
+)
+@click.option("--plot", type=click.Path(), help="Draw sigmas, timesteps and coefficients into this PNG or SVG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def schedulers_command(
+    name: str | None,
+    steps: int | None,
+    start: int,
+    bundle: str | None,
+    options: tuple[str, ...],
+    plot: str | None,
+    as_json: bool,
+) -> None:
+    """List the schedulers, or show the table of NAME.
+
+    NAME is a short name or a diffusers class. The table has one row for each call of the model.
+    """
+    from ..bundle import Bundle
+    from ..runtime.schedulers import Steps, find_sampler, make_table
+    from ..runtime.schedulers.stored import to_json
+
+    if name is None:
+        if plot or options or bundle or steps is not None:
+            raise click.UsageError("name the scheduler whose table is meant")
+        _list(as_json)
+        return
+    config = Bundle.open(bundle).scheduler_config() if bundle else _STABLE_DIFFUSION
+    count = 20 if steps is None else steps
+    table = make_table(config, Steps(count, start), name, read_options(options))
+    key, sampler = find_sampler(config, name)
+    title = f"{key}, {count} steps ({sampler.class_name})"
+    if plot:
+        _plot(table, title, Path(plot))
+    if as_json:
+        print(json.dumps({"name": key, "class": sampler.class_name, "paper": sampler.paper, **to_json(table)}))
+    elif plot:
+        click.echo(plot)
+    else:
+        _show(table, title)
+
+
+def _list(as_json: bool) -> None:
+    from ..runtime.schedulers import SAMPLERS
+
+    if as_json:
+        described = {
+            name: {"class": sampler.class_name, "paper": sampler.paper, "summary": sampler.summary}
+            for name, sampler in SAMPLERS.items()
+        }
+        print(json.dumps(described))
+        return
+    width = max(len(name) for name in SAMPLERS)
+    for name, sampler in SAMPLERS.items():
+        click.echo(f"{name:{width}}  {sampler.summary} ({sampler.paper}; {sampler.class_name})")
+
+
+def _columns(table: Table) -> list[str]:
+    kept = ["x", *(f"r{i}" for i in range(1, table.registers))]
+    return [*kept, "m", "noise", "x0"]
+
+
+def _show(table: Table, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    used = [i for i in range(table.registers + 3) if table.weights[:, 0, i].any()]
+    names = _columns(table)
+    grid = Grid("call", "timestep", "alpha", "sigma", "input", *(f"weight of {names[i]}" for i in used), box=None)
+    for k in range(table.steps):
+        alpha, sigma = table.levels[k]
+        numbers = [alpha, sigma, table.input_scale[k], *table.weights[k, 0, used]]
+        grid.add_row(str(k), f"{table.timesteps[k]:.6g}", *(f"{number:.6g}" for number in numbers))
+    console = Console(highlight=False, markup=False)
+    console.print(
+        f"{title}: {table.steps} calls, {table.registers} registers, first x = {table.init_scale:.6g} · noise",
+        soft_wrap=True,
+    )
+    console.print(grid)
+
+
+def _plot(table: Table, title: str, path: Path) -> None:
+    from ..bundle import DiffoundryError, RequestError
+
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise RequestError(f"the plot {path} must be a name that ends in .png or .svg")
+    if not path.parent.is_dir():
+        raise RequestError(f"the folder {path.parent} does not exist: make it, or choose another --plot")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DiffoundryError("--plot needs matplotlib: run `pip install 'diffoundry[plot]'`") from None
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    figure.suptitle(title)
+    (sigmas, timesteps), (state, output) = figure.subplots(2, 2)
+    calls = range(table.steps)
+    sigmas.semilogy(calls, table.levels[:, 1] / table.levels[:, 0].clip(1e-12), "o-", markersize=3)
+    sigmas.set_ylabel("noise to signal, σ/α")
+    timesteps.plot(calls, table.timesteps, "o-", markersize=3)
+    timesteps.set_ylabel("timestep")
+    names = _columns(table)
+    for i, name in enumerate(names):
+        if table.weights[:, 0, i].any():
+            (state if i < table.registers else output).plot(
+                calls, table.weights[:, 0, i], "o-", markersize=3, label=name
+            )
+    state.set_ylabel("weight of the registers in x'")
+    output.set_ylabel("weight of m, noise and x0 in x'")
+    for axes in (sigmas, timesteps, state, output):
+        axes.set_xlabel("call of the model")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    for axes in (state, output):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    figure.savefig(path, dpi=110)

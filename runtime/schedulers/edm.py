@@ -1,0 +1,81 @@
+"""Euler and DPM-Solver++ for models in the EDM formulation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ...bundle import RequestError
+from ...engines import Array
+from .config import Config, linspace32
+from .dpm_solver import Schedule, midpoint_or_heun, multistep
+from .euler import churned, churned_euler, sigma_levels
+from .spacing import as_float32, count_of, takes
+from .table import Rows, Steps, Table
+
+
+def edm_euler(config: Config, steps: Steps) -> Table:
+    """Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 2, order 1.
+
+    The model sees x before the churn, as one call a step allows.
+    """
+    takes(steps)
+    sigmas = _sigmas(config, np.linspace(0, 1, count_of(config, steps)))
+    final = 0.0 if config.one_of("final_sigmas_type", "zero", "sigma_min") == "zero" else sigmas[-1]
+    sigmas, now = np.append(sigmas, final), sigmas
+    churn = churned(config, now)
+    rows = Rows(0.25 * np.log(now), sigma_levels(now), start=steps.start)
+    rows.input_scale = _c_in(config, now)
+    churned_euler(rows, range(steps.start, len(now)), sigmas, churn, _x0(config, churn[0]))
+    return rows.table(_first_scale(config))
+
+
+def edm_dpm_solver(config: Config, steps: Steps) -> Table:
+    """Lu et al. 2022, "DPM-Solver++", algorithm 2 (2M) and its kin, of order 1 to 3, on x = image + σ · noise."""
+    takes(steps)
+    config.refuse(thresholding=False)
+    algorithm = config.one_of("algorithm_type", "dpmsolver++", "sde-dpmsolver++", "deis")
+    if algorithm == "sde-dpmsolver++" and config.get("solver_order") == 3:
+        raise RequestError("algorithm_type=sde-dpmsolver++ has no third order here: set solver_order to 2")
+    to_zero = config.one_of("final_sigmas_type", "zero", "sigma_min") == "zero"
+    if algorithm == "deis" and to_zero:
+        raise RequestError("algorithm_type=deis cannot end at sigma 0: set final_sigmas_type to sigma_min")
+    sigmas = _sigmas(config, linspace32(0, 1, count_of(config, steps)))
+    sigmas = as_float32(np.append(sigmas, 0.0 if to_zero else _ends(config)[1]))
+    now = sigmas[:-1]
+    log_snr = as_float32(-np.log(sigmas.astype(np.float32)))
+    schedule = Schedule(0.25 * np.log(now), np.ones_like(sigmas), sigmas, log_snr, *_x0(config, now))
+    euler_last = to_zero or bool(config.get("euler_at_final", False))
+    algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
+    table = multistep(config, steps, schedule, algorithm, midpoint_or_heun(config), euler_last)
+    return replace(table, input_scale=_c_in(config, now)[steps.start :], init_scale=_first_scale(config))
+
+
+def _sigmas(config: Config, ramp: Array) -> Array:
+    """Sigmas from sigma_max to sigma_min along a ramp from 0 to 1, in its precision and rounded to float32."""
+    high, low = _ends(config)
+    rho = float(config.get("rho", 7.0))
+    if config.one_of("sigma_schedule", "karras", "exponential") == "exponential":
+        return as_float32(np.exp(linspace32(np.log(low), np.log(high), len(ramp)))[::-1])
+    high, low = high ** (1 / rho), low ** (1 / rho)
+    return as_float32((high + ramp * (low - high)) ** rho)
+
+
+def _ends(config: Config) -> tuple[float, float]:
+    return float(config.get("sigma_max", 80.0)), float(config.get("sigma_min", 0.002))
+
+
+def _x0(config: Config, sigmas: Array) -> tuple[Array, Array]:
+    """x0 = p·x + q·m: c_skip and c_out of Karras et al. 2022, table 1."""
+    data = float(config.get("sigma_data", 0.5))
+    sign = 1 if config.one_of("prediction_type", "epsilon", "v_prediction") == "epsilon" else -1
+    return data**2 / (sigmas**2 + data**2), sign * sigmas * data / np.sqrt(sigmas**2 + data**2)
+
+
+def _c_in(config: Config, sigmas: Array) -> Array:
+    return np.asarray(1 / np.sqrt(sigmas**2 + float(config.get("sigma_data", 0.5)) ** 2))
+
+
+def _first_scale(config: Config) -> float:
+    return float(np.hypot(_ends(config)[0], 1))

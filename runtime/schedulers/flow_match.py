@@ -1,0 +1,142 @@
+"""Flow matching: x = (1 − σ) · image + σ · noise, of which the model predicts the velocity dx/dσ."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ...bundle import RequestError
+from ...engines import Array
+from .config import Config, train_steps
+from .spacing import as_float32, count_of, curve
+from .table import Rows, Steps, Table
+
+
+def flow_euler(config: Config, steps: Steps) -> Table:
+    """Euler steps down the velocity (Lipman et al. 2023, "Flow Matching for Generative Modeling", equation 1)."""
+    timesteps, sigmas = _schedule(config, steps)
+    if config.get("stochastic_sampling", False):
+        return _renoised(timesteps, sigmas, steps.start)
+    rows = Rows(timesteps, _levels(sigmas[:-1]), start=steps.start)
+    for k in range(steps.start, len(timesteps)):
+        rows.set(k, rows.x + (sigmas[k + 1] - sigmas[k]) * rows.m)
+    return rows.table()
+
+
+def flow_lcm(config: Config, steps: Steps) -> Table:
+    """Predict the image, noise it to the next σ: multistep consistency sampling (Luo et al. 2023, algorithm 3)."""
+    if config.get("scale_factors") and config.get("upscale_mode", "bicubic"):
+        raise RequestError(
+            "the scheduler option scale_factors is not supported: latents keep their size; choose another --scheduler"
+        )
+    timesteps, sigmas = _schedule(config, steps)
+    return _renoised(timesteps, sigmas, steps.start)
+
+
+def _renoised(timesteps: Array, sigmas: Array, start: int) -> Table:
+    rows = Rows(timesteps, _levels(sigmas[:-1]), start=start)
+    for k in range(start, len(timesteps)):
+        image = rows.x - sigmas[k] * rows.m
+        rows.set(k, (1 - sigmas[k + 1]) * image + sigmas[k + 1] * rows.noise, draws=True)
+    return rows.table()
+
+
+def flow_heun(config: Config, steps: Steps) -> Table:
+    """Karras et al. 2022, algorithm 2, on the velocity: Heun's second order in two calls a step, Euler for the last.
+
+    s_churn, s_tmin, s_tmax and s_noise are the algorithm's. Noise is drawn in both calls and used in the first.
+    """
+    if steps.timesteps is not None or steps.sigmas is not None or steps.mu is not None:
+        raise RequestError("flow-heun takes no timesteps, sigmas or mu: ask for a number of --steps, or for flow-euler")
+    shift = float(config.get("shift", 1.0))
+    sigmas = np.append(as_float32(_shifted(_even(config, steps, shift), shift)), 0.0)
+    churn, noise_scale = float(config.get("s_churn", 0.0)), float(config.get("s_noise", 1.0))
+    low, high = float(config.get("s_tmin", 0.0)), float(config.get("s_tmax", math.inf))
+    calls = 2 * steps.count - 1
+    told = np.append(sigmas[:1], np.repeat(sigmas[1:-1], 2))
+    rows = Rows(_timesteps(config, told), _levels(told), registers=2, start=2 * steps.start)
+    for k in range(steps.start, steps.count):
+        now, then = sigmas[k], sigmas[k + 1]
+        gamma = min(churn / calls, math.sqrt(2) - 1) if low <= now <= high else 0.0
+        hat = now * (1 + gamma)
+        x = rows.x + noise_scale * np.sqrt(hat**2 - now**2) * rows.noise
+        slope, step = now / hat * rows.m, then - hat
+        rows.set(2 * k, x + step * slope, x + step / 2 * slope, draws=gamma > 0)
+        if k < steps.count - 1:
+            rows.set(2 * k + 1, rows.kept[1] + step / 2 * rows.m, draws=gamma > 0)
+    return rows.table()
+
+
+def _levels(sigmas: Array) -> Array:
+    return np.stack([1 - sigmas, sigmas], axis=1)
+
+
+def _timesteps(config: Config, sigmas: Array) -> Array:
+    return as_float32(sigmas.astype(np.float32) * np.float32(train_steps(config)))
+
+
+def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
+    """Timesteps and the sigmas from each to the next, float64 values of float32 precision.
+
+    Timesteps that were asked for are told to the model as they are; only their sigmas are shifted.
+    """
+    dynamic, shift = config.get("use_dynamic_shifting", False), float(config.get("shift", 1.0))
+    kind = config.one_of("time_shift_type", "exponential", "linear")
+    sigmas = _asked(config, steps)
+    if sigmas is None:
+        sigmas = _even(config, steps, 1.0 if dynamic else shift)
+    sigmas = _dynamically_shifted(sigmas, steps.mu, kind) if dynamic else _shifted(sigmas, shift)
+    sigmas = _stretched(config, sigmas)
+    curved = curve(config, sigmas[[0, -1]], len(sigmas))
+    if curved is not None and sigmas[0] < sigmas[-1]:
+        raise RequestError("a sigma curve goes down: ask for sigmas or timesteps that descend")
+    sigmas = as_float32(sigmas if curved is None else curved)
+    if not np.isfinite(sigmas).all():
+        raise RequestError("these options give no schedule: mend shift, mu, shift_terminal or the sigmas asked for")
+    timesteps = _timesteps(config, sigmas) if steps.timesteps is None else as_float32(np.asarray(steps.timesteps))
+    if config.get("invert_sigmas", False):
+        sigmas = as_float32(1 - sigmas)
+        return _timesteps(config, sigmas), np.append(sigmas, 1.0)
+    return timesteps, np.append(sigmas, 0.0)
+
+
+def _asked(config: Config, steps: Steps) -> Array | None:
+    """The sigmas that were asked for, themselves or as timesteps, in float32 as diffusers shifts them, or None."""
+    if steps.sigmas is None:
+        asked = steps.timesteps
+        return None if asked is None else np.asarray(asked, np.float32) / np.float32(train_steps(config))
+    if steps.timesteps is not None and len(steps.timesteps) != len(steps.sigmas):
+        raise RequestError(f"{len(steps.timesteps)} timesteps and {len(steps.sigmas)} sigmas: give as many of both")
+    return np.asarray(steps.sigmas, np.float32)
+
+
+def _even(config: Config, steps: Steps, shift: float) -> Array:
+    """Even sigmas between the ends of the training schedule, which are shifted already."""
+    scale, count = train_steps(config), count_of(config, steps)
+    high, low = _shifted(np.array([scale, 1], np.float32) / np.float32(scale), shift)
+    return np.asarray(np.linspace(float(high) * scale, float(low) * scale, count) / scale)
+
+
+def _shifted(sigmas: Array, shift: float) -> Array:
+    """Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", equation 23."""
+    return np.asarray(shift * sigmas / (1 + (shift - 1) * sigmas))
+
+
+def _dynamically_shifted(sigmas: Array, mu: float | None, kind: str) -> Array:
+    """The same equation, with a shift of e^mu or mu."""
+    if mu is None:
+        raise RequestError("this schedule shifts with the size of the image: set mu, or use_dynamic_shifting to false")
+    shift = float(np.exp(mu)) if kind == "exponential" else mu
+    return np.asarray(shift / (shift + (1 / sigmas - 1)))
+
+
+def _stretched(config: Config, sigmas: Array) -> Array:
+    """The sigmas stretched so that the last is `shift_terminal`."""
+    terminal = config.get("shift_terminal")
+    if not terminal:
+        return sigmas
+    rest = 1 - sigmas
+    if rest[-1] == 0:
+        raise RequestError("shift_terminal needs a schedule that leaves pure noise: ask for two steps or more")
+    return np.asarray(1 - rest / (rest[-1] / (1 - terminal)))

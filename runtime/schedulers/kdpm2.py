@@ -1,0 +1,67 @@
+"""The second-order DPM solver in sigma, and the same with ancestral noise."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...engines import Array
+from .config import Config
+from .euler import ancestral, first_scale, sigma_levels, sigma_x0
+from .spacing import as_float32, sigma_schedule, takes, timesteps_of, training_sigmas
+from .table import Rows, Steps, Table
+
+
+def kdpm2(config: Config, steps: Steps) -> Table:
+    """Lu et al. 2022, "DPM-Solver", DPM-Solver-2 in the variables of Karras et al. 2022: the slope at √(σ · σ_next).
+
+    Two calls a step; the last step, to σ = 0, is Euler's and makes one.
+    """
+    train, timesteps, sigmas = _schedule(config, steps)
+    return _table(config, steps, train, timesteps, sigmas, sigmas[1:], None)
+
+
+def kdpm2_ancestral(config: Config, steps: Steps) -> Table:
+    """`kdpm2` down to σ_down and noise of deviation σ_up back up, drawn at every second call."""
+    train, timesteps, sigmas = _schedule(config, steps)
+    return _table(config, steps, train, timesteps, sigmas, *ancestral(sigmas))
+
+
+def _schedule(config: Config, steps: Steps) -> tuple[Array, Array, Array]:
+    takes(steps)
+    config.lacks("rescale_betas_zero_snr")
+    config.defaults(beta_start=0.00085, beta_end=0.012)
+    config.one_of("prediction_type", "epsilon", "v_prediction")
+    train = training_sigmas(config)
+    timesteps, sigmas = sigma_schedule(config, steps, train)
+    if config.get("use_karras_sigmas"):
+        timesteps = timesteps.round()
+    return train, timesteps, as_float32(np.append(sigmas, 0.0))
+
+
+def _table(
+    config: Config, steps: Steps, train: Array, timesteps: Array, sigmas: Array, targets: Array, up: Array | None
+) -> Table:
+    """From each of `sigmas` to its target and, unless `up` is None, back up by noise of that deviation."""
+    now, middles = sigmas[:-1], np.sqrt(sigmas[:-1] * targets)
+    calls = _interleaved(timesteps, timesteps_of(middles[:-1], train))
+    seen = _interleaved(now, middles[:-1])
+    p, q = sigma_x0(config, seen)
+    rows = Rows(calls, sigma_levels(np.repeat(now, 2)[1:]), 2, start=2 * steps.start)
+    rows.input_scale = 1 / np.sqrt(seen**2 + 1)
+    before = rows.kept[1]
+    for k in range(2 * steps.start, len(calls)):
+        i = k // 2
+        slope = (rows.x - rows.predicted(k, p[k], q[k])) / seen[k]
+        if k % 2 == 0:
+            rows.set(k, rows.x + (middles[i] - now[i]) * slope, rows.x)
+        else:
+            jump = rows.zero if up is None else up[i] * rows.noise
+            rows.set(k, before + (targets[i] - now[i]) * slope + jump, draws=up is not None)
+    return rows.table(first_scale(config, sigmas))
+
+
+def _interleaved(first: Array, second: Array) -> Array:
+    """first[0], second[0], first[1], ... of which `first` holds one more."""
+    both = np.empty(len(first) + len(second))
+    both[::2], both[1::2] = first, second
+    return both

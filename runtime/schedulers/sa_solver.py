@@ -1,0 +1,111 @@
+"""SA-Solver."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...bundle import RequestError
+from ...engines import Array
+from .config import Config, alphas_cumprod
+from .spacing import (
+    as_float32,
+    at_timesteps,
+    count_of,
+    curve,
+    dpm_timesteps,
+    takes,
+    timesteps_of,
+    training_sigmas,
+)
+from .table import Rows, Steps, Table
+from .unipc import Schedule, schedule_of
+
+_ORDERS = (1, 2, 3, 4)
+_NOISY = 200, 800
+"""The timesteps between which a step is stochastic, τ = 1; outside of them τ = 0."""
+
+
+def sa_solver(config: Config, steps: Steps) -> Table:
+    """Xue et al. 2023, "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models", algorithm 1.
+
+    A step first corrects x, now that the model output at it is known, and then predicts the next; both add the same
+    noise. Registers: x, the corrected x before, the noise added to it, the predictions before, newest first.
+    """
+    takes(steps)
+    config.lacks("rescale_betas_zero_snr")
+    config.refuse(thresholding=False, tau_func=None)
+    if config.get("variance_type") in ("learned", "learned_range"):
+        raise RequestError("variance_type=learned is not supported: the model must predict the mean alone")
+    predictor, corrector = (config.one_of(name, 2, *_ORDERS) for name in ("predictor_order", "corrector_order"))
+    schedule = _schedule(config, steps)
+    count, start = len(schedule.timesteps), steps.start
+    bar = alphas_cumprod(config)[schedule.timesteps.astype(int)]
+    levels = np.sqrt(np.stack([bar, 1 - bar], axis=1))
+    tau = (schedule.timesteps >= _NOISY[0]) & (schedule.timesteps <= _NOISY[1])
+    rows = Rows(schedule.timesteps, levels, max(predictor, corrector) + 2, start=start)
+    before, last_noise, *past = rows.kept[1:]
+    final = bool(config.get("lower_order_final", True))
+
+    def advance(x: Array, s: int, newest: int, history: list[Array], noise: Array) -> Array:
+        """x at s + 1 from x at s, through the predictions at newest, newest − 1, …"""
+        alpha, sigma, log_snr = (values[[s, s + 1]] for values in (schedule.alpha, schedule.sigma, schedule.log_snr))
+        h, square = log_snr[1] - log_snr[0], float(tau[s])
+        nodes = schedule.log_snr[newest - np.arange(len(history))] - log_snr[0]
+        if schedule.image:
+            keep, scale, rate = np.exp(-square * h) * sigma[1] / sigma[0], alpha[1], 1 + square
+            deviation = sigma[1] * np.sqrt(-np.expm1(-2 * square * h))
+        else:
+            keep, scale, rate = alpha[1] / alpha[0], -sigma[1], -1.0
+            deviation = square * sigma[1] * np.sqrt(np.expm1(2 * h))
+        weights = (1 + square) * scale * _integrals(nodes, h, rate, simple=schedule.image)
+        return np.asarray(keep * x + weights @ np.array(history) + deviation * noise)
+
+    for k in range(start, count):
+        made = k - start
+        history = [schedule.prediction(rows, k), *past]
+        x = rows.x
+        if made:
+            order = min(corrector, made + 1, *([count - k + 2] if final else []))
+            x = advance(before, k - 1, k, history[:order], last_noise)
+        order = min(predictor, made + 1, *([count - k] if final else []))
+        new = advance(x, k, k, history[:order], rows.noise)
+        rows.set(k, new, x, rows.noise, *history[: max(predictor, corrector) - 1], draws=True)
+    return rows.table()
+
+
+def _integrals(nodes: Array, h: float, rate: float, simple: bool) -> Array:
+    """∫ e^(−rate · (h − v)) ℓ_i(v) dv from 0 to h of the Lagrange polynomials ℓ_i through `nodes`.
+
+    simple: with two nodes the integral of v itself is taken as h²/2, as UniPC does.
+    """
+    moments = [-np.expm1(-rate * h) / rate]
+    for power in range(1, len(nodes)):
+        moments.append((h**power - power * moments[-1]) / rate)
+    if simple and len(nodes) == 2:
+        moments[1] = h**2 / 2
+    others = [np.delete(nodes, i) for i in range(len(nodes))]
+    return np.array(
+        [
+            np.atleast_1d(np.poly(rest)) @ moments[::-1] / np.prod(node - rest)
+            for node, rest in zip(nodes, others, strict=True)
+        ]
+    )
+
+
+def _schedule(config: Config, steps: Steps) -> Schedule:
+    image = config.one_of("algorithm_type", "data_prediction", "noise_prediction") == "data_prediction"
+    train, count = training_sigmas(config), count_of(config, steps)
+    sigmas = curve(config, train, count)
+    if sigmas is not None:
+        timesteps = timesteps_of(sigmas, train)
+        timesteps = timesteps.round() if config.get("use_karras_sigmas") else timesteps
+    elif config.get("use_flow_sigmas", False):
+        even, shift = 1 - np.linspace(1, 1 / len(train), count + 1), float(config.get("flow_shift", 1.0))
+        sigmas = (shift * even / (1 + (shift - 1) * even))[:0:-1]
+        timesteps = sigmas * len(train)
+    else:
+        clipped = float(config.get("lambda_min_clipped", -np.inf))
+        timesteps = dpm_timesteps(config, steps, last=int((-np.log(train) >= clipped).sum()))
+        sigmas = np.append(at_timesteps(timesteps, train), train[0])
+    sigmas = sigmas if len(sigmas) > len(timesteps) else np.append(sigmas, sigmas[-1])
+    return schedule_of(config, steps, np.trunc(timesteps), as_float32(sigmas), image)

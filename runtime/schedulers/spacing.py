@@ -1,0 +1,209 @@
+"""Which timesteps and sigmas a schedule has: the spacings of Lin et al. 2023 and the sigma curves."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...bundle import RequestError
+from ...engines import Array
+from .config import Config, alphas_cumprod, train_steps
+from .incomplete_beta import beta_quantile
+from .table import Steps
+
+_SMALLEST_BAR = 2.0**-24
+"""ᾱ at the last timestep of a zero-terminal-SNR schedule, so that sigma stays finite; diffusers' value."""
+_RHO = 7.0
+_BETA = 0.6
+_CURVES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def count_of(config: Config, steps: Steps) -> int:
+    """The number of steps. Raises `RequestError` when the model was not trained with that many."""
+    total = train_steps(config)
+    if not 1 <= steps.count <= total:
+        raise RequestError(f"steps must be between 1 and {total}, found {steps.count}")
+    return steps.count
+
+
+def custom_timesteps(config: Config, steps: Steps) -> Array | None:
+    """The timesteps that were asked for, descending, or None. Raises `RequestError` for ones that cannot be."""
+    if steps.timesteps is None:
+        return None
+    asked = as_float32(np.asarray(steps.timesteps, np.float64))
+    if not len(asked) or (np.diff(asked) >= 0).any():
+        raise RequestError(f"timesteps must descend, found {list(steps.timesteps)}")
+    on = [name for name in (*_CURVES, "use_lu_lambdas") if config.get(name)]
+    if on:
+        raise RequestError(f"timesteps cannot be chosen with {on[0]}: the sigmas choose them")
+    return check_range(asked, train_steps(config))
+
+
+def whole_timesteps(config: Config, steps: Steps) -> Array | None:
+    """`custom_timesteps` of a sampler that has no sigmas. Raises `RequestError` for fractions too."""
+    config.lacks(*_CURVES, "use_lu_lambdas")
+    asked = custom_timesteps(config, steps)
+    if asked is not None and (asked % 1).any():
+        raise RequestError(f"timesteps of this sampler must be whole, found {list(steps.timesteps or ())}")
+    return asked
+
+
+def custom_sigmas(steps: Steps) -> Array | None:
+    """The sigmas that were asked for, the one after the last step included, or None; float32 precision.
+
+    Raises `RequestError` for ones that cannot be.
+    """
+    if steps.sigmas is None:
+        return None
+    if steps.timesteps is not None:
+        raise RequestError("timesteps and sigmas cannot both be chosen: leave one of them out")
+    sigmas = as_float32(np.asarray(steps.sigmas, np.float64))
+    if len(sigmas) < 2 or (np.diff(sigmas) >= 0).any() or sigmas[-1] < 0:
+        raise RequestError(f"sigmas must descend, down to the one after the last step, found {list(steps.sigmas)}")
+    return sigmas
+
+
+def takes(steps: Steps, *names: str) -> None:
+    """Raise `RequestError` when `steps` holds a schedule of its own other than by one of `names`."""
+    for name in ("timesteps", "sigmas", "mu"):
+        if getattr(steps, name) is not None and name not in names:
+            raise RequestError(f"this sampler takes no {name}: leave them out or choose another --scheduler")
+
+
+def ddim_timesteps(config: Config, steps: Steps, default: str) -> Array:
+    """Descending whole timesteps (Lin et al. 2023, table 2), as the ancestral and DDIM samplers space them."""
+    total, count = train_steps(config), count_of(config, steps)
+    spacing = config.one_of("timestep_spacing", default, "linspace", "leading", "trailing")
+    if spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, count).round()[::-1]
+    elif spacing == "leading":
+        timesteps = np.arange(count)[::-1] * float(total // count) + int(config.get("steps_offset", 0))
+    else:
+        timesteps = trailing(total, count)
+    return check_range(timesteps, total)
+
+
+def sigma_timesteps(config: Config, steps: Steps, default: str) -> Array:
+    """Descending timesteps as the samplers that work in sigmas space them: linspace ones are not whole."""
+    total, count = train_steps(config), count_of(config, steps)
+    if config.one_of("timestep_spacing", default, "linspace", "leading", "trailing") == "linspace":
+        return np.linspace(0, total - 1, count, dtype=np.float32)[::-1].astype(np.float64)
+    return ddim_timesteps(config, steps, default)
+
+
+def dpm_timesteps(config: Config, steps: Steps, default: str = "linspace", last: int | None = None) -> Array:
+    """Descending whole timesteps as the DPM-Solver family spaces them: one more than asked for, without the 0.
+
+    last: one past the largest timestep, where the schedule is cut short.
+    """
+    total, count = train_steps(config), count_of(config, steps)
+    last = total if last is None else last
+    spacing = config.one_of("timestep_spacing", default, "linspace", "leading", "trailing")
+    if spacing == "linspace":
+        timesteps = np.linspace(0, last - 1, count + 1).round()[::-1][:-1]
+    elif spacing == "leading":
+        timesteps = np.arange(count + 1)[::-1][:-1] * float(last // (count + 1)) + int(config.get("steps_offset", 0))
+    else:
+        timesteps = trailing(last, count, total / count)
+    return check_range(timesteps, total)
+
+
+def trailing(last: int, count: int, step: float | None = None) -> Array:
+    """The last timestep and even steps down from it; halves are rounded the way diffusers' `arange` drifts."""
+    return np.asarray(np.round(np.arange(last, 0, -(last / count if step is None else step))[:count]) - 1)
+
+
+def check_range(timesteps: Array, total: int) -> Array:
+    """`timesteps` as they are. Raises `RequestError` when one is out of the training range."""
+    if len(timesteps) and timesteps.min() < 0:
+        raise RequestError(
+            f"timestep {timesteps.min():.0f} is negative: mend steps_offset in the scheduler configuration"
+        )
+    if len(timesteps) and timesteps.max() >= total:
+        raise RequestError(
+            f"timestep {timesteps.max():.0f} is past the {total} that the model was trained with: ask for fewer steps"
+        )
+    return timesteps
+
+
+def training_sigmas(config: Config, *more: str) -> Array:
+    """σ_t = √((1 − ᾱ_t)/ᾱ_t) for each training timestep, float64 values of float32 precision.
+
+    more: as for `alphas_cumprod`.
+    """
+    bar = alphas_cumprod(config, *more)
+    if config.get("rescale_betas_zero_snr"):
+        bar[-1] = _SMALLEST_BAR
+    bar32 = bar.astype(np.float32)
+    return np.asarray(np.sqrt((1 - bar32) / bar32), np.float64)
+
+
+def at_timesteps(timesteps: Array, train: Array) -> Array:
+    """Training sigmas interpolated at `timesteps`."""
+    return np.interp(timesteps, np.arange(len(train)), train)
+
+
+def final_sigma(config: Config, train: Array) -> float:
+    """σ after the last step, as `final_sigmas_type` says."""
+    return 0.0 if config.one_of("final_sigmas_type", "zero", "sigma_min") == "zero" else float(train[0])
+
+
+def with_final(config: Config, sigmas: Array, train: Array) -> Array:
+    """`sigmas` and the one after them, rounded to float32 as diffusers keeps them."""
+    return as_float32(np.append(sigmas, final_sigma(config, train)))
+
+
+def as_float32(values: Array) -> Array:
+    """float64 values of float32 precision."""
+    return np.asarray(values, np.float32).astype(np.float64)
+
+
+def curve(config: Config, sigmas: Array, count: int) -> Array | None:
+    """The sigma curve that the config asks for between the largest and smallest of `sigmas`, or None.
+
+    Karras et al. 2022, equation 5; exponential: even steps of log σ; Lee et al. 2024, "Beta sampling is all you need".
+    sigma_min and sigma_max of the config, where they are set, replace the ends.
+    """
+    on = [name for name in _CURVES if config.get(name)]
+    if len(on) > 1:
+        raise RequestError(f"{on[0]} and {on[1]} cannot both be set: choose one sigma curve")
+    if not on:
+        return None
+    low, high = config.get("sigma_min"), config.get("sigma_max")
+    low = float(sigmas.min()) if low is None else float(low)
+    high = float(sigmas.max()) if high is None else float(high)
+    if on == ["use_karras_sigmas"]:
+        ends = high ** (1 / _RHO), low ** (1 / _RHO)
+        return np.asarray((ends[0] + np.linspace(0, 1, count) * (ends[1] - ends[0])) ** _RHO)
+    if on == ["use_exponential_sigmas"]:
+        return np.exp(np.linspace(np.log(high), np.log(low), count))
+    return np.array([low + beta_quantile(t, _BETA, _BETA) * (high - low) for t in 1 - np.linspace(0, 1, count)])
+
+
+def sigma_schedule(config: Config, steps: Steps, train: Array) -> tuple[Array, Array]:
+    """Timesteps and sigmas, chosen, spaced as the config says, or along its sigma curve; the sigmas not yet rounded."""
+    timesteps = chosen_timesteps(config, steps)
+    return along_curve(config, timesteps, at_timesteps(timesteps, train), train)
+
+
+def chosen_timesteps(config: Config, steps: Steps) -> Array:
+    """The timesteps that were asked for, else those of `sigma_timesteps`."""
+    asked = custom_timesteps(config, steps)
+    return sigma_timesteps(config, steps, "linspace") if asked is None else asked
+
+
+def along_curve(config: Config, timesteps: Array, sigmas: Array, train: Array) -> tuple[Array, Array]:
+    """As many timesteps and sigmas, on the config's sigma curve between the ends of `sigmas` if it has one."""
+    curved = curve(config, sigmas, len(timesteps))
+    return (timesteps, sigmas) if curved is None else (timesteps_of(curved, train), curved)
+
+
+def timesteps_of(sigmas: Array, train: Array) -> Array:
+    """The (fractional) timestep of each sigma: log σ interpolated between those of the training timesteps."""
+    log_train = np.log(train.astype(np.float32))
+    log_sigmas = np.log(np.maximum(sigmas, 1e-10))
+    found = []
+    for log_sigma in log_sigmas:
+        low = int(np.clip(np.cumsum(log_sigma - log_train >= 0).argmax(), None, len(log_train) - 2))
+        weight = np.clip((log_train[low] - log_sigma) / (log_train[low] - log_train[low + 1]), 0, 1)
+        found.append((1 - weight) * low + weight * (low + 1))
+    return np.array(found)

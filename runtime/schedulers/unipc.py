@@ -1,0 +1,185 @@
+"""UniPC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import factorial
+
+import numpy as np
+
+from ...bundle import RequestError
+from ...engines import Array
+from .config import Config, predicted_noise, predicted_x0, train_steps
+from .flow_match import _dynamically_shifted, _shifted, _stretched
+from .spacing import (
+    at_timesteps,
+    count_of,
+    curve,
+    dpm_timesteps,
+    takes,
+    timesteps_of,
+    training_sigmas,
+    with_final,
+)
+from .table import Rows, Steps, Table
+
+_BELOW_ONE = 1e-6
+"""How far a flow schedule that begins at pure noise begins below it, so that log α is finite; diffusers' value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """timesteps: (S,). alpha, sigma, log_snr: (S + 1,), the last after all steps. x0 = p · x + q · m, (S,) each.
+
+    image: whether the solver integrates x0, else the predicted noise, u · x + v · m.
+    """
+
+    timesteps: Array
+    alpha: Array
+    sigma: Array
+    log_snr: Array
+    p: Array
+    q: Array
+    u: Array
+    v: Array
+    image: bool
+
+    def prediction(self, rows: Rows, k: int) -> Array:
+        """What the solver integrates at row k."""
+        x0 = rows.predicted(k, self.p[k], self.q[k])
+        return x0 if self.image else self.u[k] * rows.x + self.v[k] * rows.m
+
+
+def schedule_of(config: Config, steps: Steps, timesteps: Array, sigmas: Array, image: bool) -> Schedule:
+    """The schedule over `timesteps` with `sigmas`, (S + 1,): ratios σ/α, or with `use_flow_sigmas` σ = 1 − α itself."""
+    if steps.start >= len(timesteps):
+        raise RequestError(f"the first step must be between 0 and {len(timesteps) - 1}, found {steps.start}")
+    if config.get("use_flow_sigmas", False):
+        alpha, sigma = 1 - sigmas, sigmas
+    else:
+        alpha = 1 / np.sqrt(sigmas**2 + 1)
+        sigma = sigmas * alpha
+    if (alpha <= 0).any():
+        raise RequestError("use_flow_sigmas needs sigmas below 1: set no other sigma curve, or a smaller sigma_max")
+    flow = config.get("prediction_type") == "flow_prediction"
+    if flow and not image:
+        raise RequestError("flow_prediction predicts the image only: set predict_x0, or algorithm_type=data_prediction")
+    p, q = predicted_x0(config, alpha[:-1], (sigmas if flow else sigma)[:-1])
+    u, v = predicted_noise(config, alpha[:-1], sigma[:-1])
+    return Schedule(timesteps, alpha, sigma, np.log(alpha) - np.log(sigma), p, q, u, v, image)
+
+
+def unipc(config: Config, steps: Steps) -> Table:
+    """Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework", algorithms 1 (UniC) and 2 (UniP).
+
+    A step first corrects x, now that the model output at it is known, and then predicts the next.
+    Registers: x, the corrected x before, then the predictions before, newest first.
+    """
+    config.refuse(thresholding=False, solver_p=None)
+    highest = int(config.get("solver_order", 2))
+    if highest < 1:
+        raise RequestError(f"solver_order must be 1 or more, found {highest}")
+    bh1 = config.one_of("solver_type", "bh2", "bh1", "midpoint", "heun", "logrho") == "bh1"
+    uncorrected = set(config.get("disable_corrector", ()))
+    schedule = _schedule(config, steps)
+    solver = _Solver(schedule, bh1)
+    count = len(schedule.timesteps)
+    levels = np.stack([schedule.alpha, schedule.sigma], axis=1)[:-1]
+    rows = Rows(schedule.timesteps, levels, highest + 2, start=steps.start)
+    before, past = rows.kept[1], rows.kept[2:]
+    order = 0
+    for k in range(steps.start, count):
+        prediction = schedule.prediction(rows, k)
+        corrects = k > steps.start and k - 1 not in uncorrected
+        x = solver.step(before, k - 1, past[:order], prediction) if corrects else rows.x
+        order = min(highest, k - steps.start + 1)
+        if config.get("lower_order_final", True):
+            order = min(order, count - k)
+        if schedule.sigma[k + 1] == 0 and (bh1 or not schedule.image or order > 1):
+            raise RequestError(
+                "solver_type=bh1, predict_x0=false and lower_order_final=false cannot end at sigma 0: "
+                "set final_sigmas_type to sigma_min"
+            )
+        if schedule.log_snr[k + 1] == schedule.log_snr[k] and order > 2:
+            raise RequestError("two noise levels are equal, where order 3 divides by zero: set solver_order to 2")
+        history = [prediction, *past]
+        rows.set(k, solver.step(x, k, history[:order]), x, *history[:highest])
+    return rows.table()
+
+
+@dataclass(frozen=True, slots=True)
+class _Solver:
+    """bh1: whether B(h) is h, else it is e^h − 1."""
+
+    schedule: Schedule
+    bh1: bool
+
+    def step(self, x: Array, s: int, history: Sequence[Array], end: Array | None = None) -> Array:
+        """x at time s + 1 from x at time s and the predictions at s, s − 1, … (UniP), and at s + 1 (UniC) as `end`."""
+        alpha, sigma, log_snr = self.schedule.alpha, self.schedule.sigma, self.schedule.log_snr
+        h = log_snr[s + 1] - log_snr[s]
+        ratios = [(log_snr[s - i] - log_snr[s]) / h for i in range(1, len(history))]
+        chords = [(old - history[0]) / ratio for old, ratio in zip(history[1:], ratios, strict=True)]
+        if end is not None:
+            ratios, chords = [*ratios, 1.0], [*chords, end - history[0]]
+        if self.schedule.image:
+            keep, scale, h = sigma[s + 1] / sigma[s], alpha[s + 1], -h
+        else:
+            keep, scale = alpha[s + 1] / alpha[s], sigma[s + 1]
+        growth = np.expm1(h)
+        bent = growth * history[0]
+        if chords:
+            b = h if self.bh1 else growth
+            bent = bent + b * (_rho(h, b, np.array(ratios)) @ np.array(chords))
+        return np.asarray(keep * x - scale * bent)
+
+
+def _rho(h: float, b: float, ratios: Array) -> Array:
+    """The weights of the chords by theorem 3.1, R·ρ = φ/B(h); a single one is taken as 1/2."""
+    if len(ratios) == 1:
+        return np.array([0.5])
+    phi, moments = np.expm1(h) / h - 1, []
+    for order in range(1, len(ratios) + 1):
+        moments.append(phi * factorial(order) / b)
+        phi = phi / h - 1 / factorial(order + 1)
+    return np.linalg.solve(np.vander(ratios, increasing=True).T, np.array(moments))
+
+
+def _schedule(config: Config, steps: Steps) -> Schedule:
+    takes(steps, "sigmas", "mu")
+    flow, karras = bool(config.get("use_flow_sigmas", False)), bool(config.get("use_karras_sigmas", False))
+    if config.get("use_dynamic_shifting", False) and steps.mu is None:
+        raise RequestError("this schedule shifts with the size of the image: set mu, or use_dynamic_shifting to false")
+    if not flow and (steps.sigmas is not None or config.get("shift_terminal") is not None):
+        raise RequestError("sigmas of your own and shift_terminal need use_flow_sigmas: set it, or leave them out")
+    train = training_sigmas(config)
+    curved = curve(config, train, count_of(config, steps))
+    if curved is not None and steps.sigmas is not None:
+        raise RequestError("sigmas cannot be chosen with a sigma curve: set one of them")
+    if flow and (karras or curved is None):
+        sigmas = _flow_sigmas(config, steps) if curved is None else curved / (curved + 1)
+        timesteps = sigmas * len(train)
+    elif curved is not None:
+        sigmas, timesteps = curved, timesteps_of(curved, train)
+        timesteps = timesteps.round() if karras else timesteps
+    else:
+        timesteps = dpm_timesteps(config, steps)
+        sigmas = at_timesteps(timesteps, train)
+    spaced = curved is None and not flow
+    sigmas = with_final(config, sigmas, train if spaced else sigmas[::-1])
+    return schedule_of(config, steps, np.trunc(timesteps), sigmas, bool(config.get("predict_x0", True)))
+
+
+def _flow_sigmas(config: Config, steps: Steps) -> Array:
+    """Sigmas of x = (1 − σ) · image + σ · noise, shifted towards noise."""
+    even = np.linspace(1, 1 / train_steps(config), steps.count + 1)[:-1]
+    sigmas = even if steps.sigmas is None else np.asarray(steps.sigmas, np.float64)
+    if config.get("use_dynamic_shifting", False):
+        sigmas = _dynamically_shifted(sigmas, steps.mu, config.one_of("time_shift_type", "exponential", "linear"))
+    else:
+        sigmas = _shifted(sigmas, float(config.get("flow_shift", 1.0)))
+    sigmas = _stretched(config, sigmas)
+    if abs(sigmas[0] - 1) < _BELOW_ONE:
+        sigmas[0] -= _BELOW_ONE
+    return sigmas

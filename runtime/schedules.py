@@ -1,0 +1,52 @@
+"""Which table a request gets: one of our samplers', or one that was read off a scheduler when the bundle was made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..bundle import Bundle, RequestError
+from .schedulers import Steps, Table, find_sampler, make_table
+from .schedulers.stored import TRACED, load_table
+
+_TRACED = re.compile(rf"scheduler/{TRACED}/(?P<name>\w+)/(?P<count>\d+)\.json")
+
+
+class Schedules:
+    """The scheduler configuration of a bundle, and the tables that lie in it."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Raises `BundleError` when the configuration cannot be read."""
+        self._bundle = bundle
+        self.config = bundle.scheduler_config()
+        self.traced: dict[str, dict[int, str]] = {}
+        for path in bundle.manifest.files:
+            found = _TRACED.fullmatch(path)
+            if found:
+                self.traced.setdefault(found["name"], {})[int(found["count"])] = path
+
+    def named(self, name: str | None) -> str:
+        """The name that asks for the scheduler `name` again; None is the configuration's own.
+
+        Raises `RequestError` for one that neither we nor the bundle have, suggesting the nearest.
+        """
+        wanted = str(self.config.get("_class_name")) if name is None else name
+        return wanted if wanted in self.traced else find_sampler(self.config, name)[0]
+
+    def table(self, steps: Steps, name: str | None = None, options: Mapping[str, Any] | None = None) -> Table:
+        """The table of the scheduler `name`. Raises `RequestError`; see `make_table`."""
+        known = self.named(name)
+        if known not in self.traced:
+            return make_table(self.config, steps, name, options)
+        counts = self.traced[known]
+        plain = not steps.start and steps.timesteps is None and steps.sigmas is None and not options
+        if not plain or steps.count not in counts:
+            asked = f"{steps.count} steps" if plain else "options, a start or a schedule of its own"
+            raise RequestError(
+                f"{known} was traced for {', '.join(map(str, sorted(counts)))} steps, it cannot make {asked}: "
+                "compile the bundle again with the --steps you need, or choose another --scheduler"
+            )
+        path = counts[steps.count]
+        self._bundle.check([path])
+        return load_table(self._bundle.path(path))

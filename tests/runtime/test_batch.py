@@ -1,0 +1,138 @@
+"""Rows of one batch that differ in sampler, steps, guidance and seed; the loop on the host and on the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diffoundry.bundle import BundleError, EngineError, RequestError, StoppedError
+from diffoundry.runtime.device_loop import phases
+from diffoundry.runtime.guidance import Guidance, combine
+from diffoundry.runtime.loop import Row
+from diffoundry.runtime.noise import TorchGenerator
+from diffoundry.runtime.pipeline import Request, load
+from diffoundry.runtime.schedulers import make_table
+from diffoundry.runtime.step import State
+
+PROMPT = "a large red star at the left on a navy background"
+TOLERANCE = 2e-4
+MIXED = [
+    Request(PROMPT, seed=7, steps=8, scheduler="dpm++2m"),
+    Request("a small ring", seed=9, steps=3, scheduler="ddpm", guidance=Guidance(4, interval=(0, 0.5)), count=2),
+    Request("a star", seed=3, steps=11, scheduler="euler_a", guidance=Guidance(1.0)),
+    Request(PROMPT, negative_prompt="a ring", seed=7, steps=6, scheduler="heun", guidance=Guidance(5, rescale=0.7)),
+    Request(PROMPT, seed=7, steps=5, scheduler="ddim", scheduler_options={"clip_sample": True, "eta": 0.5}),
+]
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle_of):
+    return load(bundle_of("pico"))
+
+
+@pytest.fixture(scope="module")
+def device_pipe(bundle_of):
+    return load(bundle_of("pico"), loop="device")
+
+
+@pytest.fixture(scope="module")
+def alone(pipe):
+    return [pipe.generate(request) for request in MIXED]
+
+
+def test_rows_of_a_mixed_batch_are_what_they_are_alone(pipe, alone):
+    together = pipe.generate_many(MIXED)
+    for found, wanted in zip(together, alone, strict=True):
+        assert found.seeds == wanted.seeds
+        assert found.request == wanted.request
+        np.testing.assert_allclose(found.latents, wanted.latents, atol=TOLERANCE)
+    assert len({result.latents.tobytes() for result in together}) == len(MIXED)
+
+
+def test_a_mixed_batch_may_be_cut_into_calls_of_any_size(pipe, alone):
+    for found, wanted in zip(pipe.generate_many(MIXED, batch=2), alone, strict=True):
+        np.testing.assert_allclose(found.latents, wanted.latents, atol=TOLERANCE)
+
+
+def test_the_loop_on_the_device_gives_the_same(device_pipe, alone):
+    for request, wanted in zip(MIXED, alone, strict=True):
+        np.testing.assert_allclose(device_pipe.generate(request).latents, wanted.latents, atol=TOLERANCE)
+    for found, wanted in zip(device_pipe.generate_many(MIXED), alone, strict=True):
+        np.testing.assert_allclose(found.latents, wanted.latents, atol=TOLERANCE)
+
+
+def test_the_loop_on_the_device_reports_and_stops(pipe, device_pipe):
+    seen = {"host": [], "device": []}
+    for name, each in (("host", pipe), ("device", device_pipe)):
+        each(PROMPT, seed=1, steps=3, callback=lambda *step, name=name: seen[name].append(step))
+    assert [step[:2] for step in seen["device"]] == [(1, 3), (2, 3), (3, 3)]
+    for found, wanted in zip(seen["device"], seen["host"], strict=True):
+        np.testing.assert_allclose(found[2], wanted[2], atol=TOLERANCE)
+    with pytest.raises(StoppedError, match="after step 2 of 5"):
+        device_pipe(PROMPT, seed=1, steps=5, callback=lambda k, total, latents: k < 2)
+
+
+def test_the_device_loop_needs_the_step_graph(bundle_of, copied):
+    import json
+
+    with pytest.raises(RequestError, match="host, device"):
+        load(bundle_of("pico"), loop="moon")
+    manifest = json.loads((copied / "bundle.json").read_text())
+    del manifest["components"]["step"]
+    (copied / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="no step graph: compile it again"):
+        load(copied, loop="device")
+    assert load(copied)(PROMPT, steps=1, seed=1).images
+
+
+def test_requests_of_one_batch_have_one_size(pipe):
+    with pytest.raises(RequestError, match="one size"):
+        pipe.generate_many([Request(PROMPT), Request(PROMPT, width=72)])
+    with pytest.raises(RequestError, match="from 1 to"):
+        pipe.generate_many([])
+
+
+def test_links_are_checked(device_pipe):
+    engine = device_pipe.engine("vae_decoder")
+    with pytest.raises(EngineError, match="nothing was linked to latent_sample, sample"):
+        engine.link({})
+    name = engine.inputs[0].name
+    wrong = {name: engine.place(np.zeros((1, 3, 8, 8), np.float32))}
+    with pytest.raises(EngineError, match=f"input '{name}' must be"):
+        engine.link({**wrong, engine.outputs[0].name: engine.place(np.zeros((1, 3, 64, 64), np.float32))})
+
+
+def test_phases_are_cut_where_rows_end_or_guidance_changes():
+    def row(steps, interval=(0.0, 1.0)):
+        table = make_table({"steps_offset": 1}, steps, "euler")
+        text = np.zeros((1, 1), np.float32)
+        return Row(table, Guidance(5, interval=interval), TorchGenerator(0), text, text, np.zeros((4, 8, 8)))
+
+    found = [(phase.rows, phase.guided, phase.steps) for phase in phases([row(4), row(6, (0, 0.5))])]
+    assert found == [((0, 1), (True, True), 3), ((0, 1), (True, False), 1), ((1,), (False,), 2)]
+
+
+def test_padding_changes_no_number():
+    tables = [make_table({"steps_offset": 1}, 5, name) for name in ("euler", "heun", "dpm++2m", "pndm")]
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((len(tables), 4, 8, 8)).astype(np.float32)
+    together = State(tables, latents)
+    apart = [State([table], latents[i : i + 1]) for i, table in enumerate(tables)]
+    for _ in range(5):
+        output = rng.standard_normal(latents.shape).astype(np.float32)
+        together.advance(output, [None] * len(tables))
+        for i, state in enumerate(apart):
+            state.advance(output[i : i + 1], [None])
+            np.testing.assert_array_equal(together.x[i], state.x[0])
+
+
+def test_guidance_rescale_is_that_of_diffusers():
+    import torch
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    prompt, negative = (np.random.default_rng(i).standard_normal((3, 4, 8, 8)).astype(np.float32) for i in (1, 2))
+    found = combine(prompt, negative, [Guidance(7.5, rescale=phi) for phi in (0.0, 0.7, 1.0)])
+    plain = torch.from_numpy(negative + 7.5 * (prompt - negative))
+    for i, phi in enumerate((0.0, 0.7, 1.0)):
+        wanted = rescale_noise_cfg(plain[i : i + 1], torch.from_numpy(prompt[i : i + 1]), guidance_rescale=phi)
+        np.testing.assert_allclose(found[i], wanted[0].numpy(), rtol=1e-5, atol=1e-5)
