@@ -97,6 +97,9 @@ def trace_scheduler(scheduler: Any, steps: Steps, **options: Any) -> Table:
         init_scale = float(getattr(ready, "init_noise_sigma", 1.0))
     unit = np.eye(1 + 2 * calls)
     run = _run(ready, timesteps, unit, options)
+    for part in (run.inputs, run.states, run.levels, timesteps.numpy(), np.float64(init_scale)):
+        if not np.isfinite(part).all():
+            raise RequestError(f"{name} has no {steps.count} finite steps: ask for fewer or mend its configuration")
     seen = run.states[:-1]
     table = Table(
         timesteps=timesteps.numpy().astype(np.float64),
@@ -107,11 +110,19 @@ def trace_scheduler(scheduler: Any, steps: Steps, **options: Any) -> Table:
         levels=run.levels,
         init_scale=init_scale,
     )
-    for part in (table.timesteps, table.input_scale, table.weights, table.levels, np.float64(init_scale)):
-        if not np.isfinite(part).all():
-            raise RequestError(f"{name} has no {steps.count} finite steps: ask for fewer or mend its configuration")
     _check_linear(ready, timesteps, table, options)
     return table
+
+
+def run_in_float64(scheduler: Any, steps: Steps, given: Array, **options: Any) -> tuple[Array, Array, Array]:
+    """What the scheduler's own code makes of `given` without float32 rounding; it need not be linear.
+
+    given: (1 + 2S, D), the first x, then a model output and a noise for each call. options: as for `trace_scheduler`.
+    Returns the timesteps (S,), the model inputs (S, D) and the states (S + 1, D).
+    """
+    ready, timesteps = _prepared(scheduler, steps)
+    run = _run(ready, timesteps, given, options)
+    return timesteps.numpy().astype(np.float64), run.inputs, run.states
 
 
 def impulse_responses(table: Table) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,7 @@ def alphas_cumprod(config: Config, *more: str) -> Array:
     steps = train_steps(config)
     start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
     schedule = config.one_of("beta_schedule", "linear", "scaled_linear", "squaredcos_cap_v2", *more)
+    betas: Array
     if config.get("trained_betas") is not None:
         betas = np.asarray(config.get("trained_betas"), np.float32)
         if betas.shape != (steps,):
@@ -87,7 +88,7 @@ def linspace32(start: float, end: float, steps: int) -> Array:
     step = float((np.float32(end) - np.float32(start)) / np.float32(max(steps - 1, 1)))
     index = np.arange(steps)
     low, high = float(np.float32(start)) + step * index, float(np.float32(end)) - step * (steps - 1 - index)
-    return np.where(index < steps // 2, low, high).astype(np.float32) if steps > 1 else np.float32([start])
+    return np.asarray(np.where(index < steps // 2, low, high) if steps > 1 else [start], np.float32)
 
 
 def _cumprod(alphas: Array) -> Array:
@@ -105,7 +106,11 @@ def _laplace(t: float) -> float:
     return math.sqrt(1 / (1 + math.exp(-log_snr)))
 
 
-_BARS = {"squaredcos_cap_v2": _cosine, "laplace": _laplace, "exp": lambda t: math.exp(-12 * t)}
+_BARS: dict[str, Callable[[float], float]] = {
+    "squaredcos_cap_v2": _cosine,
+    "laplace": _laplace,
+    "exp": lambda t: math.exp(-12 * t),
+}
 """ᾱ(t) for t from 0 to 1; "exp" is the one of EDM's Heun."""
 
 

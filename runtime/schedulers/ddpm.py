@@ -39,5 +39,5 @@ def ddpm(config: Config, steps: Steps) -> Table:
 def _deviation(config: Config, beta: Array, bar_now: Array, bar_before: Array) -> Array:
     kind = config.one_of("variance_type", "fixed_small", "fixed_small_log", "fixed_large", None)
     if kind == "fixed_large":
-        return np.sqrt(beta)
-    return np.sqrt(np.maximum((1 - bar_before) / (1 - bar_now) * beta, 1e-20))
+        return np.asarray(np.sqrt(beta))
+    return np.asarray(np.sqrt(np.maximum((1 - bar_before) / (1 - bar_now) * beta, 1e-20)))

@@ -48,7 +48,7 @@ def transfer(algorithm: str, alpha: Array, sigma: Array, log_snr: Array) -> Tran
     dpmsolver++: f predicts the image (Lu et al. 2022, "DPM-Solver++", equation 8). dpmsolver: f predicts the noise
     (Lu et al. 2022, "DPM-Solver", equation 3.4). sde-dpmsolver++, sde-dpmsolver: their SDEs ("DPM-Solver++", appendix).
     """
-    h = span(log_snr)
+    h = log_snr[1] - log_snr[0]
     stochastic = algorithm.startswith("sde")
     if algorithm.endswith("++"):
         rate = 2.0 if stochastic else 1.0
@@ -61,13 +61,13 @@ def transfer(algorithm: str, alpha: Array, sigma: Array, log_snr: Array) -> Tran
     slope = scale * (h - phi / rate)
     # the SDE's quadratic term has its sign turned in diffusers
     square = scale * h**2 / 2 * (-1 if stochastic else 1)
-    deviation = sigma[1] * np.sqrt(variance) if stochastic else 0.0
+    deviation = sigma[1] * np.sqrt(max(variance, 0.0)) if stochastic else 0.0
     return Transfer(keep, scale * phi, scale * phi * h / 2, slope, square - slope / rate, deviation)
 
 
-def span(log_snr: Array) -> float:
-    """λ_t − λ_s of two noise levels, (2,); 0 where float32, in which diffusers has them, cannot tell them apart."""
-    return float(log_snr[1] - log_snr[0]) if np.ptp(np.float32(log_snr)) else 0.0
+def same(log_snr: Array) -> bool:
+    """Whether two noise levels, (2,), are one in float32, in which diffusers has them."""
+    return not np.ptp(np.float32(log_snr))
 
 
 def derivatives(*points: tuple[float, Array]) -> tuple[Array, Array]:
@@ -118,7 +118,8 @@ def dpm_multistep(config: Config, steps: Steps) -> Table:
     schedule = _schedule(config, steps, rounds=config.get("beta_schedule") != "squaredcos_cap_v2")
     schedule = _for_algorithm(config, schedule, algorithm)
     euler_last = bool(config.get("euler_at_final", False)) or schedule.sigma[-1] == 0
-    return multistep(config, steps, schedule, algorithm, midpoint_or_heun(config), euler_last)
+    third = algorithm != "sde-dpmsolver"
+    return multistep(config, steps, schedule, algorithm, midpoint_or_heun(config), euler_last, third)
 
 
 def deis(config: Config, steps: Steps) -> Table:
@@ -132,13 +133,16 @@ def deis(config: Config, steps: Steps) -> Table:
     if config.get("prediction_type") == "flow_prediction" and not config.get("use_flow_sigmas"):
         sigma = sigma / alpha
     schedule = replace(schedule, u=(1 - alpha * schedule.p) / sigma, v=-alpha * schedule.q / sigma)
-    return multistep(config, steps, schedule, "dpmsolver", "logrho", euler_last=False)
+    return multistep(config, steps, schedule, "dpmsolver", "logrho", euler_last=False, third=True)
 
 
 def multistep(
-    config: Config, steps: Steps, schedule: Schedule, algorithm: str, solver_type: str, euler_last: bool
+    config: Config, steps: Steps, schedule: Schedule, algorithm: str, solver_type: str, euler_last: bool, third: bool
 ) -> Table:
-    """A polynomial through the newest predictions. Registers: x, then the predictions before, newest first."""
+    """A polynomial through the newest predictions. Registers: x, then the predictions before, newest first.
+
+    euler_last: the last step is of first order. third: whether diffusers has a third order here.
+    """
     highest = config.one_of("solver_order", 2, 1, 3)
     count = len(schedule.timesteps)
     few = bool(config.get("lower_order_final", True)) and count < _FEW_STEPS
@@ -157,13 +161,13 @@ def multistep(
             slope, _ = derivatives(*points)
             new = new + (step.middle if solver_type == "midpoint" else step.slope) * slope
         elif order == 3:
-            if algorithm == "sde-dpmsolver":
-                raise RequestError("algorithm_type=sde-dpmsolver has no third order: set solver_order to 2")
+            if not third:
+                raise RequestError(f"algorithm_type={algorithm} has no third order here: set solver_order to 2")
             slope, bend = derivatives(*points)
             # DPM-Solver's own code halves the second derivative
             new = new + step.slope * slope + (step.bend if solver_type == "logrho" else step.bend / 2) * bend
         divides = solver_type != "logrho" and (order == 3 or (order == 2 and solver_type == "heun"))
-        if divides and span(schedule.log_snr[k : k + 2]) == 0:
+        if divides and same(schedule.log_snr[k : k + 2]):
             raise RequestError(
                 f"two noise levels of the schedule are equal, where order {order} divides by zero: set euler_at_final, "
                 "or final_sigmas_type to zero"

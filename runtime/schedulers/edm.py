@@ -36,19 +36,18 @@ def edm_dpm_solver(config: Config, steps: Steps) -> Table:
     takes(steps)
     config.refuse(thresholding=False)
     algorithm = config.one_of("algorithm_type", "dpmsolver++", "sde-dpmsolver++", "deis")
-    if algorithm == "sde-dpmsolver++" and config.get("solver_order") == 3:
-        raise RequestError("algorithm_type=sde-dpmsolver++ has no third order here: set solver_order to 2")
     to_zero = config.one_of("final_sigmas_type", "zero", "sigma_min") == "zero"
     if algorithm == "deis" and to_zero:
         raise RequestError("algorithm_type=deis cannot end at sigma 0: set final_sigmas_type to sigma_min")
     sigmas = _sigmas(config, linspace32(0, 1, count_of(config, steps)))
     sigmas = as_float32(np.append(sigmas, 0.0 if to_zero else _ends(config)[1]))
     now = sigmas[:-1]
-    log_snr = as_float32(-np.log(sigmas.astype(np.float32)))
+    log_snr = -np.log(sigmas)
     schedule = Schedule(0.25 * np.log(now), np.ones_like(sigmas), sigmas, log_snr, *_x0(config, now))
     euler_last = to_zero or bool(config.get("euler_at_final", False))
+    third = algorithm != "sde-dpmsolver++"
     algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
-    table = multistep(config, steps, schedule, algorithm, midpoint_or_heun(config), euler_last)
+    table = multistep(config, steps, schedule, algorithm, midpoint_or_heun(config), euler_last, third)
     return replace(table, input_scale=_c_in(config, now)[steps.start :], init_scale=_first_scale(config))
 
 
@@ -57,9 +56,9 @@ def _sigmas(config: Config, ramp: Array) -> Array:
     high, low = _ends(config)
     rho = float(config.get("rho", 7.0))
     if config.one_of("sigma_schedule", "karras", "exponential") == "exponential":
-        return as_float32(np.exp(linspace32(np.log(low), np.log(high), len(ramp)))[::-1])
+        return as_float32(np.exp(linspace32(np.log(low), np.log(high), len(ramp)).astype(np.float64))[::-1])
     high, low = high ** (1 / rho), low ** (1 / rho)
-    return as_float32((high + ramp * (low - high)) ** rho)
+    return as_float32((high + ramp * (low - high)).astype(np.float64) ** rho)
 
 
 def _ends(config: Config) -> tuple[float, float]:

@@ -54,7 +54,8 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
     else:
         timesteps = chosen_timesteps(config, steps)
         if log_linear:
-            sigmas = np.exp(linspace32(np.log(train[-1]), np.log(train[0]), len(timesteps) + 1))
+            ends = np.log(train[[-1, 0]].astype(np.float32))
+            sigmas = as_float32(np.exp(linspace32(*ends, len(timesteps) + 1).astype(np.float64)))
         else:
             sigmas = at_timesteps(timesteps, train)
         timesteps, sigmas = along_curve(config, timesteps, sigmas, train)
@@ -108,7 +109,9 @@ def euler_ancestral(config: Config, steps: Steps) -> Table:
     config.one_of("prediction_type", "epsilon", "v_prediction")
     timesteps, sigmas = sigma_schedule(config, steps, training_sigmas(config))
     sigmas = as_float32(np.append(sigmas, 0.0))
-    now, (down, up) = sigmas[:-1], ancestral(sigmas)
+    now, then = sigmas[:-1], sigmas[1:]
+    # σ_down² + σ_up² = σ'², and σ_up² = σ'²(σ² − σ'²)/σ²
+    down, up = then**2 / now, then * np.sqrt(now**2 - then**2) / now
     p, q = sigma_x0(config, now)
     rows = Rows(timesteps, sigma_levels(now), start=steps.start)
     rows.input_scale = 1 / np.sqrt(now**2 + 1)
@@ -116,14 +119,3 @@ def euler_ancestral(config: Config, steps: Steps) -> Table:
         slope = (rows.x - rows.predicted(k, p[k], q[k])) / now[k]
         rows.set(k, rows.x + (down[k] - now[k]) * slope + up[k] * rows.noise, draws=True)
     return rows.table(first_scale(config, sigmas))
-
-
-def ancestral(sigmas: Array) -> tuple[Array, Array]:
-    """σ_down and σ_up of each step from one of `sigmas` to the next: σ_down² + σ_up² is the square of the next.
-
-    In float32 like diffusers, because σ_down is what is left of a difference that is small beside large sigmas.
-    """
-    now, then = sigmas[:-1].astype(np.float32), sigmas[1:].astype(np.float32)
-    up = np.sqrt(then**2 * (now**2 - then**2) / now**2)
-    down = np.sqrt(then**2 - up**2)
-    return down.astype(np.float64), up.astype(np.float64)

@@ -6,7 +6,7 @@ import numpy as np
 
 from ...engines import Array
 from .config import Config
-from .euler import ancestral, first_scale, sigma_levels, sigma_x0
+from .euler import first_scale, sigma_levels, sigma_x0
 from .spacing import as_float32, sigma_schedule, takes, timesteps_of, training_sigmas
 from .table import Rows, Steps, Table
 
@@ -23,7 +23,7 @@ def kdpm2(config: Config, steps: Steps) -> Table:
 def kdpm2_ancestral(config: Config, steps: Steps) -> Table:
     """`kdpm2` down to σ_down and noise of deviation σ_up back up, drawn at every second call."""
     train, timesteps, sigmas = _schedule(config, steps)
-    return _table(config, steps, train, timesteps, sigmas, *ancestral(sigmas))
+    return _table(config, steps, train, timesteps, sigmas, *_ancestral(sigmas))
 
 
 def _schedule(config: Config, steps: Steps) -> tuple[Array, Array, Array]:
@@ -42,7 +42,9 @@ def _table(
     config: Config, steps: Steps, train: Array, timesteps: Array, sigmas: Array, targets: Array, up: Array | None
 ) -> Table:
     """From each of `sigmas` to its target and, unless `up` is None, back up by noise of that deviation."""
-    now, middles = sigmas[:-1], np.sqrt(sigmas[:-1] * targets)
+    # diffusers' KDPM2 takes the middle from the far end
+    ends = (sigmas[:-1], targets) if up is not None else (targets, sigmas[:-1])
+    now, middles = sigmas[:-1], _between(*ends)
     calls = _interleaved(timesteps, timesteps_of(middles[:-1], train))
     seen = _interleaved(now, middles[:-1])
     p, q = sigma_x0(config, seen)
@@ -60,8 +62,26 @@ def _table(
     return rows.table(first_scale(config, sigmas))
 
 
+def _between(first: Array, second: Array) -> Array:
+    """√(first · second), the middle of their logarithms, in the float32 steps in which diffusers takes it."""
+    low, high = (np.log(ends).astype(np.float32) for ends in (first, second))
+    middles = as_float32(np.exp((high - (high - low) * np.float32(0.5)).astype(np.float64)))
+    return np.where(first * second > 0, middles, 0.0)
+
+
 def _interleaved(first: Array, second: Array) -> Array:
     """first[0], second[0], first[1], ... of which `first` holds one more."""
     both = np.empty(len(first) + len(second))
     both[::2], both[1::2] = first, second
     return both
+
+
+def _ancestral(sigmas: Array) -> tuple[Array, Array]:
+    """σ_down and σ_up of each step from one of `sigmas` to the next: σ_down² + σ_up² is the square of the next.
+
+    In float32 like diffusers, because σ_down is what is left of a difference that is small beside large sigmas.
+    """
+    now, then = sigmas[:-1].astype(np.float32), sigmas[1:].astype(np.float32)
+    up = np.sqrt(then**2 * (now**2 - then**2) / now**2)
+    down = np.sqrt(then**2 - up**2)
+    return down.astype(np.float64), up.astype(np.float64)

@@ -80,7 +80,7 @@ class _Transfer:
 
     def levels(self, timesteps: Array) -> Array:
         """(S, 2) levels of x at timesteps."""
-        return np.sqrt(np.stack([self._bar[timesteps], 1 - self._bar[timesteps]], axis=1))
+        return np.asarray(np.sqrt(np.stack([self._bar[timesteps], 1 - self._bar[timesteps]], axis=1)))
 
     def __call__(self, x: Array, m: Array, s: int, t: int) -> Array:
         now, then = self._bar[s], self._bar[t] if t >= 0 else self._final

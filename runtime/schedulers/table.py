@@ -87,7 +87,7 @@ class Rows:
         if not np.isfinite(p):
             raise RequestError("the schedule has pure noise, where predicted noise says nothing: use v_prediction")
         self._x0[k] = p, q
-        return p * self.x + q * self.m if np.isinf(self._clip) else self._clipped
+        return np.asarray(p * self.x + q * self.m if np.isinf(self._clip) else self._clipped)
 
     def set(self, k: int, *registers: Array, draws: bool = False) -> None:
         """Row k turns the registers into `registers`, register 0 first; those not named become zero."""

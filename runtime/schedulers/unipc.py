@@ -87,7 +87,7 @@ def unipc(config: Config, steps: Steps) -> Table:
     count = len(schedule.timesteps)
     levels = np.stack([schedule.alpha, schedule.sigma], axis=1)[:-1]
     rows = Rows(schedule.timesteps, levels, highest + 2, start=steps.start)
-    before, past = rows.kept[1], rows.kept[2:]
+    before, *past = rows.kept[1:]
     order = 0
     for k in range(steps.start, count):
         prediction = schedule.prediction(rows, k)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
+from dataclasses import fields, replace
 
 import diffusers
 import numpy as np
@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from diffoundry.benchmarks.samplers import (
+    LIMIT,
     SHAPE,
-    VARIANTS,
+    TABLE_LIMIT,
     diffusers_trajectory,
     our_trajectory,
     table_error,
@@ -28,9 +29,9 @@ from diffoundry.runtime.schedulers.stored import from_json, load_table, save_tab
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 CLASSES = [
-    ("DPMSolverMultistepScheduler", {**SD, "solver_order": 3}, 2),
+    ("DPMSolverMultistepScheduler", {**SD, "solver_order": 3}, 3),
     ("DPMSolverMultistepScheduler", {**SD, **SDE, "use_karras_sigmas": True}, 2),
-    ("DPMSolverSinglestepScheduler", {**SD, "solver_order": 3}, 3),
+    ("DPMSolverSinglestepScheduler", {**SD, "solver_order": 3}, 2),
     ("DEISMultistepScheduler", {**SD, "solver_order": 3}, 3),
     ("UniPCMultistepScheduler", {**SD, "solver_order": 3}, 4),
     ("SASolverScheduler", SD, 3),
@@ -38,7 +39,7 @@ CLASSES = [
     ("KDPM2DiscreteScheduler", SD, 2),
     ("KDPM2AncestralDiscreteScheduler", SD, 2),
     ("LMSDiscreteScheduler", SD, 4),
-    ("PNDMScheduler", {**SD, "skip_prk_steps": True}, 5),
+    ("PNDMScheduler", {**SD, "skip_prk_steps": True}, 4),
     ("PNDMScheduler", SD, 5),
     ("IPNDMScheduler", {}, 4),
     ("EDMEulerScheduler", {}, 1),
@@ -55,21 +56,18 @@ CLASSES = [
 """Class, config and the number of latents that it has to keep."""
 
 
-@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if sampler.class_name in VARIANTS])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_our_tables_are_those_of_diffusers(name):
-    """Exact but for the data that torch computes in float32: its sqrt, log and exp miss the last bit here and there."""
     configs = [config for config in variants(SAMPLERS[name].class_name) if not config.get("clip_sample")]
-    rng = np.random.default_rng(0)
     errors = []
-    for config in rng.permutation(np.array(configs, object))[:8]:
-        for steps in (Steps(1), Steps(3), Steps(17), Steps(12, start=5)):
+    for chosen in np.random.default_rng(0).permutation(len(configs))[:6]:
+        for steps in (Steps(1), Steps(13), Steps(9, start=4)):
             try:
-                errors.append(table_error(name, config, dataclasses.replace(steps, mu=config.get("mu"))))
+                errors.append(table_error(name, configs[chosen], replace(steps, mu=configs[chosen].get("mu"))))
             except RequestError:  # what our sampler refuses is tested with it
                 continue
     assert errors
-    assert max(errors) < 1e-6
-    assert np.sort(errors)[len(errors) // 4] < 1e-9
+    assert max(errors) < TABLE_LIMIT
 
 
 @pytest.mark.parametrize(("name", "config", "registers"), CLASSES)
@@ -83,15 +81,13 @@ def test_a_traced_table_runs_as_diffusers_does(name, config, registers, start):
     assert table.registers == registers
     outputs = np.random.default_rng(1).standard_normal((table.steps + 1, *SHAPE)).astype(np.float32)
     expected = diffusers_trajectory(scheduler, steps, outputs, 3)
-    assert worst_error(our_trajectory(table, steps, outputs, 3), expected) < 1e-5
+    assert worst_error(our_trajectory(table, steps, outputs, 3), expected) < LIMIT
 
 
 @pytest.mark.parametrize("steps", [Steps(4, timesteps=(900, 500, 300, 20)), Steps(3, sigmas=(9.0, 4.0, 1.0, 0.0))])
 def test_a_schedule_of_ones_own(steps):
     scheduler = diffusers.EulerDiscreteScheduler(**SD)
-    scheduler.set_timesteps(timesteps=list(steps.timesteps)) if steps.timesteps else scheduler.set_timesteps(
-        sigmas=list(steps.sigmas)
-    )
+    scheduler.set_timesteps(timesteps=steps.timesteps and list(steps.timesteps), sigmas=steps.sigmas)
     np.testing.assert_array_equal(trace_scheduler(scheduler, steps).timesteps, scheduler.timesteps.numpy())
 
 
@@ -147,8 +143,7 @@ def test_a_scheduler_of_ones_own():
     assert table.timesteps.tolist() == [4, 3, 2, 1]
     assert table.levels.tolist() == [[1, 0]] * 4
     assert (table.init_scale, table.clip) == (1.0, np.inf)
-    by_hand = np.array([1 / 8, 1 / 8 * 1 / 2 + 1 / 8 * 1 / 2, 0, 1 / 4 * 1 / 2 + 1 / 8, 1 / 32, 1 / 4, 0, 0, 0])
-    by_hand[1] = 1 / 4 * 1 / 4 + 1 / 8 * 1 / 2
+    by_hand = [1 / 8, 1 / 16 + 1 / 16, 0, 1 / 8 + 1 / 8, 1 / 32, 1 / 4, 0, 0, 0]
     np.testing.assert_allclose(impulse_responses(table)[3], by_hand, rtol=0, atol=1e-15)
 
 
@@ -225,7 +220,7 @@ def test_a_stored_table_comes_back_bit_for_bit(tmp_path):
     for table in (traced, clipped):
         save_table(tmp_path / "table.json", table)
         found = load_table(tmp_path / "table.json")
-        for field in dataclasses.fields(table):
+        for field in fields(table):
             expected, value = getattr(table, field.name), getattr(found, field.name)
             np.testing.assert_array_equal(value, expected)
             assert np.asarray(value).dtype == np.asarray(expected).dtype
