@@ -29,7 +29,11 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One ONNX model. `files` maps each of its files (model, external data, config) to its SHA-256."""
+    """One ONNX model. `files` maps each of its files (models, external data, config) to its SHA-256.
+
+    fused: the same model with operators that only ONNX Runtime has, on its CPU provider; "" when there is none.
+    hoisted: the part of `fused` that the prompt alone decides, cut from it to run once; "" when there is none.
+    """
 
     model: str
     dtype: str
@@ -37,6 +41,8 @@ class Component:
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     key: str = ""
+    fused: str = ""
+    hoisted: str = ""
 
     def model_files(self) -> dict[str, str]:
         """The files that decide what an engine computes: the graph and its weights."""
@@ -203,6 +209,10 @@ class _Reader:
         files = self.hashes(f"{name}.files", self.get(value, "files", dict, f"{name}."))
         if model not in files:
             raise self.fail(f"{name}.files", f"does not vouch for the model {model!r}")
+        fused, hoisted = (self.get({part: "", **value}, part, str, f"{name}.") for part in ("fused", "hoisted"))
+        for part in filter(None, (fused, hoisted)):
+            if part not in files:
+                raise self.fail(f"{name}.files", f"does not vouch for the model {part!r}")
         return Component(
             model=model,
             dtype=self.get(value, "dtype", str, f"{name}."),
@@ -210,6 +220,8 @@ class _Reader:
             inputs=self.tensors(f"{name}.inputs", self.get(value, "inputs", list, f"{name}.")),
             outputs=self.tensors(f"{name}.outputs", self.get(value, "outputs", list, f"{name}.")),
             key=self.get(value, "key", str, f"{name}."),
+            fused=fused,
+            hoisted=hoisted,
         )
 
     def prompt(self, prefix: str, value: Any) -> Prompt:

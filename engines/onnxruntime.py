@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..bundle import EngineError, Tensor
+from ..bundle import Component, EngineError, Tensor
 from .cache import EngineStore, cpu_identity
-from .engine import Array, check_feeds
+from .engine import Array, Engine, check_feeds
+from .hoisted import HoistedEngine
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -90,6 +91,7 @@ class OnnxRuntimeEngine:
                     "precision": "as in the model",
                     "profile": "dynamic",
                     "optimization": "all",
+                    "graph": model.name,
                 }
                 key = store.key(built_from)
                 found = store.find(key)
@@ -192,6 +194,36 @@ class OnnxRuntimeBound:
         elif not self._host:
             self._outputs = dict(zip(self._names, self._binding.copy_outputs_to_cpu(), strict=True))
         return self._outputs
+
+
+def load_component(
+    root: Path,
+    name: str,
+    component: Component,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    store: EngineStore | None = None,
+) -> Engine:
+    """The engine of a bundle's component, of its fused graphs where it has them and the provider is the CPU.
+
+    root: the bundle's folder. Options and errors are those of `OnnxRuntimeEngine.load`.
+    """
+
+    def load(graph: str) -> OnnxRuntimeEngine:
+        return OnnxRuntimeEngine.load(
+            root / graph,
+            component=name,
+            provider=provider,
+            threads=threads,
+            store=store,
+            source=component.model_files(),
+        )
+
+    if provider != "cpu" or not component.fused:
+        return load(component.model)
+    every = load(component.fused)
+    return HoistedEngine(name, load(component.hoisted), every) if component.hoisted else every
 
 
 def require_provider(provider: str) -> str:

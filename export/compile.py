@@ -39,9 +39,10 @@ from ..bundle.files import (
 )
 from ..bundle.manifest import to_json
 from ..engines import EngineStore
-from ..engines.onnxruntime import OnnxRuntimeEngine, require_provider
+from ..engines.onnxruntime import OnnxRuntimeEngine, load_component, require_provider
 from . import step_graph
 from .checkpoint import Checkpoint
+from .fuse import HOISTED, fuse
 from .plan import OPSET, ComponentPlan
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ Progress = Callable[[str, int, int], None]
 
 ENGINES = ("onnxruntime",)
 PRECISIONS = ("fp32",)
-_REVISION = 1
+_REVISION = 2
 """Raise it when the exporter writes something else from the same input."""
 _TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnxruntime", "diffoundry")
 _FOLDERS = ("engines", "reports", "tokenizer", "scheduler")
@@ -322,7 +323,9 @@ class _Build:
             return None
         try:
             parts = record["component"]
-            component = Component(parts["model"], parts["dtype"], parts["files"], key=key)
+            component = Component(
+                parts["model"], parts["dtype"], parts["files"], key=key, fused=parts["fused"], hoisted=parts["hoisted"]
+            )
             stage = Stage(component, record["parity"], record["reference"])
             if all(sha256_file(root / name) == sha for name, sha in {**component.files, **stage.reference}.items()):
                 return stage
@@ -345,7 +348,7 @@ class _Build:
 
     def _keep(self, name: str, stage: Stage) -> None:
         (self.work / ".stages").mkdir(exist_ok=True)
-        component = {"model": stage.component.model, "dtype": stage.component.dtype, "files": stage.component.files}
+        component = {name: getattr(stage.component, name) for name in ("model", "fused", "hoisted", "dtype", "files")}
         record = {
             "key": stage.component.key,
             "component": component,
@@ -367,9 +370,17 @@ class _Build:
         trace(plan, module, folder)
         del module
         gc.collect()
+        fused = fuse(folder / "model.onnx", [tensor.name for tensor in plan.inputs if tensor.name in HOISTED])
         shutil.copyfile(self.source.folder(plan.source) / "config.json", folder / "config.json")
         files = {f"{plan.name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
-        component = Component(f"{plan.name}/model.onnx", "float32", files, plan.inputs, plan.outputs, key)
+        model = f"{plan.name}/model.onnx"
+        component = Component(model, "float32", files, plan.inputs, plan.outputs, key)
+        if fused:
+            plain = OnnxRuntimeEngine.load(self.work / model, component=plan.name, provider=self.device)
+            compare(plan.name, plain, cases)
+            del plain
+            graphs = {part: f"{plan.name}/{name}" for part, name in fused.items()}
+            component = replace(component, fused=graphs["fused"], hoisted=graphs.get("hoisted", ""))
         parity = compare(plan.name, self._load(plan.name, component), cases)
         reference = f"reports/reference/{plan.name}.npz"
         save_reference(self.work / reference, cases[0])
@@ -394,13 +405,7 @@ class _Build:
         return Stage(component, parity, {reference: sha256_file(self.work / reference)})
 
     def _load(self, name: str, component: Component) -> Any:
-        return OnnxRuntimeEngine.load(
-            self.work / component.model,
-            component=name,
-            provider=self.device,
-            store=self.store,
-            source=component.model_files(),
-        )
+        return load_component(self.work, name, component, provider=self.device, store=self.store)
 
     def _write(self, stages: dict[str, Stage], manifest: Manifest) -> None:
         """The reports, and the manifest with the hash of every file."""

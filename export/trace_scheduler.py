@@ -101,9 +101,10 @@ def trace_scheduler(scheduler: Any, steps: Steps, **options: Any) -> Table:
         if not np.isfinite(part).all():
             raise RequestError(f"{name} has no {steps.count} finite steps: ask for fewer or mend its configuration")
     seen = run.states[:-1]
+    size = (seen * seen).sum(1)
     table = Table(
         timesteps=timesteps.numpy().astype(np.float64),
-        input_scale=(run.inputs * seen).sum(1) / (seen * seen).sum(1),
+        input_scale=np.divide((run.inputs * seen).sum(1), size, out=np.ones(calls), where=size > 0),
         weights=_weights(run.states * _sizes(calls, init_scale)),
         x0=np.zeros((calls, 2)),
         draws=run.draws,

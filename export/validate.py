@@ -59,7 +59,8 @@ def compare(component: str, engine: Engine, cases: list[Case]) -> dict[str, Any]
             report.append({"inputs": shapes, "output": name, "max_abs_error": error, "max_abs_reference": largest})
             if not error <= TOLERANCE * max(1.0, largest):
                 raise CheckpointError(
-                    f"{component}: output {name!r} differs from the reference by {error:.3g} (values up to {largest:.3g}, "
+                    f"{component}: output {name!r} differs from the reference by {error:.3g} "
+                    f"(values up to {largest:.3g}, "
                     f"allowed {TOLERANCE:g} of that) for {shapes}: the trace is wrong, do not use it"
                 )
     return {"tolerance": TOLERANCE, "cases": report}

@@ -197,19 +197,19 @@ class Pipeline:
 
         Raises `BundleError` when its files were changed, `EngineError` when the provider cannot run it.
         """
-        from ..engines.onnxruntime import OnnxRuntimeEngine
+        from ..engines.onnxruntime import load_component
 
         with self._lock:
             if name not in self._engines:
                 component = self.bundle.component(name)
                 self.bundle.check(component.files)
-                self._engines[name] = OnnxRuntimeEngine.load(
-                    self.bundle.path(component.model),
-                    component=name,
+                self._engines[name] = load_component(
+                    self.bundle.root,
+                    name,
+                    component,
                     provider=self.provider,
                     threads=1 if name == "unet" and self._small(name) else self._threads,
                     store=self._store,
-                    source=component.model_files(),
                 )
             return self._engines[name]
 

@@ -11,6 +11,7 @@ from .schedulers import Steps, Table, find_sampler, make_table
 from .schedulers.stored import TRACED, load_table
 
 _TRACED = re.compile(rf"scheduler/{TRACED}/(?P<name>\w+)/(?P<count>\d+)\.json")
+_MOST_TABLES = 256
 
 
 class Schedules:
@@ -20,6 +21,7 @@ class Schedules:
         """Raises `BundleError` when the configuration cannot be read."""
         self._bundle = bundle
         self.config = bundle.scheduler_config()
+        self._tables: dict[str, Table] = {}
         self.traced: dict[str, dict[int, str]] = {}
         for path in bundle.manifest.files:
             found = _TRACED.fullmatch(path)
@@ -35,7 +37,15 @@ class Schedules:
         return wanted if wanted in self.traced else find_sampler(self.config, name)[0]
 
     def table(self, steps: Steps, name: str | None = None, options: Mapping[str, Any] | None = None) -> Table:
-        """The table of the scheduler `name`. Raises `RequestError`; see `make_table`."""
+        """The table of the scheduler `name`, made once. Raises `RequestError`; see `make_table`."""
+        asked = repr((steps, name, sorted((options or {}).items(), key=lambda item: item[0])))
+        if asked not in self._tables:
+            if len(self._tables) >= _MOST_TABLES:
+                self._tables.clear()
+            self._tables[asked] = self._table(steps, name, options)
+        return self._tables[asked]
+
+    def _table(self, steps: Steps, name: str | None, options: Mapping[str, Any] | None) -> Table:
         known = self.named(name)
         if known not in self.traced:
             return make_table(self.config, steps, name, options)

@@ -54,8 +54,8 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
     else:
         timesteps = chosen_timesteps(config, steps)
         if log_linear:
-            ends = np.log(train[[-1, 0]].astype(np.float32))
-            sigmas = as_float32(np.exp(linspace32(*ends, len(timesteps) + 1).astype(np.float64)))
+            high, low = np.log(train[[-1, 0]].astype(np.float32))
+            sigmas = as_float32(np.exp(linspace32(high, low, len(timesteps) + 1).astype(np.float64)))
         else:
             sigmas = at_timesteps(timesteps, train)
         timesteps, sigmas = along_curve(config, timesteps, sigmas, train)

@@ -50,7 +50,7 @@ def flow_heun(config: Config, steps: Steps) -> Table:
     if steps.timesteps is not None or steps.sigmas is not None or steps.mu is not None:
         raise RequestError("flow-heun takes no timesteps, sigmas or mu: ask for a number of --steps, or for flow-euler")
     shift = float(config.get("shift", 1.0))
-    sigmas = np.append(as_float32(_shifted(_even(config, steps, shift), shift)), 0.0)
+    sigmas = np.append(as_float32(shifted(_even(config, steps, shift), shift)), 0.0)
     churn, noise_scale = float(config.get("s_churn", 0.0)), float(config.get("s_noise", 1.0))
     low, high = float(config.get("s_tmin", 0.0)), float(config.get("s_tmax", math.inf))
     calls = 2 * steps.count - 1
@@ -86,8 +86,8 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
     sigmas = _asked(config, steps)
     if sigmas is None:
         sigmas = _even(config, steps, 1.0 if dynamic else shift)
-    sigmas = _dynamically_shifted(sigmas, steps.mu, kind) if dynamic else _shifted(sigmas, shift)
-    sigmas = _stretched(config, sigmas)
+    sigmas = dynamically_shifted(sigmas, steps.mu, kind) if dynamic else shifted(sigmas, shift)
+    sigmas = stretched(config, sigmas)
     curved = curve(config, sigmas[[0, -1]], len(sigmas))
     if curved is not None and sigmas[0] < sigmas[-1]:
         raise RequestError("a sigma curve goes down: ask for sigmas or timesteps that descend")
@@ -114,16 +114,16 @@ def _asked(config: Config, steps: Steps) -> Array | None:
 def _even(config: Config, steps: Steps, shift: float) -> Array:
     """Even sigmas between the ends of the training schedule, which are shifted already."""
     scale, count = train_steps(config), count_of(config, steps)
-    high, low = _shifted(np.array([scale, 1], np.float32) / np.float32(scale), shift)
+    high, low = shifted(np.array([scale, 1], np.float32) / np.float32(scale), shift)
     return np.asarray(np.linspace(float(high) * scale, float(low) * scale, count) / scale)
 
 
-def _shifted(sigmas: Array, shift: float) -> Array:
+def shifted(sigmas: Array, shift: float) -> Array:
     """Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", equation 23."""
     return np.asarray(shift * sigmas / (1 + (shift - 1) * sigmas))
 
 
-def _dynamically_shifted(sigmas: Array, mu: float | None, kind: str) -> Array:
+def dynamically_shifted(sigmas: Array, mu: float | None, kind: str) -> Array:
     """The same equation, with a shift of e^mu or mu."""
     if mu is None:
         raise RequestError("this schedule shifts with the size of the image: set mu, or use_dynamic_shifting to false")
@@ -131,7 +131,7 @@ def _dynamically_shifted(sigmas: Array, mu: float | None, kind: str) -> Array:
     return np.asarray(shift / (shift + (1 / sigmas - 1)))
 
 
-def _stretched(config: Config, sigmas: Array) -> Array:
+def stretched(config: Config, sigmas: Array) -> Array:
     """The sigmas stretched so that the last is `shift_terminal`."""
     terminal = config.get("shift_terminal")
     if not terminal:

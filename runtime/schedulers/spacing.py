@@ -73,6 +73,7 @@ def ddim_timesteps(config: Config, steps: Steps, default: str) -> Array:
     """Descending whole timesteps (Lin et al. 2023, table 2), as the ancestral and DDIM samplers space them."""
     total, count = train_steps(config), count_of(config, steps)
     spacing = config.one_of("timestep_spacing", default, "linspace", "leading", "trailing")
+    timesteps: Array
     if spacing == "linspace":
         timesteps = np.linspace(0, total - 1, count).round()[::-1]
     elif spacing == "leading":
@@ -98,6 +99,7 @@ def dpm_timesteps(config: Config, steps: Steps, default: str = "linspace", last:
     total, count = train_steps(config), count_of(config, steps)
     last = total if last is None else last
     spacing = config.one_of("timestep_spacing", default, "linspace", "leading", "trailing")
+    timesteps: Array
     if spacing == "linspace":
         timesteps = np.linspace(0, last - 1, count + 1).round()[::-1][:-1]
     elif spacing == "leading":

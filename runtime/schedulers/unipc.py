@@ -11,7 +11,7 @@ import numpy as np
 from ...bundle import RequestError
 from ...engines import Array
 from .config import Config, predicted_noise, predicted_x0, train_steps
-from .flow_match import _dynamically_shifted, _shifted, _stretched
+from .flow_match import dynamically_shifted, shifted, stretched
 from .spacing import (
     at_timesteps,
     count_of,
@@ -176,10 +176,10 @@ def _flow_sigmas(config: Config, steps: Steps) -> Array:
     even = np.linspace(1, 1 / train_steps(config), steps.count + 1)[:-1]
     sigmas = even if steps.sigmas is None else np.asarray(steps.sigmas, np.float64)
     if config.get("use_dynamic_shifting", False):
-        sigmas = _dynamically_shifted(sigmas, steps.mu, config.one_of("time_shift_type", "exponential", "linear"))
+        sigmas = dynamically_shifted(sigmas, steps.mu, config.one_of("time_shift_type", "exponential", "linear"))
     else:
-        sigmas = _shifted(sigmas, float(config.get("flow_shift", 1.0)))
-    sigmas = _stretched(config, sigmas)
+        sigmas = shifted(sigmas, float(config.get("flow_shift", 1.0)))
+    sigmas = stretched(config, sigmas)
     if abs(sigmas[0] - 1) < _BELOW_ONE:
         sigmas[0] -= _BELOW_ONE
     return sigmas

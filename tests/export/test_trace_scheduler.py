@@ -26,6 +26,8 @@ from diffoundry.export.trace_scheduler import impulse_responses, trace_scheduler
 from diffoundry.runtime.schedulers import SAMPLERS, Steps, make_table
 from diffoundry.runtime.schedulers.stored import from_json, load_table, save_table, to_json
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 CLASSES = [
@@ -106,6 +108,11 @@ class Halving:
         return (now.to(torch.float16),)
 
 
+class Forgetting(Halving):
+    def step(self, model_output, timestep, sample):
+        return (sample * 0 if timestep == 3 else sample + model_output,)
+
+
 class Squaring(Halving):
     def step(self, model_output, timestep, sample):
         return (sample + model_output**2 if timestep == 2 else sample,)
@@ -145,6 +152,11 @@ def test_a_scheduler_of_ones_own():
     assert (table.init_scale, table.clip) == (1.0, np.inf)
     by_hand = [1 / 8, 1 / 16 + 1 / 16, 0, 1 / 8 + 1 / 8, 1 / 32, 1 / 4, 0, 0, 0]
     np.testing.assert_allclose(impulse_responses(table)[3], by_hand, rtol=0, atol=1e-15)
+
+
+def test_a_state_that_is_nothing():
+    table = trace_scheduler(Forgetting(), Steps(3))
+    assert impulse_responses(table)[:, :5].tolist() == [[1, 0, 0, 0, 0], [0] * 5, [0, 0, 0, 1, 0], [0, 0, 0, 1, 0]]
 
 
 def test_step_arguments_and_the_scheduler_itself_are_kept_apart():

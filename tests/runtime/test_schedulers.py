@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffoundry.benchmarks.samplers import LIMIT, SD, TABLE_LIMIT, judge, table_error, variants
+from diffoundry.benchmarks.samplers import SD, TABLE_LIMIT, judge, table_error, variants
 from diffoundry.bundle import RequestError
 from diffoundry.runtime.schedulers import SAMPLERS, Steps, find_sampler, make_table
 from diffoundry.runtime.schedulers.config import Config, alphas_cumprod
@@ -48,7 +48,9 @@ def test_tables_equal_those_read_off_diffusers(case):
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_every_sampler_is_compared(name):
     """A fixed case of each, so that none depends on luck."""
-    for config, steps in zip(CONFIGURATIONS[name][:: max(1, len(CONFIGURATIONS[name]) // 4)], (20, 1, 7, 33), strict=False):
+    for config, steps in zip(
+        CONFIGURATIONS[name][:: max(1, len(CONFIGURATIONS[name]) // 4)], (20, 1, 7, 33), strict=False
+    ):
         verdict = judge(name, config, Steps(steps, mu=config.get("mu")), 0)
         assert verdict.passed, verdict
 

@@ -1,0 +1,71 @@
+"""An engine in two graphs: one for what the prompt alone decides, run once, and one for what each step decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..bundle import EngineError, Tensor
+from .engine import Array, Bound, Engine, Linked, Placed, check_feeds
+
+
+class HoistedEngine:
+    """`once` makes some inputs of `every`; the two together have the inputs of the model that they were cut from."""
+
+    def __init__(self, component: str, once: Engine, every: Engine) -> None:
+        self.component = component
+        self._once, self._every = once, every
+        hoisted = {tensor.name for tensor in once.outputs}
+        own = {tensor.name for tensor in every.inputs}
+        if not hoisted <= own:
+            raise EngineError(f"{component}: its two graphs do not fit together; compile the bundle again")
+        self.inputs: tuple[Tensor, ...] = (
+            *(tensor for tensor in every.inputs if tensor.name not in hoisted),
+            *(tensor for tensor in once.inputs if tensor.name not in own),
+        )
+        self.outputs = every.outputs
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `engine.Engine`."""
+        check_feeds(self.component, self.inputs, feeds)
+        return self._every(self._all_feeds(feeds))
+
+    def bind(self, feeds: Mapping[str, Array]) -> Bound:
+        """See `engine.Engine`; what the prompt decides is computed here."""
+        check_feeds(self.component, self.inputs, feeds)
+        return _HoistedBound(self._once, self._every, feeds, self._all_feeds(feeds))
+
+    def place(self, array: Array) -> Placed:
+        """See `engine.Engine`."""
+        return self._every.place(array)
+
+    def link(self, tensors: Mapping[str, Placed]) -> Linked:
+        """See `engine.Engine`; what the prompt decides is computed here, from the prompt linked at this time."""
+        missing = {tensor.name for tensor in self.inputs} - set(tensors)
+        if missing:
+            raise EngineError(f"{self.component}: nothing was linked to {', '.join(sorted(missing))}")
+        made = self._once({tensor.name: tensors[tensor.name].numpy() for tensor in self._once.inputs})
+        return self._every.link({**tensors, **{name: self._every.place(array) for name, array in made.items()}})
+
+    def _all_feeds(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        made = self._once({tensor.name: feeds[tensor.name] for tensor in self._once.inputs})
+        kept = {tensor.name: feeds[tensor.name] for tensor in self._every.inputs if tensor.name in feeds}
+        return {**kept, **{name: np.ascontiguousarray(array) for name, array in made.items()}}
+
+
+class _HoistedBound:
+    """Both graphs bound; the first runs again only when an input of its own was changed."""
+
+    def __init__(self, once: Engine, every: Engine, feeds: Mapping[str, Array], all_feeds: dict[str, Array]) -> None:
+        self._once, self._bound, self._arrays = once, every.bind(all_feeds), all_feeds
+        self._own = {tensor.name: feeds[tensor.name] for tensor in once.inputs}
+
+    def __call__(self, *changed: str) -> dict[str, Array]:
+        """See `engine.Bound`."""
+        if self._own.keys().isdisjoint(changed):
+            return self._bound(*changed)
+        made = self._once(self._own)
+        for name, array in made.items():
+            self._arrays[name][...] = array
+        return self._bound(*changed, *made)
