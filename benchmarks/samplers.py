@@ -396,7 +396,7 @@ def table_error(name: str, config: Mapping[str, Any], steps: Steps) -> float:
     """The largest relative difference, in float64, between a sampler's table and the one read off diffusers' code.
 
     Compared are what every state owes to the first x, each model output and each noise, the model inputs and, where
-    diffusers can noise an image, the levels. 0 for what cannot be traced: a table that clamps, a run that is not
+    diffusers can noise an image, the levels. NaN for what cannot be traced: a table that clamps, a run that is not
     finite in float64. Infinite when timesteps or draws differ.
     """
     from ..export.trace_scheduler import impulse_responses, trace_scheduler
@@ -405,7 +405,7 @@ def table_error(name: str, config: Mapping[str, Any], steps: Steps) -> float:
     beyond = {option: value for option, value in config.items() if option in BEYOND}
     table = make_table(own, steps, name, beyond)
     if np.isfinite(table.clip):
-        return 0.0
+        return float("nan")
     with _CorrectlyRounded():
         scheduler = diffusers_scheduler(name, own)
         accepted = inspect.signature(scheduler.step).parameters
@@ -413,7 +413,7 @@ def table_error(name: str, config: Mapping[str, Any], steps: Steps) -> float:
         try:
             traced = trace_scheduler(scheduler, steps, **options)
         except RequestError:
-            return 0.0
+            return float("nan")
     if not np.allclose(table.timesteps, traced.timesteps, rtol=1e-6, atol=1e-3) or (table.draws != traced.draws).any():
         return np.inf
     found, expected = impulse_responses(table), impulse_responses(traced)
@@ -439,21 +439,22 @@ def main(samplers: tuple[str, ...], cases: int, seed: int) -> None:
     float32: our trajectory against diffusers'. Where that is above 1e-5, float64 holds ours against diffusers' code
     run in float64, which tells whose digits were lost. table: weights in float64 against those read off the code.
     """
-    print(f"{'sampler':20} {'float32':>8} {'float64':>8} {'table':>8}  cases (refused, as diffusers fails)")
+    print(f"{'sampler':20} {'float32':>8} {'float64':>8} {'table':>8}  cases (traced, refused as diffusers fails)")
     bad = 0
     for name in samplers or SAMPLERS:
         rng = np.random.default_rng(seed)
         configs = list(variants(SAMPLERS[name].class_name))
         order = rng.permutation(max(cases, len(configs)))[:cases] % len(configs)
-        worst, worst_table, refused, failed = Verdict(0.0, 0.0, "", True), 0.0, 0, 0
+        worst, worst_table, refused, failed, traced = Verdict(0.0, 0.0, "", True), 0.0, 0, 0, 0
         for case, chosen in enumerate(order):
             config = configs[chosen]
             count = int(rng.integers(1, 61))
             start = int(rng.integers(0, count)) if rng.random() < 0.5 else 0
             steps = Steps(count, start=start, mu=config.get("mu"))
             verdict = judge(name, config, steps, case)
-            error = 0.0 if verdict.error is None else table_error(name, config, steps)
-            worst_table = max(worst_table, error)
+            error = float("nan") if verdict.error is None else table_error(name, config, steps)
+            worst_table = max(worst_table, 0.0 if np.isnan(error) else error)
+            traced += not np.isnan(error)
             if not verdict.passed or error > TABLE_LIMIT:
                 bad += 1
                 failed += 1
@@ -465,7 +466,10 @@ def main(samplers: tuple[str, ...], cases: int, seed: int) -> None:
                 exact = max(worst.exact or 0.0, verdict.exact or 0.0)
                 worst = Verdict(max(worst.error or 0.0, verdict.error), exact, "", True)
         shown = f"{worst.exact:8.1e}" if worst.exact else f"{'':8}"
-        print(f"{name:20} {worst.error:8.1e} {shown} {worst_table:8.1e}  {cases} ({refused})", flush=True)
+        print(
+            f"{name:20} {worst.error:8.1e} {shown} {worst_table:8.1e}  {cases} ({traced}, {refused})",
+            flush=True,
+        )
     if bad:
         raise SystemExit(1)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import click
 
@@ -61,6 +63,8 @@ def compile_command(
     from ..export import compile
     from ..runtime.schedules import Schedules
 
+    if ":" in (trace_scheduler or ""):
+        sys.path.insert(0, str(Path.cwd()))  # a module of one's own lies where one stands
     with progress("compile", shown=not as_json) as report:
         bundle = compile(
             checkpoint,
@@ -86,8 +90,6 @@ def compile_command(
 
 
 def _worst_error(root: object) -> dict[str, float]:
-    from pathlib import Path
-
     from ..bundle.files import read_json
 
     parity = read_json(Path(str(root)) / "reports" / "parity.json", "the parity report")

@@ -61,7 +61,7 @@ def transfer(algorithm: str, alpha: Array, sigma: Array, log_snr: Array) -> Tran
     slope = scale * (h - phi / rate)
     # the SDE's quadratic term has its sign turned in diffusers
     square = scale * h**2 / 2 * (-1 if stochastic else 1)
-    deviation = sigma[1] * np.sqrt(0.0 if same(log_snr) else variance) if stochastic else 0.0
+    deviation = sigma[1] * np.sqrt(max(variance, 0.0) if same(log_snr) else variance) if stochastic else 0.0
     return Transfer(keep, scale * phi, scale * phi * h / 2, slope, square - slope / rate, deviation)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from ...bundle import RequestError
 from ...engines import Array
 from .config import Config, alphas_cumprod, predicted_x0, train_steps
-from .spacing import ddim_timesteps, takes
+from .spacing import count_of, ddim_timesteps, takes
 from .table import Rows, Steps, Table
 
 _RUNGE_KUTTA_STEPS = 3
@@ -27,10 +27,10 @@ def pndm(config: Config, steps: Steps) -> Table:
     takes(steps)
     config.lacks("rescale_betas_zero_snr")
     skip = bool(config.get("skip_prk_steps", False))
-    if not skip and steps.count <= _RUNGE_KUTTA_STEPS:
+    if not skip and count_of(config, steps) <= _RUNGE_KUTTA_STEPS:
         raise RequestError(f"pndm needs more than {_RUNGE_KUTTA_STEPS} steps, found {steps.count}: use plms")
     transfer = _Transfer(config)
-    stride = train_steps(config) // steps.count
+    stride = train_steps(config) // count_of(config, steps)
     grid = ddim_timesteps(config, steps, "leading").astype(int)
     calls = _plms_calls(grid) if skip else _pndm_calls(grid, stride // 2)
     calls = calls[steps.start :]

@@ -294,7 +294,7 @@ def rehash(bundle, *names):
         {"steps_offset": -500, "timestep_spacing": "leading"},
         {"prediction_type": "nonsense"},
         {"solver_type": "bogus"},
-        {"_class_name": "PNDMScheduler"},
+        {"_class_name": "NoSuchScheduler"},
     ],
 )
 def test_a_damaged_scheduler_configuration(command, copied, change):

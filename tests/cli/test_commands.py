@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffoundry.runtime.images import read_metadata
 
+COMPONENTS = {"text_encoder", "unet", "vae_encoder", "vae_decoder", "step"}
 PROMPT = "a large red star at the left on a navy background"
 
 
@@ -49,7 +50,7 @@ def test_the_png_tells_how_to_make_it_again(command, bundle_of, tmp_path):
 def test_inspect_tells_components_parity_and_engines(command, bundle_of):
     done = command("inspect", bundle_of("pico"), "--json")
     told = json.loads(done.stdout)
-    assert set(told["components"]) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+    assert set(told["components"]) == COMPONENTS
     assert all(case["max_abs_error"] < 1e-3 for part in told["parity"].values() for case in part["cases"])
     assert {engine["component"] for engine in told["engines"]} == set(told["components"])
     shown = command("inspect", bundle_of("pico")).stdout
@@ -59,7 +60,7 @@ def test_inspect_tells_components_parity_and_engines(command, bundle_of):
 
 def test_verify_runs_each_component(command, bundle_of):
     told = json.loads(command("verify", bundle_of("pico"), "--json").stdout)
-    assert {row["component"] for row in told["components"]} == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+    assert {row["component"] for row in told["components"]} == COMPONENTS
     assert all(0 < row["max_abs_error"] <= row["allowed"] for row in told["components"])
 
 
