@@ -27,7 +27,7 @@ class Loop(NamedTuple):
     """One of their loops, and the sum and mean of the magnitudes of its result.
 
     start: the first step, to which the sample is noised unless `noised` is False.
-    off, total_off: how far from their figures is allowed, which are sometimes rounded or outdated; within the tolerances
+    off, total_off: how far from their figures is allowed, which are sometimes rounded or outdated; within the limits
     of theirs but for one, where diffusers' own float32 has lost the digits.
     """
 
