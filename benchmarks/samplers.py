@@ -105,6 +105,7 @@ VARIANTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "set_alpha_to_one": (True, False),
         "rescale_betas_zero_snr": (False, True),
     },
+    "DDIMInverseScheduler": {"clip_sample": (True, False), "set_alpha_to_one": (True, False)},
     "DDPMScheduler": {
         "clip": ({"clip_sample": False}, {}, {"clip_sample_range": 2.5}),
         "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...bundle import RequestError
 from .config import Config
-from .ddim import ddim
+from .ddim import ddim, ddim_inverse
 from .ddpm import ddpm
 from .dpm_solver import deis, dpm_multistep, dpm_singlestep
 from .edm import edm_dpm_solver, edm_euler
@@ -51,6 +51,7 @@ _DPM_2M_SDE = _DPM_2M | {"algorithm_type": "sde-dpmsolver++"}
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim, "DDIMScheduler", "Song et al. 2021", "deterministic; with eta=1 as stochastic as DDPM"),
+    "ddim-inverse": Sampler(ddim_inverse, "DDIMInverseScheduler", "Song et al. 2021", "ddim from image to noise"),
     "ddpm": Sampler(ddpm, "DDPMScheduler", "Ho et al. 2020", "stochastic, for many steps"),
     "dpm++2m": Sampler(
         dpm_multistep, "DPMSolverMultistepScheduler", "Lu et al. 2022", "second order, deterministic", _DPM_2M

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...bundle import RequestError
 from .config import Config, alphas_cumprod, clip_range, predicted_noise, predicted_x0, train_steps
 from .spacing import ddim_timesteps, takes
 from .table import Rows, Steps, Table
@@ -35,4 +36,26 @@ def ddim(config: Config, steps: Steps) -> Table:
         noise = (rows.x - alpha[k] * x0) / sigma[k] if clipped else u[k] * rows.x + v[k] * rows.m
         new = np.sqrt(bar_before[k]) * x0 + np.sqrt(1 - bar_before[k] - deviation[k] ** 2) * noise
         rows.set(k, new + deviation[k] * rows.noise, draws=eta > 0)
+    return rows.table()
+
+
+def ddim_inverse(config: Config, steps: Steps) -> Table:
+    """The same equation with η = 0 run backwards, from an image to the noise that DDIM makes it of."""
+    takes(steps)
+    if steps.start:
+        raise RequestError("ddim-inverse goes from an image to noise, so it has no later start: leave the start at 0")
+    bar, total = alphas_cumprod(config), train_steps(config)
+    config.one_of("timestep_spacing", "leading", "trailing")
+    timesteps = ddim_timesteps(config, steps, "leading")[::-1]
+    after = timesteps.astype(int)
+    now = after - total // steps.count
+    initial = 1.0 if config.get("set_alpha_to_one", True) else bar[0]
+    bar_now, bar_after = np.where(now >= 0, bar[now], initial), bar[after]
+    alpha, sigma = np.sqrt(bar_now), np.sqrt(1 - bar_now)
+    p, q = predicted_x0(config, alpha, sigma)
+    u, v = predicted_noise(config, alpha, sigma)
+    rows = Rows(timesteps, np.stack([alpha, sigma], 1), clip=clip_range(config, True))
+    for k in range(steps.count):
+        noise = u[k] * rows.x + v[k] * rows.m
+        rows.set(k, np.sqrt(bar_after[k]) * rows.predicted(k, p[k], q[k]) + np.sqrt(1 - bar_after[k]) * noise)
     return rows.table()
