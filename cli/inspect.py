@@ -43,6 +43,8 @@ def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: l
     from rich.table import Table
     from rich.text import Text
 
+    from ..runtime.schedules import Schedules
+
     manifest = opened.manifest
     console = Console(highlight=False, markup=False)
     source = manifest.source.get("name", "an ONNX folder without a manifest")
@@ -55,14 +57,18 @@ def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: l
         f"{latents.channels} latent channels, scaling factor {latents.scaling_factor:g}"
     )
     table = Table("component", "size", "largest error to torch")
-    for name in manifest.components:
+    shown = {name: part for name, part in manifest.components.items() if name != "step"}  # the same in every bundle
+    for name in shown:
         table.add_row(*(Text(cell) for cell in (name, _size(sizes[name]), _worst(parity.get(name)))))
     console.print(table)
-    for name, component in manifest.components.items():
+    for name, component in shown.items():
         for arrow, tensors in (("<-", component.inputs), ("->", component.outputs)):
             for tensor in tensors:
                 shape = ", ".join(str(axis) for axis in tensor.shape)
                 console.print(f"{name} {arrow} {tensor.name} {tensor.dtype}[{shape}]", soft_wrap=True)
+    traced = Schedules(opened).traced
+    for name, counts in traced.items():
+        console.print(f"scheduler {name}: read off its code for {', '.join(map(str, sorted(counts)))} steps")
     for record in engines:
         made = " ".join(str(record.get(name, "?"))[:32] for name in ("component", "backend", "version", "provider"))
         console.print(f"engines/{str(record.get('key'))[:32]}: {made}, {_size(record['bytes'])}", soft_wrap=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+_MOST_STEPS = 1_000_000
+
 
 def read_options(pairs: Iterable[str]) -> dict[str, Any]:
     """KEY=VALUE pairs; a value is JSON where it reads as JSON, else text. Raises `click.UsageError`."""
@@ -16,9 +18,11 @@ def read_options(pairs: Iterable[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise click.UsageError(f"--scheduler-option takes KEY=VALUE, found {pair!r}")
+        if key in options:
+            raise click.UsageError(f"--scheduler-option {key} is given twice")
         try:
             options[key] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[key] = {"True": True, "False": False, "None": None}.get(text, text)
     return options
 
@@ -34,8 +38,8 @@ def read_numbers(name: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def read_counts(name: str, text: str | None) -> list[int]:
-    """Whole numbers from 1 on with commas between them. Raises `click.UsageError`."""
+    """Whole numbers from 1 to a million with commas between them. Raises `click.UsageError`."""
     numbers = read_numbers(name, text) or ()
-    if not all(number >= 1 and number == int(number) for number in numbers):
+    if not all(1 <= number <= _MOST_STEPS and number == int(number) for number in numbers):
         raise click.UsageError(f"{name} takes whole numbers with commas between them, found {text!r}")
     return [int(number) for number in numbers]

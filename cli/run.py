@@ -29,11 +29,19 @@ from .progress import progress
     help="A name that `diffoundry schedulers` lists, or a diffusers class. [default: the checkpoint's own]",
 )
 @click.option(
-    "--scheduler-option", "options", multiple=True, metavar="KEY=VALUE", help="As in a scheduler_config.json, or eta."
+    "--scheduler-option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="As in a scheduler_config.json, or eta; a value is JSON (true, 0.5). May be repeated.",
 )
-@click.option("--steps", default=20, show_default=True, type=int, help="Steps of the scheduler.")
+@click.option("--steps", type=int, help="Steps of the scheduler. [default: 20]")
 @click.option("--timesteps", metavar="T,T,…", help="Timesteps of your own, in place of --steps.")
-@click.option("--sigmas", metavar="S,S,…", help="Sigmas of your own, in place of --steps.")
+@click.option(
+    "--sigmas",
+    metavar="S,S,…",
+    help="Sigmas of your own, in place of --steps; for euler also the one after the last step.",
+)
 @click.option("--guidance", default=7.5, show_default=True, type=float, help="1 or less turns guidance off.")
 @click.option(
     "--guidance-mode",
@@ -46,9 +54,10 @@ from .progress import progress
     "--guidance-interval",
     nargs=2,
     type=float,
+    metavar="START END",
     default=(0.0, 1.0),
     show_default=True,
-    help="START and END of guidance, as parts of the steps from 0 to 1.",
+    help="The part of the steps, from 0 to 1, that is guided.",
 )
 @click.option(
     "--guidance-rescale", default=0.0, show_default=True, type=float, help="0 to 1, against overexposure (Lin 2023)."
@@ -75,7 +84,7 @@ def run_command(
     output: str,
     scheduler: str | None,
     options: tuple[str, ...],
-    steps: int,
+    steps: int | None,
     timesteps: str | None,
     sigmas: str | None,
     guidance: float,
@@ -101,10 +110,12 @@ def run_command(
     from ..runtime.images import output_paths, save_png
     from ..runtime.pipeline import Request, load
 
+    if steps is not None and (timesteps is not None or sigmas is not None):
+        raise click.UsageError("--timesteps and --sigmas take the place of --steps: leave --steps out")
     request = Request(
         prompt=prompt,
         negative_prompt=negative,
-        steps=steps,
+        steps=20 if steps is None else steps,
         guidance=Guidance(guidance, guidance_mode, guidance_interval, guidance_rescale),
         scheduler=scheduler,
         scheduler_options=read_options(options),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,23 +49,29 @@ def schedulers_command(
     NAME is a short name or a diffusers class. The table has one row for each call of the model.
     """
     from ..bundle import Bundle
-    from ..runtime.schedulers import Steps, find_sampler, make_table
+    from ..runtime.schedulers import Steps, find_sampler, is_known, make_table
     from ..runtime.schedulers.stored import to_json
+    from ..runtime.schedules import Schedules
 
     if name is None:
-        if plot or options or bundle or steps is not None:
+        if plot or options or bundle or steps is not None or start:
             raise click.UsageError("name the scheduler whose table is meant")
         _list(as_json)
         return
-    config = Bundle.open(bundle).scheduler_config() if bundle else _STABLE_DIFFUSION
     count = 20 if steps is None else steps
-    table = make_table(config, Steps(count, start), name, read_options(options))
-    key, sampler = find_sampler(config, name)
-    title = f"{key}, {count} steps ({sampler.class_name})"
+    asked, chosen = Steps(count, start), read_options(options)
+    if bundle:
+        schedules = Schedules(Bundle.open(bundle))
+        key, table = schedules.named(name), schedules.table(asked, name, chosen)
+    else:
+        key, table = find_sampler(_STABLE_DIFFUSION, name)[0], make_table(_STABLE_DIFFUSION, asked, name, chosen)
+    sampler = find_sampler(_STABLE_DIFFUSION, key)[1] if is_known(key) else None
+    title = f"{key}, {count} steps ({sampler.class_name if sampler else 'read off its code'})"
     if plot:
         _plot(table, title, Path(plot))
     if as_json:
-        print(json.dumps({"name": key, "class": sampler.class_name, "paper": sampler.paper, **to_json(table)}))
+        described = {"class": sampler.class_name, "paper": sampler.paper} if sampler else {}
+        print(json.dumps({"name": key, **described, **to_json(table)}))
     elif plot:
         click.echo(plot)
     else:
@@ -92,22 +99,17 @@ def _columns(table: Table) -> list[str]:
 
 
 def _show(table: Table, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table as Grid
-
+    """The rows, as far as they make the next x; `--json` has all."""
     used = [i for i in range(table.registers + 3) if table.weights[:, 0, i].any()]
     names = _columns(table)
-    grid = Grid("call", "timestep", "alpha", "sigma", "input", *(f"weight of {names[i]}" for i in used), box=None)
+    lines = [["call", "timestep", "alpha", "sigma", "input", *(f"x' of {names[i]}" for i in used)]]
     for k in range(table.steps):
-        alpha, sigma = table.levels[k]
-        numbers = [alpha, sigma, table.input_scale[k], *table.weights[k, 0, used]]
-        grid.add_row(str(k), f"{table.timesteps[k]:.6g}", *(f"{number:.6g}" for number in numbers))
-    console = Console(highlight=False, markup=False)
-    console.print(
-        f"{title}: {table.steps} calls, {table.registers} registers, first x = {table.init_scale:.6g} · noise",
-        soft_wrap=True,
-    )
-    console.print(grid)
+        numbers = [table.timesteps[k], *table.levels[k], table.input_scale[k], *table.weights[k, 0, used]]
+        lines.append([str(k), *(f"{number:.6g}" for number in numbers)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    click.echo(f"{title}: {table.steps} calls, registers: {table.registers}, first x = {table.init_scale:.6g} * noise")
+    for line in lines:
+        click.echo("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def _plot(table: Table, title: str, path: Path) -> None:
@@ -144,4 +146,9 @@ def _plot(table: Table, title: str, path: Path) -> None:
     for axes in (state, output):
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    figure.savefig(path, dpi=110)
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        figure.savefig(beside, dpi=110)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -107,7 +107,7 @@ def compile(
         target = Path(out).resolve()
         _check_target(target, source)
         build = _Build(source, family_name, rules, target, device, precision, progress)
-        build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler else None
+        build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
         with exclusive(target):
             _recover(target)
             try:

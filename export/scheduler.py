@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle import CheckpointError
+from ..bundle import CheckpointError, DiffoundryError, RequestError
 from ..bundle.files import read_json, write_json
 from .checkpoint import Checkpoint
 
@@ -41,11 +41,24 @@ def write_traced(folder: Path, name: str, counts: Sequence[int]) -> None:
 
     name: a diffusers class or `module:Class`. Raises `RequestError` when it cannot be traced.
     """
+    from ..runtime.schedulers import is_known
     from ..runtime.schedulers.stored import save_table, traced_path
     from .trace_scheduler import trace_scheduler_class
 
+    own = name.rpartition(":")[2]
+    if is_known(own):
+        raise RequestError(
+            f"the scheduler {own} needs no tracing: diffoundry has it; a class of your own needs its own name"
+        )
     config = read_json(folder / "scheduler_config.json", "the scheduler configuration")
-    for count, table in trace_scheduler_class(name, config, counts).items():
-        path = folder / traced_path(name.rpartition(":")[2], count)
+    try:
+        tables = trace_scheduler_class(name, config, counts)
+    except DiffoundryError:
+        raise
+    except (Exception, SystemExit) as error:  # a class of somebody's own may do anything
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise RequestError(f"the scheduler {name!r} cannot be traced ({type(error).__name__}: {reason})") from None
+    for count, table in tables.items():
+        path = folder / traced_path(own, count)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_table(path, table)

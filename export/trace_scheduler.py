@@ -32,6 +32,7 @@ _FAR = 0.01
 _SCALES = (0.01, 1.0, 100.0)
 """How large the random vectors are that a scheduler must treat alike: what clips or thresholds does not."""
 _WIDER = {torch.Tensor.float: torch.Tensor.double, torch.Tensor.half: torch.Tensor.double}
+_MOST_CALLS = 4000
 _OPTIONS = ("timesteps", "sigmas", "mu")
 
 
@@ -198,6 +199,8 @@ def _prepared(scheduler: Any, steps: Steps) -> tuple[Any, Any]:
         timesteps = torch.as_tensor(ready.timesteps)[begin:]
     except Exception as error:  # each scheduler has its own ways of refusing
         raise RequestError(f"{name} cannot make {steps.count} steps: {_reason(error)}") from None
+    if len(timesteps) > _MOST_CALLS:
+        raise RequestError(f"{name} makes {len(timesteps)} calls, more than the {_MOST_CALLS} that can be traced")
     if timesteps.ndim != 1 or not len(timesteps):
         raise RequestError(f"{name} has no step {steps.start} of {steps.count}")
     return ready, timesteps

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import operator
 import re
 import secrets
@@ -90,16 +92,21 @@ class Request:
                 raise RequestError(f"{name} must be a string of text, found {found}")
         if not isinstance(self.guidance, Guidance):
             object.__setattr__(self, "guidance", Guidance(self.guidance))
-        if not isinstance(self.scheduler_options, Mapping) or not all(
-            isinstance(k, str) for k in self.scheduler_options
-        ):
-            raise RequestError(f"scheduler_options must map names to values, found {self.scheduler_options!r}")
+        object.__setattr__(self, "scheduler_options", _plain(self.scheduler_options))
+        if self.scheduler is not None and not isinstance(self.scheduler, str):
+            raise RequestError(f"unknown scheduler {self.scheduler!r}: give the name of one")
         for name in ("timesteps", "sigmas"):
             object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         if self.timesteps is not None and self.sigmas is not None:
             raise RequestError("timesteps and sigmas are two ways to say the same: give one of them")
-        if self.rng not in GENERATORS:
+        if not isinstance(self.rng, str) or self.rng not in GENERATORS:
             raise RequestError(f"unknown rng {self.rng!r}: choose one of {', '.join(GENERATORS)}")
+        if self.seed is not None and self.seed + self.count - 1 > _LARGEST_SEED:
+            raise RequestError(f"the seed of the last image would be above {_LARGEST_SEED}: choose a smaller seed")
+        if not self.guidance.active and (self.guidance.rescale or self.guidance.interval != (0.0, 1.0)):
+            raise RequestError(
+                "the guidance rescale and interval have no effect without guidance: leave them out, or set it above 1"
+            )
         if self.negative_prompt and not self.guidance.active:
             raise RequestError(
                 "the negative prompt has no effect without guidance: leave it out, or set guidance above 1"
@@ -117,14 +124,26 @@ def whole_number(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
+def _plain(options: Any) -> dict[str, Any]:
+    """A copy of `options` as plain JSON values. Raises `RequestError` for what JSON cannot hold."""
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise RequestError(f"scheduler_options must map names to values, found {options!r}")
+    try:
+        text = json.dumps(dict(options), allow_nan=False, default=lambda value: value.tolist())
+        return dict(json.loads(text))
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        raise RequestError("scheduler_options must hold finite numbers, texts, true, false, null and lists") from None
+
+
 def _numbers(name: str, values: Any) -> tuple[float, ...] | None:
     """`values` as finite floats. Raises `RequestError` when they are none, or none are given."""
     if values is None:
         return None
-    try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        numbers = ()
+    numbers: tuple[float, ...] = ()
+    if isinstance(values, (list, tuple, np.ndarray)):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            numbers = tuple(float(value) for value in values if not isinstance(value, (bool, str)))
+        numbers = numbers if len(numbers) == len(values) else ()
     if not numbers or not np.isfinite(numbers).all():
         raise RequestError(f"{name} must be a list of numbers, found {values!r}")
     return numbers
@@ -185,6 +204,7 @@ class Pipeline:
         if loop == "device" and "step" not in bundle.manifest.components:
             raise BundleError(f"{bundle.root} holds no step graph: compile it again, or use the loop 'host'")
         on_device = provider != "cpu" and "step" in bundle.manifest.components
+        self._loop_asked = loop
         self._loop = loop or ("device" if on_device else "host")
         self._lock = threading.RLock()
         self._workers = (threads or default_threads()) - 1
@@ -270,6 +290,8 @@ class Pipeline:
         callback: see `loop.Callback`; it counts the steps of all batches, each as long as its longest row.
         Raises `RequestError` for what the bundle cannot do, before anything is run.
         """
+        if not isinstance(requests, Sequence) or not all(isinstance(request, Request) for request in requests):
+            raise RequestError("generate_many takes a list of Request")
         jobs = [self._job(request) for request in requests]
         total = sum(job.request.count for job in jobs)
         if not jobs or total > _MOST_IMAGES:
@@ -320,6 +342,8 @@ class Pipeline:
 
     def _denoise(self, unet: Engine, rows: list[Row], callback: Callback | None) -> Array:
         split = any(row.guidance.active and row.guidance.mode == "split" for row in rows)
+        if self._loop_asked == "device" and (split or not can_link(unet)):
+            raise RequestError("the loop on the device takes joint guidance and float32 latents: use the loop 'host'")
         if self._loop == "device" and not split and can_link(unet):
             return denoise_on_device(unet, self.engine("step"), rows, callback)
         pool, workers = (self._pool, self._workers) if self._small("unet") else (None, 0)
@@ -335,6 +359,7 @@ class Pipeline:
             "guidance": asdict(request.guidance),
             "scheduler_options": dict(request.scheduler_options),
             "scheduler": self._schedules.named(request.scheduler),
+            "steps": request.steps if request.timesteps is None and request.sigmas is None else table.steps,
             "seed": first,
             "width": width,
             "height": height,
@@ -362,13 +387,19 @@ class Pipeline:
         """
         run = {key: options.pop(key) for key in ("batch", "low_memory", "callback") if key in options}
         guidance = {field_name: options.pop(key) for key, field_name in _GUIDANCE.items() if key in options}
-        known = set(Request.__dataclass_fields__) - {"prompt", "guidance"}
+        if isinstance(guidance.get("scale"), Guidance):
+            if len(guidance) > 1:
+                raise RequestError("give the guidance as one Guidance, or as numbers")
+            options["guidance"] = guidance.pop("scale")
+        else:
+            options["guidance"] = Guidance(**guidance)
+        known = set(Request.__dataclass_fields__) - {"prompt"}
         unknown = set(options) - known
         if unknown:
             name = sorted(unknown)[0]
             near = difflib.get_close_matches(name, [*known, *_GUIDANCE, "batch", "low_memory", "callback"], n=1)
             raise RequestError(f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
-        return self.generate(Request(prompt, guidance=Guidance(**guidance), **options), **run)
+        return self.generate(Request(prompt, **options), **run)
 
     def _size(self, request: Request) -> tuple[int, int]:
         manifest = self.bundle.manifest

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ..bundle import Bundle, RequestError
-from .schedulers import Steps, Table, find_sampler, make_table
+from .schedulers import Steps, Table, find_sampler, is_known, make_table
 from .schedulers.stored import TRACED, load_table
 
 _TRACED = re.compile(rf"scheduler/{TRACED}/(?P<name>\w+)/(?P<count>\d+)\.json")
+_CONFIG = "scheduler/scheduler_config.json"
 _MOST_TABLES = 256
 
 
@@ -18,7 +21,8 @@ class Schedules:
     """The scheduler configuration of a bundle, and the tables that lie in it."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Raises `BundleError` when the configuration cannot be read."""
+        """Raises `BundleError` when the configuration cannot be read or was changed."""
+        bundle.check({_CONFIG} & set(bundle.manifest.files))
         self._bundle = bundle
         self.config = bundle.scheduler_config()
         self._tables: dict[str, Table] = {}
@@ -33,21 +37,33 @@ class Schedules:
 
         Raises `RequestError` for one that neither we nor the bundle have, suggesting the nearest.
         """
-        wanted = str(self.config.get("_class_name")) if name is None else name
-        return wanted if wanted in self.traced else find_sampler(self.config, name)[0]
+        wanted = str(self.config.get("_class_name")) if name is None else str(name)
+        if wanted in self.traced and not is_known(wanted):
+            return wanted
+        try:
+            return find_sampler(self.config, name)[0]
+        except RequestError as error:
+            if not self.traced:
+                raise
+            raise RequestError(f"{error}; traced in this bundle: {', '.join(self.traced)}") from None
 
     def table(self, steps: Steps, name: str | None = None, options: Mapping[str, Any] | None = None) -> Table:
-        """The table of the scheduler `name`, made once. Raises `RequestError`; see `make_table`."""
-        asked = repr((steps, name, sorted((options or {}).items(), key=lambda item: item[0])))
-        if asked not in self._tables:
+        """The table of the scheduler `name`, made once. Raises `RequestError`; see `make_table`.
+
+        options: plain JSON values.
+        """
+        asked = json.dumps([asdict(steps), name, options or {}], sort_keys=True)
+        table = self._tables.get(asked)
+        if table is None:
+            table = self._table(steps, name, options)
             if len(self._tables) >= _MOST_TABLES:
                 self._tables.clear()
-            self._tables[asked] = self._table(steps, name, options)
-        return self._tables[asked]
+            self._tables[asked] = table
+        return table
 
     def _table(self, steps: Steps, name: str | None, options: Mapping[str, Any] | None) -> Table:
         known = self.named(name)
-        if known not in self.traced:
+        if is_known(known):
             return make_table(self.config, steps, name, options)
         counts = self.traced[known]
         plain = not steps.start and steps.timesteps is None and steps.sigmas is None and not options

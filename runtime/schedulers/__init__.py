@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,14 @@ from .table import Steps, Table
 from .tcd import tcd
 from .unipc import unipc
 
-__all__ = ["SAMPLERS", "Sampler", "Steps", "Table", "find_sampler", "make_table"]
+__all__ = ["SAMPLERS", "Sampler", "Steps", "Table", "find_sampler", "is_known", "make_table"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
     """A sampler: its table function, the diffusers class it stands for, its paper and what it is, and its options.
 
-    fixed: options that the name stands for. adds: options beyond those of the config, with their defaults.
+    fixed: options that the name stands for.
     """
 
     table: Callable[[Config, Steps], Table]
@@ -122,9 +122,11 @@ SAMPLERS: dict[str, Sampler] = {
         edm_dpm_solver, "EDMDPMSolverMultistepScheduler", "Lu et al. 2022", "dpm++2m for models in EDM's formulation"
     ),
     "ipndm": Sampler(ipndm, "IPNDMScheduler", "Liu et al. 2022", "fourth-order multistep of models of audio"),
-    "flow-euler": Sampler(flow_euler, "FlowMatchEulerDiscreteScheduler", "Esser et al. 2024", "flow matching"),
-    "flow-heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", "Esser et al. 2024", "flow, second order"),
-    "flow-lcm": Sampler(flow_lcm, "FlowMatchLCMScheduler", "Luo et al. 2023", "flow, few steps, distilled"),
+    "flow-euler": Sampler(
+        flow_euler, "FlowMatchEulerDiscreteScheduler", "Esser et al. 2024", "of flow-matching models"
+    ),
+    "flow-heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", "Esser et al. 2024", "flow-euler, second order"),
+    "flow-lcm": Sampler(flow_lcm, "FlowMatchLCMScheduler", "Luo et al. 2023", "of distilled flow models"),
     "lcm": Sampler(lcm, "LCMScheduler", "Luo et al. 2023", "1 to 8 steps of a consistency-distilled model"),
     "plms": Sampler(pndm, "PNDMScheduler", "Liu et al. 2022", "fourth order, deterministic", {"skip_prk_steps": True}),
     "pndm": Sampler(pndm, "PNDMScheduler", "Liu et al. 2022", "plms, Runge-Kutta at first", {"skip_prk_steps": False}),
@@ -139,6 +141,11 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": Sampler(unipc, "UniPCMultistepScheduler", "Zhao et al. 2023", "multistep predictor-corrector"),
     "unipc-karras": Sampler(unipc, "UniPCMultistepScheduler", "Zhao et al. 2023", "unipc, Karras sigmas", _KARRAS),
 }
+
+
+def is_known(name: str) -> bool:
+    """Whether `name` is a short name or a diffusers class that has a function here."""
+    return name.lower() in SAMPLERS or name in {sampler.class_name for sampler in SAMPLERS.values()}
 
 
 def find_sampler(config: Mapping[str, Any], name: str | None) -> tuple[str, Sampler]:
@@ -180,8 +187,13 @@ def make_table(
     """
     key, sampler = find_sampler(config, name)
     asked = steps if isinstance(steps, Steps) else Steps(steps)
-    absent = {*config.get("_use_default_values", ()), "_use_default_values"}
-    own = {option: value for option, value in config.items() if option not in absent}
+    by_default = config.get("_use_default_values")
+    absent = {str(option) for option in by_default} if isinstance(by_default, list) else set()
+    own = {option: value for option, value in config.items() if option not in absent and not option.startswith("_")}
+    if options and options.get("mu") is not None:
+        options = dict(options)
+        asked = replace(asked, mu=Config({"mu": options["mu"]}).get("mu"))
+        del options["mu"]
     fixed = sampler.fixed if key in SAMPLERS else {}
     read = Config({**own, **fixed, **(options or {})})
     if not 0 <= asked.start < max(asked.count, 1):
@@ -194,9 +206,14 @@ def make_table(
     for option in options or {}:
         if option not in read.read:
             near = difflib.get_close_matches(option, sorted(read.read), n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(read.read))}"
-            raise RequestError(f"{key} has no scheduler option {option!r}{hint}")
+            hint = f", did you mean {near[0]!r}?" if near else ": leave it out"
+            raise RequestError(f"{key} has no scheduler option {option!r}, or it has no effect with the others{hint}")
     parts = (table.timesteps, table.weights, table.x0, table.input_scale, table.levels, table.init_scale)
-    if not all(np.isfinite(part).all() for part in parts):
-        raise RequestError(f"{key} has no {asked.count} distinct steps under this configuration: ask for fewer --steps")
+    with np.errstate(over="ignore"):
+        finite = all(np.isfinite(np.float32(part)).all() for part in parts)
+    if not finite:
+        raise RequestError(
+            f"{key} has no {asked.count} distinct steps under this configuration: "
+            "ask for fewer --steps, or mend the scheduler's options"
+        )
     return table

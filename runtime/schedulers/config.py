@@ -12,12 +12,68 @@ from ...bundle import RequestError
 from ...engines import Array
 
 _MOST_TRAINING_STEPS = 1_000_000
+_LARGE = 1e30
+_LONGEST = 60
+_FLAGS = frozenset(
+    [
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_lu_lambdas",
+        "use_flow_sigmas",
+        "use_dynamic_shifting",
+        "use_clipped_model_output",
+        "clip_sample",
+        "thresholding",
+        "set_alpha_to_one",
+        "rescale_betas_zero_snr",
+        "lower_order_final",
+        "euler_at_final",
+        "skip_prk_steps",
+        "predict_x0",
+        "invert_sigmas",
+        "stochastic_sampling",
+    ]
+)
+_WHOLE = frozenset(
+    [
+        "num_train_timesteps",
+        "steps_offset",
+        "solver_order",
+        "original_inference_steps",
+        "order",
+        "predictor_order",
+        "corrector_order",
+    ]
+)
+_TINY = 1e-12
+_NUMBERS = {
+    "beta_start": (0.0, 1.0),
+    "beta_end": (0.0, 1.0),
+    "eta": (0.0, 1.0),
+    "clip_sample_range": (_TINY, _LARGE),
+    "sigma_min": (_TINY, _LARGE),
+    "sigma_max": (_TINY, _LARGE),
+    "sigma_data": (_TINY, _LARGE),
+    "rho": (0.1, 1000.0),
+    "shift": (0.0, _LARGE),
+    "flow_shift": (_TINY, _LARGE),
+    "timestep_scaling": (_TINY, _LARGE),
+    "s_churn": (0.0, 1e6),
+    "s_noise": (0.0, 1e6),
+    "s_tmin": (0.0, _LARGE),
+    "mu": (-50.0, 50.0),
+}
+"""Options that are numbers, and what they may be."""
 
 
 class Config:
     """The options of a scheduler, and which of them were read, so that none is ignored silently."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
+        """Raises `RequestError` naming an option whose value is not of its kind."""
+        for name, value in values.items():
+            _check(name, value)
         self._values = values
         self.read: set[str] = set()
         self._lacking: set[str] = set()
@@ -54,6 +110,30 @@ class Config:
                     f"the scheduler option {name}={found!r} is not supported, only {value!r}: "
                     "choose another --scheduler"
                 )
+
+
+def _check(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if name in _FLAGS:
+        if not isinstance(value, bool):
+            raise RequestError(f"the scheduler option {name} must be true or false, found {_short(value)}")
+    elif name in _NUMBERS or name in _WHOLE:
+        number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+        whole = name in _WHOLE
+        low, high = _NUMBERS.get(name, (-_MOST_TRAINING_STEPS, _MOST_TRAINING_STEPS))
+        if not number or (whole and value != int(value)) or not low <= value <= high:
+            kind = "a whole number" if whole else "a number"
+            raise RequestError(
+                f"the scheduler option {name} must be {kind} from {low:g} to {high:g}, found {_short(value)}"
+            )
+
+
+def _short(value: Any) -> str:
+    text = (
+        repr(value) if not isinstance(value, int) or abs(value) < _LARGE else f"{float(min(value, _LARGE)):g} or more"
+    )
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
 def alphas_cumprod(config: Config, *more: str) -> Array:

@@ -173,6 +173,8 @@ def curve(config: Config, sigmas: Array, count: int) -> Array | None:
     low, high = config.get("sigma_min"), config.get("sigma_max")
     low = float(sigmas.min()) if low is None else float(low)
     high = float(sigmas.max()) if high is None else float(high)
+    if low > high:
+        raise RequestError(f"sigma_min={low:g} must not be above sigma_max={high:g}: mend these scheduler options")
     if on == ["use_karras_sigmas"]:
         ends = high ** (1 / _RHO), low ** (1 / _RHO)
         return np.asarray((ends[0] + np.linspace(0, 1, count) * (ends[1] - ends[0])) ** _RHO)

@@ -60,7 +60,9 @@ def from_json(value: dict[str, Any], where: str) -> Table:
 
 def _numbers(value: dict[str, Any], name: str, where: str, axes: int) -> Array:
     array = _array(value, name, where)
-    if array.ndim != axes or array.dtype.kind not in "if" or not np.isfinite(array).all():
+    with np.errstate(over="ignore"):
+        finite = array.dtype.kind in "if" and bool(np.isfinite(array.astype(np.float32)).all())
+    if array.ndim != axes or not finite:
         raise _damaged(where, name)
     return array.astype(np.float64)
 

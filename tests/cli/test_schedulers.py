@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import textwrap
@@ -66,6 +67,12 @@ def test_the_table_of_a_scheduler_is_shown(command):
 def test_a_bundle_lends_its_noise_schedule(command, copied):
     path = copied / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.05}))
+    changed = command("schedulers", "ddim", "--bundle", copied)
+    assert changed.returncode == 1
+    assert "changed after the bundle was built" in changed.stderr
+    manifest = json.loads((copied / "bundle.json").read_text())
+    manifest["files"]["scheduler/scheduler_config.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (copied / "bundle.json").write_text(json.dumps(manifest))
     own, common = (
         json.loads(command("schedulers", "ddim", "--json", *more).stdout) for more in (["--bundle", copied], [])
     )
@@ -89,6 +96,14 @@ def test_the_schedule_is_plotted(command, tmp_path, name):
         (["euler", "--start", 20], 1, ["first step must be between 0 and 19"]),
         (["euler", "--scheduler-option", "use_karas_sigmas=1"], 1, ["did you mean 'use_karras_sigmas'"]),
         (["euler", "--scheduler-option", "karras"], 2, ["takes KEY=VALUE"]),
+        (["euler", "--scheduler-option", "use_karras_sigmas=off"], 1, ["must be true or false, found 'off'"]),
+        (["euler", "--scheduler-option", "s_churn=abc"], 1, ["s_churn must be a number from 0"]),
+        (["euler-karras", "--scheduler-option", "sigma_max=-1"], 1, ["sigma_max must be a number"]),
+        (["euler-karras", "--scheduler-option", "sigma_min=1000"], 1, ["must not be above sigma_max"]),
+        (["ddim", "--scheduler-option", "num_train_timesteps=999.7"], 1, ["must be a whole number"]),
+        (["ddim", "--scheduler-option", "eta=" + "[" * 100000], 1, ["eta must be a number"]),
+        (["ddim", "--scheduler-option", "eta=0", "--scheduler-option", "eta=1"], 2, ["given twice"]),
+        (["--start", 5], 2, ["name the scheduler"]),
         (["euler", "--plot", "plot.gif"], 1, [".png or .svg"]),
         (["euler", "--plot", "nowhere/plot.png"], 1, ["does not exist"]),
         (["--plot", "plot.png"], 2, ["name the scheduler"]),
@@ -133,6 +148,9 @@ def test_each_option_of_run_changes_the_image(command, bundle_of, tmp_path):
         (["--scheduler", "ddim", "--timesteps", "999,500"], 1, ["timesteps"]),
         (["--timesteps", "999", "--sigmas", "3,0"], 1, ["give one of them"]),
         (["--rng", "mps"], 2, ["mps"]),
+        (["--steps", "7", "--scheduler", "ddpm", "--timesteps", "900,500,10"], 2, ["leave --steps out"]),
+        (["--guidance", "1", "--guidance-rescale", "0.7"], 1, ["no effect without guidance"]),
+        (["--rng", "cuda", "--seed", str(2**62), "--count", "2"], 1, ["smaller seed"]),
         (["--guidance-rescale", "1.5"], 1, ["rescale must be a number from 0 to 1"]),
         (["--scheduler", "euler", "--scheduler-option", "eta=1"], 1, ["euler has no scheduler option 'eta'"]),
     ],
@@ -202,6 +220,11 @@ def test_a_traced_scheduler_draws_what_diffusers_draws(checkpoint_of, copied):
         (["--trace-scheduler", "NoScheduler", "--steps", "5"], 1, ["no class 'NoScheduler'"]),
         (["--trace-scheduler", "nowhere:Own", "--steps", "5"], 1, ["cannot be imported"]),
         (["--trace-scheduler", "DDIMScheduler"], 1, ["give both"]),
+        (["--trace-scheduler", "DDIMScheduler", "--steps", "5"], 1, ["needs no tracing"]),
+        (["--trace-scheduler", "../x:Y", "--steps", "5"], 1, ["'../x:Y'"]),
+        (["--trace-scheduler", "builtins:int", "--steps", "5"], 1, ["'builtins:int'", "cannot be traced"]),
+        (["--trace-scheduler", "", "--steps", "5"], 1, ["no class ''"]),
+        (["--trace-scheduler", "DDIMParallelScheduler", "--steps", "inf"], 2, ["takes whole numbers"]),
         (["--steps", "5"], 1, ["give both"]),
         (["--trace-scheduler", "DDIMScheduler", "--steps", "2.5"], 2, ["takes whole numbers"]),
     ],

@@ -90,6 +90,14 @@ def test_requests_of_one_batch_have_one_size(pipe):
         pipe.generate_many([Request(PROMPT), Request(PROMPT, width=72)])
     with pytest.raises(RequestError, match="from 1 to"):
         pipe.generate_many([])
+    for odd in (None, "abc", [None], Request(PROMPT)):
+        with pytest.raises(RequestError, match="list of Request"):
+            pipe.generate_many(odd)
+
+
+def test_the_device_loop_refuses_split_guidance(device_pipe):
+    with pytest.raises(RequestError, match="joint guidance"):
+        device_pipe(PROMPT, steps=2, guidance_mode="split")
 
 
 def test_links_are_checked(device_pipe):

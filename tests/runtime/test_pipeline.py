@@ -141,6 +141,12 @@ def test_two_threads_get_what_each_would_get_alone(pipe):
         ({"timesteps": [float("nan")]}, "timesteps"),
         ({"scheduler_options": {"use_karas_sigmas": True}, "scheduler": "euler"}, "did you mean 'use_karras_sigmas'"),
         ({"scheduler_options": 5}, "scheduler_options"),
+        ({"scheduler_options": {"eta": float("nan")}}, "finite numbers"),
+        ({"scheduler": ["euler"]}, "unknown scheduler"),
+        ({"rng": []}, "unknown rng"),
+        ({"timesteps": "123"}, "timesteps must be a list"),
+        ({"timesteps": [True, False]}, "timesteps must be a list"),
+        ({"guidance": Guidance(3), "guidance_rescale": 0.5}, "as one Guidance"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_runs(pipe, options, message):
@@ -158,6 +164,23 @@ def test_latents_that_are_not_finite_are_an_error():
     row = Row(table, Guidance(), TorchGenerator(0), text, text, latents)
     with pytest.raises(EngineError, match="not finite"):
         denoise(NotANumber(None, [row]), [row])
+
+
+def test_options_are_taken_as_they_are_when_the_request_is_made(pipe):
+    betas = np.linspace(0.001, 0.01, 2000)
+    other = np.where(np.arange(2000) // 500 % 3, betas * 3, betas)  # the same at both ends
+    found = []
+    for chosen in (betas, other):
+        options = {"num_train_timesteps": 2000, "trained_betas": chosen}
+        request = Request(PROMPT, seed=1, steps=3, scheduler="ddim", scheduler_options=options)
+        options["trained_betas"] = None
+        found.append(pipe.generate(request).latents)
+    assert not np.allclose(*found, atol=1e-3)
+
+
+def test_a_guidance_may_be_given_whole(pipe):
+    whole = pipe(PROMPT, seed=1, steps=2, guidance=Guidance(3.0)).latents
+    np.testing.assert_array_equal(whole, pipe(PROMPT, seed=1, steps=2, guidance=3.0).latents)
 
 
 def test_the_record_of_a_result_makes_it_again(pipe):
