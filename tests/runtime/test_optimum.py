@@ -63,4 +63,4 @@ def test_we_draw_the_same_image_from_their_export(optimum_python, bundle_of, che
     assert done.returncode == 0, done.stderr
     theirs = load(exported)(PROMPT, steps=8, seed=7, count=2)
     ours = load(bundle_of("pico"))(PROMPT, steps=8, seed=7, count=2)
-    np.testing.assert_allclose(theirs.latents, ours.latents, atol=1e-3)
+    np.testing.assert_allclose(theirs.latents, ours.latents, atol=1e-3, rtol=1e-2)
