@@ -11,6 +11,7 @@ from ...bundle import RequestError
 from ...engines import Array
 from .config import Config, predicted_noise, predicted_x0
 from .spacing import (
+    alpha_sigma,
     as_float32,
     at_timesteps,
     count_of,
@@ -248,11 +249,7 @@ def _schedule(config: Config, steps: Steps, rounds: bool, repeats: bool = False)
     sigmas = as_float32(np.append(sigmas, last))
     if steps.start >= len(timesteps):
         raise RequestError(f"the first step must be between 0 and {len(timesteps) - 1}, found {steps.start}")
-    if config.get("use_flow_sigmas", False):
-        alpha, sigma = 1 - sigmas, sigmas
-    else:
-        alpha = 1 / np.sqrt(sigmas**2 + 1)
-        sigma = sigmas * alpha
+    alpha, sigma = alpha_sigma(config, sigmas)
     flow = config.get("prediction_type") == "flow_prediction"
     p, q = predicted_x0(config, alpha[:-1], (sigmas if flow else sigma)[:-1])
     return Schedule(timesteps, alpha, sigma, np.log(alpha) - np.log(sigma), p, q)

@@ -183,6 +183,14 @@ def curve(config: Config, sigmas: Array, count: int) -> Array | None:
     return np.array([low + beta_quantile(t, _BETA, _BETA) * (high - low) for t in 1 - np.linspace(0, 1, count)])
 
 
+def alpha_sigma(config: Config, sigmas: Array) -> tuple[Array, Array]:
+    """α and σ of x = α · image + σ · noise for ratios σ/α, or with `use_flow_sigmas` for σ = 1 − α itself."""
+    if config.get("use_flow_sigmas", False):
+        return 1 - sigmas, sigmas
+    alpha = 1 / np.sqrt(sigmas**2 + 1)
+    return alpha, sigmas * alpha
+
+
 def sigma_schedule(config: Config, steps: Steps, train: Array) -> tuple[Array, Array]:
     """Timesteps and sigmas, chosen, spaced as the config says, or along its sigma curve; the sigmas not yet rounded."""
     timesteps = chosen_timesteps(config, steps)

@@ -13,6 +13,7 @@ from ...engines import Array
 from .config import Config, predicted_noise, predicted_x0, train_steps
 from .flow_match import dynamically_shifted, shifted, stretched
 from .spacing import (
+    alpha_sigma,
     at_timesteps,
     count_of,
     curve,
@@ -55,11 +56,7 @@ def schedule_of(config: Config, steps: Steps, timesteps: Array, sigmas: Array, i
     """The schedule over `timesteps` with `sigmas`, (S + 1,): ratios σ/α, or with `use_flow_sigmas` σ = 1 − α itself."""
     if steps.start >= len(timesteps):
         raise RequestError(f"the first step must be between 0 and {len(timesteps) - 1}, found {steps.start}")
-    if config.get("use_flow_sigmas", False):
-        alpha, sigma = 1 - sigmas, sigmas
-    else:
-        alpha = 1 / np.sqrt(sigmas**2 + 1)
-        sigma = sigmas * alpha
+    alpha, sigma = alpha_sigma(config, sigmas)
     if (alpha <= 0).any():
         raise RequestError("use_flow_sigmas needs sigmas below 1: set no other sigma curve, or a smaller sigma_max")
     flow = config.get("prediction_type") == "flow_prediction"
