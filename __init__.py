@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bundle import DiffoundryError, StoppedError
     from .export import compile
+    from .runtime.conditioning import Conditioning
     from .runtime.guidance import Guidance
-    from .runtime.pipeline import Pipeline, Request, Result, load
+    from .runtime.pipeline import Pipeline, Result, load
+    from .runtime.request import Request
 
 __version__ = "0.1.0"
 __all__ = [
+    "Conditioning",
     "DiffoundryError",
     "Guidance",
     "Pipeline",
@@ -27,13 +30,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Conditioning": ".runtime.conditioning",
     "DiffoundryError": ".bundle",
     "StoppedError": ".bundle",
     "compile": ".export",
     "Guidance": ".runtime.guidance",
     "load": ".runtime.pipeline",
     "Pipeline": ".runtime.pipeline",
-    "Request": ".runtime.pipeline",
+    "Request": ".runtime.request",
     "Result": ".runtime.pipeline",
 }
 

@@ -38,7 +38,8 @@ def main(bundle: str, scheduler: str, steps: int, rounds: int, as_json: bool) ->
     embeddings, _ = pipe.encode([PROMPT, ""])
     table = make_table(pipe.bundle.scheduler_config(), steps, scheduler)
     latents = TorchGenerator(0).randn(settings.channels, side, side) * np.float32(table.init_scale)
-    row = Row(table, Guidance(7.5), TorchGenerator(0), embeddings[0], embeddings[1], latents)
+    texts = [{"encoder_hidden_states": embedding} for embedding in embeddings]
+    row = Row(table, Guidance(7.5), TorchGenerator(0), texts[0], texts[1], latents)
     denoiser = Denoiser(pipe.engine("unet"), [row], pipe._pool, pipe._workers)
     linked = _LinkedStep(pipe.engine("unet"), pipe.engine("step"), [row], (True,), State([table], latents[None]))
     halves = np.random.default_rng(0).standard_normal((2, *latents.shape)).astype(np.float32)

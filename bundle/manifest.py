@@ -51,23 +51,37 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """How latents relate to pixels: `x_vae = x / scaling_factor + shift_factor`, `downscale` pixels a latent."""
+    """How latents relate to pixels: `x_vae = x · std / scaling_factor + shift_factor + mean`, channel by channel.
+
+    downscale: pixels a latent. tile: side of a tile, in latents, when large images are worked through in tiles.
+    mean, std: one number a channel, or empty for 0 and 1.
+    """
 
     channels: int
     downscale: int
     scaling_factor: float
     shift_factor: float = 0.0
+    tile: int = 64
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """How text becomes the token ids of one text encoder."""
+    """How text becomes the token ids of one text encoder, and which of its outputs the U-Net reads.
+
+    hidden: the output that becomes `encoder_hidden_states`; skips: its replacements when 1, 2, … layers are skipped.
+    pooled: the output that becomes `text_embeds`, "" where the U-Net takes none of this encoder.
+    """
 
     tokenizer: str
     max_length: int
     bos_token_id: int
     eos_token_id: int
     pad_token_id: int
+    hidden: str = "last_hidden_state"
+    skips: tuple[str, ...] = ()
+    pooled: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +97,9 @@ class Manifest:
     prompts: dict[str, Prompt]
     default_width: int
     default_height: int
+    default_steps: int = 20
+    default_guidance: float = 7.5
+    options: dict[str, bool] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -131,12 +148,17 @@ def from_json(value: dict[str, Any], where: str) -> Manifest:
             downscale=reader.positive(latents, "downscale", "latents."),
             scaling_factor=reader.nonzero(latents, "scaling_factor", "latents."),
             shift_factor=reader.number(latents, "shift_factor", "latents."),
+            tile=reader.positive({"tile": 64, **latents}, "tile", "latents."),
+            **{name: reader.per_channel(latents, name) for name in ("mean", "std")},
         ),
         prompts={
             name: reader.prompt(f"prompts.{name}.", part) for name, part in reader.get(value, "prompts", dict).items()
         },
         default_width=reader.positive(value, "default_width"),
         default_height=reader.positive(value, "default_height"),
+        default_steps=reader.positive({"default_steps": 20, **value}, "default_steps"),
+        default_guidance=reader.number({"default_guidance": 7.5, **value}, "default_guidance"),
+        options=reader.flags("options", reader.get({"options": {}, **value}, "options", dict)),
         source=reader.texts("source", reader.get(value, "source", dict)),
         versions=reader.texts("versions", reader.get(value, "versions", dict)),
         schema_version=version,
@@ -177,6 +199,18 @@ class _Reader:
         if abs(found) < 1e-12:
             raise self.fail(prefix + name, "must not be zero")
         return found
+
+    def per_channel(self, latents: dict[str, Any], name: str) -> tuple[float, ...]:
+        values = self.get({name: [], **latents}, name, list, "latents.")
+        numbers = tuple(self.number({name: value}, name, "latents.") for value in values)
+        if numbers and len(numbers) != latents["channels"]:
+            raise self.fail(f"latents.{name}", "must hold one number a channel")
+        return numbers
+
+    def flags(self, name: str, values: dict[Any, Any]) -> dict[str, bool]:
+        if not all(isinstance(item, bool) for item in values.values()):
+            raise self.fail(name, "must map names to true or false")
+        return values
 
     def strings(self, name: str, values: list[Any]) -> list[str]:
         if not all(isinstance(item, str) for item in values):
@@ -232,4 +266,11 @@ class _Reader:
         for name, number in numbers.items():
             if not (_SHORTEST_WINDOW if name == "max_length" else 0) <= number < _LARGEST_TOKEN:
                 raise self.fail(prefix + name, f"is out of range, found {number}")
-        return Prompt(tokenizer=self.get(value, "tokenizer", str, prefix), **numbers)
+        outputs = {"hidden": "last_hidden_state", "pooled": "", "skips": [], **value}
+        return Prompt(
+            tokenizer=self.get(value, "tokenizer", str, prefix),
+            hidden=self.get(outputs, "hidden", str, prefix),
+            skips=tuple(self.strings(f"{prefix}skips", self.get(outputs, "skips", list, prefix))),
+            pooled=self.get(outputs, "pooled", str, prefix),
+            **numbers,
+        )

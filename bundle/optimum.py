@@ -84,4 +84,4 @@ def _prompt(root: Path) -> Prompt:
         ids[f"{name}_token_id"] = int(vocab[token])
     text = read_json(root / "text_encoder" / "config.json", "the text encoder configuration")
     window = min(int(config.get("model_max_length", 77)), _field(text, "max_position_embeddings", int))
-    return Prompt(tokenizer="tokenizer", max_length=window, **ids)
+    return Prompt("tokenizer", window, ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"])

@@ -15,7 +15,7 @@ from .progress import progress
 @click.command("run")
 @click.argument("bundle", type=click.Path())
 @click.argument("prompt")
-@click.option("-n", "--negative", default="", help="What the image should not show.")
+@click.option("-n", "--negative", help="What the image should not show.")
 @click.option(
     "-o",
     "--output",
@@ -35,14 +35,14 @@ from .progress import progress
     metavar="KEY=VALUE",
     help="As in a scheduler_config.json, or eta; a value is JSON (true, 0.5). May be repeated.",
 )
-@click.option("--steps", type=int, help="Steps of the scheduler. [default: 20]")
+@click.option("--steps", type=int, help="Steps of the scheduler. [default: the bundle's own]")
 @click.option("--timesteps", metavar="T,T,…", help="Timesteps of your own, in place of --steps.")
 @click.option(
     "--sigmas",
     metavar="S,S,…",
     help="Sigmas of your own, in place of --steps; for euler also the one after the last step.",
 )
-@click.option("--guidance", default=7.5, show_default=True, type=float, help="1 or less turns guidance off.")
+@click.option("--guidance", type=float, help="1 or less turns guidance off. [default: the bundle's own]")
 @click.option(
     "--guidance-mode",
     default="joint",
@@ -80,14 +80,14 @@ from .progress import progress
 def run_command(
     bundle: str,
     prompt: str,
-    negative: str,
+    negative: str | None,
     output: str,
     scheduler: str | None,
     options: tuple[str, ...],
     steps: int | None,
     timesteps: str | None,
     sigmas: str | None,
-    guidance: float,
+    guidance: float | None,
     guidance_mode: str,
     guidance_interval: tuple[float, float],
     guidance_rescale: float,
@@ -108,14 +108,15 @@ def run_command(
     from .. import __version__
     from ..runtime.guidance import Guidance
     from ..runtime.images import output_paths, save_png
-    from ..runtime.pipeline import Request, load
+    from ..runtime.pipeline import load
+    from ..runtime.request import Request
 
     if steps is not None and (timesteps is not None or sigmas is not None):
         raise click.UsageError("--timesteps and --sigmas take the place of --steps: leave --steps out")
     request = Request(
         prompt=prompt,
         negative_prompt=negative,
-        steps=20 if steps is None else steps,
+        steps=steps,
         guidance=Guidance(guidance, guidance_mode, guidance_interval, guidance_rescale),
         scheduler=scheduler,
         scheduler_options=read_options(options),

@@ -2,118 +2,366 @@
 
     python -m diffoundry.examples.random_checkpoint sd15 build/sd15
 
-`sd15` has the size of Stable Diffusion 1.5 (4.2 GB); `sd15-small` and `sd2-small` have the topology of Stable Diffusion
-1.x and 2.x (v_prediction, linear projections, per-level head counts, another padding token) with small widths.
+`sd15`, `sdxl` and `sdxl-refiner` have the published sizes (4.2 GB; 6.9 GB and 6.1 GB in float16). The names that end in
+-small have the topology of a published family, with its scheduler, and small widths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    import torch
+
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_SD_SCHEDULER = {**_BETAS, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+_PNDM_SCHEDULER = {**_SD_SCHEDULER, "skip_prk_steps": True}
+_SDXL_SCHEDULER = {**_PNDM_SCHEDULER, "interpolation_type": "linear", "timestep_spacing": "leading"}
+_TURBO_SCHEDULER = {**_PNDM_SCHEDULER, "timestep_spacing": "trailing"}
+_LCM_SCHEDULER = {
+    **_SD_SCHEDULER,
+    "original_inference_steps": 50,
+    "set_alpha_to_one": True,
+    "timestep_scaling": 10.0,
+    "timestep_spacing": "leading",
+}
 
 _SD_BLOCKS = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     "layers_per_block": 2,
 }
-_SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
+_SDXL_BLOCKS = {
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
 }
+_REFINER_BLOCKS = {
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+}
+_INPAINT = 9
+"""Channels of an inpainting U-Net: the latents, the mask, the latents of the masked image."""
+_PUBLISHED_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+"""What published text encoders say, though the tokens differ; transformers then pools at the largest token of a row."""
 
-SIZES: dict[str, dict[str, Any]] = {
-    "sd15": {
-        "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-        "unet": {
-            "block_out_channels": (320, 640, 1280, 1280),
-            "attention_head_dim": 8,
-            "cross_attention_dim": 768,
-            "sample_size": 64,
-        },
-        "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
-        "scheduler": {"skip_prk_steps": True},
-        "vocabulary": 49408,
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a checkpoint is made of.
+
+    text, text_2: of the text encoders; empty for none. components: further arguments of the pipeline.
+    scaled: draw the weights by fan-in, so that every input shows in the outputs, rather than as the libraries do.
+    """
+
+    text: Mapping[str, Any]
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text_2: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: str = "DDIMScheduler"
+    scheduler_options: Mapping[str, Any] = field(default_factory=lambda: dict(_SD_SCHEDULER))
+    vocabulary: int = 1000
+    pad_token: str = "<|endoftext|>"
+    pipeline: str = "StableDiffusionPipeline"
+    components: Mapping[str, Any] = field(default_factory=dict)
+    scaled: bool = True
+    half: bool = False
+
+
+_NO_SAFETY = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+_SD15 = Size(
+    text={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    unet={
+        **_SD_BLOCKS,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+        "sample_size": 64,
     },
-    "sd15-small": {
-        "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-        "unet": {
-            "block_out_channels": (32, 32, 64, 64),
-            "attention_head_dim": 8,
-            "cross_attention_dim": 32,
-            "sample_size": 16,
-            "norm_num_groups": 8,
-        },
-        "vae": {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 2, "norm_num_groups": 8},
-        "scheduler": {},
-        "vocabulary": 1000,
+    vae={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    scheduler="PNDMScheduler",
+    scheduler_options=_PNDM_SCHEDULER,
+    vocabulary=49408,
+    components=_NO_SAFETY,
+    scaled=False,
+)
+_SD15_SMALL = replace(
+    _SD15,
+    text={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    unet={
+        **_SD_BLOCKS,
+        "block_out_channels": (32, 32, 64, 64),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 32,
+        "sample_size": 16,
+        "norm_num_groups": 8,
     },
-    "sd2-small": {
-        "text": {
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "hidden_act": "gelu",
-        },
-        "unet": {
-            "block_out_channels": (32, 32, 64, 64),
-            "attention_head_dim": (2, 4, 4, 4),
-            "cross_attention_dim": 48,
-            "sample_size": 12,
-            "norm_num_groups": 8,
-            "use_linear_projection": True,
-        },
-        "vae": {"block_out_channels": (16, 32, 32, 32), "layers_per_block": 2, "norm_num_groups": 8},
-        "scheduler": {"prediction_type": "v_prediction"},
-        "vocabulary": 1000,
-        "pad_token": "!",
+    vae={"block_out_channels": (16, 16, 32, 32), "layers_per_block": 2, "norm_num_groups": 8},
+    scheduler="DDIMScheduler",
+    scheduler_options=_SD_SCHEDULER,
+    vocabulary=1000,
+)
+_SD2_SMALL = replace(
+    _SD15_SMALL,
+    text={
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
     },
+    unet={
+        **_SD_BLOCKS,
+        "block_out_channels": (32, 32, 64, 64),
+        "attention_head_dim": (2, 4, 4, 4),
+        "cross_attention_dim": 48,
+        "sample_size": 12,
+        "norm_num_groups": 8,
+        "use_linear_projection": True,
+    },
+    vae={"block_out_channels": (16, 32, 32, 32), "layers_per_block": 2, "norm_num_groups": 8},
+    scheduler_options={**_SD_SCHEDULER, "prediction_type": "v_prediction"},
+    pad_token="!",
+)
+
+_SHALLOW = {"layers_per_block": 1, "sample_size": 8}
+_SHALLOW_VAE = {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+_SD15_SHALLOW = replace(_SD15_SMALL, unet={**_SD15_SMALL.unet, **_SHALLOW}, vae=_SHALLOW_VAE, scaled=True)
+_SD2_SHALLOW = replace(_SD2_SMALL, unet={**_SD2_SMALL.unet, **_SHALLOW}, vae=_SHALLOW_VAE, scaled=True)
+
+_SDXL = Size(
+    text=_SD15.text,
+    text_2={
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+        **_PUBLISHED_IDS,
+    },
+    unet={
+        **_SDXL_BLOCKS,
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 10),
+        "block_out_channels": (320, 640, 1280),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+        "sample_size": 128,
+    },
+    vae={**_SD15.vae, "scaling_factor": 0.13025, "force_upcast": True},
+    scheduler="EulerDiscreteScheduler",
+    scheduler_options=_SDXL_SCHEDULER,
+    vocabulary=49408,
+    pipeline="StableDiffusionXLPipeline",
+    components={"force_zeros_for_empty_prompt": True},
+    half=True,
+)
+_REFINER = replace(
+    _SDXL,
+    text={},
+    unet={
+        **_REFINER_BLOCKS,
+        "layers_per_block": 2,
+        "transformer_layers_per_block": 4,
+        "block_out_channels": (384, 768, 1536, 1536),
+        "attention_head_dim": (6, 12, 24, 24),
+        "cross_attention_dim": 1280,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 5 * 256 + 1280,
+        "sample_size": 128,
+    },
+    pipeline="StableDiffusionXLImg2ImgPipeline",
+    components={"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
+)
+_SDXL_SMALL = replace(
+    _SDXL,
+    text=_SD15_SMALL.text,
+    text_2={
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+        "projection_dim": 40,
+    },
+    unet={
+        **_SDXL_BLOCKS,
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 1, 2),
+        "block_out_channels": (16, 32, 32),
+        "attention_head_dim": (1, 2, 4),
+        "cross_attention_dim": 32 + 48,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 40,
+        "sample_size": 8,
+        "norm_num_groups": 8,
+    },
+    vae={**_SHALLOW_VAE, "scaling_factor": 0.13025, "force_upcast": True},
+    vocabulary=1000,
+    half=False,
+)
+_REFINER_SMALL = replace(
+    _SDXL_SMALL,
+    text={},
+    text_2={**_SDXL_SMALL.text_2, **_PUBLISHED_IDS},
+    unet={
+        **_REFINER_BLOCKS,
+        "layers_per_block": 1,
+        "transformer_layers_per_block": 1,
+        "block_out_channels": (16, 32, 32, 32),
+        "attention_head_dim": (1, 2, 4, 4),
+        "cross_attention_dim": 48,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 5 * 8 + 40,
+        "sample_size": 8,
+        "norm_num_groups": 8,
+    },
+    pipeline=_REFINER.pipeline,
+    components=_REFINER.components,
+)
+
+SIZES: dict[str, Size] = {
+    "sd15": _SD15,
+    "sd15-small": _SD15_SMALL,
+    "sd2-small": _SD2_SMALL,
+    "sd15-inpaint-small": replace(
+        _SD15_SHALLOW,
+        unet={**_SD15_SHALLOW.unet, "in_channels": _INPAINT},
+        scheduler="PNDMScheduler",
+        scheduler_options=_PNDM_SCHEDULER,
+        pipeline="StableDiffusionInpaintPipeline",
+    ),
+    "sd2-inpaint-small": replace(
+        _SD2_SHALLOW,
+        unet={**_SD2_SHALLOW.unet, "in_channels": _INPAINT},
+        scheduler="PNDMScheduler",
+        scheduler_options=_PNDM_SCHEDULER,
+        pipeline="StableDiffusionInpaintPipeline",
+    ),
+    "lcm-small": replace(
+        _SD15_SHALLOW,
+        unet={**_SD15_SHALLOW.unet, "time_cond_proj_dim": 16},
+        scheduler="LCMScheduler",
+        scheduler_options=_LCM_SCHEDULER,
+        pipeline="LatentConsistencyModelPipeline",
+    ),
+    "turbo-small": replace(_SD2_SHALLOW, scheduler="EulerDiscreteScheduler", scheduler_options=_TURBO_SCHEDULER),
+    "sdxl": _SDXL,
+    "sdxl-small": _SDXL_SMALL,
+    "sdxl-inpaint-small": replace(
+        _SDXL_SMALL,
+        unet={**_SDXL_SMALL.unet, "in_channels": _INPAINT},
+        pipeline="StableDiffusionXLInpaintPipeline",
+    ),
+    "lcm-sdxl-small": replace(
+        _SDXL_SMALL,
+        unet={**_SDXL_SMALL.unet, "time_cond_proj_dim": 16},
+        scheduler="LCMScheduler",
+        scheduler_options=_LCM_SCHEDULER,
+    ),
+    "sdxl-turbo-small": replace(
+        _SDXL_SMALL, scheduler="EulerAncestralDiscreteScheduler", scheduler_options=_TURBO_SCHEDULER
+    ),
+    "sdxl-refiner": _REFINER,
+    "sdxl-refiner-small": _REFINER_SMALL,
 }
 
 
 def make(size: str, out: Path, seed: int = 0) -> None:
     """Write a diffusers folder of the given size to `out`."""
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    shape = SIZES[size]
+    asked = SIZES[size]
     torch.manual_seed(seed)
-    tokens = shape["vocabulary"]
-    tokenizer = CLIPTokenizer(
-        **_vocabulary(tokens), pad_token=shape.get("pad_token", "<|endoftext|>"), model_max_length=77
-    )
-    ids = {"bos_token_id": tokens - 2, "eos_token_id": tokens - 1, "pad_token_id": tokenizer.pad_token_id}
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=tokens, max_position_embeddings=77, **ids, **shape["text"]))
-    unet = UNet2DConditionModel(in_channels=4, out_channels=4, **_SD_BLOCKS, **shape["unet"])
-    vae = AutoencoderKL(
+    of_sdxl = "XL" in asked.pipeline
+    parts: dict[str, Any] = {}
+    for suffix, text, kind, pad in (
+        ("", asked.text, CLIPTextModel, asked.pad_token),
+        ("_2", asked.text_2, CLIPTextModelWithProjection, "!"),
+    ):
+        if text:
+            tokenizer = _tokenizer(asked.vocabulary, pad)
+            config = CLIPTextConfig(
+                vocab_size=asked.vocabulary,
+                max_position_embeddings=77,
+                **{**_special_ids(tokenizer), **text},
+            )
+            parts["tokenizer" + suffix] = tokenizer
+            parts["text_encoder" + suffix] = _model(kind, asked, config)
+        elif of_sdxl:
+            parts |= {"tokenizer" + suffix: None, "text_encoder" + suffix: None}
+    parts["unet"] = _model(diffusers.UNet2DConditionModel, asked, out_channels=4, **{"in_channels": 4, **asked.unet})
+    parts["vae"] = _model(
+        diffusers.AutoencoderKL,
+        asked,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=4,
-        sample_size=8 * shape["unet"]["sample_size"],
-        **shape["vae"],
+        sample_size=8 * asked.unet["sample_size"],
+        **asked.vae,
     )
-    scheduler = (PNDMScheduler if "skip_prk_steps" in shape["scheduler"] else DDIMScheduler).from_config(
-        {**_SCHEDULER, **shape["scheduler"]}
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    scheduler = getattr(diffusers, asked.scheduler).from_config(dict(asked.scheduler_options))
+    pipeline = getattr(diffusers, asked.pipeline)(**parts, scheduler=scheduler, **asked.components)
     pipeline.save_pretrained(out)
-    name_as_of_old(out / "text_encoder")
+    for folder in ("text_encoder", "text_encoder_2"):
+        if parts.get(folder) is not None:
+            name_as_of_old(out / folder)
+
+
+def _model(kind: Any, size: Size, *arguments: Any, **options: Any) -> torch.nn.Module:
+    """A model of the class `kind`, its weights drawn as `size` says."""
+    import torch
+
+    if not size.scaled:
+        model: torch.nn.Module = kind(*arguments, **options)
+        return model.eval()
+    with torch.device("meta"):
+        model = kind(*arguments, **options)
+    torch.nn.Module.to(model, torch.float16 if size.half else torch.float32)
+    _draw(model.to_empty(device="cpu").requires_grad_(False))
+    return model.eval()
+
+
+def _draw(model: torch.nn.Module) -> None:
+    """Fill the parameters so that variances neither vanish nor grow with the width, and norms and biases do something.
+
+    What is added to a residual stream is smaller than the stream, so that rounding is not magnified from block to
+    block; what the timestep and the added conditions say is larger, so that it shows.
+    """
+    gains = {"conv2": 0.5, "to_out.0": 0.5, "net.2": 0.5, "out_proj": 0.5, "fc2": 0.5, "time_emb_proj": 2.0}
+    for name, parameter in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        if parameter.ndim == 1:
+            parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)
+        elif layer.endswith(("token_embedding", "position_embedding")):
+            parameter.normal_(0.0, 0.7)
+        else:
+            gain = next((gains[end] for end in gains if layer.endswith(end)), 1.0)
+            parameter.normal_(0.0, gain * parameter[0].numel() ** -0.5)
+
+
+def _tokenizer(tokens: int, pad_token: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer(**_vocabulary(tokens), pad_token=pad_token, model_max_length=77)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    return {name: int(getattr(tokenizer, name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def name_as_of_old(folder: Path) -> None:
@@ -125,8 +373,8 @@ def name_as_of_old(folder: Path) -> None:
 
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    prefix = "text_model."
-    named = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in tensors.items()}
+    old = ("text_model.", "text_projection.")
+    named = {name if name.startswith(old) else old[0] + name: tensor for name, tensor in tensors.items()}
     save_file(named, path, metadata={"format": "pt"})
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,20 @@ from ..bundle.files import read_json
 
 _MAX_HEADER = 100 << 20
 """safetensors' own limit for the JSON header."""
+_ADDED = ("vae_tiny",)
+"""Components that no checkpoint holds, and that may be given one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder with `model_index.json`; `index` is its contents."""
+    """A folder with `model_index.json`; `index` is its contents.
+
+    replaced: folders that stand for components of it, or for ones that it lacks.
+    """
 
     root: Path
     index: dict[str, Any]
+    replaced: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
@@ -45,9 +52,32 @@ class Checkpoint:
         """The diffusers pipeline class that the checkpoint was saved from."""
         return str(self.index.get("_class_name", ""))
 
+    def has(self, name: str) -> bool:
+        """Whether the pipeline has a component `name`; the refiner of SDXL has no first text encoder."""
+        value = self.index.get(name)
+        return name in self.replaced or (isinstance(value, list) and value != [None, None])
+
+    def replace(self, folders: Mapping[str, str | Path]) -> Checkpoint:
+        """The checkpoint with other folders for some components. Raises `CheckpointError` for what is none."""
+        for name, folder in folders.items():
+            known = [*(key for key in self.index if self.has(key)), *_ADDED]
+            if name not in known:
+                raise CheckpointError(f"{self.root} has no component {name!r} to replace: it has {', '.join(known)}")
+            if not Path(folder).is_dir():
+                raise CheckpointError(f"{folder} is no folder: give the diffusers folder of the component {name!r}")
+        index = {key: value for key, value in self.index.items() if key not in folders}
+        replaced = {**self.replaced, **{name: Path(folder) for name, folder in folders.items()}}
+        changed = Checkpoint(self.root, index, replaced)
+        for name in folders:
+            if name in self.index:
+                file = "scheduler_config.json" if name == "scheduler" else "config.json"
+                kind = changed.config(name, file).get("_class_name", self.index[name][1])
+                index[name] = [self.index[name][0], kind]
+        return changed
+
     def folder(self, name: str) -> Path:
         """The folder of component `name`, whose weights were checked to be whole. Raises `CheckpointError`."""
-        folder = self.root / name
+        folder = self.replaced.get(name, self.root / name)
         if not folder.is_dir():
             raise CheckpointError(
                 f"{self.root} has no folder {name!r}: the checkpoint is incomplete, download it again"

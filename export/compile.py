@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,13 @@ from ..bundle.files import (
 from ..bundle.manifest import to_json
 from ..engines import EngineStore
 from ..engines.onnxruntime import OnnxRuntimeEngine, load_component, require_provider
+from ..runtime.guidance import Guidance
+from ..runtime.request import Request
 from . import step_graph
 from .checkpoint import Checkpoint
 from .fuse import HOISTED, fuse
 from .plan import OPSET, ComponentPlan
+from .single_file import is_single_file, unpack
 
 if TYPE_CHECKING:
     from .families import Family
@@ -53,10 +56,13 @@ Progress = Callable[[str, int, int], None]
 
 ENGINES = ("onnxruntime",)
 PRECISIONS = ("fp32",)
-_REVISION = 2
+_REVISION = 3
 """Raise it when the exporter writes something else from the same input."""
 _TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnxruntime", "diffoundry")
-_FOLDERS = ("engines", "reports", "tokenizer", "scheduler")
+_FOLDERS = ("engines", "reports", "tokenizer", "tokenizer_2", "scheduler")
+_UNPACKED = ".checkpoint"
+_NEEDED_BY = {"vae_encoder": ("img2img", "inpaint")}
+"""Components that not every task needs."""
 _DISK_FACTOR = 2.2
 """Disk needed, as a multiple of the float32 weights: the ONNX model and the engine made of it."""
 
@@ -78,14 +84,26 @@ def compile(
     device: str = "cpu",
     precision: str = "fp32",
     family: str | None = None,
+    tasks: Sequence[str] | None = None,
+    components: Mapping[str, str | Path] | None = None,
+    config: str | Path | None = None,
+    prediction_type: str | None = None,
+    default_steps: int | None = None,
+    default_guidance: float | None = None,
     trace_scheduler: str | None = None,
     steps: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Bundle:
-    """Make the bundle `out` from a diffusers folder or hub id.
+    """Make the bundle `out` from a diffusers folder, a hub id, or a single file in the layout of the original authors.
 
     engine, device: what the engines are built for; each component is validated on it against torch.
     family: overrides the family found by the pipeline class. progress: see `Progress`.
+    tasks: of those that the checkpoint can do, the ones that the bundle is for (default: all); components that only
+    the others need are left out. components: folders in place of components of the checkpoint, such as the U-Net of a
+    distilled model with its scheduler; `vae_tiny` adds an `AutoencoderTiny` as a second decoder.
+    config: for a single file, a diffusers folder whose configurations, scheduler and tokenizer go with its weights.
+    prediction_type: for a single file, what its U-Net predicts, where the file does not tell.
+    default_steps, default_guidance: what `run` asks for when it is not told (default: the family's).
     trace_scheduler: a diffusers class or `module:Class` that diffoundry has no function for; its tables are read off
     it for each of `steps` and kept in the bundle, which can then run it.
     Raises `CheckpointError`, `EngineError` or `DiffoundryError`; what was finished is kept for the next run, and
@@ -99,23 +117,77 @@ def compile(
     _require_export()
     from .families import family_of  # imports torch
 
-    source = Checkpoint.open(checkpoint)
-    family_name, rules = family_of(source, family)
     if not isinstance(out, (str, Path)) or not str(out):
         raise DiffoundryError(f"the output must be a path, found {out!r}")
     try:
         target = Path(out).resolve()
-        _check_target(target, source)
-        build = _Build(source, family_name, rules, target, device, precision, progress)
-        build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
+        _check_target(target, checkpoint)
         with exclusive(target):
             _recover(target)
             try:
+                single = _unpack(checkpoint, _work(target), config, prediction_type)
+                source = Checkpoint.open(single or checkpoint).replace(components or {})
+                family_name, rules = family_of(source, family)
+                build = _Build(source, family_name, rules, target, device, precision, progress)
+                if single is not None:
+                    build.name = Path(checkpoint).stem
+                build.tasks = _chosen_tasks(source, rules, tasks)
+                build.defaults = _defaults(rules, default_steps, default_guidance)
+                build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
                 return build.run()
             finally:
-                build.tidy()
+                _tidy(_work(target))
     except OSError as error:
         raise disk_error(error) from error
+
+
+def _work(target: Path) -> Path:
+    """Where the bundle `target` is made."""
+    return target.parent / f".{target.name}.part"
+
+
+def _unpack(checkpoint: str | Path, work: Path, config: str | Path | None, prediction_type: str | None) -> Path | None:
+    """The diffusers folder made of a single file, once for each content; None when `checkpoint` is no file."""
+    if not isinstance(checkpoint, (str, Path)) or not is_single_file(Path(checkpoint)):
+        for name, value in (("config", config), ("prediction type", prediction_type)):
+            if value is not None:
+                raise DiffoundryError(f"the {name} goes with a single file, which {checkpoint} is not: leave it out")
+        return None
+    path = Path(checkpoint)
+    folder = None if config is None else Path(config)
+    told = [sha256_file(path), prediction_type or "", sha256_tree(folder) if folder is not None else ""]
+    unpacked = work / _UNPACKED / sha256_json(told)[:16]
+    if not unpacked.is_dir():
+        remove(work / _UNPACKED)
+        unpacked.parent.mkdir(parents=True)
+        unpack(path, unpacked, config=folder, prediction_type=prediction_type)
+    return unpacked
+
+
+def _chosen_tasks(source: Checkpoint, rules: Family, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The tasks of the bundle, in the order of the family. Raises `DiffoundryError` for one that it cannot do."""
+    known = rules.tasks(source)
+    if asked is None:
+        return known
+    wrong = [task for task in asked if task not in known]
+    if wrong or not asked:
+        raise DiffoundryError(
+            f"{source.root} cannot do the task {', '.join(wrong) or '(none)'}: choose from {', '.join(known)}"
+        )
+    return tuple(task for task in known if task in asked)
+
+
+def _defaults(rules: Family, steps: int | None, guidance: float | None) -> tuple[int, float]:
+    """What is run by default. Raises `DiffoundryError` for what cannot be run."""
+    chosen = rules.DEFAULT_STEPS if steps is None else steps, rules.DEFAULT_GUIDANCE if guidance is None else guidance
+    Request(steps=chosen[0], guidance=Guidance(chosen[1]))
+    return chosen[0], float(chosen[1])
+
+
+def _tidy(work: Path) -> None:
+    """After a failure: leave the work folder only if a finished stage is in it."""
+    if not any((work / ".stages").glob("*.json")):
+        remove(work)
 
 
 def _require_export() -> None:
@@ -126,11 +198,12 @@ def _require_export() -> None:
             raise DiffoundryError(f"compile needs {name}: run `pip install 'diffoundry[export]'`") from None
 
 
-def _check_target(target: Path, source: Checkpoint) -> None:
+def _check_target(target: Path, checkpoint: str | Path) -> None:
     if not target.parent.is_dir():
         raise DiffoundryError(f"the folder {target.parent} does not exist: make it, or choose another --output")
-    if source.root.resolve().is_relative_to(target):
-        raise DiffoundryError(f"the bundle would overwrite the checkpoint {source.root}: choose another --output")
+    local = isinstance(checkpoint, (str, Path)) and Path(checkpoint).exists()
+    if local and Path(checkpoint).resolve().is_relative_to(target):
+        raise DiffoundryError(f"the bundle would overwrite the checkpoint {checkpoint}: choose another --output")
     if target.exists() and not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise DiffoundryError(f"{target} exists and is no bundle: choose another --output, or remove it first")
     strangers = _strangers(target)
@@ -184,9 +257,12 @@ class _Build:
         self.source, self.family_name, self.rules, self.target = source, family_name, rules, target
         self.device, self.precision = device, precision
         self.progress = progress or (lambda stage, done, total: None)
-        self.work = target.parent / f".{target.name}.part"
+        self.work = _work(target)
         self.store = EngineStore(self.work / "engines")
         self.versions = {name: importlib.metadata.version(name) for name in _TOOLS}
+        self.name = source.root.resolve().name
+        self.tasks: tuple[str, ...] = ()
+        self.defaults = rules.DEFAULT_STEPS, rules.DEFAULT_GUIDANCE
         self.traced: tuple[str, tuple[int, ...]] | None = None
 
     def run(self) -> Bundle:
@@ -211,7 +287,7 @@ class _Build:
             stages,
             Manifest(
                 family=self.family_name,
-                tasks=self.rules.TASKS,
+                tasks=self.tasks,
                 precision=self.precision,
                 components={
                     name: replace(stages[name].component, inputs=inputs, outputs=outputs)
@@ -222,8 +298,11 @@ class _Build:
                 prompts=prompts,
                 default_width=width,
                 default_height=height,
+                default_steps=self.defaults[0],
+                default_guidance=self.defaults[1],
+                options=self.rules.options(self.source),
                 source={
-                    "name": self.source.root.resolve().name,
+                    "name": self.name,
                     "pipeline": self.source.class_name,
                     "sha256": sha256_json(hashes),
                 },
@@ -238,8 +317,9 @@ class _Build:
     def _read(self) -> tuple[list[ComponentPlan], Latents, tuple[int, int]]:
         """What the family makes of the configurations, before any work is done."""
         try:
+            plans = self.rules.components(self.source)
             return (
-                self.rules.components(self.source),
+                [plan for plan in plans if set(_NEEDED_BY.get(plan.name, self.tasks)) & set(self.tasks)],
                 self.rules.latents(self.source),
                 self.rules.default_size(self.source),
             )
@@ -253,7 +333,7 @@ class _Build:
         """Tokenizer, scheduler and pipeline index: before the long work, so that what is wrong with them shows."""
         from .scheduler import write_scheduler, write_traced
 
-        for name in ("tokenizer", "scheduler"):
+        for name in ("tokenizer", "tokenizer_2", "scheduler"):
             remove(self.work / name)
         prompts = self.rules.prompts(self.source, self.work)
         write_scheduler(self.source, self.work / "scheduler", self.rules.scheduler_config)
@@ -265,11 +345,6 @@ class _Build:
         }
         write_json(self.work / "model_index.json", {**index, "requires_safety_checker": False})
         return prompts
-
-    def tidy(self) -> None:
-        """After a failure: leave the work folder only if a finished stage is in it."""
-        if not any((self.work / ".stages").glob("*.json")):
-            remove(self.work)
 
     def _take_engines(self) -> None:
         """Engines of the bundle that is replaced stay; their keys decide whether they are ever used."""
@@ -300,6 +375,7 @@ class _Build:
                 "source": source_hash,
                 "inputs": [asdict(tensor) for tensor in plan.inputs],
                 "outputs": [asdict(tensor) for tensor in plan.outputs],
+                "facts": plan.facts,
                 "versions": {name: version for name, version in self.versions.items() if name != "diffoundry"},
                 "opset": OPSET,
                 "precision": self.precision,
@@ -416,7 +492,7 @@ class _Build:
         for name in (path.stem for path in sorted((work / ".stages").glob("*.json"))):
             shutil.copyfile(work / ".stages" / f"{name}.json", work / "reports" / "stages" / f"{name}.json")
         names = ["model_index.json", "reports/parity.json"]
-        for folder in ("scheduler", "tokenizer"):
+        for folder in ("scheduler", "tokenizer", "tokenizer_2"):
             files_of = sorted(path for path in (work / folder).rglob("*") if path.is_file())
             names += [path.relative_to(work).as_posix() for path in files_of]
         files = {name: sha256_file(work / name) for name in names}
@@ -427,6 +503,7 @@ class _Build:
     def _swap(self) -> None:
         """Put the finished folder in the place of the bundle; `_recover` mends a stop between the renames."""
         remove(self.work / ".stages")
+        remove(self.work / _UNPACKED)
         if self.target.exists():
             self.target.rename(_old(self.target))
         self.work.rename(self.target)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HOISTED = ("encoder_hidden_states",)
+HOISTED = ("encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond")
 """Inputs that a whole run shares."""
 _DOMAIN = "com.microsoft"
 _ON_THE_WAY = ("Mul", "Transpose", "Reshape")

@@ -35,7 +35,7 @@ class ComponentPlan:
     load: returns the torch module, in eval mode, whose keyword arguments are the inputs and which returns the
     outputs (one tensor, or a tuple). integers: exclusive upper bounds of integer inputs. scale: a factor on the
     random values of an input, such as the range of timesteps. repeat: an input that is a vector over the batch and
-    is to accept one value for all rows.
+    is to accept one value for all rows. facts: numbers that `load` writes into the graph beside the weights.
     """
 
     name: str
@@ -47,6 +47,7 @@ class ComponentPlan:
     integers: dict[str, int] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
     repeat: str = ""
+    facts: tuple[float, ...] = ()
 
     def sizes(self, rng: np.random.Generator) -> dict[str, int]:
         """A random size for each axis."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
 _EXTERNAL_FROM_BYTES = 64 << 20
 """Models with more weights than this keep them beside the graph; a protobuf holds at most 2 GiB."""
+_NAME = re.compile(r"[A-Za-z_]\w*")
 _CHATTY = ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", "torch.utils._sympy", "torch._dynamo")
 
 
@@ -31,16 +33,18 @@ def trace(plan: ComponentPlan, module: Any, folder: Path) -> None:
 
     sizes = {name: axis.unit * (-(-axis.low // axis.unit) + 1 + i) for i, (name, axis) in enumerate(plan.axes.items())}
     feeds = {name: torch.from_numpy(array) for name, array in plan.feeds(sizes, np.random.default_rng(0)).items()}
-    dynamic = {t.name: {i: axis for i, axis in enumerate(t.shape) if isinstance(axis, str)} for t in plan.inputs}
+    any_size = torch.export.Dim.DYNAMIC
+    dynamic = {t.name: {i: any_size for i, axis in enumerate(t.shape) if isinstance(axis, str)} for t in plan.inputs}
     with _quiet(), torch.no_grad():
         try:
+            # the graph is captured without Dynamo, which takes several times as long and finds the same
+            captured = torch.export.export(module, (), feeds, dynamic_shapes=dynamic, strict=False)
             program = torch.onnx.export(
-                module,
+                captured,
                 (),
                 kwargs=feeds,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=dynamic,
                 output_names=[tensor.name for tensor in plan.outputs],
                 verbose=False,
             )
@@ -62,6 +66,7 @@ def _name_axes(plan: ComponentPlan, model: Any) -> None:
     import onnx_ir
 
     values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    names: dict[str, str] = {}
     for tensor in (*plan.inputs, *plan.outputs):
         value = values.get(tensor.name)
         if value is None or value.shape is None or len(value.shape) != len(tensor.shape):
@@ -73,7 +78,20 @@ def _name_axes(plan: ComponentPlan, model: Any) -> None:
                 raise CheckpointError(
                     f"{plan.name}: axis {axis!r} of {tensor.name!r} was fixed to {value.shape[i]} in tracing"
                 )
+            if isinstance(axis, str):
+                names.setdefault(str(value.shape[i]), axis)
         value.shape = onnx_ir.Shape(list(tensor.shape))
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = onnx_ir.Shape([_renamed(size, names) for size in value.shape])
+
+
+def _renamed(size: Any, names: dict[str, str]) -> int | str | None:
+    """A size, or an expression of generated names, in the plan's names."""
+    if isinstance(size, int):
+        return size
+    return None if size.value is None else _NAME.sub(lambda found: names.get(found[0], found[0]), size.value)
 
 
 def _repeat(name: str, model: Any) -> None:

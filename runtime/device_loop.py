@@ -34,8 +34,15 @@ def phases(rows: Sequence[Row]) -> list[_Phase]:
     return result
 
 
-def can_link(unet: Engine) -> bool:
-    """Whether the `step` graph can feed this U-Net: float32 latents and one float32 timestep a row."""
+def can_link(unet: Engine, rows: Sequence[Row]) -> bool:
+    """Whether the `step` graph can feed this U-Net with these rows.
+
+    It can with joint guidance, float32 latents, one float32 timestep a row, and nothing to be kept or seen of an image.
+    """
+    if any(row.kept is not None or row.channels is not None for row in rows):
+        return False
+    if any(row.guidance.active and row.guidance.mode == "split" for row in rows):
+        return False
     specs = {tensor.name: tensor for tensor in (*unet.inputs, *unet.outputs[:1])}
     if not {"sample", "timestep", "encoder_hidden_states"} <= set(specs):
         return False
@@ -80,11 +87,11 @@ class _LinkedStep:
     def __init__(self, unet: Engine, step: Engine, rows: Sequence[Row], guided: tuple[bool, ...], state: State) -> None:
         on = [i for i, is_guided in enumerate(guided) if is_guided]
         source = np.array([*on, *range(len(rows))])
-        texts = [rows[i].negative for i in on] + [row.prompt for row in rows]
+        told = [rows[i].negative or {} for i in on] + [row.prompt for row in rows]
         prompt_row = np.arange(len(rows)) + len(on)
         negative_row = prompt_row.copy()
         negative_row[on] = np.arange(len(on))
-        scales = [row.guidance.scale for row in rows]
+        scales = [row.guidance.scale or 0.0 for row in rows]
         rescales = [row.guidance.rescale * is_guided for row, is_guided in zip(rows, guided, strict=True)]
         place = step.place
         sample = state.model_input()[source]
@@ -106,7 +113,7 @@ class _LinkedStep:
             {
                 "sample": shared["sample"],
                 "timestep": shared["timestep"],
-                "encoder_hidden_states": place(np.stack([text for text in texts if text is not None])),
+                **{name: place(np.stack([each[name] for each in told])) for name in told[0]},
                 unet.outputs[0].name: shared["model_output"],
             }
         )

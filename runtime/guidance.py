@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,20 +19,22 @@ _ROUNDING = 1e-9
 class Guidance:
     """Ho & Salimans 2022, equation 6: m = m_negative + scale · (m_prompt − m_negative).
 
-    mode: `joint` runs both halves in one call, `split` in two calls of half the memory, `off` runs the prompt alone.
+    scale: None is the bundle's default. mode: `joint` runs both halves in one call, `split` in two calls of half the
+    memory, `off` runs the prompt alone.
     interval: the part of the steps, from 0 to 1, in which guidance is on (Kynkäänniemi et al. 2024).
     rescale: φ from 0 to 1, the part of m that gets the deviation of m_prompt (Lin et al. 2023, section 3.4).
     """
 
-    scale: float = 7.5
+    scale: float | None = None
     mode: str = "joint"
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.scale) or not 0 <= self.scale <= _LARGEST_SCALE:
-            raise RequestError(f"guidance must be a number from 0 to {_LARGEST_SCALE:g}, found {self.scale!r}")
-        object.__setattr__(self, "scale", float(self.scale))
+        if self.scale is not None:
+            if not _is_number(self.scale) or not 0 <= self.scale <= _LARGEST_SCALE:
+                raise RequestError(f"guidance must be a number from 0 to {_LARGEST_SCALE:g}, found {self.scale!r}")
+            object.__setattr__(self, "scale", float(self.scale))
         if self.mode not in MODES:
             raise RequestError(f"unknown guidance mode {self.mode!r}: choose one of {', '.join(MODES)}")
         found = self.interval
@@ -47,7 +49,11 @@ class Guidance:
     @property
     def active(self) -> bool:
         """Whether any negative rows are needed at all."""
-        return self.mode != "off" and self.scale > 1
+        return self.mode != "off" and (self.scale is None or self.scale > 1)
+
+    def or_default(self, scale: float) -> Guidance:
+        """This guidance, with `scale` where none was asked for."""
+        return replace(self, scale=scale) if self.scale is None else self
 
     def at(self, k: int, steps: int) -> bool:
         """Whether step k of `steps` is guided."""

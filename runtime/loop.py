@@ -20,18 +20,41 @@ Callback = Callable[[int, int, Array], object]
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What inpainting keeps of an image: after each step, all that the mask is 0 at, noised as the step is.
+
+    mask: float32 (1, H, W), 1 where the image is drawn anew. image, noise: latents, (C, H, W).
+    """
+
+    mask: Array
+    image: Array
+    noise: Array
+
+    def blend(self, x: Array, table: Table, k: int) -> Array:
+        """The latents after step k of `table`, with the kept part of the image in its place."""
+        alpha, sigma = table.levels[k + 1].astype(np.float32) if k + 1 < table.steps else (1.0, 0.0)
+        kept = alpha * self.image + sigma * self.noise
+        blended: Array = (1 - self.mask) * kept + self.mask * x
+        return blended
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One image to be: its schedule, guidance and noise, its text, and the latents that it starts from.
 
-    prompt, negative: (tokens, width); negative is needed where the guidance is active. latents: float32 (C, H, W).
+    prompt, negative: the U-Net's inputs beside sample and timestep, without their row axis; negative is needed where
+    the guidance is active. latents: float32 (C, H, W). kept: for inpainting. channels: float32 (c, H, W), what the
+    U-Net sees beside the latents at every step.
     """
 
     table: Table
     guidance: Guidance
     generator: Generator
-    prompt: Array
-    negative: Array | None
+    prompt: Mapping[str, Array]
+    negative: Mapping[str, Array] | None
     latents: Array
+    kept: Kept | None = None
+    channels: Array | None = None
 
 
 @dataclass(slots=True)
@@ -45,7 +68,7 @@ class _Call:
     output: str
 
     def __call__(self, x: Array, timesteps: Array) -> Array:
-        self.sample[...] = x[self.source]
+        self.sample[:, : x.shape[1]] = x[self.source]
         if self.timestep.shape == self.source.shape:
             self.timestep[...] = timesteps[self.source]
         else:  # a graph of another tool, with one timestep for all rows
@@ -118,29 +141,56 @@ class Denoiser:
     def _bind(
         self, rows: tuple[int, ...], negative: tuple[int, ...], prompt: tuple[int, ...], shape: tuple[int, ...]
     ) -> list[_Call]:
-        texts = [self._rows[rows[i]].negative for i in negative] + [self._rows[rows[i]].prompt for i in prompt]
-        embeddings = np.stack([text for text in texts if text is not None])
+        told = [self._rows[rows[i]].negative or {} for i in negative] + [self._rows[rows[i]].prompt for i in prompt]
         source = np.array([*negative, *prompt])
-        specs = {tensor.name: tensor for tensor in self._unet.inputs}
-        missing = {"sample", "timestep", "encoder_hidden_states"} - set(specs)
-        if missing:
-            raise EngineError(f"unet: the model has no input {', '.join(sorted(missing))}: it is of another family")
+        channels = [self._rows[rows[i]].channels for i in source]
+        inputs = {name: np.stack([each[name] for each in told]) for name in told[0]}
+        specs = self._specs(shape, channels, inputs)
         at_once = 1 if self._pool is None else self._workers + 1
         parts = np.array_split(np.arange(len(source)), min(at_once, len(source)))
-        return [self._bind_rows(specs, source[part], embeddings[part], shape) for part in parts]
+        calls = []
+        for part in parts:
+            beside = [channels[i] for i in part]
+            own = {name: array[part] for name, array in inputs.items()}
+            calls.append(self._bind_rows(specs, source[part], own, shape, beside))
+        return calls
+
+    def _specs(
+        self, shape: tuple[int, ...], channels: Sequence[Array | None], inputs: Mapping[str, Array]
+    ) -> dict[str, Tensor]:
+        """The U-Net's inputs by name. Raises `EngineError` when they are not what the rows hold."""
+        specs = {tensor.name: tensor for tensor in self._unet.inputs}
+        held = {"sample", "timestep", *inputs}
+        if set(specs) != held:
+            wrong = sorted(set(specs) ^ held)
+            raise EngineError(f"unet: the model and the pipeline do not agree on {', '.join(wrong)}: compile it again")
+        wanted = specs["sample"].shape[1]
+        beside = {0 if each is None else len(each) for each in channels}
+        if isinstance(wanted, int) and {shape[0] + count for count in beside} != {wanted}:
+            raise EngineError(f"unet: the model takes {wanted} channels, the latents have {shape[0]}: compile it again")
+        return specs
 
     def _bind_rows(
-        self, specs: Mapping[str, Tensor], source: Array, embeddings: Array, shape: tuple[int, ...]
+        self,
+        specs: Mapping[str, Tensor],
+        source: Array,
+        inputs: Mapping[str, Array],
+        shape: tuple[int, ...],
+        channels: Sequence[Array | None],
     ) -> _Call:
         # ours takes one timestep a row; exports of other tools take a scalar, or one for all rows
         a_row = specs["timestep"].shape == specs["sample"].shape[:1]
         timestep_shape = source.shape if a_row else (1,) * len(specs["timestep"].shape)
-        sample = np.zeros((len(source), *shape), specs["sample"].dtype)
+        beside = np.stack([each for each in channels if each is not None]) if channels[0] is not None else None
+        count = shape[0] + (0 if beside is None else beside.shape[1])
+        sample = np.zeros((len(source), count, *shape[1:]), specs["sample"].dtype)
+        if beside is not None:
+            sample[:, shape[0] :] = beside
         timestep = np.zeros(timestep_shape, specs["timestep"].dtype)
         feeds: Mapping[str, Array] = {
             "sample": sample,
             "timestep": timestep,
-            "encoder_hidden_states": np.ascontiguousarray(embeddings, specs["encoder_hidden_states"].dtype),
+            **{name: np.ascontiguousarray(array, specs[name].dtype) for name, array in inputs.items()},
         }
         return _Call(source, sample, timestep, self._unet.bind(feeds), self._unet.outputs[0].name)
 
@@ -161,7 +211,11 @@ def denoise(denoiser: Denoiser, rows: Sequence[Row], callback: Callback | None =
         output = denoiser(state.model_input(), state.timesteps, active, guided)
         shape = (1, *latents.shape[1:])
         noise = [row.generator.randn(*shape) if draws else None for row, draws in zip(here, state.draws, strict=True)]
+        made = state.positions
         state.advance(output, noise)
+        for i, (row, k) in enumerate(zip(here, made, strict=True)):
+            if row.kept is not None:
+                state.x[i] = row.kept.blend(state.x[i], row.table, k)
         finished = state.finished()
         if callback is not None or any(finished):
             latents[list(active)] = state.x

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
-import operator
-import re
+import hashlib
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +18,30 @@ from PIL import Image
 
 from ..bundle import Bundle, BundleError, RequestError
 from ..engines import Array, Engine, EngineStore
+from . import tasks
+from .autoencoder import DECODERS, Autoencoder
+from .conditioning import Conditioning, guidance_embedding
 from .device_loop import can_link, denoise_on_device
 from .guidance import Guidance
 from .images import to_image
 from .loop import Callback, Denoiser, Row, denoise
 from .noise import GENERATORS
+from .request import LARGEST_SIDE, MOST_IMAGES, Request, whole_number
 from .schedulers import Steps, Table
 from .schedules import Schedules
-from .tokenizer import PromptTokenizer
+from .text import Ask, Embedding, TextEncoders
 
-_LARGEST_SEED = 2**62
-_LARGEST_SIDE = 16384
-_MOST_STEPS = 1_000_000
-_MOST_IMAGES = 4096
 _MOST_THREADS = 1024
 _SMALL_BYTES = 64 << 20
 """A model under this has operators too small to be worth sharing among processors."""
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_FAMILIES = {"stable-diffusion": ("text_encoder", "unet", "vae_decoder")}
-"""The families that this runtime runs, and the components that each needs."""
+_FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "latent-consistency")
+"""The families that this runtime runs."""
+_TASKS = {
+    "txt2img": ("vae_decoder",),
+    "img2img": ("vae_encoder", "vae_decoder"),
+    "inpaint": ("vae_encoder", "vae_decoder"),
+}
+"""What each task needs beside text encoders and U-Net."""
 _PRECISIONS = ("fp32", "as exported")
 _GUIDANCE = {
     "guidance": "scale",
@@ -48,114 +50,21 @@ _GUIDANCE = {
     "guidance_rescale": "rescale",
 }
 _LOOPS = ("host", "device")
-_TEXTS = ("prompt", "negative_prompt")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to draw. `seed` None means a fresh random one; sizes None mean the checkpoint's own.
-
-    scheduler: a short name or a diffusers class; None is the checkpoint's own. scheduler_options: laid over the
-    checkpoint's scheduler configuration. timesteps, sigmas: a schedule of one's own, in place of `steps`.
-    rng: whose generator `seed` is for, `cpu` or `cuda`, as in torch.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    steps: int = 20
-    guidance: Guidance = field(default_factory=Guidance)
-    scheduler: str | None = None
-    seed: int | None = None
-    count: int = 1
-    width: int | None = None
-    height: int | None = None
-    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
-    timesteps: tuple[float, ...] | None = None
-    sigmas: tuple[float, ...] | None = None
-    rng: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("steps", 1, _MOST_STEPS),
-            ("count", 1, _MOST_IMAGES),
-            ("seed", 0, _LARGEST_SEED),
-            ("width", 1, _LARGEST_SIDE),
-            ("height", 1, _LARGEST_SIDE),
-        ):
-            value = getattr(self, name)
-            if value is not None or name in ("steps", "count"):
-                object.__setattr__(self, name, whole_number(name, value, low, high))
-        for name in ("prompt", "negative_prompt"):
-            text = getattr(self, name)
-            if not isinstance(text, str) or _SURROGATE.search(text):
-                found = f"{type(text).__name__}" if not isinstance(text, str) else "bytes that are not UTF-8"
-                raise RequestError(f"{name} must be a string of text, found {found}")
-        if not isinstance(self.guidance, Guidance):
-            object.__setattr__(self, "guidance", Guidance(self.guidance))
-        object.__setattr__(self, "scheduler_options", _plain(self.scheduler_options))
-        if self.scheduler is not None and not isinstance(self.scheduler, str):
-            raise RequestError(f"unknown scheduler {self.scheduler!r}: give the name of one")
-        for name in ("timesteps", "sigmas"):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
-        if self.timesteps is not None and self.sigmas is not None:
-            raise RequestError("timesteps and sigmas are two ways to say the same: give one of them")
-        if not isinstance(self.rng, str) or self.rng not in GENERATORS:
-            raise RequestError(f"unknown rng {self.rng!r}: choose one of {', '.join(GENERATORS)}")
-        if self.seed is not None and self.seed + self.count - 1 > _LARGEST_SEED:
-            raise RequestError(f"the seed of the last image would be above {_LARGEST_SEED}: choose a smaller seed")
-        if not self.guidance.active and (self.guidance.rescale or self.guidance.interval != (0.0, 1.0)):
-            raise RequestError(
-                "the guidance rescale and interval have no effect without guidance: leave them out, or set it above 1"
-            )
-        if self.negative_prompt and not self.guidance.active:
-            raise RequestError(
-                "the negative prompt has no effect without guidance: leave it out, or set guidance above 1"
-            )
-
-
-def whole_number(name: str, value: Any, low: int, high: int) -> int:
-    """`value` as an int. Raises `RequestError` when it is no whole number from `low` to `high`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = low - 1
-    if isinstance(value, bool) or not low <= number <= high:
-        raise RequestError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
-    return number
-
-
-def _plain(options: Any) -> dict[str, Any]:
-    """A copy of `options` as plain JSON values. Raises `RequestError` for what JSON cannot hold."""
-    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
-        raise RequestError(f"scheduler_options must map names to values, found {options!r}")
-    try:
-        text = json.dumps(dict(options), allow_nan=False, default=lambda value: value.tolist())
-        return dict(json.loads(text))
-    except (TypeError, ValueError, AttributeError, RecursionError):
-        raise RequestError("scheduler_options must hold finite numbers, texts, true, false, null and lists") from None
-
-
-def _numbers(name: str, values: Any) -> tuple[float, ...] | None:
-    """`values` as finite floats. Raises `RequestError` when they are none, or none are given."""
-    if values is None:
-        return None
-    numbers: tuple[float, ...] = ()
-    if isinstance(values, (list, tuple, np.ndarray)):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            numbers = tuple(float(value) for value in values if not isinstance(value, (bool, str)))
-        numbers = numbers if len(numbers) == len(values) else ()
-    if not numbers or not np.isfinite(numbers).all():
-        raise RequestError(f"{name} must be a list of numbers, found {values!r}")
-    return numbers
+_RUN = ("batch", "low_memory", "callback")
+_SCORED = "requires_aesthetics_score"
+_RECORDED = ("prompt", "negative_prompt", "seed", "count", "timesteps", "sigmas", "rng")
+"""What a record always says; of the rest it says what is not the default."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A request made ready: `texts` are the prompt and, where it is guided, the negative prompt."""
+    """A request made ready. guidance: as the loop applies it; embedded: as the U-Net is told it, where it is."""
 
     request: Request
     table: Table
-    texts: tuple[str, ...]
+    guidance: Guidance
+    embedded: float | None
+    picture: tasks.Picture | None
     seeds: list[int]
     size: tuple[int, int]
     record: dict[str, Any]
@@ -163,7 +72,7 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Images with what made them: image i came from `seeds[i]` alone.
+    """Images with what made them: image i came from `seeds[i]` alone. There are none where latents were asked for.
 
     cut: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
     latents: the final latents, float32 (count, C, H/downscale, W/downscale).
@@ -210,7 +119,11 @@ class Pipeline:
         self._workers = (threads or default_threads()) - 1
         self._pool = ThreadPoolExecutor(self._workers, "diffoundry") if self._workers else None
         self._schedules = Schedules(bundle)
-        self._tokenizers: dict[str, PromptTokenizer] = {}
+        self._text = TextEncoders(bundle, self.engine)
+        self._autoencoder = Autoencoder(bundle, self.engine)
+        self._widths = {part.name: part.shape[-1] for part in bundle.component("unet").inputs if part.shape}
+        sample = [part.shape[1] for part in bundle.component("unet").inputs if part.name == "sample"]
+        self._inpaints = sample == [2 * bundle.manifest.latents.channels + 1]
 
     def engine(self, name: str) -> Engine:
         """The engine of component `name`, loaded on first use.
@@ -245,30 +158,18 @@ class Pipeline:
             self._engines.pop(name, None)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
-        """Text embeddings, (len(prompts), tokens, width), in one call, and what was cut off each prompt."""
-        with self._lock:
-            if "text_encoder" not in self._tokenizers:
-                prompt = self.bundle.manifest.prompts["text_encoder"]
-                self._tokenizers["text_encoder"] = PromptTokenizer(self.bundle.path(prompt.tokenizer), prompt)
-            tokenizer = self._tokenizers["text_encoder"]
-        ids, cut = tokenizer.encode(prompts)
-        engine = self.engine("text_encoder")
-        spec = engine.inputs[0]
-        output = engine({spec.name: ids.astype(spec.dtype)})
-        name = "last_hidden_state" if "last_hidden_state" in output else engine.outputs[0].name
-        return output[name], cut
+        """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""
+        made = self._text.embed([Ask((prompt, prompt)) for prompt in prompts])
+        return np.stack([each.hidden for each in made]), [max(each.cut, key=len) for each in made]
 
-    def decode(self, latents: Array) -> Array:
+    def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
         """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale); one image at a time."""
-        settings = self.bundle.manifest.latents
-        engine = self.engine("vae_decoder")
-        spec = engine.inputs[0]
-        scaled = latents / np.float32(settings.scaling_factor) + np.float32(settings.shift_factor)
-        rows = [
-            engine({spec.name: scaled[i : i + 1].astype(spec.dtype)})[engine.outputs[0].name]
-            for i in range(len(scaled))
-        ]
-        return np.concatenate(rows)
+        self._check_decoder(decoder)
+        return self._autoencoder.decode(latents, decoder, tiled=tiled)
+
+    def preview(self, latents: Array) -> list[Image.Image]:
+        """Pictures of latents on their way, by the tiny decoder. Raises `RequestError` when the bundle has none."""
+        return [to_image(sample) for sample in self.decode(np.nan_to_num(latents), "tiny")]
 
     def generate(
         self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None
@@ -294,23 +195,27 @@ class Pipeline:
             raise RequestError("generate_many takes a list of Request")
         jobs = [self._job(request) for request in requests]
         total = sum(job.request.count for job in jobs)
-        if not jobs or total > _MOST_IMAGES:
-            raise RequestError(f"a batch must have from 1 to {_MOST_IMAGES} images, found {total}")
+        if not jobs or total > MOST_IMAGES:
+            raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
-        batch = total if batch is None else whole_number("batch", batch, 1, _MOST_IMAGES)
+        batch = total if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
         if callback is not None and not callable(callback):
             raise RequestError(f"callback must be callable, found {type(callback).__name__}")
         seconds: dict[str, float] = {}
         with _timed(seconds, "text_encoder"):
-            texts = list(dict.fromkeys(text for job in jobs for text in job.texts))
-            embeddings, cut = self.encode(texts)
+            told = self._tell(jobs)
         if low_memory:
-            self.release("text_encoder")
+            for name in self._text.names:
+                self.release(name)
+        encoded = [self._encode_picture(job, seconds) for job in jobs]
+        if low_memory:
+            self.release("vae_encoder")
         with _timed(seconds, "load"):
             unet = self.engine("unet")
         with _timed(seconds, "loop"):
-            rows = [row for job in jobs for row in self._rows(job, texts, embeddings)]
+            parts = zip(jobs, told, encoded, strict=True)
+            rows = [row for job, texts, made in parts for row in self._rows(job, texts, made)]
             batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
             lengths = [max(row.table.steps for row in part) for part in batches]
             finished = []
@@ -321,71 +226,213 @@ class Pipeline:
         if low_memory:
             self.release("unet")
         latents = np.concatenate(finished)
-        with _timed(seconds, "vae_decoder"):
-            images = [to_image(sample) for sample in self.decode(latents)]
         results, at = [], 0
-        for job in jobs:
+        for job, texts in zip(jobs, told, strict=True):
             own = slice(at, at + job.request.count)
             at = own.stop
-            cuts = {name: cut[texts.index(text)] for name, text in zip(_TEXTS, job.texts, strict=False)}
             results.append(
                 Result(
-                    images=images[own],
+                    images=self._finish(job, latents[own], seconds),
                     seeds=job.seeds,
                     request=job.record,
-                    cut={name: text for name, text in cuts.items() if text},
+                    cut=_cuts(texts),
                     seconds=seconds,
                     latents=latents[own],
                 )
             )
         return results
 
+    def _finish(self, job: _Job, latents: Array, seconds: dict[str, float]) -> list[Image.Image]:
+        request = job.request
+        if request.output == "latent":
+            return []
+        with _timed(seconds, DECODERS[request.decoder]):
+            pixels = self._autoencoder.decode(latents, request.decoder, tiled=request.tiled)
+            images = [to_image(sample) for sample in pixels]
+        return images if job.picture is None else [job.picture.finish(image) for image in images]
+
     def _denoise(self, unet: Engine, rows: list[Row], callback: Callback | None) -> Array:
-        split = any(row.guidance.active and row.guidance.mode == "split" for row in rows)
-        if self._loop_asked == "device" and (split or not can_link(unet)):
-            raise RequestError("the loop on the device takes joint guidance and float32 latents: use the loop 'host'")
-        if self._loop == "device" and not split and can_link(unet):
+        linked = self._loop == "device" and can_link(unet, rows)
+        if self._loop_asked == "device" and not linked:
+            raise RequestError(
+                "the loop on the device takes joint guidance and float32 latents, and does not inpaint: "
+                "use the loop 'host'"
+            )
+        if linked:
             return denoise_on_device(unet, self.engine("step"), rows, callback)
         pool, workers = (self._pool, self._workers) if self._small("unet") else (None, 0)
         return denoise(Denoiser(unet, rows, pool, workers), rows, callback)
 
     def _job(self, request: Request) -> _Job:
-        width, height = self._size(request)
-        asked = Steps(request.steps, timesteps=request.timesteps, sigmas=request.sigmas)
-        table = self._schedules.table(asked, request.scheduler, request.scheduler_options)
+        """Hold `request` against the bundle, before anything is run."""
+        self._check_task(request)
+        self._check_decoder(request.decoder)
+        self._check_text(request)
+        image, mask = tasks.open_originals(request)
+        size = self._size(request, image)
+        guidance, embedded = self._guidance(request)
+        table, steps = self._table(request)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         record = {
-            **{item.name: getattr(request, item.name) for item in fields(request)},
-            "guidance": asdict(request.guidance),
+            **_record(request),
+            "guidance": {**asdict(request.guidance), "scale": guidance.scale},
             "scheduler_options": dict(request.scheduler_options),
             "scheduler": self._schedules.named(request.scheduler),
-            "steps": request.steps if request.timesteps is None and request.sigmas is None else table.steps,
+            "steps": steps,
             "seed": first,
-            "width": width,
-            "height": height,
+            **({} if request.starts_from_latents else {"width": size[0], "height": size[1]}),
         }
-        texts = (request.prompt, request.negative_prompt) if request.guidance.active else (request.prompt,)
-        return _Job(request, table, texts, [first + i for i in range(request.count)], (width, height), record)
+        picture = None if request.image is None else tasks.bring_to_size(request, image, mask, size)
+        seeds = [first + i for i in range(request.count)]
+        return _Job(request, table, guidance, embedded, picture, seeds, size, record)
 
-    def _rows(self, job: _Job, texts: list[str], embeddings: Array) -> list[Row]:
+    def _guidance(self, request: Request) -> tuple[Guidance, float | None]:
+        """The guidance that the loop applies, and the scale that the U-Net is told in its place."""
+        guidance = request.guidance.or_default(self.bundle.manifest.default_guidance)
+        if "timestep_cond" in self._widths:
+            if guidance.rescale or guidance.interval != (0.0, 1.0) or request.says_negative:
+                raise RequestError(
+                    "this model is told the guidance and predicts once: a negative prompt, a rescale and an interval "
+                    "have no effect, leave them out"
+                )
+            return replace(guidance, mode="off"), guidance.scale
+        if request.says_negative and not guidance.active:
+            raise RequestError(
+                "the negative prompt has no effect without guidance: leave it out, or set guidance above 1"
+            )
+        return guidance, None
+
+    def _check_task(self, request: Request) -> None:
+        root, known = self.bundle.root, self.bundle.manifest.tasks
+        if request.task in known:
+            return
+        if self._inpaints:
+            raise RequestError(f"{root} is an inpainting model: give an image and a mask")
+        if request.task == "txt2img" and "img2img" in known and self.bundle.manifest.options.get(_SCORED):
+            raise RequestError(f"{root} refines images: give one, or the latents of the model that it refines")
+        raise RequestError(
+            f"{root} does not hold the task {request.task}, only {', '.join(known)}: "
+            f"compile the checkpoint again with --tasks {','.join((*known, request.task))}"
+        )
+
+    def _check_decoder(self, decoder: str) -> None:
+        if DECODERS.get(decoder) not in self.bundle.manifest.components:
+            raise RequestError(
+                f"{self.bundle.root} has no {decoder} decoder: compile the checkpoint again with "
+                "--component vae_tiny=FOLDER, the folder of an AutoencoderTiny"
+            )
+
+    def _check_text(self, request: Request) -> None:
+        second = request.prompt_2 is not None or request.negative_prompt_2 is not None
+        if second and len(self._text.names) < 2:
+            raise RequestError("this model has one text encoder: leave prompt_2 and negative_prompt_2 out")
+        self._text.check(_ask(request))
+        plain = request.conditioning == Conditioning() and request.negative_conditioning is None
+        if not plain and "time_ids" not in self._widths:
+            raise RequestError("this model is told no sizes: leave the conditioning out")
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            pooled = name.replace("prompt", "pooled_prompt")
+            if getattr(request, name) is not None and (getattr(request, pooled) is None) == self._text.pooled:
+                raise RequestError(f"this model {'needs' if self._text.pooled else 'takes no'} {pooled} beside {name}")
+
+    def _table(self, request: Request) -> tuple[Table, int]:
+        """The calls that a request makes, and the steps of the whole schedule."""
+        manifest = self.bundle.manifest
+        count = manifest.default_steps if request.steps is None else request.steps
+        asked = Steps(count, timesteps=request.timesteps, sigmas=request.sigmas)
+
+        def make(steps: Steps) -> Table:
+            return self._schedules.table(steps, request.scheduler, request.scheduler_options)
+
+        if request.timesteps is not None or request.sigmas is not None:
+            asked = replace(asked, count=make(asked).steps)
+        consistency = manifest.family == "latent-consistency" and self._schedules.is_consistency(request.scheduler)
+        table = tasks.schedule(request, asked, make, self._schedules.train_steps, by_strength=consistency)
+        return table, asked.count
+
+    def _tell(self, jobs: Sequence[_Job]) -> list[tuple[Embedding, Embedding | None]]:
+        """Each prompt and, where it is guided, its negative prompt, as the text encoders give them."""
+        zeros = self.bundle.manifest.options.get("force_zeros_for_empty_prompt", False)
+        asks = list(dict.fromkeys(ask for job in jobs for ask in _asks(job, zeros) if ask is not None))
+        made: dict[Ask | None, Embedding] = dict(zip(asks, self._text.embed(asks), strict=True)) if asks else {}
+        told = []
+        for job in jobs:
+            request = job.request
+            ask, negative_ask = _asks(job, zeros)
+            prompt = _given(request.prompt_embeds, request.pooled_prompt_embeds) or made[ask]
+            negative = None
+            if job.guidance.active:
+                negative = _given(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
+                negative = negative or (prompt.zeros() if negative_ask is None else made[negative_ask])
+                if request.windows:
+                    prompt, negative = self._text.level([prompt, negative])
+            told.append((prompt, negative))
+        lengths = sorted({len(text.hidden) for pair in told for text in pair if text is not None})
+        if len(lengths) > 1:
+            raise RequestError(
+                f"the prompts and negative prompts of a batch must take as many tokens, found {lengths}: "
+                "give embeddings of one length, and run longer prompts on their own"
+            )
+        return told
+
+    def _conditions(self, job: _Job, text: Embedding, negative: bool) -> dict[str, Array]:
+        """The U-Net's inputs beside sample and timestep."""
+        inputs = {"encoder_hidden_states": text.hidden}
+        if text.pooled is not None:
+            inputs["text_embeds"] = text.pooled
+        if "time_ids" in self._widths:
+            conditioning = job.request.conditioning
+            if negative and job.request.negative_conditioning is not None:
+                conditioning = job.request.negative_conditioning
+            width, height = job.size
+            scored = self.bundle.manifest.options.get(_SCORED, False)
+            inputs["time_ids"] = conditioning.time_ids(height, width, scored=scored, negative=negative)
+        if job.embedded is not None:
+            inputs["timestep_cond"] = guidance_embedding(job.embedded, int(self._widths["timestep_cond"]))
+        return inputs
+
+    def _encode_picture(self, job: _Job, seconds: dict[str, float]) -> tasks.Encoded | None:
+        if job.picture is None:
+            return None
+        with _timed(seconds, "vae_encoder"):
+            return tasks.encode(
+                job.request,
+                job.picture,
+                self._autoencoder,
+                inpaints=self._inpaints,
+                downscale=self.bundle.manifest.latents.downscale,
+            )
+
+    def _rows(self, job: _Job, texts: tuple[Embedding, Embedding | None], encoded: tasks.Encoded | None) -> list[Row]:
         settings = self.bundle.manifest.latents
         width, height = (side // settings.downscale for side in job.size)
-        prompt, *negative = (embeddings[texts.index(text)] for text in job.texts)
+        prompt = self._conditions(job, texts[0], False)
+        negative = None if texts[1] is None else self._conditions(job, texts[1], True)
         rows = []
-        for seed in job.seeds:
+        for i, seed in enumerate(job.seeds):
             generator = GENERATORS[job.request.rng](seed)
-            latents = generator.randn(settings.channels, height, width) * np.float32(job.table.init_scale)
-            guided = negative[0] if negative else None
-            rows.append(Row(job.table, job.request.guidance, generator, prompt, guided, latents))
+            start = tasks.start(
+                job.request,
+                job.table,
+                encoded,
+                np.asarray(job.request.image[i], np.float32) if job.request.starts_from_latents else None,
+                self._autoencoder,
+                generator,
+                (settings.channels, height, width),
+                inpaints=self._inpaints,
+            )
+            rows.append(
+                Row(job.table, job.guidance, generator, prompt, negative, start.latents, start.kept, start.channels)
+            )
         return rows
 
-    def __call__(self, prompt: str, **options: Any) -> Result:
+    def __call__(self, prompt: str = "", **options: Any) -> Result:
         """`generate` with plain keywords.
 
         They are those of `Request` (guidance as a number), `guidance_mode`, `guidance_interval`, `guidance_rescale`,
         and those of `generate`: `batch`, `low_memory`, `callback`.
         """
-        run = {key: options.pop(key) for key in ("batch", "low_memory", "callback") if key in options}
+        run = {key: options.pop(key) for key in _RUN if key in options}
         guidance = {field_name: options.pop(key) for key, field_name in _GUIDANCE.items() if key in options}
         if isinstance(guidance.get("scale"), Guidance):
             if len(guidance) > 1:
@@ -397,20 +444,29 @@ class Pipeline:
         unknown = set(options) - known
         if unknown:
             name = sorted(unknown)[0]
-            near = difflib.get_close_matches(name, [*known, *_GUIDANCE, "batch", "low_memory", "callback"], n=1)
+            near = difflib.get_close_matches(name, [*known, *_GUIDANCE, *_RUN], n=1)
             raise RequestError(f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         return self.generate(Request(prompt, **options), **run)
 
-    def _size(self, request: Request) -> tuple[int, int]:
+    def _size(self, request: Request, image: Image.Image | None) -> tuple[int, int]:
+        """Width and height: those asked for, else of the image where it is redrawn whole, else the checkpoint's."""
         manifest = self.bundle.manifest
-        width = request.width if request.width is not None else manifest.default_width
-        height = request.height if request.height is not None else manifest.default_height
-        unit = manifest.latents.downscale
+        unit, channels = manifest.latents.downscale, manifest.latents.channels
+        if request.starts_from_latents:
+            found = request.image.shape
+            if found[1] != channels:
+                raise RequestError(f"latents must have {channels} channels, found shape {found}")
+            return unit * found[3], unit * found[2]
+        width, height = manifest.default_width, manifest.default_height
+        if image is not None and request.task == "img2img":
+            width, height = (max(side // unit, 1) * unit for side in image.size)
+        width = width if request.width is None else request.width
+        height = height if request.height is None else request.height
         for name, value in (("width", width), ("height", height)):
-            if value < unit or value % unit:
-                near = max(unit, round(value / unit) * unit)
+            if value < unit or value % unit or value > LARGEST_SIDE:
+                near = min(max(unit, round(value / unit) * unit), LARGEST_SIDE)
                 raise RequestError(
-                    f"{name} must be a multiple of {unit} from {unit} to {_LARGEST_SIDE}, found {value}: try {near}"
+                    f"{name} must be a multiple of {unit} from {unit} to {LARGEST_SIDE}, found {value}: try {near}"
                 )
         return width, height
 
@@ -442,21 +498,24 @@ class _timed:
 def _check_manifest(bundle: Bundle) -> None:
     """Raise `BundleError` for what this runtime cannot run, or would run without a hash to hold it against."""
     manifest, root = bundle.manifest, bundle.root
-    needed = _FAMILIES.get(manifest.family)
-    if needed is None:
+    if manifest.family not in _FAMILIES:
         raise BundleError(f"{root} is of the family {manifest.family!r}; this version runs {', '.join(_FAMILIES)}")
     if manifest.precision not in _PRECISIONS:
         raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {_PRECISIONS[0]}")
-    if "txt2img" not in manifest.tasks:
-        raise BundleError(f"{root} does not hold the task txt2img, only {', '.join(manifest.tasks) or 'none'}")
-    for name in needed:
+    known = [task for task in manifest.tasks if task in _TASKS]
+    if not known:
+        raise BundleError(
+            f"{root} holds the tasks {', '.join(manifest.tasks) or '(none)'}; this version runs {', '.join(_TASKS)}"
+        )
+    if not manifest.prompts:
+        raise BundleError(f"{root}: field 'prompts' is empty; compile the bundle again")
+    for name in ("unet", *manifest.prompts, *(part for task in known for part in _TASKS[task])):
         bundle.component(name)
-    if "text_encoder" not in manifest.prompts:
-        raise BundleError(f"{root}: field 'prompts.text_encoder' is missing; compile the bundle again")
     if not bundle.foreign:
-        tokenizer = f"{manifest.prompts['text_encoder'].tokenizer}/"
-        small = ["scheduler/scheduler_config.json", *(f for f in manifest.files if f.startswith(tokenizer))]
-        unlisted = [name for name in (small[0], f"{tokenizer}tokenizer.json") if name not in manifest.files]
+        folders = tuple(f"{prompt.tokenizer}/" for prompt in manifest.prompts.values())
+        small = ["scheduler/scheduler_config.json", *(f for f in manifest.files if f.startswith(folders))]
+        needed = [small[0], *(f"{folder}tokenizer.json" for folder in folders)]
+        unlisted = [name for name in needed if name not in manifest.files]
         if unlisted:
             raise BundleError(f"{root}: the manifest has no hash for {', '.join(unlisted)}; compile the bundle again")
         bundle.check(small)
@@ -466,3 +525,59 @@ def _shifted(callback: Callback | None, done: int, total: int) -> Callback | Non
     if callback is None:
         return None
     return lambda k, _, latents: callback(done + k, total, latents)
+
+
+def _given(hidden: Array | None, pooled: Array | None) -> Embedding | None:
+    return None if hidden is None else Embedding(hidden, pooled)
+
+
+def _ask(request: Request) -> Ask:
+    texts = (request.prompt, request.prompt if request.prompt_2 is None else request.prompt_2)
+    return Ask(texts, request.clip_skip or 0, request.weights, request.windows)
+
+
+def _asks(job: _Job, zeros: bool) -> tuple[Ask | None, Ask | None]:
+    """What the text encoders are asked for the prompt and the negative prompt, if they are.
+
+    zeros: whether no negative prompt means zeros. Layers are skipped for the prompt alone, as in diffusers.
+    """
+    request = job.request
+    prompt = None if request.prompt_embeds is not None else _ask(request)
+    none = request.negative_prompt is None and request.negative_prompt_2 is None
+    if not job.guidance.active or request.negative_prompt_embeds is not None or (none and zeros):
+        return prompt, None
+    text = request.negative_prompt or ""
+    second = text if request.negative_prompt_2 is None else request.negative_prompt_2
+    return prompt, Ask((text, second), 0, request.weights, request.windows)
+
+
+def _record(request: Request) -> dict[str, Any]:
+    """What makes the request again, as JSON values."""
+    record: dict[str, Any] = {}
+    for item in fields(request):
+        value = getattr(request, item.name)
+        if item.name in _RECORDED or (value is not None and not _is_default(item, value)):
+            record[item.name] = _described(value)
+    return record
+
+
+def _is_default(item: Any, value: Any) -> bool:
+    if isinstance(value, (np.ndarray, Image.Image)):
+        return False
+    return bool(value == (item.default_factory() if callable(item.default_factory) else item.default))
+
+
+def _described(value: Any) -> Any:
+    """A picture or an array by its path or its hash."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (np.ndarray, Image.Image)):
+        return f"sha256:{hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+    return asdict(value) if isinstance(value, Conditioning) else value
+
+
+def _cuts(texts: tuple[Embedding, Embedding | None]) -> dict[str, str]:
+    """What was left out of each prompt, by the name of the prompt."""
+    named = zip(("prompt", "negative_prompt"), texts, strict=True)
+    cuts = {name: max(text.cut, key=len, default="") for name, text in named if text is not None}
+    return {name: cut for name, cut in cuts.items() if cut}

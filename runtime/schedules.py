@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ..bundle import Bundle, RequestError
+from ..bundle import Bundle, BundleError, RequestError
 from .schedulers import Steps, Table, find_sampler, is_known, make_table
+from .schedulers.lcm import lcm
 from .schedulers.stored import TRACED, load_table
+from .schedulers.tcd import tcd
 
 _TRACED = re.compile(rf"scheduler/{TRACED}/(?P<name>\w+)/(?P<count>\d+)\.json")
 _CONFIG = "scheduler/scheduler_config.json"
@@ -46,6 +48,19 @@ class Schedules:
             if not self.traced:
                 raise
             raise RequestError(f"{error}; traced in this bundle: {', '.join(self.traced)}") from None
+
+    @property
+    def train_steps(self) -> int:
+        """The timesteps that the model was trained with."""
+        count = self.config.get("num_train_timesteps", 1000)
+        if not isinstance(count, int) or count < 1:
+            raise BundleError(f"the scheduler has num_train_timesteps {count!r}: compile the bundle again")
+        return count
+
+    def is_consistency(self, name: str | None) -> bool:
+        """Whether the scheduler `name` spreads its steps over the strength of an image itself."""
+        known = self.named(name)
+        return is_known(known) and find_sampler(self.config, name)[1].table in (lcm, tcd)
 
     def table(self, steps: Steps, name: str | None = None, options: Mapping[str, Any] | None = None) -> Table:
         """The table of the scheduler `name`, made once. Raises `RequestError`; see `make_table`.

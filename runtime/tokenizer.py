@@ -24,15 +24,32 @@ class PromptTokenizer:
 
     def encode(self, texts: Sequence[str]) -> tuple[Array, list[str]]:
         """Token ids, int64 (len(texts), max_length), and for each text the part that did not fit ("" if all did)."""
+        tokens = self.tokens(texts)
+        rows = np.array([self.row(ids[: self.room]) for ids in tokens], np.int64)
+        return rows, [self.text(ids[self.room :]) for ids in tokens]
+
+    @property
+    def room(self) -> int:
+        """How many tokens one window holds between its start and its end."""
+        return self._prompt.max_length - 2
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """All token ids of each text, without start, end and padding."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def row(self, tokens: Sequence[int]) -> list[int]:
+        """The window, `max_length` ids, of at most `room` tokens."""
         spec = self._prompt
-        rows, cut = [], []
-        for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False):
-            ids = encoding.ids
-            room = spec.max_length - 2
-            cut.append(self._tokenizer.decode(ids[room:]).replace("</w>", " ").strip() if len(ids) > room else "")
-            row = [spec.bos_token_id, *ids[:room], spec.eos_token_id]
-            rows.append(row + [spec.pad_token_id] * (spec.max_length - len(row)))
-        return np.array(rows, np.int64), cut
+        row = [spec.bos_token_id, *tokens, spec.eos_token_id]
+        return row + [spec.pad_token_id] * (spec.max_length - len(row))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What the tokens say."""
+        return self._tokenizer.decode(list(tokens)).replace("</w>", " ").strip() if tokens else ""
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it; in CLIP's, `</w>` ends a word."""
+        return [self._tokenizer.id_to_token(token) or "" for token in tokens]
 
 
 def _load(folder: Path) -> Tokenizer:

@@ -8,14 +8,17 @@ from typing import Any, Protocol, cast
 from ...bundle import CheckpointError, Latents, Prompt
 from ..checkpoint import Checkpoint
 from ..plan import ComponentPlan
-from . import stable_diffusion
+from . import latent_consistency, stable_diffusion, stable_diffusion_xl
 
 
 class Family(Protocol):
     """What a family module offers."""
 
     PIPELINES: tuple[str, ...]
-    TASKS: tuple[str, ...]
+    DEFAULT_STEPS: int
+    DEFAULT_GUIDANCE: float
+
+    def tasks(self, checkpoint: Checkpoint) -> tuple[str, ...]: ...
 
     def components(self, checkpoint: Checkpoint) -> list[ComponentPlan]: ...
 
@@ -25,10 +28,16 @@ class Family(Protocol):
 
     def prompts(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Prompt]: ...
 
+    def options(self, checkpoint: Checkpoint) -> dict[str, bool]: ...
+
     def scheduler_config(self, config: dict[str, Any]) -> dict[str, Any]: ...
 
 
-FAMILIES: dict[str, Family] = {"stable-diffusion": cast(Family, stable_diffusion)}
+FAMILIES: dict[str, Family] = {
+    "stable-diffusion": cast(Family, stable_diffusion),
+    "stable-diffusion-xl": cast(Family, stable_diffusion_xl),
+    "latent-consistency": cast(Family, latent_consistency),
+}
 
 
 def family_of(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, Family]:

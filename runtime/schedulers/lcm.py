@@ -45,8 +45,11 @@ def distilled_timesteps(config: Config, steps: Steps) -> tuple[Array, Array]:
     asked = whole_timesteps(config, steps)
     if asked is not None:
         return asked.astype(int), alphas_cumprod(config)
-    if not 1 <= steps.count <= original:
-        raise RequestError(f"steps must be between 1 and original_inference_steps={original}, found {steps.count}")
-    schedule = (np.arange(1, original + 1) * (total // original) - 1)[::-1]
-    picked = np.linspace(0, original, steps.count, endpoint=False).astype(int)
+    part = 1.0 if steps.strength is None else steps.strength
+    known = int(original * part)
+    if not 1 <= steps.count <= known:
+        allowed = f"original_inference_steps={original}" + (f" at strength {part:g}" if part < 1 else "")
+        raise RequestError(f"steps must be between 1 and {known} of {allowed}, found {steps.count}")
+    schedule = (np.arange(1, known + 1) * (total // original) - 1)[::-1]
+    picked = np.linspace(0, known, steps.count, endpoint=False).astype(int)
     return schedule[picked], alphas_cumprod(config)

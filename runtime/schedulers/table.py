@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ class Steps:
 
     count: steps of the whole schedule. start: the first one to make, as image-to-image does (0 makes all).
     timesteps, sigmas: the schedule itself in place of the sampler's own; count is then theirs.
+    strength: the part of the schedule that a consistency model's steps are spread over, from its noisy end down.
     mu: the shift of a flow-matching schedule with dynamic shifting.
     """
 
@@ -24,6 +25,7 @@ class Steps:
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
     mu: float | None = None
+    strength: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,11 @@ class Table:
     def registers(self) -> int:
         """K, the number of latents that a step keeps."""
         return int(self.weights.shape[1])
+
+    def until(self, calls: int) -> Table:
+        """The first `calls` calls of it."""
+        names = ("timesteps", "input_scale", "weights", "x0", "draws", "levels")
+        return replace(self, **{name: getattr(self, name)[:calls] for name in names})
 
 
 class Rows:

@@ -1,0 +1,516 @@
+"""Every family and task of Stable Diffusion against diffusers: same weights, same seeds, final latents and pixels.
+
+python -m diffoundry.benchmarks.parity
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+
+from ..engines import Array
+
+ATOL, RTOL = 1e-4, 1e-2
+"""What the project promises of latents and pixels."""
+SEED = 11
+PROMPT, NEGATIVE = "a large red star at the left on a navy background", "a small ring"
+OTHER, OTHER_NEGATIVE = "a watercolour of a harbour, soft light", "text, frame"
+SIDE = 64
+"""Pixels of the smallest checkpoints' default size."""
+WIDE = (104, 72)
+"""Width and height of which the latents are odd, so that halving and doubling them meet no whole size."""
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpm++2m": "DPMSolverMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "plms": "PNDMScheduler",
+    "pndm": "PNDMScheduler",
+}
+_PNDM = {"plms": {"skip_prk_steps": True}, "pndm": {"skip_prk_steps": False}}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One request, as both are given it.
+
+    checkpoint: a name of `examples.random_checkpoint`. task: txt2img, img2img or inpaint. kind: the diffusers class.
+    options: by our names, see `_THEIR_NAMES`. scheduler: a name of `SCHEDULERS`, or None for the checkpoint's own.
+    size: width and height, None for the checkpoint's own. picture: size of the image and the mask where it differs.
+    then: the second stage, which takes the latents of this one as its image.
+    """
+
+    checkpoint: str
+    task: str
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+    count: int = 1
+    scheduler: str | None = None
+    size: tuple[int, int] | None = None
+    picture: tuple[int, int] | None = None
+    then: Case | None = None
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.size)) if self.size else "default"
+        then = f"-> {self.then.checkpoint} {self.then.task}" if self.then else ""
+        parts = (self.checkpoint, self.task, self.kind, self.label, self.scheduler, size, f"batch {self.count}", then)
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """latents: float (N, C, h, w). pixels: float (N, H, W, 3) from 0 to 1, None where a step after the decoder makes
+    the image. images: uint8 (N, H, W, 3); None where the run ends at the latents, as pixels then."""
+
+    latents: Array
+    pixels: Array | None
+    images: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Largest absolute differences of latents, of pixels, and of images, in levels of 1/255.
+
+    share: the largest difference of latents or pixels as a share of what is allowed.
+    """
+
+    latents: float = math.inf
+    pixels: float = math.inf
+    levels: float = math.inf
+    share: float = math.inf
+
+    @property
+    def passed(self) -> bool:
+        """Whether all is within the promise; a pixel at the edge between two levels may be rounded to either."""
+        return self.share <= 1 and self.levels <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------- the cases
+
+_TXT2IMG = {"SD": "StableDiffusionPipeline", "SDXL": "StableDiffusionXLPipeline"}
+_IMG2IMG = {"SD": "StableDiffusionImg2ImgPipeline", "SDXL": "StableDiffusionXLImg2ImgPipeline"}
+_INPAINT = {"SD": "StableDiffusionInpaintPipeline", "SDXL": "StableDiffusionXLInpaintPipeline"}
+_KINDS = {"txt2img": _TXT2IMG, "img2img": _IMG2IMG, "inpaint": _INPAINT}
+_GUIDED = {"steps": 4, "guidance": 7.5, "negative_prompt": NEGATIVE}
+_DISTILLED = {"steps": 4, "guidance": 0.0}
+_TOLD = {"steps": 4, "guidance": 8.5}
+_ALL = ("txt2img", "img2img", "inpaint")
+_OWN_LCM = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
+
+FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "sd15-small": ("SD", _ALL, _GUIDED),
+    "sd2-small": ("SD", _ALL, _GUIDED),
+    "turbo-small": ("SD", _ALL, _DISTILLED),
+    "lcm-small": ("SD", ("txt2img", "inpaint"), _TOLD),
+    "sd15-inpaint-small": ("SD", ("inpaint",), _GUIDED),
+    "sd2-inpaint-small": ("SD", ("inpaint",), _GUIDED),
+    "sdxl-small": ("SDXL", _ALL, _GUIDED),
+    "sdxl-turbo-small": ("SDXL", _ALL, _DISTILLED),
+    "lcm-sdxl-small": ("SDXL", _ALL, _TOLD),
+    "sdxl-inpaint-small": ("SDXL", ("inpaint",), _GUIDED),
+    "sdxl-refiner-small": ("SDXL", ("img2img", "inpaint"), _GUIDED),
+}
+"""Checkpoint: the pipelines it runs in, its tasks, and the options it is used with."""
+STRENGTHS = {"img2img": (0.5, 1.0), "inpaint": (0.6, 1.0)}
+
+
+def cases() -> Iterator[Case]:
+    """All of them: batch and size of each family and task, then what each option changes."""
+    for checkpoint, (pipelines, tasks, options) in FAMILIES.items():
+        for task in tasks:
+            yield from _grid(Case(checkpoint, task, _KINDS[task][pipelines], options))
+    txt2img, img2img = (Case("lcm-small", task, kind, _TOLD) for task, kind in zip(_ALL, _OWN_LCM, strict=False))
+    yield from (*_grid(txt2img), *_grid(img2img))
+    # of a smaller strength, the classes make different steps
+    yield replace(img2img, kind=_IMG2IMG["SD"], options={**_TOLD, "strength": 1.0}, label="strength 1.0")
+    yield from _of_prompts()
+    yield from _of_schedulers()
+    yield from _of_pictures()
+    yield from _of_conditions()
+    yield from _of_stages()
+
+
+def _grid(case: Case) -> Iterator[Case]:
+    """Batch 1 and 2, square and not; where there is a strength, one value of it goes with each size and batch."""
+    for count, size in ((1, None), (2, None), (1, WIDE), (2, WIDE)):
+        strengths = STRENGTHS.get(case.task, ())
+        strength = {"strength": strengths[(count + (size is None)) % 2]} if strengths else {}
+        label = "".join(f"strength {value}" for value in strength.values())
+        yield replace(case, options={**case.options, **strength}, label=label, count=count, size=size)
+
+
+def _of(checkpoint: str, task: str, label: str, scheduler: str | None = None, **options: Any) -> Case:
+    """A case of a checkpoint with `options` laid over those it is used with."""
+    pipelines, _, usual = FAMILIES[checkpoint]
+    strength = {"strength": STRENGTHS[task][0]} if task in STRENGTHS and "denoising_start" not in options else {}
+    return Case(checkpoint, task, _KINDS[task][pipelines], {**usual, **strength, **options}, label, scheduler=scheduler)
+
+
+def _of_prompts() -> Iterator[Case]:
+    """Prompts of the second encoder, no negative prompt and an empty one, skipped layers, guidance."""
+    second: dict[str, Any] = {"prompt_2": OTHER, "negative_prompt_2": OTHER_NEGATIVE}
+    for checkpoint, (pipelines, tasks, _) in FAMILIES.items():
+        guided = FAMILIES[checkpoint][2] is _GUIDED
+        if guided:
+            yield _of(checkpoint, tasks[0], "no negative prompt", negative_prompt=None)
+            yield _of(checkpoint, tasks[0], "empty negative prompt", negative_prompt="")
+            yield _of(checkpoint, tasks[0], "no guidance", guidance=1.0, negative_prompt=None)
+        if "txt2img" in tasks or guided:
+            yield _of(checkpoint, tasks[0], "clip_skip", clip_skip=1)
+        if guided and (tasks[0] == "txt2img" or pipelines == "SDXL"):
+            yield _of(checkpoint, tasks[0], "guidance_rescale", guidance_rescale=0.7)
+    for task in _ALL:
+        yield _of("sdxl-small", task, "prompt_2", **second)
+    yield _of("sdxl-small", "txt2img", "prompt_2 alone", prompt_2=OTHER, negative_prompt=None)
+    yield _of("sdxl-small", "txt2img", "negative_prompt_2 alone", negative_prompt=None, negative_prompt_2=OTHER)
+    yield _of("sd2-small", "txt2img", "clip_skip 2", clip_skip=2)
+    yield _of("sdxl-small", "txt2img", "long prompt", prompt=" ".join([PROMPT] * 12))
+    yield _of("turbo-small", "txt2img", "one step", steps=1)
+    yield _of("turbo-small", "txt2img", "guidance", guidance=2.0, negative_prompt=NEGATIVE)
+    yield _of("sdxl-turbo-small", "txt2img", "one step", steps=1)
+    yield _of("lcm-small", "txt2img", "little guidance", guidance=1.5, steps=2)
+    yield _of("lcm-sdxl-small", "txt2img", "little guidance", guidance=1.5, steps=2)
+
+
+def _of_schedulers() -> Iterator[Case]:
+    """Samplers that start in the middle, and those that inpainting blends at each of their steps."""
+    for scheduler in ("ddim", "euler", "dpm++2m", "heun", "lcm", "unipc", "pndm", "plms", "euler_a"):
+        for strength in STRENGTHS["inpaint"]:
+            yield _of("sd15-small", "inpaint", f"strength {strength}", scheduler, strength=strength, steps=5)
+        yield _of("sd15-small", "img2img", "", scheduler, strength=0.5, steps=6)
+    for scheduler in ("ddim", "dpm++2m", "heun", "euler_a"):
+        yield _of("sdxl-small", "inpaint", "", scheduler, steps=5)
+        yield _of("sdxl-small", "img2img", "", scheduler, steps=6)
+        yield _of("sd15-inpaint-small", "inpaint", "", scheduler, steps=5)
+        yield _of("sdxl-inpaint-small", "inpaint", "", scheduler, steps=5)
+
+
+def _of_pictures() -> Iterator[Case]:
+    """Pictures of other sizes than the request, and crops around the mask."""
+    for checkpoint in ("sd15-small", "sdxl-small", "sdxl-refiner-small"):
+        yield replace(_of(checkpoint, "img2img", "picture 77x93"), picture=(77, 93))
+    for checkpoint in ("sd15-small", "sd15-inpaint-small", "sdxl-small", "sdxl-inpaint-small"):
+        yield replace(_of(checkpoint, "inpaint", "picture 77x93"), picture=(77, 93))
+        yield replace(_of(checkpoint, "inpaint", "crop", padding_mask_crop=8), picture=(120, 96))
+        yield replace(_of(checkpoint, "inpaint", "crop, strength 1.0", padding_mask_crop=8, strength=1.0), size=WIDE)
+
+
+def _of_conditions() -> Iterator[Case]:
+    """What SDXL is told beside the prompt."""
+    sizes: dict[str, Any] = {"original_size": (40, 90), "crops_coords_top_left": (8, 24), "target_size": (96, 48)}
+    negative: dict[str, Any] = {
+        "negative_original_size": (16, 32),
+        "negative_crops_coords_top_left": (5, 3),
+        "negative_target_size": (50, 60),
+    }
+    scores: dict[str, Any] = {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.0}
+    for task in _ALL:
+        yield replace(_of("sdxl-small", task, "sizes", **sizes), count=2)
+        yield _of("sdxl-small", task, "negative sizes", **sizes, **negative)
+    yield _of("sdxl-small", "txt2img", "original size alone", original_size=(40, 90))
+    for task in ("img2img", "inpaint"):
+        yield _of("sdxl-refiner-small", task, "scores", **scores)
+        yield _of("sdxl-refiner-small", task, "sizes and scores", **sizes, **negative, **scores)
+
+
+def _of_stages() -> Iterator[Case]:
+    """The denoising split between base and refiner (or the base twice), and its halves alone."""
+    first: dict[str, Any] = {"steps": 8, "denoising_end": 0.7}
+    second: dict[str, Any] = {"steps": 8, "denoising_start": 0.7}
+    refiner = _of("sdxl-refiner-small", "img2img", "", **second)
+    for scheduler in (None, "ddim", "heun", "dpm++2m"):
+        base = _of("sdxl-small", "txt2img", "denoising_end", scheduler, **first)
+        yield base
+        again = _of("sdxl-small", "img2img", "", scheduler, **second)
+        yield replace(base, label="denoising split", then=replace(refiner, scheduler=scheduler))
+        yield replace(base, label="denoising split", then=again)
+    base = _of("sdxl-small", "txt2img", "denoising split", **first)
+    yield replace(base, count=2, size=WIDE, then=refiner)
+    for checkpoint in ("sdxl-refiner-small", "sdxl-small"):
+        yield replace(base, label="split, inpaint", then=_of(checkpoint, "inpaint", "", **second))
+    yield _of("sdxl-small", "img2img", "start and end", steps=8, denoising_start=0.3, denoising_end=0.8)
+    yield _of("sdxl-refiner-small", "img2img", "denoising_start of a picture", steps=8, denoising_start=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------- the inputs
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """An RGB picture with smooth and rough parts."""
+    y, x = np.mgrid[0:height, 0:width] / 16.0
+    waves = np.stack([np.sin(x + y), np.cos(1.7 * x - 0.4 * y), np.sin(0.6 * x) * np.cos(y)], axis=-1)
+    rough = np.random.default_rng(5).normal(0, 0.15, waves.shape) * (x > 2)[..., None]
+    return Image.fromarray(np.clip(127.5 + 110 * (waves + rough), 0, 255).astype(np.uint8))
+
+
+def mask(width: int, height: int) -> Image.Image:
+    """A grey mask with a soft edge: an ellipse off the middle, so that crops around it reach no border."""
+    y, x = np.mgrid[0:height, 0:width]
+    distance = np.hypot((x - 0.45 * width) / (0.28 * width), (y - 0.55 * height) / (0.22 * height))
+    return Image.fromarray(np.clip(255 * (1.5 - distance), 0, 255).astype(np.uint8))
+
+
+def _size(case: Case) -> tuple[int, int]:
+    from ..examples.random_checkpoint import SIZES
+
+    side = 8 * int(SIZES[case.checkpoint].unet["sample_size"])
+    return case.size or (side, side)
+
+
+def _pictures(case: Case) -> dict[str, Image.Image]:
+    """The image and the mask of a case, by our names."""
+    if case.task == "txt2img":
+        return {}
+    size = case.picture or _size(case)
+    return {"image": picture(*size)} | ({"mask": mask(*size)} if case.task == "inpaint" else {})
+
+
+# ---------------------------------------------------------------------------------------------------------- diffusers
+
+_THEIR_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "mask": "mask_image"}
+
+
+_TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+FolderOf = Callable[[str], Path]
+"""The folder of a checkpoint, or of its bundle, by the name of the checkpoint."""
+
+
+@functools.lru_cache(maxsize=8)
+def _oracle(checkpoint: Path, kind: str) -> tuple[Any, Any]:
+    import diffusers
+
+    # Where its package is installed, the pipelines of XL put a watermark into the pixels.
+    extra = {"add_watermarker": False} if "XL" in kind else {"safety_checker": None}
+    pipeline = getattr(diffusers, kind).from_pretrained(checkpoint, **extra)
+    pipeline.set_progress_bar_config(disable=True)
+    encoder = pipeline.components.get("text_encoder")
+    if encoder is not None and not hasattr(encoder, "text_model"):
+        # transformers 5 has dropped a level of modules that diffusers still reads its last norm from for clip_skip
+        object.__setattr__(encoder, "text_model", encoder)
+    return pipeline, pipeline.scheduler.config
+
+
+def diffusers_run(case: Case, checkpoint_of: FolderOf, latents: Array | None = None) -> Outcome:
+    """What diffusers gives in float32; image i is drawn from a generator of its own, seeded `SEED` + i.
+
+    latents: of the stage before, which become the image.
+    """
+    import diffusers
+    import torch
+
+    with _quiet():
+        pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind)
+    kind = SCHEDULERS[case.scheduler] if case.scheduler else config["_class_name"]
+    pipeline.scheduler = getattr(diffusers, kind).from_config(config, **_PNDM.get(case.scheduler or "", {}))
+    inputs: dict[str, Any] = dict(_pictures(case))
+    if case.count > 1:  # of a single image, inpainting draws one sample for all
+        inputs = {name: [value] * case.count for name, value in inputs.items()}
+    if latents is not None:
+        inputs["image"] = torch.from_numpy(latents)
+    options = {"prompt": PROMPT, **inputs, **case.options}
+    options = {_THEIR_NAMES.get(name, name): value for name, value in options.items()}
+    for name in _TEXTS:
+        if case.count > 1 and options.get(name) is not None:
+            options[name] = [options[name]] * case.count
+    if case.size and case.task != "img2img":
+        options["width"], options["height"] = case.size
+    ends = "latent" if "denoising_end" in case.options else "pil" if "padding_mask_crop" in case.options else "np"
+    states: list[Any] = []
+
+    def keep(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        states.append(values["latents"].numpy().copy())
+        return values
+
+    generators = [torch.Generator().manual_seed(SEED + i) for i in range(case.count)]
+    with torch.no_grad(), _quiet():
+        found = pipeline(**options, generator=generators, output_type=ends, callback_on_step_end=keep).images
+    if case.then is not None:
+        return diffusers_run(replace(case.then, count=case.count), checkpoint_of, states[-1])
+    if ends == "latent":
+        return Outcome(states[-1], None, None)
+    if ends == "pil":
+        return Outcome(states[-1], None, np.stack([np.asarray(image) for image in found]))
+    return Outcome(states[-1], found, np.round(found * 255).astype(np.uint8))
+
+
+class _quiet:
+    """No loading bars, and no warnings of what is meant here, such as a prompt that is cut."""
+
+    def __enter__(self) -> None:
+        from diffusers.utils import logging as of_diffusers
+        from transformers.utils import logging as of_transformers
+
+        self._levels = [(library, library.get_verbosity()) for library in (of_diffusers, of_transformers)]
+        for library, _ in self._levels:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        for library, level in self._levels:
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------- diffoundry
+
+_SIZES = {
+    "original_size": "original_size",
+    "crops_coords_top_left": "crop",
+    "target_size": "target_size",
+    "aesthetic_score": "aesthetic_score",
+}
+"""What SDXL is told: the name of diffusers to the field of `Conditioning`."""
+
+
+@functools.lru_cache(maxsize=4)
+def _pipeline(bundle: Path) -> Any:
+    from ..runtime.pipeline import load
+
+    return load(bundle)
+
+
+def diffoundry_run(case: Case, bundle_of: FolderOf, latents: Array | None = None) -> Outcome:
+    """What the bundle gives. Raises `DiffoundryError` for what it refuses."""
+    from ..runtime.conditioning import Conditioning
+
+    pipeline = _pipeline(bundle_of(case.checkpoint))
+    options = {"prompt": PROMPT, **_pictures(case), **case.options, "scheduler": case.scheduler, "seed": SEED}
+    for prefix, name in (("", "conditioning"), ("negative_", "negative_conditioning")):
+        told = {ours: options.pop(prefix + theirs) for theirs, ours in _SIZES.items() if prefix + theirs in options}
+        options |= {name: Conditioning(**told)} if told else {}
+    if latents is not None:
+        options["image"] = latents
+    if case.size and case.task != "img2img":
+        options["width"], options["height"] = case.size
+    ends_early = "denoising_end" in case.options
+    result = pipeline(**options, count=case.count, output="latent" if ends_early else "image")
+    if case.then is not None:
+        return diffoundry_run(replace(case.then, count=case.count), bundle_of, result.latents)
+    if ends_early:
+        return Outcome(result.latents, None, None)
+    images = np.stack([np.asarray(image) for image in result.images])
+    if "padding_mask_crop" in case.options:
+        return Outcome(result.latents, None, images)
+    pixels = np.clip(pipeline.decode(result.latents) / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+    return Outcome(result.latents, pixels, images)
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def compare(found: Outcome, expected: Outcome) -> Errors:
+    """How far `found` is from `expected`; of latents and pixels `ATOL` + `RTOL` · |expected| is allowed."""
+    latents, latents_share = _difference(found.latents, expected.latents)
+    pixels, pixels_share = _difference(found.pixels, expected.pixels)
+    levels, _ = _difference(found.images, expected.images)
+    return Errors(latents, pixels, levels, max(latents_share, pixels_share))
+
+
+def _difference(found: Array | None, expected: Array | None) -> tuple[float, float]:
+    """The largest difference, absolute and as a share of what is allowed; infinite where there is nothing to compare
+    with what is expected."""
+    if expected is None:
+        return 0.0, 0.0
+    if found is None or found.shape != expected.shape:
+        return math.inf, math.inf
+    reference = expected.astype(np.float64)
+    gap = np.abs(found.astype(np.float64) - reference)
+    gap = np.where(np.isnan(gap), np.inf, gap)
+    return float(gap.max()), float((gap / (ATOL + RTOL * np.abs(reference))).max())
+
+
+@click.command()
+@click.option("--only", default="", help="Only the cases whose description has this in it, such as a checkpoint.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every case to this file.")
+@click.option("--work", type=click.Path(path_type=Path), help="Keep checkpoints and bundles here [default: nowhere].")
+def main(only: str, json_path: Path | None, work: Path | None) -> None:
+    """Compile the checkpoints and print, for each task, the largest differences to diffusers.
+
+    Exits with 1 when one is above what is promised, and says of which case.
+    """
+    chosen = [case for case in cases() if only in str(case)]
+    if not chosen:
+        raise click.UsageError(f"no case has {only!r} in its description, such as {next(cases())}")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _measure(chosen, work or Path(folder))
+    _print(rows)
+    if json_path:
+        json_path.write_text(json.dumps(rows, indent=1))
+    failed = [row for row in rows if not row["passed"]]
+    for row in failed:
+        print(f"FAILED {row['case']}: {row['error'] or _figures([row])}")
+    if failed:
+        raise SystemExit(1)
+
+
+def _measure(chosen: list[Case], root: Path) -> list[dict[str, Any]]:
+    """One row a case; a request that is refused has the message as its `error`."""
+    from ..bundle import DiffoundryError
+
+    checkpoint_of = functools.partial(_checkpoint, root)
+    bundle_of = functools.cache(functools.partial(_bundle, root))
+    rows = []
+    for case in chosen:
+        error, errors = "", Errors()
+        try:
+            errors = compare(diffoundry_run(case, bundle_of), diffusers_run(case, checkpoint_of))
+        except DiffoundryError as refused:
+            error = str(refused)
+        stages = [case] if case.then is None else [case, case.then]
+        about = {name: ", ".join(getattr(stage, name) for stage in stages) for name in ("checkpoint", "task", "kind")}
+        rows.append({**about, "case": str(case), **asdict(errors), "passed": errors.passed, "error": error})
+    return rows
+
+
+def _checkpoint(root: Path, name: str) -> Path:
+    from ..examples.random_checkpoint import make
+
+    folder = root / name
+    if not (folder / "model_index.json").exists():
+        make(name, folder)
+    return folder
+
+
+def _bundle(root: Path, name: str) -> Path:
+    from ..export import compile
+
+    return Path(compile(_checkpoint(root, name), root / f"{name}.bundle").root)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    """A line for each checkpoint, task and class, with the largest differences of its cases."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {("checkpoint", "task", "diffusers class"): []}
+    for row in rows:
+        groups.setdefault((row["checkpoint"], row["task"], row["kind"]), []).append(row)
+    widths = [max(map(len, column)) for column in zip(*groups, strict=True)]
+    for key, group in groups.items():
+        names = "  ".join(text.ljust(width) for text, width in zip(key, widths, strict=True))
+        print(f"{names}  {len(group):5}  {_figures(group)}" if group else f"{names}  cases  {_HEADS}")
+
+
+_HEADS = "latents   pixels  levels  of what is allowed"
+
+
+def _figures(rows: list[dict[str, Any]]) -> str:
+    latents, pixels, levels, share = (
+        max(row[name] for row in rows) for name in ("latents", "pixels", "levels", "share")
+    )
+    return f"{latents:7.1e}  {pixels:7.1e}  {levels:6g}  {100 * share:.2g} %"
+
+
+if __name__ == "__main__":
+    main()

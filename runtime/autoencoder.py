@@ -1,0 +1,91 @@
+"""Pixels to latents and back, whole or in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..engines import Array, Engine
+from .noise import Generator
+from .tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
+
+DECODERS = {"full": "vae_decoder", "tiny": "vae_tiny_decoder"}
+"""The component behind each choice of decoder."""
+_TINY_SIDE = 512
+"""Pixels a tile of an `AutoencoderTiny`, whatever the checkpoint; diffusers' value."""
+_LOGVAR_RANGE = -30.0, 20.0
+
+
+class Autoencoder:
+    """The encoder and decoders of a bundle. One image is in the works at a time, whatever the batch."""
+
+    def __init__(self, bundle: Bundle, engine: Callable[[str], Engine]) -> None:
+        self._latents, self._engine = bundle.manifest.latents, engine
+        self._tiny = bundle.manifest.options.get("tiny_autoencoder", False)
+
+    def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
+        """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale)."""
+        engine = self._engine(DECODERS[decoder])
+        name, output, dtype = engine.inputs[0].name, engine.outputs[0].name, engine.inputs[0].dtype
+
+        def run(part: Array) -> Array:
+            made: Array = engine({name: part})[output]
+            return made
+
+        unscaled = self._unscaled(latents)
+        parts = [np.ascontiguousarray(unscaled[i : i + 1], dtype) for i in range(len(unscaled))]
+        down = self._latents.downscale
+        if tiled and (decoder == "tiny" or self._tiny):
+            decoded = [tiled_decode_tiny(run, part, tile=_TINY_SIDE // down, downscale=down) for part in parts]
+        elif tiled:
+            decoded = [tiled_decode(run, part, tile=self._latents.tile, downscale=down) for part in parts]
+        else:
+            decoded = [run(part) for part in parts]
+        return decoded[0] if len(decoded) == 1 else np.concatenate(decoded)
+
+    def encode(self, pixels: Array, *, tiled: bool = False) -> Array:
+        """What the encoder gives for pixels in [-1, 1], float32 (3, H, W): see `sample`."""
+        engine = self._engine("vae_encoder")
+        name, output, dtype = engine.inputs[0].name, engine.outputs[0].name, engine.inputs[0].dtype
+
+        def run(part: Array) -> Array:
+            made: Array = engine({name: part})[output]
+            return made
+
+        part = np.ascontiguousarray(pixels[None], dtype)
+        down = self._latents.downscale
+        if not tiled:
+            encoded = run(part)
+        elif self._tiny:
+            encoded = tiled_encode_tiny(run, part, tile=_TINY_SIDE // down, downscale=down)
+        else:
+            encoded = tiled_encode(run, part, tile=self._latents.tile, downscale=down)
+        first: Array = encoded[0]
+        return first
+
+    def sample(self, encoded: Array, generator: Generator) -> Array:
+        """Scaled latents, float32 (C, h, w), drawn from mean and log variance (2C, h, w).
+
+        Where the encoder gives latents themselves, nothing is drawn.
+        """
+        if self._tiny:
+            return self._scaled(encoded.astype(np.float32))
+        mean, logvar = np.split(encoded.astype(np.float32), 2)
+        deviation = np.exp(np.float32(0.5) * np.clip(logvar, *_LOGVAR_RANGE))
+        return self._scaled(mean + deviation * generator.randn(1, *mean.shape)[0])
+
+    def _unscaled(self, latents: Array) -> Array:
+        settings = self._latents
+        if settings.mean:
+            mean, std = (np.array(part, np.float32)[:, None, None] for part in (settings.mean, settings.std))
+            return latents * std / np.float32(settings.scaling_factor) + mean
+        return latents / np.float32(settings.scaling_factor) + np.float32(settings.shift_factor)
+
+    def _scaled(self, latents: Array) -> Array:
+        settings = self._latents
+        if settings.mean:
+            mean, std = (np.array(part, np.float32)[:, None, None] for part in (settings.mean, settings.std))
+            return (latents - mean) * np.float32(settings.scaling_factor) / std
+        return (latents - np.float32(settings.shift_factor)) * np.float32(settings.scaling_factor)

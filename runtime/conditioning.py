@@ -1,0 +1,76 @@
+"""What a U-Net is told beside the text: the sizes of the picture (SDXL) and the guidance (consistency models)."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..bundle import RequestError
+from ..engines import Array
+
+_NEGATIVE_SCORE = 2.5
+_LARGEST_SIZE = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """Podell et al. 2023, section 2.2. Sizes are (height, width) and crops (top, left), in pixels, as in diffusers.
+
+    original_size: of the picture before it was scaled (default: the size asked for). crop: its upper left corner.
+    target_size: of the picture (default: the size asked for). aesthetic_score: what the refiner is told in its place
+    (default: 6, and 2.5 for the negative).
+    """
+
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("original_size", "crop", "target_size"):
+            value = getattr(self, name)
+            if value is not None or name == "crop":
+                object.__setattr__(self, name, _pair(name, value))
+        score = self.aesthetic_score
+        if score is not None:
+            number = isinstance(score, (int, float, np.integer, np.floating)) and not isinstance(score, bool)
+            if not number or not math.isfinite(score):
+                raise RequestError(f"aesthetic_score must be a number, found {score!r}")
+            object.__setattr__(self, "aesthetic_score", float(score))
+
+    def time_ids(self, height: int, width: int, *, scored: bool, negative: bool = False) -> Array:
+        """The numbers that the U-Net is told of a picture of this size, float32 (6,), or (5,) where it is scored."""
+        size = (height, width)
+        score = self.aesthetic_score
+        if score is None:
+            score = _NEGATIVE_SCORE if negative else 6.0
+        last = (score,) if scored else self.target_size or size
+        return np.array([*(self.original_size or size), *self.crop, *last], np.float32)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    pair: tuple[int, ...] = ()
+    if isinstance(value, (tuple, list)) and not any(isinstance(part, bool) for part in value):
+        try:
+            pair = tuple(operator.index(part) for part in value)
+        except TypeError:
+            pair = ()
+    if len(pair) != 2 or not all(0 <= part <= _LARGEST_SIZE for part in pair):
+        raise RequestError(f"{name} must be two whole numbers, height or top first, found {value!r}")
+    return pair[0], pair[1]
+
+
+def guidance_embedding(scale: float, width: int) -> Array:
+    """`timestep_cond`, float32 (width,): sines and cosines of 1000 · (scale − 1) (Luo et al. 2023, section 4.2)."""
+    half = width // 2
+    step = np.float32(math.log(10000.0)) / np.float32(max(half - 1, 1))
+    exponents = np.arange(half, dtype=np.float32) * -step
+    # float32 at each stage, as torch: a sine of some thousand radians shows every rounding
+    angles = np.float32(1000 * (scale - 1)) * np.exp(exponents.astype(np.float64)).astype(np.float32)
+    embedding = np.zeros(width, np.float32)
+    embedding[: 2 * half] = np.concatenate([wave(angles.astype(np.float64)) for wave in (np.sin, np.cos)])
+    return embedding

@@ -1,0 +1,243 @@
+"""Pictures to pixels, masks to zeros and ones, and the way back: the numbers of diffusers' `VaeImageProcessor`."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+
+from ..bundle import RequestError
+from ..engines import Array
+
+Picture = str | os.PathLike[str] | Image.Image | Array
+"""A path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4): uint8, bool, or float from 0 to 1."""
+Box = tuple[int, int, int, int]
+"""x1, y1, x2, y2 in pixels; x2 and y2 lie outside."""
+
+RESIZE_MODES = ("default", "fill", "crop")
+_CHANNELS = (1, 3, 4)
+_LARGEST_BLUR = 10_000
+_LANCZOS = Image.Resampling.LANCZOS
+
+
+def open_image(value: Picture, name: str = "image") -> Image.Image:
+    """The picture upright and in RGB, as diffusers' `load_image` gives it.
+
+    The orientation in its EXIF data is applied. Like `convert("RGB")`, it leaves the alpha channel out rather than
+    compositing it, clips values of 16 and 32 bits at 255, and takes the first frame of several.
+    Raises `RequestError`, which calls it `name`, for what is no picture or a damaged one.
+    """
+    if isinstance(value, np.ndarray):
+        return _from_array(value, name).convert("RGB")
+    if isinstance(value, Image.Image):
+        return _upright_rgb(value, f"the {name}")
+    if not isinstance(value, (str, os.PathLike)):
+        raise RequestError(f"the {name} must be a path, a PIL image or an array, found {type(value).__name__}")
+    what = f"the {name} {os.fspath(value)!r}"
+    try:
+        opened = Image.open(value)
+    except FileNotFoundError:
+        raise RequestError(f"{what} does not exist: give the path of a picture") from None
+    except UnidentifiedImageError:
+        raise RequestError(f"{what} is no picture of a known format: give a PNG or JPEG file") from None
+    except Exception as error:  # Pillow raises whatever a damaged file leads its readers to
+        raise _unreadable(what, error) from None
+    with opened:
+        return _upright_rgb(opened, what)
+
+
+def _upright_rgb(image: Image.Image, what: str) -> Image.Image:
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "P" and "transparency" in upright.info:
+            upright = upright.convert("RGBA")  # the same colours, without Pillow's warning
+        upright = upright.convert("RGB")
+    except Exception as error:  # as above: the pixels are read here
+        raise _unreadable(what, error) from None
+    if not upright.width or not upright.height:
+        raise RequestError(f"{what} has no pixels: it is {upright.width}x{upright.height}")
+    return upright
+
+
+def _unreadable(what: str, error: Exception) -> RequestError:
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return RequestError(f"{what} has too many pixels to be opened safely: make it smaller first")
+    if isinstance(error, OSError) and error.strerror:
+        return RequestError(f"{what} cannot be read ({error.strerror}): give the path of a picture")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return RequestError(f"{what} is damaged or of an unknown kind ({reason}): give another picture")
+
+
+def _from_array(array: Array, name: str) -> Image.Image:
+    planes = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)
+    if not planes or not array.size:
+        raise RequestError(
+            f"the array of the {name} must be (height, width), (height, width, 3) or (height, width, 4), "
+            f"found {array.shape}"
+        )
+    if array.dtype == np.bool_:
+        array = array * np.uint8(255)
+    elif np.issubdtype(array.dtype, np.floating):
+        low, high = array.min(), array.max()
+        if not (low >= 0 and high <= 1):  # so that NaN is refused too
+            raise RequestError(f"the array of the {name} must hold floats from 0 to 1, found {low:g} to {high:g}")
+        array = np.round(array.astype(np.float32) * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise RequestError(f"the array of the {name} must be uint8, bool or float, found {array.dtype}")
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+
+
+def check_same_size(image: Image.Image, mask: Image.Image) -> None:
+    """Raises `RequestError` when the mask is not of the image's size."""
+    if image.size != mask.size:
+        raise RequestError(
+            f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height}: "
+            f"draw the mask over the image, or resize it to {image.width}x{image.height}"
+        )
+
+
+def image_pixels(
+    image: Image.Image, width: int, height: int, *, crop: Box | None = None, resize_mode: str = "default"
+) -> Array:
+    """Pixels in [-1, 1], float32 (3, height, width), of the part `crop` of `image`: what an autoencoder encodes.
+
+    As diffusers' `VaeImageProcessor.preprocess`, which first rounds the size down to multiples of the autoencoder's
+    downscale; here it is taken as it is. resize_mode: `default` stretches, `fill` keeps the aspect ratio and repeats
+    the edges around it, `crop` keeps it and cuts the rest off.
+    Raises `RequestError` for another mode, and for a picture so narrow that nothing of it is left.
+    """
+    fitted = _fit(image, width, height, crop, resize_mode).convert("RGB")
+    unit = np.asarray(fitted).astype(np.float32) / np.float32(255)
+    pixels = np.float32(2) * unit - np.float32(1)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def mask_pixels(
+    mask: Image.Image, width: int, height: int, *, crop: Box | None = None, resize_mode: str = "default"
+) -> Array:
+    """1 where `mask` is to be repainted (its grey is 128 or more) and 0 elsewhere, float32 (1, height, width).
+
+    As the `mask_processor` of diffusers' inpainting pipelines; see `image_pixels` for the options and errors.
+    """
+    fitted = _fit(mask, width, height, crop, resize_mode).convert("L")
+    return (np.asarray(fitted) >= 128).astype(np.float32)[None]
+
+
+def latent_mask(mask: Array, height: int, width: int) -> Array:
+    """`mask` (1, H, W) at the size of the latents, (1, height, width), by torch's `interpolate` to the nearest."""
+    rows, columns = _nearest(mask.shape[1], height), _nearest(mask.shape[2], width)
+    return mask[:, rows[:, None], columns]
+
+
+def _nearest(size: int, wanted: int) -> Array:
+    """The source index of each of `wanted` pixels, in float32 as torch computes it."""
+    scale = np.float32(size) / np.float32(wanted)
+    index: Array = np.floor(np.arange(wanted, dtype=np.float32) * scale).astype(np.int64)
+    return index.clip(max=size - 1)
+
+
+def blur(mask: Image.Image, factor: float) -> Image.Image:
+    """`mask` with soft edges: a Gaussian of deviation `factor` pixels, as `VaeImageProcessor.blur`."""
+    if not 0 <= factor <= _LARGEST_BLUR:
+        raise RequestError(f"the blur of a mask must be from 0 to {_LARGEST_BLUR} pixels, found {factor!r}")
+    return mask.filter(ImageFilter.GaussianBlur(factor))
+
+
+def crop_region(mask_image: Image.Image, width: int, height: int, pad: int) -> Box:
+    """The part of the picture to work on: what the mask covers, `pad` pixels around it, at the ratio width / height.
+
+    It is widened along one axis to have that ratio, as far as the picture goes. As `VaeImageProcessor.get_crop_region`.
+    Raises `RequestError` for a mask that is black throughout.
+    """
+    covered = np.asarray(mask_image.convert("L")) != 0
+    if not covered.any():
+        raise RequestError("the mask is black throughout, so nothing would be repainted: paint that part white")
+    x1, x2 = _padded(covered.any(axis=0), pad)
+    y1, y2 = _padded(covered.any(axis=1), pad)
+    wanted = width / height
+    if (x2 - x1) / (y2 - y1) > wanted:
+        y1, y2 = _widened(y1, y2, (x2 - x1) / wanted, mask_image.height)
+    else:
+        x1, x2 = _widened(x1, x2, (y2 - y1) * wanted, mask_image.width)
+    return x1, y1, x2, y2
+
+
+def _padded(covered: Array, pad: int) -> tuple[int, int]:
+    """First and past-last index of what is true, `pad` further out."""
+    indices = np.flatnonzero(covered)
+    return max(int(indices[0]) - pad, 0), min(int(indices[-1]) + 1 + pad, len(covered))
+
+
+def _widened(low: int, high: int, length: float, limit: int) -> tuple[int, int]:
+    """The span of `length` around low … high, moved into 0 … limit, and cut where it is longer than that."""
+    more = int(length - (high - low))
+    low, high = low - more // 2, high + more - more // 2
+    over = max(high - limit, 0)
+    low, high = low - over, high - over
+    return max(low, 0), min(high - min(low, 0), limit)
+
+
+def overlay(
+    mask_image: Image.Image, original: Image.Image, generated: Image.Image, crop: Box | None = None
+) -> Image.Image:
+    """`original` with `generated` where the mask is white, blended where it is grey, in RGB.
+
+    generated: of the size of `original`, or, with `crop`, of any size: it is fitted into that part.
+    As `VaeImageProcessor.apply_overlay`. Raises `RequestError` when the mask is not of the original's size.
+    """
+    check_same_size(original, mask_image)
+    # premultiplied alpha (RGBa), or the colour of what is cut out would bleed into the soft edge
+    kept = Image.new("RGBa", original.size)
+    kept.paste(original.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask_image.convert("L")))
+    if crop is not None:
+        x1, y1, x2, y2 = crop
+        canvas = Image.new("RGBA", original.size)
+        canvas.paste(_fit_over(generated, x2 - x1, y2 - y1), (x1, y1))
+        generated = canvas.convert("RGB")
+    result = generated.convert("RGBA")
+    result.alpha_composite(kept.convert("RGBA"))
+    return result.convert("RGB")
+
+
+def _fit(image: Image.Image, width: int, height: int, crop: Box | None, resize_mode: str) -> Image.Image:
+    if resize_mode not in RESIZE_MODES:
+        raise RequestError(f"unknown resize mode {resize_mode!r}: choose one of {', '.join(RESIZE_MODES)}")
+    if crop is not None:
+        image = image.crop(crop)
+    if resize_mode == "default":
+        return image.resize((width, height), _LANCZOS)
+    return (_fit_within if resize_mode == "fill" else _fit_over)(image, width, height)
+
+
+def _fit_within(image: Image.Image, width: int, height: int) -> Image.Image:
+    """All of `image`, in the middle; the bars beside it repeat its edges."""
+    scaled, canvas, (left, top) = _scaled(image, width, height, wide=width / height < image.width / image.height)
+    if top > 0:
+        for y, edge in ((0, 0), (top + scaled.height, scaled.height)):
+            canvas.paste(scaled.resize((width, top), box=(0, edge, width, edge)), (0, y))
+    if left > 0:
+        for x, edge in ((0, 0), (left + scaled.width, scaled.width)):
+            canvas.paste(scaled.resize((left, height), box=(edge, 0, edge, height)), (x, 0))
+    return canvas
+
+
+def _fit_over(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of `image`, as large as it gets."""
+    return _scaled(image, width, height, wide=width / height > image.width / image.height)[1]
+
+
+def _scaled(
+    image: Image.Image, width: int, height: int, *, wide: bool
+) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
+    """`image` at its own ratio, as wide as the canvas or else as high; the canvas with it in the middle; its corner."""
+    size = (width, image.height * width // image.width) if wide else (image.width * height // image.height, height)
+    if not all(size):
+        raise RequestError(
+            f"a picture of {image.width}x{image.height} is too narrow to be scaled to {width}x{height}: crop it first"
+        )
+    scaled = image.resize(size, _LANCZOS)
+    canvas = Image.new("RGB", (width, height))
+    corner = (width // 2 - scaled.width // 2, height // 2 - scaled.height // 2)
+    canvas.paste(scaled, corner)
+    return scaled, canvas, corner

@@ -1,0 +1,251 @@
+"""The prompt syntax of weights, blends and conjunctions: text to fragments and their weights.
+
+    word++  word-            1.1 for each +, 0.9 for each -
+    (several words)1.3       a number, or signs; what is nested is multiplied
+    "several words"++        the same; quotes without a weight are text
+    ("a", "b").blend(7, 3)   one embedding, the mean of both; `no_normalize` as the last argument takes the plain sum
+    ("a", "b").and(1, 0.5)   both embeddings one after the other
+
+A sign is an operator where whitespace, punctuation or the end follows: `t-shirt` and `c++11` are words. Parentheses
+without a weight vanish. A backslash makes any of ``\\ ( ) " + - , . :`` literal.
+The syntax is that of compel (github.com/damian0815/compel) without `.swap`, `.attend` and `withLora`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..bundle import RequestError
+
+_PLUS, _MINUS = 1.1, 0.9
+LARGEST_WEIGHT = 100.0
+"""Images break above 2; this only keeps float32 embeddings finite."""
+_SMALLEST_SUM = 1e-6
+_MOST_SIGNS = 1000  # far beyond LARGEST_WEIGHT, and 1.1 ** 1000 is still a float
+
+_DEEPEST = 100
+"""Every level multiplies all that is inside it: this keeps long prompts fast."""
+
+_SPACE = " \t\r\n"
+_SPECIAL = r'\\()"+\-,.:'
+_ESCAPED = re.compile(rf"\\([{_SPECIAL}])")
+_UNIT = rf'(?:\\[{_SPECIAL}]|\\(?![{_SPECIAL}])|[^\s()",.+\-\\])'
+_BOUNDARY = r'(?=[\s()",.;:!?\]}]|\Z)'
+_POINT = r"(?<=[0-9])\.(?=[0-9])"
+_WEIGHTED_WORD = re.compile(rf"({_UNIT}(?:{_UNIT}|{_POINT}|[+-]+(?![+-])(?!{_BOUNDARY}))*)(\++|-+){_BOUNDARY}")
+_PLAIN = re.compile(rf"(?:{_UNIT}|{_POINT}|[+-])+|[\s,.]")
+_QUOTED = re.compile(rf'"((?:{_UNIT}|[\s(),.+-])*)"')
+_SIGNS = re.compile(r"\++|-+")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
+_AFTER_QUOTES = re.compile(rf"(?:{_SIGNS.pattern}|{_NUMBER.pattern}){_BOUNDARY}")
+_AFTER_WEIGHT = re.compile(r"[\w+-]|\.[0-9]")
+_COLON_WEIGHT = re.compile(r"(?<!\\):\s*[0-9]*\.[0-9]+\s*\Z")
+_COLON_REACH = 24
+"""How many characters before ")" are searched for a weight like ":1.3"."""
+_COMBINATION = re.compile(
+    rf"\s*\((?P<parts>\s*{_QUOTED.pattern}\s*(?:,\s*{_QUOTED.pattern}\s*)*)\)"
+    r"\s*\.(?P<operator>blend|and)\s*\((?P<arguments>[^()]*)(?P<close>\)?)"
+)
+_ARGUMENT = re.compile(rf"[+-]?(?:{_NUMBER.pattern})\Z")
+_UNSUPPORTED = re.compile(r"\.(swap|attend|blend|and)\(|(withLora|useLora)\(")
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Text, without syntax, and the weight of each of its tokens; 1 is the text as it is."""
+
+    text: str
+    weight: float
+
+
+Fragments = tuple[Fragment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """The sum of the parts' embeddings, each times its weight; the weights sum to 1 unless `no_normalize` was asked."""
+
+    parts: tuple[Fragments, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conjunction:
+    """The parts' embeddings one after the other, each times its weight as seen from the empty prompt."""
+
+    parts: tuple[Fragments, ...]
+    weights: tuple[float, ...]
+
+
+def parse(text: str) -> Fragments | Blend | Conjunction:
+    """The fragments of a prompt in order, () for an empty one, or the blend or conjunction that it is.
+
+    Neighbours of one weight are one fragment, so that text without syntax comes back as it is, less outer whitespace.
+    Raises `RequestError` with the place for unbalanced parentheses, unclear or too large weights, and operators that
+    are not supported.
+    """
+    combination = _combination(text)
+    return _fragments(text, 0, len(text)) if combination is None else combination
+
+
+def escape(text: str) -> str:
+    """The prompt or part of one that `parse` reads as this very text: a backslash before each of ``\\ ( ) " + - :``."""
+    return re.sub(r'([\\()"+:-])', r"\\\1", text)
+
+
+def _unescape(text: str) -> str:
+    return _ESCAPED.sub(r"\1", text)
+
+
+def _combination(text: str) -> Blend | Conjunction | None:
+    """The `.blend()` or `.and()` that the text is; None where it does not begin as one."""
+    match = _COMBINATION.match(text)
+    if match is None:
+        return None
+    name, begin = f".{match['operator']}()", match.start("arguments") - 1
+    if not match["close"]:
+        raise _refusal(text, begin, f"is not closed: end {name} with )")
+    if text[match.end() :].strip():
+        raise _refusal(text, match.end(), f"follows {name}, which must be the whole prompt")
+    parts = tuple(_fragments(text, *part.span(1)) for part in _QUOTED.finditer(text, *match.span("parts")))
+    arguments = [argument.strip() for argument in match["arguments"].split(",")]
+    normalize = name == ".and()" or arguments[-1] != "no_normalize"
+    numbers = arguments if normalize else arguments[:-1]
+    weights = _numbers(text, begin, numbers) if any(numbers) else [1.0] * len(parts)
+    if len(weights) != len(parts):
+        raise _refusal(text, begin, f"gives {len(weights)} weights to {len(parts)} parts: give each one, or none")
+    if name == ".and()":
+        return Conjunction(parts, tuple(weights))
+    total = math.fsum(weights) if normalize else 1.0
+    if abs(total) < _SMALLEST_SUM:
+        raise _refusal(text, begin, "sums to 0: change a weight, or add no_normalize after the last one")
+    return Blend(parts, tuple(weight / total for weight in weights))
+
+
+def _numbers(text: str, begin: int, numbers: list[str]) -> list[float]:
+    """The weights that the parentheses at `begin` hold."""
+    for number in numbers:
+        if not _ARGUMENT.match(number) or abs(float(number)) > LARGEST_WEIGHT:
+            raise _refusal(
+                text,
+                begin,
+                f"holds {_shown(number)}: write a number up to {LARGEST_WEIGHT:g} for each part, with commas",
+            )
+    return [float(number) for number in numbers]
+
+
+def _fragments(text: str, start: int, end: int) -> Fragments:
+    return _fused(_scan(text, start, end), text, start)
+
+
+def _scan(text: str, start: int, end: int) -> list[Fragment]:
+    """The fragments of text[start:end], one for each change of syntax, times the weights of their groups."""
+    groups: list[list[Fragment]] = [[]]
+    opened: list[int] = []
+    plain = start  # where the text that is not yet in a fragment began
+    at = start
+
+    def flush() -> None:
+        if words := text[plain:at].strip(_SPACE):
+            groups[-1].append(Fragment(_unescape(words), 1.0))
+
+    while at < end:
+        if unsupported := _UNSUPPORTED.match(text, at, end):
+            raise _refusal(text, at, _why_unsupported(unsupported[1] or unsupported[2]))
+        if text[at] == "(":
+            if len(opened) == _DEEPEST:
+                raise _refusal(text, at, f"is more than {_DEEPEST} parentheses deep: leave some out")
+            flush()
+            groups.append([])
+            opened.append(at)
+            at = plain = at + 1
+        elif text[at] == ")":
+            if not opened:
+                raise _refusal(text, at, r"closes a parenthesis that was never opened: write \) for a literal one")
+            _refuse_colon_weight(text, opened.pop(), at)
+            flush()
+            weight, at = _weight(text, at + 1, end)
+            plain = at
+            inner = groups.pop()
+            groups[-1].extend(_times(inner, weight))
+        elif quoted := _weighted_quotes(text, at, end):
+            flush()
+            inner = _scan(text, *quoted.span(1))
+            weight, at = _weight(text, quoted.end(), end)
+            plain = at
+            groups[-1].extend(_times(inner, weight))
+        elif word := _WEIGHTED_WORD.match(text, at, end):
+            flush()
+            groups[-1].append(Fragment(_unescape(word[1]), _of_signs(word[2])))
+            at = plain = word.end()
+        else:
+            match = _PLAIN.match(text, at, end)
+            at = match.end() if match else at + 1
+    if opened:
+        raise _refusal(text, opened[-1], r"opens a parenthesis that is never closed: write \( for a literal one")
+    flush()
+    return groups[0]
+
+
+def _weighted_quotes(text: str, at: int, end: int) -> re.Match[str] | None:
+    quoted = _QUOTED.match(text, at, end)
+    return quoted if quoted and _AFTER_QUOTES.match(text, quoted.end(), end) else None
+
+
+def _weight(text: str, at: int, end: int) -> tuple[float, int]:
+    """The weight written at `at`, 1 if there is none, and where the text goes on."""
+    signs, number = _SIGNS.match(text, at, end), _NUMBER.match(text, at, end)
+    match = signs or number
+    if match is None:
+        return 1.0, at
+    after = _AFTER_WEIGHT.match(text, match.end(), end)
+    if after and not (signs and after[0].isalpha()):
+        raise _refusal(text, at, "is an unclear weight: write a number like 1.3, or + or - signs, then a space")
+    return (_of_signs(match[0]) if signs else float(match[0])), match.end()
+
+
+def _of_signs(signs: str) -> float:
+    return (_PLUS if signs[0] == "+" else _MINUS) ** min(len(signs), _MOST_SIGNS)
+
+
+def _times(fragments: Iterable[Fragment], weight: float) -> Iterable[Fragment]:
+    return (Fragment(fragment.text, fragment.weight * weight) for fragment in fragments)
+
+
+def _fused(fragments: Iterable[Fragment], text: str, start: int) -> Fragments:
+    """With neighbours of one weight joined by a space."""
+    fused: list[Fragment] = []
+    for fragment in fragments:
+        words = fragment.text
+        if not fragment.weight <= LARGEST_WEIGHT:
+            raise _refusal(
+                text, start, f"holds a weight above {LARGEST_WEIGHT:g}, of {_shown(words)}: take a smaller one"
+            )
+        if fused and fused[-1].weight == fragment.weight:
+            words = f"{fused.pop().text} {words}"
+        fused.append(Fragment(words, fragment.weight))
+    return tuple(fused)
+
+
+def _refuse_colon_weight(text: str, start: int, end: int) -> None:
+    if _COLON_WEIGHT.search(text[max(start, end - _COLON_REACH) : end]):
+        raise _refusal(text, start, r"has its weight inside: write (words)1.3, or \: for a literal colon")
+
+
+def _why_unsupported(name: str) -> str:
+    if name in ("blend", "and"):
+        return f'is in the wrong place: ("one prompt", "another").{name}() must be the whole prompt, with double quotes'
+    remedy = "write (words)1.3 instead" if name == "attend" else "leave it out"
+    return f"is not supported: {remedy}, or write a backslash before the parenthesis if it is text"
+
+
+def _refusal(text: str, at: int, reason: str) -> RequestError:
+    return RequestError(f"prompt, character {at + 1}: {_shown(text[at:])} {reason}")
+
+
+def _shown(text: str) -> str:
+    return repr(text[:_SHOWN] + ("…" if len(text) > _SHOWN else ""))

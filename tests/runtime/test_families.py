@@ -1,0 +1,111 @@
+"""Every family and task against diffusers: the cases of `benchmarks/parity.py`, on random checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from diffoundry.benchmarks import parity
+from diffoundry.benchmarks.parity import Case, Outcome, cases, compare, diffoundry_run, diffusers_run
+
+QUICK = ("sd15-small", "lcm-small", "sd15-inpaint-small", "sdxl-small", "sdxl-refiner-small")
+"""The checkpoints that a run compiles when the slow tests are left out."""
+LABELS = (
+    "clip_skip",
+    "prompt_2",
+    "empty negative prompt",
+    "guidance_rescale",
+    "crop",
+    "picture 77x93",
+    "sizes",
+    "negative sizes",
+    "sizes and scores",
+    "denoising_end",
+    "denoising split",
+    "split, inpaint",
+)
+
+
+def is_quick(case: Case) -> bool:
+    """Whether a case is run each time: one of each task with all that varies, and one of each option."""
+    if case.checkpoint not in QUICK:
+        return False
+    largest = case.count == 2 and case.size == parity.WIDE
+    return largest or (case.checkpoint != "sd15-small" and case.scheduler is None and case.label in LABELS)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=[] if is_quick(case) else pytest.mark.slow) for case in cases()]
+)
+def test_the_result_is_that_of_diffusers(case, checkpoint_of, bundle_of):
+    errors = compare(diffoundry_run(case, bundle_of), diffusers_run(case, checkpoint_of))
+    assert errors.passed, errors
+
+
+CHANGES = {
+    "sd15-inpaint-small": ("prompt", "negative_prompt", "guidance", "clip_skip", "strength"),
+    "lcm-small": ("prompt", "guidance", "clip_skip"),
+    "sdxl-small": (
+        "prompt",
+        "negative_prompt",
+        "prompt_2",
+        "negative_prompt_2",
+        "guidance",
+        "guidance_rescale",
+        "original_size",
+        "crops_coords_top_left",
+        "target_size",
+    ),
+    "sdxl-refiner-small": ("prompt", "aesthetic_score", "negative_aesthetic_score", "original_size"),
+}
+OTHERS = {
+    "prompt": parity.OTHER,
+    "negative_prompt": parity.OTHER,
+    "prompt_2": parity.OTHER,
+    "negative_prompt_2": parity.OTHER,
+    "guidance": 6.5,
+    "guidance_rescale": 0.2,
+    "clip_skip": 1,
+    "strength": 1.0,
+    "original_size": (60, 64),
+    "crops_coords_top_left": (0, 8),
+    "target_size": (64, 56),
+    "aesthetic_score": 6.5,
+    "negative_aesthetic_score": 2.0,
+}
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name in CHANGES for option in CHANGES[name]])
+def test_a_random_checkpoint_shows_what_it_is_asked(name, option, checkpoint_of):
+    """Else the comparison with diffusers could not fail: weights drawn by the libraries hardly heed a prompt."""
+    task = parity.FAMILIES[name][1][0]
+    case = next(case for case in cases() if (case.checkpoint, case.task) == (name, task))
+    changed = replace(case, options={**case.options, option: OTHERS[option]})
+    assert compare(diffusers_run(changed, checkpoint_of), diffusers_run(case, checkpoint_of)).share > 100
+
+
+def outcome(latents=0.0, pixels=0.5, image=100):
+    shape = (1, 4, 2, 2)
+    return Outcome(
+        np.full(shape, latents, np.float32), np.full((1, 2, 2, 3), pixels), np.full((1, 2, 2, 3), image, np.uint8)
+    )
+
+
+def test_compare_allows_what_is_promised_and_no_more():
+    reference = outcome()
+    assert compare(outcome(latents=9e-5, pixels=0.505, image=101), reference).passed
+    worse = [outcome(latents=1.1e-4), outcome(pixels=0.506), outcome(image=102), outcome(image=98)]
+    worse += [outcome(latents=np.nan), replace(reference, images=None), replace(reference, pixels=None)]
+    worse += [replace(reference, latents=reference.latents[:, :, :1])]
+    assert not any(compare(found, reference).passed for found in worse)
+
+
+def test_the_cases_cover_every_task_of_every_family():
+    found = {(case.checkpoint, case.task) for case in cases()}
+    assert found == {(name, task) for name, (_, tasks, _) in parity.FAMILIES.items() for task in tasks} | {
+        ("lcm-small", "img2img")
+    }
+    described = [str(case) for case in cases()]
+    assert len(described) == len(set(described))
