@@ -25,8 +25,6 @@ ATOL, RTOL = 1e-4, 1e-2
 SEED = 11
 PROMPT, NEGATIVE = "a large red star at the left on a navy background", "a small ring"
 OTHER, OTHER_NEGATIVE = "a watercolour of a harbour, soft light", "text, frame"
-SIDE = 64
-"""Pixels of the smallest checkpoints' default size."""
 WIDE = (104, 72)
 """Width and height of which the latents are odd, so that halving and doubling them meet no whole size."""
 SCHEDULERS = {
@@ -73,8 +71,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """latents: float (N, C, h, w). pixels: float (N, H, W, 3) from 0 to 1, None where a step after the decoder makes
-    the image. images: uint8 (N, H, W, 3); None where the run ends at the latents, as pixels then."""
+    """What a run gave.
+
+    latents: float (N, C, h, w). pixels: float (N, H, W, 3) from 0 to 1, None where the image is laid over another.
+    images: uint8 (N, H, W, 3). Of a run that ends at the latents, pixels and images are None.
+    """
 
     latents: Array
     pixels: Array | None
@@ -223,6 +224,7 @@ def _of_conditions() -> Iterator[Case]:
         yield _of("sdxl-small", task, "negative sizes", **sizes, **negative)
     yield _of("sdxl-small", "txt2img", "original size alone", original_size=(40, 90))
     for task in ("img2img", "inpaint"):
+        yield _of("sdxl-refiner-small", task, "sizes", **sizes)
         yield _of("sdxl-refiner-small", task, "scores", **scores)
         yield _of("sdxl-refiner-small", task, "sizes and scores", **sizes, **negative, **scores)
 
@@ -449,7 +451,8 @@ def main(only: str, json_path: Path | None, work: Path | None) -> None:
         rows = _measure(chosen, work or Path(folder))
     _print(rows)
     if json_path:
-        json_path.write_text(json.dumps(rows, indent=1))
+        finite = [{name: None if value == math.inf else value for name, value in row.items()} for row in rows]
+        json_path.write_text(json.dumps(finite, indent=1))
     failed = [row for row in rows if not row["passed"]]
     for row in failed:
         print(f"FAILED {row['case']}: {row['error'] or _figures([row])}")
@@ -463,8 +466,9 @@ def _measure(chosen: list[Case], root: Path) -> list[dict[str, Any]]:
 
     checkpoint_of = functools.partial(_checkpoint, root)
     bundle_of = functools.cache(functools.partial(_bundle, root))
-    rows = []
-    for case in chosen:
+    rows: list[dict[str, Any]] = []
+    for number, case in enumerate(chosen, 1):
+        click.echo(f"{number}/{len(chosen)} {case}", err=True)
         error, errors = "", Errors()
         try:
             errors = compare(diffoundry_run(case, bundle_of), diffusers_run(case, checkpoint_of))

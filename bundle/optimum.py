@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from .errors import BundleError
 from .files import read_json
-from .manifest import Component, Latents, Manifest, Prompt
+from .manifest import Component, Latents, Manifest, Prompt, Tensor
 
 _FAMILIES = {
-    "StableDiffusionPipeline": "stable-diffusion",
-    "ORTStableDiffusionPipeline": "stable-diffusion",
+    "StableDiffusion": "stable-diffusion",
+    "StableDiffusionXL": "stable-diffusion-xl",
+    "LatentConsistencyModel": "latent-consistency",
 }
-_COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+_CLASS = re.compile(r"(?:ORT)?(\w+?)(Img2Img|Inpaint)?Pipeline")
+_ENCODERS = ("text_encoder", "text_encoder_2")
+_COMPONENTS = (*_ENCODERS, "unet", "vae_decoder", "vae_encoder")
+_OPTIONS = {"force_zeros_for_empty_prompt": True, "requires_aesthetics_score": False}
+_INPAINT_CHANNELS = 9
+_DEFAULTS = {"stable-diffusion": (20, 7.5), "stable-diffusion-xl": (20, 5.0), "latent-consistency": (4, 8.5)}
 
 
 def describe(root: Path) -> Manifest:
@@ -27,11 +34,15 @@ def describe(root: Path) -> Manifest:
 def _describe(root: Path) -> Manifest:
     index = read_json(root / "model_index.json", "the pipeline index")
     class_name = index.get("_class_name")
-    family = _FAMILIES.get(str(class_name))
+    named = _CLASS.fullmatch(str(class_name))
+    family = _FAMILIES.get(named[1]) if named else None
     if family is None:
-        raise BundleError(f"{root} holds a {class_name}; without a bundle.json only {', '.join(_FAMILIES)} can be run")
+        known = ", ".join(f"{name}Pipeline" for name in _FAMILIES)
+        raise BundleError(f"{root} holds a {class_name}; without a bundle.json only {known} can be run")
     present = [name for name in _COMPONENTS if (root / name / "model.onnx").is_file()]
-    missing = [name for name in ("text_encoder", "unet", "vae_decoder") if name not in present]
+    missing = [name for name in ("unet", "vae_decoder") if name not in present]
+    if not set(_ENCODERS) & set(present):
+        missing.insert(0, "text_encoder")
     if missing:
         raise BundleError(
             f"{root} has no ONNX model for {', '.join(missing)}: it is a checkpoint or an incomplete export; "
@@ -46,9 +57,12 @@ def _describe(root: Path) -> Manifest:
     side = _field(unet, "sample_size", int) * downscale
     return Manifest(
         family=family,
-        tasks=("txt2img",),
+        tasks=_tasks(present, unet, index),
         precision="as exported",
-        components={name: Component(model=f"{name}/model.onnx", dtype="", files={}) for name in present},
+        components={
+            name: Component(f"{name}/model.onnx", "", {}, _unet_inputs(unet, root) if name == "unet" else ())
+            for name in present
+        },
         files={},
         latents=Latents(
             channels=_field(vae, "latent_channels", int),
@@ -56,10 +70,44 @@ def _describe(root: Path) -> Manifest:
             scaling_factor=float(vae.get("scaling_factor", 0.18215)),
             shift_factor=float(vae.get("shift_factor") or 0.0),
         ),
-        prompts={"text_encoder": _prompt(root)},
+        prompts={name: _prompt(root, name, family) for name in _ENCODERS if name in present},
         default_width=side,
         default_height=side,
+        default_steps=_DEFAULTS[family][0],
+        default_guidance=_DEFAULTS[family][1],
+        options=_options(index) if family == "stable-diffusion-xl" else {},
     )
+
+
+def _options(index: dict[str, Any]) -> dict[str, bool]:
+    return {name: bool(index.get(name, default)) for name, default in _OPTIONS.items()}
+
+
+def _tasks(present: list[str], unet: dict[str, Any], index: dict[str, Any]) -> tuple[str, ...]:
+    from_image = ("img2img", "inpaint") if "vae_encoder" in present else ()
+    if unet.get("in_channels") == _INPAINT_CHANNELS:
+        return from_image[1:]
+    return from_image if _options(index)["requires_aesthetics_score"] else ("txt2img", *from_image)
+
+
+def _unet_inputs(unet: dict[str, Any], root: Path) -> tuple[Tensor, ...]:
+    """The inputs that the configuration implies; the model itself is asked when it is loaded."""
+    inputs = [
+        Tensor("sample", "float32", ("batch_size", _field(unet, "in_channels", int), "height", "width")),
+        Tensor("timestep", "float32", ("batch_size",)),
+        Tensor("encoder_hidden_states", "float32", ("batch_size", "sequence_length", "width_of_text")),
+    ]
+    if unet.get("addition_embed_type") == "text_time":
+        text = read_json(root / "text_encoder_2" / "config.json", "the text encoder configuration")
+        pooled = _field(text, "projection_dim", int)
+        ids = _field(unet, "projection_class_embeddings_input_dim", int) - pooled
+        count = ids // _field(unet, "addition_time_embed_dim", int)
+        inputs.append(Tensor("text_embeds", "float32", ("batch_size", pooled)))
+        inputs.append(Tensor("time_ids", "float32", ("batch_size", count)))
+    if unet.get("time_cond_proj_dim") is not None:
+        width = _field(unet, "time_cond_proj_dim", int)
+        inputs.append(Tensor("timestep_cond", "float32", ("batch_size", width)))
+    return tuple(inputs)
 
 
 def _field(config: dict[str, Any], name: str, kind: type) -> Any:
@@ -68,8 +116,8 @@ def _field(config: dict[str, Any], name: str, kind: type) -> Any:
     return config[name]
 
 
-def _prompt(root: Path) -> Prompt:
-    folder = root / "tokenizer"
+def _prompt(root: Path, encoder: str, family: str) -> Prompt:
+    folder = root / encoder.replace("text_encoder", "tokenizer")
     config = read_json(folder / "tokenizer_config.json", "the tokenizer configuration")
     if (folder / "vocab.json").is_file():
         vocab = read_json(folder / "vocab.json", "the vocabulary")
@@ -82,6 +130,12 @@ def _prompt(root: Path) -> Prompt:
         if token not in vocab:
             raise BundleError(f"{folder} has no token {token!r}: export the model again")
         ids[f"{name}_token_id"] = int(vocab[token])
-    text = read_json(root / "text_encoder" / "config.json", "the text encoder configuration")
+    text = read_json(root / encoder / "config.json", "the text encoder configuration")
     window = min(int(config.get("model_max_length", 77)), _field(text, "max_position_embeddings", int))
-    return Prompt("tokenizer", window, ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"])
+    tokens = ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]
+    if family != "stable-diffusion-xl":
+        return Prompt(folder.name, window, *tokens)
+    last = _field(text, "num_hidden_layers", int) - 1
+    skips = tuple(f"hidden_states.{i}" for i in reversed(range(last)))
+    pooled = "text_embeds" if encoder == "text_encoder_2" else ""
+    return Prompt(folder.name, window, *tokens, f"hidden_states.{last}", skips, pooled)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .options import read_counts
+from .options import read_counts, read_pairs
 from .progress import progress
 
 
@@ -33,8 +33,34 @@ from .progress import progress
     "--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of weights and activations."
 )
 @click.option(
-    "--family", type=click.Choice(["stable-diffusion"]), help="Override the family found in model_index.json."
+    "--family",
+    type=click.Choice(["stable-diffusion", "stable-diffusion-xl", "latent-consistency"]),
+    help="Override the family found in model_index.json.",
 )
+@click.option(
+    "--tasks",
+    metavar="TASK,…",
+    help="What the bundle is for: txt2img, img2img, inpaint. [default: all that the checkpoint can do]",
+)
+@click.option(
+    "--component",
+    "components",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="Another folder for a component (unet, scheduler, vae …); vae_tiny adds an AutoencoderTiny. May be repeated.",
+)
+@click.option(
+    "--config",
+    type=click.Path(),
+    help="For a single file: a diffusers folder whose configurations and tokenizer go with its weights.",
+)
+@click.option(
+    "--prediction-type",
+    type=click.Choice(["epsilon", "v_prediction", "sample"]),
+    help="For a single file: what its U-Net predicts.",
+)
+@click.option("--default-steps", type=int, help="What `run` takes for --steps. [default: the family's]")
+@click.option("--default-guidance", type=float, help="What `run` takes for --guidance. [default: the family's]")
 @click.option(
     "--trace-scheduler",
     metavar="CLASS",
@@ -49,13 +75,20 @@ def compile_command(
     device: str,
     precision: str,
     family: str | None,
+    tasks: str | None,
+    components: tuple[str, ...],
+    config: str | None,
+    prediction_type: str | None,
+    default_steps: int | None,
+    default_guidance: float | None,
     trace_scheduler: str | None,
     steps: str | None,
     as_json: bool,
 ) -> None:
     """Compile CHECKPOINT into a bundle.
 
-    CHECKPOINT is a folder in the diffusers layout, or a hub id (owner/name) when online. Each component is traced to
+    CHECKPOINT is a folder in the diffusers layout, a single file (.safetensors, .ckpt) in the layout of the original
+    authors, or a hub id (owner/name) when online. Each component is traced to
     ONNX, held against torch on three random shapes, and built for this machine. A compile that was stopped goes on
     where it was; a finished stage is not done twice.
     """
@@ -73,6 +106,12 @@ def compile_command(
             device=device,
             precision=precision,
             family=family,
+            tasks=None if tasks is None else [task for task in tasks.split(",") if task],
+            components=read_pairs("--component", components, "NAME=FOLDER"),
+            config=config,
+            prediction_type=prediction_type,
+            default_steps=default_steps,
+            default_guidance=default_guidance,
             trace_scheduler=trace_scheduler,
             steps=tuple(read_counts("--steps", steps)),
             progress=report,

@@ -11,20 +11,29 @@ import click
 _MOST_STEPS = 1_000_000
 
 
-def read_options(pairs: Iterable[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs; a value is JSON where it reads as JSON, else text. Raises `click.UsageError`."""
-    options: dict[str, Any] = {}
+def read_pairs(name: str, pairs: Iterable[str], form: str = "KEY=VALUE") -> dict[str, str]:
+    """KEY=VALUE pairs. Raises `click.UsageError`."""
+    values: dict[str, str] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise click.UsageError(f"--scheduler-option takes KEY=VALUE, found {pair!r}")
-        if key in options:
-            raise click.UsageError(f"--scheduler-option {key} is given twice")
-        try:
-            options[key] = json.loads(text)
-        except (ValueError, RecursionError):
-            options[key] = {"True": True, "False": False, "None": None}.get(text, text)
-    return options
+            raise click.UsageError(f"{name} takes {form}, found {pair!r}")
+        if key in values:
+            raise click.UsageError(f"{name} {key} is given twice")
+        values[key] = text
+    return values
+
+
+def read_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is JSON where it reads as JSON, else text. Raises `click.UsageError`."""
+    return {key: _value(text) for key, text in read_pairs("--scheduler-option", pairs).items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def read_numbers(name: str, text: str | None) -> tuple[float, ...] | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,7 +17,7 @@ from .progress import progress
 @click.command("run")
 @click.argument("bundle", type=click.Path())
 @click.argument("prompt")
-@click.option("-n", "--negative", help="What the image should not show.")
+@click.option("-n", "--negative", "negative_prompt", help="What the image should not show.")
 @click.option(
     "-o",
     "--output",
@@ -24,25 +26,45 @@ from .progress import progress
     type=click.Path(),
     help="PNG file to write; with --count NAME-0.png, NAME-1.png and so on.",
 )
+@click.option("--image", type=click.Path(), help="Start from this picture.")
+@click.option("--mask", type=click.Path(), help="With --image: draw anew only where this picture is bright.")
+@click.option(
+    "--strength",
+    type=float,
+    help="With --image: how much of the schedule is run, above 0 to 1. [default: 0.8; 1 with --mask]",
+)
+@click.option(
+    "--resize",
+    default="default",
+    show_default=True,
+    type=click.Choice(["default", "fill", "crop"]),
+    help="How --image comes to --width and --height: stretched, with borders, or cut.",
+)
+@click.option(
+    "--padding-mask-crop",
+    type=int,
+    metavar="PIXELS",
+    help="With --mask: draw only the part around the mask, at full size, and lay it over the picture.",
+)
 @click.option(
     "--scheduler",
     help="A name that `diffoundry schedulers` lists, or a diffusers class. [default: the checkpoint's own]",
 )
 @click.option(
     "--scheduler-option",
-    "options",
+    "scheduler_options",
     multiple=True,
     metavar="KEY=VALUE",
     help="As in a scheduler_config.json, or eta; a value is JSON (true, 0.5). May be repeated.",
 )
-@click.option("--steps", type=int, help="Steps of the scheduler. [default: the bundle's own]")
+@click.option("--steps", type=int, help="Steps of the scheduler. [default: the bundle's]")
 @click.option("--timesteps", metavar="T,T,…", help="Timesteps of your own, in place of --steps.")
 @click.option(
     "--sigmas",
     metavar="S,S,…",
     help="Sigmas of your own, in place of --steps; for euler also the one after the last step.",
 )
-@click.option("--guidance", type=float, help="1 or less turns guidance off. [default: the bundle's own]")
+@click.option("--guidance", type=float, help="1 or less turns guidance off. [default: the bundle's]")
 @click.option(
     "--guidance-mode",
     default="joint",
@@ -62,6 +84,17 @@ from .progress import progress
 @click.option(
     "--guidance-rescale", default=0.0, show_default=True, type=float, help="0 to 1, against overexposure (Lin 2023)."
 )
+@click.option("--weights", is_flag=True, help="The prompt holds weights: (a red star)1.3, ring++, heart-.")
+@click.option("--windows", is_flag=True, help="A prompt that is too long takes several windows of the text encoder.")
+@click.option("--clip-skip", type=int, metavar="LAYERS", help="Leave out the last layers of the text encoder.")
+@click.option("--prompt-2", help="SDXL: another prompt for the second text encoder.")
+@click.option("--negative-2", "negative_prompt_2", help="SDXL: another negative prompt for it.")
+@click.option("--original-size", nargs=2, type=int, metavar="HEIGHT WIDTH", help="SDXL: size that the picture had.")
+@click.option("--crop", nargs=2, type=int, metavar="TOP LEFT", help="SDXL: where it was cut.")
+@click.option("--target-size", nargs=2, type=int, metavar="HEIGHT WIDTH", help="SDXL: size that it got.")
+@click.option("--aesthetic-score", type=float, help="SDXL refiner: how good the picture is. [default: 6]")
+@click.option("--refiner", type=click.Path(), metavar="BUNDLE", help="SDXL: the bundle that runs the last steps.")
+@click.option("--refine-from", type=float, help="With --refiner: the part of the schedule before it. [default: 0.8]")
 @click.option("--seed", type=int, help="Of the first image; image i has seed + i. [default: random]")
 @click.option(
     "--rng",
@@ -72,74 +105,68 @@ from .progress import progress
 )
 @click.option("--count", default=1, show_default=True, type=int, help="Number of images.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Most images in one U-Net call.")
-@click.option("--width", type=int, help="In pixels, a multiple of 8. [default: the checkpoint's own]")
-@click.option("--height", type=int, help="In pixels, a multiple of 8. [default: the checkpoint's own]")
+@click.option("--width", type=int, help="In pixels, a multiple of 8. [default: the picture's or the checkpoint's]")
+@click.option("--height", type=int, help="In pixels, a multiple of 8. [default: the picture's or the checkpoint's]")
+@click.option(
+    "--decoder",
+    default="full",
+    show_default=True,
+    type=click.Choice(["full", "tiny"]),
+    help="The checkpoint's own, or the small one that it was compiled with.",
+)
+@click.option("--tiled", is_flag=True, help="Encode and decode in tiles: the memory of one, however large the picture.")
+@click.option("--preview", type=click.Path(), help="PNG file that shows the first image after each step.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt (ONNX Runtime).")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def run_command(
     bundle: str,
-    prompt: str,
-    negative: str | None,
     output: str,
-    scheduler: str | None,
-    options: tuple[str, ...],
-    steps: int | None,
-    timesteps: str | None,
-    sigmas: str | None,
-    guidance: float | None,
-    guidance_mode: str,
-    guidance_interval: tuple[float, float],
-    guidance_rescale: float,
-    seed: int | None,
-    rng: str,
-    count: int,
     batch: int,
-    width: int | None,
-    height: int | None,
     provider: str,
     threads: int | None,
+    refiner: str | None,
+    refine_from: float | None,
+    preview: str | None,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Draw PROMPT with BUNDLE.
 
     The PNG records how it was made, in its text chunk `diffoundry`.
     """
     from .. import __version__
-    from ..runtime.guidance import Guidance
     from ..runtime.images import output_paths, save_png
     from ..runtime.pipeline import load
-    from ..runtime.request import Request
+    from ..runtime.refine import generate_refined
 
-    if steps is not None and (timesteps is not None or sigmas is not None):
-        raise click.UsageError("--timesteps and --sigmas take the place of --steps: leave --steps out")
-    request = Request(
-        prompt=prompt,
-        negative_prompt=negative,
-        steps=steps,
-        guidance=Guidance(guidance, guidance_mode, guidance_interval, guidance_rescale),
-        scheduler=scheduler,
-        scheduler_options=read_options(options),
-        timesteps=read_numbers("--timesteps", timesteps),
-        sigmas=read_numbers("--sigmas", sigmas),
-        rng=rng,
-        seed=seed,
-        count=count,
-        width=width,
-        height=height,
-    )
-    paths = output_paths(Path(output), count)
+    if refine_from is not None and refiner is None:
+        raise click.UsageError("--refine-from goes with --refiner: give the refiner's bundle too, or leave it out")
+    request = _request(asked)
+    paths = output_paths(Path(output), request.count)
+    shown = None if preview is None else output_paths(Path(preview), 1)[0]
     pipeline = load(bundle, provider=provider, threads=threads)
     with progress("run", shown=not as_json) as report:
-        result = pipeline.generate(
-            request, batch=batch, low_memory=True, callback=lambda k, total, _: report("step", k, total)
-        )
+
+        def callback(step: int, total: int, latents: Any) -> None:
+            report("step", step, total)
+            if shown is not None:
+                save_png(pipeline.preview(latents[:1])[0], shown, {"step": step, "steps": total})
+
+        if refiner is None:
+            result = pipeline.generate(request, batch=batch, low_memory=True, callback=callback)
+        else:
+            second = load(refiner, provider=provider, threads=threads)
+            part = {} if refine_from is None else {"part": refine_from}
+            result = generate_refined(
+                pipeline, second, request, **part, batch=batch, low_memory=True, callback=callback
+            )
     manifest = pipeline.bundle.manifest
     for path, image, own in zip(paths, result.images, result.seeds, strict=True):
         made = {**result.request, "seed": own, "count": 1, "source": manifest.source, "diffoundry": __version__}
         save_png(image, path, made)
     for name, text in result.cut.items():
-        print(f"Warning: {name} is too long, this part was left out: {text}", file=sys.stderr)
+        print(f"Warning: {name} is too long, this part was left out: {text} (--windows takes it in)", file=sys.stderr)
     if as_json:
         print(
             json.dumps(
@@ -155,3 +182,28 @@ def run_command(
     else:
         for path, own in zip(paths, result.seeds, strict=True):
             click.echo(f"{path} (seed {own})")
+
+
+def _request(asked: dict[str, Any]) -> Any:
+    """The request that the options make. Raises `RequestError` or `click.UsageError`."""
+    from ..runtime.conditioning import Conditioning
+    from ..runtime.guidance import Guidance
+    from ..runtime.request import Request
+
+    if asked["steps"] is not None and (asked["timesteps"] is not None or asked["sigmas"] is not None):
+        raise click.UsageError("--timesteps and --sigmas take the place of --steps: leave --steps out")
+    guidance = Guidance(
+        asked.pop("guidance"),
+        asked.pop("guidance_mode"),
+        asked.pop("guidance_interval"),
+        asked.pop("guidance_rescale"),
+    )
+    told = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
+    read: dict[str, Callable[[Any], Any]] = {
+        "scheduler_options": read_options,
+        "timesteps": lambda text: read_numbers("--timesteps", text),
+        "sigmas": lambda text: read_numbers("--sigmas", text),
+    }
+    values = {name: read[name](value) if name in read else value for name, value in asked.items()}
+    conditioning = Conditioning(**{name: value for name, value in told.items() if value is not None})
+    return Request(guidance=guidance, conditioning=conditioning, **values)

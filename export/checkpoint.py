@@ -101,6 +101,13 @@ class Checkpoint:
             raise CheckpointError(f"{error}: download the checkpoint again") from None
 
 
+def stored_types(path: Path) -> set[str]:
+    """The types of floating-point tensors in a safetensors file, as it names them (F32, F16, BF16 …)."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    return {str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__" and "F" in entry["dtype"]}
+
+
 def check_safetensors(path: Path) -> None:
     """Raise `CheckpointError` when `path` is truncated or no safetensors file; only the header is read."""
     if not path.is_file():

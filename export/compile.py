@@ -45,6 +45,7 @@ from ..runtime.request import Request
 from . import step_graph
 from .checkpoint import Checkpoint
 from .fuse import HOISTED, fuse
+from .loading import half_type
 from .plan import OPSET, ComponentPlan
 from .single_file import is_single_file, unpack
 
@@ -63,8 +64,8 @@ _FOLDERS = ("engines", "reports", "tokenizer", "tokenizer_2", "scheduler")
 _UNPACKED = ".checkpoint"
 _NEEDED_BY = {"vae_encoder": ("img2img", "inpaint")}
 """Components that not every task needs."""
-_DISK_FACTOR = 2.2
-"""Disk needed, as a multiple of the float32 weights: the ONNX model and the engine made of it."""
+_DISK_FACTOR = {True: 4.4, False: 2.2}
+"""Disk needed, as a multiple of the weights, in half precision or not: the ONNX model and the engine made of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,14 +357,15 @@ class _Build:
                     link_or_copy(path, copy)
 
     def _check_disk(self, plans: list[ComponentPlan]) -> None:
-        weights = 0
+        needed = 0.0
         for name in {plan.source for plan in plans if self._record(plan.name) is None}:
             files = [path for path in self.source.folder(name).iterdir() if path.suffix in (".safetensors", ".bin")]
-            weights += max((path.stat().st_size for path in files), default=0)
+            largest = max((path.stat().st_size for path in files), default=0)
+            needed += _DISK_FACTOR[half_type(self.source.folder(name)) is not None] * largest
         free = shutil.disk_usage(self.work).free
-        if free < _DISK_FACTOR * weights:
+        if free < needed:
             raise DiffoundryError(
-                f"the bundle needs about {_DISK_FACTOR * weights / 1e9:.1f} GB at {self.target.parent}, "
+                f"the bundle needs about {needed / 1e9:.1f} GB at {self.target.parent}, "
                 f"{free / 1e9:.1f} GB are free: free some disk space and run the same command again"
             )
 

@@ -9,19 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import CheckpointError, Prompt
+from .checkpoint import stored_types
 
 _CLIP_FILES = ("vocab.json", "merges.txt")
 _SHORTEST_WINDOW = 3  # start, one token, end
 
 
 def load_pretrained(kind: Any, folder: Path) -> Any:
-    """`kind.from_pretrained(folder)` in float32. Raises `CheckpointError` when weights are missing or damaged."""
+    """`kind.from_pretrained(folder)`, computing in float32. Raises `CheckpointError` for missing or damaged weights.
+
+    Weights that are stored in half precision stay in it and are widened where they are used: it loses nothing and takes
+    half the memory. The tracer writes them out in float32.
+    """
     import torch
 
+    half = half_type(folder)
     variant = {} if _plain_weights(folder) or not _fp16_weights(folder) else {"variant": "fp16"}
     try:
-        with _quiet():
-            model, info = kind.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True, **variant)
+        with quiet():
+            stored = half or torch.float32
+            model, info = kind.from_pretrained(folder, torch_dtype=stored, output_loading_info=True, **variant)
     except Exception as error:  # each library has its own ways of refusing a damaged configuration or file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder} cannot be loaded: {reason[:300]}") from None
@@ -31,11 +38,42 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
             f"{folder} lacks the weights {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
             f"({len(missing)} in all): the checkpoint is incomplete, download it again"
         )
-    return model.float().eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    return model.float() if half is None else _widened(model)
+
+
+def half_type(folder: Path) -> Any:
+    """The half-precision type that all weights in `folder` are stored in, None where there is no such."""
+    import torch
+
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [path for path in files if ".fp16." not in path.name]
+    types = {kind for path in plain or files for kind in stored_types(path)}
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(types.pop()) if len(types) == 1 else None
+
+
+def _widened(model: Any) -> Any:
+    """Let each half-precision weight of `model` read as float32; what is stored stays as it is."""
+    import torch
+    from torch.nn.utils import parametrize
+
+    class Widen(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight.float()
+
+    widen = Widen()
+    for module in list(model.modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.dtype in (torch.float16, torch.bfloat16):
+                parametrize.register_parametrization(module, name, widen, unsafe=True)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.dtype in (torch.float16, torch.bfloat16):
+                module.register_buffer(name, buffer.float(), persistent=False)
+    return model
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No loading bars, and no warnings of missing weights: those are errors here."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..bundle import CheckpointError, DiffoundryError
 from ..bundle.files import disk_error, remove, write_json
-from .loading import _quiet
+from .loading import quiet
 from .single_file_configs import COND_PROJ, Config, Setup, built_in, setup_of
 from .single_file_kinds import UNET, VAE, Family, TextEncoder, recognise
 from .single_file_names import clip_names, unet_names, vae_names
@@ -109,7 +109,7 @@ def _module(folder: str, config: Config, text: TextEncoder | None) -> Any:
     import transformers
 
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet():
             if text:
                 return getattr(transformers, text.class_name)(transformers.CLIPTextConfig.from_dict(config))
             kind = diffusers.UNet2DConditionModel if folder == "unet" else diffusers.AutoencoderKL

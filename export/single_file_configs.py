@@ -22,6 +22,8 @@ COND_PROJ = "time_embed.cond_proj.weight"
 
 _CHANNELS_A_GROUP_NORM = 32
 _CHANNELS_A_HEAD = 64
+_DIGITS = 9
+"""Of an index in a name; Python refuses to read thousands of them."""
 _SD2_BASE_STEPS = 875_000
 """The training step of Stable Diffusion 2 base, by which diffusers knows that it predicts the noise."""
 _SD2_LAYERS = 23
@@ -73,11 +75,14 @@ class Part:
     def indices(self, pattern: str) -> list[int]:
         """The distinct integers that the group of `pattern` finds at the beginning of names."""
         found = (re.match(pattern, name) for name in self.shapes)
-        return sorted({int(match[1]) for match in found if match})
+        return sorted({int(match[1][:_DIGITS]) for match in found if match})
 
     def count(self, pattern: str) -> int:
-        """One more than the largest of `indices`."""
-        return max(self.indices(pattern), default=-1) + 1
+        """One more than the largest of `indices`. Raises `CheckpointError` for more than there are tensors."""
+        count = max(self.indices(pattern), default=-1) + 1
+        if count > len(self.shapes):
+            raise self.unknown(f"{self.prefix}* counts to {count - 1} with {len(self.shapes)} tensors")
+        return count
 
     def unknown(self, what: str) -> CheckpointError:
         """The error for what neither shapes nor the family tell."""

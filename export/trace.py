@@ -53,6 +53,7 @@ def trace(plan: ComponentPlan, module: Any, folder: Path) -> None:
             raise CheckpointError(f"{plan.name} cannot be traced to ONNX: {reason[:300]}") from error
     model = program.model
     _name_axes(plan, model)
+    _widen(model)
     if plan.repeat:
         _repeat(plan.repeat, model)
     model.producer_name, model.producer_version = "diffoundry", ""
@@ -92,6 +93,30 @@ def _renamed(size: Any, names: dict[str, str]) -> int | str | None:
     if isinstance(size, int):
         return size
     return None if size.value is None else _NAME.sub(lambda found: names.get(found[0], found[0]), size.value)
+
+
+def _widen(model: Any) -> None:
+    """Let float32 weights take the place of half-precision ones and their casts, each made when it is written."""
+    import onnx_ir
+
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "Cast" and node.inputs[0].const_value is not None]:
+        stored, widened = node.inputs[0], node.outputs[0]
+        if stored.name not in graph.initializers or widened.dtype != onnx_ir.DataType.FLOAT:
+            continue
+        tensor = stored.const_value
+        weight = onnx_ir.Value(name=f"{stored.name}_widened", shape=tensor.shape, type=widened.type)
+        weight.const_value = onnx_ir.LazyTensor(
+            lambda tensor=tensor, name=weight.name: onnx_ir.tensor(tensor.numpy().astype(np.float32), name=name),
+            dtype=onnx_ir.DataType.FLOAT,
+            shape=tensor.shape,
+            name=weight.name,
+        )
+        graph.register_initializer(weight)
+        onnx_ir.convenience.replace_all_uses_with(widened, weight)
+        graph.remove(node, safe=True)
+        if not stored.uses():
+            del graph.initializers[stored.name]
 
 
 def _repeat(name: str, model: Any) -> None:

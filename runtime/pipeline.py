@@ -157,6 +157,11 @@ class Pipeline:
         with self._lock:
             self._engines.pop(name, None)
 
+    def release_all(self) -> None:
+        """Drop every engine and its memory."""
+        with self._lock:
+            self._engines.clear()
+
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""
         made = self._text.embed([Ask((prompt, prompt)) for prompt in prompts])

@@ -225,7 +225,7 @@ def _fused(fragments: Iterable[Fragment], text: str, start: int) -> Fragments:
             raise _refusal(
                 text, start, f"holds a weight above {LARGEST_WEIGHT:g}, of {_shown(words)}: take a smaller one"
             )
-        if fused and fused[-1].weight == fragment.weight:
+        if fused and math.isclose(fused[-1].weight, fragment.weight):  # products of the same weights in any order
             words = f"{fused.pop().text} {words}"
         fused.append(Fragment(words, fragment.weight))
     return tuple(fused)

@@ -85,13 +85,8 @@ def weighted_embeddings(
     wanted = [*chain(*(_rows(window) for window in chain(*parts))), *summaries, *([] if plain else [()])]
     encoded = _encode(wanted, tokenizer, run)
     states = [np.concatenate([_weighted(window, encoded.hidden) for window in part]) for part in parts]
-    if joined:
-        empty = encoded.hidden[()]
-        hidden = np.concatenate([_scaled(part, w, empty) for part, w in zip(states, prompt.weights, strict=True)])
-    else:
-        hidden = _sum(states if plain else pad_to_longest(states, encoded.hidden[()]), prompt.weights)
     return PromptEmbeddings(
-        hidden=hidden.astype(encoded.dtype, copy=False),
+        hidden=_combined(prompt, states, encoded.hidden).astype(encoded.dtype, copy=False),
         pooled=_pooled(summaries, (1.0,) if joined else prompt.weights, encoded),
         cut=" ".join(filter(None, cut)),
     )
@@ -198,6 +193,13 @@ def _scaled(states: Array, weights: Array | float, empty: Array) -> Array:
     """Hidden states whose difference to the empty prompt's is multiplied; those of weight 1 stay as they are."""
     base = np.tile(empty, (len(states) // len(empty), 1))
     return np.where(np.equal(weights, 1), states, base + (states - base) * weights)
+
+
+def _combined(prompt: Blend | Conjunction, states: Sequence[Array], hidden: dict[_Ids, Array]) -> Array:
+    if isinstance(prompt, Conjunction):
+        weighted = zip(states, prompt.weights, strict=True)
+        return np.concatenate([_scaled(part, weight, hidden[()]) for part, weight in weighted])
+    return _sum(pad_to_longest(states, hidden[()]) if len(states) > 1 else states, prompt.weights)
 
 
 def _pooled(summaries: Sequence[_Ids], weights: Sequence[float], encoded: _Encoded) -> Array | None:

@@ -1,0 +1,54 @@
+"""Two models in turn: the first runs the noisy part of a schedule, the second (SDXL's refiner) the rest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..bundle import RequestError
+from .loop import Callback
+from .pipeline import Pipeline, Result
+from .request import Request
+
+
+def generate_refined(
+    base: Pipeline,
+    refiner: Pipeline,
+    request: Request,
+    part: float = 0.8,
+    *,
+    batch: int | None = None,
+    low_memory: bool = False,
+    callback: Callback | None = None,
+) -> Result:
+    """Run `request` on `base` up to `part` of the schedule and on `refiner` from there.
+
+    Podell et al. 2023, section 2.5, as diffusers' `denoising_end` and `denoising_start`. The refiner gets the prompts,
+    steps, guidance and scheduler of the request. Options and errors are those of `Pipeline.generate`.
+    """
+    if request.denoising_start is not None or request.denoising_end is not None:
+        raise RequestError("the refiner shares the schedule by itself: leave denoising_start and denoising_end out")
+    if request.mask is not None or request.prompt_embeds is not None or request.negative_prompt_embeds is not None:
+        raise RequestError("the refiner takes a text, and no mask: run the two models one after the other")
+    first = replace(request, denoising_end=part, output="latent", decoder="full", tiled=False)
+    begun = base.generate(first, batch=batch, low_memory=low_memory, callback=callback)
+    if low_memory:
+        base.release_all()
+    second = replace(
+        request,
+        image=begun.latents,
+        denoising_start=part,
+        seed=begun.seeds[0],
+        count=len(begun.latents),
+        strength=None,
+        resize="default",
+        width=None,
+        height=None,
+        clip_skip=None,
+    )
+    refined = refiner.generate(second, batch=batch, low_memory=low_memory, callback=callback)
+    seconds = {
+        name: begun.seconds.get(name, 0.0) + refined.seconds.get(name, 0.0)
+        for name in {**begun.seconds, **refined.seconds}
+    }
+    record = {**begun.request, "output": request.output, "refined_from": part}
+    return replace(refined, request=record, cut=begun.cut | refined.cut, seconds=seconds)
