@@ -335,6 +335,10 @@ class Pipeline:
         plain = request.conditioning == Conditioning() and request.negative_conditioning is None
         if not plain and "time_ids" not in self._widths:
             raise RequestError("this model is told no sizes: leave the conditioning out")
+        given = request.negative_conditioning
+        scored = self.bundle.manifest.options.get(_SCORED, False)
+        if given is not None and given.crop is not None and request.task != "txt2img" and not scored:
+            raise RequestError("from an image, the negative is told the crop of the prompt: leave its own out")
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             pooled = name.replace("prompt", "pooled_prompt")
             if getattr(request, name) is not None and (getattr(request, pooled) is None) == self._text.pooled:
@@ -386,12 +390,12 @@ class Pipeline:
         if text.pooled is not None:
             inputs["text_embeds"] = text.pooled
         if "time_ids" in self._widths:
-            conditioning = job.request.conditioning
-            if negative and job.request.negative_conditioning is not None:
-                conditioning = job.request.negative_conditioning
-            width, height = job.size
-            scored = self.bundle.manifest.options.get(_SCORED, False)
-            inputs["time_ids"] = conditioning.time_ids(height, width, scored=scored, negative=negative)
+            request, scored = job.request, self.bundle.manifest.options.get(_SCORED, False)
+            told = request.conditioning
+            if negative:
+                from_image = request.task != "txt2img"
+                told = told.negative(request.negative_conditioning, scored=scored, from_image=from_image)
+            inputs["time_ids"] = told.time_ids(job.size[1], job.size[0], scored=scored)
         if job.embedded is not None:
             inputs["timestep_cond"] = guidance_embedding(job.embedded, int(self._widths["timestep_cond"]))
         return inputs
@@ -548,8 +552,8 @@ def _asks(job: _Job, zeros: bool) -> tuple[Ask | None, Ask | None]:
     """
     request = job.request
     prompt = None if request.prompt_embeds is not None else _ask(request)
-    none = request.negative_prompt is None and request.negative_prompt_2 is None
-    if not job.guidance.active or request.negative_prompt_embeds is not None or (none and zeros):
+    none = request.negative_prompt is None and zeros
+    if not job.guidance.active or request.negative_prompt_embeds is not None or none:
         return prompt, None
     text = request.negative_prompt or ""
     second = text if request.negative_prompt_2 is None else request.negative_prompt_2

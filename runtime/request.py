@@ -201,6 +201,8 @@ class Request:
             raise RequestError("prompt and prompt_embeds say the same: give one of them")
         if self.negative_prompt_embeds is not None and (self.negative_prompt or self.negative_prompt_2):
             raise RequestError("negative_prompt and negative_prompt_embeds say the same: give one of them")
+        if self.negative_prompt_2 is not None and self.negative_prompt is None:
+            raise RequestError("negative_prompt_2 goes with negative_prompt: give both")
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             pooled = f"negative_pooled_{name[9:]}" if name.startswith("negative") else f"pooled_{name}"
             if getattr(self, pooled) is not None and getattr(self, name) is None:

@@ -109,7 +109,7 @@ def schedule(
     elif request.image is not None:
         strength = _STRENGTH[request.task] if request.strength is None else request.strength
         kept = min(int(steps.count * strength), steps.count)
-        if by_strength and steps.timesteps is None:
+        if by_strength and request.task == "img2img" and steps.timesteps is None:
             table = make(replace(steps, strength=strength))
         elif kept < 1:
             raise RequestError(
