@@ -53,7 +53,7 @@ def trace(plan: ComponentPlan, module: Any, folder: Path) -> None:
             raise CheckpointError(f"{plan.name} cannot be traced to ONNX: {reason[:300]}") from error
     model = program.model
     _name_axes(plan, model)
-    _widen(model)
+    _fold_weights(model)
     if plan.repeat:
         _repeat(plan.repeat, model)
     model.producer_name, model.producer_version = "diffoundry", ""
@@ -95,28 +95,51 @@ def _renamed(size: Any, names: dict[str, str]) -> int | str | None:
     return None if size.value is None else _NAME.sub(lambda found: names.get(found[0], found[0]), size.value)
 
 
-def _widen(model: Any) -> None:
-    """Let float32 weights take the place of half-precision ones and their casts, each made when it is written."""
+def _fold_weights(model: Any) -> None:
+    """Let float32 weights take the place of half-precision ones and their casts and transpositions.
+
+    The exporter folds small ones alone. Here each is made when it is written, so that one at a time is in memory.
+    """
     import onnx_ir
 
     graph = model.graph
-    for node in [node for node in graph if node.op_type == "Cast" and node.inputs[0].const_value is not None]:
-        stored, widened = node.inputs[0], node.outputs[0]
-        if stored.name not in graph.initializers or widened.dtype != onnx_ir.DataType.FLOAT:
+    for node in [node for node in graph if node.op_type in ("Cast", "Transpose")]:
+        stored, made = node.inputs[0], node.outputs[0]
+        if stored is None or stored.name not in graph.initializers or stored.const_value is None:
             continue
-        tensor = stored.const_value
-        weight = onnx_ir.Value(name=f"{stored.name}_widened", shape=tensor.shape, type=widened.type)
-        weight.const_value = onnx_ir.LazyTensor(
-            lambda tensor=tensor, name=weight.name: onnx_ir.tensor(tensor.numpy().astype(np.float32), name=name),
-            dtype=onnx_ir.DataType.FLOAT,
-            shape=tensor.shape,
-            name=weight.name,
-        )
+        if made.dtype != onnx_ir.DataType.FLOAT:
+            continue
+        axes = list(node.attributes["perm"].as_ints() if node.op_type == "Transpose" else range(len(stored.shape)))
+        name = "_".join([str(stored.name), "axes", *map(str, axes)])
+        _replace(graph, node, _folded(stored.const_value, axes, name))
+
+
+def _folded(tensor: Any, axes: list[int], name: str) -> Any:
+    """The value of the initializer `name`: `tensor` in float32 with its axes in another order, made when it is read."""
+    import onnx_ir
+
+    return onnx_ir.LazyTensor(
+        lambda: onnx_ir.tensor(np.ascontiguousarray(tensor.numpy().astype(np.float32).transpose(axes)), name=name),
+        dtype=onnx_ir.DataType.FLOAT,
+        shape=onnx_ir.Shape([tensor.shape[axis] for axis in axes]),
+        name=name,
+    )
+
+
+def _replace(graph: Any, node: Any, tensor: Any) -> None:
+    """Let an initializer of the value `tensor` take the place of `node`."""
+    import onnx_ir
+
+    stored, made = node.inputs[0], node.outputs[0]
+    weight = graph.initializers.get(tensor.name)
+    if weight is None:
+        weight = onnx_ir.Value(name=tensor.name, shape=tensor.shape, type=made.type)
+        weight.const_value = tensor
         graph.register_initializer(weight)
-        onnx_ir.convenience.replace_all_uses_with(widened, weight)
-        graph.remove(node, safe=True)
-        if not stored.uses():
-            del graph.initializers[stored.name]
+    onnx_ir.convenience.replace_all_uses_with(made, weight)
+    graph.remove(node, safe=True)
+    if not stored.uses():
+        del graph.initializers[stored.name]
 
 
 def _repeat(name: str, model: Any) -> None:

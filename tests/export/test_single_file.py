@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import diffoundry
 from diffoundry.bundle import CheckpointError, DiffoundryError
 from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.single_file import is_single_file, unpack
@@ -421,13 +423,31 @@ def test_diffusers_reads_the_same_weights_from_the_file(made, tmp_path):
         assert all(torch.equal(value, found[key].to(value.dtype)) for key, value in due.state_dict().items())
 
 
-def test_pico_with_its_folder_as_configuration(tmp_path):
+@pytest.fixture(scope="module")
+def single_pico(tmp_path_factory):
+    """pico as one file in the original layout."""
     text = CLIPTextModel.from_pretrained(PICO / "text_encoder")
     unet_model = UNet2DConditionModel.from_pretrained(PICO / "unet", torch_dtype=torch.float16)
     vae = AutoencoderKL.from_pretrained(PICO / "vae", torch_dtype=torch.float16)
     tensors = {**original_unet(unet_model), **original_vae(vae), **original_clip(text, "cond_stage_model.transformer.")}
-    save_file(tensors, tmp_path / "pico.safetensors")
-    unpack(tmp_path / "pico.safetensors", tmp_path / "out", config=PICO)
+    path = tmp_path_factory.mktemp("single") / "pico.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def test_pico_compiled_from_one_file_draws_the_identical_image(single_pico, tmp_path, bundle_of):
+    bundle = diffoundry.compile(single_pico, tmp_path / "b", config=PICO)
+    assert bundle.manifest.source["name"] == "pico"
+    assert not list(tmp_path.glob(".*"))
+    options = {"steps": 4, "seed": 7, "count": 2}
+    prompt = "a large red star at the left on a navy background"
+    found, due = (diffoundry.load(root)(prompt, **options) for root in (bundle.root, bundle_of("pico")))
+    np.testing.assert_array_equal(found.latents, due.latents)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(found.images, due.images, strict=True))
+
+
+def test_pico_with_its_folder_as_configuration(single_pico, tmp_path):
+    unpack(single_pico, tmp_path / "out", config=PICO)
     for path in PICO.glob("*/*.safetensors"):
         due, found = load_file(path), load_file(tmp_path / "out" / path.relative_to(PICO))
         assert due.keys() == found.keys() and all(torch.equal(due[key], found[key]) for key in due)
