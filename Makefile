@@ -11,7 +11,7 @@ demo: build/pico.bundle/bundle.json
 	$(BIN)/python -m diffoundry.examples.pico.demo build/pico.bundle demo.png
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -54,8 +56,12 @@ def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: l
     latents = manifest.latents
     console.print(
         f"default size {manifest.default_width}x{manifest.default_height}, any multiple of {latents.downscale}; "
-        f"{latents.channels} latent channels, scaling factor {latents.scaling_factor:g}"
+        f"{latents.channels} latent channels, scaling factor {latents.scaling_factor:g}; "
+        f"default {manifest.default_steps} steps, guidance {manifest.default_guidance:g}"
     )
+    told = [name for name, value in manifest.options.items() if value]
+    if told:
+        console.print(", ".join(told))
     table = Table("component", "size", "largest error to torch")
     shown = {name: part for name, part in manifest.components.items() if name != "step"}  # the same in every bundle
     for name in shown:
@@ -63,9 +69,9 @@ def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: l
     console.print(table)
     for name, component in shown.items():
         for arrow, tensors in (("<-", component.inputs), ("->", component.outputs)):
-            for tensor in tensors:
+            for names, tensor in _grouped(tensors):
                 shape = ", ".join(str(axis) for axis in tensor.shape)
-                console.print(f"{name} {arrow} {tensor.name} {tensor.dtype}[{shape}]", soft_wrap=True)
+                console.print(f"{name} {arrow} {names} {tensor.dtype}[{shape}]", soft_wrap=True)
     traced = Schedules(opened).traced
     for name, counts in traced.items():
         console.print(f"scheduler {name}: read off its code for {', '.join(map(str, sorted(counts)))} steps")
@@ -74,6 +80,19 @@ def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: l
         console.print(f"engines/{str(record.get('key'))[:32]}: {made}, {_size(record['bytes'])}", soft_wrap=True)
     if manifest.versions:
         console.print("built with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+
+
+def _grouped(tensors: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Each tensor with its name; of a numbered series of one shape, the first with the names of both ends."""
+    for (series, _, _), group in itertools.groupby(
+        tensors, lambda tensor: (tensor.name.rstrip("0123456789"), tensor.dtype, tensor.shape)
+    ):
+        members = list(group)
+        first, last = members[0], members[-1]
+        numbered = series.endswith(".") and len(members) > 1
+        yield (f"{first.name} … {last.name}" if numbered else first.name), first
+        if not numbered:
+            yield from ((other.name, other) for other in members[1:])
 
 
 def _worst(part: Any) -> str:

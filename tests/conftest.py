@@ -1,7 +1,11 @@
-"""Checkpoints and bundles that tests share; each is made once a run, by the real exporter."""
+"""Checkpoints and bundles that tests share; each is made once a run, by the real exporter.
+
+With several workers (`pytest -n 2`) each has a processor of its own: two that share all of them are slower than one.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -11,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER:  # before anything counts the processors
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[int(WORKER.removeprefix("gw")) % len(processors)]})
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -18,34 +26,43 @@ PICO = REPOSITORY / "examples" / "pico"
 CHECKPOINTS = ("pico", "sd15-small", "sd2-small")
 
 
+def _once(path: Path, make: Callable[[Path], object]) -> Path:
+    """`path`, made by the worker that needs it first while the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not path.exists():
+            make(path)
+    return path
+
+
 @pytest.fixture(scope="session")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The diffusers folder of a name in `CHECKPOINTS`."""
-    root = tmp_path_factory.mktemp("checkpoints")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if WORKER else own
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(shared: Path) -> Callable[[str], Path]:
+    """The diffusers folder of pico, or of a name in `examples.random_checkpoint`."""
 
     def get(name: str) -> Path:
-        if name == "pico":
-            return PICO
-        if not (root / name).exists():
-            from diffoundry.examples.random_checkpoint import make
+        from diffoundry.examples.random_checkpoint import make
 
-            make(name, root / name)
-        return root / name
+        return PICO if name == "pico" else _once(shared / "checkpoints" / name, lambda path: make(name, path))
 
     return get
 
 
 @pytest.fixture(scope="session")
-def bundle_of(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[[str], Path]) -> Callable[[str], Path]:
-    """The compiled bundle of a name in `CHECKPOINTS`. Do not change it: use `copied` for that."""
-    root = tmp_path_factory.mktemp("bundles")
+def bundle_of(shared: Path, checkpoint_of: Callable[[str], Path]) -> Callable[[str], Path]:
+    """The compiled bundle of a checkpoint. Do not change it: use `copied` for that."""
 
     def get(name: str) -> Path:
-        if not (root / name).exists():
-            import diffoundry
+        import diffoundry
 
-            diffoundry.compile(checkpoint_of(name), root / name)
-        return root / name
+        return _once(shared / "bundles" / name, lambda path: diffoundry.compile(checkpoint_of(name), path))
 
     return get
 

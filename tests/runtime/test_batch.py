@@ -54,6 +54,13 @@ def test_a_mixed_batch_may_be_cut_into_calls_of_any_size(pipe, alone):
         np.testing.assert_allclose(found.latents, wanted.latents, atol=TOLERANCE)
 
 
+def test_rows_shared_among_processors_are_what_they_are_on_one(bundle_of, alone):
+    for threads in (1, 2, 3):
+        results = load(bundle_of("pico"), threads=threads).generate_many(MIXED)
+        for found, wanted in zip(results, alone, strict=True):
+            np.testing.assert_allclose(found.latents, wanted.latents, atol=TOLERANCE)
+
+
 def test_the_loop_on_the_device_gives_the_same(device_pipe, alone):
     for request, wanted in zip(MIXED, alone, strict=True):
         np.testing.assert_allclose(device_pipe.generate(request).latents, wanted.latents, atol=TOLERANCE)
@@ -113,7 +120,7 @@ def test_links_are_checked(device_pipe):
 def test_phases_are_cut_where_rows_end_or_guidance_changes():
     def row(steps, interval=(0.0, 1.0)):
         table = make_table({"steps_offset": 1}, steps, "euler")
-        text = np.zeros((1, 1), np.float32)
+        text = {"encoder_hidden_states": np.zeros((1, 1), np.float32)}
         return Row(table, Guidance(5, interval=interval), TorchGenerator(0), text, text, np.zeros((4, 8, 8)))
 
     found = [(phase.rows, phase.guided, phase.steps) for phase in phases([row(4), row(6, (0, 0.5))])]

@@ -160,7 +160,7 @@ def test_latents_that_are_not_finite_are_an_error():
             return np.full_like(x, np.nan)
 
     table = make_table({"steps_offset": 1}, 3, "euler")
-    text, latents = np.zeros((77, 8), np.float32), np.zeros((4, 8, 8), np.float32)
+    text, latents = {"encoder_hidden_states": np.zeros((77, 8), np.float32)}, np.zeros((4, 8, 8), np.float32)
     row = Row(table, Guidance(), TorchGenerator(0), text, text, latents)
     with pytest.raises(EngineError, match="not finite"):
         denoise(NotANumber(None, [row]), [row])

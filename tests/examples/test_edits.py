@@ -1,0 +1,68 @@
+"""pico edits pictures: what an edit is to change changes, what it is to keep stays, by the scorer."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+import diffoundry
+from diffoundry.examples.pico import edits
+from diffoundry.examples.pico.edit_score import score_edits
+from diffoundry.examples.pico.score import GUIDANCE
+from diffoundry.examples.pico.scorer import score
+from diffoundry.examples.pico.world import split_scenes
+
+SCENES = split_scenes()[1][:20]
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle_of):
+    return diffoundry.load(bundle_of("pico"))
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, bundle_of, checkpoint_of):
+    """pico with the U-Net and the scheduler that were distilled from it."""
+    target = shutil.copytree(bundle_of("pico"), tmp_path_factory.mktemp("lcm") / "pico-lcm.bundle")
+    lcm = checkpoint_of("pico") / "lcm"
+    components = {name: lcm / name for name in ("unet", "scheduler")}
+    diffoundry.compile(checkpoint_of("pico"), target, components=components, default_steps=4, default_guidance=4.0)
+    return diffoundry.load(target)
+
+
+def test_image_to_image_changes_the_colour_and_keeps_the_rest(pipe):
+    results = list(edits.image_to_image(pipe, SCENES, steps=20, strength=edits.STRENGTH))
+    shares = score_edits(results, [(scene, edits.recolored(scene, i)) for i, scene in enumerate(SCENES)])
+    assert shares["changed"] >= 0.95
+    assert shares["kept"] >= 0.95
+
+
+def test_inpainting_changes_what_is_masked_and_keeps_the_rest(pipe):
+    results = list(edits.inpaint(pipe, SCENES, steps=20))
+    shares = edits.score_inpainting(pipe, SCENES, results)
+    assert shares["inside"] >= 0.95
+    assert shares["kept"] == 1
+    assert shares["difference"] < 4
+
+
+def test_an_image_to_image_of_little_strength_changes_nothing(pipe):
+    results = list(edits.image_to_image(pipe, SCENES[:5], steps=20, strength=0.1))
+    shares = score_edits(results, [(scene, edits.recolored(scene, i)) for i, scene in enumerate(SCENES[:5])])
+    assert shares["changed"] < 0.5 < shares["kept"]
+
+
+def test_the_distilled_pico_draws_in_four_steps(distilled):
+    pictures = [np.asarray(distilled(str(scene), seed=i).images[0]) for i, scene in enumerate(SCENES)]
+    assert distilled(str(SCENES[0]), seed=0).request["steps"] == 4
+    assert min(score(pictures, SCENES).values()) >= 0.85
+    assert score(pictures, SCENES)["all"] >= 0.9
+
+
+def test_four_steps_of_the_teacher_are_not_enough(pipe):
+    pictures = [
+        np.asarray(pipe(str(scene), seed=i, steps=4, scheduler="lcm", guidance=GUIDANCE).images[0])
+        for i, scene in enumerate(SCENES)
+    ]
+    assert score(pictures, SCENES)["all"] < 0.9
