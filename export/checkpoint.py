@@ -38,7 +38,10 @@ class Checkpoint:
         if not root.exists():
             root = _fetch(str(source))
         if root.is_file():
-            raise CheckpointError(f"{root} is a file: give a folder in the diffusers layout (with model_index.json)")
+            raise CheckpointError(
+                f"{root} is a file of an unknown kind: give a folder in the diffusers layout (with model_index.json), "
+                "or a .safetensors or .ckpt file"
+            )
         if not (root / "model_index.json").is_file():
             raise CheckpointError(f"{root} holds no model_index.json: it is not a diffusers checkpoint")
         try:

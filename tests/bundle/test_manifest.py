@@ -69,12 +69,29 @@ def test_a_wrong_field_is_named(path, value, message):
         from_json(broken, "bundle.json")
 
 
-@pytest.mark.parametrize("name", [key for key in to_json(MANIFEST) if key != "schema_version"])
+DEFAULTS = {"default_steps": 20, "default_guidance": 7.5, "options": {}}
+
+
+@pytest.mark.parametrize("name", [key for key in to_json(MANIFEST) if key not in ("schema_version", *DEFAULTS)])
 def test_a_missing_field_is_named(name):
     broken = copy.deepcopy(to_json(MANIFEST))
     del broken[name]
     with pytest.raises(BundleError, match=f"'{name}' is missing"):
         from_json(json.loads(json.dumps(broken)), "bundle.json")
+
+
+def test_what_older_manifests_lack_has_its_old_meaning():
+    older = copy.deepcopy(to_json(MANIFEST))
+    for name in DEFAULTS:
+        del older[name]
+    for name in ("tile", "mean", "std"):
+        del older["latents"][name]
+    for prompt in older["prompts"].values():
+        for name in ("hidden", "skips", "pooled"):
+            del prompt[name]
+    read = from_json(json.loads(json.dumps(older)), "bundle.json")
+    assert {name: getattr(read, name) for name in DEFAULTS} == DEFAULTS
+    assert {prompt.hidden for prompt in read.prompts.values()} == {"last_hidden_state"}
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "", "a\\..\\x", "C:/x", "a\0b"])

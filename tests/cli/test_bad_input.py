@@ -42,8 +42,12 @@ def test_a_checkpoint_that_does_not_exist(command, tmp_path):
 
 
 def test_a_file_instead_of_a_folder(command, tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"x")
+    fails(command("compile", tmp_path / "x.zip", "-o", tmp_path / "b"), "is a file", "folder", ".safetensors")
+    nothing_left(tmp_path, "x.zip")
     (tmp_path / "x.safetensors").write_bytes(b"x")
-    fails(command("compile", tmp_path / "x.safetensors", "-o", tmp_path / "b"), "is a file", "folder")
+    fails(command("compile", tmp_path / "x.safetensors", "-o", tmp_path / "b"), "truncated", "download it again")
+    nothing_left(tmp_path, "x.zip", "x.safetensors")
 
 
 def test_an_unknown_pipeline_class(command, tmp_path, checkpoint_of):
@@ -308,9 +312,9 @@ def test_a_damaged_scheduler_configuration(command, copied, change):
     ("change", "words"),
     [
         ({"family": "flux"}, ["'flux'"]),
-        ({"tasks": ["inpaint"]}, ["txt2img"]),
+        ({"tasks": ["upscale"]}, ["upscale", "txt2img"]),
         ({"precision": "int3"}, ["'int3'"]),
-        ({"prompts": {}}, ["prompts.text_encoder"]),
+        ({"prompts": {}}, ["'prompts' is empty"]),
         ({"components": {}}, ["'components' is empty"]),
         ({"files": {}}, ["no hash for scheduler/scheduler_config.json"]),
     ],

@@ -17,6 +17,7 @@ from PIL import Image
 from diffoundry.runtime.images import read_metadata
 from diffoundry.runtime.pipeline import load
 from diffoundry.runtime.schedulers import SAMPLERS, make_table
+from diffoundry.runtime.schedules import Schedules
 
 PROMPT = "a large red star at the left on a navy background"
 OWN = """
@@ -177,8 +178,10 @@ def test_a_scheduler_of_ones_own_is_traced_and_run(command, checkpoint_of, bundl
     # it is DDIM on evenly spaced timesteps; DDIM steps back by 1000 // 8 instead, so its own code is the reference
     found = latents_of(pipe, scheduler="OwnScheduler", steps=8)
     assert np.isfinite(found).all()
-    table = make_table({**pipe._schedules.config, "timestep_spacing": "linspace", "set_alpha_to_one": True}, 8, "ddim")
-    np.testing.assert_array_equal(table.timesteps, pipe._schedules.table(_steps(8), "OwnScheduler").timesteps)
+    table = make_table(
+        {**Schedules(pipe.bundle).config, "timestep_spacing": "linspace", "set_alpha_to_one": True}, 8, "ddim"
+    )
+    np.testing.assert_array_equal(table.timesteps, Schedules(pipe.bundle).table(_steps(8), "OwnScheduler").timesteps)
     refused = command("run", copied, PROMPT, "--scheduler", "OwnScheduler", "--steps", 7, "-o", tmp_path / "o.png")
     assert refused.returncode == 1
     assert "traced for 6, 8 steps" in refused.stderr
@@ -202,7 +205,7 @@ def test_a_traced_scheduler_draws_what_diffusers_draws(checkpoint_of, copied):
     pipe = load(copied)
     found = latents_of(pipe, scheduler="DPMSolverMultistepInverseScheduler", steps=5, guidance=1.0)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(checkpoint_of("pico"), safety_checker=None)
-    theirs.scheduler = diffusers.DPMSolverMultistepInverseScheduler.from_config(pipe._schedules.config)
+    theirs.scheduler = diffusers.DPMSolverMultistepInverseScheduler.from_config(Schedules(pipe.bundle).config)
     theirs.set_progress_bar_config(disable=True)
     wanted = theirs(
         PROMPT,

@@ -22,7 +22,7 @@ import diffoundry
 from diffoundry.bundle import CheckpointError, DiffoundryError
 from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.single_file import is_single_file, unpack
-from diffoundry.export.single_file_names import clip_names, unet_names, vae_names
+from diffoundry.export.single_file.names import clip_names, unet_names, vae_names
 
 PICO = Path(__file__).resolve().parents[2] / "examples" / "pico"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

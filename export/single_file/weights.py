@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import CheckpointError
-from .checkpoint import check_safetensors
+from ...bundle import CheckpointError
+from ..checkpoint import check_safetensors
 
 PICKLES = (".ckpt", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLES)

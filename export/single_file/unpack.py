@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import CheckpointError, DiffoundryError
-from ..bundle.files import disk_error, remove, write_json
-from .loading import quiet
-from .single_file_configs import COND_PROJ, Config, Setup, built_in, setup_of
-from .single_file_kinds import UNET, VAE, Family, TextEncoder, recognise
-from .single_file_names import clip_names, unet_names, vae_names
-from .single_file_tokenizer import write_clip_tokenizer
-from .single_file_weights import SUFFIXES, Weights, open_weights
+from ...bundle import CheckpointError, DiffoundryError
+from ...bundle.files import disk_error, remove, write_json
+from ..loading import quiet
+from .configs import COND_PROJ, Config, Setup, built_in, setup_of
+from .kinds import UNET, VAE, Family, TextEncoder, recognise
+from .names import clip_names, unet_names, vae_names
+from .tokenizer import write_clip_tokenizer
+from .weights import SUFFIXES, Weights, open_weights
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

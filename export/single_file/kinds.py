@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..bundle import CheckpointError
-from .single_file_tokenizer import END
-from .single_file_weights import Weights
+from ...bundle import CheckpointError
+from .tokenizer import END
+from .weights import Weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 _PROJECTION = "CLIPTextModelWithProjection"

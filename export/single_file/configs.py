@@ -9,11 +9,11 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-from ..bundle import CheckpointError
-from .checkpoint import Checkpoint
-from .single_file_kinds import REFINER, SD1, SD2, SDXL, UNET, VAE, Family, TextEncoder
-from .single_file_tokenizer import TOKENS
-from .single_file_weights import Weights
+from ...bundle import CheckpointError
+from ..checkpoint import Checkpoint
+from .kinds import REFINER, SD1, SD2, SDXL, UNET, VAE, Family, TextEncoder
+from .tokenizer import TOKENS
+from .weights import Weights
 
 Config = dict[str, Any]
 

@@ -1,0 +1,117 @@
+"""What the U-Net is told beside latents and timestep: the prompts, and whatever else its inputs ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..bundle import Bundle, RequestError
+from ..engines import Array
+from .conditioning import guidance_embedding
+from .request import Request
+from .text import Ask, Embedding, TextEncoders
+
+Told = tuple[Embedding, Embedding | None]
+"""The prompt and, where it is guided, the negative prompt."""
+
+
+class Inputs:
+    """The inputs of a bundle's U-Net and the text encoders that make some of them.
+
+    widths: the inputs by name, and the size of each one's last axis. inpaints: whether it sees the mask and the masked
+    image. scored: whether it is told an aesthetic score.
+    """
+
+    def __init__(self, bundle: Bundle, text: TextEncoders) -> None:
+        manifest = bundle.manifest
+        self._text = text
+        self._zeros = manifest.options.get("force_zeros_for_empty_prompt", False)
+        self.encoders, self.pooled, self.check = text.names, text.pooled, text.check
+        self.scored = manifest.options.get("requires_aesthetics_score", False)
+        taken = bundle.component("unet").inputs
+        self.widths = {part.name: part.shape[-1] for part in taken if part.shape}
+        channels = [part.shape[1] for part in taken if part.name == "sample"]
+        self.inpaints = channels == [2 * manifest.latents.channels + 1]
+
+    def embeddings(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
+        """The hidden states of prompts, (len(prompts), tokens, width), and what was cut off each."""
+        made = self._text.embed([Ask((prompt, prompt)) for prompt in prompts])
+        return np.stack([each.hidden for each in made]), [max(each.cut, key=len) for each in made]
+
+    def tell(self, requests: Sequence[Request], guided: Sequence[bool]) -> list[Told]:
+        """The prompts of each request as the text encoders give them, and the negative prompts of those guided.
+
+        Raises `RequestError` when their lengths differ.
+        """
+        pairs = [_asks(request, on, self._zeros) for request, on in zip(requests, guided, strict=True)]
+        asks = list(dict.fromkeys(ask for pair in pairs for ask in pair if ask is not None))
+        made: dict[Ask | None, Embedding] = dict(zip(asks, self._text.embed(asks), strict=True)) if asks else {}
+        told = []
+        for request, on, (ask, negative_ask) in zip(requests, guided, pairs, strict=True):
+            prompt = _given(request.prompt_embeds, request.pooled_prompt_embeds) or made[ask]
+            negative = None
+            if on:
+                negative = _given(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
+                negative = negative or (prompt.zeros() if negative_ask is None else made[negative_ask])
+                if request.windows:
+                    prompt, negative = self._text.level([prompt, negative])
+            told.append((prompt, negative))
+        lengths = sorted({len(text.hidden) for pair in told for text in pair if text is not None})
+        if len(lengths) > 1:
+            raise RequestError(
+                f"the prompts and negative prompts of a batch must take as many tokens, found {lengths}: "
+                "give embeddings of one length, and run longer prompts on their own"
+            )
+        return told
+
+    def conditions(
+        self, request: Request, size: tuple[int, int], text: Embedding, *, embedded: float | None, negative: bool
+    ) -> dict[str, Array]:
+        """The U-Net's inputs beside sample and timestep.
+
+        size: width and height. embedded: the guidance that the U-Net is told. negative: for the negative prompt.
+        """
+        inputs = {"encoder_hidden_states": text.hidden}
+        if text.pooled is not None:
+            inputs["text_embeds"] = text.pooled
+        if "time_ids" in self.widths:
+            told = request.conditioning
+            if negative:
+                from_image = request.task != "txt2img"
+                told = told.negative(request.negative_conditioning, scored=self.scored, from_image=from_image)
+            inputs["time_ids"] = told.time_ids(size[1], size[0], scored=self.scored)
+        if embedded is not None:
+            inputs["timestep_cond"] = guidance_embedding(embedded, int(self.widths["timestep_cond"]))
+        return inputs
+
+
+def _given(hidden: Array | None, pooled: Array | None) -> Embedding | None:
+    return None if hidden is None else Embedding(hidden, pooled)
+
+
+def ask_of(request: Request) -> Ask:
+    """What the text encoders are asked for the prompt."""
+    texts = (request.prompt, request.prompt if request.prompt_2 is None else request.prompt_2)
+    return Ask(texts, request.clip_skip or 0, request.weights, request.windows)
+
+
+def _asks(request: Request, guided: bool, zeros: bool) -> tuple[Ask | None, Ask | None]:
+    """What the text encoders are asked for the prompt and the negative prompt, if they are.
+
+    zeros: whether no negative prompt means zeros. Layers are skipped for the prompt alone, as in diffusers.
+    """
+    prompt = None if request.prompt_embeds is not None else ask_of(request)
+    none = request.negative_prompt is None and zeros
+    if not guided or request.negative_prompt_embeds is not None or none:
+        return prompt, None
+    text = request.negative_prompt or ""
+    second = text if request.negative_prompt_2 is None else request.negative_prompt_2
+    return prompt, Ask((text, second), 0, request.weights, request.windows)
+
+
+def cuts(texts: Told) -> dict[str, str]:
+    """What was left out of each prompt, by the name of the prompt."""
+    named = zip(("prompt", "negative_prompt"), texts, strict=True)
+    cuts = {name: max(text.cut, key=len, default="") for name, text in named if text is not None}
+    return {name: cut for name, cut in cuts.items() if cut}
