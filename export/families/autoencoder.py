@@ -133,10 +133,12 @@ def options(checkpoint: Checkpoint) -> dict[str, bool]:
 
 
 def downscale(config: dict[str, Any]) -> int:
-    """Pixels a latent, along one side."""
-    if is_tiny(config):
-        return int(2 ** (len(config["decoder_block_out_channels"]) - 1))
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    """Pixels a latent, along one side. Raises `CheckpointError` when the configuration names no blocks."""
+    name = "decoder_block_out_channels" if is_tiny(config) else "block_out_channels"
+    blocks = len(config[name])
+    if not blocks:
+        raise CheckpointError(f"the vae configuration has no {name}: download the checkpoint again")
+    return int(2 ** (blocks - 1))
 
 
 def scaling(config: dict[str, Any]) -> Latents:
