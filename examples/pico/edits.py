@@ -23,6 +23,7 @@ from .world import ATTRIBUTES, COLORS, PLACES, SHAPES, SIDE, SIZES, Scene, rende
 
 STRENGTH = 0.8
 """Of image-to-image."""
+_COLUMNS, _SCALE = 8, 2
 _CELL = 8
 """Pixels a latent: a mask of whole ones means the same at both sizes."""
 
@@ -110,9 +111,11 @@ def main(bundle: str, captions: int, steps: int, strength: float, sheet: Path | 
         "inpaint": score_inpainting(pipeline, scenes, inpaintings),
     }
     if sheet is not None:
-        shown = slice(0, min(captions, 12))
+        shown = slice(0, _COLUMNS)
         rows = [[render(scene) for scene in scenes[shown]], recolorings[shown], inpaintings[shown]]
-        Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(sheet)
+        picture = Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
+        size = picture.width * _SCALE, picture.height * _SCALE
+        picture.resize(size, Image.Resampling.BICUBIC).save(sheet)
     if as_json:
         print(json.dumps({"captions": captions, **shares}))
     else:
