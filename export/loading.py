@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,16 @@ def _fp16_weights(folder: Path) -> bool:
     return any(folder.glob("*.fp16.*"))
 
 
+def _write_clip_files(model: dict[str, Any], target: Path) -> None:
+    """Write the two files that readers older than `tokenizer.json` want, where the checkpoint has them no more."""
+    vocabulary, merges = (target / name for name in _CLIP_FILES)
+    if not vocabulary.exists():
+        vocabulary.write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    if not merges.exists():
+        pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+        merges.write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+
+
 def load_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> Prompt:
     """Copy a CLIP tokenizer to `target`, with the `tokenizer.json` of the `tokenizers` library beside its own files.
 
@@ -131,7 +142,9 @@ def load_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> 
             shutil.copyfile(path, target / path.name)
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
-    (target / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    text = tokenizer.backend_tokenizer.to_str()
+    (target / "tokenizer.json").write_text(text, encoding="utf-8")
+    _write_clip_files(json.loads(text)["model"], target)
     return Prompt(
         tokenizer=target.name,
         max_length=length,
