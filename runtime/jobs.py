@@ -101,8 +101,8 @@ class Jobs:
 
     def _check_text(self, request: Request) -> None:
         second = request.prompt_2 is not None or request.negative_prompt_2 is not None
-        if second and len(self._inputs.encoders) < 2:
-            raise RequestError("this model has one text encoder: leave prompt_2 and negative_prompt_2 out")
+        if second and "text_encoder_2" not in self._inputs.encoders:
+            raise RequestError("this model has no second text encoder: leave prompt_2 and negative_prompt_2 out")
         self._inputs.check(ask_of(request))
         plain = request.conditioning == Conditioning() and request.negative_conditioning is None
         if not plain and "time_ids" not in self._inputs.widths:

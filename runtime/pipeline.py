@@ -152,6 +152,10 @@ class Pipeline:
         """Pictures of latents on their way, by the tiny decoder. Raises `RequestError` when the bundle has none."""
         return [to_image(sample) for sample in self.decode(np.nan_to_num(latents), "tiny")]
 
+    def check(self, request: Request) -> tuple[int, int]:
+        """The width and height that `request` makes. Raises `RequestError` for what the bundle cannot do."""
+        return self._jobs.make(request).size
+
     def generate(
         self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None
     ) -> Result:

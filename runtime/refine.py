@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from ..bundle import RequestError
 from .loop import Callback
 from .pipeline import Pipeline, Result
@@ -30,21 +32,23 @@ def generate_refined(
     if request.mask is not None or request.prompt_embeds is not None or request.negative_prompt_embeds is not None:
         raise RequestError("the refiner takes a text, and no mask: run the two models one after the other")
     first = replace(request, denoising_end=part, output="latent", decoder="full", tiled=False)
-    begun = base.generate(first, batch=batch, low_memory=low_memory, callback=callback)
-    if low_memory:
-        base.release_all()
+    width, height = base.check(first)
+    channels, unit = base.bundle.manifest.latents.channels, base.bundle.manifest.latents.downscale
     second = replace(
         request,
-        image=begun.latents,
+        image=np.zeros((request.count, channels, height // unit, width // unit), np.float32),
         denoising_start=part,
-        seed=begun.seeds[0],
-        count=len(begun.latents),
         strength=None,
         resize="default",
         width=None,
         height=None,
         clip_skip=None,
     )
+    refiner.check(second)
+    begun = base.generate(first, batch=batch, low_memory=low_memory, callback=callback)
+    if low_memory:
+        base.release_all()
+    second = replace(second, image=begun.latents, seed=begun.seeds[0])
     refined = refiner.generate(second, batch=batch, low_memory=low_memory, callback=callback)
     seconds = {
         name: begun.seconds.get(name, 0.0) + refined.seconds.get(name, 0.0)

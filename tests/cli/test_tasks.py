@@ -53,7 +53,7 @@ def test_a_picture_is_inpainted_and_the_record_says_how(command, bundle_of, pict
         (["--preview", "p.png"], 1, "no tiny decoder: compile the checkpoint again with --component vae_tiny=FOLDER"),
         (["--decoder", "huge"], 2, "huge"),
         (["--original-size", "5", "5"], 1, "told no sizes"),
-        (["--prompt-2", "a ring"], 1, "one text encoder"),
+        (["--prompt-2", "a ring"], 1, "no second text encoder"),
     ],
 )
 def test_wrong_options_are_one_line(command, bundle_of, tmp_path, options, code, message):
