@@ -397,8 +397,9 @@ def diffoundry_run(case: Case, bundle_of: FolderOf, latents: Array | None = None
         options |= {name: Conditioning(**told)} if told else {}
     if latents is not None:
         options["image"] = latents
-    if case.size and case.task != "img2img":
-        options["width"], options["height"] = case.size
+    if case.task != "img2img" and latents is None:  # diffusers inpaints at the checkpoint's size
+        manifest = pipeline.bundle.manifest
+        options["width"], options["height"] = case.size or (manifest.default_width, manifest.default_height)
     ends_early = "denoising_end" in case.options
     result = pipeline(**options, count=case.count, output="latent" if ends_early else "image")
     if case.then is not None:

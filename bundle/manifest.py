@@ -14,6 +14,7 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHORTEST_WINDOW = 3  # start, one token, end
+_SMALLEST = 1e-12
 _LARGEST_TOKEN = 1 << 31
 _T = TypeVar("_T")
 
@@ -149,7 +150,7 @@ def from_json(value: dict[str, Any], where: str) -> Manifest:
             scaling_factor=reader.nonzero(latents, "scaling_factor", "latents."),
             shift_factor=reader.number(latents, "shift_factor", "latents."),
             tile=reader.positive({"tile": 64, **latents}, "tile", "latents."),
-            **{name: reader.per_channel(latents, name) for name in ("mean", "std")},
+            **reader.deviations(latents),
         ),
         prompts={
             name: reader.prompt(f"prompts.{name}.", part) for name, part in reader.get(value, "prompts", dict).items()
@@ -196,7 +197,7 @@ class _Reader:
 
     def nonzero(self, value: Any, name: str, prefix: str = "") -> float:
         found = self.number(value, name, prefix)
-        if abs(found) < 1e-12:
+        if abs(found) < _SMALLEST:
             raise self.fail(prefix + name, "must not be zero")
         return found
 
@@ -206,6 +207,12 @@ class _Reader:
         if numbers and len(numbers) != latents["channels"]:
             raise self.fail(f"latents.{name}", "must hold one number a channel")
         return numbers
+
+    def deviations(self, latents: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+        mean, std = (self.per_channel(latents, name) for name in ("mean", "std"))
+        if len(mean) != len(std) or not all(abs(value) > _SMALLEST for value in std):
+            raise self.fail("latents.std", "must go with latents.mean and hold no zero")
+        return {"mean": mean, "std": std}
 
     def flags(self, name: str, values: dict[Any, Any]) -> dict[str, bool]:
         if not all(isinstance(item, bool) for item in values.values()):

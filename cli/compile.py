@@ -106,7 +106,7 @@ def compile_command(
             device=device,
             precision=precision,
             family=family,
-            tasks=None if tasks is None else [task for task in tasks.split(",") if task],
+            tasks=None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()],
             components=read_pairs("--component", components, "NAME=FOLDER"),
             config=config,
             prediction_type=prediction_type,

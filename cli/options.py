@@ -16,7 +16,7 @@ def read_pairs(name: str, pairs: Iterable[str], form: str = "KEY=VALUE") -> dict
     values: dict[str, str] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
-        if not equals or not key:
+        if not equals or not key or (not text and form != "KEY=VALUE"):
             raise click.UsageError(f"{name} takes {form}, found {pair!r}")
         if key in values:
             raise click.UsageError(f"{name} {key} is given twice")

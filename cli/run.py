@@ -13,6 +13,8 @@ import click
 from .options import read_numbers, read_options
 from .progress import progress
 
+_LONGEST_TOLD = 200
+
 
 @click.command("run")
 @click.argument("bundle", type=click.Path())
@@ -93,7 +95,12 @@ from .progress import progress
 @click.option("--crop", nargs=2, type=int, metavar="TOP LEFT", help="SDXL: where it was cut.")
 @click.option("--target-size", nargs=2, type=int, metavar="HEIGHT WIDTH", help="SDXL: size that it got.")
 @click.option("--aesthetic-score", type=float, help="SDXL refiner: how good the picture is. [default: 6]")
-@click.option("--refiner", type=click.Path(), metavar="BUNDLE", help="SDXL: the bundle that runs the last steps.")
+@click.option(
+    "--refiner",
+    type=click.Path(),
+    metavar="BUNDLE",
+    help="SDXL: the bundle that runs the last steps; --clip-skip is for the first alone.",
+)
 @click.option("--refine-from", type=float, help="With --refiner: the part of the schedule before it. [default: 0.8]")
 @click.option("--seed", type=int, help="Of the first image; image i has seed + i. [default: random]")
 @click.option(
@@ -105,7 +112,7 @@ from .progress import progress
 )
 @click.option("--count", default=1, show_default=True, type=int, help="Number of images.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Most images in one U-Net call.")
-@click.option("--width", type=int, help="In pixels, a multiple of 8. [default: the picture's or the checkpoint's]")
+@click.option("--width", type=int, help="In pixels, a multiple of 8. [default: the picture's, else the checkpoint's]")
 @click.option("--height", type=int, help="In pixels, a multiple of 8. [default: the picture's or the checkpoint's]")
 @click.option(
     "--decoder",
@@ -137,6 +144,7 @@ def run_command(
     """
     from .. import __version__
     from ..runtime.images import output_paths, save_png
+    from ..runtime.jobs import check_decoder
     from ..runtime.pipeline import load
     from ..runtime.refine import generate_refined
 
@@ -145,7 +153,11 @@ def run_command(
     request = _request(asked)
     paths = output_paths(Path(output), request.count)
     shown = None if preview is None else output_paths(Path(preview), 1)[0]
+    if shown in paths:
+        raise click.UsageError("--preview and --output are one file: give another name to one of them")
     pipeline = load(bundle, provider=provider, threads=threads)
+    if shown is not None:
+        check_decoder(pipeline.bundle, "tiny")
     with progress("run", shown=not as_json) as report:
 
         def callback(step: int, total: int, latents: Any) -> None:
@@ -166,7 +178,9 @@ def run_command(
         made = {**result.request, "seed": own, "count": 1, "source": manifest.source, "diffoundry": __version__}
         save_png(image, path, made)
     for name, text in result.cut.items():
-        print(f"Warning: {name} is too long, this part was left out: {text} (--windows takes it in)", file=sys.stderr)
+        left = "".join(letter if letter.isprintable() else " " for letter in text[:_LONGEST_TOLD])
+        more = f" … ({len(text)} letters)" if len(text) > _LONGEST_TOLD else ""
+        print(f"Warning: {name} is too long, this was left out: {left}{more} (--windows takes it in)", file=sys.stderr)
     if as_json:
         print(
             json.dumps(

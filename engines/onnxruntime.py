@@ -269,7 +269,9 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
 
 def _run_error(component: str, error: Exception) -> EngineError:
     if "llocate" in str(error):
-        return EngineError(f"{component}: out of memory: ask for a smaller size, a smaller batch or split guidance")
+        return EngineError(
+            f"{component}: out of memory: ask for a smaller size or batch, split guidance or a tiled autoencoder"
+        )
     return EngineError(f"{component}: ONNX Runtime failed: {_first_line(error)}")
 
 

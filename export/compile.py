@@ -132,7 +132,7 @@ def compile(
                 build = _Build(source, family_name, rules, target, device, precision, progress)
                 if single is not None:
                     build.name = Path(checkpoint).stem
-                build.tasks = _chosen_tasks(source, rules, tasks)
+                build.tasks = _chosen_tasks(checkpoint, rules.tasks(source), tasks)
                 build.defaults = _defaults(rules, default_steps, default_guidance)
                 build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
                 return build.run()
@@ -165,15 +165,14 @@ def _unpack(checkpoint: str | Path, work: Path, config: str | Path | None, predi
     return unpacked
 
 
-def _chosen_tasks(source: Checkpoint, rules: Family, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """The tasks of the bundle, in the order of the family. Raises `DiffoundryError` for one that it cannot do."""
-    known = rules.tasks(source)
+def _chosen_tasks(checkpoint: str | Path, known: tuple[str, ...], asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The tasks of the bundle, of those known. Raises `DiffoundryError` for one that the checkpoint cannot do."""
     if asked is None:
         return known
     wrong = [task for task in asked if task not in known]
     if wrong or not asked:
         raise DiffoundryError(
-            f"{source.root} cannot do the task {', '.join(wrong) or '(none)'}: choose from {', '.join(known)}"
+            f"{checkpoint} cannot do the task {', '.join(wrong) or '(none)'}: choose from {', '.join(known)}"
         )
     return tuple(task for task in known if task in asked)
 
@@ -325,9 +324,10 @@ class _Build:
                 self.rules.default_size(self.source),
             )
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            replaced = "".join(f" or {folder}" for folder in self.source.replaced.values())
             raise CheckpointError(
-                f"a config.json in {self.source.root} is damaged ({type(error).__name__}: {error}): "
-                "download the checkpoint again"
+                f"a config.json in {self.source.root}{replaced} is damaged or of another kind "
+                f"({type(error).__name__}: {error}): download it again"
             ) from None
 
     def _write_small(self) -> dict[str, Prompt]:
@@ -340,12 +340,21 @@ class _Build:
         write_scheduler(self.source, self.work / "scheduler", self.rules.scheduler_config)
         if self.traced:
             write_traced(self.work / "scheduler", *self.traced)
+        self._check_default_steps()
         index = {
             name: [None, None] if name in ("safety_checker", "feature_extractor", "image_encoder") else value
             for name, value in self.source.index.items()
         }
         write_json(self.work / "model_index.json", {**index, "requires_safety_checker": False})
         return prompts
+
+    def _check_default_steps(self) -> None:
+        config = read_json(self.work / "scheduler" / "scheduler_config.json", "the scheduler configuration")
+        most = config.get("num_train_timesteps", 1000)
+        if isinstance(most, int) and self.defaults[0] > most:
+            raise DiffoundryError(
+                f"the model has {most} timesteps, {self.defaults[0]} steps by default are more: ask for fewer"
+            )
 
     def _take_engines(self) -> None:
         """Engines of the bundle that is replaced stay; their keys decide whether they are ever used."""

@@ -30,6 +30,11 @@ def torch_cases(plan: ComponentPlan, module: Any) -> list[Case]:
         with torch.no_grad():
             result = module(**{name: torch.from_numpy(array) for name, array in feeds.items()})
         values = result if isinstance(result, tuple) else (result,)
+        if not all(torch.isfinite(value).all() for value in values):
+            raise CheckpointError(
+                f"{plan.name}: torch's own values are not finite (NaN or infinity): the weights are damaged, "
+                "download the checkpoint again"
+            )
         cases.append((feeds, {t.name: v.numpy() for t, v in zip(plan.outputs, values, strict=True)}))
     return cases
 

@@ -38,7 +38,7 @@ class Conditioning:
         score = self.aesthetic_score
         if score is not None:
             number = isinstance(score, (int, float, np.integer, np.floating)) and not isinstance(score, bool)
-            if not number or not math.isfinite(score):
+            if not number or not abs(score) <= _LARGEST_SIZE:
                 raise RequestError(f"aesthetic_score must be a number, found {score!r}")
             object.__setattr__(self, "aesthetic_score", float(score))
 

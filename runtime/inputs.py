@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..bundle import Bundle, RequestError
+from ..bundle import Bundle, BundleError, RequestError
 from ..engines import Array
 from .conditioning import guidance_embedding
 from .request import Request
@@ -30,12 +30,17 @@ class Inputs:
         self.encoders, self.pooled, self.check = text.names, text.pooled, text.check
         self.scored = manifest.options.get("requires_aesthetics_score", False)
         taken = bundle.component("unet").inputs
+        flat = [part.name for part in taken if len(part.shape) < (1 if part.name == "timestep" else 2)]
+        if flat and not bundle.foreign:
+            raise BundleError(f"{bundle.root}: the unet's input {flat[0]!r} has too few axes; compile the bundle again")
         self.widths = {part.name: part.shape[-1] for part in taken if part.shape}
         channels = [part.shape[1] for part in taken if part.name == "sample"]
         self.inpaints = channels == [2 * manifest.latents.channels + 1]
 
     def embeddings(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """The hidden states of prompts, (len(prompts), tokens, width), and what was cut off each."""
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise RequestError("encode takes a list of texts, one at least")
         made = self._text.embed([Ask((prompt, prompt)) for prompt in prompts])
         return np.stack([each.hidden for each in made]), [max(each.cut, key=len) for each in made]
 

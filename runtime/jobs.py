@@ -52,8 +52,14 @@ class Jobs:
         self._check_task(request)
         check_decoder(self._bundle, request.decoder)
         self._check_text(request)
+        self._check_embeds(request)
         image, mask = tasks.open_originals(request)
         size = self._size(request, image)
+        if image is None and mask is not None and mask.size != size:
+            raise RequestError(
+                f"the mask has {mask.width}x{mask.height} pixels, the latents are of {size[0]}x{size[1]}: "
+                "give a mask of that size"
+            )
         guidance, embedded = self._guidance(request)
         table, steps = self._table(request)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
@@ -106,7 +112,9 @@ class Jobs:
         self._inputs.check(ask_of(request))
         plain = request.conditioning == Conditioning() and request.negative_conditioning is None
         if not plain and "time_ids" not in self._inputs.widths:
-            raise RequestError("this model is told no sizes: leave the conditioning out")
+            raise RequestError("this model is told no sizes: leave the conditioning (sizes, crop, score) out")
+        for told in (request.conditioning, request.negative_conditioning or Conditioning()):
+            self._check_conditioning(told)
         given = request.negative_conditioning
         scored = self._inputs.scored
         if given is not None and given.crop is not None and request.task != "txt2img" and not scored:
@@ -116,6 +124,23 @@ class Jobs:
             if getattr(request, name) is not None and (getattr(request, pooled) is None) == self._inputs.pooled:
                 needs = "needs" if self._inputs.pooled else "takes no"
                 raise RequestError(f"this model {needs} {pooled} beside {name}")
+
+    def _check_conditioning(self, told: Conditioning) -> None:
+        if told.aesthetic_score is not None and not self._inputs.scored:
+            raise RequestError("this model is told no aesthetic score: leave it out")
+        if told.target_size is not None and self._inputs.scored:
+            raise RequestError("this model is told a score in the place of the target size: leave the size out")
+
+    def _check_embeds(self, request: Request) -> None:
+        for name, taken in (
+            ("prompt_embeds", "encoder_hidden_states"),
+            ("negative_prompt_embeds", "encoder_hidden_states"),
+            ("pooled_prompt_embeds", "text_embeds"),
+            ("negative_pooled_prompt_embeds", "text_embeds"),
+        ):
+            value, width = getattr(request, name), self._inputs.widths.get(taken)
+            if value is not None and isinstance(width, int) and value.shape[-1] != width:
+                raise RequestError(f"{name} must be {width} wide for this model, found shape {value.shape}")
 
     def _table(self, request: Request) -> tuple[Table, int]:
         """The calls that a request makes, and the steps of the whole schedule."""
@@ -142,7 +167,7 @@ class Jobs:
                 raise RequestError(f"latents must have {channels} channels, found shape {found}")
             return unit * found[3], unit * found[2]
         width, height = manifest.default_width, manifest.default_height
-        if image is not None and request.task == "img2img":
+        if image is not None and request.padding_mask_crop is None:
             width, height = (max(side // unit, 1) * unit for side in image.size)
         width = width if request.width is None else request.width
         height = height if request.height is None else request.height

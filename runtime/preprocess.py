@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
@@ -17,6 +18,8 @@ Box = tuple[int, int, int, int]
 
 RESIZE_MODES = ("default", "fill", "crop")
 _CHANNELS = (1, 3, 4)
+_MOST_PIXELS = 1 << 30
+"""More than any picture that may be asked for needs on its way."""
 _LARGEST_BLUR = 10_000
 _LANCZOS = Image.Resampling.LANCZOS
 
@@ -35,6 +38,8 @@ def open_image(value: Picture, name: str = "image") -> Image.Image:
     if not isinstance(value, (str, os.PathLike)):
         raise RequestError(f"the {name} must be a path, a PIL image or an array, found {type(value).__name__}")
     what = f"the {name} {os.fspath(value)!r}"
+    if str(value) and Path(value).exists() and not Path(value).is_file():
+        raise RequestError(f"{what} is no file: give the path of a picture")
     try:
         opened = Image.open(value)
     except FileNotFoundError:
@@ -232,7 +237,7 @@ def _scaled(
 ) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
     """`image` at its own ratio, as wide as the canvas or else as high; the canvas with it in the middle; its corner."""
     size = (width, image.height * width // image.width) if wide else (image.width * height // image.height, height)
-    if not all(size):
+    if not all(size) or size[0] * size[1] > _MOST_PIXELS:
         raise RequestError(
             f"a picture of {image.width}x{image.height} is too narrow to be scaled to {width}x{height}: crop it first"
         )

@@ -25,12 +25,22 @@ def generate_refined(
     """Run `request` on `base` up to `part` of the schedule and on `refiner` from there.
 
     Podell et al. 2023, section 2.5, as diffusers' `denoising_end` and `denoising_start`. The refiner gets the prompts,
-    steps, guidance and scheduler of the request. Options and errors are those of `Pipeline.generate`.
+    steps, guidance and scheduler of the request; layers are skipped for the first alone. Options and errors are those
+    of `Pipeline.generate`.
     """
     if request.denoising_start is not None or request.denoising_end is not None:
         raise RequestError("the refiner shares the schedule by itself: leave denoising_start and denoising_end out")
     if request.mask is not None or request.prompt_embeds is not None or request.negative_prompt_embeds is not None:
         raise RequestError("the refiner takes a text, and no mask: run the two models one after the other")
+    if not isinstance(part, (int, float)) or not 0 < part < 1:
+        raise RequestError(f"the part of the schedule before the refiner must be between 0 and 1, found {part!r}")
+    for name in ("channels", "downscale", "scaling_factor", "shift_factor", "mean", "std"):
+        ours, theirs = (getattr(pipe.bundle.manifest.latents, name) for pipe in (base, refiner))
+        if ours != theirs:
+            raise RequestError(
+                f"{refiner.bundle.root} does not refine {base.bundle.root}: the {name} of its latents is {theirs}, not "
+                f"{ours}; give the refiner that was made for this model"
+            )
     first = replace(request, denoising_end=part, output="latent", decoder="full", tiled=False)
     width, height = base.check(first)
     channels, unit = base.bundle.manifest.latents.channels, base.bundle.manifest.latents.downscale
@@ -54,5 +64,7 @@ def generate_refined(
         name: begun.seconds.get(name, 0.0) + refined.seconds.get(name, 0.0)
         for name in {**begun.seconds, **refined.seconds}
     }
-    record = {**begun.request, "output": request.output, "refined_from": part}
+    told = {**begun.request, "output": request.output, "refined_from": part}
+    told.pop("denoising_end")
+    record = {**told, "refiner": dict(refiner.bundle.manifest.source)}
     return replace(refined, request=record, cut=begun.cut | refined.cut, seconds=seconds)

@@ -47,7 +47,7 @@ _CHOICES = {"rng": tuple(GENERATORS), "output": OUTPUTS, "decoder": DECODERS, "r
 _FLAGS = ("tiled", "weights", "windows")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """What to draw. None stands for the bundle's own default; a `seed` of None for a fresh random one.
 
@@ -187,8 +187,10 @@ class Request:
             self._check_latents()
 
     def _check_latents(self) -> None:
-        if self.image.dtype.kind != "f" or not self.image.size or not np.isfinite(self.image).all():
-            raise RequestError("latents must be finite floats of shape (N, C, H, W)")
+        with np.errstate(over="ignore"):
+            finite = self.image.dtype.kind == "f" and np.isfinite(self.image.astype(np.float32)).all()
+        if not finite or not self.image.size:
+            raise RequestError("latents must be finite float32 numbers of shape (N, C, H, W)")
         if self.width is not None or self.height is not None or self.resize != "default":
             raise RequestError("latents have a size of their own: leave width, height and resize out")
         if self.count == 1:
@@ -269,7 +271,7 @@ def _embedding(name: str, value: Any) -> Array | None:
         return None
     rank = 1 if "pooled" in name else 2
     array: Array = np.zeros(())
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError), np.errstate(over="ignore"):
         array = np.array(value, np.float32)
     if array.ndim != rank or not array.size or not np.isfinite(array).all():
         shape = "(width,)" if rank == 1 else "(tokens, width)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -112,9 +113,9 @@ def schedule(
         if by_strength and request.task == "img2img" and steps.timesteps is None:
             table = make(replace(steps, strength=strength))
         elif kept < 1:
+            least = math.ceil(1000 / steps.count) / 1000
             raise RequestError(
-                f"strength {strength:g} leaves no step of {steps.count}: raise it to {1 / steps.count:.3g} or more, "
-                "or add steps"
+                f"strength {strength:g} leaves no step of {steps.count}: raise it to {least:g} or more, or add steps"
             )
         elif kept < steps.count:
             table = make(replace(steps, start=steps.count - kept))

@@ -124,8 +124,8 @@ class TextEncoders:
         prompt = self._prompts[name]
         if self._bundle.foreign and prompt.hidden not in output:
             output = {**output, prompt.hidden: output[engine.outputs[0].name]}
-        for wanted in filter(None, (prompt.hidden, prompt.pooled)):
-            if wanted not in output:
+        for wanted in (prompt.hidden, *prompt.skips, *filter(None, (prompt.pooled,))):
+            if wanted not in output or (wanted != prompt.pooled and output[wanted].ndim != 3):
                 raise BundleError(f"{name}: the model has no output {wanted!r}: compile the bundle again")
         return output
 

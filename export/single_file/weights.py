@@ -16,6 +16,8 @@ from ..checkpoint import check_safetensors
 
 PICKLES = (".ckpt", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLES)
+_DEEPEST = 4
+"""Wrappers around the weights of a pickle; one that holds itself has no end."""
 _ZIP, _PICKLE = b"PK", b"\x80"
 _BARE_CLIP = re.compile(r"^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.")
 
@@ -72,7 +74,9 @@ def _open_pickle(path: Path) -> Weights:
 
     content = _unpickled(path)
     step = content.get("global_step")
-    while isinstance(content.get("state_dict"), Mapping):
+    for _ in range(_DEEPEST):
+        if not isinstance(content.get("state_dict"), Mapping):
+            break
         content = content["state_dict"]
         step = content.get("global_step", step)
     tensors = {

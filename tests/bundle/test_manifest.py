@@ -57,6 +57,10 @@ def test_round_trip():
         (("prompts", "text_encoder", "max_length"), True, "must be of type int"),
         (("tasks",), [1], "must be a list of strings"),
         (("files",), [], "must be of type dict"),
+        (("latents", "mean"), [0.0] * 4, "must go with latents.mean"),
+        (("latents", "mean"), [0.0], "one number a channel"),
+        (("latents", "tile"), 0, "at least 1"),
+        (("options",), {"a": 1}, "true or false"),
     ],
 )
 def test_a_wrong_field_is_named(path, value, message):

@@ -35,7 +35,7 @@ def test_a_picture_is_inpainted_and_the_record_says_how(command, bundle_of, pict
     done = command("run", bundle_of("pico"), PROMPT, *options)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)["request"]
-    assert (told["strength"], told["width"], told["height"]) == (0.5, 64, 64)
+    assert (told["strength"], told["width"], told["height"]) == (0.5, 64, 48)
     record = read_metadata(out)
     assert (record["image"], record["mask"]) == (str(image), str(mask))
     pipe = diffoundry.load(bundle_of("pico"))
@@ -52,6 +52,7 @@ def test_a_picture_is_inpainted_and_the_record_says_how(command, bundle_of, pict
         (["--strength", "0.5"], 1, "strength has no effect without an image"),
         (["--preview", "p.png"], 1, "no tiny decoder: compile the checkpoint again with --component vae_tiny=FOLDER"),
         (["--decoder", "huge"], 2, "huge"),
+        (["--preview", "o.png", "-o", "o.png"], 2, "--preview and --output are one file"),
         (["--original-size", "5", "5"], 1, "told no sizes"),
         (["--prompt-2", "a ring"], 1, "no second text encoder"),
     ],
@@ -70,6 +71,7 @@ def test_wrong_options_are_one_line(command, bundle_of, tmp_path, options, code,
         (["--tasks", "upscale"], 1, "cannot do the task upscale"),
         (["--component", "unet"], 2, "--component takes NAME=FOLDER, found 'unet'"),
         (["--component", "unet=/none"], 1, "/none is no folder"),
+        (["--component", "unet="], 2, "--component takes NAME=FOLDER, found 'unet='"),
         (["--config", "x"], 1, "goes with a single file"),
     ],
 )

@@ -577,6 +577,13 @@ def test_truncated_files(suffix, kept, made, tmp_path):
     assert "truncated" in refused(path, tmp_path)
 
 
+def test_a_pickle_that_holds_itself_ends(tmp_path):
+    content: dict[str, Any] = {}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "cycle.ckpt")
+    assert "cycle.ckpt" in refused(tmp_path / "cycle.ckpt", tmp_path)
+
+
 def test_pickles_of_something_else(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     assert "one list" in refused(tmp_path / "list.pt", tmp_path)

@@ -73,6 +73,7 @@ def test_the_tasks_decide_which_components_are_there(tmp_path, bundle_of, checkp
         ({"config": "examples/pico"}, "the config goes with a single file"),
         ({"prediction_type": "epsilon"}, "goes with a single file"),
         ({"default_steps": 0}, "steps"),
+        ({"default_steps": 2000}, "the model has 1000 timesteps, 2000 steps by default are more"),
         ({"default_guidance": -1}, "guidance"),
     ],
 )

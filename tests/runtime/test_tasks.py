@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,10 @@ def pipe(bundle_of):
         ({"prompt_embeds": np.zeros((77, 64))}, "prompt and prompt_embeds say the same"),
         ({"pooled_prompt_embeds": np.zeros(8)}, "goes with prompt_embeds"),
         ({"weights": 1}, "weights must be true or false"),
+        ({"image": PICTURE, "strength": 0.3, "steps": 3}, "raise it to 0.334 or more"),
+        ({"image": np.zeros((1, 4, 8, 8), np.float32), "mask": MASK.resize((640, 100))}, "mask has 640x100"),
+        ({"image": np.full((1, 4, 8, 8), 1e300)}, "latents must be finite"),
+        ({"image": PICTURE.resize((16000, 1)), "width": 2048, "height": 2048, "resize": "crop"}, "too narrow"),
         ({"output": "picture"}, "unknown output"),
         ({"output": "latent", "decoder": "tiny"}, "have no effect on latents"),
     ],
@@ -79,6 +85,30 @@ def test_embeddings_may_stand_for_the_prompts(pipe):
     np.testing.assert_array_equal(found, expected)
     with pytest.raises(RequestError, match="must take as many tokens, found"):
         pipe(prompt_embeds=embeddings[0][:10], seed=1, steps=2)
+
+
+@pytest.mark.parametrize("width", [63, 65])
+def test_embeddings_of_another_width_are_refused(pipe, width):
+    with pytest.raises(RequestError, match=f"prompt_embeds must be 64 wide for this model, found shape .77, {width}."):
+        pipe(prompt_embeds=np.zeros((77, width), np.float32))
+
+
+@pytest.mark.parametrize("prompts", [[], "a ring", [None]])
+def test_encode_takes_texts(pipe, prompts):
+    with pytest.raises(RequestError, match="takes a list of texts"):
+        pipe.encode(prompts)
+
+
+def test_a_pipe_is_no_picture(pipe, tmp_path):
+    os.mkfifo(tmp_path / "image.png")
+    with pytest.raises(RequestError, match="is no file"):
+        pipe(PROMPT, image=tmp_path / "image.png")
+
+
+def test_a_picture_that_is_inpainted_keeps_its_size(pipe):
+    picture, mask = PICTURE.resize((96, 72)), MASK.resize((96, 72))
+    assert pipe(PROMPT, image=picture, mask=mask, steps=1, seed=1).images[0].size == (96, 72)
+    assert pipe(PROMPT, image=picture, mask=mask, steps=1, seed=1, width=64, height=48).images[0].size == (64, 48)
 
 
 def test_a_picture_may_be_a_file_and_comes_to_its_own_size(pipe, tmp_path):
