@@ -224,10 +224,12 @@ def _of_conditions() -> Iterator[Case]:
         heeded = {name: value for name, value in negative.items() if task == "txt2img" or "crops" not in name}
         yield _of("sdxl-small", task, "negative sizes", **sizes, **heeded)
     yield _of("sdxl-small", "txt2img", "original size alone", original_size=(40, 90))
+    # a score is told in the place of the target size
+    without = [{name: value for name, value in told.items() if "target" not in name} for told in (sizes, negative)]
     for task in ("img2img", "inpaint"):
-        yield _of("sdxl-refiner-small", task, "sizes", **sizes)
+        yield _of("sdxl-refiner-small", task, "sizes", **without[0])
         yield _of("sdxl-refiner-small", task, "scores", **scores)
-        yield _of("sdxl-refiner-small", task, "sizes and scores", **sizes, **negative, **scores)
+        yield _of("sdxl-refiner-small", task, "sizes and scores", **without[0], **without[1], **scores)
 
 
 def _of_stages() -> Iterator[Case]:

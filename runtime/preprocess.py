@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def open_image(value: Picture, name: str = "image") -> Image.Image:
     if not isinstance(value, (str, os.PathLike)):
         raise RequestError(f"the {name} must be a path, a PIL image or an array, found {type(value).__name__}")
     what = f"the {name} {os.fspath(value)!r}"
-    if str(value) and Path(value).exists() and not Path(value).is_file():
+    if _is_special(os.fspath(value)):
         raise RequestError(f"{what} is no file: give the path of a picture")
     try:
         opened = Image.open(value)
@@ -50,6 +51,13 @@ def open_image(value: Picture, name: str = "image") -> Image.Image:
         raise _unreadable(what, error) from None
     with opened:
         return _upright_rgb(opened, what)
+
+
+def _is_special(path: str) -> bool:
+    """Whether it is there and no file: a folder, or a pipe that would be waited for."""
+    with contextlib.suppress(OSError, ValueError):
+        return bool(path) and Path(path).exists() and not Path(path).is_file()
+    return False
 
 
 def _upright_rgb(image: Image.Image, what: str) -> Image.Image:

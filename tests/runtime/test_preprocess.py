@@ -281,7 +281,7 @@ def test_files_that_are_no_picture(tmp_path):
         (text, "no picture of a known format"),
         (empty, "no picture of a known format"),
         ("nul\0.png", "embedded null"),
-        ("n" * 5000 + ".png", "is no file"),
+        ("n" * 5000 + ".png", "cannot be read"),
     ):
         with pytest.raises(RequestError, match=message) as caught:
             open_image(path)
