@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..bundle import RequestError
 from ..engines import Array
@@ -21,7 +21,6 @@ RESIZE_MODES = ("default", "fill", "crop")
 _CHANNELS = (1, 3, 4)
 _MOST_PIXELS = 1 << 30
 """More than any picture that may be asked for needs on its way."""
-_LARGEST_BLUR = 10_000
 _LANCZOS = Image.Resampling.LANCZOS
 
 
@@ -148,13 +147,6 @@ def _nearest(size: int, wanted: int) -> Array:
     scale = np.float32(size) / np.float32(wanted)
     index: Array = np.floor(np.arange(wanted, dtype=np.float32) * scale).astype(np.int64)
     return index.clip(max=size - 1)
-
-
-def blur(mask: Image.Image, factor: float) -> Image.Image:
-    """`mask` with soft edges: a Gaussian of deviation `factor` pixels, as `VaeImageProcessor.blur`."""
-    if not 0 <= factor <= _LARGEST_BLUR:
-        raise RequestError(f"the blur of a mask must be from 0 to {_LARGEST_BLUR} pixels, found {factor!r}")
-    return mask.filter(ImageFilter.GaussianBlur(factor))
 
 
 def crop_region(mask_image: Image.Image, width: int, height: int, pad: int) -> Box:

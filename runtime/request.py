@@ -14,6 +14,7 @@ import numpy as np
 
 from ..bundle import RequestError
 from ..engines import Array
+from .autoencoder import DECODERS
 from .conditioning import Conditioning
 from .guidance import Guidance
 from .noise import GENERATORS
@@ -22,7 +23,6 @@ from .preprocess import RESIZE_MODES
 MOST_IMAGES = 4096
 LARGEST_SIDE = 16384
 OUTPUTS = ("image", "latent")
-DECODERS = ("full", "tiny")
 EMBEDS = (
     "prompt_embeds",
     "negative_prompt_embeds",
@@ -43,7 +43,7 @@ _WHOLE = (
     ("clip_skip", 0, _MOST_SKIPPED),
 )
 _TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
-_CHOICES = {"rng": tuple(GENERATORS), "output": OUTPUTS, "decoder": DECODERS, "resize": RESIZE_MODES}
+_CHOICES = {"rng": tuple(GENERATORS), "output": OUTPUTS, "decoder": tuple(DECODERS), "resize": RESIZE_MODES}
 _FLAGS = ("tiled", "weights", "windows")
 
 

@@ -20,7 +20,6 @@ from PIL import Image
 from diffoundry.bundle import RequestError
 from diffoundry.runtime.preprocess import (
     RESIZE_MODES,
-    blur,
     check_same_size,
     crop_region,
     image_pixels,
@@ -142,26 +141,12 @@ def test_crop_region_of_an_empty_mask():
         crop_region(Image.new("L", (20, 20)), 64, 64, 8)
 
 
-@pytest.mark.parametrize("factor", [0, 1.5, 4, 33])
-def test_blur(factor):
-    mask = mask_of((10, 5, 40, 30), (53, 37))
-    ours = blur(mask, factor)
-    assert ours.tobytes() == VaeImageProcessor.blur(mask, factor).tobytes()
-    assert (ours.tobytes() == mask.tobytes()) == (factor == 0)
-
-
-@pytest.mark.parametrize("factor", [-1, float("nan"), float("inf")])
-def test_blur_refuses(factor):
-    with pytest.raises(RequestError, match="blur of a mask"):
-        blur(mask_of((1, 1, 5, 5), (9, 9)), factor)
-
-
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
 @pytest.mark.parametrize("crop", [None, (4, 3, 45, 30), (0, 0, 53, 37), (7, 2, 20, 36)])
 def test_overlay(mode, crop):
     original = picture(mode)
     generated = picture(size=(53, 37) if crop is None else (64, 64), seed=1)
-    mask = blur(mask_of((10, 5, 40, 30), (53, 37)), 3)
+    mask = VaeImageProcessor.blur(mask_of((10, 5, 40, 30), (53, 37)), 3)
     ours = overlay(mask, original, generated, crop)
     expected = IMAGES.apply_overlay(mask, original, generated, crop)
     assert ours.mode == expected.mode == "RGB"
