@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +70,17 @@ class Pipeline:
     """A loaded bundle. Engines are loaded when first needed and kept; runs may come from several threads."""
 
     def __init__(
-        self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None, loop: str | None = None
+        self,
+        bundle: Bundle,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        loop: str | None = None,
+        engines: Mapping[str, Callable[[], Engine]] | None = None,
     ) -> None:
         """loop: where the step of the loop runs, `host` or `device` (the `step` graph of the bundle).
+
+        engines: what loads a component, by its name, in place of the bundle's own engines.
 
         By default it is the host on the CPU, where it is the faster one (`benchmarks/step.py`), and the device
         elsewhere. Raises `BundleError` for a bundle of another kind, `EngineError` when the provider is not there.
@@ -88,6 +96,7 @@ class Pipeline:
         self._threads = threads
         self._store = None if bundle.foreign else EngineStore(bundle.root / "engines")
         self._engines: dict[str, Engine] = {}
+        self._loaders = dict(engines or {})
         if loop not in (None, *_LOOPS):
             raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
         if loop == "device" and "step" not in bundle.manifest.components:
@@ -110,6 +119,8 @@ class Pipeline:
         from ..engines.onnxruntime import load_component
 
         with self._lock:
+            if name not in self._engines and name in self._loaders:
+                self._engines[name] = self._loaders[name]()
             if name not in self._engines:
                 component = self.bundle.component(name)
                 self.bundle.check(component.files)
