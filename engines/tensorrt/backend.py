@@ -1,0 +1,57 @@
+"""The two TensorRT modules, which have one API: `tensorrt` and `tensorrt_rtx`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ...bundle import EngineError
+
+_VERSION = re.compile(r"(\d+)\.(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One of the two: its name on the command line, the module, the least version, and the extra that installs it."""
+
+    name: str
+    module: str
+    floor: tuple[int, int]
+    extra: str
+
+    def load(self) -> Any:
+        """The module. Raises `EngineError` when it is missing, broken or too old."""
+        install = f"run `pip install 'diffoundry[{self.extra}]'`"
+        try:
+            module = importlib.import_module(self.module)
+        except ImportError as error:
+            reason = (str(error).strip().splitlines() or ["it is missing"])[0]
+            raise EngineError(f"the engine {self.name} needs {self.module} ({reason[:200]}): {install}") from None
+        except (OSError, RuntimeError) as error:
+            raise EngineError(f"{self.module} does not load ({str(error)[:200]}): {install}") from None
+        found = _VERSION.match(str(module.__version__))
+        if found is None or (int(found[1]), int(found[2])) < self.floor:
+            least = ".".join(map(str, self.floor))
+            raise EngineError(f"{self.module} {module.__version__} is too old, {least} is the least: {install}")
+        return module
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether plans are built on the CPU for GPUs that are elsewhere."""
+        return self.name == RTX
+
+    def architectures(self) -> tuple[str, ...]:
+        """The GPU architectures that a plan can be built for ahead of time, as `sm89`. Loads the module."""
+        if not self.ahead_of_time:
+            return ()
+        names = (str(name).lower() for name in self.load().ComputeCapability.__members__)
+        return tuple(sorted((name for name in names if name.startswith("sm")), key=lambda name: int(name[2:])))
+
+
+TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
+BACKENDS = {
+    TENSORRT: Backend(TENSORRT, "tensorrt", (10, 13), "tensorrt"),
+    RTX: Backend(RTX, "tensorrt_rtx", (1, 5), "rtx"),
+}
