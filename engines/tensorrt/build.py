@@ -1,0 +1,228 @@
+"""Build plans into the engine store, each in a process of its own: a builder that dies is an error message."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...bundle import EngineError
+from ..cache import EngineStore
+from ..profiles import Profile
+from .backend import BACKENDS
+from .layers import Layer, summary
+from .plan import PLAN_NAME, Plan
+
+FLAGS = ("refit", "strip", "weight-streaming", "version-compatible", "hardware-compatible")
+LAYERS_NAME = "layers.json"
+_RECIPE = 1
+"""Raise it when the same inputs are built in another way."""
+_POLL_SECONDS = 0.05
+_GIB = 2**30
+
+Progress = Callable[[str, float], None]
+"""`progress(phase, fraction)` while a plan is built."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that decides a plan.
+
+    source: path in the bundle → SHA-256 of the ONNX model and its data. archs: as `sm89`, for a plan that is built
+    ahead of time; empty for the GPU `device` of this machine. flags: of `FLAGS`.
+    """
+
+    component: str
+    source: dict[str, str]
+    backend: str
+    version: str
+    archs: tuple[str, ...]
+    device: str
+    precision: str
+    profile: Profile
+    flags: tuple[str, ...] = ()
+
+    def built_from(self) -> dict[str, Any]:
+        """As JSON, for the key and the record."""
+        return {
+            "component": self.component,
+            "source": self.source,
+            "backend": self.backend,
+            "version": self.version,
+            "archs": list(self.archs),
+            "device": self.device,
+            "precision": self.precision,
+            "profile": self.profile.to_json(),
+            "flags": sorted(self.flags),
+            "recipe": _RECIPE,
+        }
+
+
+def find(store: EngineStore, recipe: Recipe) -> Plan | None:
+    """The plan of `recipe` if it was built before and is whole."""
+    built_from = recipe.built_from()
+    key = store.key(built_from)
+    return None if store.find(key) is None else Plan.from_record(store.root, {"key": key, **built_from})
+
+
+def build(
+    store: EngineStore,
+    recipe: Recipe,
+    onnx: Path,
+    *,
+    kept: Collection[str] = (),
+    timing: Path | None = None,
+    memory_limit: int | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Build `recipe` from the model at `onnx` into the store.
+
+    kept: ONNX nodes that are in fp32 on purpose. timing: a file for the timings of kernels, where the backend measures
+    any. memory_limit: bytes that the builder may take before it is stopped.
+    Raises `EngineError` when the builder fails, crashes or is killed; nothing is left of it then.
+    """
+    built_from = recipe.built_from()
+    key = store.key(built_from)
+    started = time.monotonic()
+    record = dict(built_from)
+    with store.building(key, record) as work:
+        job = {
+            "backend": recipe.backend,
+            "onnx": str(onnx),
+            "archs": list(recipe.archs) if BACKENDS[recipe.backend].ahead_of_time else [],
+            "profile": recipe.profile.to_json(),
+            "flags": sorted(recipe.flags),
+            "timing": None if timing is None or BACKENDS[recipe.backend].ahead_of_time else str(timing),
+            "plan": str(work / PLAN_NAME),
+            "layers": str(work / LAYERS_NAME),
+        }
+        done, peak = _run(f"{recipe.component}, {recipe.profile.name}", job, memory_limit, progress)
+        described = json.loads((work / LAYERS_NAME).read_text(encoding="utf-8"))
+        layers = [Layer(d["name"], d["kind"], d["precision"], tuple(d["nodes"]), d["tactic"]) for d in described]
+        record.update(
+            seconds=round(time.monotonic() - started, 2),
+            peak_bytes=peak,
+            memory=done["memory"],
+            warnings=done["warnings"],
+            made_of=summary(layers, recipe.precision, done["attentions"], kept),
+        )
+    plan = find(store, recipe)
+    if plan is None:
+        raise EngineError(f"{recipe.component}: the plan cannot be read back from {store.root}: check the disk")
+    return plan
+
+
+def _run(
+    what: str, job: dict[str, Any], memory_limit: int | None, progress: Progress | None
+) -> tuple[dict[str, Any], int]:
+    """Run the worker; what it found, and its peak memory in bytes."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+    module = f"{__package__}.worker"
+    with tempfile.TemporaryFile() as words, _started([sys.executable, "-m", module], words, environment) as process:
+        memory = _Memory(process, memory_limit)
+        last: dict[str, Any] = {}
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(job).encode())
+            process.stdin.close()
+        for line in process.stdout:
+            with contextlib.suppress(ValueError):
+                last = json.loads(line)
+            if progress is not None and "fraction" in last:
+                progress(last["phase"], last["fraction"])
+        code = process.wait()
+        memory.stop()
+        words.seek(0)
+        said = words.read().decode(errors="replace").strip().splitlines()
+    if code == 0 and "done" in last:
+        return last["done"], memory.peak
+    raise EngineError(f"{what}: {_failure(code, last, said, memory)}")
+
+
+@contextmanager
+def _started(line: list[str], words: Any, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The worker, which does not outlive the block."""
+    process = subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, env=environment, cwd=tempfile.gettempdir()
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def _failure(code: int, last: dict[str, Any], said: list[str], memory: _Memory) -> str:
+    peak = f"{memory.peak / _GIB:.1f} GiB" if memory.peak else "an unknown amount"
+    if memory.stopped:
+        return (
+            f"the builder took {peak} of memory, more than the {memory.limit / _GIB:.1f} GiB allowed: "
+            "raise --build-memory, or ask for a smaller --shape or --batch or a lower --precision"
+        )
+    if code == -signal.SIGKILL:
+        free = _available()
+        left = "" if free is None else f" ({free / _GIB:.1f} GiB are available now)"
+        return (
+            f"the builder was killed when it had {peak} of memory{left}: the machine most likely ran out of it; "
+            "close other programs, ask for a smaller --shape or --batch, or build on a larger machine"
+        )
+    if "error" in last:
+        return f"TensorRT cannot build the plan: {' '.join(str(last['error']).split())}"
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    words = f": {said[-1][:300]}" if said else ""
+    return f"the builder crashed with {how} at {peak} of memory{words}"
+
+
+def _available() -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+class _Memory:
+    """Watches the memory of a process: `peak` is the most it had, and above `limit` bytes it is killed."""
+
+    def __init__(self, process: subprocess.Popen[bytes], limit: int | None) -> None:
+        self.limit = limit or 0
+        self.peak = 0
+        self.stopped = False
+        self._process = process
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        status = Path(f"/proc/{self._process.pid}/status")
+        while not self._over.wait(_POLL_SECONDS):
+            try:
+                lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+                self.peak = max(self.peak, int(lines["VmHWM"].split()[0]) * 1024)
+            except (OSError, ValueError, LookupError):  # it has ended, or this system has no /proc
+                continue
+            if self.limit and self.peak > self.limit:
+                self.stopped = True
+                self._process.kill()
+                return
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._over.set()
+        self._thread.join()
