@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,13 @@ class Linked(Protocol):
     """An engine whose inputs and outputs are tensors that stay on its device."""
 
     def __call__(self) -> None:
-        """Run: read the input tensors, write the output tensors."""
+        """Run: read the input tensors, write the output tensors. On a GPU this is only enqueued."""
+
+    def prepare(self, *changed: str) -> None:
+        """Call it when tensors linked to the inputs `changed` were overwritten by `update_inplace`.
+
+        An engine that computes something of its inputs ahead, at `link`, computes it anew; it is no part of a call.
+        """
 
 
 class Placed(Protocol):
@@ -62,6 +68,18 @@ class Engine(Protocol):
         """Bind every input and output to a tensor that `place` made: nothing crosses the bus in a call.
 
         Raises `EngineError` when a name is missing or an input is not of the shape and dtype allowed.
+        """
+
+    def rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The rows that inputs of `shapes` are to be linked with: as many as they have, or the next more that it takes.
+
+        Rows are the first axis of the first input. An engine built for two rows alone runs one with another beside it.
+        """
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """`launches`, which calls linked engines of one device and nothing else, as something to be called many times.
+
+        On a GPU that is one CUDA graph, elsewhere `launches` itself.
         """
 
 

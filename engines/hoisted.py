@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -41,12 +41,20 @@ class HoistedEngine:
         return self._every.place(array)
 
     def link(self, tensors: Mapping[str, Placed]) -> Linked:
-        """See `engine.Engine`; what the prompt decides is computed here, from the prompt linked at this time."""
+        """See `engine.Engine`; what the prompt decides is computed here, and by `prepare` when the prompt changes."""
         missing = {tensor.name for tensor in self.inputs} - set(tensors)
         if missing:
             raise EngineError(f"{self.component}: nothing was linked to {', '.join(sorted(missing))}")
-        made = self._once({tensor.name: tensors[tensor.name].numpy() for tensor in self._once.inputs})
-        return self._every.link({**tensors, **{name: self._every.place(array) for name, array in made.items()}})
+        return _HoistedLinked(self._once, self._every, tensors)
+
+    def rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """See `engine.Engine`."""
+        own = {tensor.name for tensor in self._once.inputs}
+        return self._once.rows({name: shape for name, shape in shapes.items() if name in own})
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """See `engine.Engine`."""
+        return self._every.record(launches)
 
     def _all_feeds(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         made = self._once({tensor.name: feeds[tensor.name] for tensor in self._once.inputs})
@@ -69,3 +77,27 @@ class _HoistedBound:
         for name, array in made.items():
             self._arrays[name][...] = array
         return self._bound(*changed, *made)
+
+
+class _HoistedLinked:
+    """The second graph linked to what the first made of the tensors that the prompt is in."""
+
+    def __init__(self, once: Engine, every: Engine, tensors: Mapping[str, Placed]) -> None:
+        self._once = once
+        self._own = {tensor.name: tensors[tensor.name] for tensor in once.inputs}
+        self._made = {name: every.place(array) for name, array in self._compute().items()}
+        self._linked = every.link({**tensors, **self._made})
+
+    def __call__(self) -> None:
+        """See `engine.Linked`."""
+        self._linked()
+
+    def prepare(self, *changed: str) -> None:
+        """See `engine.Linked`."""
+        if not self._own.keys().isdisjoint(changed):
+            for name, array in self._compute().items():
+                self._made[name].update_inplace(np.ascontiguousarray(array))
+        self._linked.prepare(*changed)
+
+    def _compute(self) -> dict[str, Array]:
+        return self._once({name: tensor.numpy() for name, tensor in self._own.items()})

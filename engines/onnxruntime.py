@@ -135,26 +135,46 @@ class OnnxRuntimeEngine:
         """See `engine.Engine`."""
         return ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), self._device, 0)
 
-    def link(self, tensors: Mapping[str, ort.OrtValue]) -> Callable[[], None]:
+    def link(self, tensors: Mapping[str, ort.OrtValue]) -> OnnxRuntimeLinked:
         """See `engine.Engine`. On a GPU the calls of linked engines follow one another on the device's streams."""
         missing = {tensor.name for tensor in (*self.inputs, *self.outputs)} - set(tensors)
         if missing:
             raise EngineError(f"{self.component}: nothing was linked to {', '.join(sorted(missing))}")
         shapes = {t.name: np.broadcast_to(np.zeros((), t.dtype), tensors[t.name].shape()) for t in self.inputs}
         check_feeds(self.component, self.inputs, shapes)
-        binding = self._session.io_binding()
-        for tensor in self.inputs:
-            binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
-        for tensor in self.outputs:
-            binding.bind_ortvalue_output(tensor.name, tensors[tensor.name])
+        return OnnxRuntimeLinked(self, tensors)
 
-        def run() -> None:
-            try:
-                self._session.run_with_iobinding(binding)
-            except Exception as error:
-                raise _run_error(self.component, error) from None
+    def rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """See `engine.Engine`: any number."""
+        shape = shapes[self.inputs[0].name]
+        return shape[0] if shape else 1
 
-        return run
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """See `engine.Engine`: the launches themselves."""
+        return launches
+
+
+class OnnxRuntimeLinked:
+    """A session bound to tensors on its device; see `engine.Linked`."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, tensors: Mapping[str, ort.OrtValue]) -> None:
+        self._component = engine.component
+        self._session = engine._session
+        self._binding = self._session.io_binding()
+        for tensor in engine.inputs:
+            self._binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
+        for tensor in engine.outputs:
+            self._binding.bind_ortvalue_output(tensor.name, tensors[tensor.name])
+
+    def __call__(self) -> None:
+        """Run."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise _run_error(self._component, error) from None
+
+    def prepare(self, *changed: str) -> None:
+        """See `engine.Linked`: nothing is made ahead."""
 
 
 class OnnxRuntimeBound:

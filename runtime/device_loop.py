@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..engines import Array, Engine, Placed
+from ..bundle import StoppedError
+from ..engines import Array, Engine, Linked, Placed
 from .loop import Callback, Row, check_finite, stop_if_asked
 from .step import State
+
+_MOST_PHASES = 8
+"""Phases kept ready: three of a run whose guidance is on in its middle, for two kinds of runs, and some."""
+_MOST_NOISE_BYTES = 128 << 20
+"""Noise of all steps of a phase that is sent at once: 50 steps of 4 latents for 2048x2048 pixels take 50 MB."""
+_RUNNING = ("registers", "position", "sample", "timestep")
+"""What a run overwrites on the device."""
 
 
 @dataclass(slots=True)
@@ -50,100 +61,220 @@ def can_link(unet: Engine, rows: Sequence[Row]) -> bool:
     return a_row and {specs[name].dtype for name in ("sample", "timestep", unet.outputs[0].name)} == {"float32"}
 
 
-def denoise_on_device(unet: Engine, step: Engine, rows: Sequence[Row], callback: Callback | None = None) -> Array:
+class DeviceLoop:
     """As `loop.denoise`, with two engines linked on one device; see `can_link`.
 
-    Within a phase only drawn noise goes to the device, and the latents come back only for a callback or a change of
-    rows. Guidance is joint: both halves are rows of one call.
+    The tensors and the launches of a phase are kept for the next run of the same shapes, which fills them anew: without
+    a callback a phase is one recorded piece, with one each step is. Within a phase only drawn noise goes to the device,
+    and the latents come back only for a callback or at its end. Guidance is joint: both halves are rows of one call.
+    Several threads may run; each has a phase for itself.
     """
-    latents = np.stack([row.latents for row in rows])
-    state = State([row.table for row in rows], latents)
-    total = max(row.table.steps for row in rows)
-    active = tuple(range(len(rows)))
-    done = 0
-    for phase in phases(rows):
-        if phase.rows != active:
-            state.keep([active.index(row) for row in phase.rows])
-            active = phase.rows
-        linked = _LinkedStep(unet, step, [rows[i] for i in active], phase.guided, state)
-        for _ in range(phase.steps):
-            linked.advance()
-            done += 1
-            if callback is not None:
-                latents[list(active)] = linked.registers()[:, 0]
-                stop_if_asked(callback(done, total, latents.copy()), done, total)
-        state.jump(linked.registers(), phase.steps)
-        latents[list(active)] = state.x
-    check_finite(latents)
-    return latents
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[Hashable, _LinkedPhase] = OrderedDict()
+        self._cleared = 0
+
+    def clear(self) -> None:
+        """Drop what is kept, with the engines that it is linked to."""
+        with self._lock:
+            self._idle.clear()
+            self._cleared += 1
+
+    def __call__(self, unet: Engine, step: Engine, rows: Sequence[Row], callback: Callback | None = None) -> Array:
+        """Run each row to the end of its table and return the final latents; arguments and errors of `loop.denoise`."""
+        latents = np.stack([row.latents for row in rows])
+        state = State([row.table for row in rows], latents)
+        total = max(row.table.steps for row in rows)
+        active = tuple(range(len(rows)))
+        done = 0
+        for phase in phases(rows):
+            if phase.rows != active:
+                state.keep([active.index(row) for row in phase.rows])
+                active = phase.rows
+            here = [rows[i] for i in active]
+            noise = _Noise(here, state.positions, phase.steps)
+            with self._linked(unet, step, _contents(unet, here, phase.guided, state), noise) as linked:
+                if callback is None and noise.nbytes <= _MOST_NOISE_BYTES:
+                    linked.run(noise)
+                    done += phase.steps
+                else:
+                    for k in range(phase.steps):
+                        linked.advance(k, noise)
+                        done += 1
+                        if callback is not None:
+                            latents[list(active)] = linked.registers(k + 1)[:, 0]
+                            stop_if_asked(callback(done, total, latents.copy()), done, total)
+                state.jump(linked.registers(phase.steps), phase.steps)
+            latents[list(active)] = state.x
+        check_finite(latents)
+        return latents
+
+    @contextmanager
+    def _linked(
+        self, unet: Engine, step: Engine, contents: Mapping[str, Array], noise: _Noise
+    ) -> Iterator[_LinkedPhase]:
+        """A phase that holds `contents`, for this run alone. One in which an engine failed is not used again."""
+        shapes = tuple(sorted((name, array.shape, array.dtype.str) for name, array in contents.items()))
+        key = (id(unet), id(step), noise.drawn, shapes)  # a kept phase refers to its engines: their ids are theirs
+        with self._lock:
+            linked, cleared = self._idle.pop(key, None), self._cleared
+        if linked is None:
+            linked = _LinkedPhase(unet, step, contents, noise)
+        else:
+            linked.fill(contents)
+        stopped: StoppedError | None = None
+        try:
+            yield linked
+        except StoppedError as error:
+            stopped = error
+        with self._lock:
+            if cleared == self._cleared:
+                self._idle[key] = linked
+                while len(self._idle) > _MOST_PHASES:
+                    self._idle.popitem(last=False)
+        if stopped is not None:
+            raise stopped
 
 
-class _LinkedStep:
-    """The tensors of one phase on the device, and both engines bound to them.
+class _Noise:
+    """What the rows of a phase draw, each from its own generator, step after step. drawn: the steps in which any do."""
+
+    def __init__(self, rows: Sequence[Row], start: Sequence[int], steps: int) -> None:
+        self._rows = list(rows)
+        self._draws = [
+            [bool(row.table.draws[first + k]) for row, first in zip(rows, start, strict=True)] for k in range(steps)
+        ]
+        self.shape = (len(rows), *rows[0].latents.shape)
+        self.drawn = tuple(any(draws) for draws in self._draws)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all steps together."""
+        return sum(self.drawn) * int(np.prod(self.shape)) * np.dtype(np.float32).itemsize
+
+    def at(self, k: int) -> Array:
+        """Step k of the phase, float32 (N, C, H, W), zeros for a row that draws none. Ask for each once, in order."""
+        noise = np.zeros(self.shape, np.float32)
+        for i in np.flatnonzero(self._draws[k]):
+            noise[i] = self._rows[i].generator.randn(1, *self.shape[1:])[0]
+        return noise
+
+
+def _contents(unet: Engine, rows: Sequence[Row], guided: tuple[bool, ...], state: State) -> dict[str, Array]:
+    """What the tensors of a phase hold when it begins, by the names of the inputs of U-Net and `step`.
+
+    The rows of a call are the negative ones, the prompts, and as many more of the last as the U-Net needs.
+    """
+    specs = {tensor.name: tensor.dtype for tensor in unet.inputs}
+    on = [i for i, is_guided in enumerate(guided) if is_guided]
+    source = [*on, *range(len(rows))]
+    told = [rows[i].negative or {} for i in on] + [row.prompt for row in rows]
+    shapes = {name: (len(source), *array.shape) for name, array in told[-1].items()}
+    sample = (len(source), *state.x.shape[1:])
+    calls = unet.rows({"sample": sample, "timestep": (len(source),), **shapes})
+    source += source[-1:] * (calls - len(source))
+    told += told[-1:] * (calls - len(told))
+    prompt_row = np.arange(len(on), len(on) + len(rows), dtype=np.int64)
+    negative_row = prompt_row.copy()
+    negative_row[on] = np.arange(len(on))
+    scales = [row.guidance.scale or 0.0 for row in rows]
+    rescales = [row.guidance.rescale * is_guided for row, is_guided in zip(rows, guided, strict=True)]
+    return {
+        "registers": state.registers.copy(),
+        "position": np.array(state.positions, np.int64),
+        "prompt_row": prompt_row,
+        "negative_row": negative_row,
+        "source": np.array(source, np.int64),
+        "guidance": np.array(scales, np.float32),
+        "rescale": np.array(rescales, np.float32),
+        "sample": state.model_input()[source],
+        "timestep": state.timesteps[source].astype(np.float32),
+        **state.columns(),
+        **{name: np.stack([each[name] for each in told]).astype(specs[name], copy=False) for name in told[-1]},
+    }
+
+
+class _LinkedPhase:
+    """The tensors of a phase on the device, both engines bound to them, and what was recorded of their calls.
 
     Registers and positions lie twice, and the step reads one and writes the other, turn by turn.
     """
 
-    def __init__(self, unet: Engine, step: Engine, rows: Sequence[Row], guided: tuple[bool, ...], state: State) -> None:
-        on = [i for i, is_guided in enumerate(guided) if is_guided]
-        source = np.array([*on, *range(len(rows))])
-        told = [rows[i].negative or {} for i in on] + [row.prompt for row in rows]
-        prompt_row = np.arange(len(rows)) + len(on)
-        negative_row = prompt_row.copy()
-        negative_row[on] = np.arange(len(on))
-        scales = [row.guidance.scale or 0.0 for row in rows]
-        rescales = [row.guidance.rescale * is_guided for row, is_guided in zip(rows, guided, strict=True)]
+    def __init__(self, unet: Engine, step: Engine, contents: Mapping[str, Array], noise: _Noise) -> None:
         place = step.place
-        sample = state.model_input()[source]
-        shared = {
-            "model_output": place(np.zeros_like(sample)),
-            "noise": place(np.zeros_like(state.x)),
-            "prompt_row": place(prompt_row),
-            "negative_row": place(negative_row),
-            "source": place(source),
-            "guidance": place(np.array(scales, np.float32)),
-            "rescale": place(np.array(rescales, np.float32)),
-            "sample": place(sample),
-            "timestep": place(state.timesteps[source].astype(np.float32)),
-            **{name: place(array) for name, array in state.columns().items()},
+        self._step, self._drawn = step, noise.drawn
+        self._held = dict(contents)
+        self._tensors = {name: place(array) for name, array in contents.items()}
+        self._shared = {
+            **self._tensors,
+            "model_output": place(np.zeros_like(contents["sample"])),
         }
-        self._registers = [place(state.registers), place(np.zeros_like(state.registers))]
-        self._positions = [place(np.array(state.positions)), place(np.zeros(len(rows), np.int64))]
+        self._noise: Placed = place(np.zeros(noise.shape, np.float32))
+        self._slots: dict[int, Placed] = {}
+        self._pairs = {
+            name: (self._tensors[name], place(np.zeros_like(contents[name]))) for name in ("registers", "position")
+        }
+        own = {tensor.name for tensor in unet.inputs}
         self._unet = unet.link(
             {
-                "sample": shared["sample"],
-                "timestep": shared["timestep"],
-                **{name: place(np.stack([each[name] for each in told])) for name in told[0]},
-                unet.outputs[0].name: shared["model_output"],
+                **{name: tensor for name, tensor in self._tensors.items() if name in own},
+                unet.outputs[0].name: self._shared["model_output"],
             }
         )
-        self._steps = [
-            step.link(
-                {
-                    **shared,
-                    "registers": self._registers[turn],
-                    "next_registers": self._registers[1 - turn],
-                    "position": self._positions[turn],
-                    "next_position": self._positions[1 - turn],
-                }
-            )
-            for turn in (0, 1)
+        self._turns = [self._record([self._link(turn, self._noise)]) for turn in (0, 1)]
+        self._whole: Callable[[], None] | None = None
+
+    def fill(self, contents: Mapping[str, Array]) -> None:
+        """Begin a run with `contents`; only what is not on the device already is sent."""
+        changed = [
+            name for name, array in contents.items() if name in _RUNNING or not np.array_equal(array, self._held[name])
         ]
-        self._noise: Placed = shared["noise"]
-        self._drawn = np.zeros_like(state.x)
-        self._rows, self._start, self._done = list(rows), state.positions, 0
+        for name in changed:
+            self._tensors[name].update_inplace(contents[name])
+        self._held = dict(contents)
+        self._unet.prepare(*changed)
 
-    def advance(self) -> None:
-        """One step of every row."""
-        draws = [row.table.draws[k + self._done] for row, k in zip(self._rows, self._start, strict=True)]
-        for i in np.flatnonzero(draws):
-            self._drawn[i] = self._rows[i].generator.randn(1, *self._drawn.shape[1:])[0]
-        if any(draws):
-            self._noise.update_inplace(self._drawn)
-        self._unet()
-        self._steps[self._done % 2]()
-        self._done += 1
+    def run(self, noise: _Noise) -> None:
+        """All steps of the phase, with the noise of all of them sent before."""
+        for k in np.flatnonzero(self._drawn).tolist():
+            if k in self._slots:
+                self._slots[k].update_inplace(noise.at(k))
+            else:
+                self._slots[k] = self._step.place(noise.at(k))
+        if self._whole is None:
+            steps = range(len(self._drawn))
+            self._whole = self._record([self._link(k % 2, self._slots.get(k, self._noise)) for k in steps])
+        self._whole()
 
-    def registers(self) -> Array:
-        """All registers now, (N, K, C, H, W)."""
-        return self._registers[self._done % 2].numpy()
+    def advance(self, k: int, noise: _Noise) -> None:
+        """Step k of the phase alone."""
+        if self._drawn[k]:
+            self._noise.update_inplace(noise.at(k))
+        self._turns[k % 2]()
+
+    def registers(self, steps: int) -> Array:
+        """All registers after `steps` steps of the phase, (N, K, C, H, W)."""
+        return self._pairs["registers"][steps % 2].numpy()
+
+    def _link(self, turn: int, noise: Placed) -> Linked:
+        pairs = self._pairs.items()
+        return self._step.link(
+            {
+                **self._shared,
+                **{name: pair[turn] for name, pair in pairs},
+                **{f"next_{name}": pair[1 - turn] for name, pair in pairs},
+                "noise": noise,
+            }
+        )
+
+    def _record(self, steps: Sequence[Linked]) -> Callable[[], None]:
+        """A call of the U-Net before each of `steps`."""
+        unet = self._unet
+
+        def launches() -> None:
+            for step in steps:
+                unet()
+                step()
+
+        return self._step.record(launches)

@@ -18,7 +18,7 @@ from ..bundle import Bundle, BundleError, RequestError
 from ..engines import Array, Engine, EngineStore
 from . import tasks
 from .autoencoder import DECODERS, Autoencoder
-from .device_loop import can_link, denoise_on_device
+from .device_loop import DeviceLoop, can_link
 from .guidance import Guidance
 from .images import to_image
 from .inputs import Inputs, Told, cuts
@@ -110,6 +110,7 @@ class Pipeline:
         self._inputs = Inputs(bundle, TextEncoders(bundle, self.engine))
         self._jobs = Jobs(bundle, self._inputs)
         self._autoencoder = Autoencoder(bundle, self.engine)
+        self._device_loop = DeviceLoop()
 
     def engine(self, name: str) -> Engine:
         """The engine of component `name`, loaded on first use.
@@ -144,11 +145,14 @@ class Pipeline:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
         with self._lock:
             self._engines.pop(name, None)
+            if name in ("unet", "step"):
+                self._device_loop.clear()  # it is linked to them
 
     def release_all(self) -> None:
         """Drop every engine and its memory."""
         with self._lock:
             self._engines.clear()
+            self._device_loop.clear()
 
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""
@@ -255,7 +259,7 @@ class Pipeline:
                 "use the loop 'host'"
             )
         if linked:
-            return denoise_on_device(unet, self.engine("step"), rows, callback)
+            return self._device_loop(unet, self.engine("step"), rows, callback)
         pool, workers = (self._pool, self._workers) if self._small("unet") else (None, 0)
         return denoise(Denoiser(unet, rows, pool, workers), rows, callback)
 

@@ -1,0 +1,228 @@
+"""A component as plans of TensorRT or TensorRT for RTX, on one GPU."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...bundle import EngineError, Tensor
+from ..engine import Array, check_feeds
+from ..profiles import Shape
+from .context import Buffers, ShapedContext
+from .gpu import DeviceTensor, Gpu
+from .loaded import LoadedPlan
+from .plan import Plan, closest
+
+_MOST_CONTEXTS = 8
+"""Sets of shapes of a component that are kept ready. A context holds some MB, and takes up to seconds to be made."""
+
+
+class TensorRTEngine:
+    """One component; see `engine.Engine` for the contract. Plans are loaded when shapes ask for them first.
+
+    chosen: the plan that served last, None before. Rows are the first axis of the first input.
+    """
+
+    def __init__(
+        self,
+        component: str,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        plans: Sequence[Plan],
+        gpu: Gpu,
+        *,
+        onnx: Path | None = None,
+        weight_budget: int | None = None,
+    ) -> None:
+        """plans: at least one, whose files were held against their hashes. onnx: the weights of plans without any.
+
+        weight_budget: bytes of weights on the GPU, for plans that stream them; TensorRT's own choice by default.
+        Raises `EngineError` when there is no plan, or one is of other inputs.
+        """
+        if not plans:
+            raise EngineError(f"{component}: no plan was built for it: compile the bundle for this engine")
+        self.component, self.gpu = component, gpu
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.chosen: Plan | None = None
+        self._plans = list(plans)
+        for plan in self._plans:
+            if set(plan.profile.shapes) != {tensor.name for tensor in self.inputs}:
+                raise EngineError(f"{component}: the plan {plan.key} is of other inputs than the model: build it again")
+        self._onnx, self._weight_budget = onnx, weight_budget
+        self._refitted: Path | None = None
+        self._loaded: dict[str, LoadedPlan] = {}
+        self._contexts: OrderedDict[tuple[str, tuple[Shape, ...]], ShapedContext] = OrderedDict()
+        first = self.inputs[0].shape
+        axis = first[0] if first else None
+        self._by_row = tuple(t.name for t in self.inputs if t.shape and t.shape[0] == axis and isinstance(axis, str))
+        self._rows_out = tuple(t.name for t in self.outputs if t.shape and t.shape[0] == axis and isinstance(axis, str))
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `engine.Engine`."""
+        check_feeds(self.component, self.inputs, feeds)
+        with self.gpu.work():
+            shapes, rows = self._padded(feeds)
+            context = self._context(shapes)
+            if context.buffers is None:
+                context.buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
+            return self._cut(context.buffers.run(feeds), rows)
+
+    def bind(self, feeds: Mapping[str, Array]) -> TensorRTBound:
+        """See `engine.Engine`; what changed is uploaded, what did not is left on the GPU."""
+        check_feeds(self.component, self.inputs, feeds)
+        if not all(array.flags.c_contiguous for array in feeds.values()):
+            raise EngineError(f"{self.component}: arrays must be contiguous to be bound")
+        with self.gpu.work():
+            shapes, rows = self._padded(feeds)
+            context = self._context(shapes)
+            buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
+            outputs = {t.name: np.empty(context.outputs[t.name], t.dtype) for t in self.outputs}
+            return TensorRTBound(buffers, feeds, outputs, self._cut(outputs, rows))
+
+    def place(self, array: Array) -> DeviceTensor:
+        """See `engine.Engine`."""
+        return self.gpu.place(array)
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """See `engine.Engine`: a CUDA graph, from the second call on."""
+        return self.gpu.record(launches)
+
+    def rows(self, shapes: Mapping[str, Shape]) -> int:
+        """See `engine.Engine`: a plan for two rows takes one row with a second one beside it."""
+        asked = self._rows_of(shapes)
+        if asked is None:
+            return 1
+        least = {plan.profile.shapes[self._by_row[0]][0][0] for plan in self._plans}
+        for rows in sorted({asked, *(count for count in least if count > asked)}):
+            wanted = self._with_rows(shapes, rows)
+            if any(plan.profile.takes(wanted) for plan in self._plans):
+                return rows
+        return asked
+
+    def link(self, tensors: Mapping[str, DeviceTensor]) -> TensorRTLinked:
+        """See `engine.Engine`. The inputs must have as many rows as `rows` says."""
+        missing = {tensor.name for tensor in (*self.inputs, *self.outputs)} - set(tensors)
+        if missing:
+            raise EngineError(f"{self.component}: nothing was linked to {', '.join(sorted(missing))}")
+        own = {tensor.name: tensors[tensor.name] for tensor in (*self.inputs, *self.outputs)}
+        if not all(isinstance(tensor, DeviceTensor) and tensor.gpu is self.gpu for tensor in own.values()):
+            raise EngineError(
+                f"{self.component}: what is linked to it must lie on its GPU: load all parts for one engine"
+            )
+        shown = {t.name: np.broadcast_to(np.zeros((), own[t.name].dtype), own[t.name].shape) for t in self.inputs}
+        check_feeds(self.component, self.inputs, shown)
+        with self.gpu.work():
+            context = self._context({name: array.shape for name, array in shown.items()})
+        for tensor in self.outputs:
+            found, made = own[tensor.name], context.outputs[tensor.name]
+            if found.shape != made or found.dtype != np.dtype(tensor.dtype):
+                raise EngineError(
+                    f"{self.component}: output {tensor.name!r} is {tensor.dtype} of shape {made}, "
+                    f"what was linked to it is {found.dtype} of shape {found.shape}"
+                )
+        return TensorRTLinked(context, own)
+
+    def refit(self, onnx: Path) -> None:
+        """Take over the weights of `onnx`, a model with the same graph, in all plans, those loaded later included.
+
+        Raises `EngineError` when a plan was built without the flag `refit`, or the weights do not fit.
+        """
+        fixed = [plan for plan in self._plans if "refit" not in plan.flags]
+        if fixed:
+            raise EngineError(
+                f"{self.component}: the plan {fixed[0].key} ({fixed[0].profile.name}) cannot take other weights: "
+                "compile it with refit"
+            )
+        with self.gpu.work():
+            try:
+                for loaded in self._loaded.values():
+                    loaded.refit(onnx)
+            except EngineError:  # some have the new weights, one may have a part of them
+                for loaded in self._loaded.values():
+                    loaded.spoil()
+                self._contexts.clear()
+                self._loaded.clear()
+                raise
+            self._refitted = onnx
+
+    def _context(self, shapes: Mapping[str, Shape]) -> ShapedContext:
+        """The context of these shapes, made where there is none. Raises `EngineError` when no plan takes them."""
+        plan = closest(self.component, self._plans, shapes)
+        self.chosen = plan
+        key = (plan.key, tuple(shapes[tensor.name] for tensor in self.inputs))
+        if key in self._contexts:
+            self._contexts.move_to_end(key)
+            return self._contexts[key]
+        if plan.key not in self._loaded:
+            self._loaded[plan.key] = self._load(plan)
+        context = ShapedContext(self._loaded[plan.key], self.gpu, shapes, self.outputs)
+        self._contexts[key] = context
+        if len(self._contexts) > _MOST_CONTEXTS:
+            self._contexts.popitem(last=False)
+        return context
+
+    def _load(self, plan: Plan) -> LoadedPlan:
+        loaded = LoadedPlan(
+            plan,
+            self.gpu,
+            (*self.inputs, *self.outputs),
+            onnx=self._refitted or self._onnx,
+            weight_budget=self._weight_budget,
+        )
+        if self._refitted is not None and "strip" not in plan.flags:
+            loaded.refit(self._refitted)
+        return loaded
+
+    def _padded(self, feeds: Mapping[str, Array]) -> tuple[dict[str, Shape], int | None]:
+        """The shapes to run `feeds` with, and how many rows of the outputs were asked for."""
+        shapes = {tensor.name: feeds[tensor.name].shape for tensor in self.inputs}
+        asked = self._rows_of(shapes)
+        return (shapes if asked is None else self._with_rows(shapes, self.rows(shapes))), asked
+
+    def _rows_of(self, shapes: Mapping[str, Shape]) -> int | None:
+        """The rows asked for; a vector of one entry, which stands for all rows, does not count."""
+        return max((shapes[name][0] for name in self._by_row), default=None)
+
+    def _with_rows(self, shapes: Mapping[str, Shape], rows: int) -> dict[str, Shape]:
+        return {name: (rows, *shape[1:]) if name in self._by_row else shape for name, shape in shapes.items()}
+
+    def _cut(self, outputs: Mapping[str, Array], rows: int | None) -> dict[str, Array]:
+        return {name: array[:rows] if name in self._rows_out else array for name, array in outputs.items()}
+
+
+class TensorRTBound:
+    """Arrays of the host bound to an engine; see `engine.Bound`."""
+
+    def __init__(
+        self, buffers: Buffers, feeds: Mapping[str, Array], outputs: dict[str, Array], shown: dict[str, Array]
+    ) -> None:
+        """outputs: the arrays that a run writes; shown: those rows of them that were asked for."""
+        self._buffers, self._feeds, self._outputs, self._shown = buffers, dict(feeds), outputs, shown
+        self._fresh = set(feeds)
+
+    def __call__(self, *changed: str) -> dict[str, Array]:
+        """See `engine.Bound`."""
+        sent = self._fresh.union(changed)
+        self._buffers.run({name: self._feeds[name] for name in sent}, self._outputs)
+        self._fresh = set()
+        return self._shown
+
+
+class TensorRTLinked:
+    """An engine that reads and writes tensors on its GPU; see `engine.Linked`."""
+
+    def __init__(self, context: ShapedContext, tensors: Mapping[str, DeviceTensor]) -> None:
+        self._context, self._tensors = context, dict(tensors)  # which hold their memory
+        self._addresses = {name: tensor.address for name, tensor in tensors.items()}
+        self._gpu = next(iter(tensors.values())).gpu
+
+    def __call__(self) -> None:
+        """Enqueue a run."""
+        with self._gpu.work():
+            self._context.enqueue(self._addresses)
+
+    def prepare(self, *changed: str) -> None:
+        """See `engine.Linked`: nothing is made ahead."""

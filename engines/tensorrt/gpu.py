@@ -1,0 +1,148 @@
+"""A GPU as all engines of a process share it: one stream, one block for activations, tensors, recorded launches."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from ...bundle import EngineError
+from ..engine import Array
+from .arena import Arena
+from .cuda import Device, Graph, contiguous
+
+
+class Gpu:
+    """One GPU of this machine; see `shared` for the one that all engines of a process use."""
+
+    def __init__(self, index: int = 0) -> None:
+        """index: as CUDA counts them. Raises `EngineError` when there is none or it cannot be used."""
+        self.device = Device(index)
+        self.arena = Arena(self.device)
+        self._lock = threading.RLock()
+        self._changes = 0
+
+    @property
+    def generation(self) -> int:
+        """It changes when what was captured before is to be captured anew."""
+        return self._changes + self.arena.generation
+
+    def changed(self) -> None:
+        """Have what was captured captured anew: the weights of an engine were changed."""
+        self._changes += 1
+
+    @contextmanager
+    def work(self) -> Iterator[Device]:
+        """The device for this thread alone: what is enqueued in the block is in one piece."""
+        with self._lock:
+            self.device.use()
+            yield self.device
+
+    def tensor(self, shape: tuple[int, ...], dtype: str, purpose: str = "a tensor") -> DeviceTensor:
+        """A tensor whose content is not set yet. Raises `EngineError` when the GPU has no memory for it."""
+        return DeviceTensor(self, shape, np.dtype(dtype), purpose)
+
+    def place(self, array: Array) -> DeviceTensor:
+        """A copy of `array`; see `engine.Engine`."""
+        tensor = DeviceTensor(self, array.shape, array.dtype, "a tensor")
+        tensor.update_inplace(array)
+        return tensor
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """See `engine.Engine`."""
+        return Recording(self, launches)
+
+
+class DeviceTensor:
+    """A tensor in the memory of a GPU; see `engine.Placed`."""
+
+    def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: np.dtype[np.generic], purpose: str) -> None:
+        self.gpu, self.shape, self.dtype = gpu, shape, dtype
+        self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        with gpu.work() as device:
+            self._memory = device.allocate(self.nbytes, purpose)
+
+    @property
+    def address(self) -> int:
+        """Where it lies on the GPU."""
+        return self._memory.address
+
+    def numpy(self) -> Array:
+        """See `engine.Placed`."""
+        array = np.empty(self.shape, self.dtype)
+        with self.gpu.work() as device:
+            device.download(array, self.address)
+            device.synchronize()
+        return array
+
+    def update_inplace(self, array: Array) -> None:
+        """See `engine.Placed`. Raises `EngineError` when `array` is of another shape or dtype."""
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise EngineError(
+                f"a tensor of {self.dtype} {self.shape} on the GPU cannot hold {array.dtype} {array.shape}"
+            )
+        with self.gpu.work() as device:
+            device.upload(self.address, contiguous(array))
+            device.synchronize()  # the caller may write to the array from here on
+
+
+class Recording:
+    """Launches that run as they are at first, are captured the second time, and are launched as one from then on.
+
+    The first run is a real one: what an engine does at its first run with new shapes cannot be captured, and what runs
+    only once gains nothing. The same after memory was moved.
+    """
+
+    def __init__(self, gpu: Gpu, launches: Callable[[], None]) -> None:
+        self._gpu, self._launches = gpu, launches
+        self._graph: Graph | None = None
+        self._warm = -1  # the generation that a run has left as it was
+        self._capturable = True
+
+    def __call__(self) -> None:
+        """Enqueue them all. Raises `EngineError` when an engine fails."""
+        gpu = self._gpu
+        with gpu.work() as device:
+            generation = gpu.generation
+            if generation != self._warm:
+                self._graph = None
+                self._launches()
+                self._warm = generation if gpu.generation == generation else -1
+                return
+            if self._graph is None and self._capturable:
+                self._capture(device)
+            if self._graph is None:
+                self._launches()
+            else:
+                device.launch(self._graph)
+
+    def _capture(self, device: Device) -> None:
+        try:
+            self._graph = device.capture(self._launches)
+        except EngineError as error:
+            self._capturable = False
+            warnings.warn(
+                f"the steps cannot be captured as a CUDA graph and are launched one by one: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+_OPEN: weakref.WeakValueDictionary[int, Gpu] = weakref.WeakValueDictionary()
+_OPENING = threading.Lock()
+
+
+def shared(index: int = 0) -> Gpu:
+    """The GPU `index` as all of this process share it; it is closed when nothing refers to it.
+
+    Raises `EngineError` when there is none or it cannot be used.
+    """
+    with _OPENING:
+        gpu = _OPEN.get(index)
+        if gpu is None:
+            gpu = _OPEN[index] = Gpu(index)
+        return gpu

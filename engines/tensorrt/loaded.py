@@ -1,0 +1,169 @@
+"""A plan that is loaded on a GPU: its engine, and what its execution contexts are made with."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...bundle import EngineError, Tensor
+from .backend import BACKENDS
+from .cuda import REMEDY
+from .gpu import Gpu
+from .log import Log
+from .plan import CACHE_NAME, Plan
+from .refit import refit
+
+
+class LoadedPlan:
+    """The engine of a plan; contexts of it share one runtime cache, where the module has such."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        gpu: Gpu,
+        tensors: Sequence[Tensor],
+        *,
+        onnx: Path | None = None,
+        weight_budget: int | None = None,
+    ) -> None:
+        """tensors: the inputs and outputs that it must have. onnx: the weights of a plan that was stripped of them.
+
+        weight_budget: bytes of weights to be held on the GPU, for a plan with the flag `weight-streaming`; by default
+        TensorRT chooses. Raises `EngineError` when the plan does not load or is not of these tensors.
+        """
+        backend = BACKENDS.get(plan.backend)
+        if backend is None:
+            raise EngineError(f"{plan.component}: a plan of {plan.backend!r} cannot be run by this version")
+        self.plan, self._gpu = plan, gpu
+        self.spoiled = False
+        self.trt = backend.load()
+        self.log = Log(self.trt)
+        self._runtime = self.trt.Runtime(self.log.logger)
+        if "version-compatible" in plan.flags:
+            self._runtime.engine_host_code_allowed = True  # such plans bring their own runtime
+        self.engine = self._deserialize()
+        self._check(tensors)
+        if "strip" in plan.flags:
+            if onnx is None:
+                raise EngineError(
+                    f"{plan.component}: its plan holds no weights, and there is no ONNX model to take them of"
+                )
+            self.refit(onnx)
+        if "weight-streaming" in plan.flags:
+            self._stream_weights(weight_budget)
+        self._written = b""
+        self._config, self._cache = self._make_config()
+
+    def context(self) -> Any:
+        """A new execution context, without memory for activations. Raises `EngineError`."""
+        self.log.clear()
+        how = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED if self._config is None else self._config
+        context = self.engine.create_execution_context(how)
+        if context is None:
+            raise self.failed("no execution context could be made")
+        return context
+
+    def refit(self, onnx: Path) -> None:
+        """Take over the weights of `onnx`. Raises `EngineError`; the plan is then to be loaded anew."""
+        with self._gpu.work() as device:
+            device.synchronize()
+            refit(self.trt, self.engine, self.log, onnx, self.plan.component)
+            self._gpu.changed()
+
+    def spoil(self) -> None:
+        """Let no context run it again: its weights may be those of two models."""
+        self.spoiled = True
+        self._gpu.changed()
+
+    def keep_cache(self) -> None:
+        """Write what was compiled for this GPU beside the plan, if it is more than before; on a read-only disk not."""
+        if self._cache is None:
+            return
+        made = bytes(self._cache.serialize())
+        digest = hashlib.sha256(made).digest()
+        if digest == self._written:
+            return
+        self._written = digest
+        with contextlib.suppress(OSError):
+            number, name = tempfile.mkstemp(prefix=f".{CACHE_NAME}-", dir=self.plan.folder)
+            try:
+                with os.fdopen(number, "wb") as file:
+                    file.write(made)
+                Path(name).replace(self.plan.folder / CACHE_NAME)
+            finally:
+                Path(name).unlink(missing_ok=True)
+
+    def failed(self, what: str) -> EngineError:
+        """The error to raise when TensorRT could not do something, with the reason it gave."""
+        why = self.log.why()
+        memory = f": {REMEDY}" if "memory" in why.lower() else ""
+        return EngineError(f"{self.plan.component}: {what}: {why}{memory}")
+
+    def _deserialize(self) -> Any:
+        plan = self.plan
+        try:
+            with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                engine = self._runtime.deserialize_cuda_engine(data)
+        except (OSError, ValueError) as error:  # ValueError: it is empty
+            raise EngineError(f"{plan.component}: the plan {plan.path} cannot be read ({error})") from None
+        if engine is not None:
+            return engine
+        built_for = plan.device or ", ".join(plan.archs)
+        raise self.failed(
+            f"the plan {plan.key} does not load: it was built by {plan.backend} {plan.version} for {built_for}, "
+            f"this is {self.trt.__version__} on {self._gpu.device.name} ({self._gpu.device.arch}): build it anew"
+        )
+
+    def _check(self, tensors: Sequence[Tensor]) -> None:
+        found: dict[str, np.dtype[np.generic]] = {}
+        for i in range(self.engine.num_io_tensors):
+            name = self.engine.get_tensor_name(i)
+            with contextlib.suppress(TypeError):  # a type that NumPy has not is in no bundle
+                found[name] = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
+        wanted = {tensor.name: np.dtype(tensor.dtype) for tensor in tensors}
+        if found != wanted:
+            wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+            raise EngineError(
+                f"{self.plan.component}: the plan {self.plan.key} and the model do not agree on "
+                f"{', '.join(wrong)}: build it again"
+            )
+
+    def _stream_weights(self, budget: int | None) -> None:
+        engine = self.engine
+        budget = engine.get_weight_streaming_automatic_budget() if budget is None else budget
+        budget = min(budget, engine.streamable_weights_size)
+        self.log.clear()
+        engine.weight_streaming_budget_v2 = budget
+        if engine.weight_streaming_budget_v2 != budget:
+            raise self.failed(f"{budget} bytes cannot be the budget of its weights")
+
+    def _make_config(self) -> tuple[Any, Any]:
+        """How contexts are made: TensorRT for RTX has an object for it, and a cache of what it compiles."""
+        if not hasattr(self.engine, "create_runtime_config"):
+            return None, None
+        trt, config, cache = self.trt, self.engine.create_runtime_config(), None
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(trt, "CudaGraphStrategy"):
+            config.cuda_graph_strategy = (
+                trt.CudaGraphStrategy.DISABLED
+            )  # launches are captured here, whole loops at once
+        if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            # a context keeps its shapes here; kernels that come later would not be in what was captured
+            strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = strategy
+        if hasattr(config, "create_runtime_cache"):
+            cache = config.create_runtime_cache()
+            with contextlib.suppress(OSError):
+                kept = (self.plan.folder / CACHE_NAME).read_bytes()
+                if kept and cache.deserialize(kept):  # False for another GPU or driver: it is made anew
+                    self._written = hashlib.sha256(kept).digest()
+            config.set_runtime_cache(cache)  # it does not own the cache: this object does
+        return config, cache
