@@ -13,7 +13,7 @@ from collections.abc import Callable
 import click
 import numpy as np
 
-from ..runtime.device_loop import _LinkedStep
+from ..runtime.device_loop import _contents, _LinkedPhase, _Noise
 from ..runtime.guidance import Guidance, combine
 from ..runtime.loop import Denoiser, Row
 from ..runtime.noise import TorchGenerator
@@ -40,8 +40,10 @@ def main(bundle: str, scheduler: str, steps: int, rounds: int, as_json: bool) ->
     latents = TorchGenerator(0).randn(settings.channels, side, side) * np.float32(table.init_scale)
     texts = [{"encoder_hidden_states": embedding} for embedding in embeddings]
     row = Row(table, Guidance(7.5), TorchGenerator(0), texts[0], texts[1], latents)
-    denoiser = Denoiser(pipe.engine("unet"), [row], pipe._pool, pipe._workers)
-    linked = _LinkedStep(pipe.engine("unet"), pipe.engine("step"), [row], (True,), State([table], latents[None]))
+    model = pipe.engine("unet")
+    denoiser = Denoiser(model, [row], pipe._pool, pipe._workers)
+    contents = _contents(model, [row], (True,), State([table], latents[None]))
+    linked = _LinkedPhase(model, pipe.engine("step"), contents, _Noise([row], (0,), steps))
     halves = np.random.default_rng(0).standard_normal((2, *latents.shape)).astype(np.float32)
     drawn = TorchGenerator(1).randn(1, *latents.shape)
 

@@ -222,7 +222,8 @@ class _LinkedPhase:
                 unet.outputs[0].name: self._shared["model_output"],
             }
         )
-        self._turns = [self._record([self._link(turn, self._noise)]) for turn in (0, 1)]
+        self._steps = [self._link(turn, self._noise) for turn in (0, 1)]
+        self._turns = [self._record([step]) for step in self._steps]
         self._whole: Callable[[], None] | None = None
 
     def fill(self, contents: Mapping[str, Array]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...bundle import EngineError, Tensor
-from ..engine import Array, check_feeds
+from ..engine import Array, Placed, check_feeds
 from ..profiles import Shape
 from .context import Buffers, ShapedContext
 from .gpu import DeviceTensor, Gpu
@@ -102,13 +102,17 @@ class TensorRTEngine:
                 return rows
         return asked
 
-    def link(self, tensors: Mapping[str, DeviceTensor]) -> TensorRTLinked:
+    def link(self, tensors: Mapping[str, Placed]) -> TensorRTLinked:
         """See `engine.Engine`. The inputs must have as many rows as `rows` says."""
         missing = {tensor.name for tensor in (*self.inputs, *self.outputs)} - set(tensors)
         if missing:
             raise EngineError(f"{self.component}: nothing was linked to {', '.join(sorted(missing))}")
-        own = {tensor.name: tensors[tensor.name] for tensor in (*self.inputs, *self.outputs)}
-        if not all(isinstance(tensor, DeviceTensor) and tensor.gpu is self.gpu for tensor in own.values()):
+        own: dict[str, DeviceTensor] = {}
+        for tensor in (*self.inputs, *self.outputs):
+            placed = tensors[tensor.name]
+            if isinstance(placed, DeviceTensor) and placed.gpu is self.gpu:
+                own[tensor.name] = placed
+        if len(own) < len(self.inputs) + len(self.outputs):
             raise EngineError(
                 f"{self.component}: what is linked to it must lie on its GPU: load all parts for one engine"
             )
