@@ -1,0 +1,159 @@
+"""A component's ONNX graph as calibration sees it: its values in float32, and which nodes have a form in 16 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle import DiffoundryError
+from .precision import Precision
+
+MOVES = frozenset(
+    ("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose")
+) | {"Unsqueeze", "DepthToSpace", "SpaceToDepth"}
+"""Operators whose output holds values of their inputs and no others."""
+_CONTRACTIONS = frozenset(("Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"))
+_MAKERS = frozenset(("Cast", "ConstantOfShape"))
+"""Operators that make floats of something else, in a type that an attribute names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a node looks in a lower type: which of its inputs and outputs take that type."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def read(path: Path) -> Any:
+    """The `onnx_ir.Model` in `path`, its external weights on disk, constants as initializers, every type known.
+
+    Raises `DiffoundryError` when it is no ONNX model or has control flow or functions of its own.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+    try:
+        model = onnx_ir.load(path)
+    except FileNotFoundError:
+        raise DiffoundryError(f"{path} is missing: compile the checkpoint again") from None
+    except Exception as error:  # protobuf and onnx_ir raise exceptions of their own
+        raise DiffoundryError(f"{path} is not an ONNX model: compile the checkpoint again") from error
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    graph = model.graph
+    inner = any(a.type in _graph_attributes() for node in graph for a in node.attributes.values())
+    if not len(graph) or inner or model.functions:
+        what = "no nodes" if not len(graph) else "control flow or functions of its own"
+        raise DiffoundryError(f"{path} has {what} and cannot be calibrated: use --precision fp32")
+    if any(value.dtype is None for node in graph for value in node.outputs if value.name):
+        _infer(model, path)
+    return model
+
+
+def key(node: Any) -> str:
+    """What a node is called here: its first output."""
+    return str(node.outputs[0].name)
+
+
+def is_float(value: Any) -> bool:
+    """Whether a value, or a missing input, is a float32 tensor."""
+    return value is not None and value.dtype is not None and value.dtype.name == "FLOAT"
+
+
+def opset(model: Any) -> int:
+    """The version of the standard's operators that a model uses."""
+    return int(model.opset_imports.get("", 1))
+
+
+def version_for(model: Any, precision: Precision) -> int:
+    """The version of the operators that a model uses once it is in `precision`."""
+    return max(opset(model), precision.opset)
+
+
+def form(node: Any, version: int, precision: Precision) -> Form | None:
+    """How `node` of opset `version` looks in `precision`; None when its operator has no such form or touches no float.
+
+    A node without a float output, such as a comparison, has a form without outputs.
+    """
+    import onnx
+
+    floats = [i for i, value in enumerate(node.inputs) if is_float(value)]
+    made = [i for i, value in enumerate(node.outputs) if is_float(value)]
+    if not floats and not made:
+        return None
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    except onnx.defs.SchemaError:
+        return None
+    wanted = f"tensor({precision.dtype.lower()})"
+    admits = {t.type_param_str for t in schema.type_constraints if wanted in t.allowed_type_strs}
+    ins = {i: schema.inputs[min(i, len(schema.inputs) - 1)].type_str for i in floats}
+    outs = {i: schema.outputs[min(i, len(schema.outputs) - 1)].type_str for i in made}
+    if not admits.issuperset(outs.values()):
+        return None
+    if not made:
+        return Form(tuple(i for i, kind in ins.items() if kind in admits), ()) if set(ins.values()) & admits else None
+    shared = set(outs.values())
+    taken = tuple(i for i, kind in ins.items() if kind in shared)
+    return Form(taken, tuple(outs)) if taken or node.op_type in _MAKERS else None
+
+
+def is_cheap(node: Any) -> bool:
+    """Whether a node takes time for the bytes it moves rather than for its arithmetic."""
+    return node.op_type not in _CONTRACTIONS
+
+
+def raise_opset(model: Any, version: int, component: str) -> None:
+    """Let `model` use the operators of opset `version`, when each differs from its old self in admitted types alone.
+
+    Raises `DiffoundryError` for an operator that changed in more than that.
+    """
+    import onnx
+
+    old = opset(model)
+    if old >= version:
+        return
+    for name in sorted({node.op_type for node in model.graph if node.domain == ""}):
+        before, after = (onnx.defs.get_schema(name, each) for each in (old, version))
+        if before.since_version != after.since_version and _shape_of(before) != _shape_of(after):
+            raise DiffoundryError(
+                f"{component}: the operator {name} means something else in opset {version} than in {old}: "
+                "use --precision fp32 or fp16"
+            )
+    model.graph.opset_imports[""] = version
+
+
+def weight_nodes(model: Any) -> dict[str, Any]:
+    """The float32 initializers by name."""
+    return {name: value for name, value in model.graph.initializers.items() if is_float(value)}
+
+
+def _shape_of(schema: Any) -> tuple[Any, ...]:
+    """What a schema asks for, but for types and texts."""
+    return (
+        [(p.name, p.type_str, p.option) for p in schema.inputs],
+        [(p.name, p.type_str, p.option) for p in schema.outputs],
+        sorted((a.name, str(a.type), a.required, str(a.default_value)) for a in schema.attributes.values()),
+    )
+
+
+def _graph_attributes() -> tuple[Any, ...]:
+    import onnx_ir
+
+    return (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS)
+
+
+def _infer(model: Any, path: Path) -> None:
+    """Fill in the types that the file does not tell. Raises `DiffoundryError` when they cannot be inferred."""
+    import onnx
+    import onnx_ir
+
+    proto = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
+    known = {info.name: info.type.tensor_type.elem_type for info in proto.graph.value_info}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name and value.dtype is None:
+                if not known.get(value.name):
+                    raise DiffoundryError(f"{path}: the type of {value.name!r} is not known: compile it again")
+                value.dtype = onnx_ir.DataType(known[value.name])

@@ -1,0 +1,203 @@
+"""What each node loses when it reads values and weights of a lower type: its signal-to-noise ratio, in dB."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engines import Array
+from .graph import form, is_float, key, read, version_for
+from .precision import MASK, Precision
+from .sessions import start
+from .typed import rounded
+
+LOSSLESS = 200.0
+"""Stands for an infinite ratio, in dB."""
+_DEEPEST = 6
+_LARGEST_ISLAND = 16
+_CHUNK_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Node `target` computed by the nodes `island` in float32, or, when that is empty, in the lower type.
+
+    What comes into it from outside is rounded; of a weight, only when the node is in the lower type.
+    """
+
+    target: str
+    island: frozenset[str] = frozenset()
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two powers in dB, within ±`LOSSLESS`."""
+    if math.isnan(noise) or math.isinf(noise):
+        return -LOSSLESS
+    if noise <= 0:
+        return LOSSLESS
+    return max(-LOSSLESS, min(LOSSLESS, 10 * math.log10(signal / noise))) if signal > 0 else -LOSSLESS
+
+
+def measure(
+    path: Path,
+    component: str,
+    precision: Precision,
+    trials: Sequence[Trial],
+    calls: Sequence[Mapping[str, Array]],
+    tick: Callable[[], None] | None = None,
+) -> list[float]:
+    """The signal-to-noise ratio of each trial, in dB, the lowest over `calls`, in the order of `trials`.
+
+    tick: called after each call of the model.
+    """
+    found: list[float] = []
+    for chunk in _chunks(path, trials):
+        model = read(path)
+        _probe(model, precision, chunk)
+        engine = start(model, path.parent, component, fast=False)
+        lowest = [LOSSLESS] * len(chunk)
+        for feeds in calls:
+            made = engine(feeds)
+            ratios = [decibels(float(made[f"signal:{i}"]), float(made[f"noise:{i}"])) for i in range(len(chunk))]
+            lowest = [min(pair) for pair in zip(lowest, ratios, strict=True)]
+            if tick is not None:
+                tick()
+        del engine
+        found += lowest
+    return found
+
+
+def islands_of(model: Any, target: str) -> list[frozenset[str]]:
+    """Ever larger islands that make the value of node `target`: itself, itself and its makers, and so on."""
+    makers = {key(node): node for node in model.graph}
+    island, edge, found = {target}, [makers[target]], [frozenset((target,))]
+    for _ in range(_DEEPEST):
+        edge = [v.producer() for node in edge for v in node.inputs if is_float(v) and v.producer() is not None]
+        new = {key(node) for node in edge} - island
+        if not new or len(island | new) > _LARGEST_ISLAND:
+            break
+        island |= new
+        found.append(frozenset(island))
+    return found
+
+
+def _chunks(path: Path, trials: Sequence[Trial]) -> list[list[Trial]]:
+    return [list(trials)] if trials else []
+
+
+def _probe(model: Any, precision: Precision, trials: Sequence[Trial]) -> None:
+    """Let a model give the power of each trial's target and of its error, and nothing else."""
+    probe = _Probe(model, precision)
+    outputs = []
+    for i, trial in enumerate(trials):
+        outputs += probe.add(i, trial)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(outputs)
+
+
+class _Probe:
+    def __init__(self, model: Any, precision: Precision) -> None:
+        import onnx_ir
+
+        self._graph, self._precision = model.graph, precision
+        self._version = version_for(model, precision)
+        self._nodes = {key(node): node for node in model.graph}
+        self._places = {name: i for i, name in enumerate(self._nodes)}
+        self._float, self._low = onnx_ir.DataType.FLOAT, onnx_ir.DataType[precision.dtype]
+        self._rounded: dict[str, Any] = {}
+        self._bound = self._constant("mask:bound", MASK)
+        self._zero = self._constant("mask:zero", 0.0)
+
+    def add(self, i: int, trial: Trial) -> list[Any]:
+        """The two outputs of trial i: signal and noise."""
+        target = self._nodes[trial.target]
+        made: dict[str, Any] = {}
+        last = target
+        for name in sorted(trial.island or {trial.target}, key=self._places.__getitem__):
+            node = self._nodes[name]
+            clone = self._clone(node, i, made, low=not trial.island)
+            self._graph.insert_after(last, clone)
+            last = clone
+            for old, new in zip(node.outputs, clone.outputs, strict=True):
+                made[str(old.name)] = new
+        at = next(j for j, value in enumerate(target.outputs) if is_float(value))
+        return self._compare(i, target.outputs[at], made[str(target.outputs[at].name)], last)
+
+    def _clone(self, node: Any, i: int, made: Mapping[str, Any], *, low: bool) -> Any:
+        import onnx_ir
+
+        shape = form(node, self._version, self._precision)
+        taken: Collection[int] = shape.inputs if shape is not None else ()
+        inputs = []
+        for place, value in enumerate(node.inputs):
+            if value is not None and value.name in made:
+                value = made[value.name]
+            elif is_float(value) and (low or not value.is_graph_input()):
+                constant = value.name in self._graph.initializers
+                if (low and place in taken) or (not low and not constant):
+                    value = self._round(value, node)
+            inputs.append(value)
+        clone = onnx_ir.Node(
+            node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs)
+        )
+        for old, new in zip(node.outputs, clone.outputs, strict=True):
+            if old.name:
+                new.name, new.dtype = f"{old.name}:trial{i}", old.dtype
+        return clone
+
+    def _round(self, value: Any, reader: Any) -> Any:
+        import onnx_ir
+
+        name = str(value.name)
+        if name not in self._rounded:
+            stored = value
+            if name in self._graph.initializers and value.const_value.size <= 1 << 16:
+                tensor = rounded(value.const_value.numpy(), self._precision).astype(np.float32)
+                self._rounded[name] = self._constant(f"{name}:rounded", tensor)
+                return self._rounded[name]
+            added = []
+            for to, suffix in ((self._low, "low"), (self._float, "rounded")):
+                cast = onnx_ir.node("Cast", [stored], {"to": int(to)})
+                stored = cast.outputs[0]
+                stored.name, stored.dtype = f"{name}:{suffix}", to
+                added.append(cast)
+            maker = value.producer()
+            if maker is None:
+                self._graph.insert_before(self._graph[0], added)
+            else:
+                self._graph.insert_after(maker, added)
+            self._rounded[name] = stored
+        return self._rounded[name]
+
+    def _compare(self, i: int, exact: Any, trial: Any, last: Any) -> list[Any]:
+        import onnx_ir
+
+        absolute = onnx_ir.node("Abs", [exact])
+        finite = onnx_ir.node("Less", [absolute.outputs[0], self._bound])
+        error = onnx_ir.node("Sub", [exact, trial])
+        kept = onnx_ir.node("Where", [finite.outputs[0], exact, self._zero])
+        wrong = onnx_ir.node("Where", [finite.outputs[0], error.outputs[0], self._zero])
+        signal = onnx_ir.node("ReduceSumSquare", [kept.outputs[0]], {"keepdims": 0})
+        noise = onnx_ir.node("ReduceSumSquare", [wrong.outputs[0]], {"keepdims": 0})
+        added = [absolute, finite, error, kept, wrong, signal, noise]
+        for j, node in enumerate(added):
+            node.outputs[0].name = f"compare{j}:{i}"
+        for name, node in (("signal", signal), ("noise", noise)):
+            output = node.outputs[0]
+            output.name, output.dtype, output.shape = f"{name}:{i}", self._float, onnx_ir.Shape([])
+        self._graph.insert_after(last, added)
+        return [signal.outputs[0], noise.outputs[0]]
+
+    def _constant(self, name: str, number: Any) -> Any:
+        import onnx_ir
+
+        array = np.asarray(number, np.float32)
+        value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(list(array.shape)))
+        value.const_value, value.dtype = onnx_ir.tensor(array, name=name), onnx_ir.DataType.FLOAT
+        self._graph.register_initializer(value)
+        return value

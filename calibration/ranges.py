@@ -1,0 +1,111 @@
+"""The largest magnitude of every value of a component, over all calls of the real loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engines import Array
+from .graph import MOVES, is_float, read, weight_nodes
+from .precision import MASK
+from .sessions import Recorded, start
+
+_WITHIN_ONE = frozenset(("Cos", "Sigmoid", "Sin", "Softmax", "Tanh"))
+_HIGH, _LOW = ":highest", ":lowest"
+
+
+class Ranges:
+    """Gathers max |x| of each float32 value of a component. Infinity and what stands for it are left out."""
+
+    def __init__(self, path: Path, component: str) -> None:
+        """path: the component's model."""
+        self._path, self._component = path, component
+        self._largest: dict[str, float] = {}
+
+    def engine(self, heard: Any) -> Recorded:
+        """An engine of the component that gathers as it runs, and tells `heard` of each call.
+
+        The largest values are computed inside the graph, so that no activation outlives its reader.
+        """
+        model = read(self._path)
+        outputs = len(model.graph.outputs)
+        _probe(model, masked=_holds_masks(model))
+        engine = start(model, self._path.parent, self._component)
+
+        def gather(feeds: Mapping[str, Array], made: Mapping[str, Array]) -> None:
+            for name, value in made.items():
+                if name.endswith((_HIGH, _LOW)):
+                    of = name.rpartition(":")[0]
+                    found = abs(value.item())
+                    found = np.inf if np.isnan(found) else found
+                    self._largest[of] = max(found, self._largest.get(of, 0.0))
+            heard(feeds, {name: value for name, value in made.items() if not name.endswith((_HIGH, _LOW))})
+
+        return Recorded(engine, gather, outputs)
+
+    def largest(self) -> dict[str, float]:
+        """max |x| of each float32 value and weight, by name."""
+        model = read(self._path)
+        found = dict(self._largest)
+        for name, value in weight_nodes(model).items():
+            found[name] = magnitude(value.const_value.numpy())
+        for node in model.graph:
+            for made in node.outputs:
+                if is_float(made) and made.name not in found:
+                    bounded = node.op_type in _WITHIN_ONE
+                    sources = [found.get(value.name, 0.0) for value in node.inputs if is_float(value)]
+                    found[made.name] = 1.0 if bounded else max(sources, default=0.0)
+        return found
+
+
+def magnitude(array: Array) -> float:
+    """max |x| over what is finite and does not stand for infinity."""
+    absolute = np.abs(array)
+    return float(np.max(absolute, initial=0.0, where=absolute < MASK))
+
+
+def _holds_masks(model: Any) -> bool:
+    """Whether a constant is infinite or stands for it. Masks are small: large weights are not read for it."""
+    small = [v.const_value for v in weight_nodes(model).values() if v.const_value.size <= 1 << 16]
+    return any((np.abs(tensor.numpy()) >= MASK).any() for tensor in small)
+
+
+def _probe(model: Any, *, masked: bool) -> None:
+    """Let a model give the largest and the smallest element of each value that a node computes."""
+    import onnx_ir
+
+    graph = model.graph
+    bound = onnx_ir.Value(name="mask:bound")
+    zero = onnx_ir.Value(name="mask:zero")
+    for value, number in ((bound, MASK), (zero, 0.0)):
+        value.const_value = onnx_ir.tensor(np.float32(number), name=value.name)
+        value.dtype, value.shape = onnx_ir.DataType.FLOAT, onnx_ir.Shape([])
+        if masked:
+            graph.register_initializer(value)
+    for node in list(graph):
+        if node.op_type in MOVES | _WITHIN_ONE:
+            continue
+        for made in node.outputs:
+            if not is_float(made) or not made.name:
+                continue
+            seen, added = made, []
+            if masked:
+                absolute = onnx_ir.node("Abs", [made])
+                finite = onnx_ir.node("Less", [absolute.outputs[0], bound])
+                kept = onnx_ir.node("Where", [finite.outputs[0], absolute.outputs[0], zero])
+                for i, each in enumerate((absolute, finite, kept)):
+                    each.outputs[0].name = f"{made.name}:finite{i}"
+                added, seen = [absolute, finite, kept], kept.outputs[0]
+            for op, suffix in (("ReduceMax", _HIGH), ("ReduceMin", _LOW)):
+                if masked and suffix == _LOW:
+                    continue
+                reduce = onnx_ir.node(op, [seen], {"keepdims": 0})
+                output = reduce.outputs[0]
+                output.name, output.shape = f"{made.name}{suffix}", onnx_ir.Shape([])
+                output.dtype = onnx_ir.DataType.FLOAT
+                added.append(reduce)
+                graph.outputs.append(output)
+            graph.insert_after(node, added)

@@ -1,0 +1,122 @@
+"""The real loop, as the bundle runs it: prompts through text encoders, U-Net and autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle, RequestError
+from ..engines import Array, Engine
+from ..runtime.pipeline import Pipeline
+from ..runtime.request import LARGEST_SIDE, Request, whole_number
+
+DEFAULT_PROMPTS = (
+    "a photograph of a red fox sitting in tall grass at sunset, mountains in the background",
+    "an oil painting of a crowded harbor town with white houses and blue boats",
+)
+_MOST_STEPS = 1000
+_MOST_PROMPTS = 1024
+_SIDE_UNIT = 8
+_LARGEST_SEED = 2**62
+Progress = Callable[[str, int, int], None]
+"""`progress(text, done, total)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What the loop is run with; prompt i is drawn from `seed + i`.
+
+    steps: None for the bundle's own. size: width and height in pixels, None for the bundle's own.
+    Raises `RequestError` for what no bundle can run.
+    """
+
+    prompts: tuple[str, ...] = DEFAULT_PROMPTS
+    steps: int | None = None
+    size: tuple[int, int] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        prompts = self.prompts
+        if not isinstance(prompts, (tuple, list)) or not 1 <= len(prompts) <= _MOST_PROMPTS:
+            raise RequestError(f"a scan needs from 1 to {_MOST_PROMPTS} prompts in a list, found {prompts!r:.80}")
+        empty = [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt.strip()]
+        if empty:
+            raise RequestError(f"each prompt of a scan must be a text that is not empty, found {empty[0]!r:.80}")
+        object.__setattr__(self, "prompts", tuple(prompts))
+        if self.steps is not None:
+            object.__setattr__(self, "steps", whole_number("steps", self.steps, 1, _MOST_STEPS))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, _LARGEST_SEED))
+        if self.size is not None:
+            if not isinstance(self.size, (tuple, list)) or len(self.size) != 2:
+                raise RequestError(f"the size of a scan must be a width and a height, found {self.size!r:.80}")
+            sides = tuple(whole_number("a side", side, 1, LARGEST_SIDE) for side in self.size)
+            if any(side % _SIDE_UNIT for side in sides):
+                raise RequestError(
+                    f"the size of a scan must be a multiple of {_SIDE_UNIT}, found {sides[0]}x{sides[1]}"
+                )
+            object.__setattr__(self, "size", sides)
+
+    def record(self, bundle: Bundle) -> dict[str, Any]:
+        """The settings as JSON, with the bundle's own where none were given."""
+        manifest = bundle.manifest
+        return {
+            "prompts": list(self.prompts),
+            "steps": self.steps or manifest.default_steps,
+            "size": list(self.size or (manifest.default_width, manifest.default_height)),
+            "seed": self.seed,
+            "guidance": manifest.default_guidance,
+        }
+
+
+def draw(
+    bundle: Bundle, engines: Mapping[str, Callable[[], Engine]], scan: Scan, text: str, progress: Progress | None
+) -> list[Array]:
+    """Run the loop on every prompt and return the images, uint8 (H, W, 3); each component runs at least once.
+
+    engines: what loads each component. One is in memory at a time.
+    Raises `EngineError` when latents or an image are not finite, `RequestError` for a size the bundle cannot do.
+    """
+    pipeline = Pipeline(bundle, threads=1, loop="host", engines=engines)
+
+    def report(done: int, total: int, _: Array) -> None:
+        if progress is not None:
+            progress(text, done, total)
+
+    requests = _requests(bundle, scan)
+    results = pipeline.generate_many(requests, batch=1, low_memory=True, callback=report)
+    pipeline.release_all()
+    images = [np.asarray(image) for result in results for image in result.images]
+    components = bundle.manifest.components
+    if "vae_tiny_decoder" in components:
+        for result in results:
+            pipeline.decode(result.latents, "tiny")
+        pipeline.release_all()
+    if "vae_encoder" in components:
+        encoder = pipeline.engine("vae_encoder")
+        for image in images:
+            pixels = image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(127.5) - 1
+            encoder({encoder.inputs[0].name: np.ascontiguousarray(pixels, encoder.inputs[0].dtype)})
+    return images
+
+
+def _requests(bundle: Bundle, scan: Scan) -> list[Request]:
+    """One request a prompt, of the first task that the bundle does; edits start from noise on a drawn picture."""
+    tasks, manifest = bundle.manifest.tasks, bundle.manifest
+    width, height = scan.size or (manifest.default_width, manifest.default_height)
+    options: dict[str, Any] = {"width": width, "height": height, "steps": scan.steps}
+    if "txt2img" not in tasks:
+        options["image"] = _picture(width, height, scan.seed)
+        if "img2img" not in tasks:
+            options["mask"] = np.tile((np.arange(width) > width // 2).astype(np.uint8) * 255, (height, 1))
+    return [Request(prompt, seed=scan.seed + i, **options) for i, prompt in enumerate(scan.prompts)]
+
+
+def _picture(width: int, height: int, seed: int) -> Array:
+    """Smooth patches of colour, uint8 (H, W, 3)."""
+    rng = np.random.default_rng(seed)
+    rows, columns = (np.linspace(0, 1, side)[:, None] for side in (height, width))
+    waves = [np.cos(2 * np.pi * (rng.uniform(0.5, 4) * axis + rng.random(3))) for axis in (rows, columns)]
+    return np.round(127.5 + 127.5 * waves[0][:, None] * waves[1][None]).astype(np.uint8)

@@ -1,0 +1,111 @@
+"""Graphs made in memory, run by ONNX Runtime, and engines that tell what they were called with."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..bundle import EngineError, Tensor
+from ..engines import Array, Bound, Engine, Linked, Placed
+from ..engines.onnxruntime import OnnxRuntimeEngine, default_threads
+
+Heard = Callable[[Mapping[str, Array], Mapping[str, Array]], None]
+"""`heard(feeds, outputs)` after each call; both are overwritten by the next."""
+
+
+def start(model: Any, folder: Path, component: str, *, fast: bool = True) -> OnnxRuntimeEngine:
+    """An engine of an `onnx_ir.Model` whose external weights lie in `folder`, on the CPU.
+
+    fast: fold constants and pack weights, which takes memory and pays over many calls.
+    Raises `EngineError` when ONNX Runtime cannot load it.
+    """
+    import onnx_ir
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = default_threads(), 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if not fast:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_mem_pattern = False
+    try:
+        graph = onnx_ir.to_proto(model).SerializeToString()
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises its own family of exceptions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise EngineError(f"{component}: ONNX Runtime cannot load the graph that measures it: {reason}") from None
+    return OnnxRuntimeEngine(session, component, "cpu")
+
+
+class Recorded:
+    """An engine that tells `heard` of each call. It shows the first `shown` outputs of the engine within."""
+
+    def __init__(self, engine: Engine, heard: Heard, shown: int | None = None) -> None:
+        self._engine, self._heard = engine, heard
+        self._lock = threading.Lock()
+        self.inputs: tuple[Tensor, ...] = engine.inputs
+        self.outputs: tuple[Tensor, ...] = engine.outputs[:shown]
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `engine.Engine`."""
+        return self._told(feeds, self._engine(feeds))
+
+    def bind(self, feeds: Mapping[str, Array]) -> Bound:
+        """See `engine.Engine`."""
+        bound = self._engine.bind(feeds)
+        return lambda *changed: self._told(feeds, bound(*changed))
+
+    def place(self, array: Array) -> Placed:
+        """See `engine.Engine`."""
+        return self._engine.place(array)
+
+    def link(self, tensors: Mapping[str, Placed]) -> Linked:
+        """Raises `EngineError`: what stays on the device cannot be recorded."""
+        raise EngineError("a recorded engine runs on host arrays: use the loop 'host'")
+
+    def rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """See `engine.Engine`."""
+        return self._engine.rows(shapes)
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """See `engine.Engine`."""
+        return self._engine.record(launches)
+
+    def _told(self, feeds: Mapping[str, Array], made: dict[str, Array]) -> dict[str, Array]:
+        with self._lock:
+            self._heard(feeds, made)
+        return {tensor.name: made[tensor.name] for tensor in self.outputs}
+
+
+class Calls:
+    """The calls of one component, to be made again: feeds and outputs, those that did not change kept once."""
+
+    def __init__(self, most: int) -> None:
+        """most: calls to keep, the first ones."""
+        self._most = most
+        self._last: dict[str, Array] = {}
+        self.kept: list[tuple[dict[str, Array], dict[str, Array]]] = []
+
+    def hear(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Keep a call."""
+        if len(self.kept) < self._most:
+            told = {name: self._copy(name, array) for name, array in feeds.items()}
+            self.kept.append((told, {name: np.array(array) for name, array in outputs.items()}))
+
+    def chosen(self, loops: int) -> list[tuple[dict[str, Array], dict[str, Array]]]:
+        """The first call, one from the middle of the first of `loops` loops, and the last; each once."""
+        last = len(self.kept) - 1
+        return [self.kept[place] for place in sorted({0, len(self.kept) // loops // 2, last})]
+
+    def _copy(self, name: str, array: Array) -> Array:
+        last = self._last.get(name)
+        if last is None or last.shape != array.shape or not np.array_equal(last, array):
+            self._last[name] = np.array(array)
+        return self._last[name]

@@ -1,0 +1,225 @@
+"""A component's ONNX in a lower precision, and the same computed in float32 with every value rounded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..bundle.files import disk_error, remove, sha256_file
+from .graph import MOVES, Form, form, is_float, key, opset, raise_opset, read
+from .precision import MASK, Precision
+
+_EXTERNAL_FROM_BYTES = 64 << 20
+"""Models with more weights than this keep them beside the graph; a protobuf holds at most 2 GiB."""
+
+CAST = "cast:"
+"""What the name of a cast between the types begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """A component in a lower precision.
+
+    model: its path in the bundle, such as `unet/fp16.onnx`. files: the SHA-256 of the model and of its external data.
+    report: JSON; which nodes stayed in float32 and why, how many nodes compute in each type, and how that was measured.
+    """
+
+    model: str
+    files: dict[str, str]
+    report: dict[str, Any]
+
+
+def write(bundle: Bundle, name: str, precision: Precision, low: Mapping[str, bool]) -> dict[str, str]:
+    """Write component `name` in `precision` beside its model and return the SHA-256 of each file by its path.
+
+    low: whether each node that makes floats, by `graph.key`, computes in the lower type; other nodes, such as
+    comparisons, read the type that is there. The same input gives the same bytes.
+    Raises `DiffoundryError` when the disk is full; what stood there before then still stands.
+    """
+    import onnx_ir
+
+    source = bundle.path(bundle.component(name).model)
+    model = read(source)
+    raise_opset(model, precision.opset, name)
+    _Lowering(model, precision).run(low)
+    model.producer_name, model.producer_version = "diffoundry", ""
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    graph, data = f"{precision.name}.onnx", f"{precision.name}.onnx_data"
+    external = data if weights > _EXTERNAL_FROM_BYTES else None
+    folder = source.parent
+    work = folder / f".{graph}.{os.getpid()}.part"
+    remove(work)
+    try:
+        work.mkdir()
+        onnx_ir.save(model, work / graph, external_data=external)
+        # the graph comes last: where it is, its weights are
+        if external:
+            (work / data).replace(folder / data)
+        (work / graph).replace(folder / graph)
+        if not external:
+            remove(folder / data)
+    except OSError as error:
+        raise disk_error(error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    written = [folder / graph, *([folder / data] if external else [])]
+    return {path.relative_to(bundle.root).as_posix(): sha256_file(path) for path in written}
+
+
+def emulated(path: Path, precision: Precision) -> Any:
+    """The typed model in `path` with its nodes in float32, where every value of the lower type is rounded to it.
+
+    ONNX Runtime's CPU computes a typed graph in float32 and drops the casts between, which hides an overflow, and has
+    no kernels for some types; explicit pairs of casts it keeps.
+    """
+    import onnx_ir
+
+    model = read(path)
+    graph = model.graph
+    low = onnx_ir.DataType[precision.dtype]
+    for value in [value for value in graph.initializers.values() if value.dtype == low]:
+        readers = list(value.uses())
+        raised = _cast(value, onnx_ir.DataType.FLOAT, f"{value.name}:float", "raise:")
+        graph.insert_before(graph[0], raised)
+        for node, place in readers:
+            node.replace_input_with(place, raised.outputs[0])
+    for node in list(graph):
+        for made in [made for made in node.outputs if made.dtype == low]:
+            name = made.name
+            readers = list(made.uses())
+            last = node
+            stored = made
+            if node.op_type in MOVES:
+                made.dtype = onnx_ir.DataType.FLOAT
+                continue
+            if node.op_type not in ("Cast", "ConstantOfShape"):
+                made.dtype = onnx_ir.DataType.FLOAT
+                made.name = f"{name}:exact"
+                down = _cast(made, low, f"{name}:{precision.name}", "round:")
+                graph.insert_after(last, down)
+                last, stored = down, down.outputs[0]
+            else:
+                made.name = f"{name}:{precision.name}"
+            up = _cast(stored, onnx_ir.DataType.FLOAT, str(name), "raise:")
+            graph.insert_after(last, up)
+            for reader, place in readers:
+                reader.replace_input_with(place, up.outputs[0])
+    return model
+
+
+class _Lowering:
+    """Rewrites a float32 model in place."""
+
+    def __init__(self, model: Any, precision: Precision) -> None:
+        import onnx_ir
+
+        self._graph, self._precision = model.graph, precision
+        self._version = opset(model)
+        self._low, self._float = onnx_ir.DataType[precision.dtype], onnx_ir.DataType.FLOAT
+        self._made: dict[tuple[str, Any], Any] = {}
+
+    def run(self, low: Mapping[str, bool]) -> None:
+        forms = [(node, form(node, self._version, self._precision)) for node in self._graph]
+        for node, shape in forms:
+            if shape is not None and not (low[key(node)] if shape.outputs else self._reads_low(node, shape)):
+                shape = None
+            taken = () if shape is None else shape.inputs
+            for i, value in enumerate(node.inputs):
+                if value is not None and value.dtype in (self._low, self._float):
+                    wanted = self._low if i in taken else self._float
+                    if value.dtype != wanted:
+                        node.replace_input_with(i, self._converted(value, wanted, node))
+            if shape is not None:
+                self._lower_outputs(node, shape)
+        self._drop_unused()
+
+    def _reads_low(self, node: Any, shape: Form) -> bool:
+        """Whether a node that makes no float finds the lower type in all that it reads of other nodes."""
+        read = [node.inputs[i] for i in shape.inputs if not node.inputs[i].is_initializer()]
+        return all(value.dtype == self._low for value in read)
+
+    def _lower_outputs(self, node: Any, shape: Form) -> None:
+        import onnx_ir
+
+        if node.op_type == "Cast":
+            node.attributes["to"] = onnx_ir.AttrInt64("to", int(self._low))
+        elif node.op_type == "ConstantOfShape":
+            told = node.attributes.get("value")
+            value = np.zeros(1, np.float32) if told is None else told.as_tensor().numpy()
+            node.attributes["value"] = onnx_ir.AttrTensor("value", _rounded(value, self._precision, "value"))
+        for i in shape.outputs:
+            made = node.outputs[i]
+            made.dtype = self._low
+            if made.is_graph_output():
+                name, place = made.name, self._graph.outputs.index(made)
+                made.name = f"{name}:{self._precision.name}"
+                raised = _cast(made, self._float, name)
+                self._graph.insert_after(node, raised)
+                self._graph.outputs[place] = raised.outputs[0]
+                self._made[made.name, self._float] = raised.outputs[0]
+
+    def _converted(self, value: Any, wanted: Any, reader: Any) -> Any:
+        made = self._made.get((value.name, wanted))
+        if made is None:
+            suffix = self._precision.name if wanted == self._low else "float"
+            if value.name in self._graph.initializers:
+                made = self._weight(value, f"{value.name}:{suffix}")
+            else:
+                cast = _cast(value, wanted, f"{value.name}:{suffix}")
+                self._graph.insert_before(reader, cast)
+                made = cast.outputs[0]
+            self._made[value.name, wanted] = made
+        return made
+
+    def _weight(self, value: Any, name: str) -> Any:
+        """An initializer of the lower type, made when it is written, so that one at a time is in memory."""
+        import onnx_ir
+
+        tensor, precision = value.const_value, self._precision
+        made = onnx_ir.Value(name=name, shape=value.shape, type=onnx_ir.TensorType(self._low))
+        made.const_value = onnx_ir.LazyTensor(
+            lambda: _rounded(tensor.numpy(), precision, name), dtype=self._low, shape=tensor.shape, name=name
+        )
+        self._graph.register_initializer(made)
+        return made
+
+    def _drop_unused(self) -> None:
+        """Leave out float32 weights that nobody reads any more."""
+        for name in [name for name, value in self._graph.initializers.items() if is_float(value)]:
+            value = self._graph.initializers[name]
+            if not value.uses() and not value.is_graph_output():
+                del self._graph.initializers[name]
+
+
+def rounded(array: Any, precision: Precision) -> Any:
+    """A float32 array in the lower type. What stands for infinity becomes the largest finite value, as it must add."""
+    import ml_dtypes
+
+    kind = np.float16 if precision.name == "fp16" else ml_dtypes.bfloat16
+    masks = np.isfinite(array) & (np.abs(array) >= MASK)
+    if masks.any():
+        array = np.where(masks, np.sign(array) * np.float32(precision.largest), array)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array.astype(kind))
+
+
+def _rounded(array: Any, precision: Precision, name: str) -> Any:
+    import onnx_ir
+
+    return onnx_ir.tensor(rounded(array, precision), name=name)
+
+
+def _cast(value: Any, to: Any, name: str, kind: str = CAST) -> Any:
+    import onnx_ir
+
+    node = onnx_ir.node("Cast", [value], {"to": int(to)}, name=f"{kind}{name}")
+    made = node.outputs[0]
+    made.name, made.dtype, made.shape = name, to, value.shape
+    return node
