@@ -2,9 +2,10 @@
 
 from .bundle import Bundle
 from .errors import BundleError, CheckpointError, DiffoundryError, EngineError, RequestError, StoppedError
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Component, Latents, Manifest, Prompt, Tensor
+from .manifest import FULL, MANIFEST_NAME, SCHEMA_VERSION, Component, Latents, Manifest, Prompt, Tensor, Variant
 
 __all__ = [
+    "FULL",
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
     "Bundle",
@@ -19,4 +20,5 @@ __all__ = [
     "RequestError",
     "StoppedError",
     "Tensor",
+    "Variant",
 ]

@@ -12,6 +12,8 @@ SCHEMA_VERSION = 1
 """Raised when a reader of the old version would misread the new manifest."""
 
 MANIFEST_NAME = "bundle.json"
+FULL = "fp32"
+"""The precision that models are traced in."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHORTEST_WINDOW = 3  # start, one token, end
 _SMALLEST = 1e-12
@@ -29,11 +31,20 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Variant:
+    """A component's model in one precision: the path of its graph, and the SHA-256 of it and of its external data."""
+
+    model: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Component:
     """One ONNX model. `files` maps each of its files (models, external data, config) to its SHA-256.
 
     fused: the same model with operators that only ONNX Runtime has, on its CPU provider; "" when there is none.
     hoisted: the part of `fused` that the prompt alone decides, cut from it to run once; "" when there is none.
+    typed: the model in lower precisions, by their names.
     """
 
     model: str
@@ -44,10 +55,18 @@ class Component:
     key: str = ""
     fused: str = ""
     hoisted: str = ""
+    typed: dict[str, Variant] = field(default_factory=dict)
 
     def model_files(self) -> dict[str, str]:
-        """The files that decide what an engine computes: the graph and its weights."""
+        """The files that decide what an engine of ONNX Runtime computes: the graphs and their weights."""
         return {path: sha for path, sha in self.files.items() if not path.endswith(".json")}
+
+    def variant(self, precision: str) -> Variant | None:
+        """The model in `precision`, with the operators of the ONNX standard alone; None when there is none."""
+        if precision != FULL:
+            return self.typed.get(precision)
+        own = (self.model, f"{self.model}_data")
+        return Variant(self.model, {path: self.files[path] for path in own if path in self.files})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +106,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The whole manifest; see the README for each field."""
+    """The whole manifest; see the README for each field.
+
+    engine, precision: what the bundle was compiled for and is run with by default.
+    """
 
     family: str
     tasks: tuple[str, ...]
@@ -100,6 +122,7 @@ class Manifest:
     default_height: int
     default_steps: int = 20
     default_guidance: float = 7.5
+    engine: str = "onnxruntime"
     options: dict[str, bool] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -110,6 +133,8 @@ class Manifest:
         files = dict(self.files)
         for component in self.components.values():
             files.update(component.files)
+            for variant in component.typed.values():
+                files.update(variant.files)
         return files
 
 
@@ -159,6 +184,7 @@ def from_json(value: dict[str, Any], where: str) -> Manifest:
         default_height=reader.positive(value, "default_height"),
         default_steps=reader.positive({"default_steps": 20, **value}, "default_steps"),
         default_guidance=reader.number({"default_guidance": 7.5, **value}, "default_guidance"),
+        engine=reader.get({"engine": "onnxruntime", **value}, "engine", str),
         options=reader.flags("options", reader.get({"options": {}, **value}, "options", dict)),
         source=reader.texts("source", reader.get(value, "source", dict)),
         versions=reader.texts("versions", reader.get(value, "versions", dict)),
@@ -263,7 +289,18 @@ class _Reader:
             key=self.get(value, "key", str, f"{name}."),
             fused=fused,
             hoisted=hoisted,
+            typed={
+                str(precision): self.variant(f"{name}.typed.{precision}", part)
+                for precision, part in self.get({"typed": {}, **value}, "typed", dict, f"{name}.").items()
+            },
         )
+
+    def variant(self, name: str, value: Any) -> Variant:
+        model = self.get(value, "model", str, f"{name}.")
+        files = self.hashes(f"{name}.files", self.get(value, "files", dict, f"{name}."))
+        if model not in files:
+            raise self.fail(f"{name}.files", f"does not vouch for the model {model!r}")
+        return Variant(model, files)
 
     def prompt(self, prefix: str, value: Any) -> Prompt:
         numbers = {

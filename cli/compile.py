@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import read_counts, read_pairs
+from .options import read_counts, read_gib, read_list, read_pairs
 from .progress import progress
+
+if TYPE_CHECKING:
+    from ..calibration import Scan
+    from ..export.target import Target
 
 
 @click.command("compile")
@@ -17,21 +22,45 @@ from .progress import progress
 @click.option("-o", "--output", required=True, type=click.Path(), help="The bundle folder to make.")
 @click.option(
     "--engine",
-    type=click.Choice(["onnxruntime"]),
     default="onnxruntime",
     show_default=True,
-    help="What runs the models.",
+    metavar="ENGINE",
+    help="What runs the models: onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt, tensorrt, tensorrt-rtx.",
 )
 @click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
     show_default=True,
-    help="What the engines are built for.",
+    help="Of weights and activations. What the lower ones would spoil stays in fp32.",
 )
 @click.option(
-    "--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of weights and activations."
+    "--arch",
+    "archs",
+    multiple=True,
+    metavar="ARCH,…",
+    help="tensorrt-rtx: the GPUs to build for: sm75, sm80, sm86, sm89, sm120, sm121. [default: the GPU that is here]",
 )
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="WxH,…",
+    help="TensorRT: sizes of pictures, a static plan for each. [default: the checkpoint's]",
+)
+@click.option(
+    "--dynamic", metavar="WxH-WxH", help="TensorRT: one more plan for all sizes between two; slower than static ones."
+)
+@click.option("--batch", metavar="N[-M]", help="TensorRT: images in one call of the U-Net. [default: 1]")
+@click.option("--refit", is_flag=True, help="TensorRT: plans whose weights can be replaced; needs the GPU.")
+@click.option("--strip", is_flag=True, help="TensorRT: plans without weights, filled from the ONNX; needs the GPU.")
+@click.option("--weight-streaming", is_flag=True, help="TensorRT: weights may stay in the memory of the host.")
+@click.option("--version-compatible", is_flag=True, help="tensorrt: plans that later versions load.")
+@click.option("--hardware-compatible", is_flag=True, help="tensorrt: plans for all GPUs from Ampere on.")
+@click.option("--build-memory", type=float, metavar="GIB", help="TensorRT: stop a builder that takes more than this.")
+@click.option("--scan-prompts", type=click.Path(), metavar="FILE", help="fp16, bf16: prompts of the scan, one a line.")
+@click.option("--scan-steps", type=int, metavar="N", help="fp16, bf16: steps of the scan. [default: the bundle's]")
+@click.option("--scan-size", metavar="WxH", help="fp16, bf16: size of its pictures. [default: the checkpoint's]")
 @click.option(
     "--family",
     type=click.Choice(["stable-diffusion", "stable-diffusion-xl", "latent-consistency"]),
@@ -72,8 +101,15 @@ def compile_command(
     checkpoint: str,
     output: str,
     engine: str,
-    device: str,
     precision: str,
+    archs: tuple[str, ...],
+    shapes: tuple[str, ...],
+    dynamic: str | None,
+    batch: str | None,
+    build_memory: float | None,
+    scan_prompts: str | None,
+    scan_steps: int | None,
+    scan_size: str | None,
     family: str | None,
     tasks: str | None,
     components: tuple[str, ...],
@@ -84,6 +120,7 @@ def compile_command(
     trace_scheduler: str | None,
     steps: str | None,
     as_json: bool,
+    **flags: bool,
 ) -> None:
     """Compile CHECKPOINT into a bundle.
 
@@ -103,8 +140,9 @@ def compile_command(
             checkpoint,
             output,
             engine=engine,
-            device=device,
             precision=precision,
+            target=_target(archs, shapes, dynamic, batch, flags, build_memory),
+            scan=_scan(scan_prompts, scan_steps, scan_size),
             family=family,
             tasks=None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()],
             components=read_pairs("--component", components, "NAME=FOLDER"),
@@ -117,8 +155,12 @@ def compile_command(
             progress=report,
         )
     worst = _worst_error(bundle.root)
+    quality, plans = _quality(bundle.root, precision), _plans(bundle.root)
+    for line in plans.get("warnings", []):
+        click.echo(f"Warning: {line}", err=True)
     if as_json:
-        print(json.dumps({"bundle": str(bundle.root), "max_abs_error": worst}))
+        told = {"bundle": str(bundle.root), "max_abs_error": worst}
+        print(json.dumps({**told, **({"quality": quality} if quality else {}), **({"plans": plans} if plans else {})}))
     else:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
         click.echo(f"{output} is ready. Largest difference to torch: {errors}")
@@ -126,6 +168,65 @@ def compile_command(
             Schedules(bundle).named(None)
         except DiffoundryError as error:
             click.echo(f"Note: {error}", err=True)
+
+
+def _target(
+    archs: tuple[str, ...],
+    shapes: tuple[str, ...],
+    dynamic: str | None,
+    batch: str | None,
+    flags: dict[str, bool],
+    build_memory: float | None,
+) -> Target | None:
+    """What plans are built for; None when nothing was said of them."""
+    from ..export.target import Target, parse_batch, parse_range, parse_size
+
+    chosen = tuple(name.replace("_", "-") for name, on in flags.items() if on)
+    if not (archs or shapes or dynamic or batch or chosen or build_memory is not None):
+        return None
+    return Target(
+        archs=tuple(read_list(archs)),
+        sizes=tuple(parse_size(text) for text in read_list(shapes)),
+        dynamic=None if dynamic is None else parse_range(dynamic),
+        batch=(1, 1) if batch is None else parse_batch(batch),
+        flags=chosen,
+        memory_limit=None if build_memory is None else read_gib("--build-memory", build_memory),
+    )
+
+
+def _scan(prompts: str | None, steps: int | None, size: str | None) -> Scan | None:
+    """What the loop is run with to find what stays in fp32; None when nothing was said of it."""
+    from ..bundle import DiffoundryError
+    from ..calibration import Scan
+    from ..export.target import parse_size
+
+    told: dict[str, Any] = {}
+    if prompts is not None:
+        try:
+            text = Path(prompts).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DiffoundryError(f"the prompts of the scan cannot be read from {prompts}: {error}") from None
+        told["prompts"] = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if steps is not None:
+        told["steps"] = steps
+    if size is not None:
+        told["size"] = parse_size(size)
+    return Scan(**told) if told else None
+
+
+def _plans(root: Path) -> dict[str, Any]:
+    from ..bundle.files import read_json
+
+    path = root / "reports" / "plans.json"
+    return read_json(path, "the report on plans") if path.is_file() else {}
+
+
+def _quality(root: Path, precision: str) -> dict[str, Any]:
+    from ..bundle.files import read_json
+
+    path = root / "reports" / "quality.json"
+    found: dict[str, Any] = read_json(path, "the quality report").get(precision, {}) if path.is_file() else {}
+    return found
 
 
 def _worst_error(root: object) -> dict[str, float]:

@@ -22,10 +22,12 @@ def inspect_command(bundle: str, as_json: bool) -> None:
     from ..engines import EngineStore
 
     opened = Bundle.open(bundle)
-    parity: dict[str, Any] = {}
-    with suppress(BundleError):
-        opened.check({"reports/parity.json"} & set(opened.manifest.files))
-        parity = read_json(opened.root / "reports" / "parity.json", "the parity report")
+    reports: dict[str, dict[str, Any]] = {}
+    for name in ("parity", "precision", "quality"):
+        path = f"reports/{name}.json"
+        with suppress(BundleError):
+            opened.check({path} & set(opened.manifest.files))
+            reports[name] = read_json(opened.path(path), f"the {name} report")
     engines = EngineStore(opened.root / "engines").records()
     sizes = {
         name: sum(path.stat().st_size for path in opened.path(part.model).parent.glob("*") if path.is_file())
@@ -35,12 +37,12 @@ def inspect_command(bundle: str, as_json: bool) -> None:
     }
     if as_json:
         described = {"bundle": str(opened.root), "bytes": sizes, **to_json(opened.manifest)}
-        print(json.dumps({**described, "parity": parity, "engines": engines}))
+        print(json.dumps({**described, "parity": {}, **reports, "engines": engines}))
     else:
-        _show(opened, sizes, parity, engines)
+        _show(opened, sizes, reports, engines)
 
 
-def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: list[dict[str, Any]]) -> None:
+def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -52,7 +54,10 @@ def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: l
     source = manifest.source.get("name", "an ONNX folder without a manifest")
     if opened.foreign:
         console.print("there is no bundle.json: nothing in this folder is checked when it is run")
-    console.print(f"{opened.root}: {manifest.family} from {source}, {manifest.precision}, {', '.join(manifest.tasks)}")
+    console.print(
+        f"{opened.root}: {manifest.family} from {source}, {manifest.precision} for {manifest.engine}, "
+        f"{', '.join(manifest.tasks)}"
+    )
     latents = manifest.latents
     console.print(
         f"default size {manifest.default_width}x{manifest.default_height}, any multiple of {latents.downscale}; "
@@ -65,7 +70,7 @@ def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: l
     table = Table("component", "size", "largest error to torch")
     shown = {name: part for name, part in manifest.components.items() if name != "step"}  # the same in every bundle
     for name in shown:
-        table.add_row(*(Text(cell) for cell in (name, _size(sizes[name]), _worst(parity.get(name)))))
+        table.add_row(*(Text(cell) for cell in (name, _size(sizes[name]), _worst(reports.get("parity", {}).get(name)))))
     console.print(table)
     for name, component in shown.items():
         for arrow, tensors in (("<-", component.inputs), ("->", component.outputs)):
@@ -75,11 +80,49 @@ def _show(opened: Any, sizes: dict[str, int], parity: dict[str, Any], engines: l
     traced = Schedules(opened).traced
     for name, counts in traced.items():
         console.print(f"scheduler {name}: read off its code for {', '.join(map(str, sorted(counts)))} steps")
+    for line in _precision_lines(reports):
+        console.print(line, soft_wrap=True)
     for record in engines:
+        if "profile" in record and isinstance(record["profile"], dict):
+            console.print(_plan_line(record), soft_wrap=True)
+            continue
         made = " ".join(str(record.get(name, "?"))[:32] for name in ("component", "backend", "version", "provider"))
         console.print(f"engines/{str(record.get('key'))[:32]}: {made}, {_size(record['bytes'])}", soft_wrap=True)
     if manifest.versions:
         console.print("built with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+
+
+def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
+    """How far each lower precision is from fp32, and how much of each component stays in fp32."""
+    for precision, components in reports.get("precision", {}).items():
+        quality = reports.get("quality", {}).get(precision, {})
+        kept = []
+        for name, report in components.items():
+            with suppress(LookupError, TypeError):
+                counts = report["nodes"]
+                kept.append(f"{name} {counts['kept']} of {counts['kept'] + counts['low']}")
+        distance = f"images {quality['psnr_db']:.1f} dB from fp32" if quality.get("psnr_db") else "not measured"
+        yield f"{precision}: {distance}; nodes that stay in fp32: {', '.join(kept) or 'not recorded'}"
+
+
+def _plan_line(record: dict[str, Any]) -> str:
+    """What a plan is for, how big it is, what it is made of, and what it took to build it."""
+    try:
+        made, memory = record["made_of"], record["memory"]
+        layers = ", ".join(f"{count} {precision}" for precision, count in made["layers"].items())
+        attention = made["attention"]
+        fused = f"; attention fused {attention['fused']} of {attention['of']}" if attention["of"] else ""
+        place = record["device"] or ", ".join(record["archs"])
+        peak = record["peak_bytes"]
+        flags = "".join(f", {flag}" for flag in record["flags"])
+        return (
+            f"engines/{record['key'][:32]}: {record['component']} {record['precision']}, {record['profile']['name']}"
+            f"{flags}, for {place} ({record['backend']} {record['version']}); {_size(record['bytes'])}, "
+            f"weights {_size(memory.get('weights', 0)) if memory.get('weights') else 'none'}; layers: {layers}{fused}; "
+            f"built in {record['seconds']:.0f} s" + (f" with {peak / 2**30:.1f} GiB" if peak else "")
+        )
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return f"engines/{str(record.get('key'))[:32]}: its record is damaged; compile the bundle again"
 
 
 def _grouped(tensors: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,19 @@ from typing import Any
 import click
 
 _MOST_STEPS = 1_000_000
+_GIB = 2**30
+_MOST_GIB = 100_000
+_ENGINES = "onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt, tensorrt, tensorrt-rtx"
+_PRECISIONS = ["fp32", "fp16", "bf16"]
+
+engine_option = click.option(
+    "--engine", metavar="ENGINE", help=f"{_ENGINES}. [default: what the bundle was compiled for]"
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(_PRECISIONS),
+    help="Of the models. [default: what the bundle was compiled for; fp32 on the CPU]",
+)
 
 
 def read_pairs(name: str, pairs: Iterable[str], form: str = "KEY=VALUE") -> dict[str, str]:
@@ -52,3 +65,15 @@ def read_counts(name: str, text: str | None) -> list[int]:
     if not all(1 <= number <= _MOST_STEPS and number == int(number) for number in numbers):
         raise click.UsageError(f"{name} takes whole numbers with commas between them, found {text!r}")
     return [int(number) for number in numbers]
+
+
+def read_gib(name: str, value: float) -> int:
+    """GiB as bytes. Raises `click.UsageError`."""
+    if not 0 < value <= _MOST_GIB:
+        raise click.UsageError(f"{name} takes GiB above 0 and up to {_MOST_GIB}, found {value:g}")
+    return int(value * _GIB)
+
+
+def read_list(texts: Iterable[str]) -> list[str]:
+    """The values of an option that may be repeated and holds commas."""
+    return [part.strip() for text in texts for part in text.split(",") if part.strip()]

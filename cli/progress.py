@@ -9,13 +9,20 @@ from contextlib import contextmanager
 from typing import Protocol
 
 
+_COUNT = "0123456789/ "
+"""A text that ends in a count says how far a stage is."""
+
+
 class Report(Protocol):
-    def __call__(self, text: str, done: int, total: int) -> None: ...
+    def __call__(self, text: str, done: float, total: int) -> None: ...
 
 
 @contextmanager
 def progress(title: str, *, shown: bool = True, every: float = 5.0) -> Iterator[Report]:
-    """Yield `report(text, done, total)`. Plain lines come when the text changes, or `every` seconds."""
+    """Yield `report(text, done, total)`. Plain lines come when the text changes in more than a count, or `every` seconds.
+
+    done: whole stages, and the part of the one that is going on.
+    """
     if not shown:
         yield lambda text, done, total: None
     elif sys.stderr.isatty():
@@ -32,10 +39,11 @@ def progress(title: str, *, shown: bool = True, every: float = 5.0) -> Iterator[
         start = time.monotonic()
         last: list[object] = ["", start - every]
 
-        def plain(text: str, done: int, total: int) -> None:
+        def plain(text: str, done: float, total: int) -> None:
             now = time.monotonic()
-            if text != last[0] or now - float(str(last[1])) >= every or done == total:
-                last[:] = [text, now]
-                print(f"{title}: {text} {done}/{total} ({now - start:.0f} s)", file=sys.stderr, flush=True)
+            words = text.rstrip(_COUNT)
+            if words != last[0] or now - float(str(last[1])) >= every or done == total:
+                last[:] = [words, now]
+                print(f"{title}: {text} {int(done)}/{total} ({now - start:.0f} s)", file=sys.stderr, flush=True)
 
         yield plain

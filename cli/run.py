@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .options import read_numbers, read_options
+from .options import engine_option, precision_option, read_gib, read_numbers, read_options
 from .progress import progress
 
 _LONGEST_TOLD = 200
@@ -123,14 +123,23 @@ _LONGEST_TOLD = 200
 )
 @click.option("--tiled", is_flag=True, help="Encode and decode in tiles: the memory of one, however large the picture.")
 @click.option("--preview", type=click.Path(), help="PNG file that shows the first image after each step.")
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt (ONNX Runtime).")
+@engine_option
+@precision_option
+@click.option(
+    "--weight-budget",
+    type=float,
+    metavar="GIB",
+    help="Of plans that stream their weights: what stays on the GPU. [default: TensorRT's choice]",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def run_command(
     bundle: str,
     output: str,
     batch: int,
-    provider: str,
+    engine: str | None,
+    precision: str | None,
+    weight_budget: float | None,
     threads: int | None,
     refiner: str | None,
     refine_from: float | None,
@@ -155,7 +164,13 @@ def run_command(
     shown = None if preview is None else output_paths(Path(preview), 1)[0]
     if shown in paths:
         raise click.UsageError("--preview and --output are one file: give another name to one of them")
-    pipeline = load(bundle, provider=provider, threads=threads)
+    how: dict[str, Any] = {
+        "engine": engine,
+        "precision": precision,
+        "threads": threads,
+        "weight_budget": None if weight_budget is None else read_gib("--weight-budget", weight_budget),
+    }
+    pipeline = load(bundle, **how)
     if shown is not None:
         check_decoder(pipeline.bundle, "tiny")
     with progress("run", shown=not as_json) as report:
@@ -168,7 +183,7 @@ def run_command(
         if refiner is None:
             result = pipeline.generate(request, batch=batch, low_memory=True, callback=callback)
         else:
-            second = load(refiner, provider=provider, threads=threads)
+            second = load(refiner, **how)
             part = {} if refine_from is None else {"part": refine_from}
             result = generate_refined(
                 pipeline, second, request, **part, batch=batch, low_memory=True, callback=callback
@@ -187,7 +202,7 @@ def run_command(
                 {
                     "images": [{"path": str(path), "seed": own} for path, own in zip(paths, result.seeds, strict=True)],
                     "request": result.request,
-                    "provider": provider,
+                    **pipeline.told(),
                     "cut": result.cut,
                     "seconds": {name: round(value, 4) for name, value in result.seconds.items()},
                 },

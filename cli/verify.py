@@ -6,23 +6,33 @@ import json
 
 import click
 
+from .options import precision_option
+
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path())
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt (ONNX Runtime).")
+@click.option(
+    "--engine",
+    default="onnxruntime",
+    show_default=True,
+    metavar="ENGINE",
+    help="onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt, tensorrt, tensorrt-rtx.",
+)
+@precision_option
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-def verify_command(bundle: str, provider: str, threads: int | None, as_json: bool) -> None:
+def verify_command(bundle: str, engine: str, precision: str | None, threads: int | None, as_json: bool) -> None:
     """Check BUNDLE: every hash, then every output.
 
-    Each component runs on recorded inputs and is held against what torch gave when it was compiled.
+    Each component runs on recorded inputs and is held against what torch gave when it was compiled. TensorRT plans run
+    at their own shapes and are held against ONNX Runtime.
     """
     from ..bundle import Bundle, BundleError
     from ..runtime.verify import verify
 
     opened = Bundle.open(bundle)
     checks = []
-    for check in verify(opened, provider=provider, threads=threads):
+    for check in verify(opened, engine=engine, precision=precision, threads=threads):
         checks.append(check)
         if not as_json:
             verdict = "ok" if check.passed else "FAILED"

@@ -70,8 +70,9 @@ class EngineStore:
                 if (folder / RECORD_NAME).is_file():
                     with contextlib.suppress(BundleError):
                         record = read_json(folder / RECORD_NAME, "the engine record")
-                        record["bytes"] = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-                        found.append(record)
+                        if record.get("key") == folder.name:
+                            record["bytes"] = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+                            found.append(record)
         return found
 
     def _sweep(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import (
+    FULL,
     MANIFEST_NAME,
     Bundle,
     BundleError,
@@ -25,6 +26,7 @@ from ..bundle import (
     Latents,
     Manifest,
     Prompt,
+    Variant,
 )
 from ..bundle.files import (
     disk_error,
@@ -38,8 +40,11 @@ from ..bundle.files import (
     write_json,
 )
 from ..bundle.manifest import to_json
+from ..calibration import Scan
 from ..engines import EngineStore
+from ..engines.names import ONNXRUNTIME, EngineName
 from ..engines.onnxruntime import OnnxRuntimeEngine, load_component, require_provider
+from ..engines.tensorrt.backend import BACKENDS
 from ..runtime.guidance import Guidance
 from ..runtime.request import Request
 from . import step_graph
@@ -47,16 +52,17 @@ from .checkpoint import Checkpoint
 from .fuse import HOISTED, fuse
 from .loading import half_type
 from .plan import OPSET, ComponentPlan
+from .plans import Site, build_plans, count_plans, site, warnings_of
+from .precision import PRECISIONS, lower_bundle, others
 from .single_file import is_single_file, unpack
+from .target import Target
 
 if TYPE_CHECKING:
     from .families import Family
 
-Progress = Callable[[str, int, int], None]
-"""`progress(stage, done, total)`, before each stage and once at the end."""
+Progress = Callable[[str, float, int], None]
+"""`progress(stage, done, total)`, before each stage, while a long one goes on, and once at the end."""
 
-ENGINES = ("onnxruntime",)
-PRECISIONS = ("fp32",)
 _REVISION = 3
 """Raise it when the exporter writes something else from the same input."""
 _TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnxruntime", "diffoundry")
@@ -82,8 +88,9 @@ def compile(
     out: str | Path,
     *,
     engine: str = "onnxruntime",
-    device: str = "cpu",
-    precision: str = "fp32",
+    precision: str = FULL,
+    target: Target | None = None,
+    scan: Scan | None = None,
     family: str | None = None,
     tasks: Sequence[str] | None = None,
     components: Mapping[str, str | Path] | None = None,
@@ -97,7 +104,10 @@ def compile(
 ) -> Bundle:
     """Make the bundle `out` from a diffusers folder, a hub id, or a single file in the layout of the original authors.
 
-    engine, device: what the engines are built for; each component is validated on it against torch.
+    engine: what the bundle is run with by default, one of `engines.names.ENGINES`; with ONNX Runtime each component is
+    validated on its provider against torch, else on the CPU, and plans are built for `target`.
+    precision: fp32, fp16 or bf16. The lower ones are written beside fp32, with what must stay in fp32 found by running
+    the loop as `scan` says; `calibration.QualityError` is raised when the images are too far from fp32.
     family: overrides the family found by the pipeline class. progress: see `Progress`.
     tasks: of those that the checkpoint can do, the ones that the bundle is for (default: all); components that only
     the others need are left out. components: folders in place of components of the checkpoint, such as the U-Net of a
@@ -110,26 +120,32 @@ def compile(
     Raises `CheckpointError`, `EngineError` or `DiffoundryError`; what was finished is kept for the next run, and
     `out` is either the old bundle or the whole new one.
     """
-    for name, value, known in (("engine", engine, ENGINES), ("precision", precision, PRECISIONS)):
-        if value not in known:
-            raise DiffoundryError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    name = EngineName.parse(engine)
+    if precision not in PRECISIONS:
+        raise DiffoundryError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if target is not None and name.backend not in BACKENDS:
+        raise DiffoundryError(f"the engine {name} has no plans to build: leave architectures, shapes and batch out")
+    if scan is not None and precision == FULL:
+        raise DiffoundryError("fp32 needs no scan: leave its prompts, steps and size out")
     if (trace_scheduler is None) != (not steps):
         raise DiffoundryError("a scheduler is traced for the step counts named: give both it and the counts")
+    place = site(name.backend, precision, target or Target()) if name.backend in BACKENDS else None
     _require_export()
     from .families import family_of  # imports torch
 
     if not isinstance(out, (str, Path)) or not str(out):
         raise DiffoundryError(f"the output must be a path, found {out!r}")
     try:
-        target = Path(out).resolve()
-        _check_target(target, checkpoint)
-        with exclusive(target):
-            _recover(target)
+        path = Path(out).resolve()
+        _check_target(path, checkpoint)
+        with exclusive(path):
+            _recover(path)
             try:
-                single = _unpack(checkpoint, _work(target), config, prediction_type)
+                single = _unpack(checkpoint, _work(path), config, prediction_type)
                 source = Checkpoint.open(single or checkpoint).replace(components or {})
                 family_name, rules = family_of(source, family)
-                build = _Build(source, family_name, rules, target, device, precision, progress)
+                wanted = _Wanted(name, precision, target or Target(), scan or Scan(), place)
+                build = _Build(source, family_name, rules, path, wanted, progress)
                 if single is not None:
                     build.name = Path(checkpoint).stem
                 build.tasks = _chosen_tasks(checkpoint, rules.tasks(source), tasks)
@@ -137,7 +153,7 @@ def compile(
                 build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
                 return build.run()
             finally:
-                _tidy(_work(target))
+                _tidy(_work(path))
     except OSError as error:
         raise disk_error(error) from error
 
@@ -241,6 +257,22 @@ def _recover(target: Path) -> None:
             _old(target).rename(target)
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What the bundle is to be run with. site: where plans are built for, None where the engine has none."""
+
+    engine: EngineName
+    precision: str
+    target: Target
+    scan: Scan
+    site: Site | None
+
+    @property
+    def provider(self) -> str:
+        """The provider of ONNX Runtime that components are validated on."""
+        return self.engine.provider or "cpu"
+
+
 class _Build:
     """One compile: the paths it works in and the stages it runs."""
 
@@ -250,12 +282,11 @@ class _Build:
         family_name: str,
         rules: Family,
         target: Path,
-        device: str,
-        precision: str,
+        wanted: _Wanted,
         progress: Progress | None,
     ) -> None:
         self.source, self.family_name, self.rules, self.target = source, family_name, rules, target
-        self.device, self.precision = device, precision
+        self.wanted = wanted
         self.progress = progress or (lambda stage, done, total: None)
         self.work = _work(target)
         self.store = EngineStore(self.work / "engines")
@@ -266,53 +297,115 @@ class _Build:
         self.traced: tuple[str, tuple[int, ...]] | None = None
 
     def run(self) -> Bundle:
-        require_provider(self.device)
-        plans, latents, (width, height) = self._read()
-        total = len(plans) + 2
-        self.progress("hash the checkpoint", 0, total)
+        require_provider(self.wanted.provider)
+        plans, latents, size = self._read()
+        self.progress("hash the checkpoint", 0, len(plans) + 2)
         hashes = {name: sha256_tree(self.source.weights(name)) for name in sorted({plan.source for plan in plans})}
         self.work.mkdir(exist_ok=True)
         self._take_engines()
         self._check_disk(plans)
-        prompts = self._write_small()
+        manifest = self._manifest(plans, latents, size, self._write_small(), sha256_json(hashes))
+        lowers, site = self.wanted.precision != FULL, self.wanted.site
+        built = 0 if site is None else count_plans(manifest, self.wanted.target)
+        total = len(plans) + 2 + lowers + built
         stages = {}
         for i, plan in enumerate(plans):
             self.progress(plan.name, i + 1, total)
             stages[plan.name] = self._stage(plan, hashes[plan.source])
-        self.progress("write the bundle", total - 1, total)
+        self.progress("step", len(plans) + 1, total)
         stages[step_graph.NAME] = self._step()
-        tensors = {plan.name: (plan.inputs, plan.outputs) for plan in plans}
-        tensors[step_graph.NAME] = (step_graph.INPUTS, step_graph.OUTPUTS)
-        self._write(
-            stages,
-            Manifest(
-                family=self.family_name,
-                tasks=self.tasks,
-                precision=self.precision,
-                components={
-                    name: replace(stages[name].component, inputs=inputs, outputs=outputs)
-                    for name, (inputs, outputs) in tensors.items()
-                },
-                files={},
-                latents=latents,
-                prompts=prompts,
-                default_width=width,
-                default_height=height,
-                default_steps=self.defaults[0],
-                default_guidance=self.defaults[1],
-                options=self.rules.options(self.source),
-                source={
-                    "name": self.name,
-                    "pipeline": self.source.class_name,
-                    "sha256": sha256_json(hashes),
-                },
-                versions=self.versions,
-            ),
-        )
-        self.store.prune([stage.component.model_files() for stage in stages.values()])
+        manifest = self._with_files(manifest, stages)
+        bundle = Bundle(self.work, replace(manifest, engine=ONNXRUNTIME, precision=FULL))
+        kept: dict[str, frozenset[str]] = {}
+        typed = others(bundle, self.target, self.wanted.precision)
+        if lowers:
+            part = self._part(len(plans) + 1, total)
+            lowered = lower_bundle(bundle, self.target, self.wanted.precision, self.wanted.scan, part)
+            kept = lowered.kept(self.work)
+            for name, made in lowered.typed.items():
+                typed.setdefault(name, {})[self.wanted.precision] = Variant(made.model, made.files)
+        components = {
+            name: replace(component, typed=typed.get(name, {})) for name, component in manifest.components.items()
+        }
+        manifest = replace(manifest, components=components)
+        described: list[dict[str, Any]] = []
+        if site is not None:
+            described = build_plans(
+                self.work,
+                manifest,
+                self.store,
+                site,
+                self.wanted.precision,
+                self.wanted.target,
+                kept,
+                lambda what, done, part: self.progress(what, total - 1 - built + done + part, total),
+            )
+        self.progress("write the bundle", total - 1, total)
+        self._write(stages, manifest, described)
+        variants = [
+            component.variant(precision) for component in components.values() for precision in (FULL, *component.typed)
+        ]
+        sources = [component.model_files() for component in components.values()]
+        self.store.prune([*sources, *(variant.files for variant in variants if variant is not None)])
         self._swap()
         self.progress("done", total, total)
         return Bundle.open(self.target)
+
+    def _part(self, done: int, total: int) -> Progress:
+        """Progress of a stage that tells its own steps."""
+        return lambda text, step, steps: self.progress(
+            f"{self.wanted.precision}, {text} {int(step)}/{steps}", done, total
+        )
+
+    def _manifest(
+        self,
+        plans: list[ComponentPlan],
+        latents: Latents,
+        size: tuple[int, int],
+        prompts: dict[str, Prompt],
+        source: str,
+    ) -> Manifest:
+        """The manifest before any file is made, which the target of the plans is held against."""
+        tensors = {plan.name: (plan.inputs, plan.outputs) for plan in plans}
+        tensors[step_graph.NAME] = (step_graph.INPUTS, step_graph.OUTPUTS)
+        return Manifest(
+            family=self.family_name,
+            tasks=self.tasks,
+            precision=self.wanted.precision,
+            components={
+                name: Component(f"{name}/model.onnx", "float32", {}, inputs, outputs)
+                for name, (inputs, outputs) in tensors.items()
+            },
+            files={},
+            latents=latents,
+            prompts=prompts,
+            default_width=size[0],
+            default_height=size[1],
+            default_steps=self.defaults[0],
+            default_guidance=self.defaults[1],
+            engine=str(self.wanted.engine),
+            options=self.rules.options(self.source),
+            source={"name": self.name, "pipeline": self.source.class_name, "sha256": source},
+            versions=self.versions,
+        )
+
+    def _with_files(self, manifest: Manifest, stages: dict[str, Stage]) -> Manifest:
+        """The manifest with what the stages made, and the hashes of what is there."""
+        components = {
+            name: replace(stages[name].component, inputs=draft.inputs, outputs=draft.outputs)
+            for name, draft in manifest.components.items()
+        }
+        return replace(manifest, components=components, files=self._hashes(self._small_files()))
+
+    def _small_files(self) -> list[str]:
+        names = ["model_index.json"]
+        for folder in ("scheduler", "tokenizer", "tokenizer_2"):
+            found = sorted(path for path in (self.work / folder).rglob("*") if path.is_file())
+            names += [path.relative_to(self.work).as_posix() for path in found]
+        return names
+
+    def _hashes(self, names: Sequence[str]) -> dict[str, str]:
+        return {name: sha256_file(self.work / name) for name in names}
 
     def _read(self) -> tuple[list[ComponentPlan], Latents, tuple[int, int]]:
         """What the family makes of the configurations, before any work is done."""
@@ -389,13 +482,13 @@ class _Build:
                 "facts": plan.facts,
                 "versions": {name: version for name, version in self.versions.items() if name != "diffoundry"},
                 "opset": OPSET,
-                "precision": self.precision,
-                "device": self.device,
+                "device": self.wanted.provider,
             }
         )
         done = self._finished(self.work, self._record(plan.name), key) or self._from_target(plan.name, key)
         if done is not None:
-            self._load(plan.name, done.component)  # the engine, if this machine has none yet
+            if self.wanted.engine.backend == ONNXRUNTIME:
+                self._load(plan.name, done.component)  # the engine, if this machine has none yet
             return done
         return self._build(plan, key)
 
@@ -463,7 +556,7 @@ class _Build:
         model = f"{plan.name}/model.onnx"
         component = Component(model, "float32", files, plan.inputs, plan.outputs, key)
         if fused:
-            plain = OnnxRuntimeEngine.load(self.work / model, component=plan.name, provider=self.device)
+            plain = OnnxRuntimeEngine.load(self.work / model, component=plan.name, provider=self.wanted.provider)
             compare(plan.name, plain, cases)
             del plain
             graphs = {part: f"{plan.name}/{name}" for part, name in fused.items()}
@@ -492,24 +585,40 @@ class _Build:
         return Stage(component, parity, {reference: sha256_file(self.work / reference)})
 
     def _load(self, name: str, component: Component) -> Any:
-        return load_component(self.work, name, component, provider=self.device, store=self.store)
+        store = self.store if self.wanted.engine.backend == ONNXRUNTIME else None
+        return load_component(self.work, name, component, provider=self.wanted.provider, store=store)
 
-    def _write(self, stages: dict[str, Stage], manifest: Manifest) -> None:
+    def _write(self, stages: dict[str, Stage], manifest: Manifest, plans: list[dict[str, Any]]) -> None:
         """The reports, and the manifest with the hash of every file."""
         work = self.work
         write_json(work / "reports" / "parity.json", {name: stage.parity for name, stage in stages.items()})
         remove(work / "reports" / "stages")
         (work / "reports" / "stages").mkdir()
-        for name in (path.stem for path in sorted((work / ".stages").glob("*.json"))):
-            shutil.copyfile(work / ".stages" / f"{name}.json", work / "reports" / "stages" / f"{name}.json")
-        names = ["model_index.json", "reports/parity.json"]
-        for folder in ("scheduler", "tokenizer", "tokenizer_2"):
-            files_of = sorted(path for path in (work / folder).rglob("*") if path.is_file())
-            names += [path.relative_to(work).as_posix() for path in files_of]
-        files = {name: sha256_file(work / name) for name in names}
+        records = sorted((work / ".stages").glob("*.json"))
+        for path in records:
+            shutil.copyfile(path, work / "reports" / "stages" / path.name)
+        names = [*self._small_files(), "reports/parity.json"]
+        lowered = [precision for precision in PRECISIONS if (work / ".stages" / f"quality.{precision}.json").is_file()]
+        if lowered:
+            names += ["reports/precision.json", "reports/quality.json"]
+            write_json(work / names[-1], {p: self._report(f"quality.{p}", "quality") for p in lowered})
+            write_json(
+                work / names[-2],
+                {p: {name: self._report(f"{name}.{p}", "report") for name in self._typed(manifest, p)} for p in lowered},
+            )
+        if plans:
+            names.append("reports/plans.json")
+            write_json(work / names[-1], {"warnings": warnings_of(plans), "plans": plans})
+        files = self._hashes(names)
         for stage in stages.values():
             files.update(stage.reference)
         write_json(work / MANIFEST_NAME, to_json(replace(manifest, files=files)))
+
+    def _typed(self, manifest: Manifest, precision: str) -> list[str]:
+        return [name for name, component in manifest.components.items() if precision in component.typed]
+
+    def _report(self, stage: str, part: str) -> Any:
+        return read_json(self.work / ".stages" / f"{stage}.json", "the stage record").get(part)
 
     def _swap(self) -> None:
         """Put the finished folder in the place of the bundle; `_recover` mends a stop between the renames."""

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from ..bundle import Bundle, BundleError, RequestError
-from ..engines import Array, Engine, EngineStore
+from ..engines import Array, Engine
+from ..engines.supply import AS_EXPORTED, Supply
 from . import tasks
 from .autoencoder import DECODERS, Autoencoder
 from .device_loop import DeviceLoop, can_link
@@ -39,7 +40,7 @@ _TASKS = {
     "inpaint": ("vae_encoder", "vae_decoder"),
 }
 """What each task needs beside text encoders and U-Net."""
-_PRECISIONS = ("fp32", "as exported")
+_PRECISIONS = ("fp32", "fp16", "bf16", AS_EXPORTED)
 _GUIDANCE = {
     "guidance": "scale",
     "guidance_mode": "mode",
@@ -73,35 +74,37 @@ class Pipeline:
         self,
         bundle: Bundle,
         *,
-        provider: str = "cpu",
+        engine: str | None = None,
+        precision: str | None = None,
         threads: int | None = None,
         loop: str | None = None,
+        weight_budget: int | None = None,
         engines: Mapping[str, Callable[[], Engine]] | None = None,
     ) -> None:
-        """loop: where the step of the loop runs, `host` or `device` (the `step` graph of the bundle).
+        """engine: one of `engines.names.ENGINES`; the default is what the bundle was compiled for.
 
+        precision: of the models; the default is what the bundle was compiled for, but fp32, the fastest, on the CPU.
+        loop: where the step of the loop runs, `host` or `device` (the `step` graph of the bundle). By default it is
+        the host on the CPU, where it is the faster one (`benchmarks/step.py`), and the device elsewhere.
+        weight_budget: bytes of weights that a plan built with weight streaming keeps on the GPU.
         engines: what loads a component, by its name, in place of the bundle's own engines.
-
-        By default it is the host on the CPU, where it is the faster one (`benchmarks/step.py`), and the device
-        elsewhere. Raises `BundleError` for a bundle of another kind, `EngineError` when the provider is not there.
+        Raises `BundleError` for a bundle of another kind, `EngineError` when the engine is not there.
         """
-        from ..engines.onnxruntime import default_threads, require_provider
+        from ..engines.onnxruntime import default_threads
 
         _check_manifest(bundle)
-        require_provider(provider)
         if threads is not None:
             threads = whole_number("threads", threads, 1, _MOST_THREADS)
         self.bundle = bundle
-        self.provider = provider
+        self._supply = Supply(bundle, engine, precision, weight_budget)
         self._threads = threads
-        self._store = None if bundle.foreign else EngineStore(bundle.root / "engines")
         self._engines: dict[str, Engine] = {}
         self._loaders = dict(engines or {})
         if loop not in (None, *_LOOPS):
             raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
         if loop == "device" and "step" not in bundle.manifest.components:
             raise BundleError(f"{bundle.root} holds no step graph: compile it again, or use the loop 'host'")
-        on_device = provider != "cpu" and "step" in bundle.manifest.components
+        on_device = not self._supply.engine.on_cpu and "step" in bundle.manifest.components
         self._loop_asked = loop
         self._loop = loop or ("device" if on_device else "host")
         self._lock = threading.RLock()
@@ -115,36 +118,42 @@ class Pipeline:
     def engine(self, name: str) -> Engine:
         """The engine of component `name`, loaded on first use.
 
-        Raises `BundleError` when its files were changed, `EngineError` when the provider cannot run it.
+        Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
         """
-        from ..engines.onnxruntime import load_component
-
         with self._lock:
-            if name not in self._engines and name in self._loaders:
-                self._engines[name] = self._loaders[name]()
             if name not in self._engines:
-                component = self.bundle.component(name)
-                self.bundle.check(component.files)
-                self._engines[name] = load_component(
-                    self.bundle.root,
-                    name,
-                    component,
-                    provider=self.provider,
-                    threads=1 if name == "unet" and self._small(name) else self._threads,
-                    store=self._store,
-                )
+                threads = 1 if name == "unet" and self._small(name) else self._threads
+                loader = self._loaders.get(name)
+                self._engines[name] = self._supply.load(name, threads) if loader is None else loader()
             return self._engines[name]
+
+    def told(self) -> dict[str, Any]:
+        """What runs the bundle: `engine`, `precision`, and the plan that served each component, where it has plans."""
+        with self._lock:
+            for name, engine in self._engines.items():
+                self._supply.remember(name, engine)
+            return self._supply.told()
+
+    def precision_of(self, name: str) -> str:
+        """The precision that component `name` is run in."""
+        return self._supply.precision_of(name)
+
+    def plan_shapes(self, name: str) -> list[dict[str, tuple[int, ...]]]:
+        """The usual shapes of the plans of component `name`; [] where it takes any."""
+        return self._supply.plan_shapes(name)
 
     def _small(self, name: str) -> bool:
         """Whether rows of this component's calls are shared among the processors, rather than its operators."""
         model = self.bundle.path(self.bundle.component(name).model)
         weights = sum(path.stat().st_size for path in model.parent.glob("model.onnx*") if path.is_file())
-        return self.provider == "cpu" and weights < _SMALL_BYTES
+        return self._supply.engine.on_cpu and weights < _SMALL_BYTES
 
     def release(self, name: str) -> None:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
         with self._lock:
-            self._engines.pop(name, None)
+            engine = self._engines.pop(name, None)
+            if engine is not None:
+                self._supply.remember(name, engine)
             if name in ("unet", "step"):
                 self._device_loop.clear()  # it is linked to them
 
@@ -325,15 +334,24 @@ class Pipeline:
         return self.generate(Request(prompt, **options), **run)
 
 
-def load(bundle: str | Path, *, provider: str = "cpu", threads: int | None = None, loop: str | None = None) -> Pipeline:
+def load(
+    bundle: str | Path,
+    *,
+    engine: str | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+    loop: str | None = None,
+    weight_budget: int | None = None,
+) -> Pipeline:
     """Open a bundle, or a folder that `optimum-cli export onnx` wrote, for running.
 
-    provider: cpu, cuda or tensorrt (ONNX Runtime's execution providers). threads: of the CPU, default all.
-    loop: see `Pipeline`. Raises `BundleError` when the folder is no bundle.
+    engine, precision, loop, weight_budget: see `Pipeline`. threads: of the CPU, default all. Raises `BundleError` when the folder is no bundle.
     """
     if not isinstance(bundle, (str, Path)):
         raise BundleError(f"the bundle must be a path, found {bundle!r}")
-    return Pipeline(Bundle.open(bundle), provider=provider, threads=threads, loop=loop)
+    return Pipeline(
+        Bundle.open(bundle), engine=engine, precision=precision, threads=threads, loop=loop, weight_budget=weight_budget
+    )
 
 
 class _timed:
@@ -355,7 +373,7 @@ def _check_manifest(bundle: Bundle) -> None:
     if manifest.family not in _FAMILIES:
         raise BundleError(f"{root} is of the family {manifest.family!r}; this version runs {', '.join(_FAMILIES)}")
     if manifest.precision not in _PRECISIONS:
-        raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {_PRECISIONS[0]}")
+        raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {', '.join(_PRECISIONS[:-1])}")
     known = [task for task in manifest.tasks if task in _TASKS]
     if not known:
         raise BundleError(

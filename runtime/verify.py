@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,8 @@ from ..bundle import Bundle, BundleError
 from ..engines import Array
 from .pipeline import Pipeline
 
-TOLERANCE = 1e-4
-"""As in compile: the largest absolute difference, as a fraction of the largest output value (and at least of 1)."""
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""The largest absolute difference, as a fraction of the largest output value (and at least of 1); fp32 as in compile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,30 +29,45 @@ class Check:
         return self.max_abs_error <= self.allowed
 
 
-def verify(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> Iterator[Check]:
-    """Check every hash, then yield one `Check` a component as it is done.
+def verify(
+    bundle: Bundle, *, engine: str = "onnxruntime", precision: str | None = None, threads: int | None = None
+) -> Iterator[Check]:
+    """Check every hash, then yield one `Check` a component and shape as it is done.
 
+    engine, precision: as `Pipeline` takes them. What has plans of fixed shapes is held against ONNX Runtime on the CPU
+    at those shapes, with the recorded inputs repeated to fill them.
     Raises `BundleError` when a file was changed, or for a bundle without recorded references.
     """
     if bundle.foreign:
         raise BundleError(f"{bundle.root} has no bundle.json and so nothing to verify against: compile it")
     bundle.check()
-    pipeline = Pipeline(bundle, provider=provider, threads=threads)
+    pipeline = Pipeline(bundle, engine=engine, precision=precision, threads=threads)
+    reference = Pipeline(bundle, engine="onnxruntime", precision="fp32", threads=threads)
     for name in bundle.manifest.components:
-        engine = pipeline.engine(name)
-        feeds, expected = _reference(bundle, name, {tensor.name for tensor in engine.outputs})
-        found = engine(feeds)
-        error, allowed = 0.0, float("inf")
-        for output, reference in expected.items():
-            if found[output].shape != reference.shape:
-                raise BundleError(f"{name}: output {output!r} is not of the recorded shape; compile the bundle again")
-            difference = float(np.abs(found[output] - reference).max())
-            if not np.isfinite(difference):
-                raise BundleError(f"{name}: output {output!r} is not finite; compile the bundle again on this machine")
-            error = max(error, difference)
-            allowed = min(allowed, TOLERANCE * max(1.0, float(np.abs(reference).max())))
+        checked = pipeline.engine(name)
+        feeds, expected = _reference(bundle, name, {tensor.name for tensor in checked.outputs})
+        tolerance = TOLERANCES[pipeline.precision_of(name)]
+        shapes = pipeline.plan_shapes(name)
+        for shape in shapes:
+            feeds = {key: np.resize(array, shape[key]) for key, array in feeds.items()}
+            yield _compare(name, checked(feeds), reference.engine(name)(feeds), tolerance)
+        if not shapes:
+            yield _compare(name, checked(feeds), expected, tolerance)
         pipeline.release(name)
-        yield Check(name, error, allowed)
+        reference.release(name)
+
+
+def _compare(name: str, found: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float) -> Check:
+    error, allowed = 0.0, float("inf")
+    for output, reference in expected.items():
+        if found[output].shape != reference.shape:
+            raise BundleError(f"{name}: output {output!r} is not of the recorded shape; compile the bundle again")
+        difference = float(np.abs(found[output] - reference).max())
+        if not np.isfinite(difference):
+            raise BundleError(f"{name}: output {output!r} is not finite; compile the bundle again on this machine")
+        error = max(error, difference)
+        allowed = min(allowed, tolerance * max(1.0, float(np.abs(reference).max())))
+    return Check(name, error, allowed)
 
 
 def _reference(bundle: Bundle, name: str, outputs: set[str]) -> tuple[dict[str, Array], dict[str, Array]]:

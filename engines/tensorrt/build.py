@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import EngineError
-from ..cache import EngineStore
+from ...bundle.files import read_json
+from ..cache import RECORD_NAME, EngineStore
 from ..profiles import Profile
 from .backend import BACKENDS
 from .layers import Layer, summary
@@ -71,9 +72,8 @@ class Recipe:
 
 def find(store: EngineStore, recipe: Recipe) -> Plan | None:
     """The plan of `recipe` if it was built before and is whole."""
-    built_from = recipe.built_from()
-    key = store.key(built_from)
-    return None if store.find(key) is None else Plan.from_record(store.root, {"key": key, **built_from})
+    folder = store.find(store.key(recipe.built_from()))
+    return None if folder is None else Plan.from_record(store.root, read_json(folder / RECORD_NAME, "the record"))
 
 
 def build(

@@ -1,0 +1,35 @@
+"""The names of engines, as the command line and the manifest spell them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..bundle import EngineError
+
+ONNXRUNTIME = "onnxruntime"
+ENGINES = (ONNXRUNTIME, f"{ONNXRUNTIME}:cuda", f"{ONNXRUNTIME}:tensorrt", "tensorrt", "tensorrt-rtx")
+_CPU = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineName:
+    """backend: onnxruntime, tensorrt or tensorrt-rtx. provider: of ONNX Runtime (cpu, cuda, tensorrt), else ""."""
+
+    backend: str
+    provider: str = ""
+
+    @classmethod
+    def parse(cls, name: object) -> EngineName:
+        """Read one of `ENGINES`; `onnxruntime:cpu` is `onnxruntime`. Raises `EngineError` for another name."""
+        backend, _, provider = name.partition(":") if isinstance(name, str) else ("", "", "")
+        if name in ENGINES or name == f"{ONNXRUNTIME}:{_CPU}":
+            return cls(backend, (provider or _CPU) if backend == ONNXRUNTIME else "")
+        raise EngineError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on the processor."""
+        return self.provider == _CPU
+
+    def __str__(self) -> str:
+        return self.backend if self.provider in ("", _CPU) else f"{self.backend}:{self.provider}"

@@ -1,0 +1,161 @@
+"""Where the engines of a bundle come from: one kind of engine, one precision, for all of its components."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..bundle import FULL, Bundle, EngineError, Variant
+from .cache import EngineStore
+from .engine import Engine
+from .names import ONNXRUNTIME, EngineName
+from .profiles import Shape
+
+if TYPE_CHECKING:
+    from .tensorrt.plan import Plan
+
+AS_EXPORTED = "as exported"
+"""The precision of a folder that another tool wrote."""
+_ALWAYS_FULL = ("step",)
+"""Components that have no lower precision."""
+
+
+class Supply:
+    """Loads the components of `bundle`. Nothing is loaded before `load`."""
+
+    def __init__(
+        self, bundle: Bundle, engine: str | None = None, precision: str | None = None, weight_budget: int | None = None
+    ) -> None:
+        """engine, precision: as `Pipeline` takes them. weight_budget: bytes of streamed weights that stay on the GPU.
+
+        Raises `EngineError` when the engine is not to be had on this machine, or an option has no effect on it.
+        """
+        manifest = bundle.manifest
+        self._bundle = bundle
+        self.engine = EngineName.parse(manifest.engine if engine is None else engine)
+        own = FULL if self.engine.on_cpu and manifest.precision != AS_EXPORTED else manifest.precision
+        self.precision = own if precision is None else precision
+        self._store = None if bundle.foreign else EngineStore(bundle.root / "engines")
+        self._budget = weight_budget
+        self._gpu: Any = None
+        self._version = ""
+        self._served: dict[str, dict[str, str]] = {}
+        if self.engine.backend == ONNXRUNTIME:
+            from .onnxruntime import require_provider
+
+            require_provider(self.engine.provider)
+            if weight_budget is not None:
+                raise EngineError("a budget for weights goes with TensorRT plans that stream them: leave it out")
+        else:
+            self._open_gpu()
+        self._check_precision()
+
+    def load(self, name: str, threads: int | None = None) -> Engine:
+        """The engine of component `name`. threads: of one operator on the CPU.
+
+        Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
+        """
+        from .onnxruntime import OnnxRuntimeEngine, load_component
+
+        component = self._bundle.component(name)
+        variant = self._variant(name)
+        if self._gpu is not None and variant is not None:
+            return self._load_plans(name, variant)
+        if self.precision_of(name) in (FULL, AS_EXPORTED) or variant is None:
+            self._bundle.check(component.files)
+            return load_component(
+                self._bundle.root,
+                name,
+                component,
+                provider=self.engine.provider,
+                threads=threads,
+                store=self._store,
+            )
+        self._bundle.check(variant.files)
+        return OnnxRuntimeEngine.load(
+            self._bundle.path(variant.model),
+            component=name,
+            provider=self.engine.provider,
+            threads=threads,
+            store=self._store,
+            source=variant.files,
+        )
+
+    def precision_of(self, name: str) -> str:
+        """The precision that component `name` is loaded in."""
+        return FULL if name in _ALWAYS_FULL and self.precision != AS_EXPORTED else self.precision
+
+    def plan_shapes(self, name: str) -> list[dict[str, Shape]]:
+        """The usual shapes of the plans of component `name`; [] where it has none and takes any."""
+        variant = self._variant(name)
+        if self._gpu is None or variant is None:
+            return []
+        return [{key: part[1] for key, part in plan.profile.shapes.items()} for plan in self._plans(name, variant)]
+
+    def told(self) -> dict[str, Any]:
+        """The engine, the precision, and where there are plans the one that served each component last."""
+        told: dict[str, Any] = {"engine": str(self.engine), "precision": self.precision}
+        return told if self._gpu is None else {**told, "plans": self._served}
+
+    def remember(self, name: str, engine: Engine) -> None:
+        """Keep for `told` which plan served the component `name`."""
+        plan = getattr(engine, "chosen", None)
+        if plan is not None:
+            self._served[name] = {"key": plan.key, "profile": plan.profile.name}
+
+    def _variant(self, name: str) -> Variant | None:
+        """The model of a component in this precision. Raises `EngineError` when the bundle has none."""
+        component = self._bundle.component(name)
+        if self.precision == AS_EXPORTED:
+            return None
+        variant = component.variant(self.precision_of(name))
+        if variant is None:
+            raise EngineError(
+                f"{self._bundle.root} has no {self.precision} model of {name}: "
+                f"compile the checkpoint again with --precision {self.precision}"
+            )
+        return variant
+
+    def _check_precision(self) -> None:
+        known = {FULL, *(name for part in self._bundle.manifest.components.values() for name in part.typed)}
+        if self._bundle.foreign:
+            known = {AS_EXPORTED}
+        if self.precision not in known:
+            raise EngineError(
+                f"{self._bundle.root} has the precisions {', '.join(sorted(known))}, not {self.precision!r}: "
+                "choose one of them, or compile the checkpoint again"
+            )
+        if self.precision == "bf16" and self.engine.on_cpu:
+            raise EngineError(
+                "ONNX Runtime has no bfloat16 on the CPU: choose --precision fp32, or an engine on a GPU"
+            )
+
+    def _open_gpu(self) -> None:
+        from .tensorrt.backend import BACKENDS
+        from .tensorrt.gpu import shared
+
+        if self._bundle.foreign:
+            raise EngineError(f"{self._bundle.root} holds no plans: make a bundle of the checkpoint with `compile`")
+        self._version = str(BACKENDS[self.engine.backend].load().__version__)
+        self._gpu = shared()
+
+    def _load_plans(self, name: str, variant: Variant) -> Engine:
+        from .tensorrt.engine import TensorRTEngine
+
+        component = self._bundle.component(name)
+        self._bundle.check(variant.files)
+        return TensorRTEngine(
+            name,
+            component.inputs,
+            component.outputs,
+            self._plans(name, variant),
+            self._gpu,
+            onnx=self._bundle.path(variant.model),
+            weight_budget=self._budget,
+        )
+
+    def _plans(self, name: str, variant: Variant) -> list[Plan]:
+        from .tensorrt.plan import usable
+
+        store = EngineStore(self._bundle.root / "engines")
+        precision = self.precision_of(name)
+        return usable(store, name, variant, precision, self.engine.backend, self._version, self._gpu.device)
