@@ -37,6 +37,7 @@ class ShapedContext:
         # of these shapes; where TensorRT cannot tell, of the largest that the plan takes
         self._need = self._context.update_device_memory_size_for_shapes() or self._largest_need()
         self.buffers: Buffers | None = None
+        self._lend_memory()
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         """Enqueue a run that reads and writes at `addresses`, a mapping that is not changed later.
@@ -91,15 +92,17 @@ class Buffers:
         outputs: Sequence[Tensor],
     ) -> None:
         """shapes: of the inputs, as the context has them. Raises `EngineError` when there is no memory for them."""
-        self._context, self._gpu = context, gpu
+        self._gpu = gpu
         purpose = f"the inputs and outputs of {context.loaded.plan.component}"
         self._inputs = {t.name: gpu.tensor(shapes[t.name], t.dtype, purpose) for t in inputs}
         self._outputs = {t.name: gpu.tensor(context.outputs[t.name], t.dtype, purpose) for t in outputs}
         every: dict[str, DeviceTensor] = {**self._inputs, **self._outputs}
         self._addresses = {name: tensor.address for name, tensor in every.items()}
 
-    def run(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """Upload `feeds`, run, and return the outputs, in the arrays `outputs` where they are given.
+    def run(
+        self, context: ShapedContext, feeds: Mapping[str, Array], outputs: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """Upload `feeds`, run `context`, and return the outputs, in the arrays `outputs` where they are given.
 
         A feed with fewer rows than its input is filled up with its last row, one whose first axis is 1 too.
         """
@@ -108,7 +111,7 @@ class Buffers:
             sent = {name: contiguous(fill_rows(array, self._inputs[name].shape)) for name, array in feeds.items()}
             for name, array in sent.items():
                 device.upload(self._addresses[name], array)
-            self._context.enqueue(self._addresses)
+            context.enqueue(self._addresses)
             for name, array in made.items():
                 device.download(array, self._addresses[name])
             device.synchronize()

@@ -68,7 +68,7 @@ class TensorRTEngine:
             context = self._context(shapes)
             if context.buffers is None:
                 context.buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
-            return self._cut(context.buffers.run(feeds), rows)
+            return self._cut(context.buffers.run(context, feeds), rows)
 
     def bind(self, feeds: Mapping[str, Array]) -> TensorRTBound:
         """See `engine.Engine`; what changed is uploaded, what did not is left on the GPU."""
@@ -80,7 +80,7 @@ class TensorRTEngine:
             context = self._context(shapes)
             buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
             outputs = {t.name: np.empty(context.outputs[t.name], t.dtype) for t in self.outputs}
-            return TensorRTBound(buffers, feeds, outputs, self._cut(outputs, rows))
+            return TensorRTBound(context, buffers, feeds, outputs, self._cut(outputs, rows))
 
     def place(self, array: Array) -> DeviceTensor:
         """See `engine.Engine`."""
@@ -201,16 +201,22 @@ class TensorRTBound:
     """Arrays of the host bound to an engine; see `engine.Bound`."""
 
     def __init__(
-        self, buffers: Buffers, feeds: Mapping[str, Array], outputs: dict[str, Array], shown: dict[str, Array]
+        self,
+        context: ShapedContext,
+        buffers: Buffers,
+        feeds: Mapping[str, Array],
+        outputs: dict[str, Array],
+        shown: dict[str, Array],
     ) -> None:
         """outputs: the arrays that a run writes; shown: those rows of them that were asked for."""
-        self._buffers, self._feeds, self._outputs, self._shown = buffers, dict(feeds), outputs, shown
+        self._context, self._buffers = context, buffers
+        self._feeds, self._outputs, self._shown = dict(feeds), outputs, shown
         self._fresh = set(feeds)
 
     def __call__(self, *changed: str) -> dict[str, Array]:
         """See `engine.Bound`."""
-        sent = self._fresh.union(changed)
-        self._buffers.run({name: self._feeds[name] for name in sent}, self._outputs)
+        sent = {name: self._feeds[name] for name in self._fresh.union(changed)}
+        self._buffers.run(self._context, sent, self._outputs)
         self._fresh = set()
         return self._shown
 

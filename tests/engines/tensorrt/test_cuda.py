@@ -1,0 +1,235 @@
+"""The layer over cuda-python: errors in words, memory that is given back, captured launches. On a simulated GPU."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffoundry.bundle import EngineError
+from diffoundry.engines.tensorrt import cuda
+from diffoundry.engines.tensorrt.arena import Arena
+from diffoundry.engines.tensorrt.cuda import Device
+from diffoundry.engines.tensorrt.gpu import Gpu, shared
+from diffoundry.tests.engines.tensorrt.simulated import SimulatedCuda
+
+SOURCES = sorted(Path(cuda.__file__).parent.glob("*.py"))
+
+
+@pytest.fixture
+def device(simulated_cuda):
+    return Device()
+
+
+def test_the_gpu_is_described(device):
+    assert (device.name, device.arch, device.driver, device.runtime) == ("Simulated GPU", "sm89", "13.0", "13.0")
+    assert device.free_bytes == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("simulated", "index", "message"),
+    [
+        (SimulatedCuda(driver=0), 0, "^no NVIDIA GPU or driver on this machine: run with `--engine onnxruntime`$"),
+        (SimulatedCuda(devices=0), 0, "^no NVIDIA GPU or driver on this machine: run with `--engine onnxruntime`$"),
+        (SimulatedCuda(driver=12040), 0, "takes CUDA up to 12.4, cuda-python is for 13.0: update the driver"),
+        (SimulatedCuda(devices=2), 2, "no GPU 2: this machine has 2, counted from 0"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_one_clear_line(monkeypatch, simulated, index, message):
+    monkeypatch.setattr(cuda, "bindings", lambda: simulated)
+    with pytest.raises(EngineError, match=message) as caught:
+        Device(index)
+    assert "\n" not in str(caught.value)
+
+
+def test_cuda_python_that_is_missing_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(EngineError, match=re.escape("`pip install 'diffoundry[rtx]'` or `pip install 'diffoundry[ten")):
+        Device()
+
+
+def test_this_machine_without_a_gpu_gives_that_line():
+    real = pytest.importorskip("cuda.bindings.runtime")
+    if real.cudaGetDeviceCount()[0] == real.cudaError_t.cudaSuccess:
+        pytest.skip("there is a GPU")
+    with pytest.raises(EngineError, match=r"^(no NVIDIA GPU or driver on this machine|the NVIDIA driver takes)"):
+        Device()
+
+
+def test_memory_is_given_back(simulated_cuda, device):
+    memory = device.allocate(1000, "a test")
+    assert simulated_cuda.used == 1000 and memory.address % 256 == 0
+    memory.close()
+    memory.close()
+    assert simulated_cuda.used == 0
+    memory = device.allocate(1000, "a test")
+    del memory
+    assert simulated_cuda.used == 0
+    assert simulated_cuda.calls["cudaFree"] == 2
+
+
+def test_too_little_memory_is_told_with_the_remedies(simulated_cuda, device):
+    simulated_cuda.memory = 3 << 30
+    with pytest.raises(EngineError, match=r"the U-Net needs 4.00 GiB, 3.00 GiB of 3.00 GiB are free"):
+        device.allocate(4 << 30, "the U-Net")
+    with pytest.raises(EngineError, match="smaller size or batch, split guidance or a tiled autoencoder"):
+        device.allocate(4 << 30, "the U-Net")
+
+
+def test_copies_go_both_ways_and_across(device):
+    source = np.arange(24, dtype=np.float32)
+    first, second = (device.allocate(source.nbytes, "a test") for _ in range(2))
+    device.fill(second.address, 0, second.size)
+    device.upload(first.address, source)
+    device.copy(second.address + 16, first.address, 32)
+    found = np.empty_like(source)
+    device.download(found, second.address)
+    device.synchronize()
+    np.testing.assert_array_equal(found, [0] * 4 + list(range(8)) + [0] * 12)
+
+
+def test_memory_that_is_gone_is_an_error_in_words(device):
+    memory = device.allocate(64, "a test")
+    address = memory.address
+    memory.close()
+    device.fill(address, 0, 64)
+    with pytest.raises(EngineError, match=r"cudaStreamSynchronize failed on Simulated GPU: .*cudaErrorIllegalAddress"):
+        device.synchronize()
+
+
+def test_what_is_captured_runs_when_it_is_launched(simulated_cuda, device):
+    memory = device.allocate(4, "a test")
+    device.fill(memory.address, 1, 4)
+    graph = device.capture(lambda: device.fill(memory.address, 7, 4))
+    found = np.empty(4, np.uint8)
+    device.download(found, memory.address)
+    device.synchronize()
+    assert found.tolist() == [1] * 4
+    device.launch(graph)
+    device.download(found, memory.address)
+    device.synchronize()
+    assert found.tolist() == [7] * 4
+    assert len(simulated_cuda.graphs) == 1
+    graph.close()
+    assert not simulated_cuda.graphs
+
+
+def test_what_is_dropped_during_a_capture_is_freed_after_it(simulated_cuda, device):
+    kept = device.allocate(4, "a test")
+    dropped = [device.allocate(4, "a test")]
+
+    def launches():
+        dropped.clear()
+        device.fill(kept.address, 7, 4)
+
+    device.launch(device.capture(launches))
+    device.synchronize()
+    assert simulated_cuda.used == 4
+
+
+def test_a_capture_that_fails_ends(simulated_cuda, device):
+    def wrong():
+        device.allocate(4, "a test")
+
+    with pytest.raises(EngineError, match="a test: memory cannot be asked for while launches are captured"):
+        device.capture(wrong)
+    with pytest.raises(EngineError, match="cudaStreamSynchronize failed"):
+        device.capture(device.synchronize)
+    assert not device.capturing and not simulated_cuda.capturing and not simulated_cuda.graphs
+    device.synchronize()
+
+
+def test_the_arena_grows_to_the_largest_need(simulated_cuda, device):
+    arena = Arena(device)
+    arena.grow(1000, "a")
+    first, generation = arena.address, arena.generation
+    arena.grow(500, "b")
+    assert (arena.address, arena.generation, arena.size) == (first, generation, 1000)
+    arena.grow(2000, "c")
+    assert arena.generation == generation + 1
+    assert simulated_cuda.used == arena.size == 2000
+    with pytest.raises(EngineError, match=r"the activations of d needs? 2.00 GiB"):
+        arena.grow(2 << 30, "d")
+    assert simulated_cuda.used == arena.size == 0
+    arena.grow(100, "a")
+    assert arena.size == 256
+
+
+def test_a_tensor_holds_what_it_was_given(simulated_cuda):
+    gpu = Gpu()
+    strided = np.arange(12, dtype=np.int64).reshape(3, 4).T
+    tensor = gpu.place(strided)
+    np.testing.assert_array_equal(tensor.numpy(), strided)
+    array = np.ones((4, 3), np.int64)
+    tensor.update_inplace(array)
+    array[:] = 5  # the copy was made
+    assert tensor.numpy().sum() == 12
+    for wrong in (np.ones((3, 4), np.int64), np.ones((4, 3), np.float32)):
+        with pytest.raises(EngineError, match="on the GPU cannot hold"):
+            tensor.update_inplace(wrong)
+    del tensor
+    assert simulated_cuda.used == 0
+
+
+def test_recorded_launches_are_plain_at_first_then_one_graph(simulated_cuda):
+    gpu = Gpu()
+    tensor, turns = gpu.place(np.zeros(4, np.uint8)), []
+
+    def launches():
+        turns.append(len(turns))
+        gpu.device.fill(tensor.address, 10 + len(turns), 4)
+
+    recorded = gpu.record(launches)
+    recorded()
+    assert (tensor.numpy()[0], turns, simulated_cuda.calls["cudaGraphLaunch"]) == (11, [0], 0)
+    for launched in (1, 2):
+        tensor.update_inplace(np.zeros(4, np.uint8))
+        recorded()
+        assert (tensor.numpy()[0], turns, simulated_cuda.calls["cudaGraphLaunch"]) == (12, [0, 1], launched)
+    gpu.changed()
+    recorded()
+    assert (tensor.numpy()[0], turns, simulated_cuda.calls["cudaGraphLaunch"]) == (13, [0, 1, 2], 2)
+    assert not simulated_cuda.graphs
+    recorded()
+    assert (tensor.numpy()[0], turns, simulated_cuda.calls["cudaGraphLaunch"]) == (14, [0, 1, 2, 3], 3)
+
+
+def test_launches_that_cannot_be_captured_are_made_one_by_one_and_it_is_said(simulated_cuda):
+    gpu, done = Gpu(), []
+
+    def launches():
+        gpu.device.synchronize()
+        done.append(1)
+
+    recorded = gpu.record(launches)
+    recorded()
+    with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph and are launched one by one: cudaStr"):
+        recorded()
+    recorded()
+    assert len(done) == 3
+    assert simulated_cuda.calls["cudaStreamBeginCapture"] == 1
+
+
+def test_all_of_a_process_share_a_gpu(simulated_cuda):
+    gpu = shared()
+    assert shared() is gpu
+    del gpu
+    assert shared() is not None
+    assert len(simulated_cuda.streams) <= 1
+
+
+def test_what_is_used_of_cuda_python_is_there():
+    real = pytest.importorskip("cuda.bindings.runtime")
+    text = "\n".join(path.read_text() for path in SOURCES)
+    names = set(re.findall(r"\b(cuda[A-Z]\w+)", text)) - {"cudaDevAttrComputeCapability"}
+    members = {
+        **real.cudaError_t.__members__,
+        **real.cudaMemcpyKind.__members__,
+        **real.cudaStreamCaptureMode.__members__,
+    }
+    assert len(names) > 20
+    assert [name for name in sorted(names) if not hasattr(real, name) and name not in members] == []
+    assert hasattr(real.cudaDeviceAttr, "cudaDevAttrComputeCapabilityMajor")
