@@ -70,8 +70,8 @@ _FOLDERS = ("engines", "reports", "tokenizer", "tokenizer_2", "scheduler")
 _UNPACKED = ".checkpoint"
 _NEEDED_BY = {"vae_encoder": ("img2img", "inpaint")}
 """Components that not every task needs."""
-_DISK_FACTOR = {True: 4.4, False: 2.2}
-"""Disk needed, as a multiple of the weights, in half precision or not: the ONNX model and the engine made of it."""
+_DISK_MARGIN = 1.1
+"""Disk needed, as a multiple of the weights of the models, typed models and engines that are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,11 +459,16 @@ class _Build:
                     link_or_copy(path, copy)
 
     def _check_disk(self, plans: list[ComponentPlan]) -> None:
+        wanted = self.wanted
+        width = 1.0 if wanted.precision == FULL else 0.5
+        models = 1.0 + (0.0 if wanted.precision == FULL else width)
+        models += 1.0 if wanted.site is None else width * wanted.target.count()
         needed = 0.0
         for name in {plan.source for plan in plans if self._record(plan.name) is None}:
             files = [path for path in self.source.folder(name).iterdir() if path.suffix in (".safetensors", ".bin")]
             largest = max((path.stat().st_size for path in files), default=0)
-            needed += _DISK_FACTOR[half_type(self.source.folder(name)) is not None] * largest
+            in_float32 = largest * (2 if half_type(self.source.folder(name)) is not None else 1)
+            needed += _DISK_MARGIN * models * in_float32
         free = shutil.disk_usage(self.work).free
         if free < needed:
             raise DiffoundryError(

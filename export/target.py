@@ -52,6 +52,10 @@ class Target:
         ):
             raise DiffoundryError("the dynamic sizes must be given as MIN-MAX, such as 256x256-1024x1024")
 
+    def count(self) -> int:
+        """How many plans a component has whose shapes follow the size of the picture."""
+        return (len(set(self.sizes)) or int(self.dynamic is None)) + int(self.dynamic is not None)
+
     def all_sizes(self, manifest: Manifest) -> list[tuple[Size, Size, Size]]:
         """The least, usual and largest size of each plan; static ones first.
 

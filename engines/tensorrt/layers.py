@@ -96,10 +96,10 @@ def from_inspector(text: str) -> list[Layer]:
         described = json.loads(text)["Layers"]
     except (ValueError, LookupError, TypeError):
         return []
+    if not isinstance(described, list) or not all(isinstance(item, dict) for item in described):
+        return []
     layers = []
     for item in described:
-        if not isinstance(item, dict):
-            return []
         tensors = [*item.get("Inputs", []), *item.get("Outputs", [])]
         types = [word for tensor in tensors for word in str(_type_of(tensor)).replace("/", " ").split()]
         nodes = tuple(dict.fromkeys(_NODE.findall(str(item.get("Metadata", "")))))
