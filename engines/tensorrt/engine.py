@@ -37,7 +37,7 @@ class TensorRTEngine:
         onnx: Path | None = None,
         weight_budget: int | None = None,
     ) -> None:
-        """plans: at least one, whose files were held against their hashes. onnx: the weights of plans without any.
+        """plans: at least one; each is held against its hash when it is loaded. onnx: the weights of plans without any.
 
         weight_budget: bytes of weights on the GPU, for plans that stream them; TensorRT's own choice by default.
         Raises `EngineError` when there is no plan, or one is of other inputs.

@@ -109,6 +109,7 @@ class LoadedPlan:
 
     def _deserialize(self) -> Any:
         plan = self.plan
+        plan.check()
         try:
             with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 engine = self._runtime.deserialize_cuda_engine(data)

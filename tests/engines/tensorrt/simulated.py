@@ -15,7 +15,6 @@ It is stricter than most GPUs where that shows mistakes:
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 import json
 import weakref
@@ -28,12 +27,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from diffoundry.bundle.files import sha256_file
 from diffoundry.engines.profiles import Profile
 from diffoundry.engines.tensorrt.plan import PLAN_NAME, Plan
 
 ALIGNMENT = 256
 VERSION = "1.7.0"
-BACKENDS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
 class _Illegal(Exception):
@@ -625,10 +624,9 @@ def write_plan(
     arch: str = "sm89",
     backend: str = "tensorrt-rtx",
     dtypes: Mapping[str, str] | None = None,
+    content: bytes | None = None,
 ) -> Plan:
     """A plan that `SimulatedTensorRT` loads: of the model at `onnx`, for `shapes`, the least, usual and largest."""
-    from diffoundry.bundle.files import sha256_file
-
     profile = Profile(name or component, {k: tuple(tuple(s) for s in part) for k, part in shapes.items()})  # type: ignore[misc]
     key = f"{component}-{profile.name}-{len(list(folder.iterdir())) if folder.exists() else 0}"
     values: dict[str, Any] = {
@@ -646,7 +644,6 @@ def write_plan(
     }
     values["folder"].mkdir(parents=True)
     told = {"onnx": str(onnx), "profile": profile.to_json(), "arch": arch, "flags": list(flags), "dtypes": dtypes or {}}
-    (values["folder"] / PLAN_NAME).write_text(json.dumps(told))
-    if "files" in {field.name for field in dataclasses.fields(Plan)}:
-        values["files"] = {PLAN_NAME: sha256_file(values["folder"] / PLAN_NAME)}
-    return Plan(**values)
+    path = values["folder"] / PLAN_NAME
+    path.write_bytes(json.dumps(told).encode() if content is None else content)
+    return Plan(**values, files={PLAN_NAME: sha256_file(path)})

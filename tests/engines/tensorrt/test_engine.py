@@ -264,7 +264,7 @@ def test_only_so_many_contexts_are_kept(unet, trt, monkeypatch, reference):
     assert len(trt.contexts) == 4  # that of one row was let go of
 
 
-def test_a_plan_that_does_not_load_says_for_what_it_was_built(unet, tmp_path):
+def test_a_plan_that_does_not_load_says_for_what_it_was_built(unet):
     engine = unet((shapes(2), {"arch": "sm120"}))
     with pytest.raises(EngineError) as caught:
         engine(feeds())
@@ -277,11 +277,12 @@ def test_a_plan_that_does_not_load_says_for_what_it_was_built(unet, tmp_path):
     ):
         assert part in str(caught.value)
     for content, message in ((b"nonsense", "magicTag"), (b"", "cannot be read")):
-        engine = unet(shapes(2))
-        plan = max((tmp_path / "engines").glob("*"), key=lambda path: int(path.name.rpartition("-")[2])) / PLAN_NAME
-        plan.write_bytes(content)
         with pytest.raises(EngineError, match=message):
-            engine(feeds())
+            unet((shapes(2), {"content": content}))(feeds())
+    engine = unet(shapes(2))
+    (engine._plans[0].folder / PLAN_NAME).write_bytes(b"changed")
+    with pytest.raises(EngineError, match="is missing or was changed after it was built"):
+        engine(feeds())
 
 
 def test_a_plan_of_other_tensors_is_refused(unet, bundle, tmp_path, gpu):
