@@ -1,6 +1,6 @@
 """Lower precisions whose exceptions are found by measurement."""
 
-from .lower import BUDGET_DB, RULE, lower
+from .lowering import BUDGET_DB, RULE, lower
 from .precision import PRECISIONS, Precision
 from .quality import QualityError
 from .scan import DEFAULT_PROMPTS, Scan

@@ -20,7 +20,6 @@ LOSSLESS = 200.0
 """Stands for an infinite ratio, in dB."""
 _DEEPEST = 6
 _LARGEST_ISLAND = 16
-_CHUNK_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +54,19 @@ def measure(
 
     tick: called after each call of the model.
     """
-    found: list[float] = []
-    for chunk in _chunks(path, trials):
-        model = read(path)
-        _probe(model, precision, chunk)
-        engine = start(model, path.parent, component, fast=False)
-        lowest = [LOSSLESS] * len(chunk)
-        for feeds in calls:
-            made = engine(feeds)
-            ratios = [decibels(float(made[f"signal:{i}"]), float(made[f"noise:{i}"])) for i in range(len(chunk))]
-            lowest = [min(pair) for pair in zip(lowest, ratios, strict=True)]
-            if tick is not None:
-                tick()
-        del engine
-        found += lowest
-    return found
+    if not trials:
+        return []
+    model = read(path)
+    _probe(model, precision, trials)
+    engine = start(model, path.parent, component, fast=False)
+    lowest = [LOSSLESS] * len(trials)
+    for feeds in calls:
+        made = engine(feeds)
+        ratios = [decibels(float(made[f"signal:{i}"]), float(made[f"noise:{i}"])) for i in range(len(trials))]
+        lowest = [min(pair) for pair in zip(lowest, ratios, strict=True)]
+        if tick is not None:
+            tick()
+    return lowest
 
 
 def islands_of(model: Any, target: str) -> list[frozenset[str]]:
@@ -86,18 +83,17 @@ def islands_of(model: Any, target: str) -> list[frozenset[str]]:
     return found
 
 
-def _chunks(path: Path, trials: Sequence[Trial]) -> list[list[Trial]]:
-    return [list(trials)] if trials else []
-
-
 def _probe(model: Any, precision: Precision, trials: Sequence[Trial]) -> None:
     """Let a model give the power of each trial's target and of its error, and nothing else."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     probe = _Probe(model, precision)
     outputs = []
     for i, trial in enumerate(trials):
         outputs += probe.add(i, trial)
     model.graph.outputs.clear()
     model.graph.outputs.extend(outputs)
+    RemoveUnusedNodesPass()(model)
 
 
 class _Probe:

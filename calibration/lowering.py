@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle, DiffoundryError, EngineError
-from ..bundle.files import remove
+from ..bundle.files import remove, sha256_file
 from ..engines import Array, Engine
 from ..engines.onnxruntime import load_component
 from .graph import read
@@ -152,8 +152,8 @@ class _Lowering:
 
     def _write(self, name: str, islands: Islands, found: list[Island], settings: Mapping[str, Any]) -> None:
         low = islands.types(found)
-        files = write(self._bundle, name, self._precision, low)
-        model = next(path for path in files if path.endswith(".onnx"))
+        written = write(self._model(name), name, self._precision, low)
+        files = {path.relative_to(self._bundle.root).as_posix(): sha256_file(path) for path in written}
         report = {
             "precision": self._precision.name,
             "rule": RULE,
@@ -161,10 +161,10 @@ class _Lowering:
             "scan": self._scan.record(self._bundle),
             "islands": [_record(island) for island in found],
             "reasons": dict(sorted(Counter(island.reason for island in found).items())),
-            "nodes": _counts(self._bundle.path(model), low),
+            "nodes": _counts(written[0], low),
             "lowest_loss_db": islands.lowest(found),
         }
-        self._typed[name] = Typed(model, files, report)
+        self._typed[name] = Typed(next(iter(files)), files, report)
 
     def _quality(self, exact: list[Array]) -> dict[str, Any]:
         """Images and outputs of the typed components against float32; `psnr_db` is None where they are not finite."""
@@ -183,7 +183,7 @@ class _Lowering:
         every = {**self._done, **self._typed}
         text = f"quality of {self._precision.name}"
         engines = {name: loader(name, typed) for name, typed in every.items()}
-        figures: dict[str, Any] = {"psnr_db": None, "prompts": [], "components": ratios, "problem": ""}
+        figures: dict[str, Any] = {"psnr_db": None, "prompts": [], "components": ratios}
         try:
             images = draw(self._bundle, engines, self._scan, text, self._progress)
         except EngineError as error:

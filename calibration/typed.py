@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Bundle
-from ..bundle.files import disk_error, remove, sha256_file
+from ..bundle.files import disk_error, remove
 from .graph import MOVES, Form, form, is_float, key, opset, raise_opset, read
 from .precision import MASK, Precision
 
@@ -36,8 +34,8 @@ class Typed:
     report: dict[str, Any]
 
 
-def write(bundle: Bundle, name: str, precision: Precision, low: Mapping[str, bool]) -> dict[str, str]:
-    """Write component `name` in `precision` beside its model and return the SHA-256 of each file by its path.
+def write(source: Path, component: str, precision: Precision, low: Mapping[str, bool]) -> list[Path]:
+    """Write the model `source` in `precision` beside it; the graph and, where it is large, its weights.
 
     low: whether each node that makes floats, by `graph.key`, computes in the lower type; other nodes, such as
     comparisons, read the type that is there. The same input gives the same bytes.
@@ -45,32 +43,29 @@ def write(bundle: Bundle, name: str, precision: Precision, low: Mapping[str, boo
     """
     import onnx_ir
 
-    source = bundle.path(bundle.component(name).model)
     model = read(source)
-    raise_opset(model, precision.opset, name)
+    raise_opset(model, precision.opset, component)
     _Lowering(model, precision).run(low)
     model.producer_name, model.producer_version = "diffoundry", ""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    graph, data = f"{precision.name}.onnx", f"{precision.name}.onnx_data"
-    external = data if weights > _EXTERNAL_FROM_BYTES else None
+    names = [f"{precision.name}.onnx_data", f"{precision.name}.onnx"]
+    external = names[0] if weights > _EXTERNAL_FROM_BYTES else None
     folder = source.parent
-    work = folder / f".{graph}.{os.getpid()}.part"
+    work = folder / f".{names[1]}.{os.getpid()}.part"
     remove(work)
     try:
         work.mkdir()
-        onnx_ir.save(model, work / graph, external_data=external)
-        # the graph comes last: where it is, its weights are
-        if external:
-            (work / data).replace(folder / data)
-        (work / graph).replace(folder / graph)
+        onnx_ir.save(model, work / names[1], external_data=external)
+        made = [name for name in names if (work / name).is_file()]
+        for name in made:  # the graph last: where it is, its weights are
+            (work / name).replace(folder / name)
         if not external:
-            remove(folder / data)
+            remove(folder / names[0])
     except OSError as error:
         raise disk_error(error) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    written = [folder / graph, *([folder / data] if external else [])]
-    return {path.relative_to(bundle.root).as_posix(): sha256_file(path) for path in written}
+        remove(work)
+    return [folder / name for name in reversed(made)]
 
 
 def emulated(path: Path, precision: Precision) -> Any:
