@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from ...bundle import EngineError
 from ..engine import Array
 from .arena import Arena
 from .cuda import Device, Graph, contiguous
+from .log import Log
 
 
 class Gpu:
@@ -25,6 +27,7 @@ class Gpu:
         self.arena = Arena(self.device)
         self._lock = threading.RLock()
         self._changes = 0
+        self._logs: dict[str, Log] = {}
 
     @property
     def generation(self) -> int:
@@ -34,6 +37,12 @@ class Gpu:
     def changed(self) -> None:
         """Have what was captured captured anew: the weights of an engine were changed."""
         self._changes += 1
+
+    def log(self, backend: str, trt: Any) -> Log:
+        """What the module `trt` says: TensorRT has one logger in a process, whatever its objects were made with."""
+        if backend not in self._logs:
+            self._logs[backend] = Log(trt)
+        return self._logs[backend]
 
     @contextmanager
     def work(self) -> Iterator[Device]:

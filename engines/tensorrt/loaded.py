@@ -17,13 +17,15 @@ from ...bundle import EngineError, Tensor
 from .backend import BACKENDS
 from .cuda import REMEDY
 from .gpu import Gpu
-from .log import Log
 from .plan import CACHE_NAME, Plan
 from .refit import refit
 
 
 class LoadedPlan:
-    """The engine of a plan; contexts of it share one runtime cache, where the module has such."""
+    """The engine of a plan; contexts of it share one runtime cache, where the module has such.
+
+    cache_taken: whether what was compiled for this GPU before was taken over.
+    """
 
     def __init__(
         self,
@@ -43,9 +45,9 @@ class LoadedPlan:
         if backend is None:
             raise EngineError(f"{plan.component}: a plan of {plan.backend!r} cannot be run by this version")
         self.plan, self._gpu = plan, gpu
-        self.spoiled = False
+        self.spoiled = self.cache_taken = False
         self.trt = backend.load()
-        self.log = Log(self.trt)
+        self.log = gpu.log(backend.name, self.trt)
         self._runtime = self.trt.Runtime(self.log.logger)
         if "version-compatible" in plan.flags:
             self._runtime.engine_host_code_allowed = True  # such plans bring their own runtime
@@ -110,6 +112,7 @@ class LoadedPlan:
     def _deserialize(self) -> Any:
         plan = self.plan
         plan.check()
+        self.log.clear()
         try:
             with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 engine = self._runtime.deserialize_cuda_engine(data)
@@ -164,7 +167,7 @@ class LoadedPlan:
             cache = config.create_runtime_cache()
             with contextlib.suppress(OSError):
                 kept = (self.plan.folder / CACHE_NAME).read_bytes()
-                if kept and cache.deserialize(kept):  # False for another GPU or driver: it is made anew
-                    self._written = hashlib.sha256(kept).digest()
+                self.cache_taken = bool(kept) and cache.deserialize(kept)  # not of another GPU or driver
+                self._written = hashlib.sha256(kept).digest() if self.cache_taken else b""
             config.set_runtime_cache(cache)  # it does not own the cache: this object does
         return config, cache

@@ -310,6 +310,7 @@ def test_what_was_compiled_for_the_gpu_is_kept_and_used(unet, trt, tmp_path, ref
     for rows in (2, 3):
         same(again(feeds(rows)), reference(feeds(rows)))
     assert trt.compiled == 2
+    assert [each._loaded["unet-p0-0"].cache_taken for each in (first, again)] == [False, True]
     assert [path.name for path in cache.parent.iterdir() if path.name.startswith(".")] == []
     cache.write_bytes(b"damaged")
     same(TensorRTEngine("unet", first.inputs, first.outputs, first._plans, first.gpu)(feeds()), reference(feeds()))
