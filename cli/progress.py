@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-
 _COUNT = "0123456789/ "
 """A text that ends in a count says how far a stage is."""
 
@@ -19,7 +18,7 @@ class Report(Protocol):
 
 @contextmanager
 def progress(title: str, *, shown: bool = True, every: float = 5.0) -> Iterator[Report]:
-    """Yield `report(text, done, total)`. Plain lines come when the text changes in more than a count, or `every` seconds.
+    """Yield `report(text, done, total)`. Plain lines come every so many seconds, and when more than a count changes.
 
     done: whole stages, and the part of the one that is going on.
     """

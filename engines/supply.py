@@ -125,9 +125,7 @@ class Supply:
                 "choose one of them, or compile the checkpoint again"
             )
         if self.precision == "bf16" and self.engine.on_cpu:
-            raise EngineError(
-                "ONNX Runtime has no bfloat16 on the CPU: choose --precision fp32, or an engine on a GPU"
-            )
+            raise EngineError("ONNX Runtime has no bfloat16 on the CPU: choose --precision fp32, or an engine on a GPU")
 
     def _open_gpu(self) -> None:
         from .tensorrt.backend import BACKENDS

@@ -609,7 +609,10 @@ class _Build:
             write_json(work / names[-1], {p: self._report(f"quality.{p}", "quality") for p in lowered})
             write_json(
                 work / names[-2],
-                {p: {name: self._report(f"{name}.{p}", "report") for name in self._typed(manifest, p)} for p in lowered},
+                {
+                    p: {name: self._report(f"{name}.{p}", "report") for name in self._typed(manifest, p)}
+                    for p in lowered
+                },
             )
         if plans:
             names.append("reports/plans.json")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ TIMING_NAME = "timing.cache"
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What the plans of one backend are built with and on: the module's version, and the GPU, "" when it is elsewhere."""
+    """What plans are built with and for: the version of the module, and the GPU, "" when that is elsewhere."""
 
     backend: str
     version: str
@@ -44,14 +44,16 @@ def site(backend: str, precision: str, target: Target) -> Site:
         known = BACKENDS[backend].architectures()
         unknown = [arch for arch in target.archs if arch not in known]
         if unknown:
-            raise EngineError(f"{backend} does not know the architecture {unknown[0]!r}: choose from {', '.join(known)}")
+            raise EngineError(
+                f"{backend} does not know the architecture {unknown[0]!r}: choose from {', '.join(known)}"
+            )
         wrong = [flag for flag in _CLASSIC_ONLY if flag in flags]
         if wrong:
             raise EngineError(f"{backend} builds no {wrong[0]} plans, --engine tensorrt does: leave the flag out")
         if flags & set(_AT_THE_GPU) and target.archs:
             raise EngineError(
-                f"{' and '.join(sorted(flags & set(_AT_THE_GPU)))} plans are built on the machine that has the GPU, for "
-                "that GPU: leave --arch out there"
+                f"{' and '.join(sorted(flags & set(_AT_THE_GPU)))} plans are built on the machine that has the GPU, "
+                "for that GPU: leave --arch out there"
             )
         if target.archs:
             _check_types(precision, target.archs)
@@ -136,7 +138,7 @@ def count_plans(manifest: Manifest, target: Target) -> int:
     return sum(len(profiles(manifest, name, target)) for name in manifest.components)
 
 
-def warnings_of(described: list[Mapping[str, Any]]) -> list[str]:
+def warnings_of(described: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is not as asked for in these plans, a line each."""
     lines = []
     for record in described:

@@ -43,9 +43,7 @@ def lower_bundle(
     Raises `calibration.QualityError` when the images are too far from fp32.
     """
     root = bundle.root
-    keys = {
-        name: _key(bundle, name, precision, scan) for name in bundle.manifest.components if name != step_graph.NAME
-    }
+    keys = {name: _key(bundle, name, precision, scan) for name in bundle.manifest.components if name != step_graph.NAME}
     done = {}
     for name, key in keys.items():
         found = _finished(root, root / ".stages", name, precision, key)
@@ -86,9 +84,7 @@ def _models(bundle: Bundle, name: str) -> dict[str, str]:
 
 
 def _key(bundle: Bundle, name: str, precision: str, scan: Scan) -> str:
-    return sha256_json(
-        {"rule": RULE, "models": _models(bundle, name), "precision": precision, "scan": asdict(scan)}
-    )
+    return sha256_json({"rule": RULE, "models": _models(bundle, name), "precision": precision, "scan": asdict(scan)})
 
 
 def _quality_key(bundle: Bundle, typed: dict[str, Typed], scan: Scan) -> str:

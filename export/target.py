@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..bundle import DiffoundryError, Manifest
@@ -167,7 +168,7 @@ def _shown(batch: tuple[int, int]) -> str:
     return "-".join(map(str, dict.fromkeys(batch)))
 
 
-def _profile(manifest: Manifest, component: str, name: str, axes: dict[str, tuple[int, ...]]) -> Profile:
+def _profile(manifest: Manifest, component: str, name: str, axes: Mapping[str, tuple[int, ...]]) -> Profile:
     def shape(axis_of: tuple[int | str, ...], k: int) -> Shape:
         return tuple(axes[axis][k] if isinstance(axis, str) else axis for axis in axis_of)
 

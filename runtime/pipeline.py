@@ -345,7 +345,8 @@ def load(
 ) -> Pipeline:
     """Open a bundle, or a folder that `optimum-cli export onnx` wrote, for running.
 
-    engine, precision, loop, weight_budget: see `Pipeline`. threads: of the CPU, default all. Raises `BundleError` when the folder is no bundle.
+    engine, precision, loop, weight_budget: see `Pipeline`. threads: of the CPU, default all.
+    Raises `BundleError` when the folder is no bundle, `EngineError` when the engine is not to be had here.
     """
     if not isinstance(bundle, (str, Path)):
         raise BundleError(f"the bundle must be a path, found {bundle!r}")
@@ -373,7 +374,9 @@ def _check_manifest(bundle: Bundle) -> None:
     if manifest.family not in _FAMILIES:
         raise BundleError(f"{root} is of the family {manifest.family!r}; this version runs {', '.join(_FAMILIES)}")
     if manifest.precision not in _PRECISIONS:
-        raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {', '.join(_PRECISIONS[:-1])}")
+        raise BundleError(
+            f"{root} has precision {manifest.precision!r}; this version runs {', '.join(_PRECISIONS[:-1])}"
+        )
     known = [task for task in manifest.tasks if task in _TASKS]
     if not known:
         raise BundleError(

@@ -13,7 +13,10 @@ from ..engines import Array
 from .pipeline import Pipeline
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""The largest absolute difference, as a fraction of the largest output value (and at least of 1); fp32 as in compile."""
+"""The largest absolute difference, as a fraction of the largest output value (and at least of 1).
+
+That of fp32 is compile's; the others are about ten roundings of the type.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,8 @@ def _run(
     with tempfile.TemporaryFile() as words, _started([sys.executable, "-m", module], words, environment) as process:
         memory = _Memory(process, memory_limit)
         last: dict[str, Any] = {}
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(job).encode())
             process.stdin.close()

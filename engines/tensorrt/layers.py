@@ -130,9 +130,7 @@ def memory_of(messages: Iterable[str]) -> dict[str, int]:
     return {found[1].lower(): int(found[2]) for message in messages for found in WEIGHTS_LINE.finditer(message)}
 
 
-def summary(
-    layers: Sequence[Layer], precision: str, attentions: int, kept: Collection[str] = ()
-) -> dict[str, Any]:
+def summary(layers: Sequence[Layer], precision: str, attentions: int, kept: Collection[str] = ()) -> dict[str, Any]:
     """Layers by precision, attention in one kernel or not, and the heavy layers that did not get `precision`.
 
     attentions: how many the model has. kept: ONNX nodes that are in fp32 on purpose.

@@ -83,9 +83,7 @@ def _build(job: dict[str, Any], report: Callable[[str, float], bool]) -> dict[st
             file.write(view[at : at + _PLAN_CHUNK])
     if timing is not None:
         _save_timing(timing.serialize(), Path(job["timing"]))
-    softmaxes = sum(
-        network.get_layer(i).type == trt.LayerType.SOFTMAX for i in range(network.num_layers)
-    )
+    softmaxes = sum(network.get_layer(i).type == trt.LayerType.SOFTMAX for i in range(network.num_layers))
     layers = from_log(logger.layers)
     if not job["archs"]:  # built for the GPU that is here, so that it can be asked
         layers = from_inspector(_inspect(trt, logger, plan)) or layers

@@ -201,7 +201,7 @@ def test_an_empty_tokenizer_folder(command, tmp_path, checkpoint_of):
         (["--guidance-interval", "0.9", "0.1"], ["guidance interval"]),
         (["--seed", "-1"], ["seed must be a whole number"]),
         (["--count", "0"], ["count must be a whole number from 1"]),
-        (["--provider", "cuda"], ["'cuda'", "or use cpu"]),
+        (["--engine", "onnxruntime:cuda"], ["'cuda'", "--engine onnxruntime"]),
         (["--provider", "npu"], ["unknown provider 'npu'", "cpu, cuda, tensorrt"]),
         (["-o", "nowhere/out.png"], ["nowhere does not exist"]),
         (["-o", "out.jpg"], ["must be a name that ends in .png"]),
