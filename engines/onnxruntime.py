@@ -258,7 +258,8 @@ def require_provider(provider: str) -> str:
 
 
 def _remedy(provider: str) -> str:
-    return f"{_REMEDIES[provider]}, or use cpu" if provider in _REMEDIES else "use cpu"
+    otherwise = "use the engine onnxruntime, on the CPU"
+    return f"{_REMEDIES[provider]}, or {otherwise}" if provider in _REMEDIES else otherwise
 
 
 def _options(threads: int) -> ort.SessionOptions:

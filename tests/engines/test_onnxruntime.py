@@ -101,7 +101,7 @@ def test_arrays_that_cannot_be_bound_are_refused(unet):
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_that_is_not_there_is_refused(unet_path, provider):
-    with pytest.raises(EngineError, match="or use cpu"):
+    with pytest.raises(EngineError, match="or use the engine onnxruntime"):
         OnnxRuntimeEngine.load(unet_path, provider=provider)
 
 
