@@ -39,8 +39,7 @@ class Arena:
         if self._device.capturing:
             raise EngineError(f"{component}: its activations have outgrown their memory while launches are captured")
         if self._memory is not None:
-            self._device.synchronize()
-            self._memory.close()  # first, so that both need not fit
+            self._memory.close()  # first, so that both need not fit; it waits for what runs in it
             self._memory = None
         self.generation += 1
         self._memory = self._device.allocate(size, f"the activations of {component}")

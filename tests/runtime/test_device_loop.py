@@ -271,6 +271,13 @@ def test_releasing_an_engine_gives_its_memory_back(pipe, host, simulated_cuda, n
     assert_same(pipe, host)
 
 
+def test_an_engine_that_is_released_during_a_run_is_not_kept(pipe, host):
+    assert_same(pipe, host, steps=3, callback=lambda *step: pipe.release("unet"))
+    assert not pipe._device_loop._idle
+    assert_same(pipe, host, steps=3)
+    assert len(pipe._device_loop._idle) == 1
+
+
 def test_an_engine_that_fails_is_not_run_with_what_it_left(pipe, host, trt):
     assert_same(pipe, host)
     trt.cuda.memory = trt.cuda.used

@@ -156,6 +156,9 @@ def test_the_arena_grows_to_the_largest_need(simulated_cuda, device):
     assert simulated_cuda.used == arena.size == 0
     arena.grow(100, "a")
     assert arena.size == 256
+    with pytest.raises(EngineError, match="e: its activations have outgrown their memory while launches are captured"):
+        device.capture(lambda: arena.grow(1000, "e"))
+    assert arena.size == simulated_cuda.used == 256
 
 
 def test_a_tensor_holds_what_it_was_given(simulated_cuda):
@@ -195,6 +198,15 @@ def test_recorded_launches_are_plain_at_first_then_one_graph(simulated_cuda):
     assert not simulated_cuda.graphs
     recorded()
     assert (tensor.numpy()[0], turns, simulated_cuda.calls["cudaGraphLaunch"]) == (14, [0, 1, 2, 3], 3)
+
+
+def test_launches_that_move_the_arena_are_not_captured_before_it_rests(simulated_cuda):
+    gpu, needs = Gpu(), [1000] * 4
+    recorded = gpu.record(lambda: gpu.arena.grow(needs.pop(0), "a test"))
+    for captures in (0, 0, 1):
+        recorded()
+        assert simulated_cuda.calls["cudaStreamBeginCapture"] == captures
+    assert needs == [1000]
 
 
 def test_launches_that_cannot_be_captured_are_made_one_by_one_and_it_is_said(simulated_cuda):
