@@ -61,10 +61,14 @@ class TensorRTEngine:
         self._rows_out = tuple(t.name for t in self.outputs if t.shape and t.shape[0] == axis and isinstance(axis, str))
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """See `engine.Engine`."""
+        """See `engine.Engine`; more rows than any plan takes are run in parts."""
         check_feeds(self.component, self.inputs, feeds)
         with self.gpu.work():
             shapes, rows = self._padded(feeds)
+            most = self._most_rows(shapes)
+            if rows is not None and rows > most > 0 and len(self._rows_out) == len(self.outputs):
+                parts = [self(self._part(feeds, slice(at, at + most))) for at in range(0, rows, most)]
+                return {name: np.concatenate([part[name] for part in parts]) for name in self._rows_out}
             context = self._context(shapes)
             if context.buffers is None:
                 context.buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
@@ -189,6 +193,24 @@ class TensorRTEngine:
     def _rows_of(self, shapes: Mapping[str, Shape]) -> int | None:
         """The rows asked for; a vector of one entry, which stands for all rows, does not count."""
         return max((shapes[name][0] for name in self._by_row), default=None)
+
+    def _most_rows(self, shapes: Mapping[str, Shape]) -> int:
+        """The most rows that a plan takes which takes the other axes of `shapes`; 0 when none does."""
+        if not self._by_row:
+            return 0
+        most = [plan.profile.shapes[self._by_row[0]][2][0] for plan in self._plans]
+        fitting = (
+            rows
+            for rows, plan in zip(most, self._plans, strict=True)
+            if plan.profile.takes(self._with_rows(shapes, rows))
+        )
+        return max(fitting, default=0)
+
+    def _part(self, feeds: Mapping[str, Array], rows: slice) -> dict[str, Array]:
+        """Some rows of `feeds`; a vector of one entry stands for all of them."""
+        return {
+            name: array[rows] if name in self._by_row and len(array) > 1 else array for name, array in feeds.items()
+        }
 
     def _with_rows(self, shapes: Mapping[str, Shape], rows: int) -> dict[str, Shape]:
         return {name: (rows, *shape[1:]) if name in self._by_row else shape for name, shape in shapes.items()}

@@ -146,7 +146,7 @@ def closest(component: str, plans: Sequence[Plan], shapes: Mapping[str, Shape]) 
     fitting = [plan for plan in plans if plan.profile.takes(shapes)]
     if not fitting:
         asked = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
-        built = "; ".join(dict.fromkeys(plan.profile.name for plan in plans))
+        built = "; ".join(sorted({plan.profile.name for plan in plans}))
         raise EngineError(
             f"{component}: no plan takes {asked}; built are: {built}. Compile with a --shape and --batch that hold it"
         )
