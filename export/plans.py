@@ -57,7 +57,7 @@ def site(backend: str, precision: str, target: Target) -> Site:
             )
         if target.archs:
             _check_types(precision, target.archs)
-            return Site(backend, str(module.__version__), tuple(dict.fromkeys(target.archs)), "")
+            return Site(backend, str(module.__version__), tuple(arch for arch in known if arch in target.archs), "")
     elif target.archs:
         raise EngineError(f"{backend} builds for the GPU of this machine: leave --arch out, or use tensorrt-rtx")
     from ..engines.tensorrt.cuda import Device
@@ -65,12 +65,11 @@ def site(backend: str, precision: str, target: Target) -> Site:
     try:
         gpu = Device()
     except EngineError as error:
-        ahead = BACKENDS[backend].ahead_of_time
-        remedy = f"name the GPUs to build for: --arch {','.join(BACKENDS[backend].architectures())}" if ahead else ""
-        raise EngineError(f"{error}; {remedy}" if remedy else str(error)) from None
+        if not BACKENDS[backend].ahead_of_time:
+            raise
+        known = ",".join(BACKENDS[backend].architectures())
+        raise EngineError(f"{str(error).partition(':')[0]}: name the GPUs to build for, of --arch {known}") from None
     _check_types(precision, (gpu.arch,))
-    if BACKENDS[backend].ahead_of_time and gpu.arch not in BACKENDS[backend].architectures():
-        raise EngineError(f"{backend} does not build for {gpu.name} ({gpu.arch}): use --engine tensorrt")
     return Site(backend, str(module.__version__), (gpu.arch,), gpu.name)
 
 

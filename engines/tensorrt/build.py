@@ -100,7 +100,8 @@ def build(
         job = {
             "backend": recipe.backend,
             "onnx": str(onnx),
-            "archs": list(recipe.archs) if BACKENDS[recipe.backend].ahead_of_time else [],
+            "archs": _capabilities(recipe),
+            "at_gpu": bool(recipe.device),
             "profile": recipe.profile.to_json(),
             "flags": sorted(recipe.flags),
             "timing": None if timing is None or BACKENDS[recipe.backend].ahead_of_time else str(timing),
@@ -121,6 +122,13 @@ def build(
     if plan is None:
         raise EngineError(f"{recipe.component}: the plan cannot be read back from {store.root}: check the disk")
     return plan
+
+
+def _capabilities(recipe: Recipe) -> list[str]:
+    """What the builder is told to build for: nothing where it knows no other GPU than the one that is here."""
+    if not BACKENDS[recipe.backend].ahead_of_time:
+        return []
+    return ["current"] if recipe.device else list(recipe.archs)
 
 
 def _run(

@@ -85,7 +85,7 @@ def _build(job: dict[str, Any], report: Callable[[str, float], bool]) -> dict[st
         _save_timing(timing.serialize(), Path(job["timing"]))
     softmaxes = sum(network.get_layer(i).type == trt.LayerType.SOFTMAX for i in range(network.num_layers))
     layers = from_log(logger.layers)
-    if not job["archs"]:  # built for the GPU that is here, so that it can be asked
+    if job["at_gpu"]:  # the plan loads here and can be asked
         layers = from_inspector(_inspect(trt, logger, plan)) or layers
     Path(job["layers"]).write_text(json.dumps([layer.to_json() for layer in layers], indent=1), encoding="utf-8")
     return {"attentions": softmaxes, "memory": memory_of(logger.memory), "warnings": logger.warnings[:20]}

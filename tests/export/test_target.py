@@ -135,7 +135,7 @@ def test_without_a_gpu_the_architectures_must_be_named():
     try:
         Device().close()
     except EngineError:
-        with pytest.raises(EngineError, match=r"no NVIDIA GPU.*name the GPUs to build for: --arch sm75,sm80"):
+        with pytest.raises(EngineError, match=r"no NVIDIA GPU.*: name the GPUs to build for, of --arch sm75,sm80"):
             site("tensorrt-rtx", "fp16", Target())
     else:
         assert site("tensorrt-rtx", "fp16", Target()).device
