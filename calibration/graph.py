@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..bundle import DiffoundryError
-from .precision import Precision
+from .precision import MASK, Precision
 
 MOVES = frozenset(
     ("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose")
@@ -16,6 +18,7 @@ MOVES = frozenset(
 _CONTRACTIONS = frozenset(("Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"))
 _MAKERS = frozenset(("Cast", "ConstantOfShape"))
 """Operators that make floats of something else, in a type that an attribute names."""
+_LARGEST_MASK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,13 @@ def raise_opset(model: Any, version: int, component: str) -> None:
     model.graph.opset_imports[""] = version
 
 
-def weight_nodes(model: Any) -> dict[str, Any]:
+def holds_masks(model: Any) -> bool:
+    """Whether a constant is infinite or stands for it. Masks are small: large weights are not read for it."""
+    small = [v.const_value for v in float_weights(model).values() if v.const_value.size <= _LARGEST_MASK]
+    return any((np.abs(tensor.numpy()) >= MASK).any() for tensor in small)
+
+
+def float_weights(model: Any) -> dict[str, Any]:
     """The float32 initializers by name."""
     return {name: value for name, value in model.graph.initializers.items() if is_float(value)}
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..engines import Array
-from .graph import form, is_float, key, read, version_for
+from .graph import form, holds_masks, is_float, key, read, version_for
 from .precision import MASK, Precision
 from .sessions import start
 from .typed import rounded
@@ -20,6 +20,8 @@ LOSSLESS = 200.0
 """Stands for an infinite ratio, in dB."""
 _DEEPEST = 6
 _LARGEST_ISLAND = 16
+_SMALL = 1 << 16
+"""Weights up to this many numbers are rounded once, larger ones in each call: in memory they are there once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class _Probe:
         self._places = {name: i for i, name in enumerate(self._nodes)}
         self._float, self._low = onnx_ir.DataType.FLOAT, onnx_ir.DataType[precision.dtype]
         self._rounded: dict[str, Any] = {}
+        self._masked = holds_masks(model)
         self._bound = self._constant("mask:bound", MASK)
         self._zero = self._constant("mask:zero", 0.0)
 
@@ -152,7 +155,7 @@ class _Probe:
         name = str(value.name)
         if name not in self._rounded:
             stored = value
-            if name in self._graph.initializers and value.const_value.size <= 1 << 16:
+            if name in self._graph.initializers and value.const_value.size <= _SMALL:
                 tensor = rounded(value.const_value.numpy(), self._precision).astype(np.float32)
                 self._rounded[name] = self._constant(f"{name}:rounded", tensor)
                 return self._rounded[name]
@@ -171,23 +174,27 @@ class _Probe:
         return self._rounded[name]
 
     def _compare(self, i: int, exact: Any, trial: Any, last: Any) -> list[Any]:
+        """Outputs `signal:i` and `noise:i`. Infinity, and what stands for it, is left out where there are masks."""
         import onnx_ir
 
-        absolute = onnx_ir.node("Abs", [exact])
-        finite = onnx_ir.node("Less", [absolute.outputs[0], self._bound])
-        error = onnx_ir.node("Sub", [exact, trial])
-        kept = onnx_ir.node("Where", [finite.outputs[0], exact, self._zero])
-        wrong = onnx_ir.node("Where", [finite.outputs[0], error.outputs[0], self._zero])
-        signal = onnx_ir.node("ReduceSumSquare", [kept.outputs[0]], {"keepdims": 0})
-        noise = onnx_ir.node("ReduceSumSquare", [wrong.outputs[0]], {"keepdims": 0})
-        added = [absolute, finite, error, kept, wrong, signal, noise]
-        for j, node in enumerate(added):
-            node.outputs[0].name = f"compare{j}:{i}"
-        for name, node in (("signal", signal), ("noise", noise)):
-            output = node.outputs[0]
+        def step(op: str, *inputs: Any, **attributes: Any) -> Any:
+            added.append(onnx_ir.node(op, list(inputs), attributes))
+            made = added[-1].outputs[0]
+            made.name = f"compare{len(added)}:{i}"
+            return made
+
+        added: list[Any] = []
+        error = step("Sub", exact, trial)
+        if self._masked:
+            finite = step("Less", step("Abs", exact), self._bound)
+            exact, error = (step("Where", finite, each, self._zero) for each in (exact, error))
+        outputs = []
+        for name, value in (("signal", exact), ("noise", error)):
+            output = step("ReduceSumSquare", value, keepdims=0)
             output.name, output.dtype, output.shape = f"{name}:{i}", self._float, onnx_ir.Shape([])
+            outputs.append(output)
         self._graph.insert_after(last, added)
-        return [signal.outputs[0], noise.outputs[0]]
+        return outputs
 
     def _constant(self, name: str, number: Any) -> Any:
         import onnx_ir

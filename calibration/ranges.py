@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..engines import Array
-from .graph import MOVES, is_float, read, weight_nodes
+from .graph import MOVES, float_weights, holds_masks, is_float, read
 from .precision import MASK
 from .sessions import Recorded, start
 
@@ -32,7 +32,7 @@ class Ranges:
         """
         model = read(self._path)
         outputs = len(model.graph.outputs)
-        _probe(model, masked=_holds_masks(model))
+        _probe(model, masked=holds_masks(model))
         engine = start(model, self._path.parent, self._component)
 
         def gather(feeds: Mapping[str, Array], made: Mapping[str, Array]) -> None:
@@ -50,7 +50,7 @@ class Ranges:
         """max |x| of each float32 value and weight, by name."""
         model = read(self._path)
         found = dict(self._largest)
-        for name, value in weight_nodes(model).items():
+        for name, value in float_weights(model).items():
             found[name] = magnitude(value.const_value.numpy())
         for node in model.graph:
             for made in node.outputs:
@@ -65,12 +65,6 @@ def magnitude(array: Array) -> float:
     """max |x| over what is finite and does not stand for infinity."""
     absolute = np.abs(array)
     return float(np.max(absolute, initial=0.0, where=absolute < MASK))
-
-
-def _holds_masks(model: Any) -> bool:
-    """Whether a constant is infinite or stands for it. Masks are small: large weights are not read for it."""
-    small = [v.const_value for v in weight_nodes(model).values() if v.const_value.size <= 1 << 16]
-    return any((np.abs(tensor.numpy()) >= MASK).any() for tensor in small)
 
 
 def _probe(model: Any, *, masked: bool) -> None:

@@ -144,7 +144,6 @@ def test_the_files_are_valid_and_keep_their_boundary(made, precision, name):
     weights = [tensor for tensor in after.graph.initializer if tensor.data_type in (kind, onnx.TensorProto.FLOAT)]
     low = sum(np.prod(tensor.dims) for tensor in weights if tensor.data_type == kind)
     assert low > 0.99 * sum(np.prod(tensor.dims) for tensor in weights)
-    assert path.stat().st_size < 0.6 * bundle.path(bundle.component(name).model).stat().st_size
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -270,7 +269,8 @@ def test_what_is_done_is_left_as_it_is_and_measured(made, work, monkeypatch):
     assert [each for each in told if each[0] == "quality of fp16"] == [("quality of fp16", k, 3) for k in (1, 2, 3)]
 
 
-def test_a_budget_that_is_not_met_tightens_and_then_fails_with_figures(work, monkeypatch):
+def test_a_budget_that_is_not_met_tightens_and_then_fails_with_figures(made, work, monkeypatch):
+    others = {name: part for name, part in made[1]["fp16"][0].items() if name != "unet"}
     monkeypatch.setattr("diffoundry.calibration.lowering.BUDGET_DB", 119.0)
     tried = []
     find = Islands.find
@@ -281,23 +281,23 @@ def test_a_budget_that_is_not_met_tightens_and_then_fails_with_figures(work, mon
         return found
 
     monkeypatch.setattr(Islands, "find", spy)
-    for path in work.root.rglob("fp16.onnx"):
-        path.unlink()
     with pytest.raises(QualityError, match=r"fp16 images differ from fp32 by \d+\.\d dB PSNR, 119 are asked.*bf16"):
-        lower(work, "fp16", done={}, scan=Scan(CAPTIONS[:1], steps=2))
+        lower(work, "fp16", done=others, scan=Scan(CAPTIONS[:1], steps=2))
     thresholds = sorted({threshold for threshold, _, _ in tried})
     limits = sorted({limit for _, limit, _ in tried}, reverse=True)
     assert thresholds == [50, 55, 60, 65] and limits == [32752 / 2**i for i in range(4)]
     count = {t: sum(n for threshold, _, n in tried if threshold == t) for t in thresholds}
     assert count[50] < count[65]
-    assert not list(work.root.rglob("fp16.onnx")), "what failed is not left for anyone to load"
+    left = {path.parent.name for path in work.root.rglob("fp16.onnx")}
+    assert left == set(others), "what failed is not left for anyone to load"
 
 
-def test_infinity_has_its_own_words(work, monkeypatch):
+def test_infinity_has_its_own_words(made, work, monkeypatch):
+    others = {name: part for name, part in made[1]["fp16"][0].items() if name != "text_encoder"}
     planted(work.path("text_encoder/model.onnx"), 20)
     monkeypatch.setattr(Islands, "find", lambda self, threshold, limit: [])
     with pytest.raises(QualityError, match=r"fp16 is not finite: .*use --precision fp32 or bf16"):
-        lower(work, "fp16", done={}, scan=Scan(CAPTIONS[:1], steps=2))
+        lower(work, "fp16", done=others, scan=Scan(CAPTIONS[:1], steps=2))
 
 
 def test_the_same_input_gives_the_same_bytes(made, work):
@@ -327,13 +327,14 @@ def test_a_size_that_the_bundle_cannot_draw_is_refused(made):
         lower(Bundle(bundle.root, coarse), "fp16", done={}, scan=Scan(size=(72, 64)))
 
 
-def test_a_model_that_is_no_model_is_refused(work):
+def test_a_model_that_is_no_model_is_refused(made, work):
+    others = {name: part for name, part in made[1]["fp16"][0].items() if name != "unet"}
     work.path("unet/model.onnx").write_bytes(b"not a model")
     with pytest.raises(DiffoundryError, match=r"unet/model.onnx is not an ONNX model"):
-        lower(work, "fp16", done={}, scan=Scan(CAPTIONS[:1], steps=2))
+        lower(work, "fp16", done=others, scan=Scan(CAPTIONS[:1], steps=2))
     work.path("unet/model.onnx").unlink()
     with pytest.raises(DiffoundryError, match=r"unet/model.onnx is missing"):
-        lower(work, "fp16", done={}, scan=Scan(CAPTIONS[:1], steps=2))
+        lower(work, "fp16", done=others, scan=Scan(CAPTIONS[:1], steps=2))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -164,6 +164,17 @@ def test_what_a_lossy_node_reads_is_kept_as_far_back_as_it_matters(wave, precisi
     assert kept < bare / 100
 
 
+def test_an_island_grows_over_what_would_not_join_it(tmp_path):
+    weights = [("f", (1000.0 ** -(np.arange(8) / 8)).astype(np.float32)[None]), ("w", np.eye(8, dtype=np.float32))]
+    nodes = [node("Neg", "t", "u"), node("MatMul", "u f", "m"), node("Sin", "m", "s"), node("MatMul", "s w", "y")]
+    path = save(tmp_path / "model.onnx", nodes, [("t", FLOAT, [4, 1])], [("y", FLOAT, [4, 8])], weights)
+    _, found = islands(path, FP16, {"t": np.float32([[999], [724], [481], [7]])})
+    assert {each.node: each.reason for each in found} == {"u": "joins", "m": "feeds", "s": "loss"}
+    assert found[1].of == "s" and found[1].measured == found[2].measured < 50
+    _, found = islands(path, FP16, {"t": np.float32([[999.3], [723.5], [481.2], [7.1]])})
+    assert {each.node: each.reason for each in found} == {"u": "feeds", "m": "feeds", "s": "loss"}
+
+
 def test_a_higher_threshold_keeps_more(wave):
     feeds = {"t": np.float32([999, 723.5, 481.25, 7])}
     assert "y" in [each.node for each in islands(wave, FP16, feeds, threshold=90)[1]]
@@ -244,6 +255,16 @@ def test_every_kind_of_node_finds_its_types(mixed, precision):
         "z": True,
     }
     assert {tensor.name: tensor.data_type for tensor in graph.initializer}["scales"] == FLOAT
+
+
+def test_a_comparison_reads_the_type_that_is_there(mixed):
+    for low, casts in ((False, 1), (True, 5)):
+        kinds = {name: low and possible for name, possible in all_low(mixed, FP16).items()}
+        (written,) = typed.write(mixed, "c", FP16, {**kinds, "a": False})
+        graph = onnx.load(written).graph
+        assert sum(each.op_type == "Cast" for each in graph.node) == casts
+        (less,) = [each for each in graph.node if each.op_type == "Less"]
+        assert [name.endswith(":fp16") for name in less.input] == [low, low]
 
 
 def test_a_weight_that_both_types_read_is_kept_in_both(tmp_path):
