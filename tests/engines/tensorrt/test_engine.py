@@ -151,8 +151,11 @@ def test_a_plan_for_more_rows_serves_fewer(unet, reference, trt):
         same(bound("sample"), reference(given))
         assert engine.chosen.profile.name == name
     assert {run[1]["sample"][0] for run in trt.runs} == {2, 4}
+    trt.runs.clear()
+    same(engine(feeds(5)), reference(feeds(5)))  # more than any plan takes: in parts
+    assert [run[1]["sample"][0] for run in trt.runs] == [4, 2]
     with pytest.raises(EngineError, match="no plan takes sample 5x4x8x8"):
-        engine(feeds(5))
+        engine.bind(feeds(5))
 
 
 def test_bound_arrays_are_sent_only_when_they_change(unet, reference, simulated_cuda):
