@@ -67,8 +67,8 @@ def site(backend: str, precision: str, target: Target) -> Site:
     except EngineError as error:
         if not BACKENDS[backend].ahead_of_time:
             raise
-        known = ",".join(BACKENDS[backend].architectures())
-        raise EngineError(f"{str(error).partition(':')[0]}: name the GPUs to build for, of --arch {known}") from None
+        names = ",".join(BACKENDS[backend].architectures())
+        raise EngineError(f"{str(error).partition(':')[0]}: name the GPUs to build for, of --arch {names}") from None
     _check_types(precision, (gpu.arch,))
     return Site(backend, str(module.__version__), (gpu.arch,), gpu.name)
 

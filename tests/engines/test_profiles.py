@@ -62,7 +62,7 @@ def test_of_two_dynamic_plans_the_closer_one_serves():
 
 
 def test_a_shape_outside_every_profile_is_told_with_what_was_built():
-    with pytest.raises(EngineError, match=r"no plan takes sample 2x4x64x64.*built are: range; large; small.*--shape"):
+    with pytest.raises(EngineError, match=r"no plan takes sample 2x4x64x64.*built are: large; range; small.*--shape"):
         closest("unet", PLANS, shapes(2, 64))
 
 
