@@ -292,9 +292,11 @@ def test_a_budget_that_is_not_met_tightens_and_then_fails_with_figures(made, wor
     assert left == set(others), "what failed is not left for anyone to load"
 
 
-def test_infinity_has_its_own_words(made, work, monkeypatch):
-    others = {name: part for name, part in made[1]["fp16"][0].items() if name != "text_encoder"}
-    planted(work.path("text_encoder/model.onnx"), 20)
+@pytest.mark.parametrize("name", ["text_encoder", "vae_encoder"])
+def test_infinity_has_its_own_words(made, work, name, monkeypatch):
+    """No image comes of the one; no image shows the other."""
+    others = {each: part for each, part in made[1]["fp16"][0].items() if each != name}
+    planted(work.path(f"{name}/model.onnx"), 20)
     monkeypatch.setattr(Islands, "find", lambda self, threshold, limit: [])
     with pytest.raises(QualityError, match=r"fp16 is not finite: .*use --precision fp32 or bf16"):
         lower(work, "fp16", done=others, scan=Scan(CAPTIONS[:1], steps=2))
