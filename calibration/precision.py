@@ -32,9 +32,9 @@ class Precision:
         return self.largest / MARGIN
 
 
-# Rounding alone gives 73 dB in fp16 and 55 dB in bf16. Measured on the trained pico and on random models of the topology
-# of SD1.5, SDXL and its refiner, the sine and cosine of timesteps come out at 25–39 dB in fp16 and at 5–12 dB in bf16,
-# and every other node at 57 dB and 38 dB or more. The thresholds lie in these gaps, both 23 dB under the rounding alone.
+# Rounding alone gives 73 dB in fp16 and 55 dB in bf16. Measured on the trained pico and on random models of the
+# topology of SD1.5, SDXL and its refiner, the sine and cosine of timesteps come out at 25–39 dB in fp16 and 5–12 dB in
+# bf16, and every other node at 57 dB and 38 dB or more. The thresholds lie in these gaps, 23 dB under rounding alone.
 PRECISIONS = {
     "fp16": Precision("fp16", "FLOAT16", 65504.0, 13, 50.0),
     "bf16": Precision("bf16", "BFLOAT16", 3.3895313892515355e38, 22, 32.0),
