@@ -605,15 +605,11 @@ class _Build:
         names = [*self._small_files(), "reports/parity.json"]
         lowered = [precision for precision in PRECISIONS if (work / ".stages" / f"quality.{precision}.json").is_file()]
         if lowered:
-            names += ["reports/precision.json", "reports/quality.json"]
-            write_json(work / names[-1], {p: self._report(f"quality.{p}", "quality") for p in lowered})
-            write_json(
-                work / names[-2],
-                {
-                    p: {name: self._report(f"{name}.{p}", "report") for name in self._typed(manifest, p)}
-                    for p in lowered
-                },
-            )
+            quality = {p: self._report(f"quality.{p}", "quality") for p in lowered}
+            kept = {p: {n: self._report(f"{n}.{p}", "report") for n in self._typed(manifest, p)} for p in lowered}
+            for name, report in (("quality", quality), ("precision", kept)):
+                names.append(f"reports/{name}.json")
+                write_json(work / names[-1], report)
         if plans:
             names.append("reports/plans.json")
             write_json(work / names[-1], {"warnings": warnings_of(plans), "plans": plans})

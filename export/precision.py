@@ -43,7 +43,7 @@ def lower_bundle(
     Raises `calibration.QualityError` when the images are too far from fp32.
     """
     root = bundle.root
-    keys = {name: _key(bundle, name, precision, scan) for name in bundle.manifest.components if name != step_graph.NAME}
+    keys = {name: _key(bundle, name, precision, scan) for name in _lowered(bundle)}
     done = {}
     for name, key in keys.items():
         found = _finished(root, root / ".stages", name, precision, key)
@@ -66,16 +66,29 @@ def lower_bundle(
 
 
 def others(bundle: Bundle, old: Path, precision: str) -> dict[str, dict[str, Variant]]:
-    """For each component, its models in other precisions than `precision` that the bundle at `old` has of it."""
+    """For each component, its models in other precisions than `precision` that the bundle at `old` has of it.
+
+    Their measured quality is taken over where all of them are.
+    """
     kept: dict[str, dict[str, Variant]] = {}
-    for name in bundle.manifest.components:
-        for other in PRECISIONS[1:]:
-            record = _record(_records(old), name, other) if other != precision else None
+    for other in PRECISIONS[1:]:
+        if other == precision:
+            continue
+        for name in bundle.manifest.components:
+            record = _record(_records(old), name, other)
             if record is not None and record.get("models") == _models(bundle, name):
                 found = _from_old(bundle.root, old, name, other, record["key"])
                 if found is not None:
                     kept.setdefault(name, {})[other] = Variant(found.model, found.files)
+        quality = _record(_records(old), "quality", other)
+        if quality is not None and all(other in kept.get(name, {}) for name in _lowered(bundle)):
+            write_json(bundle.root / ".stages" / f"quality.{other}.json", quality)
     return kept
+
+
+def _lowered(bundle: Bundle) -> list[str]:
+    """The components that have lower precisions."""
+    return [name for name in bundle.manifest.components if name != step_graph.NAME]
 
 
 def _models(bundle: Bundle, name: str) -> dict[str, str]:

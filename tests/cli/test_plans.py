@@ -92,15 +92,23 @@ def test_a_second_compile_builds_nothing_and_one_changed_weight_rebuilds_one_com
     assert gone == new == {"text_encoder"}
 
 
-def test_another_architecture_and_shape_are_kept_beside(planned, command, tmp_path, checkpoint_of):
+def test_another_architecture_precision_and_shape_are_kept_beside(planned, command, tmp_path, checkpoint_of):
     bundle = shutil.copytree(planned[0], tmp_path / "pico.bundle")
     before = plans(bundle)
-    done = command("compile", checkpoint_of("pico"), "-o", bundle, *BUILD, "--arch", "sm86", "--shape", "64x64,96x64")
+    how = ("--arch", "sm86", "--shape", "64x64,96x64", "--precision", "bf16")
+    done = command("compile", checkpoint_of("pico"), "-o", bundle, *BUILD, *how)
     assert done.returncode == 0, done.stderr
     after = plans(bundle)
     assert before.keys() < after.keys()
     new = [record for key, record in after.items() if key not in before]
     assert {tuple(record["archs"]) for record in new} == {("sm86",)}
+    assert {record["precision"] for record in new if record["component"] != "step"} == {"bf16"}
+    opened = Bundle.open(bundle)
+    opened.check()
+    assert all(
+        set(part.typed) == {"fp16", "bf16"} for name, part in opened.manifest.components.items() if name != "step"
+    )
+    assert set(json.loads((bundle / "reports/quality.json").read_text())) == {"fp16", "bf16"}
     assert sorted(record["profile"]["name"] for record in new if record["component"] == "unet") == [
         "64x64, batch 1",
         "96x64, batch 1",
