@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bundle import DiffoundryError, StoppedError
+    from .calibration import Scan
     from .export import compile
+    from .export.target import Target
     from .runtime.conditioning import Conditioning
     from .runtime.guidance import Guidance
     from .runtime.pipeline import Pipeline, Result, load
@@ -23,7 +25,9 @@ __all__ = [
     "Pipeline",
     "Request",
     "Result",
+    "Scan",
     "StoppedError",
+    "Target",
     "__version__",
     "compile",
     "load",
@@ -39,6 +43,8 @@ _HOMES = {
     "Pipeline": ".runtime.pipeline",
     "Request": ".runtime.request",
     "Result": ".runtime.pipeline",
+    "Scan": ".calibration",
+    "Target": ".export.target",
 }
 
 

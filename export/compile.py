@@ -51,6 +51,7 @@ from . import step_graph
 from .checkpoint import Checkpoint
 from .fuse import HOISTED, fuse
 from .loading import half_type
+from .place import STAGES, UNPACKED, check_target, recover, swap, tidy, work_folder
 from .plan import OPSET, ComponentPlan
 from .plans import Site, build_plans, count_plans, site, warnings_of
 from .precision import PRECISIONS, lower_bundle, others
@@ -66,8 +67,6 @@ Progress = Callable[[str, float, int], None]
 _REVISION = 3
 """Raise it when the exporter writes something else from the same input."""
 _TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnxruntime", "diffoundry")
-_FOLDERS = ("engines", "reports", "tokenizer", "tokenizer_2", "scheduler")
-_UNPACKED = ".checkpoint"
 _NEEDED_BY = {"vae_encoder": ("img2img", "inpaint")}
 """Components that not every task needs."""
 _DISK_MARGIN = 1.1
@@ -137,11 +136,11 @@ def compile(
         raise DiffoundryError(f"the output must be a path, found {out!r}")
     try:
         path = Path(out).resolve()
-        _check_target(path, checkpoint)
+        check_target(path, checkpoint)
         with exclusive(path):
-            _recover(path)
+            recover(path)
             try:
-                single = _unpack(checkpoint, _work(path), config, prediction_type)
+                single = _unpack(checkpoint, work_folder(path), config, prediction_type)
                 source = Checkpoint.open(single or checkpoint).replace(components or {})
                 family_name, rules = family_of(source, family)
                 wanted = _Wanted(name, precision, target or Target(), scan or Scan(), place)
@@ -153,14 +152,9 @@ def compile(
                 build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
                 return build.run()
             finally:
-                _tidy(_work(path))
+                tidy(work_folder(path))
     except OSError as error:
         raise disk_error(error) from error
-
-
-def _work(target: Path) -> Path:
-    """Where the bundle `target` is made."""
-    return target.parent / f".{target.name}.part"
 
 
 def _unpack(checkpoint: str | Path, work: Path, config: str | Path | None, prediction_type: str | None) -> Path | None:
@@ -173,9 +167,9 @@ def _unpack(checkpoint: str | Path, work: Path, config: str | Path | None, predi
     path = Path(checkpoint)
     folder = None if config is None else Path(config)
     told = [sha256_file(path), prediction_type or "", sha256_tree(folder) if folder is not None else ""]
-    unpacked = work / _UNPACKED / sha256_json(told)[:16]
+    unpacked = work / UNPACKED / sha256_json(told)[:16]
     if not unpacked.is_dir():
-        remove(work / _UNPACKED)
+        remove(work / UNPACKED)
         unpacked.parent.mkdir(parents=True)
         unpack(path, unpacked, config=folder, prediction_type=prediction_type)
     return unpacked
@@ -200,61 +194,12 @@ def _defaults(rules: Family, steps: int | None, guidance: float | None) -> tuple
     return chosen[0], float(chosen[1])
 
 
-def _tidy(work: Path) -> None:
-    """After a failure: leave the work folder only if a finished stage is in it."""
-    if not any((work / ".stages").glob("*.json")):
-        remove(work)
-
-
 def _require_export() -> None:
     for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript"):
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             raise DiffoundryError(f"compile needs {name}: run `pip install 'diffoundry[export]'`") from None
-
-
-def _check_target(target: Path, checkpoint: str | Path) -> None:
-    if not target.parent.is_dir():
-        raise DiffoundryError(f"the folder {target.parent} does not exist: make it, or choose another --output")
-    local = isinstance(checkpoint, (str, Path)) and Path(checkpoint).exists()
-    if local and Path(checkpoint).resolve().is_relative_to(target):
-        raise DiffoundryError(f"the bundle would overwrite the checkpoint {checkpoint}: choose another --output")
-    if target.exists() and not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise DiffoundryError(f"{target} exists and is no bundle: choose another --output, or remove it first")
-    strangers = _strangers(target)
-    if strangers:
-        raise DiffoundryError(
-            f"{target} holds {', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''}, which the bundle there "
-            "does not list and which would be lost: move it away, or choose another --output"
-        )
-
-
-def _strangers(target: Path) -> list[str]:
-    """Files in the bundle folder `target` that are not the bundle's: its folders hold nothing else."""
-    if not (target / MANIFEST_NAME).is_file():
-        return []
-    try:
-        manifest = read_json(target / MANIFEST_NAME, "the manifest")
-        folders = {*_FOLDERS, *manifest["components"]}
-    except (BundleError, LookupError, TypeError):
-        folders = set(_FOLDERS)
-    names = (path.relative_to(target) for path in target.rglob("*") if not path.is_dir())
-    own = (MANIFEST_NAME, "model_index.json")
-    return sorted(name.as_posix() for name in names if name.parts[0] not in folders and name.as_posix() not in own)
-
-
-def _old(target: Path) -> Path:
-    return target.parent / f".{target.name}.old"
-
-
-def _recover(target: Path) -> None:
-    """Undo or finish a swap of bundles that was interrupted between its two renames."""
-    if _old(target).exists():
-        if target.exists():
-            remove(_old(target))
-        else:
-            _old(target).rename(target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +233,7 @@ class _Build:
         self.source, self.family_name, self.rules, self.target = source, family_name, rules, target
         self.wanted = wanted
         self.progress = progress or (lambda stage, done, total: None)
-        self.work = _work(target)
+        self.work = work_folder(target)
         self.store = EngineStore(self.work / "engines")
         self.versions = {name: importlib.metadata.version(name) for name in _TOOLS}
         self.name = source.root.resolve().name
@@ -347,7 +292,7 @@ class _Build:
         ]
         sources = [component.model_files() for component in components.values()]
         self.store.prune([*sources, *(variant.files for variant in variants if variant is not None)])
-        self._swap()
+        swap(self.target)
         self.progress("done", total, total)
         return Bundle.open(self.target)
 
@@ -499,7 +444,7 @@ class _Build:
 
     def _record(self, name: str) -> dict[str, Any] | None:
         try:
-            return read_json(self.work / ".stages" / f"{name}.json", "the stage record")
+            return read_json(self.work / STAGES / f"{name}.json", "the stage record")
         except BundleError:
             return None
 
@@ -532,7 +477,7 @@ class _Build:
         return stage
 
     def _keep(self, name: str, stage: Stage) -> None:
-        (self.work / ".stages").mkdir(exist_ok=True)
+        (self.work / STAGES).mkdir(exist_ok=True)
         component = {name: getattr(stage.component, name) for name in ("model", "fused", "hoisted", "dtype", "files")}
         record = {
             "key": stage.component.key,
@@ -540,7 +485,7 @@ class _Build:
             "parity": stage.parity,
             "reference": stage.reference,
         }
-        write_json(self.work / ".stages" / f"{name}.json", record)
+        write_json(self.work / STAGES / f"{name}.json", record)
 
     def _build(self, plan: ComponentPlan, key: str) -> Stage:
         from .trace import trace
@@ -599,11 +544,11 @@ class _Build:
         write_json(work / "reports" / "parity.json", {name: stage.parity for name, stage in stages.items()})
         remove(work / "reports" / "stages")
         (work / "reports" / "stages").mkdir()
-        records = sorted((work / ".stages").glob("*.json"))
+        records = sorted((work / STAGES).glob("*.json"))
         for path in records:
             shutil.copyfile(path, work / "reports" / "stages" / path.name)
         names = [*self._small_files(), "reports/parity.json"]
-        lowered = [precision for precision in PRECISIONS if (work / ".stages" / f"quality.{precision}.json").is_file()]
+        lowered = [precision for precision in PRECISIONS if (work / STAGES / f"quality.{precision}.json").is_file()]
         if lowered:
             quality = {p: self._report(f"quality.{p}", "quality") for p in lowered}
             kept = {p: {n: self._report(f"{n}.{p}", "report") for n in self._typed(manifest, p)} for p in lowered}
@@ -622,13 +567,4 @@ class _Build:
         return [name for name, component in manifest.components.items() if precision in component.typed]
 
     def _report(self, stage: str, part: str) -> Any:
-        return read_json(self.work / ".stages" / f"{stage}.json", "the stage record").get(part)
-
-    def _swap(self) -> None:
-        """Put the finished folder in the place of the bundle; `_recover` mends a stop between the renames."""
-        remove(self.work / ".stages")
-        remove(self.work / _UNPACKED)
-        if self.target.exists():
-            self.target.rename(_old(self.target))
-        self.work.rename(self.target)
-        remove(_old(self.target))
+        return read_json(self.work / STAGES / f"{stage}.json", "the stage record").get(part)

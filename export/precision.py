@@ -11,6 +11,7 @@ from ..bundle import FULL, Bundle, BundleError, Variant
 from ..bundle.files import link_or_copy, read_json, sha256_file, sha256_json, write_json
 from ..calibration import RULE, Scan, Typed, lower
 from . import step_graph
+from .place import STAGES
 
 PRECISIONS = (FULL, "fp16", "bf16")
 
@@ -46,22 +47,22 @@ def lower_bundle(
     keys = {name: _key(bundle, name, precision, scan) for name in _lowered(bundle)}
     done = {}
     for name, key in keys.items():
-        found = _finished(root, root / ".stages", name, precision, key)
+        found = _finished(root, root / STAGES, name, precision, key)
         found = found or _from_old(root, old, name, precision, key)
         if found is not None:
             done[name] = found
     if len(done) == len(keys):
-        quality = _record(root / ".stages", "quality", precision) or _record(_records(old), "quality", precision)
+        quality = _record(root / STAGES, "quality", precision) or _record(_records(old), "quality", precision)
         if quality is not None and quality.get("key") == _quality_key(bundle, done, scan):
-            write_json(root / ".stages" / f"quality.{precision}.json", quality)
+            write_json(root / STAGES / f"quality.{precision}.json", quality)
             return Lowered(done, quality["quality"])
     typed, measured = lower(bundle, precision, done=done, scan=scan, progress=progress)
-    (root / ".stages").mkdir(exist_ok=True)
+    (root / STAGES).mkdir(exist_ok=True)
     for name, part in typed.items():
         value = {"key": keys[name], "models": _models(bundle, name), **asdict(part)}
-        write_json(root / ".stages" / f"{name}.{precision}.json", value)
+        write_json(root / STAGES / f"{name}.{precision}.json", value)
     value = {"key": _quality_key(bundle, typed, scan), "quality": measured}
-    write_json(root / ".stages" / f"quality.{precision}.json", value)
+    write_json(root / STAGES / f"quality.{precision}.json", value)
     return Lowered(typed, measured)
 
 
@@ -82,7 +83,7 @@ def others(bundle: Bundle, old: Path, precision: str) -> dict[str, dict[str, Var
                     kept.setdefault(name, {})[other] = Variant(found.model, found.files)
         quality = _record(_records(old), "quality", other)
         if quality is not None and all(other in kept.get(name, {}) for name in _lowered(bundle)):
-            write_json(bundle.root / ".stages" / f"quality.{other}.json", quality)
+            write_json(bundle.root / STAGES / f"quality.{other}.json", quality)
     return kept
 
 
@@ -136,6 +137,6 @@ def _from_old(root: Path, old: Path, name: str, precision: str, key: str) -> Typ
     if found is not None:
         for path in found.files:
             link_or_copy(old / path, root / path)
-        (root / ".stages").mkdir(exist_ok=True)
-        write_json(root / ".stages" / f"{name}.{precision}.json", _record(_records(old), name, precision))
+        (root / STAGES).mkdir(exist_ok=True)
+        write_json(root / STAGES / f"{name}.{precision}.json", _record(_records(old), name, precision))
     return found
