@@ -181,7 +181,7 @@ class _Lowering:
             return load
 
         every = {**self._done, **self._typed}
-        text = f"quality of {self._precision.name}"
+        text = "quality"
         engines = {name: loader(name, typed) for name, typed in every.items()}
         figures: dict[str, Any] = {"psnr_db": None, "prompts": [], "components": ratios}
         try:
