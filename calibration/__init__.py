@@ -1,9 +1,21 @@
 """Lower precisions whose exceptions are found by measurement."""
 
+from .emulation import emulation
 from .lowering import BUDGET_DB, RULE, lower
 from .precision import PRECISIONS, Precision
 from .quality import QualityError
 from .scan import DEFAULT_PROMPTS, Scan
 from .typed import Typed
 
-__all__ = ["BUDGET_DB", "DEFAULT_PROMPTS", "PRECISIONS", "RULE", "Precision", "QualityError", "Scan", "Typed", "lower"]
+__all__ = [
+    "BUDGET_DB",
+    "DEFAULT_PROMPTS",
+    "PRECISIONS",
+    "RULE",
+    "Precision",
+    "QualityError",
+    "Scan",
+    "Typed",
+    "emulation",
+    "lower",
+]

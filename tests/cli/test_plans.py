@@ -141,6 +141,22 @@ def test_without_a_gpu_run_says_so_and_onnxruntime_still_runs(planned, command, 
     assert json.loads(default.stdout)["precision"] == "fp32"
 
 
+def test_the_pictures_of_a_gpu_are_scored_on_the_cpu(planned, bundle_of):
+    import subprocess
+    import sys
+
+    def run(bundle, *options):
+        line = [sys.executable, "-m", "diffoundry.examples.pico.score", str(bundle), "--captions", "8", "--json"]
+        return subprocess.run([*line, *options], capture_output=True, text=True, timeout=300)
+
+    exact = json.loads(run(planned[0]).stdout)
+    rounded = json.loads(run(planned[0], "--precision", "fp16").stdout)
+    assert "psnr_db" not in exact
+    assert 35 <= rounded["psnr_db"]["worst"] < 100
+    assert abs(rounded["all"] - exact["all"]) <= 0.01
+    assert "has no fp16 models: compile it with" in run(bundle_of("pico"), "--precision", "fp16").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
