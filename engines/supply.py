@@ -91,6 +91,21 @@ class Supply:
             return []
         return [{key: part[1] for key, part in plan.profile.shapes.items()} for plan in self._plans(name, variant)]
 
+    def most_rows(self, height: int, width: int) -> int | None:
+        """The most rows of latents of this size that a plan of the U-Net takes; None where nothing sets a limit."""
+        variant = self._variant("unet")
+        if self._gpu is None or variant is None:
+            return None
+        shapes = [plan.profile.shapes["sample"] for plan in self._plans("unet", variant)]
+        return max(
+            (
+                largest[0]
+                for least, _, largest in shapes
+                if least[2] <= height <= largest[2] and least[3] <= width <= largest[3]
+            ),
+            default=None,
+        )
+
     def told(self) -> dict[str, Any]:
         """The engine, the precision, and where there are plans the one that served each component last."""
         told: dict[str, Any] = {"engine": str(self.engine), "precision": self.precision}

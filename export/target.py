@@ -151,7 +151,7 @@ def _step_profile(manifest: Manifest, target: Target, ranges: list[tuple[Size, S
     every = [[size[i] // down for part in ranges for size in part] for i in (0, 1)]
     widths, heights = ((min(sides), sides[0], max(sides)) for sides in every)
     axes: dict[str, tuple[int, ...]] = {
-        "batch": (1, 1, target.batch[1]),
+        "batch": (1, 1, rows[2]),  # images without guidance take one row each
         "calls": (1, rows[1], rows[2]),
         "channels": (manifest.latents.channels,) * 3,
         "height": heights,
@@ -161,7 +161,7 @@ def _step_profile(manifest: Manifest, target: Target, ranges: list[tuple[Size, S
         "steps": _STEPS,
         "steps_and_end": tuple(count + 1 for count in _STEPS),
     }
-    return _profile(manifest, step_graph.NAME, f"any of the sizes, batch {_shown((1, target.batch[1]))}", axes)
+    return _profile(manifest, step_graph.NAME, f"any of the sizes, 1-{rows[2]} rows", axes)
 
 
 def _shown(batch: tuple[int, int]) -> str:

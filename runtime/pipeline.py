@@ -196,7 +196,8 @@ class Pipeline:
     ) -> list[Result]:
         """Run several requests in one batch: all but their size may differ, and each image is what it is alone.
 
-        batch: images in one U-Net call (default: all). low_memory: drop each engine when its part is done.
+        batch: the most images in one U-Net call (default: all, or as many as its plans take).
+        low_memory: drop each engine when its part is done.
         callback: see `loop.Callback`; it counts the steps of all batches, each as long as its longest row.
         Raises `RequestError` for what the bundle cannot do, before anything is run.
         """
@@ -225,6 +226,7 @@ class Pipeline:
         with _timed(seconds, "loop"):
             parts = zip(jobs, told, encoded, strict=True)
             rows = [row for job, texts, made in parts for row in self._rows(job, texts, made)]
+            batch = min(batch, self._most_images(jobs))
             batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
             lengths = [max(row.table.steps for row in part) for part in batches]
             finished = []
@@ -250,6 +252,13 @@ class Pipeline:
                 )
             )
         return results
+
+    def _most_images(self, jobs: Sequence[Job]) -> int:
+        """The most images that one call of the U-Net takes."""
+        width, height = (side // self.bundle.manifest.latents.downscale for side in jobs[0].size)
+        rows = self._supply.most_rows(height, width)
+        joint = any(job.guidance.active and job.guidance.mode == "joint" for job in jobs)
+        return MOST_IMAGES if rows is None else max(1, rows // (2 if joint else 1))
 
     def _finish(self, job: Job, latents: Array, seconds: dict[str, float]) -> list[Image.Image]:
         request = job.request

@@ -52,9 +52,9 @@ def test_what_does_not_depend_on_the_size_has_one_plan(manifest):
     assert shapes(text, "input_ids") == ((1, 77), (2, 77), (16, 77))
     (step,) = profiles(manifest, "step", target)
     assert shapes(step, "registers")[0] == (1, 1, 4, 8, 8)
-    assert shapes(step, "registers")[2] == (8, 8, 4, 8, 16)
+    assert shapes(step, "registers")[2] == (16, 8, 4, 8, 16)
     assert shapes(step, "model_output")[2] == (16, 4, 8, 16)
-    assert shapes(step, "weights")[2] == (8, 1000, 8, 11)
+    assert shapes(step, "weights")[2] == (16, 1000, 8, 11)
 
 
 def test_the_rows_of_the_unet_follow_the_guidance(manifest):

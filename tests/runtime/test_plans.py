@@ -20,6 +20,7 @@ from diffoundry.engines.tensorrt.backend import Backend
 from diffoundry.engines.tensorrt.build import Recipe
 from diffoundry.engines.tensorrt.plan import PLAN_NAME
 from diffoundry.export.target import Target, profiles
+from diffoundry.runtime.guidance import Guidance
 from diffoundry.runtime.pipeline import Request, load
 from diffoundry.runtime.verify import verify
 from diffoundry.tests.engines.tensorrt.simulated import VERSION, SimulatedCuda, SimulatedTensorRT
@@ -77,7 +78,7 @@ def test_the_picture_is_that_of_onnx_runtime(planned, host):
     assert {name: plan["profile"] for name, plan in told["plans"].items()} == {
         "text_encoder": "77 tokens, 1-8 prompts",
         "unet": "64x64, batch 1",
-        "step": "any of the sizes, batch 1",
+        "step": "any of the sizes, 1-2 rows",
         "vae_decoder": "64x64",
     }
 
@@ -121,13 +122,15 @@ def test_a_size_outside_every_plan_is_told_before_the_loop(planned):
         drawn(load(planned, engine=ENGINE), width=128, height=64)
 
 
-def test_a_batch_beyond_the_plans_is_run_in_smaller_ones_or_refused(planned, host):
+@pytest.mark.parametrize(("guidance", "rows"), [(7.5, [2, 2, 2]), (1.0, [2, 2])])
+def test_a_batch_beyond_the_plans_is_run_in_smaller_ones(planned, host, trt, guidance, rows):
     pipe = load(planned, engine=ENGINE)
-    requests = [Request(PROMPT, seed=7, steps=4, count=2)]
-    alone = pipe.generate_many(requests, batch=1)[0].latents
-    np.testing.assert_allclose(alone, host.generate_many(requests, batch=1)[0].latents, atol=TOLERANCE)
-    with pytest.raises(EngineError, match="unet: no plan takes"):
-        pipe.generate_many(requests, batch=2)
+    request = Request(PROMPT, seed=7, steps=1, count=3, guidance=Guidance(guidance))
+    for batch in (None, 3):
+        trt.runs.clear()
+        found = pipe.generate(request, batch=batch).latents
+        np.testing.assert_allclose(found, host.generate(request).latents, atol=TOLERANCE)
+        assert [shapes["sample"][0] for name, shapes in trt.runs if name == "unet"] == rows
 
 
 def test_a_plan_that_was_changed_is_never_run(planned):
