@@ -1,10 +1,10 @@
 """Lower precisions whose exceptions are found by measurement."""
 
 from .emulation import emulation
-from .lowering import BUDGET_DB, RULE, lower
+from .lowering import RULE, lower
 from .precision import PRECISIONS, Precision
 from .quality import QualityError
-from .scan import DEFAULT_PROMPTS, Scan
+from .scan import BUDGET_DB, DEFAULT_PROMPTS, Scan
 from .typed import Typed
 
 __all__ = [

@@ -13,14 +13,18 @@ from ..engines import Array, Engine
 from ..runtime.pipeline import Pipeline
 from ..runtime.request import LARGEST_SIDE, Request, whole_number
 
+BUDGET_DB = 35.0
+"""The least PSNR of the images against float32 where none is asked for."""
 DEFAULT_PROMPTS = (
     "a photograph of a red fox sitting in tall grass at sunset, mountains in the background",
     "an oil painting of a crowded harbor town with white houses and blue boats",
+    "a portrait of an old woman in a yellow raincoat, soft light",
 )
 _MOST_STEPS = 1000
 _MOST_PROMPTS = 1024
 _SIDE_UNIT = 8
 _LARGEST_SEED = 2**62
+_LARGEST_BUDGET = 120
 Progress = Callable[[str, int, int], None]
 """`progress(text, done, total)`."""
 
@@ -30,6 +34,7 @@ class Scan:
     """What the loop is run with; prompt i is drawn from `seed + i`.
 
     steps: None for the bundle's own. size: width and height in pixels, None for the bundle's own.
+    budget_db: the least PSNR of the images against float32, the median of the prompts.
     Raises `RequestError` for what no bundle can run.
     """
 
@@ -37,6 +42,7 @@ class Scan:
     steps: int | None = None
     size: tuple[int, int] | None = None
     seed: int = 0
+    budget_db: float = BUDGET_DB
 
     def __post_init__(self) -> None:
         prompts = self.prompts
@@ -48,6 +54,10 @@ class Scan:
         object.__setattr__(self, "prompts", tuple(prompts))
         if self.steps is not None:
             object.__setattr__(self, "steps", whole_number("steps", self.steps, 1, _MOST_STEPS))
+        budget = self.budget_db
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= _LARGEST_BUDGET:
+            raise RequestError(f"the least PSNR must be from 0 to {_LARGEST_BUDGET} dB, found {budget!r}")
+        object.__setattr__(self, "budget_db", float(budget))
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, _LARGEST_SEED))
         if self.size is not None:
             if not isinstance(self.size, (tuple, list)) or len(self.size) != 2:

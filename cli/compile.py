@@ -62,6 +62,12 @@ if TYPE_CHECKING:
 @click.option("--scan-steps", type=int, metavar="N", help="fp16, bf16: steps of the scan. [default: the bundle's]")
 @click.option("--scan-size", metavar="WxH", help="fp16, bf16: size of its pictures. [default: the checkpoint's]")
 @click.option(
+    "--min-psnr",
+    type=float,
+    metavar="DB",
+    help="fp16, bf16: how near to fp32's the median picture of the scan must be. [default: 35]",
+)
+@click.option(
     "--family",
     type=click.Choice(["stable-diffusion", "stable-diffusion-xl", "latent-consistency"]),
     help="Override the family found in model_index.json.",
@@ -110,6 +116,7 @@ def compile_command(
     scan_prompts: str | None,
     scan_steps: int | None,
     scan_size: str | None,
+    min_psnr: float | None,
     family: str | None,
     tasks: str | None,
     components: tuple[str, ...],
@@ -142,7 +149,7 @@ def compile_command(
             engine=engine,
             precision=precision,
             target=_target(archs, shapes, dynamic, batch, flags, build_memory),
-            scan=_scan(scan_prompts, scan_steps, scan_size),
+            scan=_scan(scan_prompts, scan_steps, scan_size, min_psnr),
             family=family,
             tasks=None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()],
             components=read_pairs("--component", components, "NAME=FOLDER"),
@@ -194,7 +201,7 @@ def _target(
     )
 
 
-def _scan(prompts: str | None, steps: int | None, size: str | None) -> Scan | None:
+def _scan(prompts: str | None, steps: int | None, size: str | None, min_psnr: float | None) -> Scan | None:
     """What the loop is run with to find what stays in fp32; None when nothing was said of it."""
     from ..bundle import DiffoundryError
     from ..calibration import Scan
@@ -211,6 +218,8 @@ def _scan(prompts: str | None, steps: int | None, size: str | None) -> Scan | No
         told["steps"] = steps
     if size is not None:
         told["size"] = parse_size(size)
+    if min_psnr is not None:
+        told["budget_db"] = min_psnr
     return Scan(**told) if told else None
 
 

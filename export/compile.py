@@ -125,7 +125,7 @@ def compile(
     if target is not None and name.backend not in BACKENDS:
         raise DiffoundryError(f"the engine {name} has no plans to build: leave architectures, shapes and batch out")
     if scan is not None and precision == FULL:
-        raise DiffoundryError("fp32 needs no scan: leave its prompts, steps and size out")
+        raise DiffoundryError("fp32 needs no scan: leave its prompts, steps, size and PSNR out")
     if (trace_scheduler is None) != (not steps):
         raise DiffoundryError("a scheduler is traced for the step counts named: give both it and the counts")
     place = site(name.backend, precision, target or Target()) if name.backend in BACKENDS else None

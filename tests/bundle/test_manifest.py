@@ -61,6 +61,10 @@ def test_round_trip():
         (("latents", "mean"), [0.0], "one number a channel"),
         (("latents", "tile"), 0, "at least 1"),
         (("options",), {"a": 1}, "true or false"),
+        (("engine",), None, "'engine' must be of type str"),
+        (("components", "unet", "typed"), {"fp16": {"model": "a", "files": {}}}, "does not vouch for the model 'a'"),
+        (("components", "unet", "typed"), {"fp16": {"files": {}}}, "typed.fp16.model' is missing"),
+        (("components", "unet", "typed"), {"fp16": 1}, "is missing"),
     ],
 )
 def test_a_wrong_field_is_named(path, value, message):
@@ -73,7 +77,7 @@ def test_a_wrong_field_is_named(path, value, message):
         from_json(broken, "bundle.json")
 
 
-DEFAULTS = {"default_steps": 20, "default_guidance": 7.5, "options": {}}
+DEFAULTS = {"default_steps": 20, "default_guidance": 7.5, "engine": "onnxruntime", "options": {}}
 
 
 @pytest.mark.parametrize("name", [key for key in to_json(MANIFEST) if key not in ("schema_version", *DEFAULTS)])
@@ -93,6 +97,8 @@ def test_what_older_manifests_lack_has_its_old_meaning():
     for prompt in older["prompts"].values():
         for name in ("hidden", "skips", "pooled"):
             del prompt[name]
+    for component in older["components"].values():
+        del component["typed"]
     read = from_json(json.loads(json.dumps(older)), "bundle.json")
     assert {name: getattr(read, name) for name in DEFAULTS} == DEFAULTS
     assert {prompt.hidden for prompt in read.prompts.values()} == {"last_hidden_state"}

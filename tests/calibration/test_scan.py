@@ -17,6 +17,9 @@ from diffoundry.calibration.sessions import Calls
         ({"prompts": ()}, "from 1 to 1024 prompts"),
         ({"prompts": "a text"}, "from 1 to 1024 prompts in a list, found 'a text'"),
         ({"prompts": ("a", " ")}, "must be a text that is not empty, found ' '"),
+        ({"budget_db": -1}, "the least PSNR must be from 0 to 120 dB, found -1"),
+        ({"budget_db": "35"}, "the least PSNR must be from 0 to 120 dB, found '35'"),
+        ({"budget_db": float("nan")}, "the least PSNR must be from 0 to 120 dB, found nan"),
         ({"prompts": (1,)}, "must be a text that is not empty, found 1"),
         ({"steps": 0}, "steps must be a whole number from 1 to 1000, found 0"),
         ({"steps": 1.5}, "steps must be a whole number"),
@@ -37,7 +40,7 @@ def test_a_scan_that_cannot_be_run_is_refused(options, message):
 def test_a_scan_keeps_what_it_was_given():
     scan = Scan(["a", "b"], 3, [64, 128], 7)
     assert (scan.prompts, scan.steps, scan.size, scan.seed) == (("a", "b"), 3, (64, 128), 7)
-    assert len(Scan().prompts) == 2
+    assert (len(Scan().prompts), Scan().budget_db) == (3, 35.0)
 
 
 def test_psnr():

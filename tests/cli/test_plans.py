@@ -95,7 +95,7 @@ def test_a_second_compile_builds_nothing_and_one_changed_weight_rebuilds_one_com
 def test_another_architecture_precision_and_shape_are_kept_beside(planned, command, tmp_path, checkpoint_of):
     bundle = shutil.copytree(planned[0], tmp_path / "pico.bundle")
     before = plans(bundle)
-    how = ("--arch", "sm86", "--shape", "64x64,96x64", "--precision", "bf16")
+    how = ("--arch", "sm86", "--shape", "64x64,96x64", "--precision", "bf16", "--min-psnr", "20")
     done = command("compile", checkpoint_of("pico"), "-o", bundle, *BUILD, *how)
     assert done.returncode == 0, done.stderr
     after = plans(bundle)
@@ -113,6 +113,22 @@ def test_another_architecture_precision_and_shape_are_kept_beside(planned, comma
         "64x64, batch 1",
         "96x64, batch 1",
     ]
+
+
+def test_pictures_that_are_too_far_from_fp32_are_refused_unless_they_are_asked_for(
+    command, checkpoint_of, planned, tmp_path
+):
+    bundle = shutil.copytree(planned[0], tmp_path / "pico.bundle")
+    before = (bundle / "bundle.json").read_bytes()
+    line = ("compile", checkpoint_of("pico"), "-o", bundle, "--precision", "bf16", "--scan-steps", "2", "--min-psnr")
+    refused = command(*line, "110")
+    assert refused.returncode == 1
+    assert "bf16 images differ from fp32 by" in refused.stderr and "lower --min-psnr" in refused.stderr
+    assert (bundle / "bundle.json").read_bytes() == before
+    taken = command(*line, "5", "--json")
+    assert taken.returncode == 0, taken.stderr
+    quality = json.loads(taken.stdout)["quality"]
+    assert quality["budget_db"] == 5 and 5 <= quality["worst_db"] <= quality["psnr_db"] < 110
 
 
 def test_without_a_gpu_run_says_so_and_onnxruntime_still_runs(planned, command, tmp_path):
@@ -180,6 +196,8 @@ def test_run_refuses_what_the_bundle_has_not(planned, command, arguments, messag
         (("--scan-steps", "4"), "fp32 needs no scan"),
         (("--precision", "fp16", "--scan-steps", "0"), "steps"),
         (("--precision", "fp16", "--scan-prompts", "/no/such/file"), "cannot be read"),
+        (("--precision", "fp16", "--min-psnr", "200"), "from 0 to 120 dB"),
+        (("--min-psnr", "20"), "fp32 needs no scan"),
     ],
 )
 def test_compile_refuses_it_before_any_work_and_leaves_nothing(command, checkpoint_of, tmp_path, arguments, message):

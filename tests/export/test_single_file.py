@@ -394,6 +394,11 @@ def test_weights_come_back_as_they_were(kind, made, tmp_path):
         assert all(value.dtype == dtype and torch.equal(value, due[key].to(dtype)) for key, value in found.items())
 
 
+def assert_computed_alike(found, due):
+    """Equal weights give equal values but for the last bits, which on some processors follow where the weights lie."""
+    torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "refiner"])
 def test_pipelines_load_it_and_compute_the_same(kind, made, tmp_path):
     file = made(kind)
@@ -404,7 +409,7 @@ def test_pipelines_load_it_and_compute_the_same(kind, made, tmp_path):
         again = getattr(loaded, name)
         assert type(again) is type(model)
         for found, due in zip(outputs(again), outputs(model), strict=True):
-            assert torch.equal(found, due)
+            assert_computed_alike(found, due)
     assert loaded.vae.config.scaling_factor == file.models["vae"].config.scaling_factor
 
 
@@ -412,7 +417,7 @@ def test_pipelines_load_it_and_compute_the_same(kind, made, tmp_path):
 def test_unusual_unets_compute_the_same(kind, made, tmp_path):
     unpack(made(kind).path, tmp_path / "out")
     again = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
-    assert torch.equal(outputs(again)[0], outputs(made(kind).models["unet"])[0])
+    assert_computed_alike(outputs(again)[0], outputs(made(kind).models["unet"])[0])
 
 
 def test_diffusers_reads_the_same_weights_from_the_file(made, tmp_path):
