@@ -82,6 +82,16 @@ def inside(root: Path, relative: str) -> Path:
     return path
 
 
+def holds(root: Path, files: Any) -> bool:
+    """Whether `files` maps paths inside `root` to the SHA-256 that each has; False for anything else, and for {}."""
+    if not isinstance(files, dict) or not files:
+        return False
+    try:
+        return all(isinstance(name, str) and sha256_file(inside(root, name)) == sha for name, sha in files.items())
+    except (BundleError, OSError):
+        return False
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` hold what `source` holds, without copying where the file system can link."""
     target.parent.mkdir(parents=True, exist_ok=True)

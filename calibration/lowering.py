@@ -215,9 +215,9 @@ class _Lowering:
         best = max(each["psnr_db"] or 0.0 for each in tries)
         worst = min(last["components"].items(), key=lambda item: min(item[1].values()))
         return QualityError(
-            f"{name} images differ from fp32 by {best:.1f} dB PSNR, {budget:g} are asked: after {len(tries)} "
-            f"tries {worst[0]} loses most, {min(worst[1].values()):.1f} dB against fp32; {remedy}, "
-            "or take what is left with a lower --min-psnr"
+            f"{name} images differ from fp32 by {best:.1f} dB PSNR, {budget:g} are asked, however much stays in "
+            f"fp32 (tries: {len(tries)}): {worst[0]} loses most, {min(worst[1].values()):.1f} dB against fp32; "
+            f"{remedy}, take what is left with a lower --min-psnr, or scan other prompts and more steps"
         )
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ..export.target import Target
 
 
+_LARGEST_PROMPTS = 1 << 20
+
+
 @click.command("compile")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The bundle folder to make.")
@@ -189,8 +192,12 @@ def _target(
     from ..export.target import Target, parse_batch, parse_range, parse_size
 
     chosen = tuple(name.replace("_", "-") for name, on in flags.items() if on)
-    if not (archs or shapes or dynamic or batch or chosen or build_memory is not None):
+    said = (*archs, *shapes, *filter(None, chosen), dynamic, batch, build_memory)
+    if all(value is None for value in said):
         return None
+    for name, texts in (("--arch", archs), ("--shape", shapes)):
+        if texts and not read_list(texts):
+            raise click.UsageError(f"{name} names nothing: leave it out, or name one")
     return Target(
         archs=tuple(read_list(archs)),
         sizes=tuple(parse_size(text) for text in read_list(shapes)),
@@ -210,10 +217,14 @@ def _scan(prompts: str | None, steps: int | None, size: str | None, min_psnr: fl
     told: dict[str, Any] = {}
     if prompts is not None:
         try:
-            text = Path(prompts).read_text(encoding="utf-8")
+            if not Path(prompts).is_file() or Path(prompts).stat().st_size > _LARGEST_PROMPTS:
+                raise OSError(f"it is no file of up to {_LARGEST_PROMPTS >> 10} KiB")
+            text = Path(prompts).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DiffoundryError(f"the prompts of the scan cannot be read from {prompts}: {error}") from None
         told["prompts"] = tuple(line.strip() for line in text.splitlines() if line.strip())
+        if not told["prompts"]:
+            raise DiffoundryError(f"{prompts} holds no prompt for the scan: write one a line")
     if steps is not None:
         told["steps"] = steps
     if size is not None:
@@ -238,10 +249,10 @@ def _quality(root: Path, precision: str) -> dict[str, Any]:
     return found
 
 
-def _worst_error(root: object) -> dict[str, float]:
+def _worst_error(root: Path) -> dict[str, float]:
     from ..bundle.files import read_json
 
-    parity = read_json(Path(str(root)) / "reports" / "parity.json", "the parity report")
+    parity = read_json(root / "reports" / "parity.json", "the parity report")
     return {
         name: max(case["max_abs_error"] for case in part["cases"]) for name, part in parity.items() if name != "step"
     }

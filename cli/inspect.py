@@ -94,35 +94,39 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
 
 def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
     """How far each lower precision is from fp32, and how much of each component stays in fp32."""
+    from ..bundle.reports import is_quality, is_report
+
     for precision, components in reports.get("precision", {}).items():
         quality = reports.get("quality", {}).get(precision, {})
         kept = []
-        for name, report in components.items():
-            with suppress(LookupError, TypeError):
+        for name, report in components.items() if isinstance(components, dict) else ():
+            if is_report(report):
                 counts = report["nodes"]
                 kept.append(f"{name} {counts['kept']} of {counts['kept'] + counts['low']}")
-        distance = f"images {quality['psnr_db']:.1f} dB from fp32" if quality.get("psnr_db") else "not measured"
+        distance = f"images {quality['psnr_db']:.1f} dB from fp32" if is_quality(quality) else "not measured"
         yield f"{precision}: {distance}; nodes that stay in fp32: {', '.join(kept) or 'not recorded'}"
 
 
 def _plan_line(record: dict[str, Any]) -> str:
     """What a plan is for, how big it is, what it is made of, and what it took to build it."""
-    try:
-        made, memory = record["made_of"], record["memory"]
-        layers = ", ".join(f"{count} {precision}" for precision, count in made["layers"].items())
-        attention = made["attention"]
-        fused = f"; attention fused {attention['fused']} of {attention['of']}" if attention["of"] else ""
-        place = record["device"] or ", ".join(record["archs"])
-        peak = record["peak_bytes"]
-        flags = "".join(f", {flag}" for flag in record["flags"])
-        return (
-            f"engines/{record['key'][:32]}: {record['component']} {record['precision']}, {record['profile']['name']}"
-            f"{flags}, for {place} ({record['backend']} {record['version']}); {_size(record['bytes'])}, "
-            f"weights {_size(memory.get('weights', 0)) if memory.get('weights') else 'none'}; layers: {layers}{fused}; "
-            f"built in {record['seconds']:.0f} s" + (f" with {peak / 2**30:.1f} GiB" if peak else "")
-        )
-    except (LookupError, TypeError, ValueError, AttributeError):
+    from ..engines.tensorrt.plan import is_measured
+
+    if not is_measured(record):
         return f"engines/{str(record.get('key'))[:32]}: its record is damaged; compile the bundle again"
+    made, memory, peak = record["made_of"], record["memory"], record["peak_bytes"]
+    layers = ", ".join(f"{count} {precision}" for precision, count in made["layers"].items())
+    attention = made["attention"]
+    fused = f"; attention fused {attention['fused']} of {attention['of']}" if attention["of"] else ""
+    archs = record.get("archs")
+    place = record.get("device") or ", ".join(map(str, archs if isinstance(archs, list) else ()))
+    flags = "".join(f", {flag}" for flag in record.get("flags") or ())
+    weights = _size(memory["weights"]) if memory.get("weights") else "none"
+    return (
+        f"engines/{record['key'][:32]}: {record.get('component')} {record.get('precision')}, "
+        f"{record['profile'].get('name')}{flags}, for {place} ({record.get('backend')} {record.get('version')}); "
+        f"{_size(record['bytes'])}, weights {weights}; layers: {layers}{fused}; "
+        f"built in {record['seconds']:.0f} s" + (f" with {peak / 2**30:.1f} GiB" if peak else "")
+    )
 
 
 def _grouped(tensors: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -188,9 +188,17 @@ def run_command(
             result = generate_refined(
                 pipeline, second, request, **part, batch=batch, low_memory=True, callback=callback
             )
-    manifest = pipeline.bundle.manifest
+    manifest, told = pipeline.bundle.manifest, pipeline.told()
+    how_run = {name: told[name] for name in ("engine", "precision")}
     for path, image, own in zip(paths, result.images, result.seeds, strict=True):
-        made = {**result.request, "seed": own, "count": 1, "source": manifest.source, "diffoundry": __version__}
+        made = {
+            **result.request,
+            "seed": own,
+            "count": 1,
+            "source": manifest.source,
+            "diffoundry": __version__,
+            **how_run,
+        }
         save_png(image, path, made)
     for name, text in result.cut.items():
         left = "".join(letter if letter.isprintable() else " " for letter in text[:_LONGEST_TOLD])
@@ -202,7 +210,7 @@ def run_command(
                 {
                     "images": [{"path": str(path), "seed": own} for path, own in zip(paths, result.seeds, strict=True)],
                     "request": result.request,
-                    **pipeline.told(),
+                    **told,
                     "cut": result.cut,
                     "seconds": {name: round(value, 4) for name, value in result.seconds.items()},
                 },

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import BundleError
-from ..bundle.files import inside, read_json, sha256_file, sha256_json, write_json
+from ..bundle.files import holds, read_json, sha256_file, sha256_json, write_json
 
 RECORD_NAME = "engine.json"
 _ABANDONED_SECONDS = 6 * 3600
@@ -38,14 +38,24 @@ class EngineStore:
             return None
         try:
             record = read_json(folder / RECORD_NAME, "the engine record")
-            files = record.get("files")
-            named = record.get("key") == key and isinstance(files, dict) and bool(files)
-            if named and all(sha256_file(inside(folder, name)) == digest for name, digest in record["files"].items()):
+            if record.get("key") == key and holds(folder, record.get("files")):
                 return folder
-        except (BundleError, OSError):
+        except BundleError:
             pass
-        shutil.rmtree(folder, ignore_errors=True)
+        self.drop(key)
         return None
+
+    def drop(self, key: str) -> None:
+        """Remove the engine `key`."""
+        shutil.rmtree(self.root / key, ignore_errors=True)
+
+    def problems(self) -> list[str]:
+        """The engines whose files are not those of their record, a line each."""
+        return [
+            f"engines/{record['key']} was changed after it was built"
+            for record in self.records()
+            if not holds(self.root / record["key"], record.get("files"))
+        ]
 
     @contextmanager
     def building(self, key: str, record: dict[str, Any]) -> Iterator[Path]:

@@ -31,10 +31,18 @@ class Supply:
         """
         manifest = bundle.manifest
         self._bundle = bundle
-        self.engine = EngineName.parse(manifest.engine if engine is None else engine)
+        try:
+            self.engine = EngineName.parse(manifest.engine if engine is None else engine)
+        except EngineError as error:
+            where = f"{bundle.root}/bundle.json: " if engine is None else ""
+            raise EngineError(f"{where}{error}") from None
         own = FULL if self.engine.on_cpu and manifest.precision != AS_EXPORTED else manifest.precision
         self.precision = own if precision is None else precision
         self._store = None if bundle.foreign else EngineStore(bundle.root / "engines")
+        if weight_budget is not None and (
+            not isinstance(weight_budget, int) or isinstance(weight_budget, bool) or weight_budget <= 0
+        ):
+            raise EngineError(f"the budget for weights must be a number of bytes above 0, found {weight_budget!r:.80}")
         self._budget = weight_budget
         self._gpu: Any = None
         self._version = ""
@@ -134,7 +142,7 @@ class Supply:
         known = {FULL, *(name for part in self._bundle.manifest.components.values() for name in part.typed)}
         if self._bundle.foreign:
             known = {AS_EXPORTED}
-        if self.precision not in known:
+        if not isinstance(self.precision, str) or self.precision not in known:
             raise EngineError(
                 f"{self._bundle.root} has the precisions {', '.join(sorted(known))}, not {self.precision!r}: "
                 "choose one of them, or compile the checkpoint again"

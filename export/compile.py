@@ -26,11 +26,11 @@ from ..bundle import (
     Latents,
     Manifest,
     Prompt,
-    Variant,
 )
 from ..bundle.files import (
     disk_error,
     exclusive,
+    holds,
     link_or_copy,
     read_json,
     remove,
@@ -45,6 +45,7 @@ from ..engines import EngineStore
 from ..engines.names import ONNXRUNTIME, EngineName
 from ..engines.onnxruntime import OnnxRuntimeEngine, load_component, require_provider
 from ..engines.tensorrt.backend import BACKENDS
+from ..engines.tensorrt.build import clean
 from ..runtime.guidance import Guidance
 from ..runtime.request import Request
 from . import step_graph
@@ -54,7 +55,7 @@ from .loading import half_type
 from .place import STAGES, UNPACKED, check_target, recover, swap, tidy, work_folder
 from .plan import OPSET, ComponentPlan
 from .plans import Site, build_plans, count_plans, site, warnings_of
-from .precision import PRECISIONS, lower_bundle, others
+from .precision import PRECISIONS, Lowered, lower_bundle, others, variants
 from .single_file import is_single_file, unpack
 from .target import Target
 
@@ -122,8 +123,14 @@ def compile(
     name = EngineName.parse(engine)
     if precision not in PRECISIONS:
         raise DiffoundryError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    for what, value, kind in (("target", target, Target), ("scan", scan, Scan)):
+        if value is not None and not isinstance(value, kind):
+            raise DiffoundryError(f"the {what} must be a diffoundry.{kind.__name__}, found {type(value).__name__}")
     if target is not None and name.backend not in BACKENDS:
-        raise DiffoundryError(f"the engine {name} has no plans to build: leave architectures, shapes and batch out")
+        raise DiffoundryError(
+            f"the engine {name} builds no plans: leave out what is said of them "
+            "(architectures, shapes, batch, flags, memory)"
+        )
     if scan is not None and precision == FULL:
         raise DiffoundryError("fp32 needs no scan: leave its prompts, steps, size and PSNR out")
     if (trace_scheduler is None) != (not steps):
@@ -262,13 +269,13 @@ class _Build:
         manifest = self._with_files(manifest, stages)
         bundle = Bundle(self.work, replace(manifest, engine=ONNXRUNTIME, precision=FULL))
         kept: dict[str, frozenset[str]] = {}
-        typed = others(bundle, self.target, self.wanted.precision)
+        lowered = others(bundle, self.target, self.wanted.precision)
         if lowers:
             part = self._part(len(plans) + 1, total)
-            lowered = lower_bundle(bundle, self.target, self.wanted.precision, self.wanted.scan, part)
-            kept = lowered.kept(self.work)
-            for name, made in lowered.typed.items():
-                typed.setdefault(name, {})[self.wanted.precision] = Variant(made.model, made.files)
+            made = lower_bundle(bundle, self.target, self.wanted.precision, self.wanted.scan, part)
+            kept = made.kept(self.work)
+            lowered[self.wanted.precision] = made
+        typed = variants(lowered)
         components = {
             name: replace(component, typed=typed.get(name, {})) for name, component in manifest.components.items()
         }
@@ -286,12 +293,8 @@ class _Build:
                 lambda what, done, part: self.progress(what, total - 1 - built + done + part, total),
             )
         self.progress("write the bundle", total - 1, total)
-        self._write(stages, manifest, described)
-        variants = [
-            component.variant(precision) for component in components.values() for precision in (FULL, *component.typed)
-        ]
-        sources = [component.model_files() for component in components.values()]
-        self.store.prune([*sources, *(variant.files for variant in variants if variant is not None)])
+        self._write(stages, manifest, lowered, described)
+        self._sweep(manifest)
         swap(self.target)
         self.progress("done", total, total)
         return Bundle.open(self.target)
@@ -409,7 +412,7 @@ class _Build:
         models = 1.0 + (0.0 if wanted.precision == FULL else width)
         models += 1.0 if wanted.site is None else width * wanted.target.count()
         needed = 0.0
-        for name in {plan.source for plan in plans if self._record(plan.name) is None}:
+        for name in {plan.source for plan in plans if not self._is_known(plan.name)}:
             files = [path for path in self.source.folder(name).iterdir() if path.suffix in (".safetensors", ".bin")]
             largest = max((path.stat().st_size for path in files), default=0)
             in_float32 = largest * (2 if half_type(self.source.folder(name)) is not None else 1)
@@ -417,8 +420,8 @@ class _Build:
         free = shutil.disk_usage(self.work).free
         if free < needed:
             raise DiffoundryError(
-                f"the bundle needs about {needed / 1e9:.1f} GB at {self.target.parent}, "
-                f"{free / 1e9:.1f} GB are free: free some disk space and run the same command again"
+                f"the bundle needs about {needed / 1e6:,.0f} MB at {self.target.parent}, "
+                f"{free / 1e6:,.0f} MB are free: free some disk space and run the same command again"
             )
 
     def _stage(self, plan: ComponentPlan, source_hash: str) -> Stage:
@@ -448,6 +451,10 @@ class _Build:
         except BundleError:
             return None
 
+    def _is_known(self, name: str) -> bool:
+        """Whether a component was made before, here or in the bundle that is replaced."""
+        return self._record(name) is not None or (self.target / "reports" / "stages" / f"{name}.json").is_file()
+
     def _finished(self, root: Path, record: dict[str, Any] | None, key: str) -> Stage | None:
         if record is None or record.get("key") != key:
             return None
@@ -457,9 +464,12 @@ class _Build:
                 parts["model"], parts["dtype"], parts["files"], key=key, fused=parts["fused"], hoisted=parts["hoisted"]
             )
             stage = Stage(component, record["parity"], record["reference"])
-            if all(sha256_file(root / name) == sha for name, sha in {**component.files, **stage.reference}.items()):
+            graphs = {component.model, *filter(None, (component.fused, component.hoisted))}
+            measured = all(float(case["max_abs_error"]) >= 0 for case in stage.parity["cases"])
+            whole = holds(root, component.files) and holds(root, stage.reference)
+            if measured and whole and graphs <= set(component.files):
                 return stage
-        except (KeyError, TypeError, OSError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             pass
         return None
 
@@ -538,33 +548,44 @@ class _Build:
         store = self.store if self.wanted.engine.backend == ONNXRUNTIME else None
         return load_component(self.work, name, component, provider=self.wanted.provider, store=store)
 
-    def _write(self, stages: dict[str, Stage], manifest: Manifest, plans: list[dict[str, Any]]) -> None:
+    def _write(
+        self,
+        stages: dict[str, Stage],
+        manifest: Manifest,
+        lowered: dict[str, Lowered],
+        plans: list[dict[str, Any]],
+    ) -> None:
         """The reports, and the manifest with the hash of every file."""
         work = self.work
-        write_json(work / "reports" / "parity.json", {name: stage.parity for name, stage in stages.items()})
+        reports: dict[str, Any] = {"parity": {name: stage.parity for name, stage in stages.items()}}
+        if lowered:
+            reports["precision"] = {precision: each.reports() for precision, each in lowered.items()}
+            reports["quality"] = {precision: each.quality for precision, each in lowered.items()}
+        if plans:
+            reports["plans"] = {"warnings": warnings_of(plans), "plans": plans}
+        for name, report in reports.items():
+            write_json(work / "reports" / f"{name}.json", report)
         remove(work / "reports" / "stages")
         (work / "reports" / "stages").mkdir()
-        records = sorted((work / STAGES).glob("*.json"))
-        for path in records:
+        for path in sorted((work / STAGES).glob("*.json")):
             shutil.copyfile(path, work / "reports" / "stages" / path.name)
-        names = [*self._small_files(), "reports/parity.json"]
-        lowered = [precision for precision in PRECISIONS if (work / STAGES / f"quality.{precision}.json").is_file()]
-        if lowered:
-            quality = {p: self._report(f"quality.{p}", "quality") for p in lowered}
-            kept = {p: {n: self._report(f"{n}.{p}", "report") for n in self._typed(manifest, p)} for p in lowered}
-            for name, report in (("quality", quality), ("precision", kept)):
-                names.append(f"reports/{name}.json")
-                write_json(work / names[-1], report)
-        if plans:
-            names.append("reports/plans.json")
-            write_json(work / names[-1], {"warnings": warnings_of(plans), "plans": plans})
-        files = self._hashes(names)
+        files = self._hashes([*self._small_files(), *(f"reports/{name}.json" for name in reports)])
         for stage in stages.values():
             files.update(stage.reference)
         write_json(work / MANIFEST_NAME, to_json(replace(manifest, files=files)))
 
-    def _typed(self, manifest: Manifest, precision: str) -> list[str]:
-        return [name for name, component in manifest.components.items() if precision in component.typed]
-
-    def _report(self, stage: str, part: str) -> Any:
-        return read_json(self.work / STAGES / f"{stage}.json", "the stage record").get(part)
+    def _sweep(self, manifest: Manifest) -> None:
+        """Remove what interrupted runs left: files that the bundle does not list, engines of other models."""
+        listed = manifest.all_files()
+        for name in manifest.components:
+            for path in (self.work / name).iterdir():
+                if path.relative_to(self.work).as_posix() not in listed:
+                    remove(path)
+        sources = [component.model_files() for component in manifest.components.values()]
+        for component in manifest.components.values():
+            for precision in (FULL, *component.typed):
+                variant = component.variant(precision)
+                if variant is not None:
+                    sources.append(variant.files)
+        clean(self.store)
+        self.store.prune(sources)

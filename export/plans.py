@@ -12,7 +12,8 @@ from ..bundle.files import read_json
 from ..engines import EngineStore
 from ..engines.cache import RECORD_NAME
 from ..engines.tensorrt.backend import BACKENDS
-from ..engines.tensorrt.build import Recipe, build, find
+from ..engines.tensorrt.build import build, find
+from ..engines.tensorrt.recipe import Recipe
 from . import step_graph
 from .target import Target, profiles
 
@@ -65,6 +66,10 @@ def site(backend: str, precision: str, target: Target) -> Site:
     try:
         gpu = Device()
     except EngineError as error:
+        at_the_gpu = [flag for flag in _AT_THE_GPU if flag in flags]
+        if at_the_gpu:
+            reason = f"{' and '.join(at_the_gpu)} plans are built on the machine that has the GPU"
+            raise EngineError(f"{str(error).partition(':')[0]}: {reason}") from None
         if not BACKENDS[backend].ahead_of_time:
             raise
         names = ",".join(BACKENDS[backend].architectures())

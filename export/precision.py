@@ -1,4 +1,4 @@
-"""The stage that writes lower precisions: done once for each component, scan and rule."""
+"""The stage that writes lower precisions: done once for all that decides it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,82 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import FULL, Bundle, BundleError, Variant
-from ..bundle.files import link_or_copy, read_json, sha256_file, sha256_json, write_json
+from ..bundle.files import holds, link_or_copy, read_json, sha256_json, write_json
+from ..bundle.reports import is_quality, is_report
 from ..calibration import RULE, Scan, Typed, lower
 from . import step_graph
 from .place import STAGES
 
 PRECISIONS = (FULL, "fp16", "bf16")
+_DECIDE = ("scheduler/", "tokenizer/", "tokenizer_2/")
+"""Small files that decide what the loop is run with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """The components of a bundle in a lower precision, and how far its images are from fp32."""
+    """The components of a bundle in a lower precision, and how far its images are from fp32.
 
+    key: hash of all that decided them. models: the fp32 files of each component that they were made of.
+    """
+
+    key: str
+    models: dict[str, dict[str, str]]
     typed: dict[str, Typed]
     quality: dict[str, Any]
 
     def kept(self, root: Path) -> dict[str, frozenset[str]]:
         """The names of the ONNX nodes of each component that stayed in fp32. root: the bundle's folder."""
         return {name: _node_names(root / part.model, part.report["islands"]) for name, part in self.typed.items()}
+
+    def reports(self) -> dict[str, Any]:
+        """What was kept in fp32 and why, by component."""
+        return {name: part.report for name, part in self.typed.items()}
+
+
+def lower_bundle(
+    bundle: Bundle, old: Path, precision: str, scan: Scan, progress: Callable[[str, int, int], None]
+) -> Lowered:
+    """Lower the components of `bundle`, or take over what an earlier run or the bundle at `old` has of the same.
+
+    What a component computes depends on all of them, so that all are measured again when one has changed; where that
+    gives the same types, it gives the same files. Raises `calibration.QualityError` when the images are too far off.
+    """
+    root = bundle.root
+    key = _key(bundle, precision, scan)
+    found = _read(root, root / STAGES, precision)
+    if found is None or found.key != key:
+        found = _from_old(root, old, precision)
+    if found is None or found.key != key:
+        typed, quality = lower(bundle, precision, done={}, scan=scan, progress=progress)
+        found = Lowered(key, _models(bundle), typed, quality)
+    _keep(root, precision, found)
+    return found
+
+
+def others(bundle: Bundle, old: Path, precision: str) -> dict[str, Lowered]:
+    """The other precisions than `precision` that the bundle at `old` has of the very models of `bundle`.
+
+    What an interrupted run left of them is forgotten.
+    """
+    kept: dict[str, Lowered] = {}
+    for other in PRECISIONS[1:]:
+        if other == precision:
+            continue
+        _record(bundle.root / STAGES, other).unlink(missing_ok=True)
+        found = _from_old(bundle.root, old, other)
+        if found is not None and found.models == _models(bundle):
+            _keep(bundle.root, other, found)
+            kept[other] = found
+    return kept
+
+
+def variants(lowered: dict[str, Lowered]) -> dict[str, dict[str, Variant]]:
+    """The models of each component by precision, as the manifest has them."""
+    found: dict[str, dict[str, Variant]] = {}
+    for precision, each in lowered.items():
+        for name, part in each.typed.items():
+            found.setdefault(name, {})[precision] = Variant(part.model, part.files)
+    return found
 
 
 def _node_names(model: Path, islands: list[dict[str, Any]]) -> frozenset[str]:
@@ -36,107 +94,59 @@ def _node_names(model: Path, islands: list[dict[str, Any]]) -> frozenset[str]:
     return frozenset(node.name for node in graph.node if outputs.intersection(node.output))
 
 
-def lower_bundle(
-    bundle: Bundle, old: Path, precision: str, scan: Scan, progress: Callable[[str, int, int], None]
-) -> Lowered:
-    """Lower the components of `bundle`, taking over what an earlier run or the bundle at `old` has of them.
+def _models(bundle: Bundle) -> dict[str, dict[str, str]]:
+    """The fp32 files of each component that has lower precisions."""
+    found = {
+        name: component.variant(FULL)
+        for name, component in bundle.manifest.components.items()
+        if name != step_graph.NAME
+    }
+    return {name: variant.files for name, variant in found.items() if variant is not None}
 
-    Raises `calibration.QualityError` when the images are too far from fp32.
-    """
-    root = bundle.root
-    keys = {name: _key(bundle, name, precision, scan) for name in _lowered(bundle)}
-    done = {}
-    for name, key in keys.items():
-        found = _finished(root, root / STAGES, name, precision, key)
-        found = found or _from_old(root, old, name, precision, key)
-        if found is not None:
-            done[name] = found
-    if len(done) == len(keys):
-        quality = _record(root / STAGES, "quality", precision) or _record(_records(old), "quality", precision)
-        if quality is not None and quality.get("key") == _quality_key(bundle, done, scan):
-            write_json(root / STAGES / f"quality.{precision}.json", quality)
-            return Lowered(done, quality["quality"])
-    typed, measured = lower(bundle, precision, done=done, scan=scan, progress=progress)
+
+def _key(bundle: Bundle, precision: str, scan: Scan) -> str:
+    return sha256_json(
+        {
+            "rule": RULE,
+            "models": _models(bundle),
+            "precision": precision,
+            "scan": {**asdict(scan), **scan.record(bundle)},
+            "tasks": list(bundle.manifest.tasks),
+            "options": bundle.manifest.options,
+            "files": {path: sha for path, sha in bundle.manifest.files.items() if path.startswith(_DECIDE)},
+        }
+    )
+
+
+def _record(folder: Path, precision: str) -> Path:
+    return folder / f"precision.{precision}.json"
+
+
+def _keep(root: Path, precision: str, lowered: Lowered) -> None:
     (root / STAGES).mkdir(exist_ok=True)
-    for name, part in typed.items():
-        value = {"key": keys[name], "models": _models(bundle, name), **asdict(part)}
-        write_json(root / STAGES / f"{name}.{precision}.json", value)
-    value = {"key": _quality_key(bundle, typed, scan), "quality": measured}
-    write_json(root / STAGES / f"quality.{precision}.json", value)
-    return Lowered(typed, measured)
+    write_json(_record(root / STAGES, precision), asdict(lowered))
 
 
-def others(bundle: Bundle, old: Path, precision: str) -> dict[str, dict[str, Variant]]:
-    """For each component, its models in other precisions than `precision` that the bundle at `old` has of it.
-
-    Their measured quality is taken over where all of them are.
-    """
-    kept: dict[str, dict[str, Variant]] = {}
-    for other in PRECISIONS[1:]:
-        if other == precision:
-            continue
-        for name in bundle.manifest.components:
-            record = _record(_records(old), name, other)
-            if record is not None and record.get("models") == _models(bundle, name):
-                found = _from_old(bundle.root, old, name, other, record["key"])
-                if found is not None:
-                    kept.setdefault(name, {})[other] = Variant(found.model, found.files)
-        quality = _record(_records(old), "quality", other)
-        if quality is not None and all(other in kept.get(name, {}) for name in _lowered(bundle)):
-            write_json(bundle.root / STAGES / f"quality.{other}.json", quality)
-    return kept
-
-
-def _lowered(bundle: Bundle) -> list[str]:
-    """The components that have lower precisions."""
-    return [name for name in bundle.manifest.components if name != step_graph.NAME]
-
-
-def _models(bundle: Bundle, name: str) -> dict[str, str]:
-    variant = bundle.component(name).variant(FULL)
-    return {} if variant is None else variant.files
-
-
-def _key(bundle: Bundle, name: str, precision: str, scan: Scan) -> str:
-    return sha256_json({"rule": RULE, "models": _models(bundle, name), "precision": precision, "scan": asdict(scan)})
-
-
-def _quality_key(bundle: Bundle, typed: dict[str, Typed], scan: Scan) -> str:
-    models = {name: _models(bundle, name) for name in typed}
-    files = {name: part.files for name, part in typed.items()}
-    return sha256_json({"rule": RULE, "typed": files, "models": models, "scan": asdict(scan)})
-
-
-def _records(bundle: Path) -> Path:
-    return bundle / "reports" / "stages"
-
-
-def _record(folder: Path, name: str, precision: str) -> dict[str, Any] | None:
+def _read(root: Path, records: Path, precision: str) -> Lowered | None:
+    """What a record tells of the bundle at `root`, if it is whole and so are its files."""
     try:
-        return read_json(folder / f"{name}.{precision}.json", "the stage record")
-    except BundleError:
+        record = read_json(_record(records, precision), "the stage record")
+        typed = {name: Typed(part["model"], part["files"], part["report"]) for name, part in record["typed"].items()}
+        lowered = Lowered(record["key"], record["models"], typed, record["quality"])
+    except (BundleError, LookupError, TypeError, AttributeError):
         return None
+    whole = is_quality(lowered.quality) and all(
+        isinstance(part.files, dict) and part.model in part.files and is_report(part.report) and holds(root, part.files)
+        for part in typed.values()
+    )
+    return lowered if whole and typed else None
 
 
-def _finished(root: Path, records: Path, name: str, precision: str, key: str) -> Typed | None:
-    record = _record(records, name, precision)
-    if record is None or record.get("key") != key:
-        return None
-    try:
-        typed = Typed(record["model"], record["files"], record["report"])
-        if typed.files and all(sha256_file(root / path) == sha for path, sha in typed.files.items()):
-            return typed
-    except (KeyError, TypeError, AttributeError, OSError):
-        pass
-    return None
-
-
-def _from_old(root: Path, old: Path, name: str, precision: str, key: str) -> Typed | None:
-    """The component of the bundle that stands at the target, linked into the work folder."""
-    found = _finished(old, _records(old), name, precision, key)
+def _from_old(root: Path, old: Path, precision: str) -> Lowered | None:
+    """What the bundle that stands at the target has, linked into the work folder."""
+    found = _read(old, old / "reports" / "stages", precision)
     if found is not None:
-        for path in found.files:
-            link_or_copy(old / path, root / path)
-        (root / STAGES).mkdir(exist_ok=True)
-        write_json(root / STAGES / f"{name}.{precision}.json", _record(_records(old), name, precision))
+        for part in found.typed.values():
+            for path in part.files:
+                link_or_copy(old / path, root / path)
     return found

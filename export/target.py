@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..bundle import DiffoundryError, Manifest
 from ..engines.profiles import Profile, Shape
-from ..engines.tensorrt.build import FLAGS
+from ..engines.tensorrt.recipe import FLAGS
 from ..runtime.request import LARGEST_SIDE, MOST_IMAGES
 from . import step_graph
 
@@ -16,7 +16,7 @@ Size = tuple[int, int]
 """Width and height, in pixels."""
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
-_BATCH = re.compile(r"(\d{1,3})(?:-(\d{1,3}))?")
+_BATCH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 _MOST_PROMPTS = 8
 """Prompts that a plan of a text encoder takes at once, at least."""
 _REGISTERS = 1, 2, 8
@@ -40,14 +40,28 @@ class Target:
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("archs", "flags"):
+            if not _is_tuple(getattr(self, name), str):
+                raise DiffoundryError(f"{name} must be a tuple of names, found {getattr(self, name)!r:.80}")
+        sizes = self.sizes if isinstance(self.sizes, (tuple, list)) else (None,)
+        for size in (*sizes, *(self.dynamic if isinstance(self.dynamic, (tuple, list)) else ())):
+            if not _is_tuple(size, int) or len(size) != 2:
+                raise DiffoundryError(f"a size must be a width and a height, such as (512, 768), found {size!r:.80}")
+        if self.dynamic is not None and (not isinstance(self.dynamic, (tuple, list)) or len(self.dynamic) != 2):
+            raise DiffoundryError(f"dynamic must be the smallest and the largest size, found {self.dynamic!r:.80}")
+        if not _is_tuple(self.batch, int) or len(self.batch) != 2:
+            raise DiffoundryError(f"batch must be the fewest and the most images, found {self.batch!r:.80}")
         low, high = self.batch
         if not 1 <= low <= high <= MOST_IMAGES:
-            raise DiffoundryError(f"the batch must be from 1 to {MOST_IMAGES} images, found {low}-{high}")
+            raise DiffoundryError(
+                f"the batch must be from 1 to {MOST_IMAGES} images, the smaller number first, found {low}-{high}"
+            )
         unknown = [flag for flag in self.flags if flag not in FLAGS]
         if unknown:
             raise DiffoundryError(f"unknown flag {unknown[0]!r} of a plan: choose from {', '.join(FLAGS)}")
-        if self.memory_limit is not None and self.memory_limit <= 0:
-            raise DiffoundryError("the memory of the builder must be more than nothing")
+        limit = self.memory_limit
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0):
+            raise DiffoundryError(f"the memory of the builder must be a number of bytes above 0, found {limit!r:.80}")
         if self.dynamic is not None and any(
             low > high for low, high in zip(self.dynamic[0], self.dynamic[1], strict=True)
         ):
@@ -76,6 +90,12 @@ class Target:
                     f"the sides of a shape must be multiples of {unit} from {unit} to {LARGEST_SIDE}, found {side}"
                 )
         return ranges
+
+
+def _is_tuple(value: object, kind: type) -> bool:
+    return isinstance(value, (tuple, list)) and all(
+        isinstance(item, kind) and not isinstance(item, bool) for item in value
+    )
 
 
 def parse_size(text: str) -> Size:

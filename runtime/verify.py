@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..bundle import Bundle, BundleError
-from ..engines import Array
+from ..engines import Array, EngineStore
+from ..engines.names import ONNXRUNTIME, EngineName
 from .pipeline import Pipeline
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
@@ -21,9 +22,10 @@ That of fp32 is compile's; the others are about ten roundings of the type.
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One component: the largest difference to the recorded reference and what was allowed."""
+    """One component in one precision: the largest difference to the recorded reference and what was allowed."""
 
     component: str
+    precision: str
     max_abs_error: float
     allowed: float
 
@@ -35,32 +37,51 @@ class Check:
 def verify(
     bundle: Bundle, *, engine: str = "onnxruntime", precision: str | None = None, threads: int | None = None
 ) -> Iterator[Check]:
-    """Check every hash, then yield one `Check` a component and shape as it is done.
+    """Check every hash, then yield one `Check` a component, precision and shape as it is done.
 
-    engine, precision: as `Pipeline` takes them. What has plans of fixed shapes is held against ONNX Runtime on the CPU
-    at those shapes, with the recorded inputs repeated to fill them.
+    engine: as `Pipeline` takes it. precision: default all that the bundle has and the engine runs. What has plans is
+    held against ONNX Runtime on the CPU at their own shapes, with the recorded inputs repeated to fill them.
     Raises `BundleError` when a file was changed, or for a bundle without recorded references.
     """
     if bundle.foreign:
         raise BundleError(f"{bundle.root} has no bundle.json and so nothing to verify against: compile it")
     bundle.check()
+    problems = EngineStore(bundle.root / "engines").problems()
+    if problems:
+        raise BundleError(f"{bundle.root}: {'; '.join(problems)}; compile the bundle again")
+    for chosen in (precision,) if precision is not None else runnable(bundle, engine):
+        yield from _verify(bundle, engine, chosen, threads)
+
+
+def runnable(bundle: Bundle, engine: str) -> list[str]:
+    """The precisions that `bundle` has and `engine` runs: of plans the one it was compiled for, on the CPU no bf16."""
+    typed = {name for part in bundle.manifest.components.values() for name in part.typed}
+    name = EngineName.parse(engine)
+    if name.backend != ONNXRUNTIME:
+        return [bundle.manifest.precision]
+    return ["fp32", *sorted(typed - ({"bf16"} if name.on_cpu else set()))]
+
+
+def _verify(bundle: Bundle, engine: str, precision: str, threads: int | None) -> Iterator[Check]:
     pipeline = Pipeline(bundle, engine=engine, precision=precision, threads=threads)
-    reference = Pipeline(bundle, engine="onnxruntime", precision="fp32", threads=threads)
+    reference = Pipeline(bundle, engine=ONNXRUNTIME, precision="fp32", threads=threads)
     for name in bundle.manifest.components:
+        own = pipeline.precision_of(name)
+        shapes = pipeline.plan_shapes(name)
+        if own != precision and not shapes:  # the step, which is checked with fp32
+            continue
         checked = pipeline.engine(name)
         feeds, expected = _reference(bundle, name, {tensor.name for tensor in checked.outputs})
-        tolerance = TOLERANCES[pipeline.precision_of(name)]
-        shapes = pipeline.plan_shapes(name)
         for shape in shapes:
             feeds = {key: np.resize(array, shape[key]) for key, array in feeds.items()}
-            yield _compare(name, checked(feeds), reference.engine(name)(feeds), tolerance)
+            yield _compare(name, own, checked(feeds), reference.engine(name)(feeds))
         if not shapes:
-            yield _compare(name, checked(feeds), expected, tolerance)
+            yield _compare(name, own, checked(feeds), expected)
         pipeline.release(name)
         reference.release(name)
 
 
-def _compare(name: str, found: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float) -> Check:
+def _compare(name: str, precision: str, found: Mapping[str, Array], expected: Mapping[str, Array]) -> Check:
     error, allowed = 0.0, float("inf")
     for output, reference in expected.items():
         if found[output].shape != reference.shape:
@@ -69,8 +90,8 @@ def _compare(name: str, found: Mapping[str, Array], expected: Mapping[str, Array
         if not np.isfinite(difference):
             raise BundleError(f"{name}: output {output!r} is not finite; compile the bundle again on this machine")
         error = max(error, difference)
-        allowed = min(allowed, tolerance * max(1.0, float(np.abs(reference).max())))
-    return Check(name, error, allowed)
+        allowed = min(allowed, TOLERANCES[precision] * max(1.0, float(np.abs(reference).max())))
+    return Check(name, precision, error, allowed)
 
 
 def _reference(bundle: Bundle, name: str, outputs: set[str]) -> tuple[dict[str, Array], dict[str, Array]]:

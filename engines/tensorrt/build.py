@@ -13,22 +13,18 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...bundle import EngineError
 from ...bundle.files import read_json
 from ..cache import RECORD_NAME, EngineStore
-from ..profiles import Profile
 from .backend import BACKENDS
 from .layers import Layer, summary
 from .plan import PLAN_NAME, Plan
+from .recipe import Recipe
 
-FLAGS = ("refit", "strip", "weight-streaming", "version-compatible", "hardware-compatible")
 LAYERS_NAME = "layers.json"
-_RECIPE = 1
-"""Raise it when the same inputs are built in another way."""
 _POLL_SECONDS = 0.05
 _GIB = 2**30
 
@@ -36,44 +32,27 @@ Progress = Callable[[str, float], None]
 """`progress(phase, fraction)` while a plan is built."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """All that decides a plan.
-
-    source: path in the bundle → SHA-256 of the ONNX model and its data. archs: as `sm89`, for a plan that is built
-    ahead of time; empty for the GPU `device` of this machine. flags: of `FLAGS`.
-    """
-
-    component: str
-    source: dict[str, str]
-    backend: str
-    version: str
-    archs: tuple[str, ...]
-    device: str
-    precision: str
-    profile: Profile
-    flags: tuple[str, ...] = ()
-
-    def built_from(self) -> dict[str, Any]:
-        """As JSON, for the key and the record."""
-        return {
-            "component": self.component,
-            "source": self.source,
-            "backend": self.backend,
-            "version": self.version,
-            "archs": list(self.archs),
-            "device": self.device,
-            "precision": self.precision,
-            "profile": self.profile.to_json(),
-            "flags": sorted(self.flags),
-            "recipe": _RECIPE,
-        }
-
-
 def find(store: EngineStore, recipe: Recipe) -> Plan | None:
-    """The plan of `recipe` if it was built before and is whole."""
-    folder = store.find(store.key(recipe.built_from()))
-    return None if folder is None else Plan.from_record(store.root, read_json(folder / RECORD_NAME, "the record"))
+    """The plan of `recipe` if it was built before and is whole; what is left of a damaged one is removed."""
+    key = store.key(recipe.built_from())
+    folder = store.find(key)
+    if folder is None:
+        return None
+    try:
+        return Plan.read(store, read_json(folder / RECORD_NAME, "the record"))
+    except EngineError:
+        store.drop(key)
+        return None
+
+
+def clean(store: EngineStore) -> None:
+    """Remove the plans whose records are damaged: nothing would ever load them."""
+    for record in store.records():
+        if record.get("backend") in BACKENDS:
+            try:
+                Plan.read(store, record)
+            except EngineError:
+                store.drop(record["key"])
 
 
 def build(
@@ -178,10 +157,10 @@ def _started(line: list[str], words: Any, environment: dict[str, str]) -> Iterat
 
 
 def _failure(code: int, last: dict[str, Any], said: list[str], memory: _Memory) -> str:
-    peak = f"{memory.peak / _GIB:.1f} GiB" if memory.peak else "an unknown amount"
+    peak = f"{memory.peak / _GIB:.2f} GiB" if memory.peak else "an unknown amount"
     if memory.stopped:
         return (
-            f"the builder took {peak} of memory, more than the {memory.limit / _GIB:.1f} GiB allowed: "
+            f"the builder took {peak} of memory, more than the {memory.limit / _GIB:.2f} GiB allowed: "
             "raise --build-memory, or ask for a smaller --shape or --batch or a lower --precision"
         )
     if code == -signal.SIGKILL:

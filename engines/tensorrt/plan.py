@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from ...bundle import EngineError, Variant
 from ...bundle.files import sha256_file
 from ..cache import EngineStore
-from ..profiles import Profile, Shape
+from ..profiles import Shape
+from .recipe import Recipe
 
 PLAN_NAME = "plan"
 CACHE_NAME = "runtime.cache"
 """What TensorRT for RTX compiled for this GPU, beside the plan; not hashed, for it grows."""
 
+_LARGEST_FIGURE = 1e15
+"""No plan has as many bytes, seconds or layers."""
 _OLDEST_COMPATIBLE = 80
 """Hardware-compatible plans run on this compute capability (times ten) and newer ones."""
+
+
+def is_measured(record: Mapping[str, Any]) -> bool:
+    """Whether the record tells what was measured when the plan was built, each figure of its kind."""
+    made, memory = record.get("made_of"), record.get("memory")
+    if not isinstance(made, dict) or not isinstance(memory, dict):
+        return False
+    attention = made.get("attention")
+    counts = [made.get("layers"), made.get("heavy"), attention, memory]
+    return (
+        all(isinstance(part, dict) and all(map(_is_figure, part.values())) for part in counts)
+        and isinstance(attention, dict)
+        and {"fused", "of"} <= set(attention)
+        and _is_figure(record.get("seconds"))
+        and _is_figure(record.get("peak_bytes"))
+        and all(
+            isinstance(words, list) and all(isinstance(word, str) for word in words)
+            for words in (record.get("warnings"), made.get("not_in_precision"))
+        )
+    )
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _LARGEST_FIGURE
 
 
 class GpuName(Protocol):
@@ -31,46 +58,22 @@ class GpuName(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One plan. archs: GPU architectures as `sm89`. device: the GPU it was built on, "" when built ahead of time.
+class Plan(Recipe):
+    """A plan that was built of its recipe. folder: of the store. files: name → SHA-256 of its own files."""
 
-    flags: of `refit`, `strip`, `weight-streaming`, `version-compatible`, `hardware-compatible`.
-    source: path in the bundle → SHA-256 of the ONNX files that it was built from. files: name → SHA-256 of its own.
-    """
-
-    folder: Path
-    key: str
-    component: str
-    backend: str
-    version: str
-    archs: tuple[str, ...]
-    device: str
-    precision: str
-    profile: Profile
-    flags: tuple[str, ...]
-    source: dict[str, str]
-    files: dict[str, str]
+    folder: Path = Path()
+    key: str = ""
+    files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_record(cls, root: Path, record: Mapping[str, Any]) -> Plan:
-        """The plan of an engine record in the store at `root`. Raises `EngineError` when the record is damaged."""
-        try:
-            return cls(
-                folder=root / record["key"],
-                key=record["key"],
-                component=record["component"],
-                backend=record["backend"],
-                version=record["version"],
-                archs=tuple(record["archs"]),
-                device=record["device"],
-                precision=record["precision"],
-                profile=Profile.from_json(record["profile"]),
-                flags=tuple(record["flags"]),
-                source=dict(record["source"]),
-                files=dict(record["files"]),
-            )
-        except (LookupError, TypeError, ValueError) as error:
-            raise EngineError(f"the record of a plan is damaged ({error}): compile the bundle again") from None
+    def read(cls, store: EngineStore, record: Mapping[str, Any]) -> Plan:
+        """The plan of an engine record. Raises `EngineError` when the record is damaged or not that of its key."""
+        recipe = Recipe.from_record(store, record)
+        files = record.get("files")
+        if not isinstance(files, dict) or PLAN_NAME not in files or not is_measured(record):
+            raise EngineError(f"the record of the plan {record['key']} is damaged: compile the bundle again")
+        own = {item.name: getattr(recipe, item.name) for item in fields(recipe)}
+        return cls(**own, folder=store.root / record["key"], key=record["key"], files=files)
 
     @property
     def path(self) -> Path:
@@ -98,13 +101,21 @@ def usable(
     Raises `EngineError` saying why there is none.
     """
     again = f"compile the bundle again with --engine {backend}"
-    plans = [
-        Plan.from_record(store.root, record)
+    records = [
+        record
         for record in store.records()
         if record.get("component") == component and record.get("backend") == backend
     ]
-    if not plans:
+    if not records:
         raise EngineError(f"{component}: the bundle holds no {backend} plan: {again}")
+    plans, damage = [], ""
+    for record in records:
+        try:
+            plans.append(Plan.read(store, record))
+        except EngineError as error:
+            damage = str(error)
+    if not plans:
+        raise EngineError(f"{component}: {damage}")
     conditions: list[tuple[Callable[[Plan], bool], Callable[[Plan], str]]] = [
         (lambda plan: plan.source == variant.files, lambda plan: "of another model than the bundle's"),
         (lambda plan: plan.precision == precision, lambda plan: f"in {plan.precision}, {precision} is asked"),

@@ -192,7 +192,7 @@ def test_run_refuses_what_the_bundle_has_not(planned, command, arguments, messag
     [
         (("--engine", "tensorrt-rtx", "--arch", "sm42"), "does not know the architecture 'sm42'"),
         (("--engine", "tensorrt-rtx", "--arch", "sm89", "--shape", "100x64"), "multiples of 8"),
-        (("--arch", "sm89"), "has no plans to build"),
+        (("--arch", "sm89"), "builds no plans"),
         (("--scan-steps", "4"), "fp32 needs no scan"),
         (("--precision", "fp16", "--scan-steps", "0"), "steps"),
         (("--precision", "fp16", "--scan-prompts", "/no/such/file"), "cannot be read"),

@@ -21,7 +21,7 @@ RANGE = profile("range", (1, 4, 8, 8), (2, 4, 8, 8), (4, 4, 32, 32))
 
 
 def plan(name, own):
-    return Plan(Path(name), name, "unet", "tensorrt-rtx", "1.7", ("sm89",), "", "fp16", own, (), {}, {})
+    return Plan("unet", {}, "tensorrt-rtx", "1.7", ("sm89",), "", "fp16", own, (), Path(name), name)
 
 
 PLANS = [plan("c", RANGE), plan("b", LARGE), plan("a", SMALL)]

@@ -84,8 +84,22 @@ def test_every_sampler_fits_the_plan_of_the_step(manifest, bundle_of):
         (lambda: Target(batch=(0, 1)), "the batch must be from 1"),
         (lambda: Target(batch=(4, 1)), "the batch must be from 1"),
         (lambda: Target(flags=("fast",)), "unknown flag 'fast'"),
-        (lambda: Target(memory_limit=0), "more than nothing"),
+        (lambda: Target(memory_limit=0), "a number of bytes above 0, found 0"),
         (lambda: Target(dynamic=((64, 64), (32, 64))), "MIN-MAX"),
+        (lambda: Target(archs="sm89"), "archs must be a tuple of names, found 'sm89'"),
+        (lambda: Target(archs=(5,)), "archs must be a tuple of names"),
+        (lambda: Target(flags=None), "flags must be a tuple of names"),
+        (lambda: Target(sizes=(64, 64)), "a size must be a width and a height"),
+        (lambda: Target(sizes=((64.0, 64.0),)), "a size must be a width and a height"),
+        (lambda: Target(sizes=((64, 64, 64),)), "a size must be a width and a height"),
+        (lambda: Target(sizes="64x64"), "a size must be a width and a height"),
+        (lambda: Target(dynamic=5), "the smallest and the largest size"),
+        (lambda: Target(dynamic=((64, 64),)), "the smallest and the largest size"),
+        (lambda: Target(batch=4), "the fewest and the most images"),
+        (lambda: Target(batch=(1, 2.5)), "the fewest and the most images"),
+        (lambda: Target(batch=(True, True)), "the fewest and the most images"),
+        (lambda: Target(memory_limit=float("nan")), "a number of bytes above 0"),
+        (lambda: Target(memory_limit="5"), "a number of bytes above 0"),
         (lambda: parse_size("64"), "WIDTHxHEIGHT"),
         (lambda: parse_size("64x64x64"), "WIDTHxHEIGHT"),
         (lambda: parse_size("-64x64"), "WIDTHxHEIGHT"),
@@ -135,6 +149,8 @@ def test_without_a_gpu_the_architectures_must_be_named():
     try:
         Device().close()
     except EngineError:
+        with pytest.raises(EngineError, match=r"no NVIDIA GPU.*: refit plans are built on the machine that has"):
+            site("tensorrt-rtx", "fp16", Target(flags=("refit",)))
         with pytest.raises(EngineError, match=r"no NVIDIA GPU.*: name the GPUs to build for, of --arch sm75,sm80"):
             site("tensorrt-rtx", "fp16", Target())
     else:

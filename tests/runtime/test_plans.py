@@ -6,7 +6,6 @@ The GPU is played in host memory (`tests/engines/tensorrt/simulated.py` says wha
 from __future__ import annotations
 
 import json
-import shutil
 import weakref
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from diffoundry.bundle import Bundle, BundleError, EngineError
 from diffoundry.engines import EngineStore
 from diffoundry.engines.tensorrt import cuda, gpu
 from diffoundry.engines.tensorrt.backend import Backend
-from diffoundry.engines.tensorrt.build import Recipe
 from diffoundry.engines.tensorrt.plan import PLAN_NAME
+from diffoundry.engines.tensorrt.recipe import Recipe
 from diffoundry.export.target import Target, profiles
 from diffoundry.runtime.guidance import Guidance
 from diffoundry.runtime.pipeline import Request, load
@@ -28,6 +27,13 @@ from diffoundry.tests.engines.tensorrt.simulated import VERSION, SimulatedCuda, 
 PROMPT = "a large red star at the left on a navy background"
 ENGINE = "tensorrt-rtx"
 TOLERANCE = 5e-3
+MEASURED = {
+    "seconds": 1.0,
+    "peak_bytes": 1,
+    "memory": {"weights": 1},
+    "warnings": [],
+    "made_of": {"layers": {}, "heavy": {}, "attention": {"fused": 0, "of": 0}, "not_in_precision": []},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +55,7 @@ def add_plans(root: Path, target: Target, *, archs=("sm89",), version=VERSION, d
             recipe = Recipe(name, source, ENGINE, version, archs, device, "fp32", profile, target.flags)
             built_from = recipe.built_from()
             told = {"onnx": str(bundle.path(component.model)), "profile": profile.to_json(), "arch": "sm89"}
-            with store.building(store.key(built_from), built_from) as work:
+            with store.building(store.key(built_from), {**built_from, **MEASURED}) as work:
                 (work / PLAN_NAME).write_text(json.dumps({**told, "flags": list(target.flags), "dtypes": {}}))
 
 
@@ -176,17 +182,40 @@ def test_a_bundle_without_plans_says_how_to_get_them(copied):
 
 def test_verify_holds_plans_against_onnx_runtime_at_their_own_shapes(planned, trt):
     checks = list(verify(Bundle.open(planned), engine=ENGINE))
+    assert {check.precision for check in checks} == {"fp32"}
     assert all(check.passed for check in checks)
     names = [check.component for check in checks]
     assert names.count("unet") == 2 and names.count("step") == 1
     assert ("unet", {"sample": (2, 4, 8, 12), "timestep": (2,), "encoder_hidden_states": (2, 77, 64)}) in trt.runs
 
 
-def test_what_a_damaged_record_says_is_not_believed(planned):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"profile": {"name": "x"}},
+        {"archs": ["sm120"]},
+        {"archs": 5},
+        {"version": 5, "flags": ["version-compatible"]},
+        {"precision": "fp16"},
+        {"flags": None},
+        {"source": {}},
+        {"files": {"layers.json": "0" * 64}},
+        {"made_of": 5},
+        {"seconds": 10**400},
+    ],
+)
+def test_what_a_changed_record_says_is_not_believed(planned, change):
     for record in EngineStore(planned / "engines").records():
-        path = planned / "engines" / record["key"] / "engine.json"
-        value = json.loads(path.read_text())
-        path.write_text(json.dumps({**value, "profile": {"name": "x"}} if "profile" in value else value))
-    with pytest.raises(EngineError, match="compile the bundle again"):
+        if record["component"] == "unet" and record["backend"] == ENGINE:
+            path = planned / "engines" / record["key"] / "engine.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(EngineError, match=r"unet: the (record|profile) of (a|the) plan .*: compile the bundle again"):
         drawn(load(planned, engine=ENGINE))
-    shutil.rmtree(planned / "engines")
+
+
+def test_one_changed_record_does_not_keep_the_other_plans_from_running(planned, host):
+    records = [r for r in EngineStore(planned / "engines").records() if r["backend"] == ENGINE]
+    wide = next(r for r in records if r["profile"]["name"] == "96x64, batch 1")
+    path = planned / "engines" / wide["key"] / "engine.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "archs": ["sm120"]}))
+    np.testing.assert_allclose(drawn(load(planned, engine=ENGINE)).latents, drawn(host).latents, atol=TOLERANCE)

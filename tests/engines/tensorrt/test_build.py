@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +19,10 @@ from diffoundry.engines import EngineStore
 from diffoundry.engines.profiles import Profile
 from diffoundry.engines.tensorrt import build as build_module
 from diffoundry.engines.tensorrt.backend import BACKENDS, Backend
-from diffoundry.engines.tensorrt.build import Recipe, build, find
+from diffoundry.engines.tensorrt.build import build, clean, find
 from diffoundry.engines.tensorrt.layers import Layer, summary
 from diffoundry.engines.tensorrt.plan import usable
+from diffoundry.engines.tensorrt.recipe import Recipe
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 GIB = 2**30
@@ -128,8 +133,6 @@ def test_a_range_of_shapes_and_streamed_weights_build(store, model):
 
 
 def test_a_damaged_plan_is_built_anew_and_not_loaded(built, tmp_path):
-    import shutil
-
     made, _ = built
     copy = EngineStore(Path(shutil.copytree(made.root, tmp_path / "engines")))
     plan = find(copy, RECIPE)
@@ -141,6 +144,32 @@ def test_a_damaged_plan_is_built_anew_and_not_loaded(built, tmp_path):
         plan.check()
     assert find(copy, RECIPE) is None
     assert not plan.folder.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"archs": ["sm120"]},
+        {"source": {}},
+        {"component": "unet"},
+        {"flags": None},
+        {"made_of": {}},
+        {"files": {"layers.json": ""}},
+        {"memory": {"weights": 10**400}},
+    ],
+)
+def test_a_plan_whose_record_was_changed_is_built_anew(built, tmp_path, change):
+    made, _ = built
+    copy = EngineStore(Path(shutil.copytree(made.root, tmp_path / "engines")))
+    (folder,) = copy.root.iterdir()
+    value = json.loads((folder / "engine.json").read_text())
+    if "files" in change:
+        change = {"files": {"layers.json": value["files"]["layers.json"]}}
+    (folder / "engine.json").write_text(json.dumps({**value, **change}))
+    again = EngineStore(Path(shutil.copytree(copy.root, tmp_path / "again")))
+    assert find(copy, RECIPE) is None and not folder.exists()
+    clean(again)
+    assert list(again.root.iterdir()) == []
 
 
 def variant(**source):
@@ -174,8 +203,6 @@ def test_a_plan_of_another_model_version_or_gpu_is_never_served(built, asked, re
 
 
 def test_a_record_under_another_name_is_not_read(built, tmp_path):
-    import shutil
-
     made, _ = built
     copy = EngineStore(Path(shutil.copytree(made.root, tmp_path / "engines")))
     (folder,) = copy.root.iterdir()
@@ -184,7 +211,7 @@ def test_a_record_under_another_name_is_not_read(built, tmp_path):
 
 
 def test_a_builder_beyond_its_memory_is_stopped_and_leaves_nothing(store, model):
-    with pytest.raises(EngineError, match=r"more than the 0\.1 GiB allowed: raise --build-memory"):
+    with pytest.raises(EngineError, match=r"more than the 0\.10 GiB allowed: raise --build-memory"):
         build(store, RECIPE, model, memory_limit=GIB // 10)
     assert list(store.root.iterdir()) == []
 
@@ -256,6 +283,37 @@ def test_a_model_that_cannot_be_parsed_and_inputs_that_do_not_fit(store, model, 
         build(store, replace(RECIPE, profile=Profile("x", {"x": fixed(1)})), model)
     with pytest.raises(EngineError, match="TensorRT cannot build the plan"):
         build(store, replace(RECIPE, flags=("refit",)), model)
+    assert list(store.root.iterdir()) == []
+
+
+def test_a_builder_does_not_outlive_the_process_that_asked_for_it(model, tmp_path):
+    """However that ends: here by a signal that it cannot catch, while the builder is at work."""
+    code = (
+        "import sys, json; from pathlib import Path; from diffoundry.engines import EngineStore\n"
+        "from diffoundry.tests.engines.tensorrt.test_build import RECIPE\n"
+        "from diffoundry.engines.tensorrt.build import build\n"
+        "build(EngineStore(Path(sys.argv[1])), RECIPE, Path(sys.argv[2]), progress=lambda *_: print('on', flush=True))"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "engines"), str(model)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        workers = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _parent(path) == process.pid]
+        process.kill()
+    assert len(workers) == 1
+    deadline = time.monotonic() + 2
+    while Path(f"/proc/{workers[0]}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{workers[0]}").exists()
+
+
+def test_a_full_disk_is_told_with_its_remedy(store, model):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # less than the plan takes
+    try:
+        with pytest.raises(EngineError, match=r"vae_decoder, 64x64: .*no space left to write.*free some disk space"):
+            build(store, RECIPE, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(store.root.iterdir()) == []
 
 

@@ -13,10 +13,11 @@ from diffoundry.engines import EngineStore
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.engines.profiles import Profile
 from diffoundry.engines.tensorrt.backend import BACKENDS, Backend
-from diffoundry.engines.tensorrt.build import Recipe, build
+from diffoundry.engines.tensorrt.build import build
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
 from diffoundry.engines.tensorrt.gpu import Gpu, shared
 from diffoundry.engines.tensorrt.plan import CACHE_NAME, Plan
+from diffoundry.engines.tensorrt.recipe import Recipe
 from diffoundry.runtime.pipeline import load
 
 pytestmark = pytest.mark.gpu
