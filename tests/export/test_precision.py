@@ -137,8 +137,6 @@ def test_files_hold_only_when_each_is_inside_and_unchanged(tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("target", "sm89"), ("scan", "a ring")])
 def test_values_of_another_kind_are_refused_before_any_work(checkpoint_of, tmp_path, name, value):
     asked = {"engine": "tensorrt-rtx"} if name == "target" else {"precision": "fp16"}
-    with pytest.raises(
-        diffoundry.DiffoundryError, match=rf"the {name} must be a diffoundry\.\w+, found str"
-    ):
+    with pytest.raises(diffoundry.DiffoundryError, match=rf"the {name} must be a diffoundry\.\w+, found str"):
         diffoundry.compile(checkpoint_of("pico"), tmp_path / "b", **asked, **{name: value})
     assert list(tmp_path.iterdir()) == []
