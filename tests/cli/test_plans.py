@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+import diffoundry
 from diffoundry.bundle import Bundle
 
 pytest.importorskip("tensorrt_rtx")
@@ -92,12 +93,17 @@ def test_a_second_compile_builds_nothing_and_one_changed_weight_rebuilds_one_com
     assert gone == new == {"text_encoder"}
 
 
-def test_another_architecture_precision_and_shape_are_kept_beside(planned, command, tmp_path, checkpoint_of):
+def test_another_architecture_precision_and_shape_are_kept_beside(planned, tmp_path, checkpoint_of):
     bundle = shutil.copytree(planned[0], tmp_path / "pico.bundle")
     before = plans(bundle)
-    how = ("--arch", "sm86", "--shape", "64x64,96x64", "--precision", "bf16", "--min-psnr", "20")
-    done = command("compile", checkpoint_of("pico"), "-o", bundle, *BUILD, *how)
-    assert done.returncode == 0, done.stderr
+    diffoundry.compile(
+        checkpoint_of("pico"),
+        bundle,
+        engine="tensorrt-rtx",
+        precision="bf16",
+        target=diffoundry.Target(archs=("sm86",), sizes=((64, 64), (96, 64))),
+        scan=diffoundry.Scan(prompts=("a small red ring",), steps=2, budget_db=0),
+    )
     after = plans(bundle)
     assert before.keys() < after.keys()
     new = [record for key, record in after.items() if key not in before]
@@ -113,22 +119,6 @@ def test_another_architecture_precision_and_shape_are_kept_beside(planned, comma
         "64x64, batch 1",
         "96x64, batch 1",
     ]
-
-
-def test_pictures_that_are_too_far_from_fp32_are_refused_unless_they_are_asked_for(
-    command, checkpoint_of, planned, tmp_path
-):
-    bundle = shutil.copytree(planned[0], tmp_path / "pico.bundle")
-    before = (bundle / "bundle.json").read_bytes()
-    line = ("compile", checkpoint_of("pico"), "-o", bundle, "--precision", "bf16", "--scan-steps", "2", "--min-psnr")
-    refused = command(*line, "110")
-    assert refused.returncode == 1
-    assert "bf16 images differ from fp32 by" in refused.stderr and "lower --min-psnr" in refused.stderr
-    assert (bundle / "bundle.json").read_bytes() == before
-    taken = command(*line, "5", "--json")
-    assert taken.returncode == 0, taken.stderr
-    quality = json.loads(taken.stdout)["quality"]
-    assert quality["budget_db"] == 5 and 5 <= quality["worst_db"] <= quality["psnr_db"] < 110
 
 
 def test_without_a_gpu_run_says_so_and_onnxruntime_still_runs(planned, command, tmp_path):

@@ -52,6 +52,19 @@ def test_the_same_again_scans_nothing_and_other_defaults_scan_again(copy, checkp
     Bundle.open(copy).check()
 
 
+def test_pictures_that_are_too_far_from_fp32_are_refused_unless_they_are_asked_for(copy, checkpoint_of):
+    before = (copy / "bundle.json").read_bytes()
+    scan = {"prompts": ("a small red ring",), "steps": 2}
+    with pytest.raises(
+        diffoundry.DiffoundryError, match=r"bf16 images differ from fp32 by .*, 110 are asked.*--min-psnr"
+    ):
+        diffoundry.compile(checkpoint_of("pico"), copy, precision="bf16", scan=diffoundry.Scan(**scan, budget_db=110))
+    assert (copy / "bundle.json").read_bytes() == before
+    diffoundry.compile(checkpoint_of("pico"), copy, precision="bf16", scan=diffoundry.Scan(**scan, budget_db=5))
+    told = quality(copy)["bf16"]
+    assert told["budget_db"] == 5 and 5 <= told["worst_db"] <= told["psnr_db"] < 110
+
+
 def test_fp32_again_keeps_the_models_and_what_was_measured(copy, checkpoint_of, scans):
     diffoundry.compile(checkpoint_of("pico"), copy, default_steps=2)
     assert not scans

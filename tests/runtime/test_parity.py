@@ -85,9 +85,16 @@ def is_close(found, expected):
     return all(np.allclose(a, b, atol=ATOL, rtol=RTOL) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 64)], ids=["square", "wide"])
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [
+        pytest.param(1, (64, 64), id="1-square"),
+        pytest.param(3, (96, 64), id="3-wide"),
+        pytest.param(1, (96, 64), id="1-wide", marks=pytest.mark.slow),
+        pytest.param(3, (64, 64), id="3-square", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
-@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 @pytest.mark.parametrize("name", ["pico", "sd15-small", "sd2-small"])
 def test_the_image_is_that_of_diffusers(name, sampler, count, guidance, size, checkpoint_of, bundle_of, monkeypatch):
