@@ -96,7 +96,7 @@ def is_close(found, expected):
 )
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
-@pytest.mark.parametrize("name", ["pico", "sd15-small", "sd2-small"])
+@pytest.mark.parametrize("name", ["pico", "sd15-small", pytest.param("sd2-small", marks=pytest.mark.slow)])
 def test_the_image_is_that_of_diffusers(name, sampler, count, guidance, size, checkpoint_of, bundle_of, monkeypatch):
     """Where torch's float32 is itself too far from float64, as on some processors, ours is held against float64."""
     asked = {"count": count, "guidance": guidance, "size": size, "seed": 11}
