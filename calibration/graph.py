@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..bundle import DiffoundryError
+from ..engines import Array
 from .precision import MASK, Precision
+
+Value = TypeVar("Value")
 
 MOVES = frozenset(
     ("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose")
@@ -52,6 +56,14 @@ def read(path: Path) -> Any:
     if any(value.dtype is None for node in graph for value in node.outputs if value.name):
         _infer(model, path)
     return model
+
+
+def reading(tensor: Any, what: Callable[[Array], Value]) -> Value:
+    """`what` of the numbers that a tensor holds; `what` keeps none of them. Its file is mapped for that long."""
+    made = what(tensor.numpy())
+    if hasattr(tensor, "release"):
+        tensor.release()
+    return made
 
 
 def key(node: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..engines import Array
-from .graph import MOVES, float_weights, holds_masks, is_float, read
+from .graph import MOVES, float_weights, holds_masks, is_float, read, reading
 from .precision import MASK
 from .sessions import Recorded, start
 
@@ -51,7 +51,7 @@ class Ranges:
         model = read(self._path)
         found = dict(self._largest)
         for name, value in float_weights(model).items():
-            found[name] = magnitude(value.const_value.numpy())
+            found[name] = reading(value.const_value, magnitude)
         for node in model.graph:
             for made in node.outputs:
                 if is_float(made) and made.name not in found:

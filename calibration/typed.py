@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.files import disk_error, remove
-from .graph import MOVES, Form, form, is_float, key, opset, raise_opset, read
+from .graph import MOVES, Form, form, is_float, key, opset, raise_opset, read, reading
 from .precision import MASK, Precision
 
 _EXTERNAL_FROM_BYTES = 64 << 20
@@ -180,7 +180,10 @@ class _Lowering:
         tensor, precision = value.const_value, self._precision
         made = onnx_ir.Value(name=name, shape=value.shape, type=onnx_ir.TensorType(self._low))
         made.const_value = onnx_ir.LazyTensor(
-            lambda: _rounded(tensor.numpy(), precision, name), dtype=self._low, shape=tensor.shape, name=name
+            lambda: reading(tensor, lambda array: _rounded(array, precision, name)),
+            dtype=self._low,
+            shape=tensor.shape,
+            name=name,
         )
         self._graph.register_initializer(made)
         return made

@@ -24,7 +24,7 @@ _CHATTY = ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", "t
 
 
 def trace(plan: ComponentPlan, module: Any, folder: Path) -> None:
-    """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large).
+    """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large). The module has no weights after that.
 
     Raises `CheckpointError` when the exporter fails or fixed an axis that the plan names.
     """
@@ -60,6 +60,17 @@ def trace(plan: ComponentPlan, module: Any, folder: Path) -> None:
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = DATA_NAME if weights > _EXTERNAL_FROM_BYTES else None
     onnx_ir.save(model, folder / MODEL_NAME, external_data=external)
+    _empty(module, model)
+
+
+def _empty(module: Any, model: Any) -> None:
+    """Let the weights go: the exporter's rules remember the last graph that they looked at, for good."""
+    import torch
+
+    for weight in (*module.parameters(), *module.buffers()):
+        weight.data = torch.empty(0, dtype=weight.dtype)
+    for value in model.graph.initializers.values():
+        value.const_value = None
 
 
 def _name_axes(plan: ComponentPlan, model: Any) -> None:

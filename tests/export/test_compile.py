@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -69,6 +71,19 @@ def test_a_trace_with_a_fixed_axis_is_refused(traced, tmp_path):
     module.forward = lambda input_ids: forward(input_ids.reshape(2, -1))
     with pytest.raises(CheckpointError, match=r"fixed|traced"):
         trace(plan, module, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pico", "sd15-small"])
+def test_the_weights_are_let_go_when_they_are_written(name, checkpoint_of, tmp_path):
+    """In half precision (pico) and in float32, where the exporter keeps views of them."""
+    checkpoint = checkpoint_of(name)
+    plan = plan_of(checkpoint, "text_encoder")
+    module = plan.load()
+    assert str(checkpoint / "text_encoder") in Path("/proc/self/maps").read_text()
+    trace(plan, module, tmp_path)
+    del module
+    gc.collect()
+    assert str(checkpoint / "text_encoder") not in Path("/proc/self/maps").read_text()
 
 
 def test_large_weights_lie_beside_the_graph(traced, tmp_path, monkeypatch):
