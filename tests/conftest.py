@@ -10,8 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +86,26 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproces
         return subprocess.run(line, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload,no-any-return]
 
     return run
+
+
+@pytest.fixture
+def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for cuda-python, in place of it. No GPU was opened before."""
+    from diffoundry.engines.tensorrt import cuda, gpu
+    from diffoundry.tests.engines.tensorrt.simulated import SimulatedCuda
+
+    simulated = SimulatedCuda()
+    monkeypatch.setattr(cuda, "bindings", lambda: simulated)
+    monkeypatch.setattr(gpu, "_OPEN", weakref.WeakValueDictionary())
+    return simulated
+
+
+@pytest.fixture
+def trt(simulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for the TensorRT modules, in place of both."""
+    from diffoundry.engines.tensorrt.backend import Backend
+    from diffoundry.tests.engines.tensorrt.simulated import SimulatedTensorRT
+
+    module = SimulatedTensorRT(simulated_cuda)
+    monkeypatch.setattr(Backend, "load", lambda backend: module)
+    return module

@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 
 from diffoundry.bundle import Bundle, EngineError, StoppedError
-from diffoundry.engines.tensorrt import cuda
-from diffoundry.engines.tensorrt.backend import Backend
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
 from diffoundry.engines.tensorrt.gpu import Gpu
 from diffoundry.runtime import device_loop
 from diffoundry.runtime.guidance import Guidance
 from diffoundry.runtime.pipeline import Pipeline, Request, load
-from diffoundry.tests.engines.tensorrt.simulated import SimulatedCuda, SimulatedTensorRT, write_plan
+from diffoundry.tests.engines.tensorrt.simulated import write_plan
 
 PROMPT = "a large red star at the left on a navy background"
 TOLERANCE = 5e-3
@@ -67,20 +65,6 @@ def bundle(bundle_of):
 @pytest.fixture(scope="module")
 def host(bundle):
     return load(bundle.root)
-
-
-@pytest.fixture
-def simulated_cuda(monkeypatch):
-    simulated = SimulatedCuda()
-    monkeypatch.setattr(cuda, "bindings", lambda: simulated)
-    return simulated
-
-
-@pytest.fixture
-def trt(simulated_cuda, monkeypatch):
-    module = SimulatedTensorRT(simulated_cuda)
-    monkeypatch.setattr(Backend, "load", lambda backend: module)
-    return module
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ The GPU is played in host memory (`tests/engines/tensorrt/simulated.py` says wha
 from __future__ import annotations
 
 import json
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,13 @@ import pytest
 
 from diffoundry.bundle import Bundle, BundleError, EngineError
 from diffoundry.engines import EngineStore
-from diffoundry.engines.tensorrt import cuda, gpu
-from diffoundry.engines.tensorrt.backend import Backend
 from diffoundry.engines.tensorrt.plan import PLAN_NAME
 from diffoundry.engines.tensorrt.recipe import Recipe
 from diffoundry.export.target import Target, profiles
 from diffoundry.runtime.guidance import Guidance
 from diffoundry.runtime.pipeline import Request, load
 from diffoundry.runtime.verify import verify
-from diffoundry.tests.engines.tensorrt.simulated import VERSION, SimulatedCuda, SimulatedTensorRT
+from diffoundry.tests.engines.tensorrt.simulated import VERSION
 
 PROMPT = "a large red star at the left on a navy background"
 ENGINE = "tensorrt-rtx"
@@ -37,13 +34,8 @@ MEASURED = {
 
 
 @pytest.fixture(autouse=True)
-def trt(monkeypatch):
-    simulated = SimulatedCuda()
-    monkeypatch.setattr(cuda, "bindings", lambda: simulated)
-    module = SimulatedTensorRT(simulated)
-    monkeypatch.setattr(Backend, "load", lambda backend: module)
-    monkeypatch.setattr(gpu, "_OPEN", weakref.WeakValueDictionary())
-    return module
+def _simulated(trt):
+    """Plans run on the simulated GPU."""
 
 
 def add_plans(root: Path, target: Target, *, archs=("sm89",), version=VERSION, device=""):
