@@ -7,11 +7,10 @@ stands there. The key is the hash of everything that decides the stage.
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from ..bundle import (
     FULL,
     MANIFEST_NAME,
     Bundle,
-    BundleError,
     CheckpointError,
     Component,
     DiffoundryError,
@@ -30,7 +28,6 @@ from ..bundle import (
 from ..bundle.files import (
     disk_error,
     exclusive,
-    holds,
     link_or_copy,
     read_json,
     remove,
@@ -43,17 +40,17 @@ from ..bundle.manifest import to_json
 from ..calibration import Scan
 from ..engines import EngineStore
 from ..engines.names import ONNXRUNTIME, EngineName
-from ..engines.onnxruntime import OnnxRuntimeEngine, load_component, require_provider
+from ..engines.onnxruntime import require_provider
 from ..engines.tensorrt.backend import BACKENDS
 from ..engines.tensorrt.build import clean
 from ..runtime.guidance import Guidance
 from ..runtime.request import Request
 from . import step_graph
 from .checkpoint import Checkpoint
-from .fuse import HOISTED, fuse
+from .components import Components, Stage
 from .loading import half_type
 from .place import STAGES, UNPACKED, check_target, recover, swap, tidy, work_folder
-from .plan import OPSET, ComponentPlan
+from .plan import ComponentPlan
 from .plans import Site, build_plans, count_plans, site, warnings_of
 from .precision import PRECISIONS, Lowered, lower_bundle, others, variants
 from .single_file import is_single_file, unpack
@@ -65,22 +62,11 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float, int], None]
 """`progress(stage, done, total)`, before each stage, while a long one goes on, and once at the end."""
 
-_REVISION = 3
-"""Raise it when the exporter writes something else from the same input."""
 _TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnxruntime", "diffoundry")
 _NEEDED_BY = {"vae_encoder": ("img2img", "inpaint")}
 """Components that not every task needs."""
 _DISK_MARGIN = 1.1
 """Disk needed, as a multiple of the weights of the models, typed models and engines that are written."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A finished component: its manifest entry and its parity report."""
-
-    component: Component
-    parity: dict[str, Any]
-    reference: dict[str, str]
 
 
 def compile(
@@ -243,6 +229,9 @@ class _Build:
         self.work = work_folder(target)
         self.store = EngineStore(self.work / "engines")
         self.versions = {name: importlib.metadata.version(name) for name in _TOOLS}
+        store = self.store if wanted.engine.backend == ONNXRUNTIME else None
+        makers = {name: version for name, version in self.versions.items() if name != "diffoundry"}
+        self.components = Components(source, target, wanted.provider, store, makers)
         self.name = source.root.resolve().name
         self.tasks: tuple[str, ...] = ()
         self.defaults = rules.DEFAULT_STEPS, rules.DEFAULT_GUIDANCE
@@ -263,9 +252,9 @@ class _Build:
         stages = {}
         for i, plan in enumerate(plans):
             self.progress(plan.name, i + 1, total)
-            stages[plan.name] = self._stage(plan, hashes[plan.source])
+            stages[plan.name] = self.components.make(plan, hashes[plan.source])
         self.progress("step", len(plans) + 1, total)
-        stages[step_graph.NAME] = self._step()
+        stages[step_graph.NAME] = self.components.make_step()
         manifest = self._with_files(manifest, stages)
         bundle = Bundle(self.work, replace(manifest, engine=ONNXRUNTIME, precision=FULL))
         kept: dict[str, frozenset[str]] = {}
@@ -412,7 +401,7 @@ class _Build:
         models = 1.0 + (0.0 if wanted.precision == FULL else width)
         models += 1.0 if wanted.site is None else width * wanted.target.count()
         needed = 0.0
-        for name in {plan.source for plan in plans if not self._is_known(plan.name)}:
+        for name in {plan.source for plan in plans if not self.components.is_known(plan.name)}:
             files = [path for path in self.source.folder(name).iterdir() if path.suffix in (".safetensors", ".bin")]
             largest = max((path.stat().st_size for path in files), default=0)
             in_float32 = largest * (2 if half_type(self.source.folder(name)) is not None else 1)
@@ -423,130 +412,6 @@ class _Build:
                 f"the bundle needs about {needed / 1e6:,.0f} MB at {self.target.parent}, "
                 f"{free / 1e6:,.0f} MB are free: free some disk space and run the same command again"
             )
-
-    def _stage(self, plan: ComponentPlan, source_hash: str) -> Stage:
-        """The finished component, taken over from earlier work where its key and hashes hold."""
-        key = sha256_json(
-            {
-                "revision": _REVISION,
-                "source": source_hash,
-                "inputs": [asdict(tensor) for tensor in plan.inputs],
-                "outputs": [asdict(tensor) for tensor in plan.outputs],
-                "facts": plan.facts,
-                "versions": {name: version for name, version in self.versions.items() if name != "diffoundry"},
-                "opset": OPSET,
-                "device": self.wanted.provider,
-            }
-        )
-        done = self._finished(self.work, self._record(plan.name), key) or self._from_target(plan.name, key)
-        if done is not None:
-            if self.wanted.engine.backend == ONNXRUNTIME:
-                self._load(plan.name, done.component)  # the engine, if this machine has none yet
-            return done
-        return self._build(plan, key)
-
-    def _record(self, name: str) -> dict[str, Any] | None:
-        try:
-            return read_json(self.work / STAGES / f"{name}.json", "the stage record")
-        except BundleError:
-            return None
-
-    def _is_known(self, name: str) -> bool:
-        """Whether a component was made before, here or in the bundle that is replaced."""
-        return self._record(name) is not None or (self.target / "reports" / "stages" / f"{name}.json").is_file()
-
-    def _finished(self, root: Path, record: dict[str, Any] | None, key: str) -> Stage | None:
-        if record is None or record.get("key") != key:
-            return None
-        try:
-            parts = record["component"]
-            component = Component(
-                parts["model"], parts["dtype"], parts["files"], key=key, fused=parts["fused"], hoisted=parts["hoisted"]
-            )
-            stage = Stage(component, record["parity"], record["reference"])
-            graphs = {component.model, *filter(None, (component.fused, component.hoisted))}
-            measured = all(float(case["max_abs_error"]) >= 0 for case in stage.parity["cases"])
-            whole = holds(root, component.files) and holds(root, stage.reference)
-            if measured and whole and graphs <= set(component.files):
-                return stage
-        except (KeyError, TypeError, ValueError, OverflowError):
-            pass
-        return None
-
-    def _from_target(self, name: str, key: str) -> Stage | None:
-        """The component of the bundle that stands at the target, linked into the work folder."""
-        try:
-            record = read_json(self.target / "reports" / "stages" / f"{name}.json", "the stage record")
-        except BundleError:
-            return None
-        stage = self._finished(self.target, record, key)
-        if stage is not None:
-            for path in (*stage.component.files, *stage.reference):
-                link_or_copy(self.target / path, self.work / path)
-            self._keep(name, stage)
-        return stage
-
-    def _keep(self, name: str, stage: Stage) -> None:
-        (self.work / STAGES).mkdir(exist_ok=True)
-        component = {name: getattr(stage.component, name) for name in ("model", "fused", "hoisted", "dtype", "files")}
-        record = {
-            "key": stage.component.key,
-            "component": component,
-            "parity": stage.parity,
-            "reference": stage.reference,
-        }
-        write_json(self.work / STAGES / f"{name}.json", record)
-
-    def _build(self, plan: ComponentPlan, key: str) -> Stage:
-        from .trace import trace
-        from .validate import compare, save_reference, torch_cases
-
-        folder = self.work / plan.name
-        remove(folder)
-        folder.mkdir()
-        module = plan.load()
-        # the cases first: tracing may leave its marks on the module
-        cases = torch_cases(plan, module)
-        trace(plan, module, folder)
-        del module
-        gc.collect()
-        fused = fuse(folder / "model.onnx", [tensor.name for tensor in plan.inputs if tensor.name in HOISTED])
-        shutil.copyfile(self.source.folder(plan.source) / "config.json", folder / "config.json")
-        files = {f"{plan.name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
-        model = f"{plan.name}/model.onnx"
-        component = Component(model, "float32", files, plan.inputs, plan.outputs, key)
-        if fused:
-            plain = OnnxRuntimeEngine.load(self.work / model, component=plan.name, provider=self.wanted.provider)
-            compare(plan.name, plain, cases)
-            del plain
-            graphs = {part: f"{plan.name}/{name}" for part, name in fused.items()}
-            component = replace(component, fused=graphs["fused"], hoisted=graphs.get("hoisted", ""))
-        parity = compare(plan.name, self._load(plan.name, component), cases)
-        reference = f"reports/reference/{plan.name}.npz"
-        save_reference(self.work / reference, cases[0])
-        stage = Stage(component, parity, {reference: sha256_file(self.work / reference)})
-        self._keep(plan.name, stage)
-        return stage
-
-    def _step(self) -> Stage:
-        """The step of the loop as a graph, held against the host's step."""
-        from .validate import compare, save_reference
-
-        model = f"{step_graph.NAME}/model.onnx"
-        remove(self.work / step_graph.NAME)
-        (self.work / step_graph.NAME).mkdir()
-        step_graph.write_step(self.work / model)
-        files = {model: sha256_file(self.work / model)}
-        component = Component(model, "float32", files, key=sha256_json(files))
-        cases = step_graph.step_cases()
-        parity = compare(step_graph.NAME, self._load(step_graph.NAME, component), cases)
-        reference = f"reports/reference/{step_graph.NAME}.npz"
-        save_reference(self.work / reference, cases[0])
-        return Stage(component, parity, {reference: sha256_file(self.work / reference)})
-
-    def _load(self, name: str, component: Component) -> Any:
-        store = self.store if self.wanted.engine.backend == ONNXRUNTIME else None
-        return load_component(self.work, name, component, provider=self.wanted.provider, store=store)
 
     def _write(
         self,
