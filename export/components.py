@@ -19,7 +19,7 @@ from .fuse import HOISTED, fuse
 from .place import STAGES, work_folder
 from .plan import OPSET, ComponentPlan
 
-_REVISION = 3
+_REVISION = 4
 """Raise it when the exporter writes something else from the same input."""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..bundle import CheckpointError
 from .plan import OPSET, ComponentPlan
+from .simplify import simplify
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
@@ -45,6 +46,7 @@ def trace(plan: ComponentPlan, module: Any, folder: Path) -> None:
                 kwargs=feeds,
                 dynamo=True,
                 opset_version=OPSET,
+                optimize=False,
                 output_names=[tensor.name for tensor in plan.outputs],
                 verbose=False,
             )
@@ -52,6 +54,7 @@ def trace(plan: ComponentPlan, module: Any, folder: Path) -> None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{plan.name} cannot be traced to ONNX: {reason[:300]}") from error
     model = program.model
+    simplify(model)
     _name_axes(plan, model)
     _fold_weights(model)
     if plan.repeat:

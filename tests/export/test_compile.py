@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +77,34 @@ def test_a_trace_with_a_fixed_axis_is_refused(traced, tmp_path):
 @pytest.mark.parametrize("name", ["pico", "sd15-small"])
 def test_the_weights_are_let_go_when_they_are_written(name, checkpoint_of, tmp_path):
     """In half precision (pico) and in float32, where the exporter keeps views of them."""
-    checkpoint = checkpoint_of(name)
+    checkpoint = shutil.copytree(checkpoint_of(name), tmp_path / "checkpoint")
     plan = plan_of(checkpoint, "text_encoder")
     module = plan.load()
-    assert str(checkpoint / "text_encoder") in Path("/proc/self/maps").read_text()
+    assert str(checkpoint) in Path("/proc/self/maps").read_text()
     trace(plan, module, tmp_path)
     del module
     gc.collect()
-    assert str(checkpoint / "text_encoder") not in Path("/proc/self/maps").read_text()
+    assert str(checkpoint) not in Path("/proc/self/maps").read_text()
+
+
+def test_the_graphs_tell_nothing_of_the_machine(bundle_of):
+    graphs = [path.read_bytes() for path in bundle_of("pico").glob("*/*.onnx")]
+    assert len(graphs) > 5
+    for told in (str(Path(__file__).parents[2]), sys.prefix, "site-packages", ".py"):
+        assert not any(told.encode() in graph for graph in graphs)
+
+
+def test_what_does_nothing_is_not_in_the_graphs(bundle_of):
+    """Casts to the same type, transpositions to and fro, and shapes that are known."""
+    graph = onnx.load(bundle_of("pico") / "unet" / "model.onnx").graph
+    makers = {name: node for node in graph.node for name in node.output}
+    kinds = [node.op_type for node in graph.node]
+    assert not {"Identity", "Dropout", "Constant"} & set(kinds)
+    for node in graph.node:
+        before = makers.get(node.input[0])
+        assert (
+            before is None or before.op_type != node.op_type or node.op_type not in ("Transpose", "Unsqueeze", "Cast")
+        )
 
 
 def test_large_weights_lie_beside_the_graph(traced, tmp_path, monkeypatch):
