@@ -25,7 +25,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PICO = REPOSITORY / "examples" / "pico"
-CHECKPOINTS = ("pico", "sd15-small", "sd2-small")
 
 
 def _once(path: Path, make: Callable[[Path], object]) -> Path:
@@ -84,6 +83,28 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproces
         line = [sys.executable, "-m", "diffoundry", *(str(argument) for argument in arguments)]
         options = {"cwd": folder, **options}
         return subprocess.run(line, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload,no-any-return]
+
+    return run
+
+
+@pytest.fixture
+def called(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `command`, in this process: for refusals, which else spend their time on loading torch again."""
+    folder = tmp_path_factory.mktemp("cwd")
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        from diffoundry.cli import main
+
+        line = ["diffoundry", *(str(argument) for argument in arguments)]
+        monkeypatch.setattr(sys, "argv", line)
+        monkeypatch.chdir(folder)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        written = capfd.readouterr()
+        return subprocess.CompletedProcess(line, int(left.value.code or 0), written.out, written.err)
 
     return run
 

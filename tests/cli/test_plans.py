@@ -190,8 +190,8 @@ def test_run_refuses_what_the_bundle_has_not(planned, command, arguments, messag
         (("--min-psnr", "20"), "fp32 needs no scan"),
     ],
 )
-def test_compile_refuses_it_before_any_work_and_leaves_nothing(command, checkpoint_of, tmp_path, arguments, message):
-    failed = command("compile", checkpoint_of("pico"), "-o", tmp_path / "b", *arguments)
+def test_compile_refuses_it_before_any_work_and_leaves_nothing(called, checkpoint_of, tmp_path, arguments, message):
+    failed = called("compile", checkpoint_of("pico"), "-o", tmp_path / "b", *arguments)
     assert failed.returncode == 1
     assert message in failed.stderr
     assert failed.stderr.splitlines()[-1].startswith("Error: ")

@@ -232,8 +232,8 @@ def test_a_traced_scheduler_draws_what_diffusers_draws(checkpoint_of, copied):
         (["--trace-scheduler", "DDIMScheduler", "--steps", "2.5"], 2, ["takes whole numbers"]),
     ],
 )
-def test_what_cannot_be_traced_is_refused(command, checkpoint_of, tmp_path, options, code, words):
-    done = command("compile", checkpoint_of("pico"), "-o", tmp_path / "b", *options)
+def test_what_cannot_be_traced_is_refused(called, checkpoint_of, tmp_path, options, code, words):
+    done = called("compile", checkpoint_of("pico"), "-o", tmp_path / "b", *options)
     assert done.returncode == code
     assert all(word in done.stderr for word in words), done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -75,8 +75,8 @@ def test_wrong_options_are_one_line(command, bundle_of, tmp_path, options, code,
         (["--config", "x"], 1, "goes with a single file"),
     ],
 )
-def test_wrong_options_of_compile_are_one_line(command, checkpoint_of, tmp_path, options, code, message):
-    done = command("compile", checkpoint_of("pico"), "-o", tmp_path / "b", *options)
+def test_wrong_options_of_compile_are_one_line(called, checkpoint_of, tmp_path, options, code, message):
+    done = called("compile", checkpoint_of("pico"), "-o", tmp_path / "b", *options)
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr

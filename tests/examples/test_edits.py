@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 import diffoundry
+from diffoundry.benchmarks.parity import WIDE, Case, compare, diffoundry_run, diffusers_run
 from diffoundry.examples.pico import edits
 from diffoundry.examples.pico.edit_score import score_edits
 from diffoundry.examples.pico.score import GUIDANCE
@@ -24,14 +26,21 @@ def pipe(bundle_of):
     return diffoundry.load(bundle_of("pico"))
 
 
+DISTILLED = ("unet", "scheduler")
+
+
 @pytest.fixture(scope="module")
-def distilled(tmp_path_factory, bundle_of, checkpoint_of):
+def distilled_bundle(tmp_path_factory, bundle_of, checkpoint_of):
     """pico with the U-Net and the scheduler that were distilled from it."""
     target = shutil.copytree(bundle_of("pico"), tmp_path_factory.mktemp("lcm") / "pico-lcm.bundle")
-    lcm = checkpoint_of("pico") / "lcm"
-    components = {name: lcm / name for name in ("unet", "scheduler")}
+    components = {name: checkpoint_of("pico") / "lcm" / name for name in DISTILLED}
     diffoundry.compile(checkpoint_of("pico"), target, components=components, default_steps=4, default_guidance=4.0)
-    return diffoundry.load(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def distilled(distilled_bundle):
+    return diffoundry.load(distilled_bundle)
 
 
 def test_image_to_image_changes_the_colour_and_keeps_the_rest(pipe):
@@ -66,6 +75,19 @@ def test_the_distilled_pico_draws_in_four_steps(distilled):
     assert distilled(str(SCENES[0]), seed=0).request["steps"] == 4
     assert min(score(pictures, SCENES).values()) >= 0.85
     assert score(pictures, SCENES)["all"] >= 0.9
+
+
+@pytest.mark.parametrize("kind", ["LatentConsistencyModelPipeline", "StableDiffusionImg2ImgPipeline"])
+def test_the_distilled_pico_gives_what_diffusers_gives(distilled_bundle, checkpoint_of, tmp_path, kind):
+    folder = shutil.copytree(checkpoint_of("pico"), tmp_path / "pico-lcm")
+    for name in DISTILLED:
+        shutil.copytree(folder / "lcm" / name, folder / name, dirs_exist_ok=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "LCMScheduler"]}))
+    task, more = ("img2img", {"strength": 0.5}) if "Img2Img" in kind else ("txt2img", {})
+    case = Case("pico", task, kind, {"steps": 4, "guidance": 4.0, **more}, count=2, size=WIDE, picture=WIDE)
+    errors = compare(diffoundry_run(case, lambda _: distilled_bundle), diffusers_run(case, lambda _: folder))
+    assert errors.passed, errors
 
 
 def test_four_steps_of_the_teacher_are_not_enough(pipe):

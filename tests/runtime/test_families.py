@@ -10,8 +10,8 @@ import pytest
 from diffoundry.benchmarks import parity
 from diffoundry.benchmarks.parity import Case, Outcome, cases, compare, diffoundry_run, diffusers_run
 
-QUICK = ("sd15-small", "lcm-small", "sd15-inpaint-small", "sdxl-small", "sdxl-refiner-small")
-"""The checkpoints that a run compiles when the slow tests are left out."""
+QUICK = ("sd15-small", "sd15-inpaint-small", "sdxl-small", "sdxl-refiner-small")
+"""The checkpoints that a run compiles when the slow tests are left out; of LCM it has the distilled pico."""
 LABELS = (
     "clip_skip",
     "prompt_2",

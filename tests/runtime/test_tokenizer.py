@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from diffoundry.bundle import Bundle, BundleError
+from diffoundry.export.loading import load_tokenizer
 from diffoundry.runtime.tokenizer import PromptTokenizer
 
 PROMPTS = [
@@ -25,18 +26,18 @@ PROMPTS = [
 
 @pytest.mark.parametrize("name", ["pico", "sd2-small"])
 @pytest.mark.parametrize("from_json", [True, False])
-def test_ids_equal_transformers(name, from_json, bundle_of, checkpoint_of, tmp_path):
-    bundle = Bundle.open(bundle_of(name))
-    folder = bundle.path("tokenizer")
+def test_ids_equal_transformers(name, from_json, checkpoint_of, tmp_path):
+    source, folder = checkpoint_of(name) / "tokenizer", tmp_path / "tokenizer"
+    theirs = CLIPTokenizer.from_pretrained(source)
+    folder.mkdir()
+    prompt = load_tokenizer(source, folder, 77, len(theirs))
     if not from_json:
-        oracle = CLIPTokenizer.from_pretrained(checkpoint_of(name) / "tokenizer")
-        (tmp_path / "vocab.json").write_text(json.dumps(oracle.get_vocab(), ensure_ascii=False))
-        state = json.loads(oracle.backend_tokenizer.to_str())
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps(theirs.get_vocab(), ensure_ascii=False))
+        state = json.loads(theirs.backend_tokenizer.to_str())
         merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in state["model"]["merges"]]
-        (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-        folder = tmp_path
-    ours = PromptTokenizer(folder, bundle.manifest.prompts["text_encoder"])
-    theirs = CLIPTokenizer.from_pretrained(checkpoint_of(name) / "tokenizer")
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    ours = PromptTokenizer(folder, prompt)
     expected = theirs(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="np").input_ids
     ids, cut = ours.encode(PROMPTS)
     keep = [i for i, prompt in enumerate(PROMPTS) if from_json or "<|" not in prompt]
