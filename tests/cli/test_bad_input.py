@@ -103,7 +103,7 @@ def test_disk_full_during_compile(tmp_path, checkpoint_of):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    done = subprocess.run(line, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 1
     assert "Error: no space left to write" in done.stderr
     assert "Traceback" not in done.stderr
@@ -118,13 +118,11 @@ def test_a_stopped_compile_goes_on_where_it_was(tmp_path, checkpoint_of):
     written: dict[str, int] = {}
     for how, after in ((signal.SIGINT, "text_encoder"), (signal.SIGKILL, "vae_decoder")):
         stopped = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
-        deadline = time.monotonic() + 240
         while not (stages / f"{after}.json").exists():
             assert stopped.poll() is None
-            assert time.monotonic() < deadline
             time.sleep(0.05)
         stopped.send_signal(how)
-        _, stderr = stopped.communicate(timeout=60)
+        _, stderr = stopped.communicate()
         if how == signal.SIGINT:
             assert stopped.returncode == 1
             assert "Error: interrupted; what was finished is kept" in stderr
@@ -133,7 +131,7 @@ def test_a_stopped_compile_goes_on_where_it_was(tmp_path, checkpoint_of):
         found = {path.name: path.stat().st_mtime_ns for path in stages.iterdir()}
         assert written.items() < found.items()  # what was finished before is not made again
         written = found
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, at in written.items():
         assert (tmp_path / "b" / name.removesuffix(".json") / "model.onnx").stat().st_mtime_ns <= at
