@@ -22,7 +22,8 @@ LARGEST_JSON = 64 << 20
 """Bytes. The largest that belongs in a bundle is a tokenizer: Gemma's, of 262,144 tokens, has 35 MB."""
 _DEEPEST_JSON = 64
 """Objects in one another; nothing that is written here has more than ten."""
-_MARK = ".diffoundry-work"
+MARK_NAME = ".diffoundry-work"
+"""The file that makes a folder known as one that is worked in, and that may be removed."""
 _MARK_TEXT = "diffoundry made this folder to work in, and removes it.\n"
 _CHUNK = 1 << 20
 _HUB_SNAPSHOTS, _HUB_BLOBS, _HUB_SHARED = "snapshots", "blobs", ".huggingface-shared-blobs"
@@ -192,17 +193,17 @@ def _is_blob(real: Path, home: Path) -> bool:
 
 def mark(folder: Path) -> None:
     """Make the folder `folder` known as one that is worked in, and that may be removed."""
-    (folder / _MARK).write_text(_MARK_TEXT, encoding="utf-8")
+    (folder / MARK_NAME).write_text(_MARK_TEXT, encoding="utf-8")
 
 
 def unmark(folder: Path) -> None:
     """Take the mark away: the work in `folder` is done."""
-    (folder / _MARK).unlink(missing_ok=True)
+    (folder / MARK_NAME).unlink(missing_ok=True)
 
 
 def is_marked(folder: Path) -> bool:
     """Whether `folder` is a folder, no link to one, with the mark that `mark` leaves."""
-    path = folder / _MARK
+    path = folder / MARK_NAME
     try:
         real = stat.S_ISDIR(folder.lstat().st_mode) and stat.S_ISREG(path.lstat().st_mode)
         return real and path.stat().st_size == len(_MARK_TEXT) and path.read_text(encoding="utf-8") == _MARK_TEXT

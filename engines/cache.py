@@ -68,13 +68,12 @@ class EngineStore:
             shutil.rmtree(self.root / key, ignore_errors=True)
 
     def take(self, other: EngineStore) -> None:
-        """Take over the whole engines of `other` that are not here, without copying where files can be linked."""
+        """Take over the engines of `other` that are not here, without copying where files can be linked."""
         for record in other.records():
-            key = str(record["key"])
-            if not (self.root / key).exists() and holds(other.root / key, record.get("files")):
-                for path in sorted((other.root / key).iterdir()):
-                    if path.is_file():
-                        link_or_copy(path, self.root / key / path.name)
+            for path in sorted((other.root / record["key"]).iterdir()):
+                copy = self.root / record["key"] / path.name
+                if path.is_file() and not copy.exists():
+                    link_or_copy(path, copy)
 
     def problems(self) -> list[str]:
         """The engines whose files are not those of their record, a line each."""

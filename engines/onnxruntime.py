@@ -284,9 +284,7 @@ def _kept_session(
         with contextlib.suppress(OSError, EngineError), store.building(key, built_from) as work:
             options = _options(threads)
             options.optimized_model_filepath = str(work / _OPTIMIZED)
-            options.add_session_config_entry(
-                "session.optimized_model_external_initializers_file_name", _OPTIMIZED_DATA
-            )
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _OPTIMIZED_DATA)
             options.add_session_config_entry(
                 "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
             )
