@@ -141,10 +141,11 @@ def inside(root: Path, relative: str) -> Path:
     return path
 
 
-def check_tree(root: Path) -> None:
-    """Raise `BundleError` when below `root` a link leads out of it, or something is neither a file nor a folder.
+def check_tree(root: Path, *, held: bool = True) -> None:
+    """Raise `BundleError` when below `root` something is neither a file nor a folder, or a link leads out of it.
 
     So what is read by its usual name, without standing in a manifest, is no more dangerous than what does.
+    held: whether links must not lead out.
     """
     for folder, folders, files in os.walk(root):
         for name in (*folders, *files):
@@ -152,15 +153,15 @@ def check_tree(root: Path) -> None:
             try:
                 mode = path.lstat().st_mode
                 if stat.S_ISLNK(mode):
-                    if not _stays(path, root):
+                    if held and not _stays(path, root):
                         inside(root, path.relative_to(root).as_posix())
                     mode = path.stat().st_mode
             except OSError:  # removed meanwhile, or a link to nothing, which is missing to whoever needs it
                 continue
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise BundleError(
-                    f"{path} is neither a file nor a folder (a pipe, a socket or a device): remove it, or get the "
-                    "bundle again"
+                    f"{path} is neither a file nor a folder (a pipe, a socket or a device): remove it, or get what "
+                    "belongs there again"
                 )
 
 

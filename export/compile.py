@@ -1,6 +1,6 @@
 """`compile`: checkpoint → bundle, stage by stage, each done once.
 
-Work goes on in `.<name>.part` beside the bundle, which is renamed into place when all of it is done. A stage writes
+Work goes on in a folder beside the bundle (see `place`), which is renamed into place when all is done. A stage writes
 its record last; a record whose key and file hashes hold is taken over, from an earlier run or from the bundle that
 stands there. The key is the hash of everything that decides the stage.
 """
@@ -26,6 +26,7 @@ from ..bundle import (
     Prompt,
 )
 from ..bundle.files import (
+    check_tree,
     disk_error,
     exclusive,
     read_json,
@@ -135,6 +136,8 @@ def compile(
                 prepare(path)
                 single = _unpack(checkpoint, work_folder(path), config, prediction_type)
                 source = Checkpoint.open(single or checkpoint).replace(components or {})
+                for folder in (source.root, *source.replaced.values()):
+                    check_tree(folder, held=False)  # a pipe would be waited for
                 family_name, rules = family_of(source, family)
                 wanted = _Wanted(name, precision, target or Target(), scan or Scan(), place)
                 build = _Build(source, family_name, rules, path, wanted, progress)

@@ -55,6 +55,11 @@ def check_target(target: Path, checkpoint: str | Path) -> None:
     local = isinstance(checkpoint, (str, Path)) and Path(checkpoint).exists()
     if local and Path(checkpoint).resolve().is_relative_to(target):
         raise DiffoundryError(f"the bundle would overwrite the checkpoint {checkpoint}: choose another --output")
+    _check_replaceable(target)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise `DiffoundryError` when what stands at `target` is not a bundle alone, or leads out of itself."""
     if target.is_dir() and not os.path.lexists(target / MANIFEST_NAME):
         if any(path.name != _INSIDE for path in target.iterdir()):
             raise DiffoundryError(
@@ -76,8 +81,8 @@ def _check_strangers(target: Path) -> None:
         listed = from_json(read_json(target / MANIFEST_NAME, "the manifest"), str(target / MANIFEST_NAME)).all_files()
     except BundleError as error:
         raise DiffoundryError(
-            f"{target} is there, and what belongs to it cannot be told ({error}): choose another --output, or remove "
-            "it first"
+            f"{target} exists, and what belongs to it is not known ({error}): choose another --output, or remove it "
+            "first"
         ) from None
     names = (
         path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or not path.is_dir()
@@ -137,6 +142,7 @@ def _can_be_renamed(target: Path) -> bool:
 def recover(target: Path) -> None:
     """Undo or finish a change of places that was interrupted. Raises `DiffoundryError` when something is in its way."""
     if is_marked(target / _INSIDE) and os.path.lexists(target / _INSIDE / _JOURNAL):
+        check_tree(target)
         _change_places(target)
     old = old_folder(target)
     if os.path.lexists(old):
@@ -160,8 +166,8 @@ def swap(target: Path) -> None:
     Raises `DiffoundryError` when that fails: then the finished folder is kept, and the same command goes on with it.
     """
     work = work_folder(target)
-    _check_strangers(target)  # what came in the meantime
     try:
+        _check_replaceable(target)  # something may have come in the meantime
         if work.parent == target:
             aside = (_JOURNAL, _REPLACED, STAGES, UNPACKED, MARK_NAME)
             leaving = [path.name for path in target.iterdir() if path != work]
@@ -178,9 +184,10 @@ def swap(target: Path) -> None:
             if os.path.lexists(old):
                 old.rename(target)
             raise
-    except OSError as error:
+    except (OSError, DiffoundryError) as error:
+        why = disk_error(error) if isinstance(error, OSError) else error
         raise DiffoundryError(
-            f"{disk_error(error)}; the finished bundle is kept in {work}, and the same command goes on with it"
+            f"{why}; the finished bundle is kept in {work}, and the same command goes on with it"
         ) from error
     _finish(target)
     remove(old)
@@ -212,8 +219,8 @@ def _change_places(target: Path) -> None:
 
 
 def _names(value: object, work: Path) -> list[str]:
-    names = value if isinstance(value, list) else [None]
-    if not all(isinstance(name, str) and Path(name).name == name and name != _INSIDE for name in names):
+    names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+    if names != value or not all(Path(name).name == name and name != _INSIDE for name in names):
         raise DiffoundryError(f"{work / _JOURNAL} is damaged: remove {work} and run the same command again")
     return names
 
