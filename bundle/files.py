@@ -26,6 +26,7 @@ MARK_NAME = ".diffoundry-work"
 """The file that makes a folder known as one that is worked in, and that may be removed."""
 _MARK_TEXT = "diffoundry made this folder to work in, and removes it.\n"
 _CHUNK = 1 << 20
+_GIT = ".git"
 _HUB_SNAPSHOTS, _HUB_BLOBS, _HUB_SHARED = "snapshots", "blobs", ".huggingface-shared-blobs"
 _HUB_SHARED_NAME = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 _PLAIN_PATH = re.compile(r"[^\\:\0\ud800-\udfff]{1,1024}")
@@ -148,6 +149,8 @@ def check_tree(root: Path, *, held: bool = True) -> None:
     held: whether links must not lead out.
     """
     for folder, folders, files in os.walk(root):
+        if _GIT in folders:  # which nobody reads here, and which may hold a socket
+            folders.remove(_GIT)
         for name in (*folders, *files):
             path = Path(folder, name)
             try:

@@ -78,7 +78,7 @@ class EngineStore:
     def problems(self) -> list[str]:
         """The engines whose files are not those of their record, a line each."""
         return [
-            f"engines/{record['key']} was changed after it was built"
+            f"engines/{record['key']} was changed after it was built (remove that folder)"
             for record in self.records()
             if not holds(self.root / record["key"], record.get("files"))
         ]

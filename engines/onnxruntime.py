@@ -300,7 +300,10 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
             warnings.simplefilter("ignore")  # that a provider did not start is an error below
             session = ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:
-        raise EngineError(f"{component}: ONNX Runtime cannot load {path}: {_first_line(error)}") from None
+        raise EngineError(
+            f"{component}: ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}; "
+            "upgrade it, or compile the bundle again"
+        ) from None
     session.disable_fallback()
     return session
 

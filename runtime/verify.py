@@ -48,7 +48,7 @@ def verify(
     bundle.check()
     problems = EngineStore(bundle.root / "engines").problems()
     if problems:
-        raise BundleError(f"{bundle.root}: {'; '.join(problems)}; compile the bundle again")
+        raise BundleError(f"{bundle.root}: {'; '.join(problems)}; then run or compile builds what is needed again")
     for chosen in (precision,) if precision is not None else runnable(bundle, engine):
         yield from _verify(bundle, engine, chosen, threads)
 
