@@ -44,7 +44,7 @@ def old_folder(target: Path) -> Path:
 def tidy(target: Path) -> None:
     """After a failure: leave the work folder only if a finished stage is in it."""
     work = work_folder(target)
-    if not any((work / STAGES).glob("*.json")):
+    if is_marked(work) and not any((work / STAGES).glob("*.json")):
         _remove_work(work)
 
 
@@ -154,6 +154,7 @@ def recover(target: Path) -> None:
         if not os.path.lexists(target):
             old.rename(target)
         else:
+            check_tree(old)
             _check_strangers(old)
             remove(old)
     if is_marked(target):
