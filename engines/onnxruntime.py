@@ -72,42 +72,18 @@ class OnnxRuntimeEngine:
 
         provider: a key of `PROVIDERS`. threads: of one operator, default all processors.
         store, source: where to keep the graph that ONNX Runtime optimized for this machine, and the SHA-256 of
-        each file of the model; with both, the second load skips the optimization.
+        each file of the model; with both, the second load skips the optimization. Where it cannot be kept, or what is
+        kept does not load, the model is loaded without it.
         Raises `EngineError` when the model cannot be read or the provider is not there.
         """
         component = component or model.parent.name
         name = require_provider(provider)
         threads = threads or default_threads()
-        path, options = model, _options(threads)
-        with contextlib.ExitStack() as stack:
-            if store is not None and source and provider == "cpu" and store.writable():
-                built_from = {
-                    "component": component,
-                    "source": dict(source),
-                    "backend": "onnxruntime",
-                    "version": ort.__version__,
-                    "provider": provider,
-                    "device": cpu_identity(),
-                    "precision": "as in the model",
-                    "profile": "dynamic",
-                    "optimization": "all",
-                    "graph": model.name,
-                }
-                key = store.key(built_from)
-                found = store.find(key)
-                if found is not None:
-                    path = found / _OPTIMIZED
-                    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-                else:
-                    work = stack.enter_context(store.building(key, built_from))
-                    options.optimized_model_filepath = str(work / _OPTIMIZED)
-                    options.add_session_config_entry(
-                        "session.optimized_model_external_initializers_file_name", _OPTIMIZED_DATA
-                    )
-                    options.add_session_config_entry(
-                        "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
-                    )
-            session = _session(path, options, name, component)
+        session = None
+        if store is not None and source and provider == "cpu":
+            session = _kept_session(store, model, component, threads, source)
+        if session is None:
+            session = _session(model, _options(threads), name, component)
         used = session.get_providers()
         if not used or used[0] != name:
             raise EngineError(f"{component}: provider {provider!r} did not start on this machine; {_remedy(provider)}")
@@ -274,6 +250,48 @@ def _options(threads: int) -> ort.SessionOptions:
     return options
 
 
+def _kept_session(
+    store: EngineStore, model: Path, component: str, threads: int, source: Mapping[str, str]
+) -> ort.InferenceSession | None:
+    """The session of `model` on the CPU, of the optimized graph in `store`, which is kept there now if it was not.
+
+    None where it can be neither loaded nor kept: nobody needs it but to start faster.
+    """
+    name = PROVIDERS["cpu"]
+    built_from = {
+        "component": component,
+        "source": dict(source),
+        "backend": "onnxruntime",
+        "version": ort.__version__,
+        "provider": "cpu",
+        "device": cpu_identity(),
+        "precision": "as in the model",
+        "profile": "dynamic",
+        "optimization": "all",
+        "graph": model.name,
+    }
+    key = store.key(built_from)
+    found = store.find(key)
+    if found is not None:
+        options = _options(threads)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return _session(found / _OPTIMIZED, options, name, component)
+        except EngineError:  # written by another build of the same version, or cut short by a full disk
+            store.drop(key)
+    session = None
+    if store.writable():
+        with contextlib.suppress(OSError, EngineError), store.building(key, built_from) as work:
+            options = _options(threads)
+            options.optimized_model_filepath = str(work / _OPTIMIZED)
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _OPTIMIZED_DATA)
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
+            )
+            session = _session(model, options, name, component)
+    return session
+
+
 def _session(path: Path, options: ort.SessionOptions, provider: str, component: str) -> ort.InferenceSession:
     if not path.is_file():
         raise EngineError(f"{component}: {path} is missing; compile the bundle again")
@@ -282,8 +300,10 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
             warnings.simplefilter("ignore")  # that a provider did not start is an error below
             session = ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:
-        written = f", or cannot write {options.optimized_model_filepath}" if options.optimized_model_filepath else ""
-        raise EngineError(f"{component}: ONNX Runtime cannot load {path}{written}: {_first_line(error)}") from None
+        raise EngineError(
+            f"{component}: ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}; "
+            "upgrade it, or compile the bundle again"
+        ) from None
     session.disable_fallback()
     return session
 

@@ -1,6 +1,6 @@
 """`compile`: checkpoint → bundle, stage by stage, each done once.
 
-Work goes on in `.<name>.part` beside the bundle, which is renamed into place when all of it is done. A stage writes
+Work goes on in a folder beside the bundle (see `place`), which is renamed into place when all is done. A stage writes
 its record last; a record whose key and file hashes hold is taken over, from an earlier run or from the bundle that
 stands there. The key is the hash of everything that decides the stage.
 """
@@ -26,9 +26,9 @@ from ..bundle import (
     Prompt,
 )
 from ..bundle.files import (
+    check_tree,
     disk_error,
     exclusive,
-    link_or_copy,
     read_json,
     remove,
     sha256_file,
@@ -49,7 +49,7 @@ from . import step_graph
 from .checkpoint import Checkpoint
 from .components import Components, Stage
 from .loading import half_type
-from .place import STAGES, UNPACKED, check_target, recover, swap, tidy, work_folder
+from .place import STAGES, UNPACKED, check_target, prepare, recover, swap, tidy, work_folder
 from .plan import ComponentPlan
 from .plans import Site, build_plans, count_plans, site, warnings_of
 from .precision import PRECISIONS, Lowered, lower_bundle, others, variants
@@ -128,13 +128,16 @@ def compile(
     if not isinstance(out, (str, Path)) or not str(out):
         raise DiffoundryError(f"the output must be a path, found {out!r}")
     try:
-        path = Path(out).resolve()
-        check_target(path, checkpoint)
+        path = _resolved(out)
         with exclusive(path):
             recover(path)
+            check_target(path, checkpoint)
             try:
+                prepare(path)
                 single = _unpack(checkpoint, work_folder(path), config, prediction_type)
                 source = Checkpoint.open(single or checkpoint).replace(components or {})
+                for folder in (source.root, *source.replaced.values()):
+                    check_tree(folder, held=False)  # a pipe would be waited for
                 family_name, rules = family_of(source, family)
                 wanted = _Wanted(name, precision, target or Target(), scan or Scan(), place)
                 build = _Build(source, family_name, rules, path, wanted, progress)
@@ -145,9 +148,20 @@ def compile(
                 build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
                 return build.run()
             finally:
-                tidy(work_folder(path))
+                tidy(path)
     except OSError as error:
         raise disk_error(error) from error
+
+
+def _resolved(out: str | Path) -> Path:
+    """The absolute path of the output. Raises `DiffoundryError` for one that no bundle can be written to."""
+    try:
+        path = Path(out).resolve()
+    except (RuntimeError, ValueError):  # a loop of links, a null character
+        raise DiffoundryError(f"the output {str(out)!r} is no path to a folder: choose another --output") from None
+    if not path.name:
+        raise DiffoundryError(f"{path} is a root folder: choose an --output below it, such as {path / 'new.bundle'}")
+    return path
 
 
 def _unpack(checkpoint: str | Path, work: Path, config: str | Path | None, prediction_type: str | None) -> Path | None:
@@ -163,7 +177,7 @@ def _unpack(checkpoint: str | Path, work: Path, config: str | Path | None, predi
     unpacked = work / UNPACKED / sha256_json(told)[:16]
     if not unpacked.is_dir():
         remove(work / UNPACKED)
-        unpacked.parent.mkdir(parents=True)
+        unpacked.parent.mkdir()
         unpack(path, unpacked, config=folder, prediction_type=prediction_type)
     return unpacked
 
@@ -242,8 +256,7 @@ class _Build:
         plans, latents, size = self._read()
         self.progress("hash the checkpoint", 0, len(plans) + 2)
         hashes = {name: sha256_tree(self.source.weights(name)) for name in sorted({plan.source for plan in plans})}
-        self.work.mkdir(exist_ok=True)
-        self._take_engines()
+        self.store.take(EngineStore(self.target / "engines"))  # their keys decide whether they are ever used
         self._check_disk(plans)
         manifest = self._manifest(plans, latents, size, self._write_small(), sha256_json(hashes))
         lowers, site = self.wanted.precision != FULL, self.wanted.site
@@ -385,15 +398,6 @@ class _Build:
             raise DiffoundryError(
                 f"the model has {most} timesteps, {self.defaults[0]} steps by default are more: ask for fewer"
             )
-
-    def _take_engines(self) -> None:
-        """Engines of the bundle that is replaced stay; their keys decide whether they are ever used."""
-        old = self.target / "engines"
-        if old.is_dir():
-            for path in sorted(old.glob("[0-9a-f]*/*")):
-                copy = self.store.root / path.parent.name / path.name
-                if not copy.exists():
-                    link_or_copy(path, copy)
 
     def _check_disk(self, plans: list[ComponentPlan]) -> None:
         wanted = self.wanted

@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..bundle import EngineError, RequestError
+from ..bundle.files import replacing
 from ..engines import Array
 
 _LONGEST_NAME = 200
@@ -56,16 +57,14 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> Non
     """Write `image` beside `path` with its metadata, then rename it into place."""
     info = PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as beside:
         image.save(beside, format="PNG", pnginfo=info)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The record that `save_png` wrote into `path`. Raises `RequestError` when there is none."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise RequestError(f"{path} is no file: give the path of a picture")
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(METADATA_KEY)

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..bundle import BundleError, Prompt
+from ..bundle.files import check_regular
 from ..engines import Array
 
 _CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -55,7 +56,12 @@ class PromptTokenizer:
 def _load(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
+        for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            if (folder / name).exists():
+                check_regular(folder / name, "the tokenizer")
         tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else _clip(folder)
+    except BundleError:
+        raise
     except Exception as error:  # the Rust side raises plain Exception
         raise BundleError(f"the tokenizer in {folder} cannot be read ({error}); compile the bundle again") from None
     tokenizer.no_padding()

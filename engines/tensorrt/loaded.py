@@ -123,7 +123,8 @@ class LoadedPlan:
         built_for = plan.device or ", ".join(plan.archs)
         raise self.failed(
             f"the plan {plan.key} does not load: it was built by {plan.backend} {plan.version} for {built_for}, "
-            f"this is {self.trt.__version__} on {self._gpu.device.name} ({self._gpu.device.arch}): build it anew"
+            f"this is {self.trt.__version__} on {self._gpu.device.name} ({self._gpu.device.arch}): "
+            f"remove {plan.folder} and compile the bundle again"
         )
 
     def _check(self, tensors: Sequence[Tensor]) -> None:
@@ -137,7 +138,7 @@ class LoadedPlan:
             wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
             raise EngineError(
                 f"{self.plan.component}: the plan {self.plan.key} and the model do not agree on "
-                f"{', '.join(wrong)}: build it again"
+                f"{', '.join(wrong)}: remove {self.plan.folder} and compile the bundle again"
             )
 
     def _stream_weights(self, budget: int | None) -> None:
