@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import click
 
+from .. import __version__
 from ..bundle import DiffoundryError
 from ..bundle.files import disk_error
 from .compile import compile_command
@@ -18,7 +19,7 @@ from .verify import verify_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="diffoundry", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Compile diffusers checkpoints into engines and run them without PyTorch."""
 

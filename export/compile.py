@@ -7,7 +7,8 @@ stands there. The key is the hash of everything that decides the stage.
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
+import importlib.util
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -203,10 +204,8 @@ def _defaults(rules: Family, steps: int | None, guidance: float | None) -> tuple
 
 def _require_export() -> None:
     for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript"):
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            raise DiffoundryError(f"compile needs {name}: run `pip install 'diffoundry[export]'`") from None
+        if importlib.util.find_spec(name) is None:
+            raise DiffoundryError(f"compile needs {name}: run `pip install 'diffoundry[export]'`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +241,8 @@ class _Build:
         self.progress = progress or (lambda stage, done, total: None)
         self.work = work_folder(target)
         self.store = EngineStore(self.work / "engines")
-        self.versions = {name: importlib.metadata.version(name) for name in _TOOLS}
+        # of the modules that are loaded: several distributions serve one, such as onnxruntime-gpu
+        self.versions = {name: str(importlib.import_module(name).__version__) for name in _TOOLS}
         store = self.store if wanted.engine.backend == ONNXRUNTIME else None
         makers = {name: version for name, version in self.versions.items() if name != "diffoundry"}
         self.components = Components(source, target, wanted.provider, store, makers)

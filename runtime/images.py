@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..bundle import EngineError, RequestError
+from ..bundle import OverflowedError, RequestError
 from ..bundle.files import replacing
 from ..engines import Array
 
@@ -24,7 +24,7 @@ METADATA_KEY = "diffoundry"
 def to_image(sample: Array) -> Image.Image:
     """A decoded sample, float (3, H, W) in [-1, 1], as an RGB picture, rounded as diffusers rounds."""
     if not np.isfinite(sample).all():
-        raise EngineError(
+        raise OverflowedError(
             "the decoded image is not finite (NaN or infinity): the VAE overflowed; use a bundle of higher precision"
         )
     unit = np.clip(sample.astype(np.float32) / 2 + np.float32(0.5), 0, 1)

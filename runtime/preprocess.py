@@ -122,7 +122,7 @@ def image_pixels(
     fitted = _fit(image, width, height, crop, resize_mode).convert("RGB")
     unit = np.asarray(fitted).astype(np.float32) / np.float32(255)
     pixels = np.float32(2) * unit - np.float32(1)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return np.asarray(pixels.transpose(2, 0, 1), order="C")
 
 
 def mask_pixels(

@@ -7,11 +7,13 @@ import os
 import resource
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper
 
 from diffoundry.bundle import Bundle, EngineError
 from diffoundry.bundle.files import mark, sha256_file
-from diffoundry.engines import EngineStore
+from diffoundry.engines import EngineStore, onnxruntime
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 
 
@@ -254,3 +256,49 @@ def test_engines_of_other_models_are_pruned(unet_path, tmp_path):
     store.prune([{"a": "2"}])
     assert [record["source"] for record in store.records()] == [{"a": "2"}]
     assert len(list(store.root.iterdir())) == 1
+
+
+def small(nodes, inputs, outputs):
+    """A session of a graph of a few nodes, as an engine."""
+    graph = helper.make_graph(nodes, "g", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return OnnxRuntimeEngine(session, "small", "cpu")
+
+
+def test_a_value_without_axes_stays_one_where_it_is_bound():
+    scalar = [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in "xy"]
+    engine = small([helper.make_node("Add", ["x", "x"], ["y"])], scalar[:1], scalar[1:])
+    x = np.asarray(2.0, np.float32)
+    bound = engine.bind({"x": x})
+    for value in (2.0, 3.0):
+        x[...] = value
+        found = bound("x")["y"]
+        assert (found.shape, float(found)) == ((), 2 * value)
+
+
+def test_memory_that_is_wanting_is_told_from_other_failures():
+    """Both provoked in ONNX Runtime itself: a value of 64 TiB, and a bound output of another shape."""
+    ends = helper.make_tensor_value_info("s", TensorProto.INT64, ["n"]), helper.make_tensor_value_info("y", 1, None)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    nodes = [helper.make_node("Expand", ["x", "s"], ["b"]), helper.make_node("Add", ["b", "b"], ["y"])]
+    feeds = {"x": np.ones(1, np.float32), "s": np.array([1 << 44], np.int64)}
+    engine = small(nodes, [x, ends[0]], [ends[1]])
+    with pytest.raises(EngineError, match="small: out of memory: ask for a smaller size"):
+        engine(feeds)
+    feeds["s"][0] = 4
+    bound = engine.bind(feeds)
+    bound()
+    feeds["s"][0] = 5  # the output was bound with 4
+    with pytest.raises(EngineError, match="small: ONNX Runtime failed"):
+        bound("s")
+
+
+def test_float32_on_cuda_is_no_tf32():
+    assert onnxruntime._provider_options("CUDAExecutionProvider")["use_tf32"] == "0"
+
+
+@pytest.mark.gpu
+def test_the_session_on_cuda_has_no_tf32(unet_path):
+    engine = OnnxRuntimeEngine.load(unet_path, provider="cuda")
+    assert engine._session.get_provider_options()["CUDAExecutionProvider"]["use_tf32"] == "0"

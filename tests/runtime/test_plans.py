@@ -16,6 +16,7 @@ from diffoundry.bundle import Bundle, BundleError, EngineError
 from diffoundry.engines import EngineStore
 from diffoundry.engines.tensorrt.plan import PLAN_NAME
 from diffoundry.engines.tensorrt.recipe import Recipe
+from diffoundry.export.plans import site
 from diffoundry.export.target import Target, profiles
 from diffoundry.runtime.guidance import Guidance
 from diffoundry.runtime.pipeline import Request, load
@@ -163,6 +164,18 @@ def test_plans_of_another_version_or_gpu_are_refused(copied, built, message):
     add_plans(copied, Target(), **built)
     with pytest.raises(EngineError, match=message):
         drawn(load(copied, engine=ENGINE))
+
+
+def test_a_gpu_that_tensorrt_for_rtx_does_not_run_on_is_named_before_anything_is_loaded(planned, simulated_cuda):
+    simulated_cuda.capability = (9, 0)
+    with pytest.raises(EngineError, match=r"does not run on Simulated GPU \(sm90\), only on .*: use --engine onnxr"):
+        load(planned, engine=ENGINE)
+
+
+def test_no_plan_of_tensorrt_for_rtx_is_built_for_a_gpu_that_does_not_run_it(simulated_cuda):
+    simulated_cuda.capability = (9, 0)
+    with pytest.raises(EngineError, match=r"does not run on Simulated GPU \(sm90\), only on .*: use --engine onnxr"):
+        site(ENGINE, "fp16", Target())
 
 
 def test_a_bundle_without_plans_says_how_to_get_them(copied):
