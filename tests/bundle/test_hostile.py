@@ -361,6 +361,25 @@ def test_only_the_files_of_its_own_in_the_cache_are_read(bundle_of, tmp_path, th
         Bundle.open(snapshot)
 
 
+def test_engines_that_came_from_the_hub_are_used_and_swept_as_links(bundle_of, tmp_path):
+    """Uploaded with the bundle: whole ones run, damaged ones go without what they lead to."""
+    snapshot = in_hub_cache(bundle_of("pico"), tmp_path / "hub")
+    blobs = snapshot.parents[1] / "blobs"
+    for folder in sorted((bundle_of("pico") / "engines").iterdir()):
+        (snapshot / "engines" / folder.name).mkdir(parents=True)
+        for path in folder.iterdir():
+            shutil.copy(path, blobs / f"{folder.name}{path.name}")
+            (snapshot / "engines" / folder.name / path.name).symlink_to(blobs / f"{folder.name}{path.name}")
+    store = EngineStore(snapshot / "engines")
+    keys = [record["key"] for record in store.records()]
+    assert len(keys) > 3 and Bundle.open(snapshot)
+    assert all(store.find(key) for key in keys)
+    damaged = blobs / f"{keys[0]}model.onnx"
+    damaged.write_bytes(b"damaged")
+    assert store.find(keys[0]) is None and damaged.read_bytes() == b"damaged"
+    assert not (store.root / keys[0]).exists()
+
+
 def test_in_the_cache_of_the_hub_engines_are_no_link_either(bundle_of, tmp_path):
     snapshot = in_hub_cache(bundle_of("pico"), tmp_path / "hub")
     (snapshot / "engines").symlink_to(tmp_path / "hub/models--me--pico/blobs")
