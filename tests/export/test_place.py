@@ -26,7 +26,7 @@ def filled(target: Path, bundle: Path, word: str = "new") -> Path:
     """The work folder of `target` with a finished bundle and its stages in it."""
     prepare(target)
     work = work_folder(target)
-    shutil.copytree(bundle, work, dirs_exist_ok=True)
+    shutil.copytree(bundle, work, dirs_exist_ok=True, copy_function=os.link)
     (work / STAGES).mkdir()
     (work / STAGES / "unet.json").write_text("{}")
     (work / "engines" / "timing.cache").write_text(word)
