@@ -46,8 +46,7 @@ class Bundle:
         if (root / _ENGINES).is_symlink():
             raise BundleError(f"{root}: {_ENGINES} is a link, and engines are written there: remove the link")
         if whole:
-            manifest = from_json(read_json(root / MANIFEST_NAME, "the manifest"), str(root / MANIFEST_NAME))
-            bundle = cls(root, manifest)
+            bundle = cls(root, from_json(_read_manifest(root / MANIFEST_NAME), str(root / MANIFEST_NAME)))
         else:
             _refuse_headless(root)
             bundle = cls(root, optimum.describe(root), foreign=True)
@@ -86,6 +85,13 @@ class Bundle:
         problems = self.problems(names)
         if problems:
             raise BundleError(f"{self.root}: {'; '.join(problems)}; compile the bundle again")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, "the manifest")
+    except BundleError as error:
+        raise BundleError(f"{error}; get the bundle again, or compile the checkpoint into another folder") from None
 
 
 def _refuse_headless(root: Path) -> None:

@@ -308,9 +308,13 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
             warnings.simplefilter("ignore")  # that a provider did not start is an error below
             session = ort.InferenceSession(str(path), options, providers=[(provider, _provider_options(provider))])
     except Exception as error:
+        # some versions (1.24) do not read weights through the links of the hub's cache
+        otherwise = (
+            "use a copy that holds the files instead of links (cp -rL)" if path.is_symlink() else "compile again"
+        )
         raise EngineError(
             f"{component}: ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}; "
-            "upgrade it, or compile the bundle again"
+            f"upgrade ONNX Runtime, or {otherwise}"
         ) from None
     session.disable_fallback()
     return session

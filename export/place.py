@@ -157,7 +157,7 @@ def recover(target: Path) -> None:
             check_tree(old)
             _check_strangers(old)
             remove(old)
-    if is_marked(target):
+    if is_marked(target) and os.path.lexists(target / MANIFEST_NAME):
         _finish(target)
 
 
@@ -216,6 +216,7 @@ def _change_places(target: Path) -> None:
     for name in sorted(coming, key=lambda name: name == MANIFEST_NAME):
         if os.path.lexists(work / name):
             (work / name).rename(target / name)
+    (work / _JOURNAL).unlink()  # before the old contents: without them it would be followed wrongly
     _remove_work(work)
 
 

@@ -361,6 +361,25 @@ def test_only_the_files_of_its_own_in_the_cache_are_read(bundle_of, tmp_path, th
         Bundle.open(snapshot)
 
 
+def test_engines_that_came_from_the_hub_are_used_and_swept_as_links(bundle_of, tmp_path):
+    """Uploaded with the bundle: whole ones run, damaged ones go without what they lead to."""
+    snapshot = in_hub_cache(bundle_of("pico"), tmp_path / "hub")
+    blobs = snapshot.parents[1] / "blobs"
+    for folder in sorted((bundle_of("pico") / "engines").iterdir()):
+        (snapshot / "engines" / folder.name).mkdir(parents=True)
+        for path in folder.iterdir():
+            shutil.copy(path, blobs / f"{folder.name}{path.name}")
+            (snapshot / "engines" / folder.name / path.name).symlink_to(blobs / f"{folder.name}{path.name}")
+    store = EngineStore(snapshot / "engines")
+    keys = [record["key"] for record in store.records()]
+    assert len(keys) > 3 and Bundle.open(snapshot)
+    assert all(store.find(key) for key in keys)
+    damaged = blobs / f"{keys[0]}model.onnx"
+    damaged.write_bytes(b"damaged")
+    assert store.find(keys[0]) is None and damaged.read_bytes() == b"damaged"
+    assert not (store.root / keys[0]).exists()
+
+
 def test_in_the_cache_of_the_hub_engines_are_no_link_either(bundle_of, tmp_path):
     snapshot = in_hub_cache(bundle_of("pico"), tmp_path / "hub")
     (snapshot / "engines").symlink_to(tmp_path / "hub/models--me--pico/blobs")
@@ -531,3 +550,45 @@ def test_json_of_more_than_the_limit_is_not_read(called, bundle_of, tmp_path):
     done = called("inspect", bundle)
     refused(done)
     assert "at most 67 MB are read" in done.stderr
+
+
+# --- other files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "place", ["model_index.json", "unet/config.json", "tokenizer/vocab.json", "vae/diffusion_pytorch_model.bin", "x"]
+)
+@pytest.mark.parametrize("kind", [pipe, plug, device])
+def test_what_is_no_file_in_a_checkpoint_is_refused_before_the_work(called, checkpoint_of, tmp_path, place, kind):
+    checkpoint = Path(shutil.copytree(checkpoint_of("pico"), tmp_path / "c"))
+    (checkpoint / place).unlink(missing_ok=True)
+    kind(checkpoint / place, checkpoint)
+    done = called("compile", checkpoint, "-o", tmp_path / "b")
+    refused(done)
+    assert place in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_socket_of_git_is_no_harm(bundle_of, tmp_path):
+    bundle = linked_copy(bundle_of("pico"), tmp_path / "b")
+    (bundle / ".git").mkdir()
+    plug(bundle / ".git" / "fsmonitor--daemon.ipc", bundle)
+    Bundle.open(bundle).check()
+
+
+def test_a_picture_is_not_written_through_a_link(outside, tmp_path):
+    from PIL import Image
+
+    from diffoundry.bundle import RequestError
+    from diffoundry.runtime.images import read_metadata, save_png
+
+    (outside.root / "mine.png").write_text("mine")
+    outside.freeze()
+    for name in ("o.png", f".o.png.{os.getpid()}.part"):
+        (tmp_path / name).symlink_to(outside.root / "mine.png")
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "o.png", {"seed": 1})
+    outside.check()
+    assert read_metadata(tmp_path / "o.png") == {"seed": 1} and not (tmp_path / "o.png").is_symlink()
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(RequestError, match="is no file"):
+        read_metadata(tmp_path / "pipe.png")

@@ -118,6 +118,13 @@ def test_a_damaged_model_is_one_clear_error(tmp_path):
         OnnxRuntimeEngine.load(tmp_path / "other.onnx")
 
 
+def test_a_model_that_is_a_link_and_does_not_load_has_its_own_remedy(tmp_path):
+    (tmp_path / "blob").write_bytes(b"not a model")
+    (tmp_path / "model.onnx").symlink_to("blob")
+    with pytest.raises(EngineError, match=r"upgrade ONNX Runtime, or use a copy .* \(cp -rL\)"):
+        OnnxRuntimeEngine.load(tmp_path / "model.onnx")
+
+
 def test_the_optimized_graph_is_kept_and_used(unet_path, unet, tmp_path):
     store = EngineStore(tmp_path / "engines")
     source = Bundle.open(unet_path.parent.parent).component("unet").files

@@ -26,7 +26,7 @@ def filled(target: Path, bundle: Path, word: str = "new") -> Path:
     """The work folder of `target` with a finished bundle and its stages in it."""
     prepare(target)
     work = work_folder(target)
-    shutil.copytree(bundle, work, dirs_exist_ok=True)
+    shutil.copytree(bundle, work, dirs_exist_ok=True, copy_function=os.link)
     (work / STAGES).mkdir()
     (work / STAGES / "unet.json").write_text("{}")
     (work / "engines" / "timing.cache").write_text(word)
@@ -40,7 +40,13 @@ def whole(target: Path, word: str = "new") -> None:
     assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.fixture(params=["b new", "b empty", "b bundle", f"{LONG} empty", f"{LONG} bundle", "cwd empty", "cwd bundle"])
+TARGETS = ("b bundle", f"{LONG} bundle", "b new", "b empty", f"{LONG} empty", "cwd empty", "cwd bundle")
+stopped = pytest.mark.parametrize(
+    "target", [*TARGETS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in TARGETS[2:])], indirect=True
+)
+
+
+@pytest.fixture(params=TARGETS)
 def target(request, bundle_of, tmp_path, monkeypatch):
     """A place for a bundle: renamed into, or in a folder that cannot be renamed, empty or with an older bundle."""
     name, before = request.param.split()
@@ -68,12 +74,47 @@ def test_a_bundle_takes_its_place(target, bundle_of, tmp_path):
     whole(target)
 
 
+class Killed(BaseException):
+    """As a kill: nothing of ours handles it."""
+
+
+@stopped
+def test_a_stop_while_the_old_one_is_removed_is_mended(target, bundle_of, monkeypatch):
+    """Each removal in turn is the last before a kill: the new bundle stands whole, before and after it is mended."""
+    real, stops, done = place.remove, 0, False
+    while not done:
+        filled(target, bundle_of("pico"), f"new {stops}")
+        left = [stops]
+
+        def remove(path, left=left):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            real(path)
+
+        monkeypatch.setattr(place, "remove", remove)
+        done = True
+        try:
+            swap(target)
+        except Killed:
+            done = False
+        monkeypatch.setattr(place, "remove", real)
+        Bundle.open(target).check()
+        recover(target)
+        prepare(target)
+        tidy(target)
+        Bundle.open(target).check()
+        assert (target / "engines" / "timing.cache").read_text() == f"new {stops}"
+        assert (target / "reports" / "stages" / "unet.json").exists()
+        shutil.rmtree(work_folder(target), ignore_errors=True)
+        stops += 1
+    assert stops > 2
+
+
+@stopped
 def test_a_stop_at_any_point_is_mended(target, bundle_of, monkeypatch):
     """Each rename in turn is the last that is made before a kill; what stands there is then never a mixture."""
     real = Path.rename
-
-    class Killed(BaseException):
-        pass
 
     stops = 0
     while True:
