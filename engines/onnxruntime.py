@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,17 @@ _DTYPES = {
 _OPTIMIZED = "model.onnx"
 _OPTIMIZED_DATA = "model.onnx_data"
 _EXTERNAL_FROM_BYTES = 1024
+_SESSIONS: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
+
+
+def _keep_sessions() -> None:
+    """Keep every session of a forked process for ever: to end one waits for its threads, which are not there."""
+    for session in list(_SESSIONS):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session._sess))
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=_keep_sessions)
 
 
 def default_threads() -> int:
@@ -285,6 +298,7 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
         written = f", or cannot write {options.optimized_model_filepath}" if options.optimized_model_filepath else ""
         raise EngineError(f"{component}: ONNX Runtime cannot load {path}{written}: {_first_line(error)}") from None
     session.disable_fallback()
+    _SESSIONS.add(session)
     return session
 
 

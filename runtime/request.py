@@ -29,14 +29,15 @@ EMBEDS = (
     "pooled_prompt_embeds",
     "negative_pooled_prompt_embeds",
 )
-_LARGEST_SEED = 2**62
+_SMALLEST_SEED, _LARGEST_SEED = -(2**63), 2**64 - 1
+"""The seeds that `torch.Generator().manual_seed` takes."""
 _MOST_STEPS = 1_000_000
 _MOST_SKIPPED = 1000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WHOLE = (
     ("steps", 1, _MOST_STEPS),
     ("count", 1, MOST_IMAGES),
-    ("seed", 0, _LARGEST_SEED),
+    ("seed", _SMALLEST_SEED, _LARGEST_SEED),
     ("width", 1, LARGEST_SIDE),
     ("height", 1, LARGEST_SIDE),
     ("padding_mask_crop", 0, LARGEST_SIDE),
@@ -239,7 +240,7 @@ def whole_number(name: str, value: Any, low: int, high: int) -> int:
         number = operator.index(value)
     except TypeError:
         number = low - 1
-    if isinstance(value, bool) or not low <= number <= high:
+    if isinstance(value, (bool, np.bool_)) or not low <= number <= high:
         raise RequestError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
     return number
 
