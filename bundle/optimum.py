@@ -127,17 +127,18 @@ def _prompt(root: Path, encoder: str, family: str) -> Prompt:
     else:
         vocab = read_json(folder / "tokenizer.json", "the tokenizer").get("model", {}).get("vocab", {})
     text = read_json(root / encoder / "config.json", "the text encoder configuration")
-    tokens, ids = read_tokens(folder), {}
+    tokens = read_tokens(folder)
     known = {**vocab, **tokens.ids(vocab)}
-    for name in ("bos", "eos", "pad"):
-        token = tokens.named.get(f"{name}_token")
+    ids = []
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = tokens.named.get(name, "")
         if known.get(token, _CLIP_TOKENS) >= text.get("vocab_size", _CLIP_TOKENS):
             raise BundleError(f"{folder} has no token {token!r}: export the model again")
-        ids[f"{name}_token_id"] = int(known[token])
+        ids.append(int(known[token]))
     window = min(int(config.get("model_max_length", 77)), _field(text, "max_position_embeddings", int))
     if family != "stable-diffusion-xl":
-        return Prompt(folder.name, window, **ids)
+        return Prompt(folder.name, window, *ids)
     last = _field(text, "num_hidden_layers", int) - 1
     skips = tuple(f"hidden_states.{i}" for i in reversed(range(last)))
     pooled = "text_embeds" if encoder == "text_encoder_2" else ""
-    return Prompt(folder.name, window, **ids, hidden=f"hidden_states.{last}", skips=skips, pooled=pooled)
+    return Prompt(folder.name, window, *ids, f"hidden_states.{last}", skips, pooled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import NoReturn
 
 import click
@@ -30,6 +31,7 @@ for command in (compile_command, run_command, inspect_command, verify_command, s
 def main() -> NoReturn:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage."""
     open_streams()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture is read, or the error says why not
     try:
         code = cli.main(prog_name="diffoundry", standalone_mode=False)
         sys.stdout.flush()

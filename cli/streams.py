@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from typing import Any, TextIO
 
 from ..bundle import DiffoundryError
@@ -46,14 +47,21 @@ def open_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # it gets the lowest descriptor that is free
+    if sys.stderr is sys.__stderr__:
+        warnings.formatwarning = _one_line
     sys.stdout = _opened(sys.stdout, sys.__stdout__, _Output)
     sys.stderr = _opened(sys.stderr, sys.__stderr__, _Messages)
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as it is shown, without the place in the code."""
+    return f"Warning: {' '.join(str(message).split())}\n"
 
 
 def _opened(stream: TextIO | None, at_start: TextIO | None, kind: type[io.FileIO]) -> TextIO:
     """`stream` over a file of `kind`, with the encoding and buffering that it had; one that was replaced stays."""
     if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
     if stream is not at_start or not isinstance(stream, io.TextIOWrapper):
         return stream
     return io.TextIOWrapper(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import threading
 import time
@@ -27,6 +26,7 @@ from .images import to_image
 from .inputs import Inputs, Told, cuts
 from .jobs import Job, Jobs, check_decoder
 from .loop import Callback, Denoiser, Row, denoise
+from .names import ours
 from .noise import GENERATORS
 from .request import MOST_IMAGES, Request, whole_number
 from .text import Embedding, TextEncoders
@@ -51,6 +51,7 @@ _GUIDANCE = {
 }
 _LOOPS = ("host", "device")
 _RUN = ("batch", "low_memory", "callback")
+_OPTIONS = tuple(name for name in Request.__dataclass_fields__ if name != "prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,8 +358,9 @@ class Pipeline:
         """`generate` with plain keywords.
 
         They are those of `Request` (guidance as a number), `guidance_mode`, `guidance_interval`, `guidance_rescale`,
-        and those of `generate`: `batch`, `low_memory`, `callback`.
+        and those of `generate`: `batch`, `low_memory`, `callback`. Raises `RequestError` for others.
         """
+        options = ours(options, (*_OPTIONS, *_GUIDANCE, *_RUN))
         run = {key: options.pop(key) for key in _RUN if key in options}
         guidance = {field_name: options.pop(key) for key, field_name in _GUIDANCE.items() if key in options}
         if isinstance(guidance.get("scale"), Guidance):
@@ -367,12 +369,6 @@ class Pipeline:
             options["guidance"] = guidance.pop("scale")
         else:
             options["guidance"] = Guidance(**guidance)
-        known = set(Request.__dataclass_fields__) - {"prompt"}
-        unknown = set(options) - known
-        if unknown:
-            name = sorted(unknown)[0]
-            near = difflib.get_close_matches(name, [*known, *_GUIDANCE, *_RUN], n=1)
-            raise RequestError(f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         return self.generate(Request(prompt, **options), **run)
 
 

@@ -85,7 +85,7 @@ def _load(folder: Path) -> Tokenizer:
 
 
 def _clip(folder: Path) -> Tokenizer:
-    """CLIP's byte-pair encoding from `vocab.json` and `merges.txt` (Radford et al. 2021), as transformers 5 makes it."""
+    """CLIP's byte-pair encoding (Radford et al. 2021) of `vocab.json` and `merges.txt`, as transformers 5 makes it."""
     tokens = read_tokens(folder)
     model = models.BPE.from_file(
         str(folder / "vocab.json"),

@@ -39,7 +39,9 @@ def test_ids_are_those_of_diffusers_and_what_is_left_out_is_told(text, tokenizer
     assert bool(cut) == (len(theirs(converted, add_special_tokens=False).input_ids) > 75)
 
 
-@pytest.mark.parametrize("text", ["(a <fox>)1.3 in the snow", "<fox>++ snow", '("a <fox>", "snow").and()', "<fox> " * 40])
+@pytest.mark.parametrize(
+    "text", ["(a <fox>)1.3 in the snow", "<fox>++ snow", '("a <fox>", "snow").and()', "<fox> " * 40]
+)
 def test_every_vector_has_the_weight_and_windows_hold_them_all(text, tokenizers):
     ours, _ = tokenizers
     seen = []

@@ -59,8 +59,12 @@ FOLDERS = {
     },
 }
 PIECES = st.sampled_from(
-    [*VECTORS, *(text.upper() for text in VECTORS), START, END, END.upper(), "!", "<left>", "<right>", "<alone>"]
-    + ["<Exact>", "<exact>", "<fox", ">_1", "_2", " ", "\t", "a cat", "don't", "1990", "<pad>", "<unk>", "<Fox>_1"]
+    [
+        *VECTORS,
+        *(text.upper() for text in VECTORS),
+        *(START, END, END.upper(), "!", "<left>", "<right>", "<alone>", "<Exact>", "<exact>", "<pad>", "<unk>"),
+        *("<fox", ">_1", "_2", "<Fox>_1", " ", "\t", "a cat", "don't", "1990"),
+    ]
 )
 TEXTS = st.lists(PIECES | st.text(max_size=8), max_size=8).map("".join)
 SETTINGS = settings(max_examples=40, deadline=None)
@@ -169,5 +173,5 @@ def test_a_damaged_tokenizer_is_one_clear_error(tmp_path, bundle_of):
     (tmp_path / "tokenizer.json").unlink()
     for damaged in ({"added_tokens_decoder": {"x": flags("a")}}, {"added_tokens_decoder": {"1": {}}}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(damaged))
-        with pytest.raises(BundleError, match="special tokens of .* are damaged"):
+        with pytest.raises(BundleError, match=r"special tokens of .* are damaged"):
             PromptTokenizer(tmp_path, spec)
