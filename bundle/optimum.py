@@ -129,16 +129,17 @@ def _prompt(root: Path, encoder: str, family: str) -> Prompt:
     text = read_json(root / encoder / "config.json", "the text encoder configuration")
     tokens = read_tokens(folder)
     known = {**vocab, **tokens.ids(vocab)}
-    ids = []
+    ids = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = tokens.named.get(name, "")
         if known.get(token, _CLIP_TOKENS) >= text.get("vocab_size", _CLIP_TOKENS):
             raise BundleError(f"{folder} has no token {token!r}: export the model again")
-        ids.append(int(known[token]))
+        ids[name] = int(known[token])
     window = min(int(config.get("model_max_length", 77)), _field(text, "max_position_embeddings", int))
+    start_end_pad = ids["bos_token"], ids["eos_token"], ids["pad_token"]
     if family != "stable-diffusion-xl":
-        return Prompt(folder.name, window, *ids)
+        return Prompt(folder.name, window, *start_end_pad)
     last = _field(text, "num_hidden_layers", int) - 1
     skips = tuple(f"hidden_states.{i}" for i in reversed(range(last)))
     pooled = "text_embeds" if encoder == "text_encoder_2" else ""
-    return Prompt(folder.name, window, *ids, f"hidden_states.{last}", skips, pooled)
+    return Prompt(folder.name, window, *start_end_pad, f"hidden_states.{last}", skips, pooled)

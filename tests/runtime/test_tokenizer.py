@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import subprocess
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ from diffoundry.bundle import Bundle, BundleError
 from diffoundry.bundle.optimum import _prompt
 from diffoundry.examples.random_checkpoint import _tokenizer
 from diffoundry.export.loading import load_tokenizer
+from diffoundry.export.single_file.tokenizer import TOKENS, write_clip_tokenizer
 from diffoundry.runtime.tokenizer import PromptTokenizer
 
 PROMPTS = [
@@ -175,3 +181,54 @@ def test_a_damaged_tokenizer_is_one_clear_error(tmp_path, bundle_of):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(damaged))
         with pytest.raises(BundleError, match=r"special tokens of .* are damaged"):
             PromptTokenizer(tmp_path, spec)
+
+
+@pytest.mark.slow
+def test_transformers_4_reads_only_the_texts_named_in_the_readme_otherwise(tmp_path):
+    """And its fast tokenizer, which `compile` takes, none but special tokens in capitals."""
+    write_clip_tokenizer(tmp_path / "clip", END, 77)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "transformers==4.57.6"], check=True)
+    spec = load_tokenizer(tmp_path / "clip", tmp_path / "compiled", 77, TOKENS)
+    ours = PromptTokenizer(tmp_path / "compiled", spec)
+    assigned = [chr(i) for i in range(1, 0x20000) if unicodedata.category(chr(i)) not in ("Cs", "Co", "Cn", "Cc", "Cf")]
+    other = [letter for letter in assigned if "CJK" in unicodedata.name(letter, "") or letter in "Σ\ufffd\u0345"]
+    words = [
+        "a cat",
+        "don't",
+        " ",
+        "  ",
+        "\n",
+        START,
+        END,
+        "!",
+        "1990",
+        "...",
+        "(x:1.3)",
+        "é",
+        "e\u0301",
+        "ß",
+        "İ",
+        "👍🏽",
+    ]
+    mixed = ["".join(random.Random(i).choices(words, k=6)) for i in range(3000)]
+    same = [f"a{letter}b {letter} X{letter}{letter}" for letter in assigned if letter not in other] + mixed
+    named = ["日本", "a\u200db", "soft\u00adhyphen", "a\ufffd", "ΟΔΟΣ", "a\ue000", "a\u0378", "a\x07", "a\u0345"]
+    (tmp_path / "texts.json").write_text(json.dumps([*same, *named, END.upper()]))
+    found = {}
+    for kind in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        code = (
+            f"import json, sys, transformers; read = transformers.{kind}.from_pretrained(sys.argv[1])\n"
+            "texts = json.load(open(sys.argv[2]))\n"
+            "print(json.dumps([read(text, add_special_tokens=False).input_ids for text in texts]))"
+        )
+        line = [python, "-c", code, tmp_path / "clip", tmp_path / "texts.json"]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(line, check=True, capture_output=True, text=True, env=environment)
+        found[kind] = json.loads(done.stdout)
+    wanted = ours.tokens([*same, *named, END.upper()])
+    slow, fast = found["CLIPTokenizer"], found["CLIPTokenizerFast"]
+    assert [text for text, a, b in zip(same, wanted, slow, strict=False) if a != b] == []
+    assert all(a != b for a, b in zip(wanted[len(same) :], slow[len(same) :], strict=True))
+    assert fast[:-1] == wanted[:-1]
