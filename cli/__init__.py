@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import sys
+import warnings
 from typing import NoReturn
 
 import click
@@ -15,6 +15,7 @@ from .compile import compile_command
 from .inspect import inspect_command
 from .run import run_command
 from .schedulers import schedulers_command
+from .streams import open_streams
 from .verify import verify_command
 
 
@@ -30,11 +31,11 @@ for command in (compile_command, run_command, inspect_command, verify_command, s
 
 def main() -> NoReturn:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter still gets the line
+    open_streams()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture is read, or the error says why not
     try:
         code = cli.main(prog_name="diffoundry", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,17 @@ _OUT_OF_MEMORY = re.compile(
 _OPTIMIZED = "model.onnx"
 _OPTIMIZED_DATA = "model.onnx_data"
 _EXTERNAL_FROM_BYTES = 1024
+_SESSIONS: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
+
+
+def _keep_sessions() -> None:
+    """Keep every session of a forked process for ever: to end one waits for its threads, which are not there."""
+    for session in list(_SESSIONS):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session._sess))
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=_keep_sessions)
 
 
 def default_threads() -> int:
@@ -317,6 +330,7 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
             f"upgrade ONNX Runtime, or {otherwise}"
         ) from None
     session.disable_fallback()
+    _SESSIONS.add(session)
     return session
 
 

@@ -68,7 +68,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(METADATA_KEY)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise RequestError(f"{path} cannot be read as a picture: {error}") from None
     if not text:
         raise RequestError(f"{path} holds no diffoundry record")

@@ -200,7 +200,12 @@ def test_an_empty_tokenizer_folder(called, tmp_path, checkpoint_of):
         (["--guidance", "-1"], ["guidance must be a number"]),
         (["--guidance", "inf"], ["guidance must be a number"]),
         (["--guidance-interval", "0.9", "0.1"], ["guidance interval"]),
-        (["--seed", "-1"], ["seed must be a whole number"]),
+        (["--seed", str(2**64)], ["seed must be a whole number from -9223372036854775808 to 18446744073709551615"]),
+        (["--seed", str(2**64 - 1), "--count", "3"], ["smaller seed, 18446744073709551613 at most"]),
+        (["--padding-mask-crop", "8"], ["--padding-mask-crop has no effect without a mask"]),
+        (["--clip-skip", "9"], ["--clip-skip must be from 0 to 1"]),
+        (["--negative-2", "a"], ["--negative-prompt-2 goes with --negative-prompt"]),
+        (["-n", "((a ring))", "--weights"], ["--negative-prompt, character 1", "write (words)1.21"]),
         (["--count", "0"], ["count must be a whole number from 1"]),
         (["--engine", "onnxruntime:cuda"], ["'cuda'", "or use the engine onnxruntime"]),
         (["--engine", "npu"], ["unknown engine 'npu'", "onnxruntime, onnxruntime:cuda"]),
@@ -237,6 +242,14 @@ def test_a_path_that_is_too_long(command, bundle_of):
 def test_wrong_usage_is_exit_code_2(command, bundle_of):
     assert command("run", bundle_of("pico"), "x", "--stepps", "3").returncode == 2
     assert command("fly").returncode == 2
+
+
+@pytest.mark.parametrize("prompt", ["-star", "-a red star", "-nice", "--star in the sky"])
+def test_a_prompt_that_begins_with_a_dash(called, bundle_of, prompt):
+    done = called("run", bundle_of("pico"), prompt, "--steps", 1)
+    assert done.returncode == 2
+    assert "run BUNDLE -- '-star'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_bundle_that_is_not_there(command, tmp_path):

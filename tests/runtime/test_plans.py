@@ -6,6 +6,7 @@ The GPU is played in host memory (`tests/engines/tensorrt/simulated.py` says wha
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -228,3 +229,15 @@ def test_one_changed_record_does_not_keep_the_other_plans_from_running(planned, 
     path = planned / "engines" / wide["key"] / "engine.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "archs": ["sm120"]}))
     np.testing.assert_allclose(drawn(load(planned, engine=ENGINE)).latents, drawn(host).latents, atol=TOLERANCE)
+
+
+def test_a_forked_process_is_told_to_open_the_gpu_itself(planned):
+    pipe = load(planned, engine=ENGINE)
+    child = os.fork()
+    if child == 0:
+        try:
+            pipe(PROMPT, steps=1)
+        except EngineError as error:
+            os._exit(7 if "load the bundle in this one" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
