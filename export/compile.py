@@ -48,7 +48,6 @@ from ..runtime.request import Request
 from . import step_graph
 from .checkpoint import Checkpoint
 from .components import Components, Stage
-from .loading import half_type
 from .place import STAGES, UNPACKED, check_target, recover, swap, tidy, work_folder
 from .plan import ComponentPlan
 from .plans import Site, build_plans, count_plans, site, warnings_of
@@ -241,7 +240,8 @@ class _Build:
         require_provider(self.wanted.provider)
         plans, latents, size = self._read()
         self.progress("hash the checkpoint", 0, len(plans) + 2)
-        hashes = {name: sha256_tree(self.source.weights(name)) for name in sorted({plan.source for plan in plans})}
+        weights = {name: self.source.weights(name) for name in sorted({plan.source for plan in plans})}
+        hashes = {name: each.sha256() for name, each in weights.items()}
         self.work.mkdir(exist_ok=True)
         self._take_engines()
         self._check_disk(plans)
@@ -402,10 +402,8 @@ class _Build:
         models += 1.0 if wanted.site is None else width * wanted.target.count()
         needed = 0.0
         for name in {plan.source for plan in plans if not self.components.is_known(plan.name)}:
-            files = [path for path in self.source.folder(name).iterdir() if path.suffix in (".safetensors", ".bin")]
-            largest = max((path.stat().st_size for path in files), default=0)
-            in_float32 = largest * (2 if half_type(self.source.folder(name)) is not None else 1)
-            needed += _DISK_MARGIN * models * in_float32
+            weights = self.source.weights(name)
+            needed += _DISK_MARGIN * models * weights.size * (2 if weights.half else 1)
         free = shutil.disk_usage(self.work).free
         if free < needed:
             raise DiffoundryError(
