@@ -387,7 +387,7 @@ def test_weights_come_back_as_they_were(kind, made, tmp_path):
     checkpoint = Checkpoint.open(tmp_path / "out")
     assert checkpoint.class_name == pipeline and checkpoint.index["scheduler"] == ["diffusers", scheduler]
     for name, model in file.models.items():
-        (path,) = checkpoint.weights(name).glob("*.safetensors")
+        (path,) = checkpoint.weights(name).files
         found = load_file(path)
         due = {published(key) if "text" in name else key: value for key, value in model.state_dict().items()}
         assert found.keys() == due.keys()
@@ -593,7 +593,7 @@ def test_pickles_of_something_else(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     assert "one list" in refused(tmp_path / "list.pt", tmp_path)
     (tmp_path / "page.ckpt").write_text("<html>not found</html>")
-    assert "no checkpoint" in refused(tmp_path / "page.ckpt", tmp_path)
+    assert "is a web page, not weights" in refused(tmp_path / "page.ckpt", tmp_path)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": [1, 2]}, protocol=2))
     assert "no checkpoint" in refused(tmp_path / "plain.pt", tmp_path)
 
