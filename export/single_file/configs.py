@@ -21,6 +21,7 @@ Config = dict[str, Any]
 COND_PROJ = "time_embed.cond_proj.weight"
 """The guidance embedding of LCM, for which the original code has no name: this is the usual one."""
 
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 _CHANNELS_A_GROUP_NORM = 32
 _CHANNELS_A_HEAD = 64
 _DIGITS = 9
@@ -149,8 +150,17 @@ def setup_of(folder: Path, family: Family, predicts: str | None) -> Setup:
     flags = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
     if "requires_safety_checker" in flags:
         flags["requires_safety_checker"] = False
-    scheduler = {"_class_name": (index.get("scheduler") or [None, ""])[1]}
-    scheduler |= checkpoint.config("scheduler", "scheduler_config.json")
+    due = {**{text.name: text.class_name for text in family.text_encoders}, **_CLASSES}
+    for name, kind in due.items():
+        stated = (index.get(name) or [None, None])[1]
+        if stated != kind:
+            raise CheckpointError(
+                f"the configuration {folder} has {stated} for its {name}, a single file of {family.title} holds "
+                f"{kind}: give a folder that has it"
+            )
+    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    # The index decides, as in diffusers, where the two name different classes.
+    scheduler["_class_name"] = (index.get("scheduler") or [None, None])[1] or scheduler.get("_class_name")
     if predicts:
         scheduler["prediction_type"] = predicts
     models = {name: checkpoint.config(name) for name in (*texts, "unet", "vae")}

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import diffoundry
 from diffoundry.bundle import CheckpointError, DiffoundryError
 from diffoundry.export.checkpoint import Checkpoint
-from diffoundry.export.single_file import is_single_file, unpack
+from diffoundry.export.single_file import SingleFile, is_single_file, unpack
 from diffoundry.export.single_file.names import clip_names, unet_names, vae_names
 
 PICO = Path(__file__).resolve().parents[2] / "examples" / "pico"
@@ -503,6 +503,107 @@ def test_what_the_network_predicts(kind, metadata, extra, override, due, made, t
     assert stated(tmp_path / "out") == due
 
 
+def opened(made: Made, tmp_path: Path, metadata: dict[str, str], extra: Tensors) -> SingleFile:
+    save_file({**made.tensors, **extra}, tmp_path / "m.safetensors", metadata=metadata)
+    return SingleFile.open(tmp_path / "m.safetensors")
+
+
+MARKS = {name: torch.zeros(0) for name in ("v_pred", "ztsnr")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "metadata", "marks", "due"),
+    [
+        ("sd1", {"modelspec.prediction_type": "velocity"}, "", ("v_prediction", False)),
+        ("sd1", {"modelspec.prediction_type": "v-prediction"}, "", ("v_prediction", False)),
+        ("sd1", {"modelspec.prediction_type": "V_Prediction "}, "", ("v_prediction", False)),
+        ("sd1", {"modelspec.prediction_type": "x0"}, "", ("sample", False)),
+        ("sd1", {"modelspec.predict_key": "v"}, "", ("v_prediction", False)),
+        ("sd1", {"prediction_type": "v_prediction"}, "", ("v_prediction", False)),
+        ("sd1", {"ss_v_parameterization": "True"}, "", ("v_prediction", False)),
+        ("sd2", {"ss_v_parameterization": "False"}, "", ("epsilon", False)),
+        ("sd2", {"modelspec.architecture": "stable-diffusion-v2-512"}, "", ("epsilon", False)),
+        ("sd1", {"modelspec.prediction_type": "None", "ss_v_parameterization": "None"}, "", ("epsilon", False)),
+        ("sd1", {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"}, "", ("v_prediction", True)),
+        ("sdxl", {"modelspec.architecture": "Some-Merge"}, "v_pred ztsnr", ("v_prediction", True)),
+    ],
+)
+def test_what_the_file_says_of_its_training(kind, metadata, marks, due, made, tmp_path):
+    scheduler = opened(made(kind), tmp_path, metadata, {name: MARKS[name] for name in marks.split()}).setup.scheduler
+    assert (scheduler["prediction_type"], scheduler.get("rescale_betas_zero_snr", False)) == due
+
+
+@pytest.mark.parametrize(
+    ("metadata", "marks", "what"),
+    [
+        ({"modelspec.prediction_type": "flow"}, "", "says that it predicts 'flow' .*say it with --prediction-type"),
+        ({"prediction_type": "rectified"}, "", "predicts 'rectified' .prediction_type., unknown here"),
+        ({"ss_v_parameterization": "maybe"}, "", "neither true nor false: say it with --prediction-type"),
+        (
+            {"modelspec.prediction_type": "epsilon"},
+            "v_pred",
+            "epsilon by modelspec.prediction_type and v_prediction by",
+        ),
+        ({"modelspec.noise_process": "flow"}, "", "for the process 'flow'"),
+    ],
+)
+def test_what_is_not_understood_is_refused_and_can_be_said(metadata, marks, what, made, tmp_path):
+    with pytest.raises(CheckpointError, match=what):
+        opened(made("sd1"), tmp_path, metadata, {name: MARKS[name] for name in marks.split()})
+    said = SingleFile.open(tmp_path / "m.safetensors", prediction_type="v_prediction")
+    assert said.setup.scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "marks", "what"),
+    [
+        (
+            {"modelspec.architecture": "stable-diffusion-xl-v1-base"},
+            "",
+            "says that it is 'stable-diffusion-xl-v1-base'",
+        ),
+        ({"modelspec.architecture": "Flux-1-dev"}, "", "its tensors are those of Stable Diffusion 1"),
+        ({"ss_zero_terminal_snr": "False"}, "ztsnr", "contradicts itself in ss_zero_terminal_snr and the tensor ztsnr"),
+        ({"ss_zero_terminal_snr": "?"}, "", "neither true nor false"),
+    ],
+)
+def test_what_contradicts_the_tensors_is_refused_and_a_configuration_helps(metadata, marks, what, made, tmp_path):
+    with pytest.raises(CheckpointError, match=f"{what}.*--config"):
+        opened(made("sd1"), tmp_path, metadata, {name: MARKS[name] for name in marks.split()})
+    unpack(made("sd1").path, tmp_path / "config")
+    assert SingleFile.open(tmp_path / "m.safetensors", config=tmp_path / "config").setup.models.keys() == {
+        "text_encoder",
+        "unet",
+        "vae",
+    }
+
+
+def test_what_a_file_cannot_do_is_said_before_it_is_unpacked(made, called, tmp_path, monkeypatch):
+    written: list[str] = []
+    real = SingleFile.write
+    monkeypatch.setattr(
+        SingleFile, "write", lambda single, target: (written.append(str(target)), real(single, target))[1]
+    )
+    for options, what in (
+        (("--tasks", "upscale"), "cannot do the task upscale: choose from "),
+        (("--component", f"prior={tmp_path}"), "has no component 'prior' to replace"),
+        (("--default-steps", "0"), "steps"),
+    ):
+        done = called("compile", made("sd1").path, "-o", tmp_path / "b", *options)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and what in done.stderr, done.stderr
+        assert "diffoundry-" not in done.stderr
+    assert not written and not list(tmp_path.iterdir())
+
+
+def test_names_of_wrappers_are_seen_through(made, tmp_path):
+    save_file({f"module.{name}": value for name, value in made("sd1").tensors.items()}, tmp_path / "m.safetensors")
+    unpack(tmp_path / "m.safetensors", tmp_path / "out")
+    unpack(made("sd1").path, tmp_path / "due")
+    for path in (tmp_path / "due").glob("*/*.safetensors"):
+        due, found = load_file(path), load_file(tmp_path / "out" / path.relative_to(tmp_path / "due"))
+        assert due.keys() == found.keys() and all(torch.equal(due[key], found[key]) for key in due)
+
+
 def test_the_prediction_type_overrides_the_configuration_too(made, tmp_path):
     unpack(made("sd1").path, tmp_path / "first")
     unpack(made("sd1").path, tmp_path / "second", config=tmp_path / "first", prediction_type="v_prediction")
@@ -614,6 +715,12 @@ def test_pickles_of_something_else(tmp_path):
         (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "a text encoder alone"),
         (["emb_params"], "a textual inversion"),
+        (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
+        (["down_blocks.0.motion_modules.0.proj.weight"], "a motion module"),
+        (["model.diffusion_model.out.2.weight.absmax"], "weights quantized by bitsandbytes: give the checkpoint"),
+        (["model.diffusion_model.out.2.scale_weight", "scaled_fp8"], "weights in fp8 with scales beside them"),
+        (["model.diffusion_model.out.2.base_layer.weight"], "a LoRA that was not merged"),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a text encoder alone"),
         (["b", "a"], "its tensors are a, b"),
         ([], "its tensors are none"),
     ],
@@ -709,6 +816,10 @@ def test_heads_that_cannot_be_told_need_a_configuration(made, tmp_path):
     assert "96 channels are no multiple of 64" in refused(tmp_path / "m.safetensors", tmp_path)
 
 
+def stated_class(tmp_path: Path) -> str:
+    return str(json.loads((tmp_path / "of-index/scheduler/scheduler_config.json").read_text())["_class_name"])
+
+
 def test_configurations_that_are_not_of_the_weights(made, tmp_path):
     for kind, config, what in (
         ("sdxl", PICO, "has text_encoder, the weights are of Stable Diffusion XL"),
@@ -718,6 +829,16 @@ def test_configurations_that_are_not_of_the_weights(made, tmp_path):
         with pytest.raises(CheckpointError, match=what):
             unpack(made(kind).path, tmp_path / "out", config=config)
     unpack(made("sd1").path, tmp_path / "config")
+    index = json.loads((tmp_path / "config" / "model_index.json").read_text())
+    for name, stated in (("vae", "AsymmetricAutoencoderKL"), ("text_encoder", "BertModel")):
+        changed_index = {**index, name: [index[name][0], stated]}
+        (tmp_path / "config" / "model_index.json").write_text(json.dumps(changed_index))
+        with pytest.raises(CheckpointError, match=f"has {stated} for its {name}"):
+            unpack(made("sd1").path, tmp_path / "out", config=tmp_path / "config")
+    scheduler = {**index, "scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
+    (tmp_path / "config" / "model_index.json").write_text(json.dumps(scheduler))
+    unpack(made("sd1").path, tmp_path / "of-index", config=tmp_path / "config")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "config").scheduler).__name__ == stated_class(tmp_path)
     path = tmp_path / "config" / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "cross_attention_dim": 32}))
     assert "gives [32, 64] where [32, 32] is due" in refused(made("sd1").path, tmp_path, config=tmp_path / "config")
