@@ -183,7 +183,7 @@ def _unpack(
             check(Checkpoint.open(outline))
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(outline, str(path))) from None
-    told = [sha256_file(path), prediction_type or "", sha256_tree(folder) if folder is not None else ""]
+        told = [sha256_file(path), sha256_tree(Path(outline))]
     unpacked = work / UNPACKED / sha256_json(told)[:16]
     if not unpacked.is_dir():
         remove(work / UNPACKED)

@@ -85,9 +85,12 @@ class WeightFiles:
 
     @property
     def library_options(self) -> dict[str, Any]:
-        """What makes `from_pretrained` of either library read these files: diffusers finds a single .bin by itself."""
-        safe = True if self.safetensors else False if self.index else None
-        return {"variant": self.variant, "use_safetensors": safe}
+        """What makes `from_pretrained` of either library read these files.
+
+        Told to read .bin, diffusers takes shards before a single file; told nothing, it finds the single file.
+        """
+        shards = self.index is None and self.folder.joinpath(f"{self.files[0].name}.index.json").is_file()
+        return {"variant": self.variant, "use_safetensors": self.safetensors or (None if shards else False)}
 
     @property
     def wrapped(self) -> bool:
@@ -144,6 +147,11 @@ def find(folder: Path, library: str) -> WeightFiles:
         types, files = stored_types(path), (path,)
     _check_config(folder, config)
     check_names(path, types)
+    odd = [
+        f"{name} ({kind})" for name, kind in types.items() if name.endswith((".weight", ".bias")) and "F" not in kind
+    ]
+    if odd:
+        raise CheckpointError(f"{path} holds {odd[0]}, a weight that is quantized: {_ORIGINAL}")
     names = unwrapped(path, types)
     first = {name.partition(".")[0] for name in names.values()}
     if len(names) > 1 and len(first) == 1 and not first <= set(_TOPS):
@@ -312,7 +320,14 @@ def type_name(tensor: Any) -> str:
     """The type of a torch tensor, spelt as safetensors spells it where it has a name for it."""
     import torch
 
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    names = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.float8_e5m2: "F8_E5M2",
+    }
     return names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
@@ -396,6 +411,6 @@ def _other_kind(path: Path) -> CheckpointError | None:
 def _is_torch(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(("data.pkl", "/version", "constants.pkl")) for name in archive.namelist())
+            return any(name.endswith("data.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError):
         return True  # truncated: torch tells

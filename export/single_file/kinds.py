@@ -135,7 +135,7 @@ _PARTS = {
     r"^input_blocks\.": f"a U-Net alone, without the prefix {UNET}",
     r"^(first_stage_model\.|vae\.)?(encoder\.down|decoder\.up)\.": "a VAE alone",
     r"^(vision_model|visual)\.": "an image encoder alone",
-    r"^(text_model|cond_stage_model|conditioner)\.|resblocks\.|^encoder\.block\.": "a text encoder alone",
+    r"^(text_model|cond_stage_model|conditioner|embeddings)\.|resblocks\.|^encoder\.block\.": "a text encoder alone",
     r"^model_ema\.": "the moving average (EMA) of a U-Net alone",
     r"^(optimizer|optimizer_states|lr_schedulers)\b": "the state of a training",
 }

@@ -714,6 +714,7 @@ def test_pickles_of_something_else(tmp_path):
         (["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x"], "a U-Net without text encoder"),
         (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "a text encoder alone"),
+        (["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"], "a text encoder alone"),
         (["emb_params"], "a textual inversion"),
         (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
         (["down_blocks.0.motion_modules.0.proj.weight"], "a motion module"),

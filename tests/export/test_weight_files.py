@@ -129,6 +129,16 @@ def test_an_index_of_a_variant_as_it_was_spelt_is_read(tmp_path):
     load_pretrained(AutoencoderKL, tmp_path / "m")
 
 
+def test_fp8_without_scales_is_widened_without_loss(tmp_path):
+    (tmp_path / "m").mkdir()
+    save(tmp_path / "m", "diffusers", 1)
+    path = tmp_path / "m" / f"{VAE}.safetensors"
+    tensors = {name: value.to(torch.float8_e4m3fn) for name, value in load_file(path).items()}
+    save_file(tensors, path)
+    made = load_pretrained(AutoencoderKL, tmp_path / "m").state_dict()
+    assert all(torch.equal(made[name], value.float()) for name, value in tensors.items())
+
+
 def test_the_hash_is_of_what_is_read(tmp_path):
     folder = tmp_path / "m"
     folder.mkdir()
@@ -222,6 +232,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "LoRA": (beside("encoder.to_q.base_layer.weight"), "PEFT's base_layer.*fuse_lora.*unload_lora_weights"),
     "NF4": (beside("encoder.conv_in.weight.absmax"), "quantized by bitsandbytes: give the checkpoint"),
     "fp8": (beside("encoder.conv_in.scale_weight"), "fp8 with scales beside them"),
+    "int8": (
+        beside("encoder.extra.weight", torch.zeros(2, dtype=torch.int8)),
+        r"encoder.extra.weight .I8., a weight that",
+    ),
     "stated": (quantized, "says that its weights are quantized by bitsandbytes"),
     "a trainer's": (
         edited(lambda tensors: {f"vae.{name}": value for name, value in tensors.items()}),
