@@ -7,7 +7,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ import diffoundry
 from diffoundry.bundle import CheckpointError, DiffoundryError
 from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.single_file import SingleFile, is_single_file, unpack
+from diffoundry.export.single_file.configs import built_in
+from diffoundry.export.single_file.kinds import SD1, recognise
 from diffoundry.export.single_file.names import clip_names, unet_names, vae_names
+from diffoundry.export.single_file.weights import Weights, open_weights
 
 PICO = Path(__file__).resolve().parents[2] / "examples" / "pico"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -503,12 +506,10 @@ def test_what_the_network_predicts(kind, metadata, extra, override, due, made, t
     assert stated(tmp_path / "out") == due
 
 
-def opened(made: Made, tmp_path: Path, metadata: dict[str, str], extra: Tensors) -> SingleFile:
-    save_file({**made.tensors, **extra}, tmp_path / "m.safetensors", metadata=metadata)
-    return SingleFile.open(tmp_path / "m.safetensors")
-
-
-MARKS = {name: torch.zeros(0) for name in ("v_pred", "ztsnr")}
+def saying(made: Made, metadata: dict[str, str], marks: str = "") -> Weights:
+    """The weights of a file with more metadata, and empty tensors of the names in `marks`."""
+    weights = open_weights(made.path)
+    return replace(weights, metadata=metadata, shapes={**weights.shapes, **dict.fromkeys(marks.split(), (0,))})
 
 
 @pytest.mark.parametrize(
@@ -528,8 +529,9 @@ MARKS = {name: torch.zeros(0) for name in ("v_pred", "ztsnr")}
         ("sdxl", {"modelspec.architecture": "Some-Merge"}, "v_pred ztsnr", ("v_prediction", True)),
     ],
 )
-def test_what_the_file_says_of_its_training(kind, metadata, marks, due, made, tmp_path):
-    scheduler = opened(made(kind), tmp_path, metadata, {name: MARKS[name] for name in marks.split()}).setup.scheduler
+def test_what_the_file_says_of_its_training(kind, metadata, marks, due, made):
+    weights = saying(made(kind), metadata, marks)
+    scheduler = built_in(weights, recognise(weights), None).scheduler
     assert (scheduler["prediction_type"], scheduler.get("rescale_betas_zero_snr", False)) == due
 
 
@@ -547,11 +549,11 @@ def test_what_the_file_says_of_its_training(kind, metadata, marks, due, made, tm
         ({"modelspec.noise_process": "flow"}, "", "for the process 'flow'"),
     ],
 )
-def test_what_is_not_understood_is_refused_and_can_be_said(metadata, marks, what, made, tmp_path):
+def test_what_is_not_understood_is_refused_and_can_be_said(metadata, marks, what, made):
+    weights = saying(made("sd1"), metadata, marks)
     with pytest.raises(CheckpointError, match=what):
-        opened(made("sd1"), tmp_path, metadata, {name: MARKS[name] for name in marks.split()})
-    said = SingleFile.open(tmp_path / "m.safetensors", prediction_type="v_prediction")
-    assert said.setup.scheduler["prediction_type"] == "v_prediction"
+        built_in(weights, SD1, None)
+    assert built_in(weights, SD1, "v_prediction").scheduler["prediction_type"] == "v_prediction"
 
 
 @pytest.mark.parametrize(
@@ -567,15 +569,20 @@ def test_what_is_not_understood_is_refused_and_can_be_said(metadata, marks, what
         ({"ss_zero_terminal_snr": "?"}, "", "neither true nor false"),
     ],
 )
-def test_what_contradicts_the_tensors_is_refused_and_a_configuration_helps(metadata, marks, what, made, tmp_path):
+def test_what_contradicts_the_tensors_is_refused(metadata, marks, what, made):
     with pytest.raises(CheckpointError, match=f"{what}.*--config"):
-        opened(made("sd1"), tmp_path, metadata, {name: MARKS[name] for name in marks.split()})
+        built_in(saying(made("sd1"), metadata, marks), SD1, None)
+
+
+def test_what_is_refused_in_a_file_opens_with_what_the_error_names(made, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file(made("sd1").tensors, path, metadata={"modelspec.prediction_type": "flow"})
+    assert "say it with --prediction-type" in refused(path, tmp_path)
+    assert SingleFile.open(path, prediction_type="epsilon").setup.scheduler["prediction_type"] == "epsilon"
+    save_file(made("sd1").tensors, path, metadata={"modelspec.architecture": "stable-diffusion-v2-512"})
+    assert "(--config)" in refused(path, tmp_path)
     unpack(made("sd1").path, tmp_path / "config")
-    assert SingleFile.open(tmp_path / "m.safetensors", config=tmp_path / "config").setup.models.keys() == {
-        "text_encoder",
-        "unet",
-        "vae",
-    }
+    assert SingleFile.open(path, config=tmp_path / "config").family is SD1
 
 
 def test_what_a_file_cannot_do_is_said_before_it_is_unpacked(made, called, tmp_path, monkeypatch):
