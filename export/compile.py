@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,12 +50,11 @@ from ..runtime.request import Request
 from . import step_graph
 from .checkpoint import Checkpoint
 from .components import Components, Stage
-from .loading import half_type
 from .place import STAGES, UNPACKED, check_target, prepare, recover, swap, tidy, work_folder
 from .plan import ComponentPlan
 from .plans import Site, build_plans, count_plans, site, warnings_of
 from .precision import PRECISIONS, Lowered, lower_bundle, others, variants
-from .single_file import is_single_file, unpack
+from .single_file import SingleFile, is_single_file
 from .target import Target
 
 if TYPE_CHECKING:
@@ -135,18 +135,26 @@ def compile(
             check_target(path, checkpoint)
             try:
                 prepare(path)
-                single = _unpack(checkpoint, work_folder(path), config, prediction_type)
-                source = Checkpoint.open(single or checkpoint).replace(components or {})
-                for folder in (source.root, *source.replaced.values()):
-                    check_tree(folder, held=False)  # a pipe would be waited for
-                family_name, rules = family_of(source, family)
                 wanted = _Wanted(name, precision, target or Target(), scan or Scan(), place)
-                build = _Build(source, family_name, rules, path, wanted, progress)
+
+                def prepared(source: Checkpoint) -> _Build:
+                    source = source.replace(components or {})
+                    for folder in (source.root, *source.replaced.values()):
+                        check_tree(folder, held=False)  # a pipe would be waited for
+                    family_name, rules = family_of(source, family)
+                    build = _Build(source, family_name, rules, path, wanted, progress)
+                    build.tasks = _chosen_tasks(checkpoint, rules.tasks(source), tasks)
+                    build.defaults = _defaults(rules, default_steps, default_guidance)
+                    build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
+                    return build
+
+                def check(source: Checkpoint) -> None:
+                    prepared(source).read()
+
+                single = _unpack(checkpoint, work_folder(path), config, prediction_type, check)
+                build = prepared(Checkpoint.open(single or checkpoint))
                 if single is not None:
                     build.name = Path(checkpoint).stem
-                build.tasks = _chosen_tasks(checkpoint, rules.tasks(source), tasks)
-                build.defaults = _defaults(rules, default_steps, default_guidance)
-                build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
                 return build.run()
             finally:
                 tidy(path)
@@ -165,8 +173,17 @@ def _resolved(out: str | Path) -> Path:
     return path
 
 
-def _unpack(checkpoint: str | Path, work: Path, config: str | Path | None, prediction_type: str | None) -> Path | None:
-    """The diffusers folder made of a single file, once for each content; None when `checkpoint` is no file."""
+def _unpack(
+    checkpoint: str | Path,
+    work: Path,
+    config: str | Path | None,
+    prediction_type: str | None,
+    check: Callable[[Checkpoint], None],
+) -> Path | None:
+    """The diffusers folder made of a single file, once for each content; None when `checkpoint` is no file.
+
+    check: raises for what the configurations already tell, before the file is hashed and unpacked.
+    """
     if not isinstance(checkpoint, (str, Path)) or not is_single_file(Path(checkpoint)):
         for name, value in (("config", config), ("prediction type", prediction_type)):
             if value is not None:
@@ -174,12 +191,19 @@ def _unpack(checkpoint: str | Path, work: Path, config: str | Path | None, predi
         return None
     path = Path(checkpoint)
     folder = None if config is None else Path(config)
-    told = [sha256_file(path), prediction_type or "", sha256_tree(folder) if folder is not None else ""]
+    single = SingleFile.open(path, config=folder, prediction_type=prediction_type)
+    with tempfile.TemporaryDirectory(prefix="diffoundry-") as outline:
+        single.write_outline(Path(outline))
+        try:
+            check(Checkpoint.open(outline))
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(outline, str(path))) from None
+        told = [sha256_file(path), sha256_tree(Path(outline))]
     unpacked = work / UNPACKED / sha256_json(told)[:16]
     if not unpacked.is_dir():
         remove(work / UNPACKED)
         unpacked.parent.mkdir()
-        unpack(path, unpacked, config=folder, prediction_type=prediction_type)
+        single.write(unpacked)
     return unpacked
 
 
@@ -253,9 +277,10 @@ class _Build:
 
     def run(self) -> Bundle:
         require_provider(self.wanted.provider)
-        plans, latents, size = self._read()
+        plans, latents, size = self.read()
+        weights = {name: self.source.weights(name) for name in sorted({plan.source for plan in plans})}
         self.progress("hash the checkpoint", 0, len(plans) + 2)
-        hashes = {name: sha256_tree(self.source.weights(name)) for name in sorted({plan.source for plan in plans})}
+        hashes = {name: each.sha256() for name, each in weights.items()}
         self.store.take(EngineStore(self.target / "engines"))  # their keys decide whether they are ever used
         self._check_disk(plans)
         manifest = self._manifest(plans, latents, size, self._write_small(), sha256_json(hashes))
@@ -357,7 +382,7 @@ class _Build:
     def _hashes(self, names: Sequence[str]) -> dict[str, str]:
         return {name: sha256_file(self.work / name) for name in names}
 
-    def _read(self) -> tuple[list[ComponentPlan], Latents, tuple[int, int]]:
+    def read(self) -> tuple[list[ComponentPlan], Latents, tuple[int, int]]:
         """What the family makes of the configurations, before any work is done."""
         try:
             plans = self.rules.components(self.source)
@@ -406,10 +431,8 @@ class _Build:
         models += 1.0 if wanted.site is None else width * wanted.target.count()
         needed = 0.0
         for name in {plan.source for plan in plans if not self.components.is_known(plan.name)}:
-            files = [path for path in self.source.folder(name).iterdir() if path.suffix in (".safetensors", ".bin")]
-            largest = max((path.stat().st_size for path in files), default=0)
-            in_float32 = largest * (2 if half_type(self.source.folder(name)) is not None else 1)
-            needed += _DISK_MARGIN * models * in_float32
+            weights = self.source.weights(name)
+            needed += _DISK_MARGIN * models * weights.size * (2 if weights.half else 1)
         free = shutil.disk_usage(self.work).free
         if free < needed:
             raise DiffoundryError(
