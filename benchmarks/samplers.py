@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..bundle import RequestError
 from ..engines import Array
 from ..runtime.noise import TorchGenerator
-from ..runtime.schedulers import SAMPLERS, Steps, Table, make_table
+from ..runtime.schedulers import SAMPLERS, STEP_ARGUMENTS, Steps, Table, make_table
 from ..runtime.step import State
 
 SHAPE = (2, 4, 6, 6)
@@ -219,8 +219,6 @@ VARIANTS: dict[str, dict[str, tuple[Any, ...]]] = {
 _ROUNDED = ("sqrt", "pow", "__pow__", "exp", "log", "sin", "cos", "atan2")
 _SHOWN = 3
 """Most cases of one sampler that are shown when they fail."""
-BEYOND = ("eta", "use_clipped_model_output", "s_churn", "s_tmin")
-"""Options that diffusers takes as arguments of `step`."""
 
 
 def variants(class_name: str) -> Iterator[dict[str, Any]]:
@@ -303,7 +301,8 @@ def our_trajectory(table: Table, steps: Steps, outputs: Array, seed: int) -> tup
 
 
 def exact_trajectory(
-    scheduler: Any,
+    name: str,
+    config: Mapping[str, Any],
     steps: Steps,
     ours: tuple[Array, list[Array], list[Array]],
     noises: list[Array],
@@ -318,9 +317,10 @@ def exact_trajectory(
     given[0] = ours[2][0].reshape(-1)
     for k in range(calls):
         given[1 + 2 * k], given[2 + 2 * k] = outputs[k].reshape(-1), noises[k].reshape(-1)
-    accepted = inspect.signature(scheduler.step).parameters
+    accepted = inspect.signature(diffusers_scheduler(name, config).step).parameters
     options = {option: value for option, value in beyond.items() if option in accepted}
-    timesteps, inputs, states = run_in_float64(scheduler, steps, given, **options)
+    with _CorrectlyRounded():
+        timesteps, inputs, states = run_in_float64(diffusers_scheduler(name, config), steps, given, **options)
     return timesteps, list(inputs.reshape(calls, *SHAPE)), list(states.reshape(calls + 1, *SHAPE))
 
 
@@ -356,8 +356,8 @@ class Verdict:
 
 def judge(name: str, config: Mapping[str, Any], steps: Steps, seed: int) -> Verdict:
     """Run one case on both sides, fed with the same random outputs. What we refuse, diffusers must fail at."""
-    own = {option: value for option, value in config.items() if option not in BEYOND}
-    beyond = {option: value for option, value in config.items() if option in BEYOND}
+    own = {option: value for option, value in config.items() if option not in STEP_ARGUMENTS}
+    beyond = {option: value for option, value in config.items() if option in STEP_ARGUMENTS}
     outputs = np.random.default_rng(seed).standard_normal((2 * steps.count + 10, *SHAPE)).astype(np.float32)
     try:
         table = make_table(own, steps, name, beyond)
@@ -366,8 +366,11 @@ def judge(name: str, config: Mapping[str, Any], steps: Steps, seed: int) -> Verd
             theirs = diffusers_trajectory(diffusers_scheduler(name, own), steps, outputs, seed, beyond)
         except Exception:  # each scheduler has its own ways of failing
             return Verdict(None, None, str(refusal), True)
-        # noise predicted from pure noise: diffusers may clamp the infinity to its sign
-        meaningless = "pure noise" in str(refusal)
+        # noise predicted from pure noise: diffusers may clamp the infinity to its sign;
+        # timestep -1: diffusers takes the last noise level of training for it, by its index from the end
+        meaningless = "pure noise" in str(refusal) or (
+            "timestep_spacing=trailing" in str(refusal) and theirs[0].min() < 0
+        )
         return Verdict(None, None, str(refusal), meaningless or not np.isfinite(theirs[2]).all())
     ours = our_trajectory(table, steps, outputs, seed)
     theirs = diffusers_trajectory(diffusers_scheduler(name, own), steps, outputs, seed, beyond)
@@ -377,7 +380,7 @@ def judge(name: str, config: Mapping[str, Any], steps: Steps, seed: int) -> Verd
     generator = TorchGenerator(seed)
     generator.randn(*SHAPE)
     noises = [generator.randn(*SHAPE) if drawn else np.zeros(SHAPE) for drawn in table.draws]
-    exact = worst_error(ours, exact_trajectory(diffusers_scheduler(name, own), steps, ours, noises, outputs, beyond))
+    exact = worst_error(ours, exact_trajectory(name, own, steps, ours, noises, outputs, beyond))
     return Verdict(error, exact, "", exact < LIMIT)
 
 
@@ -402,8 +405,8 @@ def table_error(name: str, config: Mapping[str, Any], steps: Steps) -> float:
     """
     from ..export.trace_scheduler import impulse_responses, trace_scheduler
 
-    own = {option: value for option, value in config.items() if option not in BEYOND}
-    beyond = {option: value for option, value in config.items() if option in BEYOND}
+    own = {option: value for option, value in config.items() if option not in STEP_ARGUMENTS}
+    beyond = {option: value for option, value in config.items() if option in STEP_ARGUMENTS}
     table = make_table(own, steps, name, beyond)
     if np.isfinite(table.clip):
         return float("nan")
@@ -449,7 +452,7 @@ def main(samplers: tuple[str, ...], cases: int, seed: int) -> None:
         worst, worst_table, refused, failed, traced = Verdict(0.0, 0.0, "", True), 0.0, 0, 0, 0
         for case, chosen in enumerate(order):
             config = configs[chosen]
-            count = int(rng.integers(1, 61))
+            count = int(rng.integers(1, 131))
             start = int(rng.integers(0, count)) if rng.random() < 0.5 else 0
             steps = Steps(count, start=start, mu=config.get("mu"))
             verdict = judge(name, config, steps, case)

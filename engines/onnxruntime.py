@@ -25,12 +25,12 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_PROVIDER_OPTIONS = {"cuda": {"use_tf32": "0"}}
+_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """TF32 is on by default on CUDA, and rounds the products of a float32 model to 10 bits."""
-_REMEDIES = {
-    "cuda": "`pip uninstall onnxruntime`, then `pip install onnxruntime-gpu`, and install CUDA's libraries",
-    "tensorrt": "`pip uninstall onnxruntime`, then `pip install onnxruntime-gpu`, and install TensorRT",
-}
+_WHEEL = "`pip uninstall onnxruntime`, then `pip install onnxruntime-gpu`"
+_LIBRARIES = {"cuda": "install CUDA's and cuDNN's libraries", "tensorrt": "install TensorRT's libraries"}
+_WARNING, _FATAL = 2, 4
+"""Levels of ONNX Runtime's log: its default, and what it never reaches."""
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -107,7 +107,9 @@ class OnnxRuntimeEngine:
             session = _session(model, _options(threads), name, component)
         used = session.get_providers()
         if not used or used[0] != name:
-            raise EngineError(f"{component}: provider {provider!r} did not start on this machine; {_remedy(provider)}")
+            raise EngineError(
+                f"{component}: provider {provider!r} did not start on this machine: {_remedy(provider, installed=True)}"
+            )
         return cls(session, component, provider)
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -250,13 +252,16 @@ def require_provider(provider: str) -> str:
     except (KeyError, TypeError):
         raise EngineError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}") from None
     if name not in ort.get_available_providers():
-        raise EngineError(f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {_remedy(provider)}")
+        raise EngineError(
+            f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {_remedy(provider, installed=False)}"
+        )
     return name
 
 
-def _remedy(provider: str) -> str:
-    otherwise = "use the engine onnxruntime, on the CPU"
-    return f"{_REMEDIES[provider]}, or {otherwise}" if provider in _REMEDIES else otherwise
+def _remedy(provider: str, installed: bool) -> str:
+    """What makes `provider` start. installed: whether this build of ONNX Runtime has it."""
+    steps = [_WHEEL] * (not installed) + [_LIBRARIES[provider]] * (provider in _LIBRARIES)
+    return ", ".join([*steps, "or use the engine onnxruntime, on the CPU"])
 
 
 def _options(threads: int) -> ort.SessionOptions:
@@ -319,7 +324,15 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a provider did not start is an error below
-            session = ort.InferenceSession(str(path), options, providers=[(provider, _provider_options(provider))])
+            quiet = provider != PROVIDERS["cpu"]
+            if quiet:
+                ort.set_default_logger_severity(_FATAL)
+            try:
+                chosen = [(provider, _PROVIDER_OPTIONS.get(provider, {}))]
+                session = ort.InferenceSession(str(path), options, providers=chosen)
+            finally:
+                if quiet:
+                    ort.set_default_logger_severity(_WARNING)
     except Exception as error:
         # some versions (1.24) do not read weights through the links of the hub's cache
         otherwise = (
@@ -332,11 +345,6 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
     session.disable_fallback()
     _SESSIONS.add(session)
     return session
-
-
-def _provider_options(provider: str) -> dict[str, str]:
-    own = {name: _PROVIDER_OPTIONS.get(key, {}) for key, name in PROVIDERS.items()}
-    return own[provider]
 
 
 def _run_error(component: str, error: Exception) -> EngineError:

@@ -41,8 +41,8 @@ def trace_scheduler_class(
 ) -> dict[int, Table]:
     """The tables of a scheduler class by step count.
 
-    name: a diffusers class name, `module:Class`, or the class. config: a `scheduler_config.json`; what it says that is
-    an argument of step() (`eta`) is passed there, as are `options`.
+    name: a diffusers class name, `module:Class`, or the class. config: a `scheduler_config.json`. options: arguments of
+    every step() beside the usual three; where step() takes `eta` it is 0 by default, as diffusers' pipelines pass it.
     Raises `RequestError` when there is no such class, it cannot be built, or `trace_scheduler` refuses it.
     """
     kind = _find_class(name) if isinstance(name, str) else name
@@ -59,7 +59,7 @@ def trace_scheduler_class(
             f"{kind.__name__} cannot be built from the scheduler configuration: {_reason(error)}"
         ) from None
     accepted = set(inspect.signature(scheduler.step).parameters) - set(known) if hasattr(scheduler, "step") else set()
-    given = {key: value for key, value in config.items() if key in accepted}
+    given = {"eta": 0.0} if "eta" in accepted else {}
     return {count: trace_scheduler(scheduler, Steps(count), **{**given, **options}) for count in counts}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...bundle import RequestError
-from .config import Config
+from .config import Config, train_steps
 from .ddim import ddim, ddim_inverse
 from .ddpm import ddpm
 from .dpm_solver import deis, dpm_multistep, dpm_singlestep
@@ -24,11 +24,12 @@ from .lcm import lcm
 from .lms import lms
 from .pndm import pndm
 from .sa_solver import sa_solver
+from .spacing import trailing_remedy
 from .table import Steps, Table
 from .tcd import tcd
 from .unipc import unipc
 
-__all__ = ["SAMPLERS", "Sampler", "Steps", "Table", "find_sampler", "is_known", "make_table"]
+__all__ = ["SAMPLERS", "STEP_ARGUMENTS", "Sampler", "Steps", "Table", "find_sampler", "is_known", "make_table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,9 @@ class Sampler:
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
+STEP_ARGUMENTS = frozenset(["eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "order"])
+"""Options that diffusers takes as arguments of `step`, not from a configuration."""
+_LONGEST_REASON = 200
 _KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _DPM_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
 _DPM_2M_SDE = _DPM_2M | {"algorithm_type": "sde-dpmsolver++"}
@@ -189,6 +193,7 @@ def make_table(
     asked = steps if isinstance(steps, Steps) else Steps(steps)
     by_default = config.get("_use_default_values")
     absent = {str(option) for option in by_default} if isinstance(by_default, list) else set()
+    absent |= STEP_ARGUMENTS  # diffusers' pipelines heed none of them in a configuration
     own = {option: value for option, value in config.items() if option not in absent and not option.startswith("_")}
     if options and options.get("mu") is not None:
         options = dict(options)
@@ -202,7 +207,9 @@ def make_table(
         with np.errstate(all="ignore"):
             table = sampler.table(read, asked)
     except (TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
-        raise RequestError(f"the scheduler configuration is damaged ({error}): compile the bundle again") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:_LONGEST_REASON]
+        remedy = "mend the scheduler options, or the scheduler_config.json"
+        raise RequestError(f"the scheduler configuration is damaged ({reason}): {remedy}") from None
     for option in options or {}:
         if option not in read.read:
             near = difflib.get_close_matches(option, sorted(read.read), n=1)
@@ -211,6 +218,12 @@ def make_table(
     parts = (table.timesteps, table.weights, table.x0, table.input_scale, table.levels, table.init_scale)
     with np.errstate(over="ignore"):
         finite = all(np.isfinite(np.float32(part)).all() for part in parts)
+    if not finite and len(table.timesteps) and table.timesteps.min() == -1:
+        remedy = trailing_remedy(train_steps(read), asked.count)
+        raise RequestError(
+            f"timestep_spacing=trailing makes {asked.count + 1} timesteps of {asked.count} steps, "
+            f"where {key} divides by zero: {remedy}"
+        )
     if not finite:
         raise RequestError(
             f"{key} has no {asked.count} distinct steps under this configuration: "

@@ -35,17 +35,17 @@ _FLAGS = frozenset(
         "stochastic_sampling",
     ]
 )
-_WHOLE = frozenset(
-    [
-        "num_train_timesteps",
-        "steps_offset",
-        "solver_order",
-        "original_inference_steps",
-        "order",
-        "predictor_order",
-        "corrector_order",
-    ]
-)
+_HIGHEST_ORDER = 20
+_WHOLE = {
+    "num_train_timesteps": (1, _MOST_TRAINING_STEPS),
+    "steps_offset": (-_MOST_TRAINING_STEPS, _MOST_TRAINING_STEPS),
+    "solver_order": (1, _HIGHEST_ORDER),
+    "original_inference_steps": (1, _MOST_TRAINING_STEPS),
+    "order": (1, _HIGHEST_ORDER),
+    "predictor_order": (1, _HIGHEST_ORDER),
+    "corrector_order": (1, _HIGHEST_ORDER),
+}
+"""Options that are whole numbers, and what they may be."""
 _TINY = 1e-12
 _NUMBERS = {
     "beta_start": (0.0, 1.0),
@@ -88,10 +88,11 @@ class Config:
     def one_of(self, name: str, *choices: Any) -> Any:
         """The option `name`, the first of `choices` when absent. Raises `RequestError` when it is none of them."""
         value = self.get(name, choices[0])
-        if value not in choices:
-            known = ", ".join(map(str, dict.fromkeys(choices)))
-            raise RequestError(f"the scheduler option {name}={value!r} is not supported: use one of {known}")
-        return value
+        for choice in choices:
+            if value == choice:
+                return choice
+        known = ", ".join(map(str, dict.fromkeys(choices)))
+        raise RequestError(f"the scheduler option {name}={_short(value)} is not supported: use one of {known}")
 
     def defaults(self, **values: Any) -> None:
         """Let absent options be `values`, for a sampler whose class has other defaults than most."""
@@ -107,7 +108,7 @@ class Config:
             found = self.get(name)
             if found is not None and found != value:
                 raise RequestError(
-                    f"the scheduler option {name}={found!r} is not supported, only {value!r}: "
+                    f"the scheduler option {name}={_short(found)} is not supported, only {value!r}: "
                     "choose another --scheduler"
                 )
 
@@ -119,10 +120,11 @@ def _check(name: str, value: Any) -> None:
         if not isinstance(value, bool):
             raise RequestError(f"the scheduler option {name} must be true or false, found {_short(value)}")
     elif name in _NUMBERS or name in _WHOLE:
-        number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+        number = not isinstance(value, bool) and isinstance(value, (int, float))
         whole = name in _WHOLE
-        low, high = _NUMBERS.get(name, (-_MOST_TRAINING_STEPS, _MOST_TRAINING_STEPS))
-        if not number or (whole and value != int(value)) or not low <= value <= high:
+        low, high = {**_NUMBERS, **_WHOLE}[name]
+        # compared before it is converted: an integer may be beyond float64
+        if not number or not low <= value <= high or (whole and value != int(value)):
             kind = "a whole number" if whole else "a number"
             raise RequestError(
                 f"the scheduler option {name} must be {kind} from {low:g} to {high:g}, found {_short(value)}"
@@ -130,9 +132,12 @@ def _check(name: str, value: Any) -> None:
 
 
 def _short(value: Any) -> str:
-    text = (
-        repr(value) if not isinstance(value, int) or abs(value) < _LARGE else f"{float(min(value, _LARGE)):g} or more"
-    )
+    if isinstance(value, int) and abs(value) >= _LARGE:
+        return f"{_LARGE:g} or more" if value > 0 else f"-{_LARGE:g} or less"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # it holds an integer of too many digits, or too many lists in lists
+        text = f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 

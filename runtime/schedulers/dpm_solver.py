@@ -14,6 +14,7 @@ from .spacing import (
     alpha_sigma,
     as_float32,
     at_timesteps,
+    clipped_end,
     count_of,
     curve,
     custom_timesteps,
@@ -265,7 +266,7 @@ def _spaced(config: Config, steps: Steps, train: Array, rounds: bool) -> tuple[A
     if timesteps is not None:
         raise RequestError("timesteps cannot be chosen with use_flow_sigmas: the sigmas choose them")
     count = count_of(config, steps)
-    sigmas, nearest = curve(config, train, count), bool(config.get("use_karras_sigmas"))
+    sigmas, nearest = curve(config, train[::-1], count), bool(config.get("use_karras_sigmas"))
     if config.get("use_lu_lambdas") and not nearest:
         # Lu et al. 2022, "DPM-Solver", section 3.3: even steps of λ
         ends = np.log(train.astype(np.float32)).astype(np.float64)
@@ -277,9 +278,7 @@ def _spaced(config: Config, steps: Steps, train: Array, rounds: bool) -> tuple[A
         even = 1 - np.linspace(1, 1 / len(train), count + 1)
         sigmas = (shift * even / (1 + (shift - 1) * even))[:0:-1]
         return np.trunc(sigmas * len(train)), sigmas, True
-    lowest = config.get("lambda_min_clipped")
-    kept = -np.log(train) >= float(-np.inf if lowest is None else lowest)
-    timesteps = dpm_timesteps(config, steps, last=int(kept.sum()))
+    timesteps = dpm_timesteps(config, steps, last=clipped_end(config, train))
     return timesteps, at_timesteps(timesteps, train), False
 
 

@@ -55,10 +55,11 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
         timesteps = chosen_timesteps(config, steps)
         if log_linear:
             high, low = np.log(train[[-1, 0]].astype(np.float32))
-            sigmas = as_float32(np.exp(linspace32(high, low, len(timesteps) + 1).astype(np.float64)))
+            count = steps.count if steps.timesteps is None else len(timesteps)
+            sigmas = as_float32(np.exp(linspace32(high, low, count + 1).astype(np.float64)))
         else:
             sigmas = at_timesteps(timesteps, train)
-        timesteps, sigmas = along_curve(config, timesteps, sigmas, train)
+        timesteps, sigmas = along_curve(config, steps, timesteps, sigmas, train)
         sigmas = with_final(config, sigmas, train)
     return (0.25 * np.log(sigmas[:-1]) if continuous else timesteps), sigmas
 

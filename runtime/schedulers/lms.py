@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.polynomial.polynomial import polyfromroots, polyint
 
-from ...bundle import RequestError
 from ...engines import Array
 from .config import Config
 from .euler import first_scale, sigma_levels, sigma_x0
@@ -23,9 +22,7 @@ def lms(config: Config, steps: Steps) -> Table:
     if config.get("use_karras_sigmas"):
         config.lacks("sigma_min", "sigma_max")
     config.one_of("prediction_type", "epsilon", "v_prediction", "sample")
-    most = int(config.get("order", 4))
-    if most < 1:
-        raise RequestError(f"order must be at least 1, found {most}")
+    most = min(int(config.get("order", 4)), steps.count + 1)
     timesteps, sigmas = sigma_schedule(config, steps, training_sigmas(config))
     sigmas = as_float32(np.append(sigmas, 0.0))
     now = sigmas[:-1]

@@ -6,10 +6,11 @@ import numpy as np
 
 from ...bundle import RequestError
 from ...engines import Array
-from .config import Config, alphas_cumprod
+from .config import Config, alphas_cumprod, train_steps
 from .spacing import (
     as_float32,
     at_timesteps,
+    clipped_end,
     count_of,
     curve,
     dpm_timesteps,
@@ -39,7 +40,10 @@ def sa_solver(config: Config, steps: Steps) -> Table:
     predictor, corrector = (config.one_of(name, 2, *_ORDERS) for name in ("predictor_order", "corrector_order"))
     schedule = _schedule(config, steps)
     count, start = len(schedule.timesteps), steps.start
-    bar = alphas_cumprod(config)[schedule.timesteps.astype(int)]
+    told = schedule.timesteps.astype(int)
+    if told.max() >= train_steps(config):
+        raise RequestError(f"timestep {told.max()} is past those that the model was trained with: ask for fewer steps")
+    bar = alphas_cumprod(config)[told]
     levels = np.sqrt(np.stack([bar, 1 - bar], axis=1))
     tau = (schedule.timesteps >= _NOISY[0]) & (schedule.timesteps <= _NOISY[1])
     rows = Rows(schedule.timesteps, levels, max(predictor, corrector) + 2, start=start)
@@ -95,7 +99,7 @@ def _integrals(nodes: Array, h: float, rate: float, simple: bool) -> Array:
 def _schedule(config: Config, steps: Steps) -> Schedule:
     image = config.one_of("algorithm_type", "data_prediction", "noise_prediction") == "data_prediction"
     train, count = training_sigmas(config), count_of(config, steps)
-    sigmas = curve(config, train, count)
+    sigmas = curve(config, train[::-1], count)
     if sigmas is not None:
         timesteps = timesteps_of(sigmas, train)
         timesteps = timesteps.round() if config.get("use_karras_sigmas") else timesteps
@@ -104,8 +108,7 @@ def _schedule(config: Config, steps: Steps) -> Schedule:
         sigmas = (shift * even / (1 + (shift - 1) * even))[:0:-1]
         timesteps = sigmas * len(train)
     else:
-        clipped = float(config.get("lambda_min_clipped", -np.inf))
-        timesteps = dpm_timesteps(config, steps, last=int((-np.log(train) >= clipped).sum()))
+        timesteps = dpm_timesteps(config, steps, last=clipped_end(config, train))
         sigmas = np.append(at_timesteps(timesteps, train), train[0])
     sigmas = sigmas if len(sigmas) > len(timesteps) else np.append(sigmas, sigmas[-1])
     return schedule_of(config, steps, np.trunc(timesteps), as_float32(sigmas), image)

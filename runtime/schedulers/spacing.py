@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import islice
+
 import numpy as np
 
 from ...bundle import RequestError
@@ -77,41 +80,74 @@ def ddim_timesteps(config: Config, steps: Steps, default: str) -> Array:
     if spacing == "linspace":
         timesteps = np.linspace(0, total - 1, count).round()[::-1]
     elif spacing == "leading":
-        timesteps = np.arange(count)[::-1] * float(total // count) + int(config.get("steps_offset", 0))
+        timesteps = leading(config, total, count)
     else:
-        timesteps = trailing(total, count)
+        timesteps = trailing(total, total / count)
+        if timesteps[-1] < 0:
+            raise RequestError(
+                f"timestep_spacing=trailing makes {len(timesteps)} timesteps of {count} steps, the last of them -1, of "
+                f"which this sampler knows no noise level: {trailing_remedy(total, count)}"
+            )
     return check_range(timesteps, total)
 
 
 def sigma_timesteps(config: Config, steps: Steps, default: str) -> Array:
-    """Descending timesteps as the samplers that work in sigmas space them: linspace ones are not whole."""
+    """Descending timesteps as the samplers that work in sigmas space them: linspace ones are not whole.
+
+    One that is out of the training range has the sigma of its end.
+    """
     total, count = train_steps(config), count_of(config, steps)
-    if config.one_of("timestep_spacing", default, "linspace", "leading", "trailing") == "linspace":
+    spacing = config.one_of("timestep_spacing", default, "linspace", "leading", "trailing")
+    if spacing == "linspace":
         return np.linspace(0, total - 1, count, dtype=np.float32)[::-1].astype(np.float64)
-    return ddim_timesteps(config, steps, default)
+    if spacing == "leading":
+        return leading(config, total, count)
+    return trailing(total, total / count)
 
 
 def dpm_timesteps(config: Config, steps: Steps, default: str = "linspace", last: int | None = None) -> Array:
     """Descending whole timesteps as the DPM-Solver family spaces them: one more than asked for, without the 0.
 
+    One that is out of the training range has the sigma of its end.
     last: one past the largest timestep, where the schedule is cut short.
     """
     total, count = train_steps(config), count_of(config, steps)
     last = total if last is None else last
     spacing = config.one_of("timestep_spacing", default, "linspace", "leading", "trailing")
-    timesteps: Array
     if spacing == "linspace":
-        timesteps = np.linspace(0, last - 1, count + 1).round()[::-1][:-1]
-    elif spacing == "leading":
-        timesteps = np.arange(count + 1)[::-1][:-1] * float(last // (count + 1)) + int(config.get("steps_offset", 0))
-    else:
-        timesteps = trailing(last, count, total / count)
-    return check_range(timesteps, total)
+        return np.asarray(np.linspace(0, last - 1, count + 1).round()[::-1][:-1])
+    if spacing == "leading":
+        return leading(config, last, count + 1)[:-1]
+    return trailing(last, total / count)
 
 
-def trailing(last: int, count: int, step: float | None = None) -> Array:
-    """The last timestep and even steps down from it; halves are rounded the way diffusers' `arange` drifts."""
-    return np.asarray(np.round(np.arange(last, 0, -(last / count if step is None else step))[:count]) - 1)
+def clipped_end(config: Config, train: Array) -> int:
+    """One past the last timestep whose λ = −log σ is at least `lambda_min_clipped`, searched as diffusers does."""
+    lowest = config.get("lambda_min_clipped", -np.inf)
+    return len(train) - int(np.searchsorted(-np.log(train[::-1]), -np.inf if lowest is None else float(lowest)))
+
+
+def leading(config: Config, last: int, count: int) -> Array:
+    """Even whole steps up from `steps_offset`, descending."""
+    return np.asarray(np.arange(count)[::-1] * float(last // count) + int(config.get("steps_offset", 0)))
+
+
+def trailing(last: int, step: float) -> Array:
+    """The last timestep and even steps down from it.
+
+    Where the rounding of the steps adds up, as for 61 of 1000, diffusers' `arange` makes one more, timestep -1.
+    """
+    return np.asarray(np.round(np.arange(last, 0, -step)) - 1)
+
+
+def trailing_remedy(total: int, count: int) -> str:
+    """What to ask for in place of `count` steps of which `trailing` makes one more."""
+
+    def exact(n: int) -> bool:
+        return math.ceil(total / (total / n)) == n
+
+    near = [next(filter(exact, range(count - 1, 0, -1))), *islice(filter(exact, range(count + 1, total + 1)), 1)]
+    return f"ask for {' or '.join(map(str, near))} steps, or for another timestep_spacing"
 
 
 def check_range(timesteps: Array, total: int) -> Array:
@@ -160,7 +196,7 @@ def as_float32(values: Array) -> Array:
 
 
 def curve(config: Config, sigmas: Array, count: int) -> Array | None:
-    """The sigma curve that the config asks for between the largest and smallest of `sigmas`, or None.
+    """The sigma curve that the config asks for from the first to the last of `sigmas`, or None.
 
     Karras et al. 2022, equation 5; exponential: even steps of log σ; Lee et al. 2024, "Beta sampling is all you need".
     sigma_min and sigma_max of the config, where they are set, replace the ends.
@@ -171,9 +207,11 @@ def curve(config: Config, sigmas: Array, count: int) -> Array | None:
     if not on:
         return None
     low, high = config.get("sigma_min"), config.get("sigma_max")
-    low = float(sigmas.min()) if low is None else float(low)
-    high = float(sigmas.max()) if high is None else float(high)
-    if low > high:
+    chosen = low is not None or high is not None
+    # by place, not by size: after `rescale_betas_zero_snr` the first sigma need not be the largest
+    low = float(sigmas[-1]) if low is None else float(low)
+    high = float(sigmas[0]) if high is None else float(high)
+    if low > high and chosen:
         raise RequestError(f"sigma_min={low:g} must not be above sigma_max={high:g}: mend these scheduler options")
     if on == ["use_karras_sigmas"]:
         ends = high ** (1 / _RHO), low ** (1 / _RHO)
@@ -194,7 +232,7 @@ def alpha_sigma(config: Config, sigmas: Array) -> tuple[Array, Array]:
 def sigma_schedule(config: Config, steps: Steps, train: Array) -> tuple[Array, Array]:
     """Timesteps and sigmas, chosen, spaced as the config says, or along its sigma curve; the sigmas not yet rounded."""
     timesteps = chosen_timesteps(config, steps)
-    return along_curve(config, timesteps, at_timesteps(timesteps, train), train)
+    return along_curve(config, steps, timesteps, at_timesteps(timesteps, train), train)
 
 
 def chosen_timesteps(config: Config, steps: Steps) -> Array:
@@ -203,9 +241,9 @@ def chosen_timesteps(config: Config, steps: Steps) -> Array:
     return sigma_timesteps(config, steps, "linspace") if asked is None else asked
 
 
-def along_curve(config: Config, timesteps: Array, sigmas: Array, train: Array) -> tuple[Array, Array]:
-    """As many timesteps and sigmas, on the config's sigma curve between the ends of `sigmas` if it has one."""
-    curved = curve(config, sigmas, len(timesteps))
+def along_curve(config: Config, steps: Steps, timesteps: Array, sigmas: Array, train: Array) -> tuple[Array, Array]:
+    """The timesteps and sigmas, or as many as asked for on the sigma curve between their ends if the config has one."""
+    curved = curve(config, sigmas, len(timesteps) if steps.timesteps is not None else steps.count)
     return (timesteps, sigmas) if curved is None else (timesteps_of(curved, train), curved)
 
 

@@ -74,11 +74,11 @@ def unipc(config: Config, steps: Steps) -> Table:
     Registers: x, the corrected x before, then the predictions before, newest first.
     """
     config.refuse(thresholding=False, solver_p=None)
-    highest = int(config.get("solver_order", 2))
-    if highest < 1:
-        raise RequestError(f"solver_order must be 1 or more, found {highest}")
+    highest = min(int(config.get("solver_order", 2)), steps.count + 1)
     bh1 = config.one_of("solver_type", "bh2", "bh1", "midpoint", "heun", "logrho") == "bh1"
-    uncorrected = set(config.get("disable_corrector", ()))
+    uncorrected = config.get("disable_corrector", ())
+    if not isinstance(uncorrected, (list, tuple)):
+        raise RequestError("the scheduler option disable_corrector must be a list of steps, like [0, 1]")
     schedule = _schedule(config, steps)
     solver = _Solver(schedule, bh1)
     count = len(schedule.timesteps)
@@ -151,7 +151,7 @@ def _schedule(config: Config, steps: Steps) -> Schedule:
     if not flow and (steps.sigmas is not None or config.get("shift_terminal") is not None):
         raise RequestError("sigmas of your own and shift_terminal need use_flow_sigmas: set it, or leave them out")
     train = training_sigmas(config)
-    curved = curve(config, train, count_of(config, steps))
+    curved = curve(config, train[::-1], count_of(config, steps))
     if curved is not None and steps.sigmas is not None:
         raise RequestError("sigmas cannot be chosen with a sigma curve: set one of them")
     if flow and (karras or curved is None):

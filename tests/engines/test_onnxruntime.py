@@ -302,7 +302,7 @@ def test_memory_that_is_wanting_is_told_from_other_failures():
 
 
 def test_float32_on_cuda_is_no_tf32():
-    assert onnxruntime._provider_options("CUDAExecutionProvider")["use_tf32"] == "0"
+    assert onnxruntime._PROVIDER_OPTIONS[onnxruntime.PROVIDERS["cuda"]]["use_tf32"] == "0"
 
 
 @pytest.mark.gpu

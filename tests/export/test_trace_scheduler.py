@@ -194,10 +194,19 @@ def test_what_is_no_table_is_refused(scheduler, says):
 
 def test_a_class_by_name():
     config = {**SD, "_class_name": "Other", "steps_offset": 1, "clip_sample": False, "eta": 0.5, "unknown": 1}
-    tables = trace_scheduler_class("DDIMScheduler", config, (2, 5))
+    tables = trace_scheduler_class("DDIMScheduler", config, (2, 5), eta=0.5)
     assert {count: table.steps for count, table in tables.items()} == {2: 2, 5: 5}
     ours = make_table({**SD, "steps_offset": 1, "clip_sample": False}, 5, "ddim", {"eta": 0.5})
     np.testing.assert_allclose(impulse_responses(tables[5]), impulse_responses(ours), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "TCDScheduler"])
+def test_eta_is_the_one_of_the_pipelines(name):
+    """They pass 0, whatever the configuration or the default of step() says."""
+    config = {**SD, "clip_sample": False, "eta": 0.5}
+    traced = trace_scheduler_class(name, config, [3])[3]
+    assert not traced.draws.any()
+    np.testing.assert_allclose(impulse_responses(traced), impulse_responses(make_table(config, 3, name)), atol=1e-9)
 
 
 def test_a_class_of_ones_own_by_name(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffoundry.runtime.pipeline import load
+from diffoundry.runtime.schedulers import SAMPLERS as ALL
 
 ATOL, RTOL = 1e-4, 1e-2
 SAMPLERS = {
@@ -124,3 +125,42 @@ def test_the_image_is_that_of_diffusers(name, sampler, count, guidance, size, ch
     rounded = np.round(np.clip(expected_pixels / 2 + 0.5, 0, 1) * 255).transpose(0, 2, 3, 1).astype(int)
     assert images.shape == (count, size[1], size[0], 3)
     assert np.abs(images - rounded).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "TCDScheduler", "EulerDiscreteScheduler", "LMSDiscreteScheduler"])
+def test_arguments_of_step_left_out_are_those_that_the_pipeline_passes(name, checkpoint_of, bundle_of):
+    same_picture(checkpoint_of, bundle_of, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({sampler.class_name for sampler in ALL.values()}))
+def test_every_class_draws_the_picture_of_the_pipeline(name, checkpoint_of, bundle_of):
+    same_picture(checkpoint_of, bundle_of, name)
+
+
+def same_picture(checkpoint_of, bundle_of, name):
+    """The picture of the pipeline with the scheduler class `name`, nothing said beside it; or both fail."""
+    import diffusers
+    import torch
+
+    pipeline, config = oracle(checkpoint_of("pico"))
+    own = {"algorithm_type": "data_prediction"} if name == "SASolverScheduler" else {}  # it knows no dpmsolver++
+    pipeline.scheduler = getattr(diffusers, name).from_config(config, **own)
+    try:
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(7)
+            expected = pipeline(
+                PROMPT,
+                num_inference_steps=STEPS,
+                guidance_scale=1.0,
+                width=32,
+                height=32,
+                generator=generator,
+                output_type="latent",
+            ).images.numpy()
+    except (AttributeError, TypeError, ValueError):
+        assert name.startswith(("DDIMInverse", "FlowMatch", "IPNDM"))  # which this pipeline cannot run
+        return
+    options = {"steps": STEPS, "guidance": 1.0, "width": 32, "height": 32, "seed": 7, "output": "latent"}
+    found = runtime(bundle_of("pico"))(PROMPT, scheduler=name, scheduler_options=own, **options).latents
+    np.testing.assert_allclose(found, expected, atol=ATOL, rtol=RTOL)

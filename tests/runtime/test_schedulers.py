@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import inspect
+import json
+import random
+import re
+
 import diffusers
 import numpy as np
 import pytest
@@ -10,13 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffoundry.benchmarks.samplers import SD, TABLE_LIMIT, judge, table_error, variants
-from diffoundry.bundle import RequestError
-from diffoundry.runtime.schedulers import SAMPLERS, Steps, find_sampler, make_table
+from diffoundry.bundle import Bundle, DiffoundryError, RequestError
+from diffoundry.runtime.schedulers import SAMPLERS, STEP_ARGUMENTS, Steps, find_sampler, make_table
 from diffoundry.runtime.schedulers.config import Config, alphas_cumprod
 from diffoundry.runtime.schedulers.incomplete_beta import beta_quantile
+from diffoundry.runtime.schedules import Schedules
 
+CLASSES = sorted({sampler.class_name for sampler in SAMPLERS.values()})
 CONFIGURATIONS = {name: list(variants(sampler.class_name)) for name, sampler in SAMPLERS.items()}
 SCHEDULES = ["scaled_linear", "linear", "squaredcos_cap_v2"]
+
+
+def name_of(class_name):
+    """A short name of a class that fixes no options if it has one, to be told to `judge`."""
+    names = [name for name, sampler in SAMPLERS.items() if sampler.class_name == class_name]
+    return min(names, key=lambda name: len(SAMPLERS[name].fixed))
 
 
 @st.composite
@@ -24,7 +39,7 @@ def cases(draw):
     """A sampler, one of its configurations, and which steps."""
     name = draw(st.sampled_from(list(SAMPLERS)))
     config = draw(st.sampled_from(CONFIGURATIONS[name]))
-    count = draw(st.integers(1, 60))
+    count = draw(st.integers(1, 130))
     start = draw(st.integers(0, count - 1))
     return name, config, Steps(count, start=start, mu=config.get("mu"))
 
@@ -181,17 +196,157 @@ def test_options_that_a_configuration_only_has_by_default_are_the_samplers_own()
     assert diffusers.DDIMScheduler.from_config(config).config.timestep_spacing == "leading"
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler", "dpm++2m"])
-def test_trailing_spacing_has_as_many_steps_as_asked_for(sampler):
-    for steps in (61, 103, 499, 998):
-        table = make_table({**SD, "timestep_spacing": "trailing"}, steps, sampler)
-        assert table.steps == steps
-        assert table.timesteps.min() >= 0
+SPACED = [
+    name
+    for name in CLASSES
+    if "timestep_spacing" in inspect.signature(getattr(diffusers, name)).parameters
+    and name not in ("LCMScheduler", "TCDScheduler")  # which space by their distillation
+]
+BY_LEVEL = {"DDIMScheduler", "DDIMInverseScheduler", "DDPMScheduler", "PNDMScheduler"}
+"""Those that take the noise level of a timestep by its index, which for -1 is the last of training."""
+
+
+def timesteps_of_both(name, config, steps):
+    scheduler = getattr(diffusers, name).from_config(config)
+    scheduler.set_timesteps(steps)
+    return make_table(config, steps, name).timesteps, scheduler.timesteps.numpy()
+
+
+@pytest.mark.parametrize("name", SPACED)
+@pytest.mark.parametrize("steps", [61, 103])
+def test_one_trailing_timestep_more_is_made_or_refused(name, steps):
+    """diffusers' rounded steps make timestep -1 after the 0."""
+    config = {**SD, "timestep_spacing": "trailing", "skip_prk_steps": True}
+    if name not in BY_LEVEL:
+        ours, theirs = timesteps_of_both(name, config, steps)
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+        assert theirs[-1] == -1
+        verdict = judge(name_of(name), config, Steps(steps, start=5), 0)
+        assert verdict.passed, verdict
+        return
+    with pytest.raises(RequestError, match=f"makes {steps + 1} timesteps of {steps} steps") as refused:
+        make_table(config, steps, name)
+    remedies = [int(count) for count in re.findall(r"ask for (\d+) or (\d+) steps", str(refused.value))[0]]
+    for count in remedies:
+        assert make_table(config, count, name).steps == len(timesteps_of_both(name, config, count)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPACED)
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_timesteps_of_every_count_are_those_of_diffusers(name, spacing):
+    config = {**SD, "timestep_spacing": spacing, "skip_prk_steps": True}
+    for steps in range(1, 1001):
+        try:
+            ours, theirs = timesteps_of_both(name, config, steps)
+        except (RequestError, ValueError):
+            continue  # the tests of trajectories hold what we refuse
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-3, err_msg=str(steps))
 
 
 def test_trailing_timesteps_are_those_of_diffusers():
     scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    refused = []
     for steps in range(1, 1001):
         scheduler.set_timesteps(steps)
-        table = make_table({"timestep_spacing": "trailing", "clip_sample": False}, steps, "ddim")
-        np.testing.assert_array_equal(table.timesteps, scheduler.timesteps[:steps].numpy())
+        try:
+            table = make_table({"timestep_spacing": "trailing", "clip_sample": False}, steps, "ddim")
+        except RequestError:
+            refused.append(steps)
+            assert scheduler.timesteps[-1] == -1
+            continue
+        np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
+    assert 61 in refused
+    assert len(refused) < 100
+
+
+@pytest.mark.parametrize("curve", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_a_curve_on_zero_terminal_signal_begins_at_the_last_sigma_not_the_largest(curve, spacing):
+    """The last sigma of training is 4096, the one before it 15406."""
+    config = {"beta_schedule": "linear", "prediction_type": "v_prediction", "timestep_spacing": spacing, curve: True}
+    config["rescale_betas_zero_snr"] = True
+    for name in CLASSES:
+        known = inspect.signature(getattr(diffusers, name)).parameters
+        if not {curve, "rescale_betas_zero_snr"} <= set(known):
+            continue
+        ours, theirs = timesteps_of_both(name, config, 6)
+        np.testing.assert_allclose(ours, theirs, atol=1e-2)
+        verdict = judge(name_of(name), config, Steps(6), 0)
+        assert verdict.passed, verdict
+
+
+STRANGE = [
+    *(10**400, -(10**400), 10**5000, 10**9, 2**63, 1e308, -1e308, 1e-320, -1, 0, -0.0, 2.5, 1.0, 3),
+    *(float("nan"), float("inf"), -float("inf"), True, False, None, "", "1", "zero", "sigma_min", "x" * 500, "a\nb"),
+    *([], [1], [[1, [2]]], [10**400], [float("nan")] * 1000, [0.5] * 1000, ["a"], {}, {"a": {"b": 1}}),
+]
+
+
+def mutated(rng):
+    """A sampler and a configuration whose options have strange values, one to three of them."""
+    name = rng.choice(list(SAMPLERS))
+    kind = getattr(diffusers, SAMPLERS[name].class_name)
+    known = [key for key in inspect.signature(kind).parameters if key != "kwargs"] + sorted(STEP_ARGUMENTS) + ["mu"]
+    return name, {rng.choice(known): rng.choice(STRANGE) for _ in range(rng.randint(1, 3))}
+
+
+def check_mutated(seeds):
+    """Each gives a table of finite numbers or is refused in one line, and refused the same way as an option."""
+    made, lines = 0, []
+    for seed in seeds:
+        rng = random.Random(seed)
+        name, strange = mutated(rng)
+        count = rng.choice([1, 2, 7, 20])
+        as_option = rng.random() < 0.5
+        config, options = (dict(SD), strange) if as_option else ({**SD, **strange}, {})
+        try:
+            table = make_table(config, count, rng.choice([name, SAMPLERS[name].class_name]), options)
+        except DiffoundryError as refusal:
+            lines.append(str(refusal))
+        else:
+            assert np.isfinite(table.weights).all(), strange
+            made += 1
+    assert made
+    assert lines
+    assert not [line for line in lines if not 0 < len(line) < 500 or "\n" in line]
+
+
+def test_mutated_configurations_give_a_table_or_one_line():
+    check_mutated(range(150))
+
+
+@pytest.mark.slow
+def test_a_thousand_mutated_configurations_give_a_table_or_one_line():
+    check_mutated(range(1000, 2000))
+
+
+@pytest.mark.slow
+def test_a_thousand_mutated_configurations_of_a_bundle(copied):
+    """Through the file of a bundle, whose hash is made to match."""
+    path = copied / "scheduler" / "scheduler_config.json"
+    own, manifest = json.loads(path.read_text()), copied / "bundle.json"
+    for seed in range(2000, 3000):
+        rng = random.Random(seed)
+        name, strange = mutated(rng)
+        strange = {key: None if value == 10**5000 else value for key, value in strange.items()}
+        text = json.dumps({**own, **strange})
+        before = hashlib.sha256(path.read_bytes()).hexdigest()
+        size = path.stat().st_size
+        path.write_text(text)
+        after = hashlib.sha256(path.read_bytes()).hexdigest()
+        told = manifest.read_text().replace(before, after).replace(f'"size": {size},', f'"size": {len(text)},')
+        manifest.write_text(told)
+        with contextlib.suppress(DiffoundryError):
+            schedules = Schedules(Bundle.open(copied))
+            assert schedules.train_steps
+            assert np.isfinite(schedules.table(Steps(7), name).weights).all()
+
+
+def test_arguments_of_step_are_not_read_from_a_configuration():
+    """diffusers' pipelines pass 0 for eta whatever the file says, and leave the others to step()."""
+    plain = make_table({**SD, "clip_sample": False}, 4, "ddim")
+    told = make_table({**SD, "clip_sample": False, "eta": 1.0, "order": 2}, 4, "ddim")
+    assert not told.draws.any()
+    np.testing.assert_array_equal(told.weights, plain.weights)
+    assert make_table({**SD, "clip_sample": False}, 4, "ddim", {"eta": 1.0}).draws.all()
