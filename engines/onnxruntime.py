@@ -252,9 +252,8 @@ def require_provider(provider: str) -> str:
     except (KeyError, TypeError):
         raise EngineError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}") from None
     if name not in ort.get_available_providers():
-        raise EngineError(
-            f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {_remedy(provider, installed=False)}"
-        )
+        remedy = _remedy(provider, installed=False)
+        raise EngineError(f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {remedy}")
     return name
 
 
