@@ -64,8 +64,9 @@ class Bundle:
         if not self.foreign:
             return config
         named = read_json(self.root / "model_index.json", "the pipeline index").get("scheduler")
-        told = isinstance(named, list) and len(named) == 2 and isinstance(named[1], str)
-        return {**config, "_class_name": named[1]} if told else config
+        if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
+            return {**config, "_class_name": named[1]}
+        return config
 
     def problems(self, names: Iterable[str] | None = None) -> list[str]:
         """What is wrong with the files in the manifest (those in `names` if given), a line each; [] when all match."""

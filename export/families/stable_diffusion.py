@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...bundle import Latents, Prompt
 from ..checkpoint import Checkpoint
-from ..configs import TOKENIZERS, UNET, check_classes
+from ..configs import TOKENIZERS, UNET, check_classes, vae_config
 from ..plan import ComponentPlan
 from . import autoencoder, clip, unet
 
@@ -47,7 +47,7 @@ def components(checkpoint: Checkpoint) -> list[ComponentPlan]:
 
 def latents(checkpoint: Checkpoint) -> Latents:
     """How latents relate to pixels."""
-    return autoencoder.scaling(autoencoder.vae_config(checkpoint), NAME)
+    return autoencoder.scaling(vae_config(checkpoint), NAME)
 
 
 def default_size(checkpoint: Checkpoint) -> tuple[int, int]:

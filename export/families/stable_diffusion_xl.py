@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...bundle import Latents, Prompt
 from ..checkpoint import Checkpoint
-from ..configs import TOKENIZERS, UNET, check_classes, text_config
+from ..configs import TOKENIZERS, UNET, check_classes, text_config, vae_config
 from ..plan import ComponentPlan
 from . import autoencoder, clip, unet
 
@@ -59,7 +59,7 @@ def _encoders(checkpoint: Checkpoint) -> list[str]:
 
 def latents(checkpoint: Checkpoint) -> Latents:
     """How latents relate to pixels."""
-    return autoencoder.scaling(autoencoder.vae_config(checkpoint), NAME)
+    return autoencoder.scaling(vae_config(checkpoint), NAME)
 
 
 def default_size(checkpoint: Checkpoint) -> tuple[int, int]:

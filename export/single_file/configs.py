@@ -147,8 +147,9 @@ def setup_of(folder: Path, family: Family, prediction_type: str | None) -> Setup
     flags = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
     if "requires_safety_checker" in flags:
         flags["requires_safety_checker"] = False
-    scheduler = {"_class_name": (index.get("scheduler") or [None, ""])[1]}
-    scheduler |= checkpoint.config("scheduler", "scheduler_config.json")
+    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    if checkpoint.has("scheduler"):
+        scheduler["_class_name"] = checkpoint.kind("scheduler")[1]
     if prediction_type:
         scheduler["prediction_type"] = prediction_type
     models = {name: checkpoint.config(name) for name in (*texts, "unet", "vae")}
