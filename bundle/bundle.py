@@ -69,8 +69,14 @@ class Bundle:
             raise BundleError(f"{self.root} has no component {name!r}, only {have}: compile it again") from None
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The contents of `scheduler/scheduler_config.json`."""
-        return read_json(self.root / "scheduler" / "scheduler_config.json", "the scheduler configuration")
+        """The contents of `scheduler/scheduler_config.json`, of the class that the pipeline index names."""
+        config = read_json(self.root / "scheduler" / "scheduler_config.json", "the scheduler configuration")
+        if not self.foreign:
+            return config
+        named = read_json(self.root / "model_index.json", "the pipeline index").get("scheduler")
+        if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
+            return {**config, "_class_name": named[1]}
+        return config
 
     def problems(self, names: Iterable[str] | None = None) -> list[str]:
         """What is wrong with the files in the manifest (those in `names` if given), a line each; [] when all match."""

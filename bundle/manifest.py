@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from .errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when a reader of the old version would misread the new manifest."""
 
 MANIFEST_NAME = "bundle.json"
@@ -74,7 +74,7 @@ class Latents:
     """How latents relate to pixels: `x_vae = x · std / scaling_factor + shift_factor + mean`, channel by channel.
 
     downscale: pixels a latent. tile: side of a tile, in latents, when large images are worked through in tiles.
-    mean, std: one number a channel, or empty for 0 and 1.
+    mean, std: one number a channel, or empty for 0 and 1. multiple: what the U-Net takes, in latents a side.
     """
 
     channels: int
@@ -84,6 +84,12 @@ class Latents:
     tile: int = 64
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    multiple: int = 1
+
+    @property
+    def unit(self) -> int:
+        """What the sides of a picture must be multiples of, in pixels."""
+        return self.downscale * self.multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,7 @@ class Manifest:
     """The whole manifest; see the README for each field.
 
     engine, precision: what the bundle was compiled for and is run with by default.
+    scheduler: by task, options of the scheduler's configuration that the pipeline class changes, and their values.
     """
 
     family: str
@@ -124,6 +131,7 @@ class Manifest:
     default_guidance: float = 7.5
     engine: str = "onnxruntime"
     options: dict[str, bool] = field(default_factory=dict)
+    scheduler: dict[str, dict[str, bool | int]] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -163,6 +171,8 @@ def from_json(value: dict[str, Any], where: str) -> Manifest:
     latents = reader.get(value, "latents", dict)
     if not components:
         raise reader.fail("components", "is empty")
+    if not value.get("tasks"):
+        raise reader.fail("tasks", "is missing or empty")
     return Manifest(
         family=reader.get(value, "family", str),
         tasks=tuple(reader.strings("tasks", reader.get(value, "tasks", list))),
@@ -175,6 +185,7 @@ def from_json(value: dict[str, Any], where: str) -> Manifest:
             scaling_factor=reader.nonzero(latents, "scaling_factor", "latents."),
             shift_factor=reader.number(latents, "shift_factor", "latents."),
             tile=reader.positive({"tile": 64, **latents}, "tile", "latents."),
+            multiple=reader.positive({"multiple": 1, **latents}, "multiple", "latents."),
             **reader.deviations(latents),
         ),
         prompts={
@@ -186,6 +197,10 @@ def from_json(value: dict[str, Any], where: str) -> Manifest:
         default_guidance=reader.number({"default_guidance": 7.5, **value}, "default_guidance"),
         engine=reader.get({"engine": "onnxruntime", **value}, "engine", str),
         options=reader.flags("options", reader.get({"options": {}, **value}, "options", dict)),
+        scheduler={
+            task: reader.changes(f"scheduler.{task}", changes)
+            for task, changes in reader.get({"scheduler": {}, **value}, "scheduler", dict).items()
+        },
         source=reader.texts("source", reader.get(value, "source", dict)),
         versions=reader.texts("versions", reader.get(value, "versions", dict)),
         schema_version=version,
@@ -243,6 +258,11 @@ class _Reader:
     def flags(self, name: str, values: dict[Any, Any]) -> dict[str, bool]:
         if not all(isinstance(item, bool) for item in values.values()):
             raise self.fail(name, "must map names to true or false")
+        return values
+
+    def changes(self, name: str, values: Any) -> dict[str, bool | int]:
+        if not isinstance(values, dict) or not all(isinstance(item, (bool, int)) for item in values.values()):
+            raise self.fail(name, "must map options to true, false or whole numbers")
         return values
 
     def strings(self, name: str, values: list[Any]) -> list[str]:

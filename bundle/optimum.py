@@ -9,6 +9,7 @@ from typing import Any
 from .errors import BundleError
 from .files import read_json
 from .manifest import Component, Latents, Manifest, Prompt, Tensor
+from .pipelines import INPAINT_BY_FACTOR, default_side, latent_deviations, scheduler_mends
 from .tokens import read_tokens
 
 _FAMILIES = {
@@ -57,10 +58,13 @@ def _describe(root: Path) -> Manifest:
     if not blocks:
         raise BundleError(f"{root}: the VAE configuration has no block_out_channels: export the model again")
     downscale = 2 ** (len(blocks) - 1)
-    side = _field(unet, "sample_size", int) * downscale
+    side = default_side(family, _field(unet, "sample_size", int), unet.get("_diffusers_version")) * downscale
+    mean, std = latent_deviations(family, vae)
+    tasks = _tasks(present, unet, index)
+    scheduler = read_json(root / "scheduler" / "scheduler_config.json", "the scheduler configuration")
     return Manifest(
         family=family,
-        tasks=_tasks(present, unet, index),
+        tasks=tasks,
         precision="as exported",
         components={
             name: Component(f"{name}/model.onnx", "", {}, _unet_inputs(unet, root) if name == "unet" else ())
@@ -71,14 +75,16 @@ def _describe(root: Path) -> Manifest:
             channels=_field(vae, "latent_channels", int),
             downscale=downscale,
             scaling_factor=float(vae.get("scaling_factor", 0.18215)),
-            shift_factor=float(vae.get("shift_factor") or 0.0),
+            mean=mean,
+            std=std,
         ),
         prompts={name: _prompt(root, name, family) for name in _ENCODERS if name in present},
         default_width=side,
         default_height=side,
         default_steps=_DEFAULTS[family][0],
         default_guidance=_DEFAULTS[family][1],
-        options=_options(index) if family == "stable-diffusion-xl" else {},
+        options=_options(index) | {INPAINT_BY_FACTOR: bool(mean)} if family == "stable-diffusion-xl" else {},
+        scheduler=scheduler_mends(family, tasks, scheduler),
     )
 
 

@@ -60,7 +60,7 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
     )
     latents = manifest.latents
     console.print(
-        f"default size {manifest.default_width}x{manifest.default_height}, any multiple of {latents.downscale}; "
+        f"default size {manifest.default_width}x{manifest.default_height}, any multiple of {latents.unit}; "
         f"{latents.channels} latent channels, scaling factor {latents.scaling_factor:g}; "
         f"default {manifest.default_steps} steps, guidance {manifest.default_guidance:g}"
     )

@@ -61,8 +61,9 @@ def schedulers_command(
     count = 20 if steps is None else steps
     asked, chosen = Steps(count, start), read_options(options)
     if bundle:
-        schedules = Schedules(Bundle.open(bundle))
-        key, table = schedules.named(name), schedules.table(asked, name, chosen)
+        opened = Bundle.open(bundle)
+        schedules = Schedules(opened)
+        key, table = schedules.named(name), schedules.table(asked, opened.manifest.tasks[0], name, chosen)
     else:
         key, table = find_sampler(_STABLE_DIFFUSION, name)[0], make_table(_STABLE_DIFFUSION, asked, name, chosen)
     sampler = find_sampler(_STABLE_DIFFUSION, key)[1] if is_known(key) else None

@@ -13,6 +13,8 @@ from .weight_files import WeightFiles, find, other_kind
 
 _ADDED = ("vae_tiny",)
 """Components that no checkpoint holds, and that may be given one."""
+_CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+"""What a replaced text encoder is read as: its own configuration tells whether it is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,15 @@ class Checkpoint:
     @property
     def class_name(self) -> str:
         """The diffusers pipeline class that the checkpoint was saved from."""
-        return str(self.index.get("_class_name", ""))
+        name = self.index.get("_class_name", "")
+        return ".".join(map(str, name)) if isinstance(name, list) else str(name)
+
+    def kind(self, name: str) -> tuple[str, str]:
+        """Library and class of component `name`, as the index names them; of one that it lacks, its own folder."""
+        value = self.index.get(name)
+        if isinstance(value, list) and len(value) == 2:
+            return str(value[0]), str(value[1])
+        return "diffusers", str(self.config(name).get("_class_name", ""))
 
     def has(self, name: str) -> bool:
         """Whether the pipeline has a component `name`; the refiner of SDXL has no first text encoder."""
@@ -73,10 +83,15 @@ class Checkpoint:
         changed = Checkpoint(self.root, index, replaced)
         for name in folders:
             if name in self.index:
-                file = "scheduler_config.json" if name == "scheduler" else "config.json"
-                kind = changed.config(name, file).get("_class_name", self.index[name][1])
-                index[name] = [self.index[name][0], kind]
+                index[name] = changed._kind_of_folder(name, self.index[name])
         return changed
+
+    def _kind_of_folder(self, name: str, own: list[Any]) -> list[Any]:
+        """The index entry of a replaced component: of a diffusers model its own class, of others the pipeline's."""
+        if name.startswith(("text_encoder", "tokenizer")):
+            return [own[0], _CLIP.get(name, own[1])]
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        return [own[0], self.config(name, file).get("_class_name", own[1])]
 
     def folder(self, name: str) -> Path:
         """The folder of component `name`. Raises `CheckpointError`."""

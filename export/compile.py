@@ -50,6 +50,7 @@ from ..runtime.request import Request
 from . import step_graph
 from .checkpoint import Checkpoint
 from .components import Components, Stage
+from .fit import check_models, check_parts
 from .place import STAGES, UNPACKED, check_target, prepare, recover, swap, tidy, work_folder
 from .plan import ComponentPlan
 from .plans import Site, build_plans, count_plans, site, warnings_of
@@ -274,16 +275,20 @@ class _Build:
         self.tasks: tuple[str, ...] = ()
         self.defaults = rules.DEFAULT_STEPS, rules.DEFAULT_GUIDANCE
         self.traced: tuple[str, tuple[int, ...]] | None = None
+        self.changes: dict[str, dict[str, bool | int]] = {}
 
     def run(self) -> Bundle:
         require_provider(self.wanted.provider)
         plans, latents, size = self.read()
         weights = {name: self.source.weights(name) for name in sorted({plan.source for plan in plans})}
+        prompts = self._write_small()
+        check_parts(plans, latents, prompts)
+        check_models(plans)
         self.progress("hash the checkpoint", 0, len(plans) + 2)
         hashes = {name: each.sha256() for name, each in weights.items()}
         self.store.take(EngineStore(self.target / "engines"))  # their keys decide whether they are ever used
         self._check_disk(plans)
-        manifest = self._manifest(plans, latents, size, self._write_small(), sha256_json(hashes))
+        manifest = self._manifest(plans, latents, size, prompts, sha256_json(hashes))
         lowers, site = self.wanted.precision != FULL, self.wanted.site
         built = 0 if site is None else count_plans(manifest, self.wanted.target)
         total = len(plans) + 2 + lowers + built
@@ -360,6 +365,7 @@ class _Build:
             default_guidance=self.defaults[1],
             engine=str(self.wanted.engine),
             options=self.rules.options(self.source),
+            scheduler=self.changes,
             source={"name": self.name, "pipeline": self.source.class_name, "sha256": source},
             versions=self.versions,
         )
@@ -386,28 +392,30 @@ class _Build:
         """What the family makes of the configurations, before any work is done."""
         try:
             plans = self.rules.components(self.source)
-            return (
-                [plan for plan in plans if set(_NEEDED_BY.get(plan.name, self.tasks)) & set(self.tasks)],
-                self.rules.latents(self.source),
-                self.rules.default_size(self.source),
-            )
+            unit = next(plan.axes["height"].unit for plan in plans if plan.name == "unet")
+            latents = replace(self.rules.latents(self.source), multiple=unit)
+            width, height = (-(-side // latents.unit) * latents.unit for side in self.rules.default_size(self.source))
+            needed = [plan for plan in plans if set(_NEEDED_BY.get(plan.name, self.tasks)) & set(self.tasks)]
+            return needed, latents, (width, height)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             replaced = "".join(f" or {folder}" for folder in self.source.replaced.values())
             raise CheckpointError(
                 f"a config.json in {self.source.root}{replaced} is damaged or of another kind "
-                f"({type(error).__name__}: {error}): download it again"
+                f"({type(error).__name__}: {error}): give the configuration that the part was saved with"
             ) from None
 
     def _write_small(self) -> dict[str, Prompt]:
         """Tokenizer, scheduler and pipeline index: before the long work, so that what is wrong with them shows."""
-        from .scheduler import write_scheduler, write_traced
+        from .scheduler import changes, scheduler_config, write_traced
 
         for name in ("tokenizer", "tokenizer_2", "scheduler"):
             remove(self.work / name)
         prompts = self.rules.prompts(self.source, self.work)
-        write_scheduler(self.source, self.work / "scheduler", self.rules.scheduler_config)
+        self.changes = changes(self.source, self.family_name, self.tasks)
+        (self.work / "scheduler").mkdir()
+        write_json(self.work / "scheduler" / "scheduler_config.json", scheduler_config(self.source))
         if self.traced:
-            write_traced(self.work / "scheduler", *self.traced)
+            write_traced(self.work / "scheduler", self.changes.get(self.tasks[0], {}), *self.traced)
         self._check_default_steps()
         index = {
             name: [None, None] if name in ("safety_checker", "feature_extractor", "image_encoder") else value

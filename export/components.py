@@ -16,6 +16,7 @@ from ..engines.onnxruntime import OnnxRuntimeEngine, load_component
 from . import step_graph
 from .checkpoint import Checkpoint
 from .fuse import HOISTED, fuse
+from .guard import guarded
 from .place import STAGES, work_folder
 from .plan import OPSET, ComponentPlan
 
@@ -145,13 +146,17 @@ class Components:
         folder = self._work / plan.name
         remove(folder)
         folder.mkdir()
-        module = plan.load()
+        with guarded(f"the {plan.name} cannot be loaded"):
+            module = plan.load()
         # the cases first: tracing may leave its marks on the module
-        cases = torch_cases(plan, module)
-        trace(plan, module, folder)
+        with guarded(f"the {plan.name} cannot be run in torch"):
+            cases = torch_cases(plan, module)
+        with guarded(f"the {plan.name} cannot be traced to ONNX"):
+            trace(plan, module, folder)
         del module
         gc.collect()
-        fused = fuse(folder / "model.onnx", [tensor.name for tensor in plan.inputs if tensor.name in HOISTED])
+        with guarded(f"the graph of the {plan.name} cannot be fused"):
+            fused = fuse(folder / "model.onnx", [tensor.name for tensor in plan.inputs if tensor.name in HOISTED])
         shutil.copyfile(self._source.folder(plan.source) / "config.json", folder / "config.json")
         files = {f"{plan.name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
         model = f"{plan.name}/model.onnx"

@@ -33,14 +33,16 @@ class ComponentPlan:
     """One component: where it comes from, its inputs and outputs with named axes, and how to load it.
 
     load: returns the torch module, in eval mode, whose keyword arguments are the inputs and which returns the
-    outputs (one tensor, or a tuple). integers: exclusive upper bounds of integer inputs. scale: a factor on the
-    random values of an input, such as the range of timesteps. repeat: an input that is a vector over the batch and
-    is to accept one value for all rows. facts: numbers that `load` writes into the graph beside the weights.
+    outputs (one tensor, or a tuple). hollow: returns the same on the meta device, without weights.
+    integers: exclusive upper bounds of integer inputs. scale: a factor on the random values of an input, such as the
+    range of timesteps. repeat: an input that is a vector over the batch and is to accept one value for all rows.
+    facts: numbers that `load` writes into the graph beside the weights.
     """
 
     name: str
     source: str
     load: Callable[[], Any]
+    hollow: Callable[[], Any]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     axes: dict[str, Axis]

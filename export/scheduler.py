@@ -1,24 +1,34 @@
-"""Write the scheduler configuration of a checkpoint as its pipeline class uses it."""
+"""The scheduler configuration of a checkpoint, and what its pipeline classes change in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..bundle import CheckpointError, DiffoundryError, RequestError
-from ..bundle.files import read_json, write_json
+from ..bundle.files import read_json
+from ..bundle.pipelines import scheduler_mends
 from .checkpoint import Checkpoint
 
 
-def write_scheduler(checkpoint: Checkpoint, folder: Path, mend: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Write `scheduler_config.json`: the checkpoint's own keys, what the pipeline class mends, and no other default.
+def scheduler_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's own configuration, of the class that its pipeline index names.
 
     Keys that the file leaves out stay out, so that each sampler applies its own default, as diffusers does.
     """
+    config = checkpoint.config("scheduler", "scheduler_config.json")
+    return {**config, "_class_name": checkpoint.kind("scheduler")[1]} if checkpoint.has("scheduler") else config
+
+
+def changes(checkpoint: Checkpoint, family: str, tasks: Sequence[str]) -> dict[str, dict[str, bool | int]]:
+    """By task, what the pipeline class of `family` changes in the configuration; see `scheduler_mends`.
+
+    Raises `CheckpointError` when the scheduler's class refuses the configuration.
+    """
     import diffusers
 
-    config = checkpoint.config("scheduler", "scheduler_config.json")
+    config = scheduler_config(checkpoint)
     kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
     full = dict(config)
     known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
@@ -30,16 +40,14 @@ def write_scheduler(checkpoint: Checkpoint, folder: Path, mend: Callable[[dict[s
             raise CheckpointError(
                 f"the scheduler configuration of {checkpoint.root} is damaged ({reason[:200]}): download it again"
             ) from None
-    mended = mend({name: value for name, value in full.items() if not name.startswith("_")})
-    changed = {name: value for name, value in mended.items() if name in full and full[name] != value}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "scheduler_config.json", {**config, **changed})
+    return scheduler_mends(family, tasks, full)
 
 
-def write_traced(folder: Path, name: str, counts: Sequence[int]) -> None:
+def write_traced(folder: Path, changed: dict[str, bool | int], name: str, counts: Sequence[int]) -> None:
     """Write the tables of the scheduler class `name` under the configuration in `folder`, one for each step count.
 
-    name: a diffusers class or `module:Class`. Raises `RequestError` when it cannot be traced.
+    changed: what the pipeline class changes in the configuration. name: a diffusers class or
+    `module:Class`. Raises `RequestError` when it cannot be traced.
     """
     from ..runtime.schedulers import is_known
     from ..runtime.schedulers.stored import save_table, traced_path
@@ -51,6 +59,7 @@ def write_traced(folder: Path, name: str, counts: Sequence[int]) -> None:
             f"the scheduler {own} needs no tracing: diffoundry has it; a class of your own needs its own name"
         )
     config = read_json(folder / "scheduler_config.json", "the scheduler configuration")
+    config |= {key: value for key, value in changed.items() if key in config}
     try:
         tables = trace_scheduler_class(name, config, counts)
     except DiffoundryError:

@@ -83,7 +83,7 @@ class Target:
             low, high = self.dynamic
             usual = tuple(min(max(side, a), b) for side, a, b in zip(own, low, high, strict=True))
             ranges.append((low, (usual[0], usual[1]), high))
-        unit = manifest.latents.downscale
+        unit = manifest.latents.unit
         for side in (side for part in ranges for size in part for side in size):
             if side < unit or side % unit or side > LARGEST_SIDE:
                 raise DiffoundryError(

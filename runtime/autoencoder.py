@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..bundle import Bundle
+from ..bundle.pipelines import INPAINT_BY_FACTOR
 from ..engines import Array, Engine
 from .noise import Generator
 from .tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
@@ -23,6 +24,7 @@ class Autoencoder:
 
     def __init__(self, bundle: Bundle, engine: Callable[[str], Engine]) -> None:
         self._latents, self._engine = bundle.manifest.latents, engine
+        self._inpaints_by_factor = bundle.manifest.options.get(INPAINT_BY_FACTOR, False)
         self._tiny = bundle.manifest.options.get("tiny_autoencoder", False)
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
@@ -65,16 +67,18 @@ class Autoencoder:
         first: Array = encoded[0]
         return first
 
-    def sample(self, encoded: Array, generator: Generator) -> Array:
+    def sample(self, encoded: Array, generator: Generator, *, inpaints: bool = False) -> Array:
         """Scaled latents, float32 (C, h, w), drawn from mean and log variance (2C, h, w).
 
-        Where the encoder gives latents themselves, nothing is drawn.
+        Where the encoder gives latents themselves, nothing is drawn. inpaints: whether the picture is inpainted, for
+        which some pipelines of diffusers scale in another way.
         """
+        by_factor = inpaints and self._inpaints_by_factor
         if self._tiny:
-            return self._scaled(encoded.astype(np.float32))
+            return self._scaled(encoded.astype(np.float32), by_factor)
         mean, logvar = np.split(encoded.astype(np.float32), 2)
         deviation = np.exp(np.float32(0.5) * np.clip(logvar, *_LOGVAR_RANGE))
-        return self._scaled(mean + deviation * generator.randn(1, *mean.shape)[0])
+        return self._scaled(mean + deviation * generator.randn(1, *mean.shape)[0], by_factor)
 
     def _unscaled(self, latents: Array) -> Array:
         settings = self._latents
@@ -83,9 +87,9 @@ class Autoencoder:
             return latents * std / np.float32(settings.scaling_factor) + mean
         return latents / np.float32(settings.scaling_factor) + np.float32(settings.shift_factor)
 
-    def _scaled(self, latents: Array) -> Array:
+    def _scaled(self, latents: Array, by_factor: bool) -> Array:
         settings = self._latents
-        if settings.mean:
+        if settings.mean and not by_factor:
             mean, std = (np.array(part, np.float32)[:, None, None] for part in (settings.mean, settings.std))
             return (latents - mean) * np.float32(settings.scaling_factor) / std
         return (latents - np.float32(settings.shift_factor)) * np.float32(settings.scaling_factor)

@@ -149,7 +149,7 @@ class Jobs:
         asked = Steps(count, timesteps=request.timesteps, sigmas=request.sigmas)
 
         def make(steps: Steps) -> Table:
-            return self._schedules.table(steps, request.scheduler, request.scheduler_options)
+            return self._schedules.table(steps, request.task, request.scheduler, request.scheduler_options)
 
         if request.timesteps is not None or request.sigmas is not None:
             asked = replace(asked, count=make(asked).steps)
@@ -160,12 +160,15 @@ class Jobs:
     def _size(self, request: Request, image: Image.Image | None) -> tuple[int, int]:
         """Width and height: those asked for, else of the image where it is redrawn whole, else the checkpoint's."""
         manifest = self._bundle.manifest
-        unit, channels = manifest.latents.downscale, manifest.latents.channels
+        unit, channels = manifest.latents.unit, manifest.latents.channels
         if request.starts_from_latents:
             found = request.image.shape
             if found[1] != channels:
                 raise RequestError(f"latents must have {channels} channels, found shape {found}")
-            return unit * found[3], unit * found[2]
+            multiple, down = manifest.latents.multiple, manifest.latents.downscale
+            if found[2] % multiple or found[3] % multiple:
+                raise RequestError(f"the sides of latents must be multiples of {multiple}, found shape {found}")
+            return down * found[3], down * found[2]
         width, height = manifest.default_width, manifest.default_height
         if image is not None and request.padding_mask_crop is None:
             width, height = (max(side // unit, 1) * unit for side in image.size)

@@ -62,24 +62,36 @@ class Schedules:
         known = self.named(name)
         return is_known(known) and find_sampler(self.config, name)[1].table in (lcm, tcd)
 
-    def table(self, steps: Steps, name: str | None = None, options: Mapping[str, Any] | None = None) -> Table:
-        """The table of the scheduler `name`, made once. Raises `RequestError`; see `make_table`.
+    def table(
+        self, steps: Steps, task: str, name: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> Table:
+        """The table of the scheduler `name` for `task`, made once. Raises `RequestError`; see `make_table`.
 
         options: plain JSON values.
         """
-        asked = json.dumps([asdict(steps), name, options or {}], sort_keys=True)
+        asked = json.dumps([asdict(steps), task, name, options or {}], sort_keys=True)
         table = self._tables.get(asked)
         if table is None:
-            table = self._table(steps, name, options)
+            table = self._table(steps, task, name, options)
             if len(self._tables) >= _MOST_TABLES:
                 self._tables.clear()
             self._tables[asked] = table
         return table
 
-    def _table(self, steps: Steps, name: str | None, options: Mapping[str, Any] | None) -> Table:
+    def _config(self, task: str, name: str | None) -> dict[str, Any]:
+        """The configuration as the pipeline class of `task` changes it.
+
+        What the file leaves to its class is not handed on to another scheduler, whether the pipeline changed it or not.
+        """
+        changes = self._bundle.manifest.scheduler.get(task, {})
+        absent = self.config.get("_use_default_values")
+        stated = set(self.config) - set(absent if isinstance(absent, list) else ())
+        return {**self.config, **{key: value for key, value in changes.items() if name is None or key in stated}}
+
+    def _table(self, steps: Steps, task: str, name: str | None, options: Mapping[str, Any] | None) -> Table:
         known = self.named(name)
         if is_known(known):
-            return make_table(self.config, steps, name, options)
+            return make_table(self._config(task, name), steps, name, options)
         counts = self.traced[known]
         plain = not steps.start and steps.timesteps is None and steps.sigmas is None and not options
         if not plain or steps.count not in counts:

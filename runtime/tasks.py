@@ -174,7 +174,11 @@ def start(
     """
     if encoded is None:
         return Start(generator.randn(1, *shape)[0] * np.float32(table.init_scale))
-    image = latents if encoded.image is None else autoencoder.sample(encoded.image, generator)
+    image = (
+        latents
+        if encoded.image is None
+        else autoencoder.sample(encoded.image, generator, inpaints=encoded.mask is not None)
+    )
     first_alpha, first_sigma = table.levels[0].astype(np.float32)
     continues = request.denoising_start is not None
     whole = _is_whole(request)
@@ -191,7 +195,7 @@ def start(
         x = noise * np.float32(table.init_scale)
     else:
         x = first_alpha * image + first_sigma * noise
-    masked = None if encoded.masked is None else autoencoder.sample(encoded.masked, generator)
+    masked = None if encoded.masked is None else autoencoder.sample(encoded.masked, generator, inpaints=True)
     if inpaints:
         if masked is None:
             raise RequestError("this model sees the image around the mask: give the image itself, not latents")

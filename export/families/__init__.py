@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from ...bundle import CheckpointError, Latents, Prompt
 from ..checkpoint import Checkpoint
@@ -29,8 +29,6 @@ class Family(Protocol):
     def prompts(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Prompt]: ...
 
     def options(self, checkpoint: Checkpoint) -> dict[str, bool]: ...
-
-    def scheduler_config(self, config: dict[str, Any]) -> dict[str, Any]: ...
 
 
 FAMILIES: dict[str, Family] = {

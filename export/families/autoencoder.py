@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ...bundle import CheckpointError, Latents, Tensor
+from ...bundle.pipelines import INPAINT_BY_FACTOR, latent_deviations
 from ..checkpoint import Checkpoint
+from ..configs import KL, vae_config
+from ..configs import TINY as TINY_CLASS
+from ..fit import hollow
 from ..loading import load_pretrained
 from ..plan import Axis, ComponentPlan
 
 TINY = "vae_tiny"
 """The source name of a second, small autoencoder, whose decoder is an alternative and a preview."""
-_TINY_CLASS = "AutoencoderTiny"
+CLASSES = (KL, TINY_CLASS)
+"""The autoencoders that are supported."""
 
 
 class Encoder(torch.nn.Module):
@@ -57,27 +63,28 @@ class PreviewDecoder(torch.nn.Module):
         super().__init__()
         self.model = model
         self.scale = own.scaling_factor / tiny.scaling_factor
-        self.shift = tiny.shift_factor - own.shift_factor * self.scale
 
     def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
-        return self.model.decode(latent_sample * self.scale + self.shift, return_dict=False)[0]
+        return self.model.decode(latent_sample * self.scale, return_dict=False)[0]
 
 
 def is_tiny(config: dict[str, Any]) -> bool:
     """Whether this is the configuration of an `AutoencoderTiny`."""
-    return config.get("_class_name") == _TINY_CLASS
+    return config.get("_class_name") == TINY_CLASS
 
 
 def encoder(checkpoint: Checkpoint) -> ComponentPlan:
     """`vae_encoder`. Its output is `latent_parameters`, or `latent_sample` where nothing is left to be drawn."""
-    config = checkpoint.config("vae")
+    config = vae_config(checkpoint)
     down, tiny = downscale(config), is_tiny(config)
     channels = int(config["latent_channels"])
     shape = ("batch_size", channels if tiny else 2 * channels, "latent_height", "latent_width")
+    wrapper = TinyEncoder if tiny else Encoder
     return ComponentPlan(
         name="vae_encoder",
         source="vae",
-        load=lambda: (TinyEncoder if tiny else Encoder)(_load(checkpoint, "vae")).eval(),
+        load=lambda: wrapper(_load(checkpoint, "vae")).eval(),
+        hollow=lambda: wrapper(_hollow(checkpoint, "vae")),
         inputs=(Tensor("sample", "float32", ("batch_size", config["in_channels"], "sample_height", "sample_width")),),
         outputs=(Tensor("latent_sample" if tiny else "latent_parameters", "float32", shape),),
         axes={
@@ -90,30 +97,33 @@ def encoder(checkpoint: Checkpoint) -> ComponentPlan:
 
 def decoder(checkpoint: Checkpoint) -> ComponentPlan:
     """`vae_decoder`."""
-    config = checkpoint.config("vae")
-    return _decoder("vae_decoder", "vae", config, lambda: Decoder(_load(checkpoint, "vae")).eval())
+    return _decoder(checkpoint, "vae_decoder", "vae", Decoder)
 
 
-def tiny_decoder(checkpoint: Checkpoint) -> ComponentPlan:
+def tiny_decoder(checkpoint: Checkpoint, ours: Latents) -> ComponentPlan:
     """`vae_tiny_decoder`, which takes what `vae_decoder` takes. Raises `CheckpointError` when they do not fit."""
-    config, own = checkpoint.config(TINY), checkpoint.config("vae")
+    config, own = vae_config(checkpoint, TINY), vae_config(checkpoint)
     fits = int(config["latent_channels"]) == int(own["latent_channels"]) and downscale(config) == downscale(own)
-    if not is_tiny(config) or not fits or own.get("latents_mean"):
+    if not is_tiny(config) or not fits or ours.mean:
         raise CheckpointError(
-            f"{checkpoint.folder(TINY)} is no {_TINY_CLASS} for {own['latent_channels']} latent channels of "
+            f"{checkpoint.folder(TINY)} is no {TINY_CLASS} for {own['latent_channels']} latent channels of "
             f"{downscale(own)} pixels: give the small autoencoder that was made for this checkpoint"
         )
-    ours, its = scaling(own), scaling(config)
-    plan = _decoder("vae_tiny_decoder", TINY, config, lambda: PreviewDecoder(_load(checkpoint, TINY), ours, its).eval())
-    return replace(plan, facts=(ours.scaling_factor, ours.shift_factor))
+    its = scaling(config)
+    plan = _decoder(checkpoint, "vae_tiny_decoder", TINY, lambda model: PreviewDecoder(model, ours, its))
+    return replace(plan, facts=(ours.scaling_factor,))
 
 
-def _decoder(name: str, source: str, config: dict[str, Any], load: Any) -> ComponentPlan:
+def _decoder(
+    checkpoint: Checkpoint, name: str, source: str, wrapper: Callable[[Any], torch.nn.Module]
+) -> ComponentPlan:
+    config = vae_config(checkpoint, source)
     shape = ("batch_size", int(config["latent_channels"]), "latent_height", "latent_width")
     return ComponentPlan(
         name=name,
         source=source,
-        load=load,
+        load=lambda: wrapper(_load(checkpoint, source)).eval(),
+        hollow=lambda: wrapper(_hollow(checkpoint, source)),
         inputs=(Tensor("latent_sample", "float32", shape),),
         outputs=(Tensor("sample", "float32", ("batch_size", config["out_channels"], "height", "width")),),
         axes={"batch_size": Axis(1, 3), "latent_height": Axis(4, 12), "latent_width": Axis(4, 12)},
@@ -121,15 +131,24 @@ def _decoder(name: str, source: str, config: dict[str, Any], load: Any) -> Compo
 
 
 def _load(checkpoint: Checkpoint, source: str) -> Any:
-    from diffusers import AutoencoderKL, AutoencoderTiny
-
-    kind = AutoencoderTiny if is_tiny(checkpoint.config(source)) else AutoencoderKL
-    return load_pretrained(kind, checkpoint.folder(source))
+    return load_pretrained(_class(checkpoint, source), checkpoint.folder(source))
 
 
-def options(checkpoint: Checkpoint) -> dict[str, bool]:
+def _hollow(checkpoint: Checkpoint, source: str) -> Any:
+    return hollow(_class(checkpoint, source), checkpoint.config(source))
+
+
+def _class(checkpoint: Checkpoint, source: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, checkpoint.kind(source)[1])
+
+
+def options(checkpoint: Checkpoint, family: str) -> dict[str, bool]:
     """What the runtime has to know of the checkpoint's own autoencoder."""
-    return {"tiny_autoencoder": True} if is_tiny(checkpoint.config("vae")) else {}
+    config = vae_config(checkpoint)
+    told = {"tiny_autoencoder": is_tiny(config), INPAINT_BY_FACTOR: bool(latent_deviations(family, config)[0])}
+    return {name: True for name, holds in told.items() if holds}
 
 
 def downscale(config: dict[str, Any]) -> int:
@@ -141,24 +160,26 @@ def downscale(config: dict[str, Any]) -> int:
     return int(2 ** (blocks - 1))
 
 
-def scaling(config: dict[str, Any]) -> Latents:
-    """How latents relate to the pixels of the autoencoder with this configuration."""
+def scaling(config: dict[str, Any], family: str = "") -> Latents:
+    """How latents relate to the pixels of the autoencoder with this configuration, as the pipelines of `family` do it.
+
+    Raises `CheckpointError` when there is not one mean and deviation for each channel.
+    """
+    mean, std = latent_deviations(family, config)
+    channels = int(config["latent_channels"])
+    if not len(mean) == len(std) == (channels if mean else 0):
+        raise CheckpointError(
+            f"the vae configuration has {len(mean)} latents_mean and {len(std)} latents_std for {channels} latent "
+            "channels: give one of each a channel, or leave both out"
+        )
     down = downscale(config)
     side = config.get("sample_size")
     tile = int(side) // down if isinstance(side, int) and side >= down else 512 // down
     return Latents(
-        channels=int(config["latent_channels"]),
+        channels=channels,
         downscale=down,
         scaling_factor=float(config.get("scaling_factor", 1.0 if is_tiny(config) else 0.18215)),
-        shift_factor=0.0 if is_tiny(config) else float(config.get("shift_factor") or 0.0),
         tile=tile,
-        mean=_per_channel(config, "latents_mean"),
-        std=_per_channel(config, "latents_std"),
+        mean=mean,
+        std=std,
     )
-
-
-def _per_channel(config: dict[str, Any], name: str) -> tuple[float, ...]:
-    """Both or neither, as the pipelines read them."""
-    if not config.get("latents_mean") or not config.get("latents_std"):
-        return ()
-    return tuple(float(value) for value in config[name])

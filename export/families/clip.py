@@ -9,6 +9,8 @@ import torch
 
 from ...bundle import CheckpointError, Prompt, Tensor
 from ..checkpoint import Checkpoint
+from ..configs import text_config
+from ..fit import hollow
 from ..loading import load_pretrained, load_tokenizer
 from ..plan import Axis, ComponentPlan
 
@@ -44,17 +46,17 @@ def _final_norm(model: Any) -> Any:
     return getattr(model, "text_model", model).final_layer_norm
 
 
-def layers_of(config: dict[str, Any]) -> int:
-    """How many layers the encoder has."""
-    return int(config["num_hidden_layers"])
+def layers_of(checkpoint: Checkpoint, name: str) -> int:
+    """How many layers the text encoder `name` has."""
+    return int(text_config(checkpoint, name).num_hidden_layers)
 
 
 def text_encoder(checkpoint: Checkpoint) -> ComponentPlan:
     """The encoder of Stable Diffusion 1 and 2; see `TextEncoder`."""
     from transformers import CLIPTextModel
 
-    config = checkpoint.config("text_encoder")
-    names = ["last_hidden_state", *(f"clip_skip.{i}" for i in range(1, layers_of(config)))]
+    layers = layers_of(checkpoint, "text_encoder")
+    names = ["last_hidden_state", *(f"clip_skip.{i}" for i in range(1, layers))]
     return _plan(checkpoint, "text_encoder", TextEncoder, CLIPTextModel, names)
 
 
@@ -62,26 +64,28 @@ def hidden_states(checkpoint: Checkpoint, name: str) -> ComponentPlan:
     """An encoder of Stable Diffusion XL; see `HiddenStates`. The names are those of optimum's export."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    config = checkpoint.config(name)
-    names = ["last_hidden_state", *(f"hidden_states.{i}" for i in range(layers_of(config)))]
+    names = ["last_hidden_state", *(f"hidden_states.{i}" for i in range(layers_of(checkpoint, name)))]
     if name == "text_encoder":
         return _plan(checkpoint, name, HiddenStates, CLIPTextModel, names)
     return _plan(checkpoint, name, HiddenStates, CLIPTextModelWithProjection, ["text_embeds", *names])
 
 
 def _plan(checkpoint: Checkpoint, name: str, wrapper: type[torch.nn.Module], kind: Any, names: list[str]) -> Any:
-    config = checkpoint.config(name)
-    window = int(config["max_position_embeddings"])
-    hidden = ("batch_size", "sequence_length", int(config["hidden_size"]))
-    pooled = ("batch_size", int(config.get("projection_dim", 512)))
+    config = text_config(checkpoint, name)
+    if getattr(config, "use_attention_mask", False):
+        raise CheckpointError(f"the {name} is told which tokens are padding (use_attention_mask): not supported")
+    window = int(config.max_position_embeddings)
+    width = ("batch_size", "sequence_length", int(config.hidden_size))
+    pooled = ("batch_size", int(config.projection_dim))
     return ComponentPlan(
         name=name,
         source=name,
         load=lambda: wrapper(load_pretrained(kind, checkpoint.folder(name))).eval(),
+        hollow=lambda: wrapper(hollow(kind, config)),
         inputs=(Tensor("input_ids", "int64", ("batch_size", "sequence_length")),),
-        outputs=tuple(Tensor(each, "float32", pooled if each == "text_embeds" else hidden) for each in names),
+        outputs=tuple(Tensor(each, "float32", pooled if each == "text_embeds" else width) for each in names),
         axes={"batch_size": Axis(1, 3), "sequence_length": Axis(min(window, 8), window)},
-        integers={"input_ids": int(config["vocab_size"])},
+        integers={"input_ids": int(config.vocab_size)},
     )
 
 
@@ -91,8 +95,8 @@ def tokenizer(checkpoint: Checkpoint, encoder: str, folder: Path) -> Prompt:
     Raises `CheckpointError` when the two do not belong together.
     """
     name = encoder.replace("text_encoder", "tokenizer")
-    config = checkpoint.config(encoder)
-    limits = int(config["max_position_embeddings"]), int(config["vocab_size"])
+    config = text_config(checkpoint, encoder)
+    limits = int(config.max_position_embeddings), int(config.vocab_size)
     if limits[0] < 1:
         raise CheckpointError(f"{encoder} has no positions: its config.json is damaged, download it again")
     return load_tokenizer(checkpoint.folder(name), folder / name, *limits)

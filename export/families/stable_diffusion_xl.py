@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ...bundle import Latents, Prompt
 from ..checkpoint import Checkpoint
+from ..configs import TOKENIZERS, UNET, check_classes, text_config, vae_config
 from ..plan import ComponentPlan
 from . import autoencoder, clip, unet
 
@@ -16,6 +16,15 @@ PIPELINES = (
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
 )
+NAME = "stable-diffusion-xl"
+CLASSES = {
+    "unet": (UNET,),
+    "vae": autoencoder.CLASSES,
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": TOKENIZERS,
+}
+"""What the components may be; the first text encoder is left out of some."""
+_FIRST = {"text_encoder": ("CLIPTextModel",), "tokenizer": TOKENIZERS}
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 5.0
 _OPTIONS = {"force_zeros_for_empty_prompt": True, "requires_aesthetics_score": False}
@@ -24,6 +33,7 @@ _OPTIONS = {"force_zeros_for_empty_prompt": True, "requires_aesthetics_score": F
 
 def tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What the checkpoint can do; one that is told an aesthetic score (the refiner) starts from an image."""
+    check_classes(checkpoint, CLASSES | (_FIRST if checkpoint.has("text_encoder") else {}))
     if unet.inpaints(checkpoint):
         return ("inpaint",)
     if options(checkpoint)["requires_aesthetics_score"]:
@@ -33,10 +43,10 @@ def tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def components(checkpoint: Checkpoint) -> list[ComponentPlan]:
     """The models, smallest first. Raises `CheckpointError` for a U-Net with inputs that this family lacks."""
-    pooled = int(checkpoint.config("text_encoder_2").get("projection_dim", 512))
+    pooled = int(text_config(checkpoint, "text_encoder_2").projection_dim)
     return [
         *(clip.hidden_states(checkpoint, name) for name in _encoders(checkpoint)),
-        *([autoencoder.tiny_decoder(checkpoint)] if checkpoint.has(autoencoder.TINY) else []),
+        *([autoencoder.tiny_decoder(checkpoint, latents(checkpoint))] if checkpoint.has(autoencoder.TINY) else []),
         autoencoder.encoder(checkpoint),
         autoencoder.decoder(checkpoint),
         unet.unet(checkpoint, pooled=pooled),
@@ -49,19 +59,19 @@ def _encoders(checkpoint: Checkpoint) -> list[str]:
 
 def latents(checkpoint: Checkpoint) -> Latents:
     """How latents relate to pixels."""
-    return autoencoder.scaling(checkpoint.config("vae"))
+    return autoencoder.scaling(vae_config(checkpoint), NAME)
 
 
 def default_size(checkpoint: Checkpoint) -> tuple[int, int]:
     """Width and height that the checkpoint was trained for, in pixels."""
-    return unet.default_size(checkpoint, latents(checkpoint).downscale)
+    return unet.default_size(checkpoint, latents(checkpoint).downscale, NAME)
 
 
 def prompts(checkpoint: Checkpoint, folder: Path) -> dict[str, Prompt]:
     """Write the tokenizers below `folder` and say how they are used: the input of an encoder's last layer is read."""
     result = {}
     for name in _encoders(checkpoint):
-        last = clip.layers_of(checkpoint.config(name)) - 1
+        last = clip.layers_of(checkpoint, name) - 1
         result[name] = replace(
             clip.tokenizer(checkpoint, name, folder),
             hidden=f"hidden_states.{last}",
@@ -74,9 +84,4 @@ def prompts(checkpoint: Checkpoint, folder: Path) -> dict[str, Prompt]:
 def options(checkpoint: Checkpoint) -> dict[str, bool]:
     """What the runtime has to know beside the components: what `model_index.json` tells the pipeline class."""
     told = {name: bool(checkpoint.index.get(name, default)) for name, default in _OPTIONS.items()}
-    return told | autoencoder.options(checkpoint)
-
-
-def scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The scheduler configuration, which this pipeline class leaves as it is."""
-    return dict(config)
+    return told | autoencoder.options(checkpoint, NAME)

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 
 from ...bundle import CheckpointError, Tensor
+from ...bundle.pipelines import default_side
 from ..checkpoint import Checkpoint
+from ..configs import text_config, unet_config
+from ..fit import hollow, multiple_of
+from ..guard import guarded
 from ..loading import load_pretrained
 from ..plan import Axis, ComponentPlan
 
@@ -53,9 +57,9 @@ def unet(checkpoint: Checkpoint, *, pooled: int = 0) -> ComponentPlan:
     """
     from diffusers import UNet2DConditionModel
 
-    config = checkpoint.config("unet")
+    config = unet_config(checkpoint)
     _check(config, pooled)
-    window = int(checkpoint.config(_any_encoder(checkpoint))["max_position_embeddings"])
+    window = int(text_config(checkpoint, _any_encoder(checkpoint)).max_position_embeddings)
     inputs = [
         Tensor("sample", "float32", ("batch_size", config["in_channels"], "height", "width")),
         Tensor("timestep", "float32", ("batch_size",)),
@@ -68,16 +72,24 @@ def unet(checkpoint: Checkpoint, *, pooled: int = 0) -> ComponentPlan:
         ]
     if config.get("time_cond_proj_dim") is not None:
         inputs.append(Tensor("timestep_cond", "float32", ("batch_size", int(config["time_cond_proj_dim"]))))
+
+    def without_weights() -> Any:
+        return UNet(hollow(UNet2DConditionModel, checkpoint.config("unet")))
+
+    largest = 2 ** (len(config["block_out_channels"]) - 1)
+    with guarded("the unet cannot be built from its configuration"):
+        unit = multiple_of(without_weights(), {each.name: each.shape for each in inputs}, largest)
     return ComponentPlan(
         name="unet",
         source="unet",
         load=lambda: UNet(load_pretrained(UNet2DConditionModel, checkpoint.folder("unet"))).eval(),
+        hollow=without_weights,
         inputs=tuple(inputs),
         outputs=(Tensor("out_sample", "float32", ("batch_size", config["out_channels"], "height", "width")),),
         axes={
             "batch_size": Axis(1, 3),
-            "height": Axis(8, 20),
-            "width": Axis(8, 20),
+            "height": Axis(8, 20, unit),
+            "width": Axis(8, 20, unit),
             "sequence_length": Axis(min(window, 8), window),
         },
         scale={"timestep": 999.0, "time_ids": 1024.0},
@@ -87,15 +99,17 @@ def unet(checkpoint: Checkpoint, *, pooled: int = 0) -> ComponentPlan:
 
 def inpaints(checkpoint: Checkpoint) -> bool:
     """Whether the U-Net sees the mask and the masked image, and so can do nothing but inpaint."""
-    return checkpoint.config("unet").get("in_channels") == INPAINT_CHANNELS
+    return unet_config(checkpoint)["in_channels"] == INPAINT_CHANNELS
 
 
-def default_size(checkpoint: Checkpoint, downscale: int) -> tuple[int, int]:
-    """Width and height that the checkpoint was trained for, in pixels."""
-    side = checkpoint.config("unet").get("sample_size")
+def default_size(checkpoint: Checkpoint, downscale: int, family: str) -> tuple[int, int]:
+    """Width and height that the pipelines of `family` draw by default, in pixels."""
+    raw = checkpoint.config("unet")
+    side = raw.get("sample_size")
     if not isinstance(side, int):
         raise CheckpointError("the U-Net configuration has no integer sample_size: add it to unet/config.json")
-    return side * downscale, side * downscale
+    side = default_side(family, side, raw.get("_diffusers_version")) * downscale
+    return side, side
 
 
 def _any_encoder(checkpoint: Checkpoint) -> str:
@@ -107,8 +121,10 @@ def _time_ids(config: dict[str, Any], pooled: int) -> int:
     count = (int(config["projection_class_embeddings_input_dim"]) - pooled) / int(config["addition_time_embed_dim"])
     if count not in (5, 6):
         raise CheckpointError(
-            f"the U-Net takes {count:g} numbers for the sizes of the picture beside {pooled} pooled ones, "
-            "which is not supported: 5 or 6 are"
+            f"the U-Net takes {config['projection_class_embeddings_input_dim']} added numbers "
+            f"(projection_class_embeddings_input_dim), the text encoder gives {pooled} pooled ones, which leaves "
+            f"{count:g} sizes of the picture where 5 or 6 are supported: give parts of one checkpoint "
+            "(--component text_encoder_2=FOLDER or --component unet=FOLDER)"
         )
     return int(count)
 
@@ -122,6 +138,8 @@ def _check(config: dict[str, Any], pooled: int) -> None:
     for name, meaning in unsupported.items():
         if config.get(name) is not None:
             raise CheckpointError(f"the U-Net takes {meaning} ({name}), which is not supported")
+    if config.get("dual_cross_attention"):
+        raise CheckpointError("the U-Net has dual_cross_attention (text and image), which is not supported")
     if config.get("addition_embed_type") != ("text_time" if pooled else None):
         raise CheckpointError(
             f"the U-Net takes the added embeddings {config.get('addition_embed_type')!r}, which this family does not: "

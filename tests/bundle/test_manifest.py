@@ -77,7 +77,7 @@ def test_a_wrong_field_is_named(path, value, message):
         from_json(broken, "bundle.json")
 
 
-DEFAULTS = {"default_steps": 20, "default_guidance": 7.5, "engine": "onnxruntime", "options": {}}
+DEFAULTS = {"default_steps": 20, "default_guidance": 7.5, "engine": "onnxruntime", "options": {}, "scheduler": {}}
 
 
 @pytest.mark.parametrize("name", [key for key in to_json(MANIFEST) if key not in ("schema_version", *DEFAULTS)])

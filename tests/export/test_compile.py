@@ -173,26 +173,6 @@ def test_every_file_of_a_bundle_is_vouched_for(bundle_of):
     bundle.check()
 
 
-def test_the_scheduler_is_mended_as_the_pipeline_class_does(bundle_of, checkpoint_of, tmp_path):
-    from diffusers import StableDiffusionPipeline
-
-    checkpoint = shutil.copytree(checkpoint_of("sd2-small"), tmp_path / "c")
-    path = checkpoint / "scheduler/scheduler_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "steps_offset": 0, "clip_sample": True}))
-    from diffoundry.export.families import stable_diffusion
-    from diffoundry.export.scheduler import write_scheduler
-
-    write_scheduler(Checkpoint.open(checkpoint), tmp_path / "out", stable_diffusion.scheduler_config)
-    written = json.loads((tmp_path / "out/scheduler_config.json").read_text())
-    theirs = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None).scheduler.config
-    assert {name: written[name] for name in config if not name.startswith("_")} == {
-        name: theirs[name] for name in config if not name.startswith("_")
-    }
-    assert written["steps_offset"] == 1
-    assert written["clip_sample"] is False
-
-
 def test_two_compiles_of_one_bundle_do_not_mix(tmp_path, checkpoint_of):
     with (
         exclusive(tmp_path / "b"),

@@ -1,0 +1,95 @@
+"""The configurations of a checkpoint's models, read as their classes read them: what is left out has its default."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from ..bundle import CheckpointError
+from .checkpoint import Checkpoint
+from .guard import reason_of
+from .loading import quiet
+
+UNET = "UNet2DConditionModel"
+KL = "AutoencoderKL"
+TINY = "AutoencoderTiny"
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_TEXT_TYPES = ("clip", "clip_text_model")
+_LIBRARIES = ("diffusers", "transformers")
+
+
+def check_classes(checkpoint: Checkpoint, supported: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise `CheckpointError` for a component whose class, as the pipeline index names it, is not `supported`.
+
+    supported: the classes of each component that the pipeline needs.
+    """
+    for name, classes in supported.items():
+        if not checkpoint.has(name):
+            raise CheckpointError(
+                f"the model_index.json of {checkpoint.root} has no {name}, which a {checkpoint.class_name} needs: "
+                f'add "{name}": ["{_library(classes)}", "{classes[0]}"] to it, and the folder'
+            )
+        library, kind = checkpoint.kind(name)
+        if kind in classes and library in _LIBRARIES:
+            continue
+        told = kind if library in _LIBRARIES else f"{library}.{kind}"
+        remedy = "" if name.startswith("tokenizer") else f": give one of these with --component {name}=FOLDER"
+        raise CheckpointError(
+            f"the {name} of {checkpoint.root} is a {told}, which is not supported; {' or '.join(classes)} is{remedy}"
+        )
+
+
+def _library(classes: tuple[str, ...]) -> str:
+    return "transformers" if classes[0].startswith("CLIP") else "diffusers"
+
+
+def unet_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration of the U-Net. Raises `CheckpointError`."""
+    return _model_config(checkpoint, "unet", UNET)
+
+
+def vae_config(checkpoint: Checkpoint, name: str = "vae") -> dict[str, Any]:
+    """The configuration of the autoencoder `name`, its class as `_class_name`. Raises `CheckpointError`."""
+    kind = checkpoint.kind(name)[1]
+    if kind not in (KL, TINY):
+        raise CheckpointError(
+            f"{checkpoint.folder(name)} holds a {kind or 'model without a class name'}, which is not supported; "
+            f"{KL} or {TINY} is"
+        )
+    return {**_model_config(checkpoint, name, kind), "_class_name": kind}
+
+
+def _model_config(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any]:
+    import diffusers
+
+    model: Any = getattr(diffusers, kind)
+    raw = checkpoint.config(name)
+    parameters = inspect.signature(model.__init__).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    try:
+        with quiet():
+            stated, _, _ = model.extract_init_dict(dict(raw))
+    except Exception as error:  # each version has its own ways of refusing a configuration
+        raise CheckpointError(f"the {name} configuration is no {kind}'s ({reason_of(error)})") from None
+    return {**defaults, **stated}
+
+
+def text_config(checkpoint: Checkpoint, name: str) -> Any:
+    """The `CLIPTextConfig` of the text encoder `name`, also where it is part of a whole CLIP's.
+
+    Raises `CheckpointError` for the configuration of another kind of model.
+    """
+    from transformers import CLIPTextConfig
+
+    kind = checkpoint.config(name).get("model_type", _TEXT_TYPES[0])
+    if kind not in _TEXT_TYPES:
+        raise CheckpointError(
+            f"{checkpoint.folder(name)} holds a text encoder of the type {kind!r}, which is not supported; "
+            f"CLIP is: give one with --component {name}=FOLDER"
+        )
+    try:
+        with quiet():
+            return CLIPTextConfig.from_pretrained(checkpoint.folder(name))
+    except Exception as error:  # each version has its own ways of refusing a configuration
+        raise CheckpointError(f"the {name} configuration is no CLIP text encoder's ({reason_of(error)})") from None

@@ -1,0 +1,115 @@
+"""What the configurations already tell: whether the models can be built and run, and whether they fit each other.
+
+All of it is found without weights, before any work is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..bundle import CheckpointError, Latents, Prompt
+from .guard import guarded, reason_of
+from .loading import quiet
+from .plan import ComponentPlan
+
+_ODD = (5, 7)
+"""Sides, in units, that no power of two divides."""
+
+
+def hollow(kind: Any, config: Any) -> Any:
+    """A model of the class `kind` on the meta device, without weights.
+
+    config: a transformers configuration, or the JSON object of a diffusers one.
+    """
+    import torch
+
+    with torch.device("meta"), quiet():
+        return (kind.from_config(config) if isinstance(config, Mapping) else kind(config)).eval()
+
+
+def multiple_of(module: Any, inputs: Mapping[str, tuple[int | str, ...]], largest: int) -> int:
+    """What the sides of the first input must be multiples of, a power of two up to `largest`.
+
+    module: on the meta device; its output has the sides of the input. inputs: their shapes, axes by name.
+    Raises `CheckpointError` when the model takes no such sides.
+    """
+    unit, refusal = 1, ""
+    while unit <= largest:
+        sides = {"height": _ODD[0] * unit, "width": _ODD[1] * unit}
+        try:
+            made = _run(module, inputs, {"batch_size": 2, "sequence_length": 8, **sides})[0]
+            if tuple(made.shape[2:]) == tuple(sides.values()):
+                return unit
+        except Exception as error:  # whatever the model's code raises for sides that it does not take
+            refusal = reason_of(error)
+        unit *= 2
+    raise CheckpointError(f"a U-Net of this configuration cannot be run ({refusal}): it is damaged, or not supported")
+
+
+def _run(
+    module: Any,
+    inputs: Mapping[str, tuple[int | str, ...]],
+    sizes: Mapping[str, int],
+    integers: Sequence[str] = (),
+) -> tuple[Any, ...]:
+    import torch
+
+    feeds = {
+        name: torch.empty(
+            [sizes[axis] if isinstance(axis, str) else axis for axis in shape],
+            device="meta",
+            dtype=torch.int64 if name in integers else torch.float32,
+        )
+        for name, shape in inputs.items()
+    }
+    with torch.no_grad(), quiet():
+        result = module(**feeds)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def check_models(plans: Sequence[ComponentPlan]) -> None:
+    """Build and run each model without weights. Raises `CheckpointError` for what its class or its code refuses."""
+    for plan in plans:
+        with guarded(f"the {plan.name} cannot be built from the {plan.source} configuration"):
+            module = plan.hollow()
+        sizes = {name: axis.unit * -(-axis.low // axis.unit) for name, axis in plan.axes.items()}
+        with guarded(f"the {plan.name} cannot be run as the {plan.source} configuration describes it"):
+            made = _run(module, {each.name: each.shape for each in plan.inputs}, sizes, tuple(plan.integers))
+        for tensor, value in zip(plan.outputs, made, strict=False):
+            fixed = {i: size for i, size in enumerate(tensor.shape) if isinstance(size, int)}
+            if len(made) != len(plan.outputs) or any(value.shape[i] != size for i, size in fixed.items()):
+                raise CheckpointError(
+                    f"the {plan.name} gives {len(made)} outputs, {tensor.name} of shape {tuple(value.shape)}, where "
+                    f"its configuration tells {len(plan.outputs)} and {tensor.shape}: it is not supported"
+                )
+
+
+def check_parts(plans: Sequence[ComponentPlan], latents: Latents, prompts: Mapping[str, Prompt]) -> None:
+    """Hold the text encoders and the autoencoder against the U-Net. Raises `CheckpointError` naming both and a remedy.
+
+    prompts: how each text encoder is used, with the outputs that the U-Net reads.
+    """
+    by_name = {plan.name: plan for plan in plans}
+    unet = {tensor.name: tensor.shape for tensor in by_name["unet"].inputs}
+    widths = {name: _width(by_name[name], prompt.hidden) for name, prompt in prompts.items()}
+    if sum(widths.values()) != unet["encoder_hidden_states"][2]:
+        gives = " and ".join(f"{name} gives {width}" for name, width in widths.items())
+        raise CheckpointError(
+            f"{gives} numbers a token, the U-Net takes {unet['encoder_hidden_states'][2]} (cross_attention_dim): they "
+            f"are not of one checkpoint; give parts that belong together ({_remedy((*widths, 'unet'))})"
+        )
+    made, taken = by_name["unet"].outputs[0].shape[1], unet["sample"][1]
+    if made != latents.channels or taken not in (latents.channels, 2 * latents.channels + 1):
+        raise CheckpointError(
+            f"the autoencoder has {latents.channels} latent channels, the U-Net takes {taken} and gives {made}: they "
+            f"are not of one checkpoint; give parts that belong together ({_remedy(('vae', 'unet'))})"
+        )
+
+
+def _width(plan: ComponentPlan, output: str) -> int:
+    return next(int(tensor.shape[2]) for tensor in plan.outputs if tensor.name == output)
+
+
+def _remedy(names: Sequence[str]) -> str:
+    return " or ".join(f"--component {name}=FOLDER" for name in names)
