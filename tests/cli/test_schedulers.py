@@ -181,7 +181,9 @@ def test_a_scheduler_of_ones_own_is_traced_and_run(command, checkpoint_of, bundl
     table = make_table(
         {**Schedules(pipe.bundle).config, "timestep_spacing": "linspace", "set_alpha_to_one": True}, 8, "ddim"
     )
-    np.testing.assert_array_equal(table.timesteps, Schedules(pipe.bundle).table(_steps(8), "OwnScheduler").timesteps)
+    np.testing.assert_array_equal(
+        table.timesteps, Schedules(pipe.bundle).table(_steps(8), "txt2img", "OwnScheduler").timesteps
+    )
     refused = command("run", copied, PROMPT, "--scheduler", "OwnScheduler", "--steps", 7, "-o", tmp_path / "o.png")
     assert refused.returncode == 1
     assert "traced for 6, 8 steps" in refused.stderr

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 import diffoundry
-from diffoundry.bundle import CheckpointError, DiffoundryError, RequestError
+from diffoundry.bundle import Bundle, CheckpointError, DiffoundryError, RequestError
 from diffoundry.bundle.pipelines import default_side, scheduler_mends
 from diffoundry.examples import random_checkpoint
+from diffoundry.export.checkpoint import Checkpoint
+from diffoundry.export.families import unet
 from diffoundry.runtime.request import Request
 from diffoundry.runtime.schedulers import SAMPLERS
 
@@ -115,11 +117,11 @@ def options_of(task):
     return {"image": image, "mask": mask, "strength": 0.6}
 
 
-def theirs(checkpoint, task, scheduler=None):
+def theirs(checkpoint, task, scheduler=None, family="StableDiffusion"):
     import diffusers
 
     kind = {"txt2img": "", "img2img": "Img2Img", "inpaint": "Inpaint"}[task]
-    pipe = getattr(diffusers, f"StableDiffusion{kind}Pipeline").from_pretrained(checkpoint)
+    pipe = getattr(diffusers, f"{family}{kind}Pipeline").from_pretrained(checkpoint)
     pipe.set_progress_bar_config(disable=True)
     if scheduler:
         pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
@@ -128,14 +130,16 @@ def theirs(checkpoint, task, scheduler=None):
         options["mask_image"] = options.pop("mask")
     size = {} if task == "img2img" else {"height": 32, "width": 32}
     generator = torch.Generator().manual_seed(3)
-    return pipe(PROMPT, num_inference_steps=5, generator=generator, output_type="latent", **size, **options).images
+    return pipe(
+        PROMPT, num_inference_steps=5, guidance_scale=7.5, generator=generator, output_type="latent", **size, **options
+    ).images
 
 
-def same_latents(checkpoint, bundle, task, scheduler=None):
+def same_latents(checkpoint, bundle, task, scheduler=None, family="StableDiffusion"):
     pipe = diffoundry.load(bundle)
     size = {} if task == "img2img" else {"height": 32, "width": 32}
-    ours = pipe(PROMPT, steps=5, seed=3, scheduler=scheduler, **size, **options_of(task)).latents
-    np.testing.assert_allclose(ours, theirs(checkpoint, task, scheduler).numpy(), atol=1e-4, rtol=1e-2)
+    ours = pipe(PROMPT, steps=5, seed=3, guidance=7.5, scheduler=scheduler, **size, **options_of(task)).latents
+    np.testing.assert_allclose(ours, theirs(checkpoint, task, scheduler, family).numpy(), atol=1e-4, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler"])
@@ -160,7 +164,7 @@ def test_what_the_file_leaves_out_is_not_handed_on_to_another_scheduler(pair):
 def test_a_bundle_of_the_first_schema_runs_with_what_was_written_into_it(compiled, tmp_path):
     bundle = shutil.copytree(compiled, tmp_path / "old.bundle")
     edit(bundle / "bundle.json", ("scheduler",), schema_version=1)
-    manifest = diffoundry.Bundle.open(bundle).manifest
+    manifest = Bundle.open(bundle).manifest
     assert (manifest.schema_version, manifest.scheduler, manifest.latents.multiple) == (1, {}, 1)
     assert np.isfinite(diffoundry.load(bundle)(PROMPT, steps=2, seed=3, height=32, width=32).latents).all()
 
@@ -242,7 +246,11 @@ REFUSED = {
     "dual attention": ("unet/config.json", {"dual_cross_attention": True}, "dual_cross_attention"),
     "unknown blocks": ("unet/config.json", {"down_block_types": ["Nothing2D"]}, "unet cannot be built .*Nothing2D"),
     "no such groups": ("vae/config.json", {"norm_num_groups": 7}, "vae_encoder cannot be built"),
-    "no such heads": ("text_encoder/config.json", {"num_attention_heads": 5}, "text_encoder cannot be "),
+    "no such heads": (
+        "text_encoder/config.json",
+        {"num_attention_heads": 5},
+        "no CLIP text encoder's|text_encoder cannot be",
+    ),
     "a mask of padding": ("text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask"),
 }
 
@@ -270,6 +278,43 @@ def test_a_part_of_another_make_is_refused_and_one_that_fits_is_taken(pair, sour
     diffoundry.compile(checkpoint, bundle, components={"text_encoder": source / "text_encoder"}).check()
 
 
+def test_the_multiple_that_a_unet_takes_is_found_without_weights(source, tmp_path):
+    checkpoint = shutil.copytree(source, tmp_path / "checkpoint")
+    assert unet.unet(Checkpoint.open(checkpoint)).axes["height"].unit == 1
+    edit(checkpoint / "unet/config.json", **FIXED)
+    assert {axis: unet.unet(Checkpoint.open(checkpoint)).axes[axis].unit for axis in ("height", "width")} == {
+        "height": 2,
+        "width": 2,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["txt2img", "img2img", "inpaint"])
+def test_each_task_of_xl_reads_mean_and_deviation_as_its_class_does(task, xl_with_deviations):
+    same_latents(*xl_with_deviations, task, family="StableDiffusionXL")
+    import diffusers
+
+    checkpoint, bundle = xl_with_deviations
+    latents = diffoundry.load(bundle)(PROMPT, steps=2, seed=3, height=64, width=64)
+    vae = diffusers.AutoencoderKL.from_pretrained(checkpoint, subfolder="vae")
+    mean, std = (torch.tensor(vae.config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        unscaled = torch.from_numpy(latents.latents) * std / vae.config.scaling_factor + mean
+        pixels = vae.decode(unscaled).sample.numpy()
+    np.testing.assert_allclose(diffoundry.load(bundle).decode(latents.latents), pixels, atol=1e-4, rtol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def xl_with_deviations(checkpoint_of, bundle_of, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("xl")
+    checkpoint = shutil.copytree(checkpoint_of("sdxl-small"), folder / "checkpoint")
+    bundle = shutil.copytree(bundle_of("sdxl-small"), folder / "out.bundle")
+    edit(checkpoint / "vae/config.json", latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.5, 2.0, 0.7, 1.2])
+    diffoundry.compile(checkpoint, bundle)
+    return checkpoint, bundle
+
+
+@pytest.mark.slow
 def test_a_unet_that_takes_multiples_alone_draws_them_and_refuses_the_rest(tmp_path):
     checkpoint = micro(tmp_path / "checkpoint", **FIXED)
     bundle = diffoundry.compile(checkpoint, tmp_path / "out.bundle", tasks=["txt2img", "img2img"])
