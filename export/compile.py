@@ -7,6 +7,7 @@ stands there. The key is the hash of everything that decides the stage.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import shutil
@@ -229,7 +230,10 @@ def _defaults(rules: Family, steps: int | None, guidance: float | None) -> tuple
 
 def _require_export() -> None:
     for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript"):
-        if importlib.util.find_spec(name) is None:
+        found = None
+        with contextlib.suppress(ImportError):
+            found = importlib.util.find_spec(name)
+        if found is None:
             raise DiffoundryError(f"compile needs {name}: run `pip install 'diffoundry[export]'`")
 
 

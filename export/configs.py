@@ -71,7 +71,7 @@ def _model_config(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any
         with quiet():
             stated, _, _ = model.extract_init_dict(dict(raw))
     except Exception as error:  # each version has its own ways of refusing a configuration
-        raise CheckpointError(f"the {name} configuration is no {kind}'s ({reason_of(error)})") from None
+        raise CheckpointError(f"{checkpoint.folder(name)}/config.json is no {kind}'s ({reason_of(error)})") from None
     return {**defaults, **stated}
 
 
@@ -92,4 +92,6 @@ def text_config(checkpoint: Checkpoint, name: str) -> Any:
         with quiet():
             return CLIPTextConfig.from_pretrained(checkpoint.folder(name))
     except Exception as error:  # each version has its own ways of refusing a configuration
-        raise CheckpointError(f"the {name} configuration is no CLIP text encoder's ({reason_of(error)})") from None
+        raise CheckpointError(
+            f"{checkpoint.folder(name)}/config.json is no CLIP text encoder's ({reason_of(error)})"
+        ) from None

@@ -12,7 +12,9 @@ _LONGEST = 300
 
 def reason_of(error: BaseException) -> str:
     """The first line of what a library says, or the kind of its error where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_LONGEST]
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return first[:_LONGEST]
 
 
 @contextmanager

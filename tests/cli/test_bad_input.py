@@ -152,7 +152,7 @@ def test_files_that_are_not_the_bundles_are_not_lost(called, tmp_path, checkpoin
     ("file", "change", "word"),
     [
         ("unet/config.json", {"cross_attention_dim": None}, "cross_attention_dim"),
-        ("text_encoder/config.json", {"num_attention_heads": 7}, "text_encoder cannot be loaded"),
+        ("text_encoder/config.json", {"num_attention_heads": 7}, "text_encoder/config.json"),
         ("vae/config.json", {"block_out_channels": []}, "vae"),
         ("text_encoder/config.json", {"max_position_embeddings": "x"}, "config.json"),
         ("text_encoder/config.json", {"vocab_size": 10}, "not of one checkpoint"),

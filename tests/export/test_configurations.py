@@ -169,6 +169,7 @@ def test_a_bundle_of_the_first_schema_runs_with_what_was_written_into_it(compile
     assert np.isfinite(diffoundry.load(bundle)(PROMPT, steps=2, seed=3, height=32, width=32).latents).all()
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["", "Img2Img", "Inpaint"])
 @pytest.mark.parametrize("family", ["StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel"])
 def test_the_rules_are_those_of_the_pipeline_classes(family, kind):
@@ -197,6 +198,7 @@ def test_the_rules_are_those_of_the_pipeline_classes(family, kind):
         assert scheduler_mends(ours, [task], before).get(task, {}) == changed
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("version", [None, "0.2.4", "0.8.1", "0.9.0.dev0", "0.9.0", "0.35.1"])
 @pytest.mark.parametrize("kind", ["", "Img2Img", "Inpaint"])
 def test_small_sizes_of_old_unets_are_taken_as_the_classes_take_them(kind, version):
