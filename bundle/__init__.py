@@ -1,7 +1,15 @@
 """The artifact that both halves share: layout, manifest, hashes, atomic writes."""
 
 from .bundle import Bundle
-from .errors import BundleError, CheckpointError, DiffoundryError, EngineError, RequestError, StoppedError
+from .errors import (
+    BundleError,
+    CheckpointError,
+    DiffoundryError,
+    EngineError,
+    OverflowedError,
+    RequestError,
+    StoppedError,
+)
 from .manifest import FULL, MANIFEST_NAME, SCHEMA_VERSION, Component, Latents, Manifest, Prompt, Tensor, Variant
 
 __all__ = [
@@ -16,6 +24,7 @@ __all__ = [
     "EngineError",
     "Latents",
     "Manifest",
+    "OverflowedError",
     "Prompt",
     "RequestError",
     "StoppedError",

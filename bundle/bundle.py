@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,8 +11,12 @@ from typing import Any
 
 from . import optimum
 from .errors import BundleError
-from .files import inside, read_json, sha256_file
+from .files import check_tree, inside, read_json, sha256_file
 from .manifest import MANIFEST_NAME, Component, Manifest, from_json
+
+_ENGINES = "engines"
+_OWN = (_ENGINES, "step", "reports/parity.json", "reports/stages", "*/fused.onnx", "*/hoisted.onnx")
+"""What `compile` writes and no other tool does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +31,25 @@ class Bundle:
     def open(cls, root: str | Path) -> Bundle:
         """Read and check the manifest; file contents are checked by `check`.
 
-        Raises `BundleError` when the folder is missing, is no bundle, or has paths that leave it.
+        Raises `BundleError` when the folder is missing, is no bundle, has lost its manifest, or leads out of itself
+        by a path or a link.
         """
         root = Path(root)
         if not root.is_dir():
             raise BundleError(f"{root} is not a folder: give the bundle that `diffoundry compile` wrote")
-        if (root / MANIFEST_NAME).is_file():
-            manifest = from_json(read_json(root / MANIFEST_NAME, "the manifest"), str(root / MANIFEST_NAME))
-            bundle = cls(root, manifest)
-        elif (root / "model_index.json").is_file():
-            bundle = cls(root, optimum.describe(root), foreign=True)
-        else:
+        whole, foreign = (os.path.lexists(root / name) for name in (MANIFEST_NAME, "model_index.json"))
+        if not whole and not foreign:
             raise BundleError(
                 f"{root} holds no {MANIFEST_NAME}: it is not a bundle; make one with `diffoundry compile`"
             )
+        check_tree(root)
+        if (root / _ENGINES).is_symlink():
+            raise BundleError(f"{root}: {_ENGINES} is a link, and engines are written there: remove the link")
+        if whole:
+            bundle = cls(root, from_json(_read_manifest(root / MANIFEST_NAME), str(root / MANIFEST_NAME)))
+        else:
+            _refuse_headless(root)
+            bundle = cls(root, optimum.describe(root), foreign=True)
         for name in bundle.manifest.all_files():
             inside(root, name)
         for prompt in bundle.manifest.prompts.values():
@@ -75,6 +85,23 @@ class Bundle:
         problems = self.problems(names)
         if problems:
             raise BundleError(f"{self.root}: {'; '.join(problems)}; compile the bundle again")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, "the manifest")
+    except BundleError as error:
+        raise BundleError(f"{error}; get the bundle again, or compile the checkpoint into another folder") from None
+
+
+def _refuse_headless(root: Path) -> None:
+    """Raise `BundleError` for a bundle that lost its manifest: as a folder of another tool it would run unchecked."""
+    for pattern in _OWN:
+        for path in root.glob(pattern):
+            raise BundleError(
+                f"{root} has lost its {MANIFEST_NAME}: {path.relative_to(root)} shows that it was a bundle; put the "
+                "file back, get the whole bundle again, or compile the checkpoint into another folder"
+            )
 
 
 def _problem(path: Path, name: str, expected: str) -> str:

@@ -19,6 +19,10 @@ class EngineError(DiffoundryError):
     """An engine cannot be built, loaded or fed."""
 
 
+class OverflowedError(EngineError):
+    """Latents or pictures came out NaN or infinite."""
+
+
 class RequestError(DiffoundryError):
     """A generation was asked for that the bundle cannot do: a size, scheduler, step count, guidance or path."""
 

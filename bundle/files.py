@@ -9,15 +9,26 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from .errors import BundleError, DiffoundryError
 
+LARGEST_JSON = 64 << 20
+"""Bytes. The largest that belongs in a bundle is a tokenizer: Gemma's, of 262,144 tokens, has 35 MB."""
+_DEEPEST_JSON = 64
+"""Objects in one another; nothing that is written here has more than ten."""
+MARK_NAME = ".diffoundry-work"
+"""The file that makes a folder known as one that is worked in, and that may be removed."""
+_MARK_TEXT = "diffoundry made this folder to work in, and removes it.\n"
 _CHUNK = 1 << 20
+_GIT = ".git"
+_HUB_SNAPSHOTS, _HUB_BLOBS, _HUB_SHARED = "snapshots", "blobs", ".huggingface-shared-blobs"
+_HUB_SHARED_NAME = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 _PLAIN_PATH = re.compile(r"[^\\:\0\ud800-\udfff]{1,1024}")
 
 
@@ -46,40 +57,162 @@ def sha256_tree(folder: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` beside `path` and rename it into place."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new empty file beside `path` to write to; it takes the place of `path` when the block ends well, else it goes.
+
+    Nothing is written through a link: one that stands beside `path` is removed, and one at `path` is replaced.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside.unlink(missing_ok=True)
+    try:
+        beside.touch(exist_ok=False)
+        yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `BundleError` when it is missing or no JSON object."""
+    """The JSON object in `path`.
+
+    Raises `BundleError` when it is missing, no regular file, larger than `LARGEST_JSON`, or no JSON object.
+    """
     try:
+        check_regular(path, what)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(f"{what} is missing: {path}") from None
-    except (ValueError, RecursionError, OSError) as error:
+    except RecursionError:
+        raise _too_deep(path, what) from None
+    except (ValueError, OSError) as error:
         raise BundleError(f"{what} cannot be read as JSON: {path} ({error})") from None
     if not isinstance(value, dict):
         raise BundleError(f"{what} must hold a JSON object: {path}")
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST_JSON):  # what is read is written again, which needs a bound too
+        level = [inner for part in level for inner in _parts(part) if isinstance(inner, (dict, list))]
+    if level:
+        raise _too_deep(path, what)
     return value
 
 
+def _parts(value: Any) -> Iterator[Any]:
+    return iter(value.values() if isinstance(value, dict) else value)
+
+
+def _too_deep(path: Path, what: str) -> BundleError:
+    return BundleError(f"{what} cannot be read as JSON: {path} is nested more than {_DEEPEST_JSON} levels deep")
+
+
+def check_regular(path: Path, what: str, most: int = LARGEST_JSON) -> None:
+    """Raise `BundleError` when `path` is no regular file (a pipe would be waited for) or has more than `most` bytes.
+
+    Raises `OSError` when it is not there.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{what} is no regular file: {path}; replace it by the file that belongs there")
+    if status.st_size > most:
+        raise BundleError(
+            f"{what} has {status.st_size / 1e6:,.0f} MB, at most {most / 1e6:,.0f} MB are read: {path} is not what "
+            "belongs there"
+        )
+
+
 def inside(root: Path, relative: str) -> Path:
-    """`root / relative`, refused with `BundleError` when it is absolute or leads out of `root`."""
+    """`root / relative`, refused with `BundleError` when it is absolute or leads out of `root`.
+
+    A link may lead to another place in `root`, and in the cache of the Hugging Face hub to the file that the cache
+    keeps for it.
+    """
     pure = PurePosixPath(relative)
     if pure.is_absolute() or ".." in pure.parts or not _PLAIN_PATH.fullmatch(relative):
         raise BundleError(f"path {relative!r} leaves the bundle; the bundle is damaged or hostile: do not use it")
     path = root / relative
-    try:
-        within = path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # a loop of links
-        within = False
-    if not within:
-        raise BundleError(f"path {relative!r} leads out of the bundle through a link; the bundle is damaged or hostile")
+    if not _stays(path, root):
+        raise BundleError(
+            f"{root}: {relative} leads out of the bundle through a link: remove the link, or, if you trust what it "
+            "leads to, use a copy that holds the files themselves (cp -rL)"
+        )
     return path
+
+
+def check_tree(root: Path, *, held: bool = True) -> None:
+    """Raise `BundleError` when below `root` something is neither a file nor a folder, or a link leads out of it.
+
+    So what is read by its usual name, without standing in a manifest, is no more dangerous than what does.
+    held: whether links must not lead out.
+    """
+    for folder, folders, files in os.walk(root):
+        if _GIT in folders:  # which nobody reads here, and which may hold a socket
+            folders.remove(_GIT)
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            try:
+                mode = path.lstat().st_mode
+                if stat.S_ISLNK(mode):
+                    if held and not _stays(path, root):
+                        inside(root, path.relative_to(root).as_posix())
+                    mode = path.stat().st_mode
+            except OSError:  # removed meanwhile, or a link to nothing, which is missing to whoever needs it
+                continue
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise BundleError(
+                    f"{path} is neither a file nor a folder (a pipe, a socket or a device): remove it, or get what "
+                    "belongs there again"
+                )
+
+
+def _stays(path: Path, root: Path) -> bool:
+    """Whether `path` lies in `root` when its links are followed, or is a file of the hub's cache that `root` is in."""
+    try:
+        real, home = path.resolve(), root.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
+    return real.is_relative_to(home) or _is_blob(real, home)
+
+
+def _is_blob(real: Path, home: Path) -> bool:
+    """Whether `real` is a file that the hub's cache keeps for a snapshot that `home` is or lies in.
+
+    The cache has `<repository>/snapshots/<revision>/<path>`, a link to `<repository>/blobs/<name>`, which may be a
+    link in turn to `blobs/<two digits>/<hash>` beside the repositories.
+    """
+    for snapshot in (home, *home.parents):
+        if snapshot.parent.name == _HUB_SNAPSHOTS:
+            repository = snapshot.parent.parent
+            shared = repository.parent / _HUB_BLOBS
+            return real.parent == repository / _HUB_BLOBS or (
+                real.is_relative_to(shared)
+                and _HUB_SHARED_NAME.fullmatch(real.relative_to(shared).as_posix()) is not None
+                and (shared / _HUB_SHARED).is_file()
+            )
+    return False
+
+
+def mark(folder: Path) -> None:
+    """Make the folder `folder` known as one that is worked in, and that may be removed."""
+    (folder / MARK_NAME).write_text(_MARK_TEXT, encoding="utf-8")
+
+
+def unmark(folder: Path) -> None:
+    """Take the mark away: the work in `folder` is done."""
+    (folder / MARK_NAME).unlink(missing_ok=True)
+
+
+def is_marked(folder: Path) -> bool:
+    """Whether `folder` is a folder, no link to one, with the mark that `mark` leaves."""
+    path = folder / MARK_NAME
+    try:
+        real = stat.S_ISDIR(folder.lstat().st_mode) and stat.S_ISREG(path.lstat().st_mode)
+        return real and path.stat().st_size == len(_MARK_TEXT) and path.read_text(encoding="utf-8") == _MARK_TEXT
+    except (OSError, ValueError):
+        return False
 
 
 def holds(root: Path, files: Any) -> bool:
@@ -96,6 +229,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` hold what `source` holds, without copying where the file system can link."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
+    source = source.resolve()  # a link that is linked to would lead elsewhere from there
     try:
         os.link(source, target)
     except OSError:
@@ -120,6 +254,14 @@ def disk_error(error: OSError) -> DiffoundryError:
     return DiffoundryError(f"{error.strerror or error}{where}: check the path")
 
 
+def _opened_lock(path: Path) -> IO[bytes]:
+    """The lock file `path`, made if need be; anybody may have put something else in its place."""
+    how = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise DiffoundryError(f"{path} is in the way of a lock: remove it")
+    return os.fdopen(os.open(path, how, 0o600), "r+b")
+
+
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Keep other processes of this machine from working on `path`, until the block or this process ends.
@@ -128,8 +270,9 @@ def exclusive(path: Path) -> Iterator[None]:
     Raises `DiffoundryError` at once when another process holds it.
     """
     what = str(path)
-    lock_path = Path(tempfile.gettempdir()) / f"diffoundry-{sha256_json([getpass.getuser(), what])[:24]}.lock"
-    with lock_path.open("a+b") as file:
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # in a container the number may have no name
+    lock_path = Path(tempfile.gettempdir()) / f"diffoundry-{sha256_json([user, what])[:24]}.lock"
+    with _opened_lock(lock_path) as file:
         try:
             import fcntl
         except ImportError:  # Windows has no flock

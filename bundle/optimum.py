@@ -9,6 +9,7 @@ from typing import Any
 from .errors import BundleError
 from .files import read_json
 from .manifest import Component, Latents, Manifest, Prompt, Tensor
+from .tokens import read_tokens
 
 _FAMILIES = {
     "StableDiffusion": "stable-diffusion",
@@ -20,6 +21,8 @@ _ENCODERS = ("text_encoder", "text_encoder_2")
 _COMPONENTS = (*_ENCODERS, "unet", "vae_decoder", "vae_encoder")
 _OPTIONS = {"force_zeros_for_empty_prompt": True, "requires_aesthetics_score": False}
 _INPAINT_CHANNELS = 9
+_CLIP_TOKENS = 49408
+"""The vocabulary of a text encoder whose configuration does not say."""
 _DEFAULTS = {"stable-diffusion": (20, 7.5), "stable-diffusion-xl": (20, 5.0), "latent-consistency": (4, 8.5)}
 
 
@@ -123,19 +126,20 @@ def _prompt(root: Path, encoder: str, family: str) -> Prompt:
         vocab = read_json(folder / "vocab.json", "the vocabulary")
     else:
         vocab = read_json(folder / "tokenizer.json", "the tokenizer").get("model", {}).get("vocab", {})
-    ids = {}
-    for name, default in (("bos", "<|startoftext|>"), ("eos", "<|endoftext|>"), ("pad", "<|endoftext|>")):
-        token = config.get(f"{name}_token", default)
-        token = token.get("content", default) if isinstance(token, dict) else token
-        if token not in vocab:
-            raise BundleError(f"{folder} has no token {token!r}: export the model again")
-        ids[f"{name}_token_id"] = int(vocab[token])
     text = read_json(root / encoder / "config.json", "the text encoder configuration")
+    tokens = read_tokens(folder)
+    known = {**vocab, **tokens.ids(vocab)}
+    ids = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = tokens.named.get(name, "")
+        if known.get(token, _CLIP_TOKENS) >= text.get("vocab_size", _CLIP_TOKENS):
+            raise BundleError(f"{folder} has no token {token!r}: export the model again")
+        ids[name] = int(known[token])
     window = min(int(config.get("model_max_length", 77)), _field(text, "max_position_embeddings", int))
-    tokens = ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]
+    start_end_pad = ids["bos_token"], ids["eos_token"], ids["pad_token"]
     if family != "stable-diffusion-xl":
-        return Prompt(folder.name, window, *tokens)
+        return Prompt(folder.name, window, *start_end_pad)
     last = _field(text, "num_hidden_layers", int) - 1
     skips = tuple(f"hidden_states.{i}" for i in reversed(range(last)))
     pooled = "text_embeds" if encoder == "text_encoder_2" else ""
-    return Prompt(folder.name, window, *tokens, f"hidden_states.{last}", skips, pooled)
+    return Prompt(folder.name, window, *start_end_pad, f"hidden_states.{last}", skips, pooled)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..bundle import Bundle, DiffoundryError, EngineError
+from ..bundle import Bundle, DiffoundryError, OverflowedError
 from ..bundle.files import remove, sha256_file
 from ..engines import Array, Engine
 from ..engines.onnxruntime import load_component
@@ -189,9 +189,7 @@ class _Lowering:
         figures: dict[str, Any] = {"psnr_db": None, "prompts": [], "components": ratios}
         try:
             images = draw(self._bundle, engines, self._scan, text, self._progress)
-        except EngineError as error:
-            if "finite" not in str(error):
-                raise
+        except OverflowedError as error:
             return {**figures, "problem": str(error)}
         finally:
             gc.collect()

@@ -112,7 +112,7 @@ def draw(
         encoder = pipeline.engine("vae_encoder")
         for image in images:
             pixels = image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(127.5) - 1
-            encoder({encoder.inputs[0].name: np.ascontiguousarray(pixels, encoder.inputs[0].dtype)})
+            encoder({encoder.inputs[0].name: np.asarray(pixels, encoder.inputs[0].dtype, order="C")})
     return images
 
 

@@ -205,7 +205,7 @@ def rounded(array: Any, precision: Precision) -> Any:
     if masks.any():
         array = np.where(masks, np.sign(array) * np.float32(precision.largest), array)
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(array.astype(kind))
+        return np.asarray(array.astype(kind), order="C")
 
 
 def _rounded(array: Any, precision: Precision, name: str) -> Any:

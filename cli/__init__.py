@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import sys
+import warnings
 from typing import NoReturn
 
 import click
 
+from .. import __version__
 from ..bundle import DiffoundryError
 from ..bundle.files import disk_error
 from .compile import compile_command
 from .inspect import inspect_command
 from .run import run_command
 from .schedulers import schedulers_command
+from .streams import open_streams
 from .verify import verify_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="diffoundry", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Compile diffusers checkpoints into engines and run them without PyTorch."""
 
@@ -29,11 +31,11 @@ for command in (compile_command, run_command, inspect_command, verify_command, s
 
 def main() -> NoReturn:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter still gets the line
+    open_streams()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture is read, or the error says why not
     try:
         code = cli.main(prog_name="diffoundry", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

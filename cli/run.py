@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,45 @@ from typing import Any
 
 import click
 
+from ..bundle import RequestError
 from .options import engine_option, precision_option, read_gib, read_numbers, read_options
 from .progress import progress
 
 _LONGEST_TOLD = 200
 
 
-@click.command("run")
+_PARTS = {"denoising_start": "--refine-from", "denoising_end": "--refine-from"}
+
+
+class _Run(click.Command):
+    """Refusals of a request speak of the options that were given, and a prompt that looks like one gets a hint."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        attached = any(re.match(r"-[no].", text) for text in args)  # read as -n or -o and its value
+        try:
+            return super().parse_args(ctx, args)
+        except (click.NoSuchOption, click.MissingParameter) as error:
+            if attached if isinstance(error, click.MissingParameter) else not error.possibilities:
+                hint = "A prompt that begins with a dash comes last, after two dashes: run BUNDLE -- '-star'"
+                raise click.UsageError(f"{error.format_message()} {hint}", ctx) from None
+            raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        options = {
+            str(param.name): max(param.opts, key=len) for param in self.params if "_" in str(param.name)
+        } | _PARTS
+        fields = re.compile(r"'[^']*'|\"[^\"]*\"|\b(" + "|".join(options) + r")\b")
+        try:
+            return super().invoke(ctx)
+        except RequestError as error:
+            text = fields.sub(lambda found: options[found[1]] if found[1] else found[0], str(error))
+            raise RequestError(text) from None
+
+
+@click.command("run", cls=_Run)
 @click.argument("bundle", type=click.Path())
 @click.argument("prompt")
-@click.option("-n", "--negative", "negative_prompt", help="What the image should not show.")
+@click.option("-n", "--negative", "--negative-prompt", "negative_prompt", help="What the image should not show.")
 @click.option(
     "-o",
     "--output",
@@ -29,7 +59,13 @@ _LONGEST_TOLD = 200
     help="PNG file to write; with --count NAME-0.png, NAME-1.png and so on.",
 )
 @click.option("--image", type=click.Path(), help="Start from this picture.")
-@click.option("--mask", type=click.Path(), help="With --image: draw anew only where this picture is bright.")
+@click.option(
+    "--mask",
+    "--mask-image",
+    "mask",
+    type=click.Path(),
+    help="With --image: draw anew only where this picture is bright.",
+)
 @click.option(
     "--strength",
     type=float,
@@ -59,14 +95,22 @@ _LONGEST_TOLD = 200
     metavar="KEY=VALUE",
     help="As in a scheduler_config.json, or eta; a value is JSON (true, 0.5). May be repeated.",
 )
-@click.option("--steps", type=int, help="Steps of the scheduler. [default: the bundle's]")
+@click.option(
+    "--steps", "--num-inference-steps", "steps", type=int, help="Steps of the scheduler. [default: the bundle's]"
+)
 @click.option("--timesteps", metavar="T,T,…", help="Timesteps of your own, in place of --steps.")
 @click.option(
     "--sigmas",
     metavar="S,S,…",
     help="Sigmas of your own, in place of --steps; for euler also the one after the last step.",
 )
-@click.option("--guidance", type=float, help="1 or less turns guidance off. [default: the bundle's]")
+@click.option(
+    "--guidance",
+    "--guidance-scale",
+    "guidance",
+    type=float,
+    help="1 or less turns guidance off. [default: the bundle's]",
+)
 @click.option(
     "--guidance-mode",
     default="joint",
@@ -90,7 +134,7 @@ _LONGEST_TOLD = 200
 @click.option("--windows", is_flag=True, help="A prompt that is too long takes several windows of the text encoder.")
 @click.option("--clip-skip", type=int, metavar="LAYERS", help="Leave out the last layers of the text encoder.")
 @click.option("--prompt-2", help="SDXL: another prompt for the second text encoder.")
-@click.option("--negative-2", "negative_prompt_2", help="SDXL: another negative prompt for it.")
+@click.option("--negative-2", "--negative-prompt-2", "negative_prompt_2", help="SDXL: another negative prompt for it.")
 @click.option("--original-size", nargs=2, type=int, metavar="HEIGHT WIDTH", help="SDXL: size that the picture had.")
 @click.option("--crop", nargs=2, type=int, metavar="TOP LEFT", help="SDXL: where it was cut.")
 @click.option("--target-size", nargs=2, type=int, metavar="HEIGHT WIDTH", help="SDXL: size that it got.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,15 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import BundleError
-from ..bundle.files import holds, read_json, sha256_file, sha256_json, write_json
+from ..bundle.files import (
+    holds,
+    is_marked,
+    link_or_copy,
+    mark,
+    read_json,
+    sha256_file,
+    sha256_json,
+    unmark,
+    write_json,
+)
 
 RECORD_NAME = "engine.json"
 _ABANDONED_SECONDS = 6 * 3600
+_KEY = re.compile(r"[0-9a-f]{32}")
+_WORK = re.compile(r"\.[0-9a-f]{32}-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStore:
-    """The `engines/` folder of a bundle."""
+    """The `engines/` folder of a bundle.
+
+    Only folders in it that are named by a key, or that are marked as worked in, are ever removed, and no link is
+    followed to remove what it leads to.
+    """
 
     root: Path
 
@@ -34,7 +51,7 @@ class EngineStore:
     def find(self, key: str) -> Path | None:
         """The folder of a whole engine with this key, or None; a damaged one is removed."""
         folder = self.root / key
-        if not folder.is_dir():
+        if not _is_folder(folder):
             return None
         try:
             record = read_json(folder / RECORD_NAME, "the engine record")
@@ -47,12 +64,21 @@ class EngineStore:
 
     def drop(self, key: str) -> None:
         """Remove the engine `key`."""
-        shutil.rmtree(self.root / key, ignore_errors=True)
+        if _KEY.fullmatch(key) and self._is_own():
+            shutil.rmtree(self.root / key, ignore_errors=True)
+
+    def take(self, other: EngineStore) -> None:
+        """Take over the engines of `other` that are not here, without copying where files can be linked."""
+        for record in other.records():
+            for path in sorted((other.root / record["key"]).iterdir()):
+                copy = self.root / record["key"] / path.name
+                if path.is_file() and not copy.exists():
+                    link_or_copy(path, copy)
 
     def problems(self) -> list[str]:
         """The engines whose files are not those of their record, a line each."""
         return [
-            f"engines/{record['key']} was changed after it was built"
+            f"engines/{record['key']} was changed after it was built (remove that folder)"
             for record in self.records()
             if not holds(self.root / record["key"], record.get("files"))
         ]
@@ -62,9 +88,12 @@ class EngineStore:
         """A folder to build in; when the block ends well it becomes the engine `key`, else it is removed."""
         self.root.mkdir(parents=True, exist_ok=True)
         self._sweep()
-        work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=self.root))
+        work = self.root / f".{key}-{secrets.token_hex(4)}"
+        work.mkdir()
         try:
+            mark(work)
             yield work
+            unmark(work)
             files = {path.name: sha256_file(path) for path in sorted(work.iterdir()) if path.is_file()}
             write_json(work / RECORD_NAME, {"key": key, **record, "files": files})
             with contextlib.suppress(OSError):  # another process was first: its engine is as good
@@ -77,7 +106,7 @@ class EngineStore:
         found = []
         if self.root.is_dir():
             for folder in sorted(self.root.iterdir()):
-                if (folder / RECORD_NAME).is_file():
+                if _is_folder(folder) and _KEY.fullmatch(folder.name):
                     with contextlib.suppress(BundleError):
                         record = read_json(folder / RECORD_NAME, "the engine record")
                         if record.get("key") == folder.name:
@@ -87,25 +116,44 @@ class EngineStore:
 
     def _sweep(self) -> None:
         """Remove what builds that were killed left behind; a build of another process is younger than this."""
-        for folder in self.root.glob(".*"):
+        for folder in self._unfinished():
             with contextlib.suppress(OSError):
                 if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
                     shutil.rmtree(folder, ignore_errors=True)
 
+    def _unfinished(self) -> Iterator[Path]:
+        """The folders of builds that have not ended."""
+        for folder in sorted(self.root.glob(".*")) if self._is_own() else ():
+            if _WORK.fullmatch(folder.name) and is_marked(folder):
+                yield folder
+
     def prune(self, sources: Collection[Mapping[str, str]]) -> None:
         """Remove half-built engines, and those made of another model than one of `sources` (path → SHA-256)."""
-        for folder in self.root.iterdir() if self.root.is_dir() else ():
-            try:
-                source = read_json(folder / RECORD_NAME, "the engine record").get("source")
-            except BundleError:
-                source = None
-            if folder.name.startswith(".") or source not in sources:
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._unfinished():
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in sorted(self.root.iterdir()) if self._is_own() else ():
+            if _KEY.fullmatch(folder.name) and _is_folder(folder):
+                try:
+                    source = read_json(folder / RECORD_NAME, "the engine record").get("source")
+                except BundleError:
+                    source = None
+                if source not in sources:
+                    self.drop(folder.name)
 
     def writable(self) -> bool:
         """Whether an engine can be kept here (a bundle may lie on a read-only disk)."""
-        parent = self.root if os.path.lexists(self.root) else self.root.parent
-        return parent.is_dir() and os.access(parent, os.W_OK)
+        if os.path.lexists(self.root):
+            return self._is_own() and os.access(self.root, os.W_OK)
+        return _is_folder(self.root.parent) and os.access(self.root.parent, os.W_OK)
+
+    def _is_own(self) -> bool:
+        """Whether the store is a folder in its bundle, rather than a link to one elsewhere."""
+        return _is_folder(self.root)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether `path` is a folder and no link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def cpu_identity() -> str:

@@ -59,7 +59,7 @@ class HoistedEngine:
     def _all_feeds(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         made = self._once({tensor.name: feeds[tensor.name] for tensor in self._once.inputs})
         kept = {tensor.name: feeds[tensor.name] for tensor in self._every.inputs if tensor.name in feeds}
-        return {**kept, **{name: np.ascontiguousarray(array) for name, array in made.items()}}
+        return {**kept, **{name: np.asarray(array, order="C") for name, array in made.items()}}
 
 
 class _HoistedBound:
@@ -96,7 +96,7 @@ class _HoistedLinked:
         """See `engine.Linked`."""
         if not self._own.keys().isdisjoint(changed):
             for name, array in self._compute().items():
-                self._made[name].update_inplace(np.ascontiguousarray(array))
+                self._made[name].update_inplace(np.asarray(array, order="C"))
         self._linked.prepare(*changed)
 
     def _compute(self) -> dict[str, Array]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import re
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,12 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_REMEDIES = {
-    "cuda": "`pip uninstall onnxruntime`, then `pip install onnxruntime-gpu`, and install CUDA's libraries",
-    "tensorrt": "`pip uninstall onnxruntime`, then `pip install onnxruntime-gpu`, and install TensorRT",
-}
+_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""TF32 is on by default on CUDA, and rounds the products of a float32 model to 10 bits."""
+_WHEEL = "`pip uninstall onnxruntime`, then `pip install onnxruntime-gpu`"
+_LIBRARIES = {"cuda": "install CUDA's and cuDNN's libraries", "tensorrt": "install TensorRT's libraries"}
+_WARNING, _FATAL = 2, 4
+"""Levels of ONNX Runtime's log: its default, and what it never reaches."""
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -34,9 +39,25 @@ _DTYPES = {
     "tensor(int32)": "int32",
     "tensor(bool)": "bool",
 }
+_OUT_OF_MEMORY = re.compile(
+    r"Failed to allocate memory for requested buffer|smaller than requested bytes|bad_alloc|bad allocation"
+    r"|CUDA failure 2: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUDNN_BACKEND_API_FAILED.*ALLOC"
+)
+"""What ONNX Runtime's arena, C++ and CUDA say when memory is wanting; a type for it there is none."""
 _OPTIMIZED = "model.onnx"
 _OPTIMIZED_DATA = "model.onnx_data"
 _EXTERNAL_FROM_BYTES = 1024
+_SESSIONS: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
+
+
+def _keep_sessions() -> None:
+    """Keep every session of a forked process for ever: to end one waits for its threads, which are not there."""
+    for session in list(_SESSIONS):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session._sess))
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=_keep_sessions)
 
 
 def default_threads() -> int:
@@ -72,45 +93,23 @@ class OnnxRuntimeEngine:
 
         provider: a key of `PROVIDERS`. threads: of one operator, default all processors.
         store, source: where to keep the graph that ONNX Runtime optimized for this machine, and the SHA-256 of
-        each file of the model; with both, the second load skips the optimization.
+        each file of the model; with both, the second load skips the optimization. Where it cannot be kept, or what is
+        kept does not load, the model is loaded without it.
         Raises `EngineError` when the model cannot be read or the provider is not there.
         """
         component = component or model.parent.name
         name = require_provider(provider)
         threads = threads or default_threads()
-        path, options = model, _options(threads)
-        with contextlib.ExitStack() as stack:
-            if store is not None and source and provider == "cpu" and store.writable():
-                built_from = {
-                    "component": component,
-                    "source": dict(source),
-                    "backend": "onnxruntime",
-                    "version": ort.__version__,
-                    "provider": provider,
-                    "device": cpu_identity(),
-                    "precision": "as in the model",
-                    "profile": "dynamic",
-                    "optimization": "all",
-                    "graph": model.name,
-                }
-                key = store.key(built_from)
-                found = store.find(key)
-                if found is not None:
-                    path = found / _OPTIMIZED
-                    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-                else:
-                    work = stack.enter_context(store.building(key, built_from))
-                    options.optimized_model_filepath = str(work / _OPTIMIZED)
-                    options.add_session_config_entry(
-                        "session.optimized_model_external_initializers_file_name", _OPTIMIZED_DATA
-                    )
-                    options.add_session_config_entry(
-                        "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
-                    )
-            session = _session(path, options, name, component)
+        session = None
+        if store is not None and source and provider == "cpu":
+            session = _kept_session(store, model, component, threads, source)
+        if session is None:
+            session = _session(model, _options(threads), name, component)
         used = session.get_providers()
         if not used or used[0] != name:
-            raise EngineError(f"{component}: provider {provider!r} did not start on this machine; {_remedy(provider)}")
+            raise EngineError(
+                f"{component}: provider {provider!r} did not start on this machine: {_remedy(provider, installed=True)}"
+            )
         return cls(session, component, provider)
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -209,7 +208,7 @@ class OnnxRuntimeBound:
         if not self._outputs and self._host:
             # The first run told the shapes: from now on the session writes into these arrays.
             for name, array in zip(self._names, self._binding.copy_outputs_to_cpu(), strict=True):
-                self._outputs[name] = np.ascontiguousarray(array)
+                self._outputs[name] = np.asarray(array, order="C")
                 self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(self._outputs[name]))
         elif not self._host:
             self._outputs = dict(zip(self._names, self._binding.copy_outputs_to_cpu(), strict=True))
@@ -253,13 +252,16 @@ def require_provider(provider: str) -> str:
     except (KeyError, TypeError):
         raise EngineError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}") from None
     if name not in ort.get_available_providers():
-        raise EngineError(f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {_remedy(provider)}")
+        raise EngineError(
+            f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {_remedy(provider, installed=False)}"
+        )
     return name
 
 
-def _remedy(provider: str) -> str:
-    otherwise = "use the engine onnxruntime, on the CPU"
-    return f"{_REMEDIES[provider]}, or {otherwise}" if provider in _REMEDIES else otherwise
+def _remedy(provider: str, installed: bool) -> str:
+    """What makes `provider` start. installed: whether this build of ONNX Runtime has it."""
+    steps = [_WHEEL] * (not installed) + [_LIBRARIES[provider]] * (provider in _LIBRARIES)
+    return ", ".join([*steps, "or use the engine onnxruntime, on the CPU"])
 
 
 def _options(threads: int) -> ort.SessionOptions:
@@ -274,22 +276,79 @@ def _options(threads: int) -> ort.SessionOptions:
     return options
 
 
+def _kept_session(
+    store: EngineStore, model: Path, component: str, threads: int, source: Mapping[str, str]
+) -> ort.InferenceSession | None:
+    """The session of `model` on the CPU, of the optimized graph in `store`, which is kept there now if it was not.
+
+    None where it can be neither loaded nor kept: nobody needs it but to start faster.
+    """
+    name = PROVIDERS["cpu"]
+    built_from = {
+        "component": component,
+        "source": dict(source),
+        "backend": "onnxruntime",
+        "version": ort.__version__,
+        "provider": "cpu",
+        "device": cpu_identity(),
+        "precision": "as in the model",
+        "profile": "dynamic",
+        "optimization": "all",
+        "graph": model.name,
+    }
+    key = store.key(built_from)
+    found = store.find(key)
+    if found is not None:
+        options = _options(threads)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return _session(found / _OPTIMIZED, options, name, component)
+        except EngineError:  # written by another build of the same version, or cut short by a full disk
+            store.drop(key)
+    session = None
+    if store.writable():
+        with contextlib.suppress(OSError, EngineError), store.building(key, built_from) as work:
+            options = _options(threads)
+            options.optimized_model_filepath = str(work / _OPTIMIZED)
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _OPTIMIZED_DATA)
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
+            )
+            session = _session(model, options, name, component)
+    return session
+
+
 def _session(path: Path, options: ort.SessionOptions, provider: str, component: str) -> ort.InferenceSession:
     if not path.is_file():
         raise EngineError(f"{component}: {path} is missing; compile the bundle again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a provider did not start is an error below
-            session = ort.InferenceSession(str(path), options, providers=[provider])
+            quiet = provider != PROVIDERS["cpu"]
+            if quiet:
+                ort.set_default_logger_severity(_FATAL)
+            try:
+                chosen = [(provider, _PROVIDER_OPTIONS.get(provider, {}))]
+                session = ort.InferenceSession(str(path), options, providers=chosen)
+            finally:
+                if quiet:
+                    ort.set_default_logger_severity(_WARNING)
     except Exception as error:
-        written = f", or cannot write {options.optimized_model_filepath}" if options.optimized_model_filepath else ""
-        raise EngineError(f"{component}: ONNX Runtime cannot load {path}{written}: {_first_line(error)}") from None
+        # some versions (1.24) do not read weights through the links of the hub's cache
+        otherwise = (
+            "use a copy that holds the files instead of links (cp -rL)" if path.is_symlink() else "compile again"
+        )
+        raise EngineError(
+            f"{component}: ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}; "
+            f"upgrade ONNX Runtime, or {otherwise}"
+        ) from None
     session.disable_fallback()
+    _SESSIONS.add(session)
     return session
 
 
 def _run_error(component: str, error: Exception) -> EngineError:
-    if "llocate" in str(error):
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return EngineError(
             f"{component}: out of memory: ask for a smaller size or batch, split guidance or a tiled autoencoder"
         )

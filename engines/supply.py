@@ -156,8 +156,10 @@ class Supply:
 
         if self._bundle.foreign:
             raise EngineError(f"{self._bundle.root} holds no plans: make a bundle of the checkpoint with `compile`")
-        self._version = str(BACKENDS[self.engine.backend].load().__version__)
+        backend = BACKENDS[self.engine.backend]
+        self._version = str(backend.load().__version__)
         self._gpu = shared()
+        backend.check_gpu(self._gpu.device.name, self._gpu.device.arch)
 
     def _load_plans(self, name: str, variant: Variant) -> Engine:
         from .tensorrt.engine import TensorRTEngine

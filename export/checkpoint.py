@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +9,8 @@ from typing import Any
 
 from ..bundle import BundleError, CheckpointError
 from ..bundle.files import read_json
+from .weight_files import WeightFiles, find, other_kind
 
-_MAX_HEADER = 100 << 20
-"""safetensors' own limit for the JSON header."""
 _ADDED = ("vae_tiny",)
 """Components that no checkpoint holds, and that may be given one."""
 
@@ -38,12 +35,15 @@ class Checkpoint:
         if not root.exists():
             root = _fetch(str(source))
         if root.is_file():
+            kind = other_kind(root)
             raise CheckpointError(
-                f"{root} is a file of an unknown kind: give a folder in the diffusers layout (with model_index.json), "
-                "or a .safetensors or .ckpt file"
+                f"{root} {kind}"
+                if kind
+                else f"{root} is a file of an unknown kind: give a folder in the diffusers layout (with "
+                "model_index.json), or a .safetensors or .ckpt file"
             )
         if not (root / "model_index.json").is_file():
-            raise CheckpointError(f"{root} holds no model_index.json: it is not a diffusers checkpoint")
+            raise CheckpointError(f"{root} holds no model_index.json: {_in_place_of_it(root)}")
         try:
             index = read_json(root / "model_index.json", "the pipeline index")
         except BundleError as error:
@@ -79,22 +79,18 @@ class Checkpoint:
         return changed
 
     def folder(self, name: str) -> Path:
-        """The folder of component `name`, whose weights were checked to be whole. Raises `CheckpointError`."""
+        """The folder of component `name`. Raises `CheckpointError`."""
         folder = self.replaced.get(name, self.root / name)
         if not folder.is_dir():
             raise CheckpointError(
                 f"{self.root} has no folder {name!r}: the checkpoint is incomplete, download it again"
             )
-        for path in sorted(folder.glob("*.safetensors")):
-            check_safetensors(path)
         return folder
 
-    def weights(self, name: str) -> Path:
-        """The folder of component `name`, which must hold weights. Raises `CheckpointError`."""
-        folder = self.folder(name)
-        if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-            raise CheckpointError(f"{folder} holds no weights (*.safetensors): the checkpoint is incomplete")
-        return folder
+    def weights(self, name: str) -> WeightFiles:
+        """The weights of component `name`, whose files were checked to be whole. Raises `CheckpointError`."""
+        library = (self.index.get(name) or ["diffusers"])[0]
+        return find(self.folder(name), "transformers" if library == "transformers" else "diffusers")
 
     def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
         """The JSON configuration of component `name`. Raises `CheckpointError`."""
@@ -104,31 +100,16 @@ class Checkpoint:
             raise CheckpointError(f"{error}: download the checkpoint again") from None
 
 
-def stored_types(path: Path) -> set[str]:
-    """The types of floating-point tensors in a safetensors file, as it names them (F32, F16, BF16 …)."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return {str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__" and "F" in entry["dtype"]}
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise `CheckpointError` when `path` is truncated or no safetensors file; only the header is read."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no file: download it again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, _MAX_HEADER):
-            raise CheckpointError(f"{path} is truncated or no safetensors file ({size} bytes): download it again")
-        try:
-            header = json.loads(file.read(length))
-            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise CheckpointError(f"{path} has a damaged header: download it again") from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise CheckpointError(f"{path} is truncated: {size} bytes of {expected}; download it again")
+def _in_place_of_it(root: Path) -> str:
+    """What the folder `root` may be, which is no checkpoint."""
+    files = sorted(path for path in root.iterdir() if path.is_file() and not path.name.startswith("."))
+    if (root / "config.json").is_file():
+        return "it is the folder of one model, give the one that it lies in, or this one with --component NAME=FOLDER"
+    whole = [path for path in files if path.suffix in (".safetensors", ".ckpt")]
+    if whole:
+        return f"it is not a diffusers checkpoint, give the file {whole[0]} where that is one"
+    inner = sorted(path.parent for path in root.glob("*/model_index.json"))
+    return f"give the folder {inner[0]} in it" if inner else "it is not a diffusers checkpoint"
 
 
 def _fetch(name: str) -> Path:

@@ -1,14 +1,16 @@
 """`compile`: checkpoint → bundle, stage by stage, each done once.
 
-Work goes on in `.<name>.part` beside the bundle, which is renamed into place when all of it is done. A stage writes
+Work goes on in a folder beside the bundle (see `place`), which is renamed into place when all is done. A stage writes
 its record last; a record whose key and file hashes hold is taken over, from an earlier run or from the bundle that
 stands there. The key is the hash of everything that decides the stage.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
+import importlib.util
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +28,9 @@ from ..bundle import (
     Prompt,
 )
 from ..bundle.files import (
+    check_tree,
     disk_error,
     exclusive,
-    link_or_copy,
     read_json,
     remove,
     sha256_file,
@@ -48,12 +50,11 @@ from ..runtime.request import Request
 from . import step_graph
 from .checkpoint import Checkpoint
 from .components import Components, Stage
-from .loading import half_type
-from .place import STAGES, UNPACKED, check_target, recover, swap, tidy, work_folder
+from .place import STAGES, UNPACKED, check_target, prepare, recover, swap, tidy, work_folder
 from .plan import ComponentPlan
 from .plans import Site, build_plans, count_plans, site, warnings_of
 from .precision import PRECISIONS, Lowered, lower_bundle, others, variants
-from .single_file import is_single_file, unpack
+from .single_file import SingleFile, is_single_file
 from .target import Target
 
 if TYPE_CHECKING:
@@ -128,30 +129,61 @@ def compile(
     if not isinstance(out, (str, Path)) or not str(out):
         raise DiffoundryError(f"the output must be a path, found {out!r}")
     try:
-        path = Path(out).resolve()
-        check_target(path, checkpoint)
+        path = _resolved(out)
         with exclusive(path):
             recover(path)
+            check_target(path, checkpoint)
             try:
-                single = _unpack(checkpoint, work_folder(path), config, prediction_type)
-                source = Checkpoint.open(single or checkpoint).replace(components or {})
-                family_name, rules = family_of(source, family)
+                prepare(path)
                 wanted = _Wanted(name, precision, target or Target(), scan or Scan(), place)
-                build = _Build(source, family_name, rules, path, wanted, progress)
+
+                def prepared(source: Checkpoint) -> _Build:
+                    source = source.replace(components or {})
+                    for folder in (source.root, *source.replaced.values()):
+                        check_tree(folder, held=False)  # a pipe would be waited for
+                    family_name, rules = family_of(source, family)
+                    build = _Build(source, family_name, rules, path, wanted, progress)
+                    build.tasks = _chosen_tasks(checkpoint, rules.tasks(source), tasks)
+                    build.defaults = _defaults(rules, default_steps, default_guidance)
+                    build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
+                    return build
+
+                def check(source: Checkpoint) -> None:
+                    prepared(source).read()
+
+                single = _unpack(checkpoint, work_folder(path), config, prediction_type, check)
+                build = prepared(Checkpoint.open(single or checkpoint))
                 if single is not None:
                     build.name = Path(checkpoint).stem
-                build.tasks = _chosen_tasks(checkpoint, rules.tasks(source), tasks)
-                build.defaults = _defaults(rules, default_steps, default_guidance)
-                build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
                 return build.run()
             finally:
-                tidy(work_folder(path))
+                tidy(path)
     except OSError as error:
         raise disk_error(error) from error
 
 
-def _unpack(checkpoint: str | Path, work: Path, config: str | Path | None, prediction_type: str | None) -> Path | None:
-    """The diffusers folder made of a single file, once for each content; None when `checkpoint` is no file."""
+def _resolved(out: str | Path) -> Path:
+    """The absolute path of the output. Raises `DiffoundryError` for one that no bundle can be written to."""
+    try:
+        path = Path(out).resolve()
+    except (RuntimeError, ValueError):  # a loop of links, a null character
+        raise DiffoundryError(f"the output {str(out)!r} is no path to a folder: choose another --output") from None
+    if not path.name:
+        raise DiffoundryError(f"{path} is a root folder: choose an --output below it, such as {path / 'new.bundle'}")
+    return path
+
+
+def _unpack(
+    checkpoint: str | Path,
+    work: Path,
+    config: str | Path | None,
+    prediction_type: str | None,
+    check: Callable[[Checkpoint], None],
+) -> Path | None:
+    """The diffusers folder made of a single file, once for each content; None when `checkpoint` is no file.
+
+    check: raises for what the configurations already tell, before the file is hashed and unpacked.
+    """
     if not isinstance(checkpoint, (str, Path)) or not is_single_file(Path(checkpoint)):
         for name, value in (("config", config), ("prediction type", prediction_type)):
             if value is not None:
@@ -159,12 +191,19 @@ def _unpack(checkpoint: str | Path, work: Path, config: str | Path | None, predi
         return None
     path = Path(checkpoint)
     folder = None if config is None else Path(config)
-    told = [sha256_file(path), prediction_type or "", sha256_tree(folder) if folder is not None else ""]
+    single = SingleFile.open(path, config=folder, prediction_type=prediction_type)
+    with tempfile.TemporaryDirectory(prefix="diffoundry-") as outline:
+        single.write_outline(Path(outline))
+        try:
+            check(Checkpoint.open(outline))
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(outline, str(path))) from None
+        told = [sha256_file(path), sha256_tree(Path(outline))]
     unpacked = work / UNPACKED / sha256_json(told)[:16]
     if not unpacked.is_dir():
         remove(work / UNPACKED)
-        unpacked.parent.mkdir(parents=True)
-        unpack(path, unpacked, config=folder, prediction_type=prediction_type)
+        unpacked.parent.mkdir()
+        single.write(unpacked)
     return unpacked
 
 
@@ -189,10 +228,8 @@ def _defaults(rules: Family, steps: int | None, guidance: float | None) -> tuple
 
 def _require_export() -> None:
     for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript"):
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            raise DiffoundryError(f"compile needs {name}: run `pip install 'diffoundry[export]'`") from None
+        if importlib.util.find_spec(name) is None:
+            raise DiffoundryError(f"compile needs {name}: run `pip install 'diffoundry[export]'`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +265,8 @@ class _Build:
         self.progress = progress or (lambda stage, done, total: None)
         self.work = work_folder(target)
         self.store = EngineStore(self.work / "engines")
-        self.versions = {name: importlib.metadata.version(name) for name in _TOOLS}
+        # of the modules that are loaded: several distributions serve one, such as onnxruntime-gpu
+        self.versions = {name: str(importlib.import_module(name).__version__) for name in _TOOLS}
         store = self.store if wanted.engine.backend == ONNXRUNTIME else None
         makers = {name: version for name, version in self.versions.items() if name != "diffoundry"}
         self.components = Components(source, target, wanted.provider, store, makers)
@@ -239,11 +277,11 @@ class _Build:
 
     def run(self) -> Bundle:
         require_provider(self.wanted.provider)
-        plans, latents, size = self._read()
+        plans, latents, size = self.read()
+        weights = {name: self.source.weights(name) for name in sorted({plan.source for plan in plans})}
         self.progress("hash the checkpoint", 0, len(plans) + 2)
-        hashes = {name: sha256_tree(self.source.weights(name)) for name in sorted({plan.source for plan in plans})}
-        self.work.mkdir(exist_ok=True)
-        self._take_engines()
+        hashes = {name: each.sha256() for name, each in weights.items()}
+        self.store.take(EngineStore(self.target / "engines"))  # their keys decide whether they are ever used
         self._check_disk(plans)
         manifest = self._manifest(plans, latents, size, self._write_small(), sha256_json(hashes))
         lowers, site = self.wanted.precision != FULL, self.wanted.site
@@ -344,7 +382,7 @@ class _Build:
     def _hashes(self, names: Sequence[str]) -> dict[str, str]:
         return {name: sha256_file(self.work / name) for name in names}
 
-    def _read(self) -> tuple[list[ComponentPlan], Latents, tuple[int, int]]:
+    def read(self) -> tuple[list[ComponentPlan], Latents, tuple[int, int]]:
         """What the family makes of the configurations, before any work is done."""
         try:
             plans = self.rules.components(self.source)
@@ -386,15 +424,6 @@ class _Build:
                 f"the model has {most} timesteps, {self.defaults[0]} steps by default are more: ask for fewer"
             )
 
-    def _take_engines(self) -> None:
-        """Engines of the bundle that is replaced stay; their keys decide whether they are ever used."""
-        old = self.target / "engines"
-        if old.is_dir():
-            for path in sorted(old.glob("[0-9a-f]*/*")):
-                copy = self.store.root / path.parent.name / path.name
-                if not copy.exists():
-                    link_or_copy(path, copy)
-
     def _check_disk(self, plans: list[ComponentPlan]) -> None:
         wanted = self.wanted
         width = 1.0 if wanted.precision == FULL else 0.5
@@ -402,10 +431,8 @@ class _Build:
         models += 1.0 if wanted.site is None else width * wanted.target.count()
         needed = 0.0
         for name in {plan.source for plan in plans if not self.components.is_known(plan.name)}:
-            files = [path for path in self.source.folder(name).iterdir() if path.suffix in (".safetensors", ".bin")]
-            largest = max((path.stat().st_size for path in files), default=0)
-            in_float32 = largest * (2 if half_type(self.source.folder(name)) is not None else 1)
-            needed += _DISK_MARGIN * models * in_float32
+            weights = self.source.weights(name)
+            needed += _DISK_MARGIN * models * weights.size * (2 if weights.half else 1)
         free = shutil.disk_usage(self.work).free
         if free < needed:
             raise DiffoundryError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..bundle import CheckpointError, Prompt
-from .checkpoint import stored_types
+from .weight_files import WeightFiles, find
 
 _CLIP_FILES = ("vocab.json", "merges.txt")
 _SHORTEST_WINDOW = 3  # start, one token, end
@@ -22,18 +23,25 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
     Weights that are stored in half precision stay in it and are widened where they are used: it loses nothing and takes
     half the memory. The tracer writes them out in float32.
     """
+    import diffusers
     import torch
 
-    half = half_type(folder)
-    variant = {} if _plain_weights(folder) or not _fp16_weights(folder) else {"variant": "fp16"}
+    stored = find(folder, "diffusers" if issubclass(kind, diffusers.ModelMixin) else "transformers")
+    half = {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored.half or "")
+    dtype = half or torch.float32
     try:
         with quiet():
-            stored = half or torch.float32
-            model, info = kind.from_pretrained(folder, torch_dtype=stored, output_loading_info=True, **variant)
+            if stored.wrapped:
+                model, missing = _load_unwrapped(kind, stored, dtype)
+            else:
+                model, info = kind.from_pretrained(
+                    folder, torch_dtype=dtype, output_loading_info=True, **stored.library_options
+                )
+                missing = info.get("missing_keys", ())
     except Exception as error:  # each library has its own ways of refusing a damaged configuration or file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder} cannot be loaded: {reason[:300]}") from None
-    missing = sorted(name for name in info.get("missing_keys", ()) if not name.endswith("position_ids"))
+    missing = sorted(name for name in missing if not name.endswith("position_ids"))
     if missing:
         raise CheckpointError(
             f"{folder} lacks the weights {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
@@ -43,14 +51,26 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
     return model.float() if half is None else _widened(model)
 
 
-def half_type(folder: Path) -> Any:
-    """The half-precision type that all weights in `folder` are stored in, None where there is no such."""
+def _load_unwrapped(kind: Any, stored: WeightFiles, dtype: Any) -> tuple[Any, Iterable[str]]:
+    """The model of weights that are stored under the names of a wrapper, and what they lack."""
+    import diffusers
     import torch
 
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [path for path in files if ".fp16." not in path.name]
-    types = {kind for path in plain or files for kind in stored_types(path)}
-    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(types.pop()) if len(types) == 1 else None
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in stored.read().items()
+    }
+    if not issubclass(kind, diffusers.ModelMixin):
+        model, info = kind.from_pretrained(
+            None,
+            config=kind.config_class.from_pretrained(stored.folder),
+            state_dict=tensors,
+            torch_dtype=dtype,
+            output_loading_info=True,
+        )
+        return model, info.get("missing_keys", ())
+    with torch.device("meta"):
+        model = kind.from_config(kind.load_config(stored.folder))
+    return model, model.load_state_dict(tensors, strict=False, assign=True).missing_keys
 
 
 def _widened(model: Any) -> Any:
@@ -75,7 +95,7 @@ def _widened(model: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No loading bars, and no warnings of missing weights: those are errors here."""
+    """No loading bars, no advice on how to save, and no warnings of missing weights: those are errors here."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -86,20 +106,14 @@ def quiet() -> Iterator[None]:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         for library, level, bar in zip(libraries, levels, bars, strict=True):
             library.set_verbosity(level)
             if bar:
                 library.enable_progress_bar()
-
-
-def _plain_weights(folder: Path) -> bool:
-    return any(".fp16." not in path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
-
-
-def _fp16_weights(folder: Path) -> bool:
-    return any(folder.glob("*.fp16.*"))
 
 
 def _write_clip_files(model: dict[str, Any], target: Path) -> None:

@@ -14,7 +14,7 @@ from ..bundle import FULL, EngineError, Manifest
 from ..bundle.files import read_json
 from ..engines import EngineStore
 from ..engines.cache import RECORD_NAME
-from ..engines.tensorrt.backend import BACKENDS
+from ..engines.tensorrt.backend import BACKENDS, ELSEWHERE
 from ..engines.tensorrt.build import build, find
 from ..engines.tensorrt.recipe import Recipe
 from . import step_graph
@@ -49,7 +49,8 @@ def site(backend: str, precision: str, target: Target) -> Site:
         unknown = [arch for arch in target.archs if arch not in known]
         if unknown:
             raise EngineError(
-                f"{backend} does not know the architecture {unknown[0]!r}: choose from {', '.join(known)}"
+                f"{backend} does not know the architecture {unknown[0]!r}: choose from {', '.join(known)}; "
+                f"other GPUs, such as Hopper's (sm90), take --engine {ELSEWHERE}"
             )
         wrong = [flag for flag in _CLASSIC_ONLY if flag in flags]
         if wrong:
@@ -77,6 +78,7 @@ def site(backend: str, precision: str, target: Target) -> Site:
             raise
         names = ",".join(BACKENDS[backend].architectures())
         raise EngineError(f"{str(error).partition(':')[0]}: name the GPUs to build for, of --arch {names}") from None
+    BACKENDS[backend].check_gpu(gpu.name, gpu.arch)
     _check_types(precision, (gpu.arch,))
     return Site(backend, str(module.__version__), (gpu.arch,), gpu.name)
 

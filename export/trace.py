@@ -133,7 +133,7 @@ def _folded(tensor: Any, axes: list[int], name: str) -> Any:
     import onnx_ir
 
     return onnx_ir.LazyTensor(
-        lambda: onnx_ir.tensor(np.ascontiguousarray(tensor.numpy().astype(np.float32).transpose(axes)), name=name),
+        lambda: onnx_ir.tensor(np.asarray(tensor.numpy().astype(np.float32).transpose(axes), order="C"), name=name),
         dtype=onnx_ir.DataType.FLOAT,
         shape=onnx_ir.Shape([tensor.shape[axis] for axis in axes]),
         name=name,

@@ -35,7 +35,7 @@ class Autoencoder:
             return made
 
         unscaled = self._unscaled(latents)
-        parts = [np.ascontiguousarray(unscaled[i : i + 1], dtype) for i in range(len(unscaled))]
+        parts = [np.asarray(unscaled[i : i + 1], dtype, order="C") for i in range(len(unscaled))]
         down = self._latents.downscale
         if tiled and (decoder == "tiny" or self._tiny):
             decoded = [tiled_decode_tiny(run, part, tile=_TINY_SIDE // down, downscale=down) for part in parts]
@@ -54,7 +54,7 @@ class Autoencoder:
             made: Array = engine({name: part})[output]
             return made
 
-        part = np.ascontiguousarray(pixels[None], dtype)
+        part = np.asarray(pixels[None], dtype, order="C")
         down = self._latents.downscale
         if not tiled:
             encoded = run(part)

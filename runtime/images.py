@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..bundle import EngineError, RequestError
+from ..bundle import OverflowedError, RequestError
+from ..bundle.files import replacing
 from ..engines import Array
 
 _LONGEST_NAME = 200
@@ -23,7 +24,7 @@ METADATA_KEY = "diffoundry"
 def to_image(sample: Array) -> Image.Image:
     """A decoded sample, float (3, H, W) in [-1, 1], as an RGB picture, rounded as diffusers rounds."""
     if not np.isfinite(sample).all():
-        raise EngineError(
+        raise OverflowedError(
             "the decoded image is not finite (NaN or infinity): the VAE overflowed; use a bundle of higher precision"
         )
     unit = np.clip(sample.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
@@ -56,20 +57,18 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> Non
     """Write `image` beside `path` with its metadata, then rename it into place."""
     info = PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as beside:
         image.save(beside, format="PNG", pnginfo=info)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The record that `save_png` wrote into `path`. Raises `RequestError` when there is none."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise RequestError(f"{path} is no file: give the path of a picture")
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(METADATA_KEY)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise RequestError(f"{path} cannot be read as a picture: {error}") from None
     if not text:
         raise RequestError(f"{path} holds no diffoundry record")

@@ -210,5 +210,5 @@ def _described(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, (np.ndarray, Image.Image)):
-        return f"sha256:{hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+        return f"sha256:{hashlib.sha256(np.asarray(value, order='C').tobytes()).hexdigest()}"
     return asdict(value) if isinstance(value, Conditioning) else value

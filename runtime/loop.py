@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import EngineError, StoppedError, Tensor
+from ..bundle import EngineError, OverflowedError, StoppedError, Tensor
 from ..engines import Array, Bound, Engine
 from .guidance import Guidance, combine
 from .noise import Generator
@@ -190,7 +190,7 @@ class Denoiser:
         feeds: Mapping[str, Array] = {
             "sample": sample,
             "timestep": timestep,
-            **{name: np.ascontiguousarray(array, specs[name].dtype) for name, array in inputs.items()},
+            **{name: np.asarray(array, specs[name].dtype, order="C") for name, array in inputs.items()},
         }
         return _Call(source, sample, timestep, self._unet.bind(feeds), self._unet.outputs[0].name)
 
@@ -199,7 +199,7 @@ def denoise(denoiser: Denoiser, rows: Sequence[Row], callback: Callback | None =
     """Run each row to the end of its table and return the final latents, float32 (N, C, H, W).
 
     Rows that have fewer steps than others leave the batch when they are done.
-    Raises `StoppedError` when the callback returns False, `EngineError` when the latents are no longer finite.
+    Raises `StoppedError` when the callback returns False, `OverflowedError` when the latents are no longer finite.
     """
     state = State([row.table for row in rows], np.stack([row.latents for row in rows]))
     latents = np.stack([row.latents for row in rows])
@@ -236,9 +236,9 @@ def stop_if_asked(answer: object, done: int, total: int) -> None:
 
 
 def check_finite(latents: Array) -> None:
-    """Raise `EngineError` when final latents are NaN or infinite."""
+    """Raise `OverflowedError` when final latents are NaN or infinite."""
     if not np.isfinite(latents).all():
-        raise EngineError(
+        raise OverflowedError(
             "the final latents are not finite (NaN or infinity): the model overflowed; "
             "lower the guidance or use a bundle of higher precision"
         )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
 
-from ..bundle import Bundle, BundleError, RequestError
+from ..bundle import Bundle, BundleError, EngineError, RequestError
 from ..engines import Array, Engine
 from ..engines.supply import AS_EXPORTED, Supply
 from . import tasks
@@ -25,6 +26,7 @@ from .images import to_image
 from .inputs import Inputs, Told, cuts
 from .jobs import Job, Jobs, check_decoder
 from .loop import Callback, Denoiser, Row, denoise
+from .names import ours
 from .noise import GENERATORS
 from .request import MOST_IMAGES, Request, whole_number
 from .text import Embedding, TextEncoders
@@ -49,6 +51,7 @@ _GUIDANCE = {
 }
 _LOOPS = ("host", "device")
 _RUN = ("batch", "low_memory", "callback")
+_OPTIONS = tuple(name for name in Request.__dataclass_fields__ if name != "prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,10 @@ class Result:
 
 
 class Pipeline:
-    """A loaded bundle. Engines are loaded when first needed and kept; runs may come from several threads."""
+    """A loaded bundle. Engines are loaded when first needed and kept; runs may come from several threads.
+
+    In a process that is forked later it loads its engines again on the CPU; on a GPU its methods raise `EngineError`.
+    """
 
     def __init__(
         self,
@@ -98,7 +104,6 @@ class Pipeline:
         self.bundle = bundle
         self._supply = Supply(bundle, engine, precision, weight_budget)
         self._threads = threads
-        self._engines: dict[str, Engine] = {}
         self._loaders = dict(engines or {})
         if loop not in (None, *_LOOPS):
             raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
@@ -107,19 +112,20 @@ class Pipeline:
         on_device = not self._supply.engine.on_cpu and "step" in bundle.manifest.components
         self._loop_asked = loop
         self._loop = loop or ("device" if on_device else "host")
-        self._lock = threading.RLock()
         self._workers = (threads or default_threads()) - 1
-        self._pool = ThreadPoolExecutor(self._workers, "diffoundry") if self._workers else None
+        self._process = os.getpid()
+        self._start()
+        _PIPELINES.add(self)
         self._inputs = Inputs(bundle, TextEncoders(bundle, self.engine))
         self._jobs = Jobs(bundle, self._inputs)
         self._autoencoder = Autoencoder(bundle, self.engine)
-        self._device_loop = DeviceLoop()
 
     def engine(self, name: str) -> Engine:
         """The engine of component `name`, loaded on first use.
 
         Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
         """
+        self._check_process()
         with self._lock:
             if name not in self._engines:
                 threads = 1 if name == "unet" and self._small(name) else self._threads
@@ -129,6 +135,7 @@ class Pipeline:
 
     def told(self) -> dict[str, Any]:
         """What runs the bundle: `engine`, `precision`, and the plan that served each component, where it has plans."""
+        self._check_process()
         with self._lock:
             for name, engine in self._engines.items():
                 self._supply.remember(name, engine)
@@ -142,6 +149,29 @@ class Pipeline:
         """The usual shapes of the plans of component `name`; [] where it takes any."""
         return self._supply.plan_shapes(name)
 
+    def _start(self) -> None:
+        """Hold no engines, and locks and threads of this process."""
+        self._lock = threading.RLock()
+        self._engines: dict[str, Engine] = {}
+        self._device_loop = DeviceLoop()
+        self._pool = ThreadPoolExecutor(self._workers, "diffoundry") if self._workers else None
+
+    def _start_in_child(self) -> None:
+        """Start again in a forked process, where the threads of the engines are not there."""
+        if self._supply.engine.on_cpu:
+            self._inherited = self._engines, self._device_loop, self._pool  # to end them would wait for their threads
+            self._process = os.getpid()
+            self._start()
+
+    def _check_process(self) -> None:
+        """Raise `EngineError` where a GPU was opened before this process was forked: it cannot be used in both."""
+        if os.getpid() != self._process:
+            raise EngineError("this pipeline was loaded in another process, before a fork: load the bundle in this one")
+
+    def __reduce__(self) -> NoReturn:
+        """Pickling and copying. Raises `EngineError`: engines belong to the process that loaded them."""
+        raise EngineError("a pipeline cannot be copied or sent to another process: load the bundle there")
+
     def _small(self, name: str) -> bool:
         """Whether rows of this component's calls are shared among the processors, rather than its operators."""
         model = self.bundle.path(self.bundle.component(name).model)
@@ -150,6 +180,7 @@ class Pipeline:
 
     def release(self, name: str) -> None:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
+        self._check_process()
         with self._lock:
             engine = self._engines.pop(name, None)
             if engine is not None:
@@ -159,12 +190,14 @@ class Pipeline:
 
     def release_all(self) -> None:
         """Drop every engine and its memory."""
+        self._check_process()
         with self._lock:
             self._engines.clear()
             self._device_loop.clear()
 
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""
+        self._check_process()
         return self._inputs.embeddings(prompts)
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
@@ -201,6 +234,7 @@ class Pipeline:
         callback: see `loop.Callback`; it counts the steps of all batches, each as long as its longest row.
         Raises `RequestError` for what the bundle cannot do, before anything is run.
         """
+        self._check_process()
         if not isinstance(requests, Sequence) or not all(isinstance(request, Request) for request in requests):
             raise RequestError("generate_many takes a list of Request")
         jobs = [self._jobs.make(request) for request in requests]
@@ -324,8 +358,9 @@ class Pipeline:
         """`generate` with plain keywords.
 
         They are those of `Request` (guidance as a number), `guidance_mode`, `guidance_interval`, `guidance_rescale`,
-        and those of `generate`: `batch`, `low_memory`, `callback`.
+        and those of `generate`: `batch`, `low_memory`, `callback`. Raises `RequestError` for others.
         """
+        options = ours(options, (*_OPTIONS, *_GUIDANCE, *_RUN))
         run = {key: options.pop(key) for key in _RUN if key in options}
         guidance = {field_name: options.pop(key) for key, field_name in _GUIDANCE.items() if key in options}
         if isinstance(guidance.get("scale"), Guidance):
@@ -334,13 +369,19 @@ class Pipeline:
             options["guidance"] = guidance.pop("scale")
         else:
             options["guidance"] = Guidance(**guidance)
-        known = set(Request.__dataclass_fields__) - {"prompt"}
-        unknown = set(options) - known
-        if unknown:
-            name = sorted(unknown)[0]
-            near = difflib.get_close_matches(name, [*known, *_GUIDANCE, *_RUN], n=1)
-            raise RequestError(f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         return self.generate(Request(prompt, **options), **run)
+
+
+_PIPELINES: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+def _start_in_child() -> None:
+    for pipeline in list(_PIPELINES):
+        pipeline._start_in_child()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=_start_in_child)
 
 
 def load(

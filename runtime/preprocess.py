@@ -74,7 +74,8 @@ def _upright_rgb(image: Image.Image, what: str) -> Image.Image:
 
 def _unreadable(what: str, error: Exception) -> RequestError:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return RequestError(f"{what} has too many pixels to be opened safely: make it smaller first")
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return RequestError(f"{what} has too many pixels ({most} are the most that is opened): save it smaller first")
     if isinstance(error, OSError) and error.strerror:
         return RequestError(f"{what} cannot be read ({error.strerror}): give the path of a picture")
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -122,7 +123,7 @@ def image_pixels(
     fitted = _fit(image, width, height, crop, resize_mode).convert("RGB")
     unit = np.asarray(fitted).astype(np.float32) / np.float32(255)
     pixels = np.float32(2) * unit - np.float32(1)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return np.asarray(pixels.transpose(2, 0, 1), order="C")
 
 
 def mask_pixels(

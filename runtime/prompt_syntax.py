@@ -7,8 +7,9 @@
     ("a", "b").and(1, 0.5)   both embeddings one after the other
 
 A sign is an operator where whitespace, punctuation or the end follows: `t-shirt` and `c++11` are words. Parentheses
-without a weight vanish. A backslash makes any of ``\\ ( ) " + - , . :`` literal.
-The syntax is that of compel (github.com/damian0815/compel) without `.swap`, `.attend` and `withLora`.
+without a weight vanish. A backslash makes any of ``\\ ( ) [ ] < " + - , . :`` literal, and the words BREAK and AND.
+The syntax is that of compel (github.com/damian0815/compel) without `.swap`, `.attend` and `withLora`. What reads as the
+syntax of stable-diffusion-webui is refused with ours in its place: (word:1.3), ((word)), [word], <lora:…>, BREAK, AND.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _DEEPEST = 100
 """Every level multiplies all that is inside it: this keeps long prompts fast."""
 
 _SPACE = " \t\r\n"
-_SPECIAL = r'\\()"+\-,.:'
-_ESCAPED = re.compile(rf"\\([{_SPECIAL}])")
+_SPECIAL = r'\\()\[\]<"+\-,.:'
+_ESCAPED = re.compile(rf"\\([{_SPECIAL}]|(?:BREAK|AND)\b)")
 _UNIT = rf'(?:\\[{_SPECIAL}]|\\(?![{_SPECIAL}])|[^\s()",.+\-\\])'
 _BOUNDARY = r'(?=[\s()",.;:!?\]}]|\Z)'
 _POINT = r"(?<=[0-9])\.(?=[0-9])"
@@ -42,7 +43,7 @@ _SIGNS = re.compile(r"\++|-+")
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
 _AFTER_QUOTES = re.compile(rf"(?:{_SIGNS.pattern}|{_NUMBER.pattern}){_BOUNDARY}")
 _AFTER_WEIGHT = re.compile(r"[\w+-]|\.[0-9]")
-_COLON_WEIGHT = re.compile(r"(?<!\\):\s*[0-9]*\.[0-9]+\s*\Z")
+_COLON_WEIGHT = re.compile(r"(?<!\\):\s*[+-]?(?:[0-9]+|([0-9]*\.[0-9]+))\s*\Z")
 _COLON_REACH = 24
 """How many characters before ")" are searched for a weight like ":1.3"."""
 _COMBINATION = re.compile(
@@ -51,6 +52,16 @@ _COMBINATION = re.compile(
 )
 _ARGUMENT = re.compile(rf"[+-]?(?:{_NUMBER.pattern})\Z")
 _UNSUPPORTED = re.compile(r"\.(swap|attend|blend|and)\(|(withLora|useLora)\(")
+_FOREIGN = re.compile(r"\\.|(\[|<(?i:lora|lyco|hypernet):|\b(?:BREAK|AND)\b)", re.DOTALL)
+"""What stable-diffusion-webui reads as syntax, and a backslash with what it makes literal."""
+_OURS = {
+    "BREAK": r'begins a window in other tools: write ("one part", "another").and() here, or \BREAK for the word',
+    "AND": r'joins two prompts in other tools: write ("one", "another").blend(1, 1) here, or \AND for the word',
+    "[": r"lowers the weight in other tools: write (words)0.9 or word- here, or \[ for a literal bracket",
+    "[:": r"changes the prompt between steps in other tools, and not here: write one text, or \[ for a literal bracket",
+    "<": r"loads a network in other tools: fuse it into the checkpoint and leave this out, or write \< if it is text",
+    "((": r"raises the weight in other tools: write (words)1.21 or word++ here, or \( for a literal parenthesis",
+}
 _SHOWN = 20
 
 
@@ -81,20 +92,28 @@ class Conjunction:
     weights: tuple[float, ...]
 
 
-def parse(text: str) -> Fragments | Blend | Conjunction:
+def parse(text: str, name: str = "prompt") -> Fragments | Blend | Conjunction:
     """The fragments of a prompt in order, () for an empty one, or the blend or conjunction that it is.
 
     Neighbours of one weight are one fragment, so that text without syntax comes back as it is, less outer whitespace.
-    Raises `RequestError` with the place for unbalanced parentheses, unclear or too large weights, and operators that
-    are not supported.
+    Raises `RequestError` with the place in `name` for unbalanced parentheses, unclear or too large weights, operators
+    that are not supported, and the syntax of other tools.
     """
+    try:
+        return _parse(text)
+    except _SyntaxError as error:
+        raise RequestError(f"{name}{error}") from None
+
+
+def _parse(text: str) -> Fragments | Blend | Conjunction:
+    _refuse_foreign(text)
     combination = _combination(text)
     return _fragments(text, 0, len(text)) if combination is None else combination
 
 
 def escape(text: str) -> str:
-    """The prompt or part of one that `parse` reads as this very text: a backslash before each of ``\\ ( ) " + - :``."""
-    return re.sub(r'([\\()"+:-])', r"\\\1", text)
+    """The prompt or part of one that `parse` reads as this very text, by backslashes."""
+    return re.sub(r'([\\()\[<"+:-]|\b(?:BREAK|AND)\b)', r"\\\1", text)
 
 
 def _unescape(text: str) -> str:
@@ -146,6 +165,7 @@ def _scan(text: str, start: int, end: int) -> list[Fragment]:
     """The fragments of text[start:end], one for each change of syntax, times the weights of their groups."""
     groups: list[list[Fragment]] = [[]]
     opened: list[int] = []
+    bare: dict[tuple[int, int], int] = {}  # by where a group begins and ends: how deep it is nested without a weight
     plain = start  # where the text that is not yet in a fragment began
     at = start
 
@@ -166,10 +186,16 @@ def _scan(text: str, start: int, end: int) -> list[Fragment]:
         elif text[at] == ")":
             if not opened:
                 raise _refusal(text, at, r"closes a parenthesis that was never opened: write \) for a literal one")
-            _refuse_colon_weight(text, opened.pop(), at)
+            begin, close = opened.pop(), at
             flush()
-            weight, at = _weight(text, at + 1, end)
+            weight, at = _weight(text, close + 1, end)
             plain = at
+            weighted = at > close + 1
+            _refuse_colon_weight(text, begin, close, weighted)
+            around = 0 if weighted else 1 + bare.get((begin + 1, close - 1), 0)
+            if around > 1 and not (opened[-1:] == [begin - 1] and text[at : at + 1] == ")"):
+                raise _refusal(text, begin, _OURS["(("])
+            bare[begin, close] = around
             inner = groups.pop()
             groups[-1].extend(_times(inner, weight))
         elif quoted := _weighted_quotes(text, at, end):
@@ -231,8 +257,19 @@ def _fused(fragments: Iterable[Fragment], text: str, start: int) -> Fragments:
     return tuple(fused)
 
 
-def _refuse_colon_weight(text: str, start: int, end: int) -> None:
-    if _COLON_WEIGHT.search(text[max(start, end - _COLON_REACH) : end]):
+def _refuse_foreign(text: str) -> None:
+    for found in _FOREIGN.finditer(text):
+        if syntax := found[1]:
+            if syntax == "[":
+                inside = text[found.start() : text.find("]", found.start())]
+                syntax = "[:" if ":" in inside or "|" in inside else "["
+            raise _refusal(text, found.start(), _OURS.get(syntax, _OURS["<"]))
+
+
+def _refuse_colon_weight(text: str, start: int, end: int, weighted: bool) -> None:
+    """Refuse (words:1.3), and (words:2) where no weight of ours follows."""
+    weight = _COLON_WEIGHT.search(text[max(start, end - _COLON_REACH) : end])
+    if weight and not (weighted and weight[1] is None):
         raise _refusal(text, start, r"has its weight inside: write (words)1.3, or \: for a literal colon")
 
 
@@ -243,8 +280,12 @@ def _why_unsupported(name: str) -> str:
     return f"is not supported: {remedy}, or write a backslash before the parenthesis if it is text"
 
 
-def _refusal(text: str, at: int, reason: str) -> RequestError:
-    return RequestError(f"prompt, character {at + 1}: {_shown(text[at:])} {reason}")
+class _SyntaxError(Exception):
+    """What is wrong, without the name of the prompt."""
+
+
+def _refusal(text: str, at: int, reason: str) -> _SyntaxError:
+    return _SyntaxError(f", character {at + 1}: {_shown(text[at:])} {reason}")
 
 
 def _shown(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import operator
 import re
@@ -17,8 +18,10 @@ from ..engines import Array
 from .autoencoder import DECODERS
 from .conditioning import Conditioning
 from .guidance import Guidance
+from .names import check_text, ours
 from .noise import GENERATORS
 from .preprocess import RESIZE_MODES
+from .prompt_syntax import parse
 
 MOST_IMAGES = 4096
 LARGEST_SIDE = 16384
@@ -29,14 +32,15 @@ EMBEDS = (
     "pooled_prompt_embeds",
     "negative_pooled_prompt_embeds",
 )
-_LARGEST_SEED = 2**62
+_SMALLEST_SEED, _LARGEST_SEED = -(2**63), 2**64 - 1
+"""The seeds that `torch.Generator().manual_seed` takes."""
 _MOST_STEPS = 1_000_000
 _MOST_SKIPPED = 1000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WHOLE = (
     ("steps", 1, _MOST_STEPS),
     ("count", 1, MOST_IMAGES),
-    ("seed", 0, _LARGEST_SEED),
+    ("seed", _SMALLEST_SEED, _LARGEST_SEED),
     ("width", 1, LARGEST_SIDE),
     ("height", 1, LARGEST_SIDE),
     ("padding_mask_crop", 0, LARGEST_SIDE),
@@ -67,6 +71,7 @@ class Request:
     a prompt that is too long takes several windows of the text encoder. prompt_embeds and the like: embeddings in
     place of the text, float32 (tokens, width), and pooled (width,).
     conditioning, negative_conditioning: what SDXL is told of sizes; the negative is the same by default.
+    guidance_scale, num_inference_steps and mask_image, as diffusers calls them, stand for guidance, steps and mask.
     output: `image`, or `latent` to leave out the decoder. decoder: `full`, or `tiny` where the bundle has it. tiled:
     work through large images in tiles, in the memory that one takes.
     """
@@ -113,6 +118,8 @@ class Request:
                 self._set(name, whole_number(name, value, low, high))
         for name in _TEXTS:
             _check_text(name, getattr(self, name), optional=name != "prompt")
+            if self.weights is True:
+                parse(getattr(self, name) or "", name)
         if not isinstance(self.guidance, Guidance):
             self._set("guidance", Guidance(self.guidance))
         self._set("scheduler_options", _plain(self.scheduler_options))
@@ -135,7 +142,10 @@ class Request:
         self._check_embeddings()
         self._check_guidance()
         if self.seed is not None and self.seed + self.count - 1 > _LARGEST_SEED:
-            raise RequestError(f"the seed of the last image would be above {_LARGEST_SEED}: choose a smaller seed")
+            raise RequestError(
+                f"image i has seed + i, and that of the last would be above {_LARGEST_SEED}: "
+                f"choose a smaller seed, {_LARGEST_SEED - self.count + 1} at most"
+            )
         for name in ("conditioning", "negative_conditioning"):
             value = getattr(self, name)
             if not isinstance(value, Conditioning) and (value is not None or name == "conditioning"):
@@ -233,6 +243,18 @@ class Request:
         )
 
 
+_FIELDS = tuple(Request.__dataclass_fields__)
+_set_fields = Request.__init__
+
+
+@functools.wraps(_set_fields)
+def _by_any_name(self: Request, *values: Any, **options: Any) -> None:
+    _set_fields(self, *values, **ours(options, _FIELDS))
+
+
+Request.__init__ = _by_any_name  # type: ignore[method-assign]
+
+
 def whole_number(name: str, value: Any, low: int, high: int) -> int:
     """`value` as an int. Raises `RequestError` when it is no whole number from `low` to `high`."""
     try:
@@ -260,9 +282,9 @@ def _fraction(name: str, value: Any) -> float:
 def _check_text(name: str, text: Any, optional: bool) -> None:
     if text is None and optional:
         return
-    if not isinstance(text, str) or _SURROGATE.search(text):
-        found = f"{type(text).__name__}" if not isinstance(text, str) else "bytes that are not UTF-8"
-        raise RequestError(f"{name} must be a string of text, found {found}")
+    check_text(name, text)
+    if _SURROGATE.search(text):
+        raise RequestError(f"{name} must be a string of text, found bytes that are not UTF-8")
 
 
 def _embedding(name: str, value: Any) -> Array | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +43,6 @@ class TextEncoders:
         self._bundle, self._engine = bundle, engine
         self._prompts = bundle.manifest.prompts
         self._tokenizers: dict[str, PromptTokenizer] = {}
-        self._lock = threading.Lock()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -131,11 +129,10 @@ class TextEncoders:
 
     def tokenizer(self, name: str) -> PromptTokenizer:
         """The tokenizer of the encoder `name`, loaded on first use."""
-        with self._lock:
-            if name not in self._tokenizers:
-                prompt = self._prompts[name]
-                self._tokenizers[name] = PromptTokenizer(self._bundle.path(prompt.tokenizer), prompt)
-            return self._tokenizers[name]
+        if name not in self._tokenizers:  # two threads may both load it: the first one is kept
+            prompt = self._prompts[name]
+            self._tokenizers.setdefault(name, PromptTokenizer(self._bundle.path(prompt.tokenizer), prompt))
+        return self._tokenizers[name]
 
 
 def _hidden(prompt: Prompt, skip: int) -> str:

@@ -41,7 +41,7 @@ class _Grid:
 
     def cut(self, source: Array, top: int, left: int) -> Array:
         rows, columns = (slice(start * self.before, (start + self.tile) * self.before) for start in (top, left))
-        return np.ascontiguousarray(source[..., rows, columns])
+        return np.asarray(source[..., rows, columns], order="C")
 
     def shape(self, source: Array) -> tuple[int, int]:
         """Height and width of the whole result."""

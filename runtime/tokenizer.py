@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..bundle import BundleError, Prompt
+from ..bundle.files import check_regular
+from ..bundle.tokens import read_tokens
 from ..engines import Array
 
 _CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -21,6 +25,7 @@ class PromptTokenizer:
         """Raises `BundleError` when the tokenizer's files are missing or damaged."""
         self._prompt = prompt
         self._tokenizer = _load(folder)
+        self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
     def encode(self, texts: Sequence[str]) -> tuple[Array, list[str]]:
         """Token ids, int64 (len(texts), max_length), and for each text the part that did not fit ("" if all did)."""
@@ -34,8 +39,25 @@ class PromptTokenizer:
         return self._prompt.max_length - 2
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """All token ids of each text, without start, end and padding."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        """All token ids of each text, without start, end and padding.
+
+        A token of several vectors (textual inversion) is spelt out first, as diffusers does: `<fox>` becomes
+        `<fox> <fox>_1 <fox>_2` where the tokenizer has those too.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        spelt = [self._spelt_out(text, each.tokens) for text, each in zip(texts, encodings, strict=True)]
+        if spelt != list(texts):
+            encodings = self._tokenizer.encode_batch(spelt, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _spelt_out(self, text: str, tokens: Sequence[str]) -> str:
+        """`text` with every vector of each added token among its `tokens`."""
+        for token in dict.fromkeys(tokens):
+            if token in self._added:
+                others = (f"{token}_{i}" for i in itertools.count(1))
+                vectors = [token, *itertools.takewhile(self._added.__contains__, others)]
+                text = text.replace(token, " ".join(vectors))
+        return text
 
     def row(self, tokens: Sequence[int]) -> list[int]:
         """The window, `max_length` ids, of at most `room` tokens."""
@@ -55,7 +77,12 @@ class PromptTokenizer:
 def _load(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
+        for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            if (folder / name).exists():
+                check_regular(folder / name, "the tokenizer")
         tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else _clip(folder)
+    except BundleError:
+        raise
     except Exception as error:  # the Rust side raises plain Exception
         raise BundleError(f"the tokenizer in {folder} cannot be read ({error}); compile the bundle again") from None
     tokenizer.no_padding()
@@ -64,11 +91,12 @@ def _load(folder: Path) -> Tokenizer:
 
 
 def _clip(folder: Path) -> Tokenizer:
-    """CLIP's byte-pair encoding from `vocab.json` and `merges.txt` (Radford et al. 2021)."""
+    """CLIP's byte-pair encoding (Radford et al. 2021) of `vocab.json` and `merges.txt`, as transformers 5 makes it."""
+    tokens = read_tokens(folder)
     model = models.BPE.from_file(
         str(folder / "vocab.json"),
         str(folder / "merges.txt"),
-        unk_token="<|endoftext|>",
+        unk_token=tokens.named["unk_token"],
         end_of_word_suffix="</w>",
     )
     tokenizer = Tokenizer(model)
@@ -82,4 +110,5 @@ def _clip(folder: Path) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(**asdict(token)) for token in tokens.added])
     return tokenizer

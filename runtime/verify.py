@@ -48,7 +48,7 @@ def verify(
     bundle.check()
     problems = EngineStore(bundle.root / "engines").problems()
     if problems:
-        raise BundleError(f"{bundle.root}: {'; '.join(problems)}; compile the bundle again")
+        raise BundleError(f"{bundle.root}: {'; '.join(problems)}; then run or compile builds what is needed again")
     for chosen in (precision,) if precision is not None else runnable(bundle, engine):
         yield from _verify(bundle, engine, chosen, threads)
 
@@ -103,7 +103,7 @@ def _reference(bundle: Bundle, name: str, outputs: set[str]) -> tuple[dict[str, 
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
         raise BundleError(f"{path} cannot be read ({error}); compile the bundle again") from None
     feeds = {key.removeprefix("in."): value for key, value in arrays.items() if key.startswith("in.")}
     expected = {key.removeprefix("out."): value for key, value in arrays.items() if key.startswith("out.")}

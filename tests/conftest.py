@@ -82,7 +82,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproces
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "diffoundry", *(str(argument) for argument in arguments)]
         options = {"cwd": folder, **options}
-        return subprocess.run(line, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload,no-any-return]
+        return subprocess.run(line, capture_output=True, text=True, **options)  # type: ignore[call-overload,no-any-return]
 
     return run
 

@@ -49,7 +49,17 @@ class Backend:
         names = (str(name).lower() for name in self.load().ComputeCapability.__members__)
         return tuple(sorted((name for name in names if name.startswith("sm")), key=lambda name: int(name[2:])))
 
+    def check_gpu(self, name: str, arch: str) -> None:
+        """Raise `EngineError` when plans of this backend do not run on the GPU `name` of architecture `arch`."""
+        if self.ahead_of_time and arch not in self.architectures():
+            raise EngineError(
+                f"{self.name} does not run on {name} ({arch}), only on {', '.join(self.architectures())}: "
+                f"use --engine {ELSEWHERE}"
+            )
 
+
+ELSEWHERE = "onnxruntime:cuda, or tensorrt"
+"""The engines of GPUs that TensorRT for RTX does not run on, such as Hopper's."""
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
 BACKENDS = {
     TENSORRT: Backend(TENSORRT, "tensorrt", (10, 13), "tensorrt"),

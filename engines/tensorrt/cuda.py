@@ -220,7 +220,7 @@ class Graph:
 
 def contiguous(array: Array) -> Array:
     """`array`, or a copy that can be uploaded as it lies."""
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    return array if array.flags.c_contiguous else np.asarray(array, order="C")
 
 
 def _quietly(function: Callable[[Any], object], handle: Any) -> None:

@@ -50,7 +50,10 @@ class TensorRTEngine:
         self._plans = list(plans)
         for plan in self._plans:
             if set(plan.profile.shapes) != {tensor.name for tensor in self.inputs}:
-                raise EngineError(f"{component}: the plan {plan.key} is of other inputs than the model: build it again")
+                raise EngineError(
+                    f"{component}: the plan {plan.key} is of other inputs than the model: "
+                    f"remove {plan.folder} and compile the bundle again"
+                )
         self._onnx, self._weight_budget = onnx, weight_budget
         self._refitted: Path | None = None
         self._loaded: dict[str, LoadedPlan] = {}

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from .cuda import REMEDY
 from .gpu import Gpu
 from .plan import CACHE_NAME, Plan
 from .refit import refit
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|memory .*could not be allocated|not enough free memory", re.I)
+"""What TensorRT says when a GPU has not enough memory."""
 
 
 class LoadedPlan:
@@ -106,7 +110,7 @@ class LoadedPlan:
     def failed(self, what: str) -> EngineError:
         """The error to raise when TensorRT could not do something, with the reason it gave."""
         why = self.log.why()
-        memory = f": {REMEDY}" if "memory" in why.lower() else ""
+        memory = f": {REMEDY}" if _OUT_OF_MEMORY.search(why) else ""
         return EngineError(f"{self.plan.component}: {what}: {why}{memory}")
 
     def _deserialize(self) -> Any:
@@ -123,7 +127,8 @@ class LoadedPlan:
         built_for = plan.device or ", ".join(plan.archs)
         raise self.failed(
             f"the plan {plan.key} does not load: it was built by {plan.backend} {plan.version} for {built_for}, "
-            f"this is {self.trt.__version__} on {self._gpu.device.name} ({self._gpu.device.arch}): build it anew"
+            f"this is {self.trt.__version__} on {self._gpu.device.name} ({self._gpu.device.arch}): "
+            f"remove {plan.folder} and compile the bundle again"
         )
 
     def _check(self, tensors: Sequence[Tensor]) -> None:
@@ -137,7 +142,7 @@ class LoadedPlan:
             wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
             raise EngineError(
                 f"{self.plan.component}: the plan {self.plan.key} and the model do not agree on "
-                f"{', '.join(wrong)}: build it again"
+                f"{', '.join(wrong)}: remove {self.plan.folder} and compile the bundle again"
             )
 
     def _stream_weights(self, budget: int | None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ...bundle import EngineError
-from ...bundle.files import disk_error
+from ...bundle.files import disk_error, replacing
 from .backend import BACKENDS
 from .layers import WEIGHTS_LINE, from_inspector, from_log, layer_line, memory_of
 
@@ -97,7 +97,8 @@ def _build(job: dict[str, Any], report: Callable[[str, float], bool]) -> dict[st
         for at in range(0, len(view), _PLAN_CHUNK):
             file.write(view[at : at + _PLAN_CHUNK])
     if timing is not None:
-        _save_timing(timing.serialize(), Path(job["timing"]))
+        with contextlib.suppress(OSError):  # the plan is made; the next one only takes longer
+            _save_timing(timing.serialize(), Path(job["timing"]))
     softmaxes = sum(network.get_layer(i).type == trt.LayerType.SOFTMAX for i in range(network.num_layers))
     layers = from_log(logger.layers)
     if job["at_gpu"]:  # the plan loads here and can be asked
@@ -161,9 +162,8 @@ def _load_timing(config: Any, path: str | None) -> Any:
 
 
 def _save_timing(cache: Any, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(memoryview(cache))
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_bytes(memoryview(cache))
 
 
 def _inspect(trt: Any, logger: Any, plan: Any) -> str:

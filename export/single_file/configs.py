@@ -12,6 +12,7 @@ from typing import Any
 from ...bundle import CheckpointError
 from ..checkpoint import Checkpoint
 from .kinds import REFINER, SD1, SD2, SDXL, UNET, VAE, Family, TextEncoder
+from .stated import check_architecture, prediction_type, zero_snr
 from .tokenizer import TOKENS
 from .weights import Weights
 
@@ -20,6 +21,7 @@ Config = dict[str, Any]
 COND_PROJ = "time_embed.cond_proj.weight"
 """The guidance embedding of LCM, for which the original code has no name: this is the usual one."""
 
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 _CHANNELS_A_GROUP_NORM = 32
 _CHANNELS_A_HEAD = 64
 _DIGITS = 9
@@ -105,15 +107,16 @@ class Setup:
     scheduler: Config
 
 
-def built_in(weights: Weights, family: Family, prediction_type: str | None) -> Setup:
+def built_in(weights: Weights, family: Family, predicts: str | None) -> Setup:
     """The setup that shapes and the family's rules give. Raises `CheckpointError` when they do not tell it.
 
-    prediction_type: overrides what the file says, or is taken for.
+    predicts: the prediction type, instead of what the file says or is taken for.
     """
+    check_architecture(weights, family)
     vae = vae_config(weights, family)
     in_channels = Part.of(weights, UNET).size(1, "input_blocks.0.0.weight")
     pipeline = _pipeline(weights, family, in_channels, vae["latent_channels"])
-    predicts = prediction_type or _prediction(weights, family, pipeline)
+    predicts = predicts or _prediction(weights, family, pipeline)
     # 768-v, as published, works on larger pictures and needs its attention scores in float32.
     late = family is SD2 and predicts == "v_prediction"
     vae["sample_size"] = pixels = 768 if late else family.pixels
@@ -128,10 +131,10 @@ def built_in(weights: Weights, family: Family, prediction_type: str | None) -> S
     )
 
 
-def setup_of(folder: Path, family: Family, prediction_type: str | None) -> Setup:
+def setup_of(folder: Path, family: Family, predicts: str | None) -> Setup:
     """The setup of the diffusers folder `folder`. Raises `CheckpointError` when it is not of `family`.
 
-    prediction_type: overrides the scheduler's.
+    predicts: the prediction type, instead of the scheduler's.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: the configuration must be a folder in the diffusers layout")
@@ -147,10 +150,19 @@ def setup_of(folder: Path, family: Family, prediction_type: str | None) -> Setup
     flags = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
     if "requires_safety_checker" in flags:
         flags["requires_safety_checker"] = False
-    scheduler = {"_class_name": (index.get("scheduler") or [None, ""])[1]}
-    scheduler |= checkpoint.config("scheduler", "scheduler_config.json")
-    if prediction_type:
-        scheduler["prediction_type"] = prediction_type
+    due = {**{text.name: text.class_name for text in family.text_encoders}, **_CLASSES}
+    for name, kind in due.items():
+        stated = (index.get(name) or [None, None])[1]
+        if stated != kind:
+            raise CheckpointError(
+                f"the configuration {folder} has {stated} for its {name}, a single file of {family.title} holds "
+                f"{kind}: give a folder that has it"
+            )
+    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    # The index decides, as in diffusers, where the two name different classes.
+    scheduler["_class_name"] = (index.get("scheduler") or [None, None])[1] or scheduler.get("_class_name")
+    if predicts:
+        scheduler["prediction_type"] = predicts
     models = {name: checkpoint.config(name) for name in (*texts, "unet", "vae")}
     return Setup(checkpoint.class_name, flags, models, scheduler)
 
@@ -331,21 +343,18 @@ def _pipeline(weights: Weights, family: Family, in_channels: int, latents: int) 
 def _prediction(weights: Weights, family: Family, pipeline: str) -> str:
     """What the U-Net predicts: what the file says of itself, else what diffusers takes it for.
 
-    The file may say it in its metadata (modelspec) or by a tensor named `v_pred`. diffusers takes Stable Diffusion 2
-    for 768-v, unless it is for inpainting or was stored at the training step of the base model.
+    diffusers takes Stable Diffusion 2 for 768-v, unless it is for inpainting or was stored at the training step of the
+    base model.
     """
-    stated = weights.metadata.get("modelspec.prediction_type", "").lower()
-    if stated in ("v", "v_prediction", "epsilon"):
-        return "epsilon" if stated == "epsilon" else "v_prediction"
     late = family is SD2 and pipeline == SD2.pipelines[0] and weights.global_step != _SD2_BASE_STEPS
-    return "v_prediction" if late or "v_pred" in weights.shapes else "epsilon"
+    return prediction_type(weights, family) or ("v_prediction" if late else "epsilon")
 
 
-def _scheduler(weights: Weights, family: Family, pipeline: str, prediction_type: str) -> Config:
-    """The scheduler published with the family. A tensor named `ztsnr` says that the last step is pure noise."""
-    zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in weights.shapes else {}
-    base = {**_NOISE, "prediction_type": prediction_type, **zero_snr}
+def _scheduler(weights: Weights, family: Family, pipeline: str, predicts: str) -> Config:
+    """The scheduler published with the family; a file trained for it has a last step of pure noise."""
+    pure = {"rescale_betas_zero_snr": True} if zero_snr(weights) else {}
+    base = {**_NOISE, "prediction_type": predicts, **pure}
     if family in (SDXL, REFINER):
         return {"_class_name": "EulerDiscreteScheduler", **base, **_EULER}
-    ddim = prediction_type == "v_prediction" if family is SD2 else pipeline == SD1.pipelines[1]
-    return {"_class_name": "DDIMScheduler" if ddim or zero_snr else "PNDMScheduler", **base}
+    ddim = predicts == "v_prediction" if family is SD2 else pipeline == SD1.pipelines[1]
+    return {"_class_name": "DDIMScheduler" if ddim or pure else "PNDMScheduler", **base}

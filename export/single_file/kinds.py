@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...bundle import CheckpointError
+from ..weight_files import check_names
 from .tokenizer import END
 from .weights import Weights
 
@@ -112,9 +113,14 @@ REFINER = Family(
 FAMILIES = (SD1, SD2, SDXL, REFINER)
 
 _OTHERS = {
-    r"lora_(unet|te|down|up|A|B)|\.lora\.|\.hada_w|\.lokr_w": "a LoRA, which changes a checkpoint and is none itself",
+    r"lora_(unet|te|down|up|A|B)|\.lora\.|\.hada_w|\.lokr_w": "a LoRA, which changes a checkpoint and is none itself: "
+    "give what diffusers saves after `load_lora_weights`, `fuse_lora` and `unload_lora_weights`",
     r"^(string_to_param|emb_params$|clip_[lg]$)": "a textual inversion, which adds to a checkpoint and is none itself",
     r"^control_model\.|^controlnet_|zero_convs\.": "a ControlNet",
+    r"^(ip_adapter|image_proj)\.": "an IP-Adapter, which adds to a checkpoint and is none itself",
+    r"^(adapter\.)?body\.\d+\.": "a T2I-Adapter or an upscaler, which adds to a checkpoint and is none itself",
+    r"motion_modules\.": "a motion module of AnimateDiff",
+    r"\.time_stack\.|\.time_mixer\.": "a Stable Video Diffusion model",
     r"^edm_(mean|std)$|^edm_vpred\.": "trained in the EDM way (Playground 2.5, CosXL)",
     r"double_blocks\.|single_transformer_blocks\.": "a FLUX model",
     r"joint_blocks\.|^transformer_blocks\.\d+\.norm1_context": "a Stable Diffusion 3 model",
@@ -122,18 +128,23 @@ _OTHERS = {
 """Names that a supported checkpoint never has."""
 _PARTS = {
     rf"^{UNET}(in|out)put_blocks\.": "a U-Net without text encoder (no cond_stage_model.*, no conditioner.embedders.*)",
-    r"^(unet\.)?(down_blocks|mid_block)\.": "a U-Net in the diffusers layout",
-    r"^(vae\.)?(encoder\.down_blocks|decoder\.up_blocks)\.": "a VAE in the diffusers layout",
+    r"^(unet\.)?(down_blocks|mid_block)\.": "a U-Net in the diffusers layout: give the folder of a whole checkpoint, "
+    "and with --component unet=FOLDER the folder of this file and its config.json",
+    r"^(vae\.)?(encoder\.down_blocks|decoder\.up_blocks)\.": "a VAE in the diffusers layout: give the folder of a "
+    "whole checkpoint, and with --component vae=FOLDER the folder of this file and its config.json",
     r"^input_blocks\.": f"a U-Net alone, without the prefix {UNET}",
     r"^(first_stage_model\.|vae\.)?(encoder\.down|decoder\.up)\.": "a VAE alone",
-    r"^(text_model|cond_stage_model|conditioner)\.|resblocks\.": "a text encoder alone",
+    r"^(vision_model|visual)\.": "an image encoder alone",
+    r"^(text_model|cond_stage_model|conditioner|embeddings)\.|resblocks\.|^encoder\.block\.": "a text encoder alone",
     r"^model_ema\.": "the moving average (EMA) of a U-Net alone",
+    r"^(optimizer|optimizer_states|lr_schedulers)\b": "the state of a training",
 }
 """Names that a checkpoint has too, so that they tell something only where it is incomplete."""
 
 
 def recognise(weights: Weights) -> Family:
     """The family of a whole checkpoint. Raises `CheckpointError`, which says what another file looks like."""
+    check_names(weights.path, weights.shapes)
     if not _look(weights, _OTHERS) and _has(weights, UNET):
         for family in FAMILIES:
             if any(_has(weights, text.prefix) for text in family.text_encoders):

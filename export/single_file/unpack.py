@@ -32,40 +32,6 @@ def is_single_file(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
-def unpack(source: Path, target: Path, *, config: Path | None = None, prediction_type: str | None = None) -> None:
-    """Write the single-file checkpoint `source` as the diffusers folder `target`, in the types that it is stored in.
-
-    config: a diffusers folder whose configurations, scheduler and tokenizer are taken instead of the built-in ones.
-    prediction_type: `epsilon`, `v_prediction` or `sample`, instead of what the file says or is taken for.
-    Raises `CheckpointError` when the file is damaged, incomplete, of no known family or has shapes that do not fit, and
-    `DiffoundryError` when `target` cannot be written; then nothing is left there.
-    """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        known = ", ".join(PREDICTION_TYPES)
-        raise DiffoundryError(f"unknown prediction type {prediction_type!r}: choose one of {known}")
-    if not is_single_file(source):
-        raise CheckpointError(f"{source} is no single-file checkpoint ({', '.join(SUFFIXES)}): check the path")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DiffoundryError(f"{target} exists: choose another folder, or remove it first")
-    weights = open_weights(source)
-    family = recognise(weights)
-    setup = setup_of(config, family, prediction_type) if config else built_in(weights, family, prediction_type)
-    models = [_model(name, setup, family) for name in setup.models]
-    _check(weights, f"{source}, a {family.title} checkpoint,", models, config)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        beside.mkdir(parents=True)
-        _write_tokenizers(beside, family, setup, config)
-        _write_rest(beside, family, setup)
-        for model in models:
-            _write_model(beside, weights, model)
-        beside.replace(target)
-    except OSError as error:
-        raise disk_error(error) from error
-    finally:
-        remove(beside)
-
-
 @dataclass(frozen=True, slots=True)
 class _Model:
     """A model of the target: module is on the meta device, originals the original name of each of its weights."""
@@ -82,6 +48,66 @@ class _Model:
     def stored(self) -> tuple[str, ...]:
         """The names of its weights in the file, each once."""
         return tuple(dict.fromkeys(self.originals.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class SingleFile:
+    """A single-file checkpoint whose header, names and shapes were found to be a whole model of its family."""
+
+    weights: Weights
+    family: Family
+    setup: Setup
+    models: tuple[_Model, ...]
+    config: Path | None
+
+    @classmethod
+    def open(cls, source: Path, *, config: Path | None = None, prediction_type: str | None = None) -> SingleFile:
+        """Check `source`, of which no weight is read. The arguments and errors are those of `unpack`."""
+        if prediction_type not in (None, *PREDICTION_TYPES):
+            known = ", ".join(PREDICTION_TYPES)
+            raise DiffoundryError(f"unknown prediction type {prediction_type!r}: choose one of {known}")
+        if not is_single_file(source):
+            raise CheckpointError(f"{source} is no single-file checkpoint ({', '.join(SUFFIXES)}): check the path")
+        weights = open_weights(source)
+        family = recognise(weights)
+        setup = setup_of(config, family, prediction_type) if config else built_in(weights, family, prediction_type)
+        models = tuple(_model(name, setup, family) for name in setup.models)
+        _check(weights, f"{source}, a {family.title} checkpoint,", models, config)
+        return cls(weights, family, setup, models, config)
+
+    def write_outline(self, root: Path) -> None:
+        """Write all but the weights to the folder `root`: configurations, scheduler and tokenizers."""
+        _write_tokenizers(root, self.family, self.setup, self.config)
+        _write_rest(root, self.family, self.setup)
+        for model in self.models:
+            _write_config(root, self.weights, model)
+
+    def write(self, target: Path) -> None:
+        """Write the folder `target`, which is not there or empty. Raises `DiffoundryError`, then nothing is left."""
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise DiffoundryError(f"{target} exists: choose another folder, or remove it first")
+        beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            beside.mkdir(parents=True)
+            self.write_outline(beside)
+            for model in self.models:
+                _write_model(beside, self.weights, model)
+            beside.replace(target)
+        except OSError as error:
+            raise disk_error(error) from error
+        finally:
+            remove(beside)
+
+
+def unpack(source: Path, target: Path, *, config: Path | None = None, prediction_type: str | None = None) -> None:
+    """Write the single-file checkpoint `source` as the diffusers folder `target`, in the types that it is stored in.
+
+    config: a diffusers folder whose configurations, scheduler and tokenizer are taken instead of the built-in ones.
+    prediction_type: `epsilon`, `v_prediction` or `sample`, instead of what the file says or is taken for.
+    Raises `CheckpointError` when the file is damaged, incomplete, of no known family or has shapes that do not fit, and
+    `DiffoundryError` when `target` cannot be written; then nothing is left there.
+    """
+    SingleFile.open(source, config=config, prediction_type=prediction_type).write(target)
 
 
 def _model(folder: str, setup: Setup, family: Family) -> _Model:
@@ -125,7 +151,7 @@ def _published(name: str, text: TextEncoder | None) -> str:
     return _CLIP_PREFIX + name if bare else name
 
 
-def _check(weights: Weights, where: str, models: list[_Model], config: Path | None) -> None:
+def _check(weights: Weights, where: str, models: tuple[_Model, ...], config: Path | None) -> None:
     """Raise `CheckpointError` unless the file has each weight of `models`, as floats of the right shape."""
     another = "give the diffusers folder of a checkpoint of the same make as the configuration"
     remedy = "it is incomplete, download it again"
@@ -189,18 +215,20 @@ def _write_model(root: Path, weights: Weights, model: _Model) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder = root / model.folder
-    folder.mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in _converted(model, weights.read(model.stored)).items()}
-    path = folder / f"{'model' if model.text else 'diffusion_pytorch_model'}.safetensors"
+    path = root / model.folder / f"{'model' if model.text else 'diffusion_pytorch_model'}.safetensors"
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise DiffoundryError(f"{path} cannot be written ({error}): free some disk space and try again") from None
+
+
+def _write_config(root: Path, weights: Weights, model: _Model) -> None:
     config = {name: value for name, value in model.config.items() if name not in ("torch_dtype", "_name_or_path")}
     if model.text:  # transformers 5 loads in the type that is stated here
         config["dtype"] = _FLOATS[weights.dtypes[model.stored[0]]]
-    write_json(folder / "config.json", config)
+    (root / model.folder).mkdir()
+    write_json(root / model.folder / "config.json", config)
 
 
 def _write_tokenizers(root: Path, family: Family, setup: Setup, config: Path | None) -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...bundle import CheckpointError
-from ..checkpoint import check_safetensors
+from ..weight_files import check_safetensors, read_pickle, type_name, unwrapped
 
 PICKLES = (".ckpt", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLES)
 _DEEPEST = 4
 """Wrappers around the weights of a pickle; one that holds itself has no end."""
-_ZIP, _PICKLE = b"PK", b"\x80"
 _BARE_CLIP = re.compile(r"^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.")
 
 
@@ -52,7 +48,7 @@ def _open_safetensors(path: Path) -> Weights:
     check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
-            stored = {_canonical(name): name for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            stored = _canonical(path, file.keys())
             slices = {name: file.get_slice(old) for name, old in stored.items()}
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
@@ -72,19 +68,19 @@ def _open_safetensors(path: Path) -> Weights:
 def _open_pickle(path: Path) -> Weights:
     import torch
 
-    content = _unpickled(path)
+    content = read_pickle(path)
     step = content.get("global_step")
     for _ in range(_DEEPEST):
         if not isinstance(content.get("state_dict"), Mapping):
             break
         content = content["state_dict"]
         step = content.get("global_step", step)
-    tensors = {
-        _canonical(name): value.detach()
+    held = {
+        name: value.detach()
         for name, value in content.items()
         if isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
     }
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    tensors = {name: held[old] for name, old in _canonical(path, held).items()}
 
     def read(wanted: Iterable[str]) -> dict[str, Any]:
         # Copies, because a pickle may hold views of one storage, which safetensors refuses to write.
@@ -93,38 +89,16 @@ def _open_pickle(path: Path) -> Weights:
     return Weights(
         path,
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        {name: names.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()},
+        {name: type_name(tensor) for name, tensor in tensors.items()},
         {},
         int(step) if isinstance(step, int) else None,
         read,
     )
 
 
-def _unpickled(path: Path) -> Mapping[str, Any]:
-    import torch
+def _canonical(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The stored name by the one of the original layout.
 
-    with path.open("rb") as file:
-        start = file.read(2)
-    damaged = f"{path} is truncated or no checkpoint ({path.stat().st_size} bytes): download it again"
-    if not start.startswith((_ZIP, _PICKLE)):
-        raise CheckpointError(damaged)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of TorchScript, which is refused below
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch has a kind for each way of being damaged
-        if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            raise CheckpointError(
-                f"{path} holds code, not only weights{f' ({found[1]})' if found else ''}: "
-                "convert it to .safetensors where you trust it"
-            ) from None
-        raise CheckpointError(damaged) from None
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds one {type(content).__name__}, not weights by name: it is no checkpoint")
-    return content
-
-
-def _canonical(name: str) -> str:
-    """Merges of old checkpoints left out `text_model.`, as the first release of transformers' CLIP did."""
-    return _BARE_CLIP.sub(r"\1text_model.\2.", name)
+    Merges of old checkpoints left out `text_model.`, as the first release of transformers' CLIP did.
+    """
+    return {_BARE_CLIP.sub(r"\1text_model.\2.", name): stored for stored, name in unwrapped(path, names).items()}

@@ -103,7 +103,7 @@ def test_disk_full_during_compile(tmp_path, checkpoint_of):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    done = subprocess.run(line, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 1
     assert "Error: no space left to write" in done.stderr
     assert "Traceback" not in done.stderr
@@ -118,13 +118,11 @@ def test_a_stopped_compile_goes_on_where_it_was(tmp_path, checkpoint_of):
     written: dict[str, int] = {}
     for how, after in ((signal.SIGINT, "text_encoder"), (signal.SIGKILL, "vae_decoder")):
         stopped = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
-        deadline = time.monotonic() + 240
         while not (stages / f"{after}.json").exists():
             assert stopped.poll() is None
-            assert time.monotonic() < deadline
             time.sleep(0.05)
         stopped.send_signal(how)
-        _, stderr = stopped.communicate(timeout=60)
+        _, stderr = stopped.communicate()
         if how == signal.SIGINT:
             assert stopped.returncode == 1
             assert "Error: interrupted; what was finished is kept" in stderr
@@ -133,7 +131,7 @@ def test_a_stopped_compile_goes_on_where_it_was(tmp_path, checkpoint_of):
         found = {path.name: path.stat().st_mtime_ns for path in stages.iterdir()}
         assert written.items() < found.items()  # what was finished before is not made again
         written = found
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, at in written.items():
         assert (tmp_path / "b" / name.removesuffix(".json") / "model.onnx").stat().st_mtime_ns <= at
@@ -202,7 +200,12 @@ def test_an_empty_tokenizer_folder(called, tmp_path, checkpoint_of):
         (["--guidance", "-1"], ["guidance must be a number"]),
         (["--guidance", "inf"], ["guidance must be a number"]),
         (["--guidance-interval", "0.9", "0.1"], ["guidance interval"]),
-        (["--seed", "-1"], ["seed must be a whole number"]),
+        (["--seed", str(2**64)], ["seed must be a whole number from -9223372036854775808 to 18446744073709551615"]),
+        (["--seed", str(2**64 - 1), "--count", "3"], ["smaller seed, 18446744073709551613 at most"]),
+        (["--padding-mask-crop", "8"], ["--padding-mask-crop has no effect without a mask"]),
+        (["--clip-skip", "9"], ["--clip-skip must be from 0 to 1"]),
+        (["--negative-2", "a"], ["--negative-prompt-2 goes with --negative-prompt"]),
+        (["-n", "((a ring))", "--weights"], ["--negative-prompt, character 1", "write (words)1.21"]),
         (["--count", "0"], ["count must be a whole number from 1"]),
         (["--engine", "onnxruntime:cuda"], ["'cuda'", "or use the engine onnxruntime"]),
         (["--engine", "npu"], ["unknown engine 'npu'", "onnxruntime, onnxruntime:cuda"]),
@@ -239,6 +242,14 @@ def test_a_path_that_is_too_long(command, bundle_of):
 def test_wrong_usage_is_exit_code_2(command, bundle_of):
     assert command("run", bundle_of("pico"), "x", "--stepps", "3").returncode == 2
     assert command("fly").returncode == 2
+
+
+@pytest.mark.parametrize("prompt", ["-star", "-a red star", "-nice", "--star in the sky"])
+def test_a_prompt_that_begins_with_a_dash(called, bundle_of, prompt):
+    done = called("run", bundle_of("pico"), prompt, "--steps", 1)
+    assert done.returncode == 2
+    assert "run BUNDLE -- '-star'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_bundle_that_is_not_there(command, tmp_path):

@@ -47,6 +47,21 @@ def test_the_png_tells_how_to_make_it_again(command, bundle_of, tmp_path):
     assert np.abs(first - second).max() <= 1
 
 
+def test_options_are_known_by_the_names_of_diffusers(command, bundle_of, tmp_path):
+    """And a prompt may begin with a dash, and a seed be negative."""
+    ours = ["--steps", 2, "--guidance", 3, "--negative", "a ring"]
+    theirs = ["--num-inference-steps", 2, "--guidance-scale", 3, "--negative-prompt", "a ring"]
+    small = ["--width", 32, "--height", 32, "--seed", -1, "--json"]
+    told = [
+        json.loads(command("run", bundle_of("pico"), *names, *small, "-o", tmp_path / name, "--", "-a star").stdout)
+        for name, names in (("a.png", ours), ("b.png", theirs))
+    ]
+    assert told[0]["request"] == told[1]["request"]
+    assert (told[0]["request"]["prompt"], told[0]["images"][0]["seed"]) == ("-a star", -1)
+    assert read_metadata(tmp_path / "a.png")["seed"] == -1
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 def test_inspect_tells_components_parity_and_engines(command, bundle_of):
     done = command("inspect", bundle_of("pico"), "--json")
     told = json.loads(done.stdout)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper
 
 from diffoundry.bundle import Bundle, EngineError
-from diffoundry.engines import EngineStore
+from diffoundry.bundle.files import mark, sha256_file
+from diffoundry.engines import EngineStore, onnxruntime
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 
 
@@ -113,6 +118,13 @@ def test_a_damaged_model_is_one_clear_error(tmp_path):
         OnnxRuntimeEngine.load(tmp_path / "other.onnx")
 
 
+def test_a_model_that_is_a_link_and_does_not_load_has_its_own_remedy(tmp_path):
+    (tmp_path / "blob").write_bytes(b"not a model")
+    (tmp_path / "model.onnx").symlink_to("blob")
+    with pytest.raises(EngineError, match=r"upgrade ONNX Runtime, or use a copy .* \(cp -rL\)"):
+        OnnxRuntimeEngine.load(tmp_path / "model.onnx")
+
+
 def test_the_optimized_graph_is_kept_and_used(unet_path, unet, tmp_path):
     store = EngineStore(tmp_path / "engines")
     source = Bundle.open(unet_path.parent.parent).component("unet").files
@@ -127,19 +139,73 @@ def test_the_optimized_graph_is_kept_and_used(unet_path, unet, tmp_path):
     np.testing.assert_allclose(cached(feeds())["out_sample"], unet(feeds())["out_sample"], atol=1e-5)
 
 
-def test_the_cached_graph_is_what_runs(unet_path, tmp_path):
-    """Served from the cache, the session reads the cached file: without its data it cannot start."""
+def kept_record(store):
+    """The folder of the only engine in `store`, and a function that vouches for what lies there now."""
+    (folder,) = store.root.iterdir()
+
+    def vouch():
+        record = json.loads((folder / "engine.json").read_text())
+        record["files"] = {name: sha256_file(folder / name) for name in record["files"]}
+        (folder / "engine.json").write_text(json.dumps(record))
+
+    return folder, vouch
+
+
+def test_the_cached_graph_is_what_runs(unet_path, unet, tmp_path):
+    """Served from the cache, the session reads the cached files: other weights there give other numbers."""
     store = EngineStore(tmp_path / "engines")
     OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
-    (folder,) = store.root.iterdir()
-    record = json.loads((folder / "engine.json").read_text())
-    (folder / "model.onnx").write_bytes(b"nonsense")
-    from diffoundry.bundle.files import sha256_file
+    folder, vouch = kept_record(store)
+    weights = np.fromfile(folder / "model.onnx_data", np.float32)
+    (weights * np.float32(0.5)).tofile(folder / "model.onnx_data")
+    vouch()
+    changed = OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})(feeds())["out_sample"]
+    assert np.abs(changed - unet(feeds())["out_sample"]).max() > 1e-2
 
-    record["files"]["model.onnx"] = sha256_file(folder / "model.onnx")
-    (folder / "engine.json").write_text(json.dumps(record))
-    with pytest.raises(EngineError, match="cannot load"):
-        OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("model.onnx", b"nonsense"), ("model.onnx", b""), ("model.onnx_data", b"short")]
+)
+def test_a_cached_graph_that_does_not_load_is_made_again(unet_path, unet, tmp_path, file, content):
+    """Its record is right: a full disk cut it short before it was hashed, or another build of ONNX Runtime made it."""
+    store = EngineStore(tmp_path / "engines")
+    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
+    folder, vouch = kept_record(store)
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(content)
+    vouch()
+    again = OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
+    np.testing.assert_array_equal(again(feeds())["out_sample"], unet(feeds())["out_sample"])
+    made = (folder / file).read_bytes()
+    assert abs(len(made) - len(whole)) < 100  # the names in it are counted on from before
+    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
+    assert (folder / file).read_bytes() == made
+    assert store.problems() == []
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 200_000, 5_000_000])
+def test_a_cache_that_cannot_be_written_is_done_without(unet_path, unet, tmp_path, limit):
+    """A limit on the size of files stands in for the full disk. Nothing half-written is left, or used."""
+    store = EngineStore(tmp_path / "engines")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        made = OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    np.testing.assert_array_equal(made(feeds())["out_sample"], unet(feeds())["out_sample"])
+    assert not any(path.name.startswith(".") for path in store.root.iterdir())
+    again = OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
+    np.testing.assert_array_equal(again(feeds())["out_sample"], unet(feeds())["out_sample"])
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "pipe"])
+def test_a_store_that_is_no_folder_is_done_without(unet_path, tmp_path, kind):
+    path = tmp_path / "engines"
+    (tmp_path / "outside").mkdir()
+    {"file": path.touch, "link": lambda: path.symlink_to("outside"), "pipe": lambda: os.mkfifo(path)}[kind]()
+    OnnxRuntimeEngine.load(unet_path, store=EngineStore(path), source={"a": "1"})
+    assert list((tmp_path / "outside").iterdir()) == []
 
 
 def test_another_source_or_a_damaged_plan_is_built_anew(unet_path, tmp_path):
@@ -192,7 +258,54 @@ def test_engines_of_other_models_are_pruned(unet_path, tmp_path):
     store = EngineStore(tmp_path / "engines")
     OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
     OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "2"})
-    (store.root / ".half-built").mkdir()
+    (store.root / f".{'0' * 32}-01234567").mkdir()
+    mark(store.root / f".{'0' * 32}-01234567")
     store.prune([{"a": "2"}])
     assert [record["source"] for record in store.records()] == [{"a": "2"}]
     assert len(list(store.root.iterdir())) == 1
+
+
+def small(nodes, inputs, outputs):
+    """A session of a graph of a few nodes, as an engine."""
+    graph = helper.make_graph(nodes, "g", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return OnnxRuntimeEngine(session, "small", "cpu")
+
+
+def test_a_value_without_axes_stays_one_where_it_is_bound():
+    scalar = [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in "xy"]
+    engine = small([helper.make_node("Add", ["x", "x"], ["y"])], scalar[:1], scalar[1:])
+    x = np.asarray(2.0, np.float32)
+    bound = engine.bind({"x": x})
+    for value in (2.0, 3.0):
+        x[...] = value
+        found = bound("x")["y"]
+        assert (found.shape, float(found)) == ((), 2 * value)
+
+
+def test_memory_that_is_wanting_is_told_from_other_failures():
+    """Both provoked in ONNX Runtime itself: a value of 64 TiB, and a bound output of another shape."""
+    ends = helper.make_tensor_value_info("s", TensorProto.INT64, ["n"]), helper.make_tensor_value_info("y", 1, None)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    nodes = [helper.make_node("Expand", ["x", "s"], ["b"]), helper.make_node("Add", ["b", "b"], ["y"])]
+    feeds = {"x": np.ones(1, np.float32), "s": np.array([1 << 44], np.int64)}
+    engine = small(nodes, [x, ends[0]], [ends[1]])
+    with pytest.raises(EngineError, match="small: out of memory: ask for a smaller size"):
+        engine(feeds)
+    feeds["s"][0] = 4
+    bound = engine.bind(feeds)
+    bound()
+    feeds["s"][0] = 5  # the output was bound with 4
+    with pytest.raises(EngineError, match="small: ONNX Runtime failed"):
+        bound("s")
+
+
+def test_float32_on_cuda_is_no_tf32():
+    assert onnxruntime._PROVIDER_OPTIONS[onnxruntime.PROVIDERS["cuda"]]["use_tf32"] == "0"
+
+
+@pytest.mark.gpu
+def test_the_session_on_cuda_has_no_tf32(unet_path):
+    engine = OnnxRuntimeEngine.load(unet_path, provider="cuda")
+    assert engine._session.get_provider_options()["CUDAExecutionProvider"]["use_tf32"] == "0"

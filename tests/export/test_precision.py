@@ -9,7 +9,7 @@ import pytest
 
 import diffoundry
 from diffoundry.bundle import Bundle
-from diffoundry.bundle.files import holds, sha256_file
+from diffoundry.bundle.files import holds, mark, sha256_file
 from diffoundry.export import precision as stage
 
 ASKED = {"precision": "fp16", "scan": diffoundry.Scan(prompts=("a small red ring",), budget_db=0), "default_steps": 2}
@@ -76,6 +76,7 @@ def test_what_an_interrupted_compile_left_is_swept(bundle_of, lowered, checkpoin
     bundle = shutil.copytree(bundle_of("pico"), tmp_path / "pico.bundle")
     work = tmp_path / ".pico.bundle.part"
     (work / ".stages").mkdir(parents=True)
+    mark(work)
     (work / "unet").mkdir()
     shutil.copy(lowered / "reports/stages/precision.fp16.json", work / ".stages")
     shutil.copy(lowered / "unet/fp16.onnx", work / "unet")

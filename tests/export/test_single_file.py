@@ -7,7 +7,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import diffoundry
 from diffoundry.bundle import CheckpointError, DiffoundryError
 from diffoundry.export.checkpoint import Checkpoint
-from diffoundry.export.single_file import is_single_file, unpack
+from diffoundry.export.single_file import SingleFile, is_single_file, unpack
+from diffoundry.export.single_file.configs import built_in
+from diffoundry.export.single_file.kinds import SD1, recognise
 from diffoundry.export.single_file.names import clip_names, unet_names, vae_names
+from diffoundry.export.single_file.weights import Weights, open_weights
 
 PICO = Path(__file__).resolve().parents[2] / "examples" / "pico"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -387,7 +390,7 @@ def test_weights_come_back_as_they_were(kind, made, tmp_path):
     checkpoint = Checkpoint.open(tmp_path / "out")
     assert checkpoint.class_name == pipeline and checkpoint.index["scheduler"] == ["diffusers", scheduler]
     for name, model in file.models.items():
-        (path,) = checkpoint.weights(name).glob("*.safetensors")
+        (path,) = checkpoint.weights(name).files
         found = load_file(path)
         due = {published(key) if "text" in name else key: value for key, value in model.state_dict().items()}
         assert found.keys() == due.keys()
@@ -503,6 +506,111 @@ def test_what_the_network_predicts(kind, metadata, extra, override, due, made, t
     assert stated(tmp_path / "out") == due
 
 
+def saying(made: Made, metadata: dict[str, str], marks: str = "") -> Weights:
+    """The weights of a file with more metadata, and empty tensors of the names in `marks`."""
+    weights = open_weights(made.path)
+    return replace(weights, metadata=metadata, shapes={**weights.shapes, **dict.fromkeys(marks.split(), (0,))})
+
+
+@pytest.mark.parametrize(
+    ("kind", "metadata", "marks", "due"),
+    [
+        ("sd1", {"modelspec.prediction_type": "velocity"}, "", ("v_prediction", False)),
+        ("sd1", {"modelspec.prediction_type": "v-prediction"}, "", ("v_prediction", False)),
+        ("sd1", {"modelspec.prediction_type": "V_Prediction "}, "", ("v_prediction", False)),
+        ("sd1", {"modelspec.prediction_type": "x0"}, "", ("sample", False)),
+        ("sd1", {"modelspec.predict_key": "v"}, "", ("v_prediction", False)),
+        ("sd1", {"prediction_type": "v_prediction"}, "", ("v_prediction", False)),
+        ("sd1", {"ss_v_parameterization": "True"}, "", ("v_prediction", False)),
+        ("sd2", {"ss_v_parameterization": "False"}, "", ("epsilon", False)),
+        ("sd2", {"modelspec.architecture": "stable-diffusion-v2-512"}, "", ("epsilon", False)),
+        ("sd1", {"modelspec.prediction_type": "None", "ss_v_parameterization": "None"}, "", ("epsilon", False)),
+        ("sd1", {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"}, "", ("v_prediction", True)),
+        ("sdxl", {"modelspec.architecture": "Some-Merge"}, "v_pred ztsnr", ("v_prediction", True)),
+    ],
+)
+def test_what_the_file_says_of_its_training(kind, metadata, marks, due, made):
+    weights = saying(made(kind), metadata, marks)
+    scheduler = built_in(weights, recognise(weights), None).scheduler
+    assert (scheduler["prediction_type"], scheduler.get("rescale_betas_zero_snr", False)) == due
+
+
+@pytest.mark.parametrize(
+    ("metadata", "marks", "what"),
+    [
+        ({"modelspec.prediction_type": "flow"}, "", "says that it predicts 'flow' .*say it with --prediction-type"),
+        ({"prediction_type": "rectified"}, "", "predicts 'rectified' .prediction_type., unknown here"),
+        ({"ss_v_parameterization": "maybe"}, "", "neither true nor false: say it with --prediction-type"),
+        (
+            {"modelspec.prediction_type": "epsilon"},
+            "v_pred",
+            "epsilon by modelspec.prediction_type and v_prediction by",
+        ),
+        ({"modelspec.noise_process": "flow"}, "", "for the process 'flow'"),
+    ],
+)
+def test_what_is_not_understood_is_refused_and_can_be_said(metadata, marks, what, made):
+    weights = saying(made("sd1"), metadata, marks)
+    with pytest.raises(CheckpointError, match=what):
+        built_in(weights, SD1, None)
+    assert built_in(weights, SD1, "v_prediction").scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "marks", "what"),
+    [
+        (
+            {"modelspec.architecture": "stable-diffusion-xl-v1-base"},
+            "",
+            "says that it is 'stable-diffusion-xl-v1-base'",
+        ),
+        ({"modelspec.architecture": "Flux-1-dev"}, "", "its tensors are those of Stable Diffusion 1"),
+        ({"ss_zero_terminal_snr": "False"}, "ztsnr", "contradicts itself in ss_zero_terminal_snr and the tensor ztsnr"),
+        ({"ss_zero_terminal_snr": "?"}, "", "neither true nor false"),
+    ],
+)
+def test_what_contradicts_the_tensors_is_refused(metadata, marks, what, made):
+    with pytest.raises(CheckpointError, match=f"{what}.*--config"):
+        built_in(saying(made("sd1"), metadata, marks), SD1, None)
+
+
+def test_what_is_refused_in_a_file_opens_with_what_the_error_names(made, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file(made("sd1").tensors, path, metadata={"modelspec.prediction_type": "flow"})
+    assert "say it with --prediction-type" in refused(path, tmp_path)
+    assert SingleFile.open(path, prediction_type="epsilon").setup.scheduler["prediction_type"] == "epsilon"
+    save_file(made("sd1").tensors, path, metadata={"modelspec.architecture": "stable-diffusion-v2-512"})
+    assert "(--config)" in refused(path, tmp_path)
+    unpack(made("sd1").path, tmp_path / "config")
+    assert SingleFile.open(path, config=tmp_path / "config").family is SD1
+
+
+def test_what_a_file_cannot_do_is_said_before_it_is_unpacked(made, called, tmp_path, monkeypatch):
+    written: list[str] = []
+    real = SingleFile.write
+    monkeypatch.setattr(
+        SingleFile, "write", lambda single, target: (written.append(str(target)), real(single, target))[1]
+    )
+    for options, what in (
+        (("--tasks", "upscale"), "cannot do the task upscale: choose from "),
+        (("--component", f"prior={tmp_path}"), "has no component 'prior' to replace"),
+        (("--default-steps", "0"), "steps"),
+    ):
+        done = called("compile", made("sd1").path, "-o", tmp_path / "b", *options)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and what in done.stderr, done.stderr
+        assert "diffoundry-" not in done.stderr
+    assert not written and not list(tmp_path.iterdir())
+
+
+def test_names_of_wrappers_are_seen_through(made, tmp_path):
+    save_file({f"module.{name}": value for name, value in made("sd1").tensors.items()}, tmp_path / "m.safetensors")
+    unpack(tmp_path / "m.safetensors", tmp_path / "out")
+    unpack(made("sd1").path, tmp_path / "due")
+    for path in (tmp_path / "due").glob("*/*.safetensors"):
+        due, found = load_file(path), load_file(tmp_path / "out" / path.relative_to(tmp_path / "due"))
+        assert due.keys() == found.keys() and all(torch.equal(due[key], found[key]) for key in due)
+
+
 def test_the_prediction_type_overrides_the_configuration_too(made, tmp_path):
     unpack(made("sd1").path, tmp_path / "first")
     unpack(made("sd1").path, tmp_path / "second", config=tmp_path / "first", prediction_type="v_prediction")
@@ -593,7 +701,7 @@ def test_pickles_of_something_else(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     assert "one list" in refused(tmp_path / "list.pt", tmp_path)
     (tmp_path / "page.ckpt").write_text("<html>not found</html>")
-    assert "no checkpoint" in refused(tmp_path / "page.ckpt", tmp_path)
+    assert "is a web page, not weights" in refused(tmp_path / "page.ckpt", tmp_path)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": [1, 2]}, protocol=2))
     assert "no checkpoint" in refused(tmp_path / "plain.pt", tmp_path)
 
@@ -613,7 +721,14 @@ def test_pickles_of_something_else(tmp_path):
         (["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x"], "a U-Net without text encoder"),
         (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "a text encoder alone"),
+        (["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"], "a text encoder alone"),
         (["emb_params"], "a textual inversion"),
+        (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
+        (["down_blocks.0.motion_modules.0.proj.weight"], "a motion module"),
+        (["model.diffusion_model.out.2.weight.absmax"], "weights quantized by bitsandbytes: give the checkpoint"),
+        (["model.diffusion_model.out.2.scale_weight", "scaled_fp8"], "weights in fp8 with scales beside them"),
+        (["model.diffusion_model.out.2.base_layer.weight"], "a LoRA that was not merged"),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a text encoder alone"),
         (["b", "a"], "its tensors are a, b"),
         ([], "its tensors are none"),
     ],
@@ -709,6 +824,10 @@ def test_heads_that_cannot_be_told_need_a_configuration(made, tmp_path):
     assert "96 channels are no multiple of 64" in refused(tmp_path / "m.safetensors", tmp_path)
 
 
+def stated_class(tmp_path: Path) -> str:
+    return str(json.loads((tmp_path / "of-index/scheduler/scheduler_config.json").read_text())["_class_name"])
+
+
 def test_configurations_that_are_not_of_the_weights(made, tmp_path):
     for kind, config, what in (
         ("sdxl", PICO, "has text_encoder, the weights are of Stable Diffusion XL"),
@@ -718,6 +837,16 @@ def test_configurations_that_are_not_of_the_weights(made, tmp_path):
         with pytest.raises(CheckpointError, match=what):
             unpack(made(kind).path, tmp_path / "out", config=config)
     unpack(made("sd1").path, tmp_path / "config")
+    index = json.loads((tmp_path / "config" / "model_index.json").read_text())
+    for name, stated in (("vae", "AsymmetricAutoencoderKL"), ("text_encoder", "BertModel")):
+        changed_index = {**index, name: [index[name][0], stated]}
+        (tmp_path / "config" / "model_index.json").write_text(json.dumps(changed_index))
+        with pytest.raises(CheckpointError, match=f"has {stated} for its {name}"):
+            unpack(made("sd1").path, tmp_path / "out", config=tmp_path / "config")
+    scheduler = {**index, "scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
+    (tmp_path / "config" / "model_index.json").write_text(json.dumps(scheduler))
+    unpack(made("sd1").path, tmp_path / "of-index", config=tmp_path / "config")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "config").scheduler).__name__ == stated_class(tmp_path)
     path = tmp_path / "config" / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "cross_attention_dim": 32}))
     assert "gives [32, 64] where [32, 32] is due" in refused(made("sd1").path, tmp_path, config=tmp_path / "config")

@@ -129,6 +129,7 @@ def test_values_are_read_as_they_are_written():
     ("precision", "target", "message"),
     [
         ("fp32", Target(archs=("sm89", "sm90x")), "does not know the architecture 'sm90x': choose from sm75"),
+        ("fp32", Target(archs=("sm90",)), r"other GPUs, such as Hopper's \(sm90\), take --engine onnxruntime:cuda"),
         ("bf16", Target(archs=("sm75", "sm89")), "sm75 has no bfloat16: use --precision fp16"),
         ("fp16", Target(archs=("sm89",), flags=("refit",)), "refit plans are built on the machine that has the GPU"),
         ("fp16", Target(archs=("sm89",), flags=("strip",)), "strip plans are built on the machine that has the GPU"),

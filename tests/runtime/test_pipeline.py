@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+import diffoundry
 from diffoundry.bundle import EngineError, RequestError, StoppedError
 from diffoundry.runtime.guidance import Guidance
 from diffoundry.runtime.loop import Denoiser, Row, denoise
@@ -115,7 +119,26 @@ def test_two_threads_get_what_each_would_get_alone(pipe):
         ({"steps": 0}, "steps"),
         ({"steps": 2.5}, "steps"),
         ({"count": True}, "count"),
-        ({"seed": 2**63}, "seed"),
+        ({"seed": 2**64}, "seed must be a whole number from -9223372036854775808 to 18446744073709551615"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"seed": 2**64 - 2, "count": 3}, "choose a smaller seed, 18446744073709551613 at most"),
+        ({"guidance_scale": 3, "guidance": 3}, "guidance_scale and guidance are two names of one option"),
+        ({"num_inference_steps": 3, "steps": 3}, "two names of one option"),
+        ({"mask_image": None, "mask": None}, "two names of one option"),
+        ({"guidance_scael": 3}, "did you mean 'guidance_scale'"),
+        ({"generator": None}, "give seed=, a whole number"),
+        ({"num_images_per_prompt": 2}, "give count="),
+        ({"output_type": "np"}, r"give output='image' or output='latent'; numpy.asarray\(image\)"),
+        ({"eta": 0.5}, r"give scheduler_options=\{'eta'"),
+        ({"callback_on_step_end": print}, "give callback=, a function of step, total and latents"),
+        ({"latents": 1}, "give seed= for the noise"),
+        ({"original_size": (64, 64)}, r"conditioning=diffoundry.Conditioning\(original_size=…\)"),
+        ({"negative_crops_coords_top_left": (0, 0)}, r"negative_conditioning=diffoundry.Conditioning\(crop=…\)"),
+        ({"ip_adapter_image": 1}, "image adapters are not compiled"),
+        ({"zzz": 1}, r"help\(diffoundry.Request\) lists all"),
+        ({"negative_prompt": ["a"]}, "negative_prompt must be one text, found a list of 1: give the text"),
+        ({"negative_prompt": ["a", "b"]}, "found a list of 2: run several in one batch with pipe.generate_many"),
+        ({"weights": True, "negative_prompt": "[a]"}, r"negative_prompt, character 1: '\[a\]' lowers the weight"),
         ({"seed": 1.5}, "seed"),
         ({"width": 63}, "multiple of 8"),
         ({"height": 1 << 20}, "whole number from 1 to 16384"),
@@ -152,6 +175,53 @@ def test_two_threads_get_what_each_would_get_alone(pipe):
 def test_wrong_requests_are_refused_before_anything_runs(pipe, options, message):
     with pytest.raises(RequestError, match=message):
         pipe(PROMPT, **options)
+
+
+def test_a_request_refuses_what_it_does_not_know_as_a_pipeline_does():
+    with pytest.raises(RequestError, match=r"give guidance=diffoundry.Guidance\(…, rescale=…\)"):
+        Request(PROMPT, guidance_rescale=0.5)
+    with pytest.raises(RequestError, match="give seed="):
+        Request(PROMPT, generator=torch.Generator())
+    with pytest.raises(RequestError, match="two names of one option"):
+        Request(PROMPT, guidance_scale=3, guidance=3)
+
+
+def test_several_prompts_are_run_as_the_refusal_says(pipe):
+    with pytest.raises(RequestError, match="found a list of 2") as caught:
+        pipe(["a ring", "a star"])
+    example = str(caught.value).partition(" with ")[2]
+    first, second = eval(example, {"pipe": pipe, "diffoundry": diffoundry})
+    np.testing.assert_allclose(first.latents, pipe("a ring", seed=1).latents, atol=TOLERANCE)
+    np.testing.assert_allclose(second.latents, pipe("a star", seed=2).latents, atol=TOLERANCE)
+
+
+def test_options_have_the_names_of_diffusers_too(pipe):
+    small = {"seed": 1, "width": 32, "height": 32}
+    wanted = pipe(PROMPT, steps=2, guidance=3.0, **small)
+    found = pipe(PROMPT, num_inference_steps=2, guidance_scale=3.0, **small)
+    request = Request(PROMPT, num_inference_steps=2, guidance_scale=3.0, **small)
+    for result in (found, pipe.generate(request), pipe.generate(replace(request, scheduler=None))):
+        np.testing.assert_array_equal(result.latents, wanted.latents)
+        assert result.request == wanted.request
+    grey = np.full((32, 32), 0.5, np.float32)
+    both = [pipe(PROMPT, image=grey, steps=2, seed=1, **{name: grey}).latents for name in ("mask", "mask_image")]
+    np.testing.assert_array_equal(*both)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**62 + 1, 2**63, 2**64 - 1])
+def test_every_seed_of_torch_is_a_seed(pipe, seed):
+    asked = {"steps": 1, "width": 32, "height": 32, "output": "latent"}
+    found = pipe(PROMPT, seed=seed, scheduler="euler", guidance=1.0, **asked)
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(seed)).numpy()
+    np.testing.assert_allclose(TorchGenerator(seed).randn(1, 4, 4, 4), noise, atol=2e-6)
+    low = pipe(
+        PROMPT, seed=seed % 2**32, scheduler="euler", guidance=1.0, **asked
+    )  # torch's CPU takes these bits alone
+    np.testing.assert_array_equal(found.latents, low.latents)
+    assert json.loads(json.dumps(found.request))["seed"] == seed
+    assert found.seeds == [seed]
+    two = pipe(PROMPT, seed=seed - (seed > 0), count=2, **asked)
+    assert two.seeds == [seed - (seed > 0), seed + (seed < 0)]
 
 
 def test_latents_that_are_not_finite_are_an_error():

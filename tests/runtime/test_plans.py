@@ -6,6 +6,8 @@ The GPU is played in host memory (`tests/engines/tensorrt/simulated.py` says wha
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from diffoundry.bundle import Bundle, BundleError, EngineError
 from diffoundry.engines import EngineStore
 from diffoundry.engines.tensorrt.plan import PLAN_NAME
 from diffoundry.engines.tensorrt.recipe import Recipe
+from diffoundry.export.plans import site
 from diffoundry.export.target import Target, profiles
 from diffoundry.runtime.guidance import Guidance
 from diffoundry.runtime.pipeline import Request, load
@@ -164,10 +167,25 @@ def test_plans_of_another_version_or_gpu_are_refused(copied, built, message):
         drawn(load(copied, engine=ENGINE))
 
 
+def test_a_gpu_that_tensorrt_for_rtx_does_not_run_on_is_named_before_anything_is_loaded(planned, simulated_cuda):
+    simulated_cuda.capability = (9, 0)
+    with pytest.raises(EngineError, match=r"does not run on Simulated GPU \(sm90\), only on .*: use --engine onnxr"):
+        load(planned, engine=ENGINE)
+
+
+def test_no_plan_of_tensorrt_for_rtx_is_built_for_a_gpu_that_does_not_run_it(simulated_cuda):
+    simulated_cuda.capability = (9, 0)
+    with pytest.raises(EngineError, match=r"does not run on Simulated GPU \(sm90\), only on .*: use --engine onnxr"):
+        site(ENGINE, "fp16", Target())
+
+
 def test_a_bundle_without_plans_says_how_to_get_them(copied):
     with pytest.raises(EngineError, match="text_encoder: the bundle holds no tensorrt-rtx plan: compile"):
         drawn(load(copied, engine=ENGINE))
-    (copied / "bundle.json").unlink()
+    for name in ("step", "engines", "reports"):
+        shutil.rmtree(copied / name)
+    for path in (copied / "bundle.json", *copied.glob("*/fused.onnx"), *copied.glob("*/hoisted.onnx")):
+        path.unlink()
     with pytest.raises(EngineError, match="holds no plans: make a bundle"):
         load(copied, engine=ENGINE)
 
@@ -211,3 +229,15 @@ def test_one_changed_record_does_not_keep_the_other_plans_from_running(planned, 
     path = planned / "engines" / wide["key"] / "engine.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "archs": ["sm120"]}))
     np.testing.assert_allclose(drawn(load(planned, engine=ENGINE)).latents, drawn(host).latents, atol=TOLERANCE)
+
+
+def test_a_forked_process_is_told_to_open_the_gpu_itself(planned):
+    pipe = load(planned, engine=ENGINE)
+    child = os.fork()
+    if child == 0:
+        try:
+            pipe(PROMPT, steps=1)
+        except EngineError as error:
+            os._exit(7 if "load the bundle in this one" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

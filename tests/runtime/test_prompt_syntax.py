@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from diffoundry.bundle import RequestError
 from diffoundry.runtime.prompt_syntax import Blend, Conjunction, Fragment, escape, parse
 
-SYNTAX = st.text(alphabet=' ab19\n()[]"+-.,:;=\\é', max_size=40)
+SYNTAX = st.lists(st.sampled_from([*' ab19\n()[]<|"+-.,:;=\\é', "BREAK", "AND", "<lora:"]), max_size=40).map("".join)
 SPACE = " \t\r\n"
 
 
@@ -60,6 +60,10 @@ def plain(text):
         (r"(a\))+ \(b\)-", [("a)", 1.1), ("(b)", 0.9)]),
         ("C:\\dir \\", [("C:\\dir \\", 1)]),
         (r"\.swap\(x\)", [(".swap(x)", 1)]),
+        (r"\[a\] ] \<lora:x> <fox> a\[", [("[a] ] <lora:x> <fox> a[", 1)]),
+        (r"\BREAK \AND BREAKS and _AND \\AN", [(r"BREAK AND BREAKS and _AND \AN", 1)]),
+        (r"\((ring)\) (\(x\))+", [("( ring )", 1), ("(x)", 1.1)]),
+        ("((a) b) (c (d))", [("a b c d", 1)]),
     ],
 )
 def test_fragments(text, expected):
@@ -97,6 +101,23 @@ def test_blends_and_conjunctions(text, expected):
         ("(a)-0.5", 4, "unclear weight"),
         ("(a)+-", 4, "unclear weight"),
         ("a (red:1.3) b", 3, r"write \(words\)1.3"),
+        ("a (red:2) b", 3, r"write \(words\)1.3"),
+        ("(a red star: 1)", 1, r"write \(words\)1.3"),
+        ("(red:-1)", 1, r"write \(words\)1.3"),
+        ("(red:.5)++", 1, r"write \(words\)1.3"),
+        ("a ((ring)), b", 3, r"write \(words\)1.21"),
+        ("(((ring)))", 1, r"write \(words\)1.21"),
+        ("((ring):1.3)", 1, r"write \(words\)1.3"),
+        ("((a b)(c d)) ((e))", 14, r"write \(words\)1.21"),
+        ("a [ring] b", 3, r"write \(words\)0.9"),
+        ('("a", "[b]").and()', 8, r"write \(words\)0.9"),
+        ("a[ring", 2, r"write \(words\)0.9"),
+        ("[a:b:0.5]", 1, "between steps"),
+        ("[a|b]", 1, "between steps"),
+        ("star <lora:name:0.8>", 6, "fuse it into the checkpoint"),
+        ("<LyCO:x>", 1, "fuse it into the checkpoint"),
+        ("a BREAK b", 3, r'write \("one part", "another"\)\.and'),
+        ("a AND b", 3, r"blend\(1, 1\)"),
         ("(a)101", 1, "above 100"),
         ("((a)50)50", 1, "above 100"),
         ("a" + "+" * 9000, 1, "above 100"),
@@ -149,7 +170,7 @@ def test_escaped_text_is_itself(text):
 
 
 @settings(deadline=None)
-@given(st.text(alphabet=st.characters(exclude_characters='()"+-\\', exclude_categories=["Cs"]), max_size=40))
+@given(st.text(alphabet=st.characters(exclude_characters='()"+-\\[', exclude_categories=["Cs"]), max_size=40))
 def test_text_without_syntax_is_itself(text):
     assert parse(text) == (plain(text.strip(SPACE)) if text.strip(SPACE) else ())
 
@@ -185,7 +206,12 @@ def leaves(tree, weight=1.0):
 @settings(deadline=None)
 @given(TREES)
 def test_weights_are_the_products_of_their_groups(tree):
-    found = parse(written(tree))
+    try:
+        found = parse(written(tree))
+    except RequestError as error:
+        if "raises the weight in other tools" not in str(error):
+            raise
+        reject()
     expected = list(leaves(tree))
     merged = " ".join(fragment.text for fragment in found).split()
     assert merged == " ".join(text for text, _ in expected).split()

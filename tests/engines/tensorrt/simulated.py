@@ -69,6 +69,7 @@ class SimulatedCuda:
         cudaStreamCaptureModeThreadLocal = 1
 
     cudaStreamNonBlocking = 1
+    capability = (8, 9)
 
     def __init__(self, memory: int = 1 << 30, devices: int = 1, driver: int = 13000, runtime: int = 13000) -> None:
         self.memory, self.devices, self.driver, self.runtime = memory, devices, driver, runtime
@@ -138,7 +139,7 @@ class SimulatedCuda:
 
     def cudaDeviceGetAttribute(self, attribute: Any, index: int) -> tuple[Any, ...]:
         major = attribute == self.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor
-        return self.cudaError_t.cudaSuccess, 8 if major else 9
+        return self.cudaError_t.cudaSuccess, self.capability[0 if major else 1]
 
     def cudaGetDeviceProperties(self, index: int) -> tuple[Any, ...]:
         return self.cudaError_t.cudaSuccess, _Properties
@@ -303,6 +304,12 @@ class SimulatedTensorRT:
 
         def __init__(self) -> None:
             self.made = True
+
+    class ComputeCapability(Enum):
+        CURRENT = 1
+        SM75 = 75
+        SM89 = 89
+        SM120 = 120
 
     class ExecutionContextAllocationStrategy(Enum):
         STATIC = 0

@@ -1,0 +1,116 @@
+"""What a single file says of itself beside its weights: in its metadata, or by the name of an empty tensor.
+
+The spellings are those of Stability AI's modelspec, kohya's sd-scripts (ss_*) and ComfyUI. What is said and not
+understood, or said in two ways, is an error: the file is then not what it is taken for.
+"""
+
+from __future__ import annotations
+
+from ...bundle import CheckpointError
+from .kinds import REFINER, SD1, SD2, SDXL, Family
+from .weights import Weights
+
+_PREDICTIONS = {
+    "epsilon": ("epsilon", "eps", "noise"),
+    "v_prediction": ("v", "v_prediction", "v_pred", "vpred", "velocity", "v_parameterization", "v_parametrization"),
+    "sample": ("sample", "x0", "x_0", "x_start"),
+}
+_NAMED = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
+_YES_OR_NO = ("ss_v_parameterization", "v_pred")
+_ZERO_SNR = ("ss_zero_terminal_snr", "ztsnr")
+_UNSAID = ("", "none", "null")
+_ARCHITECTURE = "modelspec.architecture"
+_ARCHITECTURES: tuple[tuple[str, Family | None], ...] = (
+    ("stable-diffusion-v1", SD1),
+    ("stable-diffusion-v2", SD2),
+    ("stable-diffusion-xl-v1-refiner", REFINER),
+    ("stable-diffusion-xl", SDXL),
+    ("stable-diffusion-v3", None),
+    ("stable-diffusion-3", None),
+    ("stable-video-diffusion", None),
+    ("stable-cascade", None),
+    ("flux", None),
+)
+"""How the names of architectures begin, and the family: None for one that is not supported. Other names are free."""
+_SAY = "say it with --prediction-type (epsilon, v_prediction or sample)"
+_BY_CONFIG = "give the diffusers folder of a checkpoint of the same make as the configuration (--config)"
+
+
+def prediction_type(weights: Weights, family: Family) -> str | None:
+    """What the U-Net predicts, as diffusers spells it; None where the file says nothing of it.
+
+    Beside the metadata, an empty tensor `v_pred` says it, and the architecture of Stable Diffusion 2.
+    Raises `CheckpointError` for what is not understood or contradicts itself.
+    """
+    process = _value(weights, "modelspec.noise_process")
+    if process not in ("", "ddpm"):
+        raise CheckpointError(
+            f"{weights.path} says that it was trained for the process {process!r} (modelspec.noise_process), "
+            f"{family.title} by ddpm: where it is drawn by ddpm, {_SAY}"
+        )
+    said = {key: _prediction(weights, key) for key in _NAMED if _value(weights, key)}
+    for key in _YES_OR_NO:
+        flag = _flag(weights, key, _SAY)
+        if flag is not None:
+            said[key] = "v_prediction" if flag else "epsilon"
+    architecture = _value(weights, _ARCHITECTURE)
+    if family is SD2 and architecture.startswith(("stable_diffusion_v2_512", "stable_diffusion_v2_768_v")):
+        said[_ARCHITECTURE] = "epsilon" if "_512" in architecture else "v_prediction"
+    if "v_pred" in weights.shapes:
+        said["the tensor v_pred"] = "v_prediction"
+    if len(set(said.values())) > 1:
+        raise CheckpointError(
+            f"{weights.path} contradicts itself: it predicts "
+            f"{' and '.join(f'{value} by {key}' for key, value in said.items())}: {_SAY}"
+        )
+    return next(iter(said.values()), None)
+
+
+def zero_snr(weights: Weights) -> bool:
+    """Whether it was trained with a last step of pure noise (Lin et al. 2023). Raises `CheckpointError`."""
+    flags = {key: _flag(weights, key, _BY_CONFIG) for key in _ZERO_SNR}
+    if "ztsnr" in weights.shapes:
+        flags["the tensor ztsnr"] = True
+    said = {key: flag for key, flag in flags.items() if flag is not None}
+    if len(set(said.values())) > 1:
+        raise CheckpointError(f"{weights.path} contradicts itself in {' and '.join(said)}: {_BY_CONFIG}")
+    return any(said.values())
+
+
+def check_architecture(weights: Weights, family: Family) -> None:
+    """Raise `CheckpointError` where it says that it is of another family than its tensors are."""
+    stated = weights.metadata.get(_ARCHITECTURE, "").strip()
+    for start, other in _ARCHITECTURES:
+        if stated.lower().startswith(start):
+            if other is not family:
+                raise CheckpointError(
+                    f"{weights.path} says that it is {stated!r} ({_ARCHITECTURE}), its tensors are those of "
+                    f"{family.title}: where they are right, {_BY_CONFIG}"
+                )
+            return
+
+
+def _value(weights: Weights, key: str) -> str:
+    value = weights.metadata.get(key, "").strip().lower().replace("-", "_").replace(" ", "_")
+    return "" if value in _UNSAID else value
+
+
+def _prediction(weights: Weights, key: str) -> str:
+    value = _value(weights, key)
+    for name, spellings in _PREDICTIONS.items():
+        if value in spellings:
+            return name
+    raise CheckpointError(
+        f"{weights.path} says that it predicts {weights.metadata[key]!r} ({key}), unknown here: {_SAY}"
+    )
+
+
+def _flag(weights: Weights, key: str, remedy: str) -> bool | None:
+    value = _value(weights, key)
+    if value in ("true", "1", "yes", "false", "0", "no"):
+        return value in ("true", "1", "yes")
+    if value:
+        raise CheckpointError(
+            f"{weights.path} says {weights.metadata[key]!r} of {key}, neither true nor false: {remedy}"
+        )
+    return None

@@ -1,0 +1,416 @@
+"""The files that hold the weights of a model: which are read, and what keeps them from being read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle import BundleError, CheckpointError
+from ..bundle.files import read_json, sha256_file, sha256_json
+
+_NAMES = {
+    "diffusers": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+    "transformers": ("model.safetensors", "pytorch_model.bin"),
+}
+"""By library, the names of its weights in the order in which it looks for them."""
+_MAX_HEADER = 100 << 20
+"""safetensors' own limit for the JSON header."""
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+"""What torch.compile, FSDP, activation checkpointing and Lightning put into names; no model has such a part."""
+_PARALLEL = "module."
+_TOPS = ("text_model", "encoder", "decoder")
+"""Parts that all names of a sound model may begin with."""
+
+_ORIGINAL = "give the checkpoint that it was made from"
+_STARTS = (
+    (rb"version https://git-lfs", "is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"),
+    (rb"\s*<(?i:!doctype|html|\?xml)", "is a web page, not weights: download it again, logged in where its host asks"),
+    (rb"\s*[\[{]\s*[\"}\]]", "is a JSON text, not weights: download it again"),
+    (rb"GGUF", f"is a GGUF file, whose weights are quantized: {_ORIGINAL}"),
+    (rb"7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ", "is an archive: unpack it and give what is in it"),
+    (rb"\x08[\x03-\x14]\x12", f"is an ONNX model: {_ORIGINAL}"),
+)
+"""How files of other kinds begin, and what to do with them."""
+_SUFFIXES = {
+    ".onnx": f"an ONNX model: {_ORIGINAL}",
+    ".gguf": f"a GGUF file, whose weights are quantized: {_ORIGINAL}",
+    ".msgpack": "Flax weights: save them for PyTorch, `kind.from_pretrained(FOLDER, from_flax=True)` in diffusers",
+    ".h5": "TensorFlow weights: give a checkpoint for PyTorch",
+    ".xml": f"an OpenVINO model: {_ORIGINAL}",
+}
+FOREIGN = {
+    r"\.base_layer\.": "a LoRA that was not merged into the weights (PEFT's base_layer): save the pipeline after "
+    "`pipe.fuse_lora()` and `pipe.unload_lora_weights()`",
+    r"\.((nested_)?(absmax|quant_map)|SCB)$|\.quant_state\.": f"weights quantized by bitsandbytes: {_ORIGINAL}",
+    r"\.(qweight|qzeros|g_idx)$": f"weights quantized by GPTQ or AWQ: {_ORIGINAL}",
+    r"\.weight\._(data|scale|shift|packed)$": f"weights quantized by quanto: {_ORIGINAL}",
+    r"(weight|bias):?_?(qdata|zero_point)$|_packed_params": f"weights quantized by torchao or torch: {_ORIGINAL}",
+    r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$": "weights in fp8 with "
+    f"scales beside them: {_ORIGINAL}",
+    r"^(online_model|ema_model|shadow_params)\.": "a moving average as its trainer keeps it: save the averaged model "
+    "itself, with `save_pretrained`",
+}
+"""Names of tensors that no sound checkpoint has: what they tell, and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The weights of one model in `folder`.
+
+    variant: in the names of the files, as diffusers' `variant=` takes it. index: of the shards, None for one file.
+    types: of each tensor by its stored name, as safetensors names them. names: what the model calls each tensor, where
+    a wrapper of the model (torch.compile, DataParallel …) was saved in place of the model.
+    """
+
+    folder: Path
+    variant: str | None
+    index: Path | None
+    files: tuple[Path, ...]
+    types: Mapping[str, str]
+    names: Mapping[str, str]
+
+    @property
+    def safetensors(self) -> bool:
+        """Whether they are safetensors; else they are pickles."""
+        return self.files[0].suffix == ".safetensors"
+
+    @property
+    def library_options(self) -> dict[str, Any]:
+        """What makes `from_pretrained` of either library read these files.
+
+        Told to read .bin, diffusers takes shards before a single file; told nothing, it finds the single file.
+        """
+        shards = self.index is None and self.folder.joinpath(f"{self.files[0].name}.index.json").is_file()
+        return {"variant": self.variant, "use_safetensors": self.safetensors or (None if shards else False)}
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether tensors are stored under other names than the model's."""
+        return any(stored != name for stored, name in self.names.items())
+
+    @property
+    def half(self) -> str | None:
+        """F16 or BF16 where all floating-point tensors are stored in it."""
+        kinds = {kind for kind in self.types.values() if "F" in kind}
+        return next(iter(kinds)) if kinds in ({"F16"}, {"BF16"}) else None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def sha256(self) -> str:
+        """A hash of the configuration and of the files that are read, and of no others."""
+        read = [path for path in (self.folder / "config.json", self.index, *self.files) if path and path.is_file()]
+        return sha256_json({path.name: sha256_file(path) for path in read})
+
+    def read(self) -> dict[str, Any]:
+        """The tensors by the model's names, mapped where the files can be."""
+        from safetensors.torch import load_file
+
+        tensors: dict[str, Any] = {}
+        for path in self.files:
+            tensors.update(load_file(path) if self.safetensors else read_pickle(path))
+        return {self.names[stored]: tensor for stored, tensor in tensors.items() if stored in self.names}
+
+
+def find(folder: Path, library: str) -> WeightFiles:
+    """The weights that are read from `folder`, whole and of a kind that can be. library: diffusers or transformers.
+
+    The rules are those of the library's `from_pretrained`, full precision first:
+
+    1. Files are known by their whole names (diffusion_pytorch_model.safetensors and .bin; in transformers
+       model.safetensors and pytorch_model.bin) and by their index of shards. No other file is looked at.
+    2. Weights without a variant in their name come before all variants: a .bin in float32 before an fp16 .safetensors.
+    3. Then .safetensors before .bin; of one file and shards the file, but in diffusers' .safetensors the shards.
+    4. Without such weights the one variant there is (fp16, bf16, ema …) is read; of several `fp32`, and else none is.
+
+    Raises `CheckpointError`.
+    """
+    config = _config(folder)
+    found = _plain(folder, library, config) or _variant(folder, library)
+    if found is None:
+        raise _no_weights(folder, library)
+    variant, path = found
+    if path.suffix == ".json":
+        types, files = _shards(path), tuple(sorted({path.with_name(shard) for shard in _weight_map(path).values()}))
+    else:
+        types, files = stored_types(path), (path,)
+    _check_config(folder, config)
+    check_names(path, types)
+    odd = [
+        f"{name} ({kind})" for name, kind in types.items() if name.endswith((".weight", ".bias")) and "F" not in kind
+    ]
+    if odd:
+        raise CheckpointError(f"{path} holds {odd[0]}, a weight that is quantized: {_ORIGINAL}")
+    names = unwrapped(path, types)
+    first = {name.partition(".")[0] for name in names.values()}
+    if len(names) > 1 and len(first) == 1 and not first <= set(_TOPS):
+        raise CheckpointError(
+            f"{path}: every weight is below {next(iter(first))!r}, as a module that holds the model saves it: "
+            "save the model in it by its own `save_pretrained`"
+        )
+    return WeightFiles(folder, variant, path if path.suffix == ".json" else None, files, types, names)
+
+
+def _candidates(library: str, variant: str | None = None) -> list[str]:
+    """The names that weights may have, in the library's order."""
+    order = []
+    for name in _NAMES[library]:
+        stem, _, suffix = name.rpartition(".")
+        if variant is None:
+            both = [f"{name}.index.json", name]
+        else:
+            both = [f"{name}.index.{variant}.json", f"{stem}.{variant}.{suffix}"]
+            if library == "diffusers":
+                both.insert(1, f"{name}.{variant}.index.json")  # as it was spelt before diffusers 0.31
+        order += both if library == "diffusers" and suffix != "bin" else both[::-1]
+    return order
+
+
+def _plain(folder: Path, library: str, config: Mapping[str, Any]) -> tuple[None, Path] | None:
+    names = _candidates(library)
+    if library == "transformers" and isinstance(config.get("transformers_weights"), str):
+        names = [Path(config["transformers_weights"]).name]
+    return next(((None, folder / name) for name in names if (folder / name).is_file()), None)
+
+
+def _variant(folder: Path, library: str) -> tuple[str, Path] | None:
+    patterns = []
+    for name in _NAMES[library]:
+        stem, _, suffix = name.rpartition(".")
+        patterns.append(re.compile(rf"{re.escape(stem)}\.(.+)\.{suffix}"))
+        patterns.append(re.compile(rf"{re.escape(name)}\.index\.(.+)\.json"))
+        patterns.append(re.compile(rf"{re.escape(name)}\.(.+)\.index\.json"))
+    matches = [pattern.fullmatch(path.name) for path in sorted(folder.iterdir()) for pattern in patterns]
+    variants = sorted({match[1] for match in matches if match and not _SHARD.search(match[1])})
+    chosen = variants if len(variants) < 2 or "fp32" not in variants else ["fp32"]
+    if len(chosen) > 1:
+        raise CheckpointError(
+            f"{folder} holds the variants {', '.join(variants)} and no weights without a variant: "
+            "give a copy of it that holds one of them"
+        )
+    for variant in chosen:
+        for name in _candidates(library, variant):
+            if (folder / name).is_file():
+                return variant, folder / name
+    return None
+
+
+def _no_weights(folder: Path, library: str) -> CheckpointError:
+    wanted = " or ".join(_NAMES[library])
+    others = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    for path in others:
+        if path.name in _candidates(library):
+            return CheckpointError(f"{path} is no file, or a link to none: download it again")
+        if path.suffix in _SUFFIXES:
+            return CheckpointError(f"{folder} holds no weights ({wanted}), but {_SUFFIXES[path.suffix]}")
+    named = [path.name for path in others if path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth")]
+    if named:
+        return CheckpointError(
+            f"{folder} holds no weights under a name that {library} reads ({wanted}), but {', '.join(named[:3])}: "
+            "rename it where it holds this model's weights"
+        )
+    return CheckpointError(f"{folder} holds no weights ({wanted}): the checkpoint is incomplete, download it again")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "config.json", "the configuration")
+    except BundleError as error:
+        raise CheckpointError(f"{error}: download the checkpoint again") from None
+
+
+def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    stated = config.get("quantization_config")
+    if stated:
+        method = stated.get("quant_method", "an unknown method") if isinstance(stated, Mapping) else stated
+        raise CheckpointError(f"{folder / 'config.json'} says that its weights are quantized by {method}: {_ORIGINAL}")
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter beside its weights (adapter_config.json): merge it into them, with "
+            "`merge_and_unload()` of PEFT, and save the model alone"
+        )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Shard by tensor. Raises `CheckpointError`."""
+    try:
+        mapped = read_json(index, "the index of shards").get("weight_map")
+    except BundleError as error:
+        raise CheckpointError(f"{error}: download it again") from None
+    if not isinstance(mapped, dict) or not mapped or not all(isinstance(shard, str) for shard in mapped.values()):
+        raise CheckpointError(f"{index} names no shards (weight_map): download it again")
+    outside = sorted(shard for shard in set(mapped.values()) if Path(shard).name != shard)
+    if outside:
+        raise CheckpointError(f"{index} names the shard {outside[0]!r}, which is no file beside it: do not use it")
+    return mapped
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """The types of all tensors of the shards of `index`, which must be of one save with it."""
+    mapped = _weight_map(index)
+    plain = index.name.replace(".index.json", "")
+    beside = index.with_name(plain).is_file() and plain != index.name
+    remedy = f"remove the index if {plain} holds the weights" if beside else "download it and its shards again"
+    types: dict[str, str] = {}
+    for shard in sorted(set(mapped.values())):
+        path = index.with_name(shard)
+        if not path.is_file():
+            raise CheckpointError(f"{index} names the shard {shard}, which is not there: {remedy}")
+        held = stored_types(path)
+        absent = sorted(name for name, where in mapped.items() if where == shard and name not in held)
+        twice = sorted(held.keys() & types.keys())
+        if absent or twice:
+            what = f"{absent[0]} is not in {shard}" if absent else f"{twice[0]} is in two shards"
+            raise CheckpointError(f"{index} and its shards are not of one save ({what}): {remedy}")
+        types.update(held)
+    return types
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Raise `CheckpointError` for weights that no reader of plain checkpoints understands."""
+    joined = "\n".join(names)
+    for pattern, what in FOREIGN.items():
+        if re.search(pattern, joined, re.MULTILINE):
+            raise CheckpointError(f"{path} holds {what}")
+
+
+def unwrapped(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """What the model calls each tensor: wrappers of the whole model or of parts of it leave their marks in names.
+
+    Raises `CheckpointError` when two tensors would have one name.
+    """
+    bare = {name: _WRAPPERS.sub("", name) for name in names}
+    while bare and all(name.startswith(_PARALLEL) for name in bare.values()):
+        bare = {stored: name.removeprefix(_PARALLEL) for stored, name in bare.items()}
+    if len(set(bare.values())) < len(bare):
+        raise CheckpointError(f"{path} holds weights twice, with and without the names of a wrapper: save it again")
+    return bare
+
+
+def stored_types(path: Path) -> dict[str, str]:
+    """The type of each tensor in a weight file, spelt as safetensors spells it (F32, F16, BF16 …).
+
+    Only headers are read. Raises `CheckpointError` for a file that is damaged, of another kind or holds code.
+    """
+    if path.suffix == ".safetensors":
+        return {name: str(entry["dtype"]) for name, entry in check_safetensors(path).items() if name != "__metadata__"}
+    content = read_pickle(path, headers=True)
+    tensors = {str(name): type_name(value) for name, value in content.items() if hasattr(value, "dtype")}
+    if not tensors:
+        held = ", ".join(repr(name) for name in list(content)[:3]) or "nothing"
+        raise CheckpointError(
+            f"{path} holds no weights by name, but {held}: save the model's `state_dict()`, or the model by its "
+            "`save_pretrained`"
+        )
+    return tensors
+
+
+def type_name(tensor: Any) -> str:
+    """The type of a torch tensor, spelt as safetensors spells it where it has a name for it."""
+    import torch
+
+    names = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.float8_e5m2: "F8_E5M2",
+    }
+    return names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file. Raises `CheckpointError` when it is truncated or another kind of file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file: download it again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, _MAX_HEADER):
+            raise _other_kind(path) or CheckpointError(
+                f"{path} is truncated or no safetensors file ({size} bytes): download it again"
+            )
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            ends = [int(entry["data_offsets"][1]) for entry in entries if entry["dtype"]]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise _other_kind(path) or CheckpointError(f"{path} has a damaged header: download it again") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise CheckpointError(f"{path} is truncated: {size} bytes of {expected}; download it again")
+    return header
+
+
+def read_pickle(path: Path, headers: bool = False) -> Mapping[str, Any]:
+    """What a pickle holds, as weights only. headers: tensors without values.
+
+    Raises `CheckpointError` when it is damaged, holds code or is another kind of file.
+    """
+    import torch
+
+    damaged = f"{path} is truncated or no checkpoint ({path.stat().st_size} bytes): download it again"
+    zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        start = file.read(2)
+    if not start.startswith((b"PK", b"\x80")) or (zipped and not _is_torch(path)):
+        raise _other_kind(path) or CheckpointError(damaged)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript, which is refused below
+            content = torch.load(path, map_location="meta" if headers else "cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # torch has a kind for each way of being damaged
+        if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            raise CheckpointError(
+                f"{path} holds code, not only weights{f' ({found[1]})' if found else ''}: "
+                "convert it to .safetensors where you trust it"
+            ) from None
+        raise CheckpointError(damaged) from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds one {type(content).__name__}, not weights by name: it is no checkpoint")
+    return content
+
+
+def other_kind(path: Path) -> str | None:
+    """What `path` is by its first bytes, and the remedy; None for a kind that is not known here."""
+    size = path.stat().st_size
+    if not size:
+        return "is truncated to nothing (0 bytes): download it again"
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"PK") and zipfile.is_zipfile(path):
+        if _is_torch(path):
+            return "is a pickle of torch: give it the suffix .ckpt, or .bin in the folder of a model"
+        return "is an archive: unpack it and give what is in it"
+    if start.startswith(b"\x80") and path.suffix == ".safetensors":
+        return "is a pickle: give it the suffix .ckpt, or .bin in the folder of a model"
+    if len(start) > 9 and start[8:9] == b"{" and 2 <= struct.unpack("<Q", start[:8])[0] <= min(size - 8, _MAX_HEADER):
+        return None if path.suffix == ".safetensors" else "is a safetensors file: give it the suffix .safetensors"
+    return next((what for pattern, what in _STARTS if re.match(pattern, start)), None)
+
+
+def _other_kind(path: Path) -> CheckpointError | None:
+    what = other_kind(path)
+    return CheckpointError(f"{path} {what}") if what else None
+
+
+def _is_torch(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return True  # truncated: torch tells
