@@ -216,6 +216,8 @@ VARIANTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "SASolverScheduler": {"prediction_type": ("epsilon",), "noises": DPM_NOISES, "solver": SA_SOLVERS},
 }
 """By diffusers class: what to vary beside prediction, spacing, steps and start. A dict is several options at once."""
+PASSED = {"eta": 0.0}
+"""Arguments of `step` that diffusers' pipelines pass by default."""
 _ROUNDED = ("sqrt", "pow", "__pow__", "exp", "log", "sin", "cos", "atan2")
 _SHOWN = 3
 """Most cases of one sampler that are shown when they fail."""
@@ -272,7 +274,7 @@ def diffusers_trajectory(
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     accepted = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
-    options.update({option: value for option, value in beyond.items() if option in accepted})
+    options.update({option: value for option, value in (PASSED | dict(beyond)).items() if option in accepted})
     inputs, states = [], [x.numpy()]
     for k, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
@@ -318,7 +320,7 @@ def exact_trajectory(
     for k in range(calls):
         given[1 + 2 * k], given[2 + 2 * k] = outputs[k].reshape(-1), noises[k].reshape(-1)
     accepted = inspect.signature(diffusers_scheduler(name, config).step).parameters
-    options = {option: value for option, value in beyond.items() if option in accepted}
+    options = {option: value for option, value in (PASSED | dict(beyond)).items() if option in accepted}
     with _CorrectlyRounded():
         timesteps, inputs, states = run_in_float64(diffusers_scheduler(name, config), steps, given, **options)
     return timesteps, list(inputs.reshape(calls, *SHAPE)), list(states.reshape(calls + 1, *SHAPE))
@@ -413,7 +415,7 @@ def table_error(name: str, config: Mapping[str, Any], steps: Steps) -> float:
     with _CorrectlyRounded():
         scheduler = diffusers_scheduler(name, own)
         accepted = inspect.signature(scheduler.step).parameters
-        options = {option: value for option, value in beyond.items() if option in accepted}
+        options = {option: value for option, value in (PASSED | dict(beyond)).items() if option in accepted}
         try:
             traced = trace_scheduler(scheduler, steps, **options)
         except RequestError:
