@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bundle import BundleError, CheckpointError
+from ..bundle import MANIFEST_NAME, BundleError, CheckpointError
 from ..bundle.files import read_json
 from .weight_files import WeightFiles, find, other_kind
 
@@ -46,6 +46,12 @@ class Checkpoint:
             )
         if not (root / "model_index.json").is_file():
             raise CheckpointError(f"{root} holds no model_index.json: {_in_place_of_it(root)}")
+        exported = (root / "unet" / "model.onnx").is_file() and not (root / "vae").is_dir()
+        if exported or (root / MANIFEST_NAME).is_file():
+            raise CheckpointError(
+                f"{root} holds ONNX models that were made of a checkpoint: give the checkpoint itself; "
+                f"`diffoundry run {root}` draws with what is there"
+            )
         try:
             index = read_json(root / "model_index.json", "the pipeline index")
         except BundleError as error:

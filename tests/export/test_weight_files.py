@@ -372,6 +372,15 @@ def test_refusals_leave_nothing_and_come_before_the_work(micro, called, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
 
 
+@pytest.mark.parametrize("made", ["bundle.json", "unet/model.onnx"])
+def test_what_was_made_of_a_checkpoint_is_not_taken_for_one(micro, tmp_path, made):
+    (tmp_path / "made/unet").mkdir(parents=True)
+    shutil.copy(micro / "model_index.json", tmp_path / "made")
+    (tmp_path / "made" / made).write_text("{}")
+    with pytest.raises(CheckpointError, match="were made of a checkpoint: give the checkpoint itself; `diffoundry run"):
+        Checkpoint.open(tmp_path / "made")
+
+
 def test_what_is_no_checkpoint_is_named(micro, tmp_path):
     (tmp_path / "repo/inner").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="it is the folder of one model, give the one that it lies in"):
