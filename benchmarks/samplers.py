@@ -1,14 +1,19 @@
 """Each sampler against the diffusers scheduler that it stands for, on random model outputs.
 
 python -m diffoundry.benchmarks.samplers
+python -m diffoundry.benchmarks.samplers --pictures examples/pico
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -437,16 +442,143 @@ def table_error(name: str, config: Mapping[str, Any], steps: Steps) -> float:
     return max(float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) for a, b in pairs)
 
 
+LOSING: dict[str, dict[str, Any]] = {
+    "ddpm": {},
+    "dpm++3m": {},
+    "dpm++3m-sde": {},
+    "dpm++3s": {},
+    "deis": {"solver_order": 3},
+    "sa": {"predictor_order": 4, "corrector_order": 4},
+    "unipc": {"solver_order": 3},
+    "unipc-karras": {"solver_order": 3},
+}
+"""Samplers of which diffusers' float32 loses digits, with the options of their highest order."""
+PICTURE_STEPS = (20, 60, 99)
+_PICTURE = {"width": 32, "height": 32}
+_GUIDANCE = 4.0
+
+
+class _DrawnInFloat32(TorchFunctionMode):  # type: ignore[misc]
+    """Torch whose normal noise of float64 is that of float32, the same stream."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn and kwargs.get("dtype", torch.get_default_dtype()) == torch.float64:
+            return func(*args, **{**kwargs, "dtype": torch.float32}).double()
+        return func(*args, **kwargs)
+
+
+def _step_in_float64(scheduler: Any) -> Any:
+    """`scheduler`, whose float32 schedule is kept in float64 and whose steps are computed in float64."""
+    from ..export.trace_scheduler import in_float64, widened
+
+    plan, step = scheduler.set_timesteps, scheduler.step
+
+    @functools.wraps(plan)
+    def set_timesteps(*args: Any, **options: Any) -> None:
+        plan(*args, **options)
+        vars(scheduler).update({key: widened(value) for key, value in vars(scheduler).items()})
+
+    @functools.wraps(step)
+    def exact(*args: Any, **options: Any) -> Any:
+        with in_float64():
+            return step(*args, **options)
+
+    scheduler.set_timesteps, scheduler.step = set_timesteps, exact
+    return scheduler
+
+
+def _their_latents(pipeline: Any, name: str, steps: int) -> Array:
+    """The final latents of a diffusers pipeline, computed in its own dtype, of noise drawn in float32."""
+    import diffusers
+
+    from .parity import NEGATIVE, PROMPT, SEED
+
+    sampler, config = SAMPLERS[name], {**pipeline.scheduler.config, **SAMPLERS[name].fixed, **LOSING[name]}
+    scheduler = getattr(diffusers, sampler.class_name).from_config(config)
+    exactly = pipeline.unet.dtype == torch.float64
+    pipeline = type(pipeline)(
+        **{**pipeline.components, "scheduler": _step_in_float64(scheduler) if exactly else scheduler},
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad(), _DrawnInFloat32():
+        found: Array = pipeline(
+            PROMPT,
+            negative_prompt=NEGATIVE,
+            num_inference_steps=steps,
+            guidance_scale=_GUIDANCE,
+            generator=torch.Generator().manual_seed(SEED),
+            output_type="latent",
+            **_PICTURE,
+        ).images.numpy()
+    return found
+
+
+def lost_digits(pipelines: tuple[Any, Any], ours: Any, name: str, steps: int) -> tuple[float, float, float]:
+    """How far latents of one prompt are from each other, the largest difference as a share of what is allowed.
+
+    pipelines: of diffusers, in float32 and in float64. ours: a `Pipeline` of the same checkpoint. name: of `LOSING`.
+    Returns ours against diffusers, diffusers against diffusers in float64, ours against diffusers in float64.
+    """
+    from .parity import NEGATIVE, PROMPT, SEED, Outcome, compare
+
+    theirs, exact = (Outcome(_their_latents(pipeline, name, steps), None, None) for pipeline in pipelines)
+    options = {"steps": steps, "guidance": _GUIDANCE, "negative_prompt": NEGATIVE, "output": "latent", **_PICTURE}
+    found = ours(PROMPT, scheduler=name, scheduler_options=LOSING[name], seed=SEED, **options)
+    our = Outcome(found.latents, None, None)
+    return compare(our, theirs).share, compare(theirs, exact).share, compare(our, exact).share
+
+
+def _print_lost_digits(checkpoint: Path, samplers: tuple[str, ...]) -> None:
+    """One line a sampler and count of steps."""
+    import diffusers
+
+    from ..export import compile
+    from ..runtime.pipeline import load
+
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    kind = diffusers.StableDiffusionPipeline
+    single, double = (
+        kind.from_pretrained(checkpoint, safety_checker=None, torch_dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        ours = load(compile(checkpoint, Path(folder) / "bundle").root)
+        print(f"{'sampler':20} steps  ours to diffusers  diffusers to float64  ours to float64")
+        for name, steps in itertools.product(samplers, PICTURE_STEPS):
+            shares = [_share(share) for share in lost_digits((single, double), ours, name, steps)]
+            print(f"{name:20} {steps:5}  {shares[0]:>17}  {shares[1]:>20}  {shares[2]:>15}", flush=True)
+
+
+def _share(share: float) -> str:
+    return f"{share:.2g}" if math.isfinite(share) else "not finite"
+
+
 @click.command()
 @click.argument("samplers", nargs=-1)
 @click.option("--cases", default=60, show_default=True, help="Cases of each sampler: configuration, steps and start.")
 @click.option("--seed", default=0, show_default=True, help="Of the choice of cases.")
-def main(samplers: tuple[str, ...], cases: int, seed: int) -> None:
+@click.option(
+    "--pictures",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Instead: of this Stable Diffusion checkpoint, pictures of the samplers whose digits diffusers loses.",
+)
+def main(samplers: tuple[str, ...], cases: int, seed: int, pictures: Path | None) -> None:
     """Print the worst relative errors of each of SAMPLERS (default: all) over its configurations.
 
     float32: our trajectory against diffusers'. Where that is above 1e-5, float64 holds ours against diffusers' code
     run in float64, which tells whose digits were lost. table: weights in float64 against those read off the code.
+
+    With --pictures, the largest differences of latents as a share of what is allowed (1 is atol 1e-4, rtol 1e-2).
     """
+    unknown = [name for name in samplers if name not in (LOSING if pictures else SAMPLERS)]
+    if unknown:
+        raise click.UsageError(f"no sampler {unknown[0]!r}: choose of {', '.join(LOSING if pictures else SAMPLERS)}")
+    if pictures:
+        _print_lost_digits(pictures, samplers or tuple(LOSING))
+        return
     print(f"{'sampler':20} {'float32':>8} {'float64':>8} {'table':>8}  cases (traced, refused as diffusers fails)")
     bad = 0
     for name in samplers or SAMPLERS:

@@ -94,7 +94,7 @@ def trace_scheduler(scheduler: Any, steps: Steps, **options: Any) -> Table:
         raise RequestError(f"{name} cannot be traced: it has no {' and no '.join(lacks)}")
     ready, timesteps = _prepared(scheduler, steps)
     calls = len(timesteps)
-    with _float64():
+    with in_float64():
         init_scale = float(getattr(ready, "init_noise_sigma", 1.0))
     unit = np.eye(1 + 2 * calls)
     run = _run(ready, timesteps, unit, options)
@@ -173,7 +173,8 @@ def _wide_dtype(value: Any) -> Any:
 
 
 @contextmanager
-def _float64() -> Iterator[_Float64]:
+def in_float64() -> Iterator[_Float64]:
+    """Torch computes and makes floats in float64 only, within the `with`."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -195,7 +196,7 @@ def _prepared(scheduler: Any, steps: Steps) -> tuple[Any, Any]:
         begin = steps.start * int(getattr(ready, "order", 1))
         if hasattr(ready, "set_begin_index"):
             ready.set_begin_index(begin)
-        vars(ready).update({key: _widened(value) for key, value in vars(ready).items()})
+        vars(ready).update({key: widened(value) for key, value in vars(ready).items()})
         timesteps = torch.as_tensor(ready.timesteps)[begin:]
     except Exception as error:  # each scheduler has its own ways of refusing
         raise RequestError(f"{name} cannot make {steps.count} steps: {_reason(error)}") from None
@@ -206,12 +207,13 @@ def _prepared(scheduler: Any, steps: Steps) -> tuple[Any, Any]:
     return ready, timesteps
 
 
-def _widened(value: Any) -> Any:
+def widened(value: Any) -> Any:
+    """Tensors and arrays of floats in float64, also those in lists; anything else as it is."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.double()
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         return value.astype(np.float64)
-    return type(value)(map(_widened, value)) if type(value) in (list, tuple) else value
+    return type(value)(map(widened, value)) if type(value) in (list, tuple) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +235,7 @@ def _run(prepared: Any, timesteps: Any, given: Array, options: Mapping[str, Any]
     for k, timestep in enumerate(timesteps):
         levels.append(_level(scheduler, timesteps[k : k + 1]))
         try:
-            with _float64() as mode:
+            with in_float64() as mode:
                 mode.noise = fed[2 * k + 1]
                 inputs.append(scale(x, timestep))
                 done = scheduler.step(fed[2 * k], timestep, x, **options)
@@ -252,7 +254,7 @@ def _level(scheduler: Any, timestep: Any) -> tuple[float, float]:
     """α and σ of x = α · image + σ · noise at `timestep`; (1, 0) for a scheduler that noises no image."""
     image, noise = torch.eye(2, dtype=torch.float64)[:, None, None, None]
     try:
-        with _float64():
+        with in_float64():
             if hasattr(scheduler, "scale_noise"):
                 x = scheduler.scale_noise(image, timestep, noise)
             else:

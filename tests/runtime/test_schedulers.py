@@ -233,9 +233,9 @@ def test_one_trailing_timestep_more_is_made_or_refused(name, steps):
 
 ROUNDED = [count for count in range(1, 1001) if math.ceil(1000 / (1000 / count)) != count]
 """Counts of steps that `trailing` makes one more of."""
-EVERY = {"LMSDiscreteScheduler": 5, "SASolverScheduler": 5, "KDPM2DiscreteScheduler": 50}
-EVERY["KDPM2AncestralDiscreteScheduler"] = EVERY["KDPM2DiscreteScheduler"]
-"""Of those whose 1000 schedules take minutes to make, every how manieth count is compared, beside the rounded ones."""
+EVERY = dict.fromkeys(SPACED, 11) | dict.fromkeys(["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"], 90)
+EVERY |= dict.fromkeys(["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"], 1)
+"""Every how manieth count is compared beside the rounded ones: all of one class of each way to space."""
 
 
 @pytest.mark.slow
@@ -246,7 +246,7 @@ def test_timesteps_of_every_count_are_those_of_diffusers(name, spacing):
     config = {**SD, "timestep_spacing": spacing, "skip_prk_steps": True}
     scheduler = getattr(diffusers, name).from_config(config)
     compared = 0
-    for steps in sorted({*range(1, 1001, EVERY.get(name, 1)), *ROUNDED, 999, 1000}):
+    for steps in sorted({*range(1, 1001, EVERY[name]), *ROUNDED, 999, 1000}):
         try:
             scheduler.set_timesteps(steps)
             theirs = scheduler.timesteps.numpy()
