@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 
+from diffoundry.benchmarks.samplers import lost_digits
 from diffoundry.runtime.pipeline import load
 from diffoundry.runtime.schedulers import SAMPLERS as ALL
 
@@ -164,3 +165,18 @@ def same_picture(checkpoint_of, bundle_of, name):
     options = {"steps": STEPS, "guidance": 1.0, "width": 32, "height": 32, "seed": 7, "output": "latent"}
     found = runtime(bundle_of("pico"))(PROMPT, scheduler=name, scheduler_options=own, **options).latents
     np.testing.assert_allclose(found, expected, atol=ATOL, rtol=RTOL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "steps"), [("deis", 60), ("sa", 60), ("unipc", 20)])
+def test_where_digits_are_lost_ours_are_nearer_to_float64(name, steps, bundle_of, checkpoint_of):
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    both = tuple(
+        StableDiffusionPipeline.from_pretrained(checkpoint_of("pico"), safety_checker=None, torch_dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    to_theirs, theirs_to_exact, to_exact = lost_digits(both, runtime(bundle_of("pico")), name, steps)
+    assert to_exact < min(1, theirs_to_exact)
+    assert to_theirs > 0
