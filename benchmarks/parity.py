@@ -46,7 +46,8 @@ class Case:
     """One request, as both are given it.
 
     checkpoint: a name of `examples.random_checkpoint`. task: txt2img, img2img or inpaint. kind: the diffusers class.
-    options: by our names, see `_THEIR_NAMES`. scheduler: a name of `SCHEDULERS`, or None for the checkpoint's own.
+    options: by our names, see `_THEIR_NAMES`. scheduler: a name of `SCHEDULERS`, a diffusers class, or None for the
+    checkpoint's own.
     size: width and height, None for the checkpoint's own. picture: size of the image and the mask where it differs.
     then: the second stage, which takes the latents of this one as its image.
     """
@@ -319,7 +320,7 @@ def diffusers_run(case: Case, checkpoint_of: FolderOf, latents: Array | None = N
 
     with _quiet():
         pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind)
-    kind = SCHEDULERS[case.scheduler] if case.scheduler else config["_class_name"]
+    kind = SCHEDULERS.get(case.scheduler, case.scheduler) if case.scheduler else config["_class_name"]
     pipeline.scheduler = getattr(diffusers, kind).from_config(config, **_PNDM.get(case.scheduler or "", {}))
     inputs: dict[str, Any] = dict(_pictures(case))
     if case.count > 1:  # of a single image, inpainting draws one sample for all

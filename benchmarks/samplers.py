@@ -243,6 +243,12 @@ def diffusers_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     return getattr(diffusers, sampler.class_name).from_config({**config, **sampler.fixed})
 
 
+def step_options(scheduler: Any, beyond: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """What `step` of `scheduler` is given beside its usual three: as the pipelines do, or as `beyond` says."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {option: value for option, value in (PASSED | dict(beyond)).items() if option in accepted}
+
+
 def diffusers_trajectory(
     scheduler: Any, steps: Steps, outputs: Array, seed: int, beyond: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Array, list[Array], list[Array]]:
@@ -272,9 +278,7 @@ def diffusers_trajectory(
             x = add(image, timesteps[:1], noise)
     else:
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    accepted = inspect.signature(scheduler.step).parameters
-    options: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
-    options.update({option: value for option, value in (PASSED | dict(beyond)).items() if option in accepted})
+    options = step_options(scheduler, {**beyond, "generator": generator})
     inputs, states = [], [x.numpy()]
     for k, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
@@ -319,10 +323,10 @@ def exact_trajectory(
     given[0] = ours[2][0].reshape(-1)
     for k in range(calls):
         given[1 + 2 * k], given[2 + 2 * k] = outputs[k].reshape(-1), noises[k].reshape(-1)
-    accepted = inspect.signature(diffusers_scheduler(name, config).step).parameters
-    options = {option: value for option, value in (PASSED | dict(beyond)).items() if option in accepted}
     with _CorrectlyRounded():
-        timesteps, inputs, states = run_in_float64(diffusers_scheduler(name, config), steps, given, **options)
+        scheduler = diffusers_scheduler(name, config)
+        options = step_options(scheduler, beyond)
+        timesteps, inputs, states = run_in_float64(scheduler, steps, given, **options)
     return timesteps, list(inputs.reshape(calls, *SHAPE)), list(states.reshape(calls + 1, *SHAPE))
 
 
@@ -414,10 +418,8 @@ def table_error(name: str, config: Mapping[str, Any], steps: Steps) -> float:
         return float("nan")
     with _CorrectlyRounded():
         scheduler = diffusers_scheduler(name, own)
-        accepted = inspect.signature(scheduler.step).parameters
-        options = {option: value for option, value in (PASSED | dict(beyond)).items() if option in accepted}
         try:
-            traced = trace_scheduler(scheduler, steps, **options)
+            traced = trace_scheduler(scheduler, steps, **step_options(scheduler, beyond))
         except RequestError:
             return float("nan")
     if not np.allclose(table.timesteps, traced.timesteps, rtol=1e-6, atol=1e-3) or (table.draws != traced.draws).any():
@@ -445,6 +447,9 @@ def main(samplers: tuple[str, ...], cases: int, seed: int) -> None:
     float32: our trajectory against diffusers'. Where that is above 1e-5, float64 holds ours against diffusers' code
     run in float64, which tells whose digits were lost. table: weights in float64 against those read off the code.
     """
+    unknown = [name for name in samplers if name not in SAMPLERS]
+    if unknown:
+        raise click.UsageError(f"no sampler {unknown[0]!r}: choose of {', '.join(SAMPLERS)}")
     print(f"{'sampler':20} {'float32':>8} {'float64':>8} {'table':>8}  cases (traced, refused as diffusers fails)")
     bad = 0
     for name in samplers or SAMPLERS:

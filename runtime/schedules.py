@@ -10,12 +10,14 @@ from typing import Any
 
 from ..bundle import Bundle, BundleError, RequestError
 from .schedulers import Steps, Table, find_sampler, is_known, make_table
+from .schedulers.config import Config, train_steps
 from .schedulers.lcm import lcm
 from .schedulers.stored import TRACED, load_table
 from .schedulers.tcd import tcd
 
 _TRACED = re.compile(rf"scheduler/{TRACED}/(?P<name>\w+)/(?P<count>\d+)\.json")
 _CONFIG = "scheduler/scheduler_config.json"
+_TRAIN_STEPS = "num_train_timesteps"
 _MOST_TABLES = 256
 
 
@@ -51,11 +53,11 @@ class Schedules:
 
     @property
     def train_steps(self) -> int:
-        """The timesteps that the model was trained with."""
-        count = self.config.get("num_train_timesteps", 1000)
-        if not isinstance(count, int) or count < 1:
-            raise BundleError(f"the scheduler has num_train_timesteps {count!r}: compile the bundle again")
-        return count
+        """The timesteps that the model was trained with. Raises `BundleError` when the configuration tells none."""
+        try:
+            return train_steps(Config({name: self.config[name] for name in self.config if name == _TRAIN_STEPS}))
+        except RequestError as error:
+            raise BundleError(f"{error}: compile the bundle again") from None
 
     def is_consistency(self, name: str | None) -> bool:
         """Whether the scheduler `name` spreads its steps over the strength of an image itself."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...bundle import RequestError
-from .config import Config, train_steps
+from .config import Config, short, train_steps
 from .ddim import ddim, ddim_inverse
 from .ddpm import ddpm
 from .dpm_solver import deis, dpm_multistep, dpm_singlestep
@@ -49,6 +49,7 @@ class Sampler:
 STEP_ARGUMENTS = frozenset(["eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "order"])
 """Options that diffusers takes as arguments of `step`, not from a configuration."""
 _LONGEST_REASON = 200
+_LONGEST_NAME = 60
 _KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _DPM_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
 _DPM_2M_SDE = _DPM_2M | {"algorithm_type": "sde-dpmsolver++"}
@@ -165,7 +166,7 @@ def find_sampler(config: Mapping[str, Any], name: str | None) -> tuple[str, Samp
         own = str(config.get("_class_name", ""))
         if own not in by_class:
             raise RequestError(
-                f"the bundle's own scheduler {own or '(none)'} is not supported: "
+                f"the bundle's own scheduler {own[:_LONGEST_NAME] or '(none)'} is not supported: "
                 "add --scheduler with one of those that `diffoundry schedulers` lists"
             )
         return own, by_class[own]
@@ -175,7 +176,7 @@ def find_sampler(config: Mapping[str, Any], name: str | None) -> tuple[str, Samp
         return name.lower(), SAMPLERS[name.lower()]
     near = difflib.get_close_matches(str(name).lower(), [*SAMPLERS, *by_class], n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise RequestError(f"unknown scheduler {name!r}: {hint}`diffoundry schedulers` lists them")
+    raise RequestError(f"unknown scheduler {short(name)}: {hint}`diffoundry schedulers` lists them")
 
 
 def make_table(
@@ -214,7 +215,9 @@ def make_table(
         if option not in read.read:
             near = difflib.get_close_matches(option, sorted(read.read), n=1)
             hint = f", did you mean {near[0]!r}?" if near else ": leave it out"
-            raise RequestError(f"{key} has no scheduler option {option!r}, or it has no effect with the others{hint}")
+            raise RequestError(
+                f"{key} has no scheduler option {short(option)}, or it has no effect with the others{hint}"
+            )
     parts = (table.timesteps, table.weights, table.x0, table.input_scale, table.levels, table.init_scale)
     with np.errstate(over="ignore"):
         finite = all(np.isfinite(np.float32(part)).all() for part in parts)

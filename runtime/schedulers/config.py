@@ -92,7 +92,7 @@ class Config:
             if value == choice:
                 return choice
         known = ", ".join(map(str, dict.fromkeys(choices)))
-        raise RequestError(f"the scheduler option {name}={_short(value)} is not supported: use one of {known}")
+        raise RequestError(f"the scheduler option {name}={short(value)} is not supported: use one of {known}")
 
     def defaults(self, **values: Any) -> None:
         """Let absent options be `values`, for a sampler whose class has other defaults than most."""
@@ -108,7 +108,7 @@ class Config:
             found = self.get(name)
             if found is not None and found != value:
                 raise RequestError(
-                    f"the scheduler option {name}={_short(found)} is not supported, only {value!r}: "
+                    f"the scheduler option {name}={short(found)} is not supported, only {value!r}: "
                     "choose another --scheduler"
                 )
 
@@ -118,7 +118,7 @@ def _check(name: str, value: Any) -> None:
         return
     if name in _FLAGS:
         if not isinstance(value, bool):
-            raise RequestError(f"the scheduler option {name} must be true or false, found {_short(value)}")
+            raise RequestError(f"the scheduler option {name} must be true or false, found {short(value)}")
     elif name in _NUMBERS or name in _WHOLE:
         number = not isinstance(value, bool) and isinstance(value, (int, float))
         whole = name in _WHOLE
@@ -127,11 +127,12 @@ def _check(name: str, value: Any) -> None:
         if not number or not low <= value <= high or (whole and value != int(value)):
             kind = "a whole number" if whole else "a number"
             raise RequestError(
-                f"the scheduler option {name} must be {kind} from {low:g} to {high:g}, found {_short(value)}"
+                f"the scheduler option {name} must be {kind} from {low:g} to {high:g}, found {short(value)}"
             )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """`value` as it is shown in a message: on one line of at most some 60 characters."""
     if isinstance(value, int) and abs(value) >= _LARGE:
         return f"{_LARGE:g} or more" if value > 0 else f"-{_LARGE:g} or less"
     try:
@@ -209,10 +210,10 @@ def _zero_terminal_snr(betas: Array) -> Array:
 
 def train_steps(config: Config) -> int:
     """The number of training timesteps."""
-    total = int(config.get("num_train_timesteps", 1000))
-    if not 1 <= total <= _MOST_TRAINING_STEPS:
+    total = config.get("num_train_timesteps", 1000)
+    if total is None or not 1 <= total <= _MOST_TRAINING_STEPS:
         raise RequestError(f"num_train_timesteps must be between 1 and {_MOST_TRAINING_STEPS}, found {total}")
-    return total
+    return int(total)
 
 
 def predicted_x0(config: Config, alpha: Array, sigma: Array) -> tuple[Array, Array]:

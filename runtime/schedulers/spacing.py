@@ -9,7 +9,7 @@ import numpy as np
 
 from ...bundle import RequestError
 from ...engines import Array
-from .config import Config, alphas_cumprod, train_steps
+from .config import Config, alphas_cumprod, short, train_steps
 from .incomplete_beta import beta_quantile
 from .table import Steps
 
@@ -34,7 +34,7 @@ def custom_timesteps(config: Config, steps: Steps) -> Array | None:
         return None
     asked = as_float32(np.asarray(steps.timesteps, np.float64))
     if not len(asked) or (np.diff(asked) >= 0).any():
-        raise RequestError(f"timesteps must descend, found {list(steps.timesteps)}")
+        raise RequestError(f"timesteps must descend, found {short(list(steps.timesteps))}")
     on = [name for name in (*_CURVES, "use_lu_lambdas") if config.get(name)]
     if on:
         raise RequestError(f"timesteps cannot be chosen with {on[0]}: the sigmas choose them")
@@ -46,7 +46,7 @@ def whole_timesteps(config: Config, steps: Steps) -> Array | None:
     config.lacks(*_CURVES, "use_lu_lambdas")
     asked = custom_timesteps(config, steps)
     if asked is not None and (asked % 1).any():
-        raise RequestError(f"timesteps of this sampler must be whole, found {list(steps.timesteps or ())}")
+        raise RequestError(f"timesteps of this sampler must be whole, found {short(list(steps.timesteps or ()))}")
     return asked
 
 
@@ -61,7 +61,9 @@ def custom_sigmas(steps: Steps) -> Array | None:
         raise RequestError("timesteps and sigmas cannot both be chosen: leave one of them out")
     sigmas = as_float32(np.asarray(steps.sigmas, np.float64))
     if len(sigmas) < 2 or (np.diff(sigmas) >= 0).any() or sigmas[-1] < 0:
-        raise RequestError(f"sigmas must descend, down to the one after the last step, found {list(steps.sigmas)}")
+        raise RequestError(
+            f"sigmas must descend, down to the one after the last step, found {short(list(steps.sigmas))}"
+        )
     return sigmas
 
 

@@ -17,6 +17,7 @@ from diffoundry.benchmarks.samplers import (
     TABLE_LIMIT,
     diffusers_trajectory,
     our_trajectory,
+    step_options,
     table_error,
     variants,
     worst_error,
@@ -79,7 +80,7 @@ def test_a_traced_table_runs_as_diffusers_does(name, config, registers, start):
     if start and not (hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")):
         pytest.skip("it noises no image")
     steps = Steps(14, start=start)
-    table = trace_scheduler(scheduler, steps)
+    table = trace_scheduler(scheduler, steps, **step_options(scheduler))
     assert table.registers == registers
     outputs = np.random.default_rng(1).standard_normal((table.steps + 1, *SHAPE)).astype(np.float32)
     expected = diffusers_trajectory(scheduler, steps, outputs, 3)

@@ -9,6 +9,7 @@ import pytest
 
 from diffoundry.benchmarks import parity
 from diffoundry.benchmarks.parity import Case, Outcome, cases, compare, diffoundry_run, diffusers_run
+from diffoundry.runtime.schedulers import SAMPLERS
 
 QUICK = ("sd15-small", "sd15-inpaint-small", "sdxl-small", "sdxl-refiner-small")
 """The checkpoints that a run compiles when the slow tests are left out; of LCM it has the distilled pico."""
@@ -42,6 +43,64 @@ def is_quick(case: Case) -> bool:
 def test_the_result_is_that_of_diffusers(case, checkpoint_of, bundle_of):
     errors = compare(diffoundry_run(case, bundle_of), diffusers_run(case, checkpoint_of))
     assert errors.passed, errors
+
+
+CLASSES = sorted({sampler.class_name for sampler in SAMPLERS.values()})
+UNSUITED = ("DDIMInverse", "EDM", "FlowMatch", "IPNDM")
+"""Schedulers of other models, some of which the pipelines cannot run."""
+TASKS = [
+    *(("sd15-small", task) for task in ("img2img", "inpaint")),
+    *(("sdxl-small", task) for task in ("txt2img", "img2img", "inpaint")),
+]
+
+
+def first_case(checkpoint, task, kind=None):
+    return next(
+        case
+        for case in cases()
+        if (case.checkpoint, case.task) == (checkpoint, task) and kind in (None, case.kind) and case.count == 1
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("checkpoint", "task"), TASKS)
+def test_every_class_gives_the_result_of_the_pipeline(checkpoint, task, name, checkpoint_of, bundle_of):
+    """With the arguments that each pipeline passes to `step` when nothing is said beside the class."""
+    case = replace(first_case(checkpoint, task), scheduler=name)
+    try:
+        expected = diffusers_run(case, checkpoint_of)
+    except (AttributeError, TypeError, ValueError):
+        assert name.startswith(UNSUITED)
+        return
+    errors = compare(diffoundry_run(case, bundle_of), expected)
+    assert errors.passed, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_pipeline_of_consistency_models_runs_no_other_scheduler(name, checkpoint_of):
+    """It passes eta=None and steps of the training schedule, which only LCM takes."""
+    case = replace(first_case("lcm-small", "txt2img", "LatentConsistencyModelPipeline"), scheduler=name)
+    if name == "LCMScheduler":
+        assert np.isfinite(diffusers_run(case, checkpoint_of).latents).all()
+        return
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        diffusers_run(case, checkpoint_of)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["txt2img", "img2img"])
+def test_the_original_steps_of_consistency_models(task, checkpoint_of, bundle_of):
+    """An argument of that pipeline is an option of the scheduler here."""
+    kind = {"txt2img": "LatentConsistencyModelPipeline", "img2img": "LatentConsistencyModelImg2ImgPipeline"}[task]
+    case = first_case("lcm-small", task, kind)
+    told = {"original_inference_steps": 40}
+    expected = diffusers_run(replace(case, options={**case.options, **told}), checkpoint_of)
+    found = diffoundry_run(replace(case, options={**case.options, "scheduler_options": told}), bundle_of)
+    errors = compare(found, expected)
+    assert errors.passed, errors
+    assert not compare(diffoundry_run(case, bundle_of), expected).passed
 
 
 CHANGES = {

@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 
+from diffoundry.benchmarks import digits
 from diffoundry.runtime.pipeline import load
 from diffoundry.runtime.schedulers import SAMPLERS as ALL
 
@@ -164,3 +165,17 @@ def same_picture(checkpoint_of, bundle_of, name):
     options = {"steps": STEPS, "guidance": 1.0, "width": 32, "height": 32, "seed": 7, "output": "latent"}
     found = runtime(bundle_of("pico"))(PROMPT, scheduler=name, scheduler_options=own, **options).latents
     np.testing.assert_allclose(found, expected, atol=ATOL, rtol=RTOL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "steps"), [("deis, order 3", 60), ("sa, orders 3 and 4", 60), ("unipc, order 3", 20)])
+def test_where_digits_are_lost_ours_are_nearer_to_float64(name, steps, bundle_of, checkpoint_of):
+    import torch
+
+    kind, options = digits.CASES[name]
+    single, double = (digits.theirs(checkpoint_of("pico"), dtype) for dtype in (torch.float32, torch.float64))
+    config = dict(single.scheduler.config)
+    ours = digits.our_latents(runtime(bundle_of("pico")), kind, options, steps)
+    plain, exact = (digits.their_latents(each, config, kind, options, steps) for each in (single, double))
+    assert digits.share(ours, exact) < min(1, digits.share(plain, exact))
+    assert digits.share(ours, plain) > 0
