@@ -34,7 +34,7 @@ def check_classes(checkpoint: Checkpoint, supported: Mapping[str, tuple[str, ...
         if kind in classes and library in _LIBRARIES:
             continue
         told = kind if library in _LIBRARIES else f"{library}.{kind}"
-        remedy = "" if name.startswith("tokenizer") else f": give one of these with --component {name}=FOLDER"
+        remedy = f": give one of these with --component {name}=FOLDER"
         raise CheckpointError(
             f"the {name} of {checkpoint.root} is a {told}, which is not supported; {' or '.join(classes)} is{remedy}"
         )

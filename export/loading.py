@@ -29,18 +29,29 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
     stored = find(folder, "diffusers" if issubclass(kind, diffusers.ModelMixin) else "transformers")
     half = {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored.half or "")
     dtype = half or torch.float32
+    other: Any = ()
     try:
         with quiet():
             if stored.wrapped:
                 model, missing = _load_unwrapped(kind, stored, dtype)
             else:
                 model, info = kind.from_pretrained(
-                    folder, torch_dtype=dtype, output_loading_info=True, **stored.library_options
+                    folder,
+                    torch_dtype=dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are refused below, by their names
+                    **stored.library_options,
                 )
-                missing = info.get("missing_keys", ())
+                missing, other = info.get("missing_keys", ()), info.get("mismatched_keys", ())
     except Exception as error:  # each library has its own ways of refusing a damaged configuration or file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder} cannot be loaded: {reason[:300]}") from None
+    if other:
+        name, found, asked = sorted(other)[0]
+        raise CheckpointError(
+            f"{folder}: the weight {name} has the shape {tuple(found)}, its config.json asks for {tuple(asked)}: "
+            "they are not of one model; give the config.json that belongs to these weights"
+        )
     missing = sorted(name for name in missing if not name.endswith("position_ids"))
     if missing:
         raise CheckpointError(

@@ -112,7 +112,10 @@ def prepare(target: Path) -> None:
     if target.is_dir() and work != inside and not _can_be_renamed(target):
         if is_marked(work):
             check_tree(work)
-            shutil.move(work, inside)  # made before the target was what it is now
+            try:
+                work.rename(inside)  # made before the target was what it is now
+            except OSError:  # on another file system: a copy that is stopped would be taken for the whole
+                _remove_work(work)
         work = inside
     if not os.path.lexists(work):
         work.mkdir()
@@ -222,7 +225,7 @@ def _change_places(target: Path) -> None:
 
 def _names(value: object, work: Path) -> list[str]:
     names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
-    if names != value or not all(Path(name).name == name and name != _INSIDE for name in names):
+    if names != value or not all(Path(name).name == name and name not in ("..", _INSIDE) for name in names):
         raise DiffoundryError(f"{work / _JOURNAL} is damaged: remove {work} and run the same command again")
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -172,13 +173,19 @@ def scaling(config: dict[str, Any], family: str = "") -> Latents:
             f"the vae configuration has {len(mean)} latents_mean and {len(std)} latents_std for {channels} latent "
             "channels: give one of each a channel, or leave both out"
         )
+    factor = config.get("scaling_factor", 1.0 if is_tiny(config) else 0.18215)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < abs(factor) < math.inf:
+        raise CheckpointError(
+            f"the scaling_factor in the vae's config.json must be a number other than 0, found {factor!r}: "
+            "give that of the model (0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL)"
+        )
     down = downscale(config)
     side = config.get("sample_size")
     tile = int(side) // down if isinstance(side, int) and side >= down else 512 // down
     return Latents(
         channels=channels,
         downscale=down,
-        scaling_factor=float(config.get("scaling_factor", 1.0 if is_tiny(config) else 0.18215)),
+        scaling_factor=float(factor),
         tile=tile,
         mean=mean,
         std=std,

@@ -160,7 +160,8 @@ def check_range(timesteps: Array, total: int) -> Array:
         )
     if len(timesteps) and timesteps.max() >= total:
         raise RequestError(
-            f"timestep {timesteps.max():.0f} is past the {total} that the model was trained with: ask for fewer steps"
+            f"timestep {timesteps.max():.0f} is past the {total} that the model was trained with: ask for fewer steps, "
+            "or mend steps_offset"
         )
     return timesteps
 

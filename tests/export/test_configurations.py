@@ -245,6 +245,7 @@ REFUSED = {
     "text width": ("unet/config.json", {"cross_attention_dim": 48}, "gives 32 numbers a token, the U-Net takes 48"),
     "latents": ("vae/config.json", {"latent_channels": 8}, "has 8 latent channels, the U-Net takes 4"),
     "embeddings": ("text_encoder/config.json", {"vocab_size": 500}, "token 999 .* 500"),
+    "no scale": ("vae/config.json", {"scaling_factor": 0}, "scaling_factor in the vae's config.json .*other than 0"),
     "dual attention": ("unet/config.json", {"dual_cross_attention": True}, "dual_cross_attention"),
     "unknown blocks": ("unet/config.json", {"down_block_types": ["Nothing2D"]}, "unet cannot be built .*Nothing2D"),
     "no such groups": ("vae/config.json", {"norm_num_groups": 7}, "vae_encoder cannot be built"),

@@ -372,6 +372,14 @@ def test_refusals_leave_nothing_and_come_before_the_work(micro, called, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
 
 
+def test_weights_of_another_configuration_are_named(micro, tmp_path):
+    folder = Path(shutil.copytree(micro / "text_encoder", tmp_path / "text_encoder"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 60}))
+    with pytest.raises(CheckpointError, match=r"position_embedding.weight has the shape \(77, \d+\).* asks for \(60"):
+        load_pretrained(CLIPTextModel, folder)
+
+
 @pytest.mark.parametrize("made", ["bundle.json", "unet/model.onnx"])
 def test_what_was_made_of_a_checkpoint_is_not_taken_for_one(micro, tmp_path, made):
     (tmp_path / "made/unet").mkdir(parents=True)
