@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from ..bundle import EngineError, Tensor
 from ..engines import Array, Bound, Engine, Linked, Placed
 from ..engines.onnxruntime import OnnxRuntimeEngine, default_threads
+from ..engines.wheel import ort
 
 Heard = Callable[[Mapping[str, Array], Mapping[str, Array]], None]
 """`heard(feeds, outputs)` after each call; both are overwritten by the next."""
