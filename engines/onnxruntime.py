@@ -66,6 +66,9 @@ _OUT_OF_MEMORY = re.compile(
     r"|CUDA failure 2: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUDNN_BACKEND_API_FAILED.*ALLOC"
 )
 """What ONNX Runtime's arena, C++ and CUDA say when memory is wanting; a type for it there is none."""
+NO_MEMORY_TO_LOAD = (
+    "out of memory while it is loaded: end other programs that hold memory, or use a machine that has more"
+)
 _OPTIMIZED = "model.onnx"
 _OPTIMIZED_DATA = "model.onnx_data"
 _EXTERNAL_FROM_BYTES = 1024
@@ -365,11 +368,8 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
     try:
         session = _new_session(str(path), options, provider)
     except Exception as error:
-        if _is_memory(error):
-            raise _OutOfMemoryError(
-                f"{component}: out of memory while it is loaded: end other programs that hold memory, "
-                "or use a machine that has more"
-            ) from None
+        if lacks_memory(error):
+            raise _OutOfMemoryError(f"{component}: {NO_MEMORY_TO_LOAD}") from None
         # some versions (1.24) do not read weights through the links of the hub's cache
         otherwise = (
             "use a copy that holds the files instead of links (cp -rL)" if path.is_symlink() else "compile again"
@@ -420,14 +420,15 @@ def _running(component: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_memory(error):
+        if lacks_memory(error):
             raise _OutOfMemoryError(
                 f"{component}: out of memory: ask for a smaller size or batch, split guidance or a tiled autoencoder"
             ) from None
         raise EngineError(f"{component}: ONNX Runtime failed: {_first_line(error)}") from None
 
 
-def _is_memory(error: Exception) -> bool:
+def lacks_memory(error: Exception) -> bool:
+    """Whether ONNX Runtime or NumPy raised `error` for want of memory."""
     return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
