@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from ..bundle import EngineError, Tensor
 from ..engines import Array, Bound, Engine, Linked, Placed
-from ..engines.onnxruntime import OnnxRuntimeEngine, default_threads
+from ..engines.onnxruntime import NO_MEMORY_TO_LOAD, OnnxRuntimeEngine, default_threads, lacks_memory
+from ..engines.wheel import ort
 
 Heard = Callable[[Mapping[str, Array], Mapping[str, Array]], None]
 """`heard(feeds, outputs)` after each call; both are overwritten by the next."""
@@ -42,6 +42,8 @@ def start(model: Any, folder: Path, component: str, *, fast: bool = True) -> Onn
         graph = onnx_ir.to_proto(model).SerializeToString()
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own family of exceptions
+        if lacks_memory(error):
+            raise EngineError(f"{component}: {NO_MEMORY_TO_LOAD}") from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise EngineError(f"{component}: ONNX Runtime cannot load the graph that measures it: {reason}") from None
     return OnnxRuntimeEngine(session, component, "cpu")

@@ -43,6 +43,8 @@ def main() -> NoReturn:
         _fail(str(error))
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; what was finished is kept, run the same command again to go on")
+    except MemoryError:
+        _fail("out of memory: end other programs that hold memory, or ask for a smaller size or batch")
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:

@@ -4,33 +4,55 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from ..bundle import Component, EngineError, Tensor
 from .cache import EngineStore, cpu_identity
 from .engine import Array, Engine, check_feeds
 from .hoisted import HoistedEngine
+from .wheel import install, ort
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
-"""TF32 is on by default on CUDA, and rounds the products of a float32 model to 10 bits."""
-_WHEEL = "`pip uninstall onnxruntime`, then `pip install onnxruntime-gpu`"
+_CUDA = ("CUDAExecutionProvider", {"use_tf32": "0"})  # on by default: float32 products rounded to 10 bits
+_CHOSEN: dict[str, list[tuple[str, dict[str, str]]]] = {
+    "cpu": [("CPUExecutionProvider", {})],
+    "cuda": [_CUDA],
+    # The variables of its environment would decide where nothing is said. What it does not take goes to CUDA.
+    "tensorrt": [("TensorrtExecutionProvider", {"trt_fp16_enable": "0", "trt_int8_enable": "0"}), _CUDA],
+}
+"""The providers of a session and their options: float32 is float32."""
+_GPU = install("onnxruntime-gpu")
 _LIBRARIES = {"cuda": "install CUDA's and cuDNN's libraries", "tensorrt": "install TensorRT's libraries"}
-_WARNING, _FATAL = 2, 4
-"""Levels of ONNX Runtime's log: its default, and what it never reaches."""
+_NO_NODES = bytes.fromhex(
+    "08083a25120167"  # IR version 8, a graph `g`
+    "5a0f0a0178120a0a08080112040a020801620f0a0178120a0a08080112040a020801"  # its input x, which is its output too
+    "42040a001014"  # opset 20
+)
+"""An ONNX model of nothing, to start a provider with."""
+_FATAL = 4
+"""A level that ONNX Runtime's log never reaches."""
+# fmt: off
+_SHAPES = {
+    "Shape", "Size", "Constant", "ConstantOfShape", "Gather", "Slice", "Split", "Concat", "Unsqueeze", "Squeeze",
+    "Reshape", "Cast", "Range", "Expand", "Where", "Equal", "Not", "Add", "Sub", "Mul", "Div", "Mod", "Floor", "Ceil",
+    "Min", "Max", "ReduceProd",
+}
+# fmt: on
+"""What shapes are computed with: a GPU's provider leaves it to the CPU, for a GPU takes longer."""
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -44,6 +66,9 @@ _OUT_OF_MEMORY = re.compile(
     r"|CUDA failure 2: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUDNN_BACKEND_API_FAILED.*ALLOC"
 )
 """What ONNX Runtime's arena, C++ and CUDA say when memory is wanting; a type for it there is none."""
+NO_MEMORY_TO_LOAD = (
+    "out of memory while it is loaded: end other programs that hold memory, or use a machine that has more"
+)
 _OPTIMIZED = "model.onnx"
 _OPTIMIZED_DATA = "model.onnx_data"
 _EXTERNAL_FROM_BYTES = 1024
@@ -98,27 +123,22 @@ class OnnxRuntimeEngine:
         Raises `EngineError` when the model cannot be read or the provider is not there.
         """
         component = component or model.parent.name
-        name = require_provider(provider)
+        require_provider(provider)
         threads = threads or default_threads()
         session = None
         if store is not None and source and provider == "cpu":
             session = _kept_session(store, model, component, threads, source)
         if session is None:
-            session = _session(model, _options(threads), name, component)
-        used = session.get_providers()
-        if not used or used[0] != name:
-            raise EngineError(
-                f"{component}: provider {provider!r} did not start on this machine: {_remedy(provider, installed=True)}"
-            )
+            session = _session(model, _options(threads), provider, component)
+        if provider != "cpu":
+            _warn_of_nodes_elsewhere(session, component, provider)
         return cls(session, component, provider)
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once on host arrays. Raises `EngineError` on a wrong input."""
         check_feeds(self.component, self.inputs, feeds)
-        try:
+        with _running(self.component):
             values = self._session.run(None, dict(feeds))
-        except Exception as error:  # ONNX Runtime raises its own family of exceptions
-            raise _run_error(self.component, error) from None
         return {tensor.name: value for tensor, value in zip(self.outputs, values, strict=True)}
 
     def bind(self, feeds: Mapping[str, Array]) -> OnnxRuntimeBound:
@@ -132,7 +152,8 @@ class OnnxRuntimeEngine:
 
     def place(self, array: Array) -> ort.OrtValue:
         """See `engine.Engine`."""
-        return ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), self._device, 0)
+        with _running(self.component):
+            return ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), self._device, 0)
 
     def link(self, tensors: Mapping[str, ort.OrtValue]) -> OnnxRuntimeLinked:
         """See `engine.Engine`. On a GPU the calls of linked engines follow one another on the device's streams."""
@@ -167,10 +188,8 @@ class OnnxRuntimeLinked:
 
     def __call__(self) -> None:
         """Run."""
-        try:
+        with _running(self._component):
             self._session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise _run_error(self._component, error) from None
 
     def prepare(self, *changed: str) -> None:
         """See `engine.Linked`: nothing is made ahead."""
@@ -187,7 +206,8 @@ class OnnxRuntimeBound:
         self._feeds = dict(feeds)
         if not all(array.flags.c_contiguous for array in feeds.values()):
             raise EngineError(f"{engine.component}: arrays must be contiguous to be bound")
-        self._inputs = {n: ort.OrtValue.ortvalue_from_numpy(a, engine._device, 0) for n, a in self._feeds.items()}
+        with _running(self._component):
+            self._inputs = {n: ort.OrtValue.ortvalue_from_numpy(a, engine._device, 0) for n, a in self._feeds.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
         # On the CPU most values share the memory of their array; scalars, and all on a GPU, are copies.
@@ -201,10 +221,8 @@ class OnnxRuntimeBound:
         """Run; see `engine.Bound`."""
         for name in self._copies.intersection(changed):
             self._inputs[name].update_inplace(self._feeds[name])
-        try:
+        with _running(self._component):
             self._session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise _run_error(self._component, error) from None
         if not self._outputs and self._host:
             # The first run told the shapes: from now on the session writes into these arrays.
             for name, array in zip(self._names, self._binding.copy_outputs_to_cpu(), strict=True):
@@ -246,21 +264,47 @@ def load_component(
 
 
 def require_provider(provider: str) -> str:
-    """ONNX Runtime's name of `provider`. Raises `EngineError` when this build of ONNX Runtime lacks it."""
+    """ONNX Runtime's name of `provider`, which starts here.
+
+    Raises `EngineError` when this build of ONNX Runtime lacks it, or when it does not start on this machine.
+    """
     try:
         name = PROVIDERS[provider]
     except (KeyError, TypeError):
         raise EngineError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}") from None
     if name not in ort.get_available_providers():
-        remedy = _remedy(provider, installed=False)
-        raise EngineError(f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {remedy}")
+        raise EngineError(
+            f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {_remedy(provider, _GPU)}"
+        )
+    if provider != "cpu":
+        _start(provider)
     return name
 
 
-def _remedy(provider: str, installed: bool) -> str:
-    """What makes `provider` start. installed: whether this build of ONNX Runtime has it."""
-    steps = [_WHEEL] * (not installed) + [_LIBRARIES[provider]] * (provider in _LIBRARIES)
-    return ", ".join([*steps, "or use the engine onnxruntime, on the CPU"])
+@functools.cache
+def _start(provider: str) -> None:
+    """Start `provider` once. Raises `EngineError`."""
+    if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+        raise EngineError(
+            f"provider {provider!r} needs onnxruntime-gpu 1.24, this is {ort.__version__}: {_remedy(provider, _GPU)}"
+        )
+    # What goes wrong is an error that we raise. The log of the process, which no session has a say in, would show each
+    # way that a provider tries and passes over, in hundreds of lines.
+    ort.set_default_logger_severity(_FATAL)
+    if provider == "tensorrt":
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # the provider has no option for it
+    try:
+        used = _new_session(_NO_NODES, _options(1), provider).get_providers()
+    except Exception:  # ONNX Runtime raises its own family of exceptions, and says nothing of use here
+        used = []
+    if not used or used[0] != PROVIDERS[provider]:
+        raise EngineError(f"provider {provider!r} did not start on this machine: {_remedy(provider)}")
+
+
+def _remedy(provider: str, *steps: str) -> str:
+    """What makes `provider` start, after `steps`."""
+    libraries = [_LIBRARIES[provider]] * (provider in _LIBRARIES)
+    return ", ".join([*steps, *libraries, "or use the engine onnxruntime, on the CPU"])
 
 
 def _options(threads: int) -> ort.SessionOptions:
@@ -282,7 +326,6 @@ def _kept_session(
 
     None where it can be neither loaded nor kept: nobody needs it but to start faster.
     """
-    name = PROVIDERS["cpu"]
     built_from = {
         "component": component,
         "source": dict(source),
@@ -301,7 +344,9 @@ def _kept_session(
         options = _options(threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            return _session(found / _OPTIMIZED, options, name, component)
+            return _session(found / _OPTIMIZED, options, "cpu", component)
+        except _OutOfMemoryError:
+            raise
         except EngineError:  # written by another build of the same version, or cut short by a full disk
             store.drop(key)
     session = None
@@ -313,7 +358,7 @@ def _kept_session(
             options.add_session_config_entry(
                 "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
             )
-            session = _session(model, options, name, component)
+            session = _session(model, options, "cpu", component)
     return session
 
 
@@ -321,18 +366,10 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
     if not path.is_file():
         raise EngineError(f"{component}: {path} is missing; compile the bundle again")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a provider did not start is an error below
-            quiet = provider != PROVIDERS["cpu"]
-            if quiet:
-                ort.set_default_logger_severity(_FATAL)
-            try:
-                chosen = [(provider, _PROVIDER_OPTIONS.get(provider, {}))]
-                session = ort.InferenceSession(str(path), options, providers=chosen)
-            finally:
-                if quiet:
-                    ort.set_default_logger_severity(_WARNING)
+        session = _new_session(str(path), options, provider)
     except Exception as error:
+        if lacks_memory(error):
+            raise _OutOfMemoryError(f"{component}: {NO_MEMORY_TO_LOAD}") from None
         # some versions (1.24) do not read weights through the links of the hub's cache
         otherwise = (
             "use a copy that holds the files instead of links (cp -rL)" if path.is_symlink() else "compile again"
@@ -341,17 +378,58 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
             f"{component}: ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}; "
             f"upgrade ONNX Runtime, or {otherwise}"
         ) from None
-    session.disable_fallback()
     _SESSIONS.add(session)
     return session
 
 
-def _run_error(component: str, error: Exception) -> EngineError:
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-        return EngineError(
-            f"{component}: out of memory: ask for a smaller size or batch, split guidance or a tiled autoencoder"
+def _new_session(model: str | bytes, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+    """A session that does not go on with other providers than those of `provider` when they fail."""
+    if provider != "cpu":
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a provider did not start is an error of ours
+        session = ort.InferenceSession(model, options, providers=_CHOSEN[provider], enable_fallback=0)
+    session.disable_fallback()  # 1.22 does not know the argument
+    return session
+
+
+def _warn_of_nodes_elsewhere(session: ort.InferenceSession, component: str, provider: str) -> None:
+    """Warn, in one line, of nodes that another provider runs than the one asked for."""
+    elsewhere = Counter(
+        (part.ep_name, node.op_type)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+        if part.ep_name != PROVIDERS[provider] and (part.ep_name != PROVIDERS["cpu"] or node.op_type not in _SHAPES)
+    )
+    if elsewhere:
+        listed = ", ".join(f"{count} {kind} ({other})" for (other, kind), count in sorted(elsewhere.items()))
+        warnings.warn(
+            f"{component}: the provider {provider!r} leaves nodes to others: {listed[:300]}",
+            RuntimeWarning,
+            stacklevel=2,
         )
-    return EngineError(f"{component}: ONNX Runtime failed: {_first_line(error)}")
+
+
+class _OutOfMemoryError(EngineError):
+    """Memory is wanting: the same may work later."""
+
+
+@contextlib.contextmanager
+def _running(component: str) -> Iterator[None]:
+    """Raise `EngineError` for what ONNX Runtime and NumPy raise: each has exceptions of its own."""
+    try:
+        yield
+    except Exception as error:
+        if lacks_memory(error):
+            raise _OutOfMemoryError(
+                f"{component}: out of memory: ask for a smaller size or batch, split guidance or a tiled autoencoder"
+            ) from None
+        raise EngineError(f"{component}: ONNX Runtime failed: {_first_line(error)}") from None
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether ONNX Runtime or NumPy raised `error` for want of memory."""
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _first_line(error: Exception) -> str:

@@ -125,6 +125,7 @@ def compile(
     if (trace_scheduler is None) != (not steps):
         raise DiffoundryError("a scheduler is traced for the step counts named: give both it and the counts")
     place = site(name.backend, precision, target or Target()) if name.backend in BACKENDS else None
+    require_provider(name.provider or "cpu")
     _require_export()
     from .families import family_of  # imports torch
 
@@ -282,7 +283,6 @@ class _Build:
         self.changes: dict[str, dict[str, bool | int]] = {}
 
     def run(self) -> Bundle:
-        require_provider(self.wanted.provider)
         plans, latents, size = self.read()
         weights = {name: self.source.weights(name) for name in sorted({plan.source for plan in plans})}
         prompts = self._write_small()

@@ -33,10 +33,10 @@ def python(request, tmp_path_factory):
             (others / path.name).symlink_to(path)
     (others / "diffoundry").symlink_to(REPOSITORY)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root / "venv")], check=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (own, others)))}
 
-    def run(*arguments):
+    def run(*arguments, own=own):
         line = [str(root / "venv" / "bin" / "python"), *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (own, others)))}
         return subprocess.run(line, capture_output=True, text=True, cwd=root, env=environment)
 
     run.requirement = request.param
@@ -64,13 +64,24 @@ def test_it_compiles_draws_and_verifies(python, bundle_of, command, tmp_path):
     assert np.abs(own - base).max() <= 1
 
 
-def test_an_engine_that_cannot_start_is_one_line(python, bundle_of, tmp_path):
-    done = python(
-        "-m", "diffoundry", "run", bundle_of("pico"), *DRAW, "--engine", "onnxruntime:cuda", "-o", tmp_path / "a.png"
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("Error: ")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("verb", ["run", "compile"])
+def test_an_engine_that_cannot_start_is_one_line_before_any_work(python, bundle_of, verb, provider, tmp_path):
+    what = (bundle_of("pico"), *DRAW) if verb == "run" else (REPOSITORY / "examples" / "pico",)
+    done = python("-m", "diffoundry", verb, *what, "--engine", f"onnxruntime:{provider}", "-o", tmp_path / "a.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"Error: provider '{provider}' ")
     assert done.stderr.count("\n") == 1
     gpu = "gpu" in python.requirement
     assert ("did not start" if gpu else "is not in this ONNX Runtime") in done.stderr
     assert ("pip install onnxruntime-gpu" in done.stderr) != gpu
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_one_wheel_leaves_of_the_other_is_named(python, bundle_of, tmp_path):
+    """Both were installed, and one was uninstalled: a folder `onnxruntime` without the module is left."""
+    (tmp_path / "onnxruntime" / "capi").mkdir(parents=True)
+    done = python("-m", "diffoundry", "verify", bundle_of("pico"), own=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: ONNX Runtime is there in part only: run `pip uninstall onnxruntime onnxrun")
+    assert done.stderr.count("\n") == 1

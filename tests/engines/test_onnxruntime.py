@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import onnxruntime as ort
@@ -301,11 +304,100 @@ def test_memory_that_is_wanting_is_told_from_other_failures():
         bound("s")
 
 
-def test_float32_on_cuda_is_no_tf32():
-    assert onnxruntime._PROVIDER_OPTIONS[onnxruntime.PROVIDERS["cuda"]]["use_tf32"] == "0"
+def test_memory_that_is_wanting_while_a_model_is_loaded_is_named(unet_path, tmp_path):
+    """In 6 MiB more than the process has: too few for the weights. What is kept of the model is not dropped."""
+    store, source = EngineStore(tmp_path), {"model.onnx": "0"}
+    OnnxRuntimeEngine.load(unet_path, store=store, source=source)
+    program = f"""
+import resource
+from pathlib import Path
+from diffoundry.engines import EngineStore
+from diffoundry.engines.onnxruntime import EngineError, OnnxRuntimeEngine
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (6 << 20),) * 2)
+store = EngineStore(Path({str(tmp_path)!r}))
+try:
+    OnnxRuntimeEngine.load(Path({str(unet_path)!r}), threads=1, store=store, source={source})
+except EngineError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.startswith("unet: out of memory while it is loaded: "), done.stderr
+    assert len(store.records()) == 1
+
+
+def test_memory_that_is_wanting_for_a_tensor_is_named(unet):
+    with pytest.raises(EngineError, match="unet: out of memory: ask for a smaller size"):
+        unet.place(np.broadcast_to(np.zeros(1, np.float32), (1 << 44,)))
+
+
+def test_nodes_that_another_provider_runs_are_named(unet_path):
+    """All are on the CPU here, as if a GPU's provider had taken none; what shapes are computed with belongs there."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = ort.InferenceSession(str(unet_path), options, providers=["CPUExecutionProvider"])
+    with pytest.warns(RuntimeWarning) as warned:
+        onnxruntime._warn_of_nodes_elsewhere(session, "unet", "cuda")
+    text = str(warned[0].message)
+    assert text.startswith("unet: the provider 'cuda' leaves nodes to others: ")
+    assert "33 Conv (CPUExecutionProvider)" in text
+    assert "Shape" not in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        onnxruntime._warn_of_nodes_elsewhere(session, "unet", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            "raise ImportError('no GLIBC_2.34')",
+            "ONNX Runtime does not load (no GLIBC_2.34): run `pip uninstall onnx",
+        ),
+        ("", "ONNX Runtime is there in part only: run `pip uninstall onnxruntime onnxruntime-gpu`, then `pip install"),
+        (
+            "__version__ = '1.9.0'\nclass InferenceSession: pass",
+            "ONNX Runtime 1.9.0 is too old, 1.22 is the least",
+        ),
+    ],
+)
+def test_an_onnxruntime_that_cannot_be_used_is_one_line(module, message, bundle_of, tmp_path):
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text(module)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    line = [sys.executable, "-m", "diffoundry", "verify", bundle_of("pico")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"Error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_float32_on_a_gpu_is_float32():
+    chosen = {provider: dict(options) for provider, options in onnxruntime._CHOSEN.items()}
+    assert list(chosen) == list(onnxruntime.PROVIDERS)
+    assert all(next(iter(chosen[key])) == name for key, name in onnxruntime.PROVIDERS.items())
+    assert [chosen[key]["CUDAExecutionProvider"]["use_tf32"] for key in ("cuda", "tensorrt")] == ["0", "0"]
+    assert set(chosen["tensorrt"]["TensorrtExecutionProvider"].values()) == {"0"}
 
 
 @pytest.mark.gpu
 def test_the_session_on_cuda_has_no_tf32(unet_path):
     engine = OnnxRuntimeEngine.load(unet_path, provider="cuda")
     assert engine._session.get_provider_options()["CUDAExecutionProvider"]["use_tf32"] == "0"
+
+
+@pytest.mark.gpu
+def test_a_convolution_in_float16_on_cuda_prints_nothing(tmp_path, capfd):
+    """The provider tries plans that there are not, and its log would say so."""
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT16, [1, 64, "h", 32]),
+        helper.make_tensor_value_info("w", TensorProto.FLOAT16, [64, 64, 3, 3]),
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT16, None)
+    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "g", inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    engine = OnnxRuntimeEngine.load(tmp_path / "model.onnx", provider="cuda")
+    feeds = {"x": np.ones((1, 64, 32, 32), np.float16), "w": np.ones((64, 64, 3, 3), np.float16)}
+    assert engine(feeds)["y"][0, 0, 1, 1] == 576
+    assert capfd.readouterr() == ("", "")
