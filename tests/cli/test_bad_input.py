@@ -376,3 +376,17 @@ def test_a_damaged_engine_is_built_again(command, copied, tmp_path):
     done = command("run", copied, "a red star", "--steps", "1", "-o", tmp_path / "o.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "o.png").exists()
+
+
+def test_memory_that_is_wanting_is_one_line():
+    program = """
+import sys
+from diffoundry.cli import cli, main
+@cli.command()
+def fill():
+    bytearray(1 << 62)
+sys.argv = ["diffoundry", "fill"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    fails(done, "out of memory: end other programs that hold memory")
