@@ -222,6 +222,7 @@ def test_numbers_of_the_autoencoder_that_the_classes_do_not_read_change_nothing(
     same_latents(checkpoint, bundle, "img2img")
 
 
+@pytest.mark.slow
 def test_configurations_are_read_through_their_classes(pair):
     """A whole CLIP's configuration, keys left at their defaults, and one that no class knows."""
     checkpoint, bundle = pair

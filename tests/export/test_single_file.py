@@ -443,6 +443,7 @@ def single_pico(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_pico_compiled_from_one_file_draws_the_identical_image(single_pico, tmp_path, bundle_of):
     bundle = diffoundry.compile(single_pico, tmp_path / "b", config=PICO, tasks=["txt2img"])
     assert bundle.manifest.source["name"] == "pico"

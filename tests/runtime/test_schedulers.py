@@ -366,7 +366,7 @@ def test_mutated_configurations_of_a_bundle(copied, count):
         try:
             schedules = Schedules(Bundle.open(vouched(copied, json.dumps({**own, **strange}))))
             assert schedules.train_steps
-            table = schedules.table(Steps(7), name)
+            table = schedules.table(Steps(7), "txt2img", name)
         except DiffoundryError as refusal:
             lines.append(str(refusal))
         else:
