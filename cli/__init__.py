@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -17,6 +20,8 @@ from .run import run_command
 from .schedulers import schedulers_command
 from .streams import open_streams
 from .verify import verify_command
+
+_INTERRUPTED = "interrupted; what was finished is kept, run the same command again to go on"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -33,6 +38,7 @@ def main() -> NoReturn:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage."""
     open_streams()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture is read, or the error says why not
+    interrupts = _noted_interrupts()
     try:
         code = cli.main(prog_name="diffoundry", standalone_mode=False)
         sys.stdout.flush()
@@ -40,9 +46,9 @@ def main() -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except DiffoundryError as error:
-        _fail(str(error))
+        _fail(_INTERRUPTED if interrupts else str(error))
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; what was finished is kept, run the same command again to go on")
+        _fail(_INTERRUPTED)
     except MemoryError:
         _fail("out of memory: end other programs that hold memory, or ask for a smaller size or batch")
     except BrokenPipeError:
@@ -50,6 +56,20 @@ def main() -> NoReturn:
     except OSError as error:
         _fail(str(disk_error(error)))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _noted_interrupts() -> list[int]:
+    """The interrupts to come: a library may turn one that it is hit by into an error of its own."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    own = threading.current_thread() is threading.main_thread()
+    if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, note)
+    return noted
 
 
 def _fail(message: str) -> NoReturn:

@@ -110,6 +110,24 @@ def test_disk_full_during_compile(tmp_path, checkpoint_of):
     assert not (tmp_path / "b").exists()
 
 
+def test_an_interrupt_that_a_library_takes_for_an_error_of_its_own_is_one(tmp_path, checkpoint_of):
+    """As diffusers does while it reads weights: whatever is raised there is a file that cannot be read."""
+    code = (
+        "import signal, sys, safetensors.torch as s\n"
+        "def read(*arguments, **options):\n"
+        "    try: signal.raise_signal(signal.SIGINT)\n"
+        "    except BaseException: raise OSError('Unable to load weights') from None\n"
+        "s.load_file = read\n"
+        "from diffoundry.export import loading; loading.find = read\n"
+        "from diffoundry.cli import main; main()"
+    )
+    line = [sys.executable, "-c", code, "compile", str(checkpoint_of("pico")), "-o", str(tmp_path / "b")]
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+    done = subprocess.run(line, capture_output=True, text=True, preexec_fn=listen)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: interrupted; what was finished is kept")
+
+
 def test_a_stopped_compile_goes_on_where_it_was(tmp_path, checkpoint_of):
     """Interrupted, then killed at a later component, then left to end."""
     line = [sys.executable, "-m", "diffoundry", "compile", str(checkpoint_of("pico")), "-o", str(tmp_path / "b")]
