@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bundle import DiffoundryError, StoppedError
     from .calibration import Scan
+    from .common.errors import DiffoundryError, StoppedError
     from .export import compile
     from .export.target import Target
     from .runtime.conditioning import Conditioning
@@ -35,8 +35,8 @@ __all__ = [
 
 _HOMES = {
     "Conditioning": ".runtime.conditioning",
-    "DiffoundryError": ".bundle",
-    "StoppedError": ".bundle",
+    "DiffoundryError": ".common.errors",
+    "StoppedError": ".common.errors",
     "compile": ".export",
     "Guidance": ".runtime.guidance",
     "load": ".runtime.pipeline",

@@ -14,7 +14,7 @@ import click
 import numpy as np
 import torch
 
-from ..engines import Array
+from ..common.arrays import Array
 from ..export.trace_scheduler import float64, widen
 from ..runtime.guidance import Guidance
 from ..runtime.pipeline import Pipeline, load

@@ -18,7 +18,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from ..engines import Array
+from ..common.arrays import Array
 
 ATOL, RTOL = 1e-4, 1e-2
 """What the project promises of latents and pixels."""
@@ -467,7 +467,7 @@ def main(only: str, json_path: Path | None, work: Path | None) -> None:
 
 def _measure(chosen: list[Case], root: Path) -> list[dict[str, Any]]:
     """One row a case; a request that is refused has the message as its `error`."""
-    from ..bundle import DiffoundryError
+    from ..common.errors import DiffoundryError
 
     checkpoint_of = functools.partial(_checkpoint, root)
     bundle_of = functools.cache(functools.partial(_bundle, root))

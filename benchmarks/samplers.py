@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..bundle import RequestError
-from ..engines import Array
+from ..common.arrays import Array
+from ..common.errors import RequestError
 from ..runtime.noise import TorchGenerator
 from ..runtime.schedulers import SAMPLERS, STEP_ARGUMENTS, Steps, Table, make_table
 from ..runtime.step import State

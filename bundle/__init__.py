@@ -1,15 +1,6 @@
-"""The artifact that both halves share: layout, manifest, hashes, atomic writes."""
+"""The artifact that both halves share: layout, manifest, hashes."""
 
 from .bundle import Bundle
-from .errors import (
-    BundleError,
-    CheckpointError,
-    DiffoundryError,
-    EngineError,
-    OverflowedError,
-    RequestError,
-    StoppedError,
-)
 from .manifest import FULL, MANIFEST_NAME, SCHEMA_VERSION, Component, Latents, Manifest, Prompt, Tensor, Variant
 
 __all__ = [
@@ -17,17 +8,10 @@ __all__ = [
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
     "Bundle",
-    "BundleError",
-    "CheckpointError",
     "Component",
-    "DiffoundryError",
-    "EngineError",
     "Latents",
     "Manifest",
-    "OverflowedError",
     "Prompt",
-    "RequestError",
-    "StoppedError",
     "Tensor",
     "Variant",
 ]

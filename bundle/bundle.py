@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import BundleError
+from ..common.files import check_tree, inside, read_json, sha256_file
 from . import optimum
-from .errors import BundleError
-from .files import check_tree, inside, read_json, sha256_file
 from .manifest import MANIFEST_NAME, Component, Manifest, from_json
 
 _ENGINES = "engines"

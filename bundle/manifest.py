@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from .errors import BundleError
+from ..common.errors import BundleError
 
 SCHEMA_VERSION = 2
 """Raised when a reader of the old version would misread the new manifest."""

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .errors import BundleError
-from .files import read_json
+from ..common.errors import BundleError
+from ..common.files import read_json
 from .manifest import Component, Latents, Manifest, Prompt, Tensor
 from .pipelines import INPAINT_BY_FACTOR, default_side, latent_deviations, scheduler_mends
 from .tokens import read_tokens

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import BundleError
-from .files import read_json
+from ..common.errors import BundleError
+from ..common.files import read_json
 
 _NAMED = {
     "bos_token": "<|startoftext|>",

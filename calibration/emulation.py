@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ..bundle import Bundle, EngineError
+from ..bundle import Bundle
+from ..common.errors import EngineError
 from ..engines import Engine
 from .precision import precision_of
 from .sessions import start

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..bundle import DiffoundryError
-from ..engines import Array
+from ..common.arrays import Array
+from ..common.errors import DiffoundryError
 from .precision import MASK, Precision
 
 Value = TypeVar("Value")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engines import Array
+from ..common.arrays import Array
 from .graph import MOVES, Form, form, is_cheap, is_float, key, read, version_for
 from .losses import Trial, islands_of, measure
 from .precision import Precision

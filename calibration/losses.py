@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engines import Array
+from ..common.arrays import Array
 from .graph import form, holds_masks, is_float, key, read, version_for
 from .precision import MASK, Precision
 from .sessions import start

@@ -9,9 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..bundle import Bundle, DiffoundryError, OverflowedError
-from ..bundle.files import remove, sha256_file
-from ..engines import Array, Engine
+from ..bundle import Bundle
+from ..common.arrays import Array
+from ..common.errors import DiffoundryError, OverflowedError
+from ..common.files import remove, sha256_file
+from ..engines import Engine
 from ..engines.onnxruntime import load_component
 from .graph import read
 from .islands import Island, Islands

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bundle import DiffoundryError
+from ..common.errors import DiffoundryError
 
 MASK = 1e30
 """A finite constant from here on stands for infinity: it masks scores. No weight or activation is as large."""

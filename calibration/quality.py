@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..bundle import DiffoundryError
-from ..engines import Array, Engine
+from ..common.arrays import Array
+from ..common.errors import DiffoundryError
+from ..engines import Engine
 from .losses import decibels
 
 IDENTICAL = 120.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engines import Array
+from ..common.arrays import Array
 from .graph import MOVES, float_weights, holds_masks, is_float, read, reading
 from .precision import MASK
 from .sessions import Recorded, start

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Bundle, RequestError
-from ..engines import Array, Engine
+from ..bundle import Bundle
+from ..common.arrays import Array
+from ..common.checks import is_number, whole_number
+from ..common.errors import RequestError
+from ..engines import Engine
 from ..runtime.pipeline import Pipeline
-from ..runtime.request import LARGEST_SIDE, Request, whole_number
+from ..runtime.request import LARGEST_SIDE, Request
 
 BUDGET_DB = 35.0
 """The least PSNR of the images against float32 where none is asked for."""
@@ -55,7 +58,7 @@ class Scan:
         if self.steps is not None:
             object.__setattr__(self, "steps", whole_number("steps", self.steps, 1, _MOST_STEPS))
         budget = self.budget_db
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= _LARGEST_BUDGET:
+        if not is_number(budget) or not 0 <= budget <= _LARGEST_BUDGET:
             raise RequestError(f"the least PSNR must be from 0 to {_LARGEST_BUDGET} dB, found {budget!r}")
         object.__setattr__(self, "budget_db", float(budget))
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, _LARGEST_SEED))

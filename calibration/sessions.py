@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import EngineError, Tensor
-from ..engines import Array, Bound, Engine, Linked, Placed
+from ..bundle import Tensor
+from ..common.arrays import Array
+from ..common.errors import EngineError, reason
+from ..engines import Bound, Engine, Linked, Placed
 from ..engines.onnxruntime import NO_MEMORY_TO_LOAD, OnnxRuntimeEngine, default_threads, lacks_memory
 from ..engines.wheel import ort
 
@@ -44,8 +46,7 @@ def start(model: Any, folder: Path, component: str, *, fast: bool = True) -> Onn
     except Exception as error:  # ONNX Runtime raises its own family of exceptions
         if lacks_memory(error):
             raise EngineError(f"{component}: {NO_MEMORY_TO_LOAD}") from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise EngineError(f"{component}: ONNX Runtime cannot load the graph that measures it: {reason}") from None
+        raise EngineError(f"{component}: ONNX Runtime cannot load what measures it: {reason(error)}") from None
     return OnnxRuntimeEngine(session, component, "cpu")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.files import disk_error, remove
+from ..common.files import disk_error, remove
 from .graph import MOVES, Form, form, is_float, key, opset, raise_opset, read, reading
 from .precision import MASK, Precision
 

@@ -12,8 +12,8 @@ from typing import NoReturn
 import click
 
 from .. import __version__
-from ..bundle import DiffoundryError
-from ..bundle.files import disk_error
+from ..common.errors import DiffoundryError
+from ..common.files import disk_error
 from .compile import compile_command
 from .inspect import inspect_command
 from .run import run_command

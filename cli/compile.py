@@ -139,7 +139,7 @@ def compile_command(
     ONNX, held against torch on three random shapes, and built for this machine. A compile that was stopped goes on
     where it was; a finished stage is not done twice.
     """
-    from ..bundle import DiffoundryError
+    from ..common.errors import DiffoundryError
     from ..export import compile
     from ..runtime.schedules import Schedules
 
@@ -210,8 +210,8 @@ def _target(
 
 def _scan(prompts: str | None, steps: int | None, size: str | None, min_psnr: float | None) -> Scan | None:
     """What the loop is run with to find what stays in fp32; None when nothing was said of it."""
-    from ..bundle import DiffoundryError
     from ..calibration import Scan
+    from ..common.errors import DiffoundryError
     from ..export.target import parse_size
 
     told: dict[str, Any] = {}
@@ -235,14 +235,14 @@ def _scan(prompts: str | None, steps: int | None, size: str | None, min_psnr: fl
 
 
 def _plans(root: Path) -> dict[str, Any]:
-    from ..bundle.files import read_json
+    from ..common.files import read_json
 
     path = root / "reports" / "plans.json"
     return read_json(path, "the report on plans") if path.is_file() else {}
 
 
 def _quality(root: Path, precision: str) -> dict[str, Any]:
-    from ..bundle.files import read_json
+    from ..common.files import read_json
 
     path = root / "reports" / "quality.json"
     found: dict[str, Any] = read_json(path, "the quality report").get(precision, {}) if path.is_file() else {}
@@ -250,7 +250,7 @@ def _quality(root: Path, precision: str) -> dict[str, Any]:
 
 
 def _worst_error(root: Path) -> dict[str, float]:
-    from ..bundle.files import read_json
+    from ..common.files import read_json
 
     parity = read_json(root / "reports" / "parity.json", "the parity report")
     return {

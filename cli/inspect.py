@@ -16,9 +16,10 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def inspect_command(bundle: str, as_json: bool) -> None:
     """Show what BUNDLE holds and what was measured."""
-    from ..bundle import Bundle, BundleError
-    from ..bundle.files import read_json
+    from ..bundle import Bundle
     from ..bundle.manifest import to_json
+    from ..common.errors import BundleError
+    from ..common.files import read_json
     from ..engines import EngineStore
 
     opened = Bundle.open(bundle)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..bundle import RequestError
+from ..common.errors import RequestError
 from .options import engine_option, precision_option, read_gib, read_numbers, read_options
 from .progress import progress
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +113,8 @@ def _show(table: Table, title: str) -> None:
 
 
 def _plot(table: Table, title: str, path: Path) -> None:
-    from ..bundle import DiffoundryError, RequestError
+    from ..common.errors import DiffoundryError, RequestError
+    from ..common.files import replacing
 
     if path.suffix.lower() not in (".png", ".svg"):
         raise RequestError(f"the plot {path} must be a name that ends in .png or .svg")
@@ -147,9 +147,5 @@ def _plot(table: Table, title: str, path: Path) -> None:
     for axes in (state, output):
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        figure.savefig(beside, dpi=110)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110, format=path.suffix[1:].lower())

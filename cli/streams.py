@@ -8,7 +8,7 @@ import sys
 import warnings
 from typing import Any, TextIO
 
-from ..bundle import DiffoundryError
+from ..common.errors import DiffoundryError
 
 
 class _Output(io.FileIO):

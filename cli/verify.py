@@ -30,7 +30,8 @@ def verify_command(bundle: str, engine: str, precision: str | None, threads: int
     Each component runs on recorded inputs and is held against what torch gave when it was compiled. TensorRT plans run
     at their own shapes and are held against ONNX Runtime; with another engine, their hashes alone are checked.
     """
-    from ..bundle import Bundle, BundleError
+    from ..bundle import Bundle
+    from ..common.errors import BundleError
     from ..runtime.verify import verify
 
     opened = Bundle.open(bundle)

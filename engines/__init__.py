@@ -7,6 +7,6 @@ import os
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from .cache import EngineStore
-from .engine import Array, Bound, Engine, Linked, Placed
+from .engine import Bound, Engine, Linked, Placed
 
-__all__ = ["Array", "Bound", "Engine", "EngineStore", "Linked", "Placed"]
+__all__ = ["Bound", "Engine", "EngineStore", "Linked", "Placed"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -15,18 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import BundleError
-from ..bundle.files import (
-    holds,
-    is_marked,
-    link_or_copy,
-    mark,
-    read_json,
-    sha256_file,
-    sha256_json,
-    unmark,
-    write_json,
-)
+from ..common.errors import BundleError
+from ..common.files import holds, is_marked, link_or_copy, mark, read_json, sha256_file, sha256_json, unmark, write_json
 
 RECORD_NAME = "engine.json"
 _ABANDONED_SECONDS = 6 * 3600
@@ -154,14 +143,3 @@ class EngineStore:
 def _is_folder(path: Path) -> bool:
     """Whether `path` is a folder and no link to one."""
     return path.is_dir() and not path.is_symlink()
-
-
-def cpu_identity() -> str:
-    """What an engine optimized for this processor depends on: architecture and instruction sets."""
-    flags = ""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                flags = line.partition(":")[2]
-                break
-    return sha256_json([platform.system(), platform.machine(), platform.processor(), sorted(flags.split())])[:16]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from ..bundle import EngineError, Tensor
-
-Array = npt.NDArray[Any]
+from ..bundle import Tensor
+from ..common.arrays import Array
+from ..common.errors import EngineError
 
 
 class Bound(Protocol):

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..bundle import EngineError, Tensor
-from .engine import Array, Bound, Engine, Linked, Placed, check_feeds
+from ..bundle import Tensor
+from ..common.arrays import Array
+from ..common.errors import EngineError
+from .engine import Bound, Engine, Linked, Placed, check_feeds
 
 
 class HoistedEngine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bundle import EngineError
+from ..common.errors import EngineError
 
 ONNXRUNTIME = "onnxruntime"
 ENGINES = (ONNXRUNTIME, f"{ONNXRUNTIME}:cuda", f"{ONNXRUNTIME}:tensorrt", "tensorrt", "tensorrt-rtx")

@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Component, EngineError, Tensor
-from .cache import EngineStore, cpu_identity
-from .engine import Array, Engine, check_feeds
+from ..bundle import Component, Tensor
+from ..common.arrays import Array
+from ..common.errors import EngineError, reason
+from ..common.machine import cpu_identity
+from .cache import EngineStore
+from .engine import Engine, check_feeds
 from .hoisted import HoistedEngine
 from .wheel import install, ort
 
@@ -375,7 +378,7 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
             "use a copy that holds the files instead of links (cp -rL)" if path.is_symlink() else "compile again"
         )
         raise EngineError(
-            f"{component}: ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}; "
+            f"{component}: ONNX Runtime {ort.__version__} cannot load {path}: {reason(error)}; "
             f"upgrade ONNX Runtime, or {otherwise}"
         ) from None
     _SESSIONS.add(session)
@@ -424,16 +427,12 @@ def _running(component: str) -> Iterator[None]:
             raise _OutOfMemoryError(
                 f"{component}: out of memory: ask for a smaller size or batch, split guidance or a tiled autoencoder"
             ) from None
-        raise EngineError(f"{component}: ONNX Runtime failed: {_first_line(error)}") from None
+        raise EngineError(f"{component}: ONNX Runtime failed: {reason(error)}") from None
 
 
 def lacks_memory(error: Exception) -> bool:
     """Whether ONNX Runtime or NumPy raised `error` for want of memory."""
     return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _tensors(component: str, nodes: list[Any]) -> tuple[Tensor, ...]:

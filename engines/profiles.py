@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..bundle import EngineError
+from ..common.checks import is_whole
+from ..common.errors import EngineError
 
 Shape = tuple[int, ...]
 _LARGEST_AXIS = 1 << 31
@@ -65,6 +66,6 @@ class Profile:
 
 
 def _size(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _LARGEST_AXIS:
+    if not is_whole(value) or not 1 <= value < _LARGEST_AXIS:
         raise ValueError(value)
     return value

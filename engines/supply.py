@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import FULL, Bundle, EngineError, Variant
+from ..bundle import FULL, Bundle, Variant
+from ..common.checks import is_whole
+from ..common.errors import EngineError
 from .cache import EngineStore
 from .engine import Engine
 from .names import ONNXRUNTIME, EngineName
@@ -39,9 +41,7 @@ class Supply:
         own = FULL if self.engine.on_cpu and manifest.precision != AS_EXPORTED else manifest.precision
         self.precision = own if precision is None else precision
         self._store = None if bundle.foreign else EngineStore(bundle.root / "engines")
-        if weight_budget is not None and (
-            not isinstance(weight_budget, int) or isinstance(weight_budget, bool) or weight_budget <= 0
-        ):
+        if weight_budget is not None and not (is_whole(weight_budget) and weight_budget > 0):
             raise EngineError(f"the budget for weights must be a number of bytes above 0, found {weight_budget!r:.80}")
         self._budget = weight_budget
         self._gpu: Any = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..bundle import EngineError
+from ..common.errors import EngineError, reason
 
 _FLOOR = (1, 22)
 
@@ -19,8 +19,7 @@ _REMEDY = f"run {install('onnxruntime')} (for GPUs onnxruntime-gpu)"
 try:
     import onnxruntime as ort
 except ImportError as error:
-    reason = (str(error).strip().splitlines() or ["it is missing"])[0]
-    raise EngineError(f"ONNX Runtime does not load ({reason[:200]}): {_REMEDY}") from None
+    raise EngineError(f"ONNX Runtime does not load ({reason(error)}): {_REMEDY}") from None
 if not hasattr(ort, "InferenceSession"):
     raise EngineError(f"ONNX Runtime is there in part only: {_REMEDY}")
 found = re.match(r"(\d+)\.(\d+)", str(ort.__version__))

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bundle import MANIFEST_NAME, BundleError, CheckpointError
-from ..bundle.files import read_json
+from ..bundle import MANIFEST_NAME
+from ..common.errors import BundleError, CheckpointError, reason
+from ..common.files import read_json
 from .weight_files import WeightFiles, find, other_kind
 
 _ADDED = ("vae_tiny",)
@@ -142,5 +143,4 @@ def _fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name} is no local folder, and the hub did not give it: {reason[:200]}") from None
+        raise CheckpointError(f"{name} is no local folder, and the hub did not give it: {reason(error)}") from None

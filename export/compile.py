@@ -17,18 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import (
-    FULL,
-    MANIFEST_NAME,
-    Bundle,
-    CheckpointError,
-    Component,
-    DiffoundryError,
-    Latents,
-    Manifest,
-    Prompt,
-)
-from ..bundle.files import (
+from ..bundle import FULL, MANIFEST_NAME, Bundle, Component, Latents, Manifest, Prompt
+from ..bundle.manifest import to_json
+from ..calibration import Scan
+from ..common.errors import CheckpointError, DiffoundryError
+from ..common.files import (
     check_tree,
     disk_error,
     exclusive,
@@ -39,8 +32,6 @@ from ..bundle.files import (
     sha256_tree,
     write_json,
 )
-from ..bundle.manifest import to_json
-from ..calibration import Scan
 from ..engines import EngineStore
 from ..engines.names import ONNXRUNTIME, EngineName
 from ..engines.onnxruntime import require_provider

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle import BundleError, Component
-from ..bundle.files import holds, link_or_copy, read_json, remove, sha256_file, sha256_json, write_json
+from ..bundle import Component
+from ..common.errors import BundleError
+from ..common.files import holds, link_or_copy, read_json, remove, sha256_file, sha256_json, write_json
 from ..engines import EngineStore
 from ..engines.onnxruntime import OnnxRuntimeEngine, load_component
 from . import step_graph

@@ -6,9 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ..bundle import CheckpointError
+from ..common.errors import CheckpointError, reason
 from .checkpoint import Checkpoint
-from .guard import reason_of
 from .loading import quiet
 
 UNET = "UNet2DConditionModel"
@@ -71,7 +70,7 @@ def _model_config(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any
         with quiet():
             stated, _, _ = model.extract_init_dict(dict(raw))
     except Exception as error:  # each version has its own ways of refusing a configuration
-        raise CheckpointError(f"{checkpoint.folder(name)}/config.json is no {kind}'s ({reason_of(error)})") from None
+        raise CheckpointError(f"{checkpoint.folder(name)}/config.json is no {kind}'s ({reason(error)})") from None
     return {**defaults, **stated}
 
 
@@ -93,5 +92,5 @@ def text_config(checkpoint: Checkpoint, name: str) -> Any:
             return CLIPTextConfig.from_pretrained(checkpoint.folder(name))
     except Exception as error:  # each version has its own ways of refusing a configuration
         raise CheckpointError(
-            f"{checkpoint.folder(name)}/config.json is no CLIP text encoder's ({reason_of(error)})"
+            f"{checkpoint.folder(name)}/config.json is no CLIP text encoder's ({reason(error)})"
         ) from None

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..bundle import CheckpointError, Latents, Prompt
-from .guard import guarded, reason_of
+from ..bundle import Latents, Prompt
+from ..common.errors import CheckpointError, reason
+from .guard import guarded
 from .loading import quiet
 from .plan import ComponentPlan
 
@@ -42,7 +43,7 @@ def multiple_of(module: Any, inputs: Mapping[str, tuple[int | str, ...]], larges
             if tuple(made.shape[2:]) == tuple(sides.values()):
                 return unit
         except Exception as error:  # whatever the model's code raises for sides that it does not take
-            refusal = reason_of(error)
+            refusal = reason(error)
         unit *= 2
     raise CheckpointError(f"a U-Net of this configuration cannot be run ({refusal}): it is damaged, or not supported")
 

@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..bundle import CheckpointError, DiffoundryError
-
-_LONGEST = 300
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of what a library says, or the kind of its error where it says nothing."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return first[:_LONGEST]
+from ..common.errors import CheckpointError, DiffoundryError, reason
 
 
 @contextmanager
@@ -25,4 +16,4 @@ def guarded(what: str) -> Iterator[None]:
     except (DiffoundryError, OSError):
         raise
     except Exception as error:  # torch, diffusers, transformers and onnx each have their own ways of refusing
-        raise CheckpointError(f"{what}: {type(error).__name__}: {reason_of(error)}") from error
+        raise CheckpointError(f"{what}: {type(error).__name__}: {reason(error)}") from error

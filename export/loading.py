@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..bundle import CheckpointError, Prompt
+from ..bundle import Prompt
+from ..common.errors import CheckpointError, reason
 from .weight_files import WeightFiles, find
 
 _CLIP_FILES = ("vocab.json", "merges.txt")
@@ -44,8 +45,7 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
                 )
                 missing, other = info.get("missing_keys", ()), info.get("mismatched_keys", ())
     except Exception as error:  # each library has its own ways of refusing a damaged configuration or file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder} cannot be loaded: {reason[:300]}") from None
+        raise CheckpointError(f"{folder} cannot be loaded: {reason(error)}") from None
     if other:
         name, found, asked = sorted(other)[0]
         raise CheckpointError(

@@ -11,9 +11,10 @@ import re
 import shutil
 from pathlib import Path
 
-from ..bundle import MANIFEST_NAME, BundleError, DiffoundryError
-from ..bundle.files import MARK_NAME, check_tree, disk_error, is_marked, mark, read_json, remove, unmark, write_json
+from ..bundle import MANIFEST_NAME
 from ..bundle.manifest import from_json
+from ..common.errors import BundleError, DiffoundryError
+from ..common.files import MARK_NAME, check_tree, disk_error, is_marked, mark, read_json, remove, unmark, write_json
 
 STAGES = ".stages"
 """The records of finished stages, in the folder that a bundle is made in."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Tensor
-from ..engines import Array
+from ..common.arrays import Array
 
 OPSET = 20
 """The ONNX operator set that is traced to."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import FULL, EngineError, Manifest
-from ..bundle.files import read_json
+from ..bundle import FULL, Manifest
+from ..common.errors import EngineError
+from ..common.files import read_json
+from ..common.machine import trim_memory
 from ..engines import EngineStore
 from ..engines.cache import RECORD_NAME
 from ..engines.tensorrt.backend import BACKENDS, ELSEWHERE
@@ -123,7 +123,8 @@ def build_plans(
                 flags=target.flags if name != step_graph.NAME else (),
             )
             recipes.append((recipe, root / variant.model))
-    _give_back()
+    gc.collect()
+    trim_memory()
     described = []
     for i, (recipe, model) in enumerate(recipes):
         what = f"plan of {recipe.component}, {recipe.profile.name}"
@@ -141,13 +142,6 @@ def build_plans(
             )
         described.append(read_json(plan.folder / RECORD_NAME, "the record of a plan"))
     return described
-
-
-def _give_back() -> None:
-    """Return freed memory to the system, for the builder to have: glibc keeps what was freed."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def count_plans(manifest: Manifest, target: Target) -> int:

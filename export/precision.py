@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import FULL, Bundle, BundleError, Variant
-from ..bundle.files import holds, link_or_copy, read_json, sha256_json, write_json
+from ..bundle import FULL, Bundle, Variant
 from ..bundle.reports import is_quality, is_report
 from ..calibration import RULE, Scan, Typed, lower
+from ..common.errors import BundleError
+from ..common.files import holds, link_or_copy, read_json, sha256_json, write_json
 from . import step_graph
 from .place import STAGES
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle import CheckpointError, DiffoundryError, RequestError
-from ..bundle.files import read_json
 from ..bundle.pipelines import scheduler_mends
+from ..common.errors import CheckpointError, DiffoundryError, RequestError, reason
+from ..common.files import read_json
 from .checkpoint import Checkpoint
 
 
@@ -36,9 +36,8 @@ def changes(checkpoint: Checkpoint, family: str, tasks: Sequence[str]) -> dict[s
         try:
             full = dict(kind.from_config(config).config)
         except Exception as error:  # each scheduler has its own ways of refusing
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"the scheduler configuration of {checkpoint.root} is damaged ({reason[:200]}): download it again"
+                f"the scheduler configuration of {checkpoint.root} is damaged ({reason(error)}): download it again"
             ) from None
     return scheduler_mends(family, tasks, full)
 
@@ -65,8 +64,9 @@ def write_traced(folder: Path, changed: dict[str, bool | int], name: str, counts
     except DiffoundryError:
         raise
     except (Exception, SystemExit) as error:  # a class of somebody's own may do anything
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise RequestError(f"the scheduler {name!r} cannot be traced ({type(error).__name__}: {reason})") from None
+        raise RequestError(
+            f"the scheduler {name!r} cannot be traced ({type(error).__name__}: {reason(error)})"
+        ) from None
     for count, table in tables.items():
         path = folder / traced_path(own, count)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle import Tensor
-from ..engines import Array
+from ..common.arrays import Array
 from .plan import OPSET
 from .validate import Case
 

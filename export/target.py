@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..bundle import DiffoundryError, Manifest
+from ..bundle import Manifest
+from ..common.checks import is_whole
+from ..common.errors import DiffoundryError
 from ..engines.profiles import Profile, Shape
 from ..engines.tensorrt.recipe import FLAGS
 from ..runtime.request import LARGEST_SIDE, MOST_IMAGES
@@ -60,7 +62,7 @@ class Target:
         if unknown:
             raise DiffoundryError(f"unknown flag {unknown[0]!r} of a plan: choose from {', '.join(FLAGS)}")
         limit = self.memory_limit
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0):
+        if limit is not None and not (is_whole(limit) and limit > 0):
             raise DiffoundryError(f"the memory of the builder must be a number of bytes above 0, found {limit!r:.80}")
         if self.dynamic is not None and any(
             low > high for low, high in zip(self.dynamic[0], self.dynamic[1], strict=True)

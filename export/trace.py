@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import CheckpointError
+from ..common.errors import CheckpointError, reason
 from .plan import OPSET, ComponentPlan
 from .simplify import simplify
 
@@ -51,8 +51,7 @@ def trace(plan: ComponentPlan, module: Any, folder: Path) -> None:
                 verbose=False,
             )
         except Exception as error:  # the exporter wraps whatever the model raised
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{plan.name} cannot be traced to ONNX: {reason[:300]}") from error
+            raise CheckpointError(f"{plan.name} cannot be traced to ONNX: {reason(error)}") from error
     model = program.model
     simplify(model)
     _name_axes(plan, model)

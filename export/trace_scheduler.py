@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..bundle import RequestError
-from ..engines import Array
+from ..common.arrays import Array
+from ..common.errors import RequestError, reason
 from ..runtime.schedulers.table import Steps, Table
 
 _LINEAR = 1e-9
@@ -56,7 +56,7 @@ def trace_scheduler_class(
             scheduler = kind(**arguments)
     except Exception as error:  # each scheduler has its own ways of refusing
         raise RequestError(
-            f"{kind.__name__} cannot be built from the scheduler configuration: {_reason(error)}"
+            f"{kind.__name__} cannot be built from the scheduler configuration: {reason(error)}"
         ) from None
     accepted = set(inspect.signature(scheduler.step).parameters) - set(known) if hasattr(scheduler, "step") else set()
     given = {"eta": 0.0} if "eta" in accepted else {}
@@ -71,7 +71,7 @@ def _find_class(name: str) -> Any:
         found = importlib.import_module(module)
         kind = getattr(found, class_name)
     except (ImportError, ValueError) as error:
-        raise RequestError(f"the scheduler {name!r} cannot be imported: {_reason(error)}") from None
+        raise RequestError(f"the scheduler {name!r} cannot be imported: {reason(error)}") from None
     except AttributeError:
         names = [known for known in dir(found) if known.endswith("Scheduler")]
         near = difflib.get_close_matches(class_name, names, n=1)
@@ -199,7 +199,7 @@ def _prepared(scheduler: Any, steps: Steps) -> tuple[Any, Any]:
         widen(ready)
         timesteps = torch.as_tensor(ready.timesteps)[begin:]
     except Exception as error:  # each scheduler has its own ways of refusing
-        raise RequestError(f"{name} cannot make {steps.count} steps: {_reason(error)}") from None
+        raise RequestError(f"{name} cannot make {steps.count} steps: {reason(error)}") from None
     if len(timesteps) > _MOST_CALLS:
         raise RequestError(f"{name} makes {len(timesteps)} calls, more than the {_MOST_CALLS} that can be traced")
     if timesteps.ndim != 1 or not len(timesteps):
@@ -245,7 +245,7 @@ def _run(prepared: Any, timesteps: Any, given: Array, options: Mapping[str, Any]
                 done = scheduler.step(fed[2 * k], timestep, x, **options)
                 x = done.prev_sample if hasattr(done, "prev_sample") else done[0]
         except Exception as error:  # each scheduler has its own ways of refusing
-            raise RequestError(f"{name} cannot be traced, step {k} fails: {_reason(error)}") from None
+            raise RequestError(f"{name} cannot be traced, step {k} fails: {reason(error)}") from None
         if mode.draws > 1:
             raise RequestError(f"{name} cannot be traced: step {k} draws noise {mode.draws} times, a table holds one")
         states.append(x)
@@ -327,7 +327,3 @@ def _check_linear(prepared: Any, timesteps: Any, table: Table, options: Mapping[
                 f"{type(prepared).__name__} is not linear: at step {bad[0]} it differs by {wrong[bad[0]]:.1e} "
                 "(relative) from its own response to unit vectors: switch off what clips, thresholds or draws otherwise"
             )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

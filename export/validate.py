@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import CheckpointError
-from ..engines import Array, Engine
+from ..common.arrays import Array
+from ..common.errors import CheckpointError
+from ..engines import Engine
 from .plan import ComponentPlan
 
 CASES = 3

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import BundleError, CheckpointError
-from ..bundle.files import read_json, sha256_file, sha256_json
+from ..common.errors import BundleError, CheckpointError
+from ..common.files import read_json, sha256_file, sha256_json
 
 _NAMES = {
     "diffusers": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),

@@ -8,7 +8,8 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..bundle.pipelines import INPAINT_BY_FACTOR
-from ..engines import Array, Engine
+from ..common.arrays import Array
+from ..engines import Engine
 from .noise import Generator
 from .tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import RequestError
-from ..engines import Array
+from ..common.arrays import Array
+from ..common.checks import is_number
+from ..common.errors import RequestError
 
 _NEGATIVE_SCORE = 2.5
 _LARGEST_SIZE = 1_000_000
@@ -37,8 +38,7 @@ class Conditioning:
                 object.__setattr__(self, name, _pair(name, value))
         score = self.aesthetic_score
         if score is not None:
-            number = isinstance(score, (int, float, np.integer, np.floating)) and not isinstance(score, bool)
-            if not number or not abs(score) <= _LARGEST_SIZE:
+            if not is_number(score) or not abs(score) <= _LARGEST_SIZE:
                 raise RequestError(f"aesthetic_score must be a number, found {score!r}")
             object.__setattr__(self, "aesthetic_score", float(score))
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import StoppedError
-from ..engines import Array, Engine, Linked, Placed
+from ..common.arrays import Array
+from ..common.errors import StoppedError
+from ..engines import Engine, Linked, Placed
 from .loop import Callback, Row, check_finite, stop_if_asked
 from .step import State
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..bundle import RequestError
-from ..engines import Array
+from ..common.arrays import Array
+from ..common.checks import is_number
+from ..common.errors import RequestError
 
 MODES = ("joint", "split", "off")
 _LARGEST_SCALE = 1e6
@@ -32,17 +33,17 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if self.scale is not None:
-            if not _is_number(self.scale) or not 0 <= self.scale <= _LARGEST_SCALE:
+            if not is_number(self.scale) or not 0 <= self.scale <= _LARGEST_SCALE:
                 raise RequestError(f"guidance must be a number from 0 to {_LARGEST_SCALE:g}, found {self.scale!r}")
             object.__setattr__(self, "scale", float(self.scale))
         if self.mode not in MODES:
             raise RequestError(f"unknown guidance mode {self.mode!r}: choose one of {', '.join(MODES)}")
         found = self.interval
-        pair = isinstance(found, (tuple, list)) and len(found) == 2 and all(_is_number(part) for part in found)
+        pair = isinstance(found, (tuple, list)) and len(found) == 2 and all(is_number(part) for part in found)
         if not pair or not 0 <= found[0] <= found[1] <= 1:
             raise RequestError(f"the guidance interval must be two numbers 0 <= start <= end <= 1, found {found!r}")
         object.__setattr__(self, "interval", (float(found[0]), float(found[1])))
-        if not _is_number(self.rescale) or not 0 <= self.rescale <= 1:
+        if not is_number(self.rescale) or not 0 <= self.rescale <= 1:
             raise RequestError(f"the guidance rescale must be a number from 0 to 1, found {self.rescale!r}")
         object.__setattr__(self, "rescale", float(self.rescale))
 
@@ -73,7 +74,3 @@ def combine(prompt: Array, negative: Array, guidances: list[Guidance]) -> Array:
             ratio = wanted.std(dtype=np.float64) / guided[row].std(dtype=np.float64)
             guided[row] *= np.float32(guidance.rescale * ratio + 1 - guidance.rescale)
     return guided
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

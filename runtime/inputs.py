@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..bundle import Bundle, BundleError, RequestError
-from ..engines import Array
+from ..bundle import Bundle
+from ..common.arrays import Array
+from ..common.errors import BundleError, RequestError
 from .conditioning import guidance_embedding
 from .request import Request
 from .text import Ask, Embedding, TextEncoders

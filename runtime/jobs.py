@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..bundle import Bundle, RequestError
+from ..bundle import Bundle
+from ..common.errors import RequestError
 from . import tasks
 from .autoencoder import DECODERS
 from .conditioning import Conditioning

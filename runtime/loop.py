@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import EngineError, OverflowedError, StoppedError, Tensor
-from ..engines import Array, Bound, Engine
+from ..bundle import Tensor
+from ..common.arrays import Array
+from ..common.errors import EngineError, OverflowedError, StoppedError
+from ..engines import Bound, Engine
 from .guidance import Guidance, combine
 from .noise import Generator
 from .schedulers import Table

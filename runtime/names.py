@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..bundle import RequestError
+from ..common.errors import RequestError
 
 SAME = {"guidance_scale": "guidance", "num_inference_steps": "steps", "mask_image": "mask"}
 """diffusers' names that are taken beside ours."""

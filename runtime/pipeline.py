@@ -15,8 +15,11 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-from ..bundle import Bundle, BundleError, EngineError, RequestError
-from ..engines import Array, Engine
+from ..bundle import Bundle
+from ..common.arrays import Array
+from ..common.checks import whole_number
+from ..common.errors import BundleError, EngineError, RequestError
+from ..engines import Engine
 from ..engines.supply import AS_EXPORTED, Supply
 from . import tasks
 from .autoencoder import DECODERS, Autoencoder
@@ -28,7 +31,7 @@ from .jobs import Job, Jobs, check_decoder
 from .loop import Callback, Denoiser, Row, denoise
 from .names import ours
 from .noise import GENERATORS
-from .request import MOST_IMAGES, Request, whole_number
+from .request import MOST_IMAGES, Request
 from .text import Embedding, TextEncoders
 
 _MOST_THREADS = 1024

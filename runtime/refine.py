@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..bundle import RequestError
+from ..common.errors import RequestError
 from .loop import Callback
 from .pipeline import Pipeline, Result
 from .request import Request

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import RequestError
-from ..engines import Array
+from ..common.arrays import Array
+from ..common.checks import is_number, whole_number
+from ..common.errors import RequestError
 from .autoencoder import DECODERS
 from .conditioning import Conditioning
 from .guidance import Guidance
@@ -255,26 +255,14 @@ def _by_any_name(self: Request, *values: Any, **options: Any) -> None:
 Request.__init__ = _by_any_name  # type: ignore[method-assign]
 
 
-def whole_number(name: str, value: Any, low: int, high: int) -> int:
-    """`value` as an int. Raises `RequestError` when it is no whole number from `low` to `high`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = low - 1
-    if isinstance(value, bool) or not low <= number <= high:
-        raise RequestError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
-    return number
-
-
 def _fraction(name: str, value: Any) -> float:
     """`value` as a float above 0 and at most 1 (below 1 for a denoising part). Raises `RequestError`."""
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if name == "strength":
-        if not number or not 0 < value <= 1:
+        if not is_number(value) or not 0 < value <= 1:
             raise RequestError(
                 f"strength must be above 0 and at most 1, found {value!r}: 0 would leave the image as it is"
             )
-    elif not number or not 0 < value < 1:
+    elif not is_number(value) or not 0 < value < 1:
         raise RequestError(f"{name} must be between 0 and 1, found {value!r}: leave it out to run the whole schedule")
     return float(value)
 

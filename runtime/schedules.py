@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ..bundle import Bundle, BundleError, RequestError
+from ..bundle import Bundle
+from ..common.errors import BundleError, RequestError
 from .schedulers import Steps, Table, find_sampler, is_known, make_table
 from .schedulers.config import Config, train_steps
 from .schedulers.lcm import lcm

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..engines import Array
+from ..common.arrays import Array
 from .schedulers import Table
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from ..bundle import RequestError
-from ..engines import Array
+from ..common.arrays import Array
+from ..common.errors import RequestError
 from .autoencoder import Autoencoder
 from .loop import Kept
 from .noise import Generator

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import Bundle, BundleError, Prompt, RequestError
-from ..engines import Array, Engine
+from ..bundle import Bundle, Prompt
+from ..common.arrays import Array
+from ..common.errors import BundleError, RequestError
+from ..engines import Engine
 from .tokenizer import PromptTokenizer
 from .weighting import pad_to_longest, weighted_embeddings
 

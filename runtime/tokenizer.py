@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ..bundle import BundleError, Prompt
-from ..bundle.files import check_regular
+from ..bundle import Prompt
 from ..bundle.tokens import read_tokens
-from ..engines import Array
+from ..common.arrays import Array
+from ..common.errors import BundleError
+from ..common.files import check_regular
 
 _CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 

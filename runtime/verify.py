@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import Bundle, BundleError
-from ..engines import Array, EngineStore
+from ..bundle import Bundle
+from ..common.arrays import Array
+from ..common.errors import BundleError
+from ..engines import EngineStore
 from ..engines.names import ONNXRUNTIME, EngineName
 from .pipeline import Pipeline
 

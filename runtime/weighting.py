@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import RequestError
-from ..engines import Array
+from ..common.arrays import Array
+from ..common.errors import RequestError
 from .prompt_syntax import Blend, Conjunction, Fragment, Fragments, parse
 from .tokenizer import PromptTokenizer
 

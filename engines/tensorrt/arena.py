@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...bundle import EngineError
+from ...common.errors import EngineError
 from .cuda import Device, Memory
 
 _LEAST = 256

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ...bundle import EngineError
+from ...common.errors import EngineError, reason
 
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 
@@ -27,10 +27,9 @@ class Backend:
         try:
             module = importlib.import_module(self.module)
         except ImportError as error:
-            reason = (str(error).strip().splitlines() or ["it is missing"])[0]
-            raise EngineError(f"the engine {self.name} needs {self.module} ({reason[:200]}): {install}") from None
+            raise EngineError(f"the engine {self.name} needs {self.module} ({reason(error)}): {install}") from None
         except (OSError, RuntimeError) as error:
-            raise EngineError(f"{self.module} does not load ({str(error)[:200]}): {install}") from None
+            raise EngineError(f"{self.module} does not load ({reason(error)}): {install}") from None
         found = _VERSION.match(str(module.__version__))
         if found is None or (int(found[1]), int(found[2])) < self.floor:
             least = ".".join(map(str, self.floor))

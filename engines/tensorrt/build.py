@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...bundle import EngineError
-from ...bundle.files import read_json
+from ...common.errors import EngineError
+from ...common.files import read_json
+from ...common.machine import available_memory, peak_memory
 from ..cache import RECORD_NAME, EngineStore
 from .backend import BACKENDS
 from .layers import Layer, summary
@@ -164,7 +165,7 @@ def _failure(code: int, last: dict[str, Any], said: list[str], memory: _Memory) 
             "raise --build-memory, or ask for a smaller --shape or --batch or a lower --precision"
         )
     if code == -signal.SIGKILL:
-        free = _available()
+        free = available_memory()
         left = "" if free is None else f" ({free / _GIB:.1f} GiB are available now)"
         return (
             f"the builder was killed when it had {peak} of memory{left}: the machine most likely ran out of it; "
@@ -175,14 +176,6 @@ def _failure(code: int, last: dict[str, Any], said: list[str], memory: _Memory) 
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     words = f": {said[-1][:300]}" if said else ""
     return f"the builder crashed with {how} at {peak} of memory{words}"
-
-
-def _available() -> int | None:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 class _Memory:
@@ -198,13 +191,8 @@ class _Memory:
         self._thread.start()
 
     def _watch(self) -> None:
-        status = Path(f"/proc/{self._process.pid}/status")
         while not self._over.wait(_POLL_SECONDS):
-            try:
-                lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-                self.peak = max(self.peak, int(lines["VmHWM"].split()[0]) * 1024)
-            except (OSError, ValueError, LookupError):  # it has ended, or this system has no /proc
-                continue
+            self.peak = max(self.peak, peak_memory(self._process.pid) or 0)
             if self.limit and self.peak > self.limit:
                 self.stopped = True
                 self._process.kill()

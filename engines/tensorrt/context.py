@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import EngineError, Tensor
-from ..engine import Array
+from ...bundle import Tensor
+from ...common.arrays import Array
+from ...common.errors import EngineError
 from ..profiles import Shape
 from .cuda import contiguous
 from .gpu import DeviceTensor, Gpu

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import EngineError
-from ..engine import Array
+from ...common.arrays import Array
+from ...common.errors import EngineError, reason
 
 REMEDY = "ask for a smaller size or batch, split guidance or a tiled autoencoder"
 """What helps against a lack of GPU memory."""
@@ -28,7 +28,7 @@ def bindings() -> Any:
             f"TensorRT engines are run with cuda-python, which is missing ({error}): {_INSTALL}"
         ) from None
     except (OSError, RuntimeError) as error:  # its libraries are loaded with it
-        raise EngineError(f"cuda-python does not load ({_first_line(error)}): {_INSTALL}") from None
+        raise EngineError(f"cuda-python does not load ({reason(error)}): {_INSTALL}") from None
     return runtime
 
 
@@ -231,7 +231,3 @@ def _quietly(function: Callable[[Any], object], handle: Any) -> None:
 
 def _gib(size: int) -> str:
     return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ...bundle import EngineError, Tensor
-from ..engine import Array, Placed, check_feeds
+from ...bundle import Tensor
+from ...common.arrays import Array
+from ...common.errors import EngineError
+from ..engine import Placed, check_feeds
 from ..profiles import Shape
 from .context import Buffers, ShapedContext
 from .gpu import DeviceTensor, Gpu

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import EngineError
-from ..engine import Array
+from ...common.arrays import Array
+from ...common.errors import EngineError
 from .arena import Arena
 from .cuda import Device, Graph, contiguous
 from .log import Log

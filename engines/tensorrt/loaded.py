@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import EngineError, Tensor
+from ...bundle import Tensor
+from ...common.errors import EngineError
 from .backend import BACKENDS
 from .cuda import REMEDY
 from .gpu import Gpu

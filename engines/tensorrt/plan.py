@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...bundle import EngineError, Variant
-from ...bundle.files import sha256_file
+from ...bundle import Variant
+from ...common.checks import is_number
+from ...common.errors import EngineError
+from ...common.files import sha256_file
 from ..cache import EngineStore
 from ..profiles import Shape
 from .recipe import Recipe
@@ -44,7 +46,7 @@ def is_measured(record: Mapping[str, Any]) -> bool:
 
 
 def _is_figure(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _LARGEST_FIGURE
+    return is_number(value) and 0 <= value < _LARGEST_FIGURE
 
 
 class GpuName(Protocol):

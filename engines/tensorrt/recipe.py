@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...bundle import EngineError
+from ...common.errors import EngineError
 from ..cache import EngineStore
 from ..profiles import Profile
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...bundle import EngineError
+from ...common.errors import EngineError
 from .log import Log
 
 _MOST_NAMED = 8

@@ -6,18 +6,17 @@ A job is `build.job`'s; an event is {"fraction": …, "phase": …}, and at the 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from ...bundle import EngineError
-from ...bundle.files import disk_error, replacing
+from ...common.errors import EngineError
+from ...common.files import disk_error, replacing
+from ...common.machine import die_with_parent
 from .backend import BACKENDS
 from .layers import WEIGHTS_LINE, from_inspector, from_log, layer_line, memory_of
 
@@ -28,7 +27,7 @@ _PLAN_CHUNK = 64 << 20
 
 def main() -> None:
     """Run the job on standard input."""
-    _end_with_parent()
+    die_with_parent()
     # the library may print: its words must not come among the events
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -44,12 +43,6 @@ def main() -> None:
         _send(events, {"error": str(disk_error(error))})
         sys.exit(1)
     _send(events, {"done": done})
-
-
-def _end_with_parent() -> None:
-    """On Linux, be killed when the process that asked for the plan ends, however it does."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _send(events: TextIO, event: dict[str, Any]) -> None:

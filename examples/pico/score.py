@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...calibration import emulation
 from ...calibration.quality import psnr
-from ...engines import Array
+from ...common.arrays import Array
 from ...runtime.pipeline import Pipeline, load
 from .scorer import score
 from .world import split_scenes

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol, cast
 
-from ...bundle import CheckpointError, Latents, Prompt
+from ...bundle import Latents, Prompt
+from ...common.errors import CheckpointError
 from ..checkpoint import Checkpoint
 from ..plan import ComponentPlan
 from . import latent_consistency, stable_diffusion, stable_diffusion_xl

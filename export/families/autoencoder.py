@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ...bundle import CheckpointError, Latents, Tensor
+from ...bundle import Latents, Tensor
 from ...bundle.pipelines import INPAINT_BY_FACTOR, latent_deviations
+from ...common.checks import is_finite
+from ...common.errors import CheckpointError
 from ..checkpoint import Checkpoint
 from ..configs import KL, vae_config
 from ..configs import TINY as TINY_CLASS
@@ -174,7 +175,7 @@ def scaling(config: dict[str, Any], family: str = "") -> Latents:
             "channels: give one of each a channel, or leave both out"
         )
     factor = config.get("scaling_factor", 1.0 if is_tiny(config) else 0.18215)
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < abs(factor) < math.inf:
+    if not is_finite(factor) or not factor:
         raise CheckpointError(
             f"the scaling_factor in the vae's config.json must be a number other than 0, found {factor!r}: "
             "give that of the model (0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL)"

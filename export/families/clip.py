@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ...bundle import CheckpointError, Prompt, Tensor
+from ...bundle import Prompt, Tensor
+from ...common.errors import CheckpointError
 from ..checkpoint import Checkpoint
 from ..configs import text_config
 from ..fit import hollow

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ...bundle import CheckpointError, Tensor
+from ...bundle import Tensor
 from ...bundle.pipelines import default_side
+from ...common.errors import CheckpointError
 from ..checkpoint import Checkpoint
 from ..configs import text_config, unet_config
 from ..fit import hollow, multiple_of

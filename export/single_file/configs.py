@@ -9,7 +9,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-from ...bundle import CheckpointError
+from ...common.errors import CheckpointError
 from ..checkpoint import Checkpoint
 from .kinds import REFINER, SD1, SD2, SDXL, UNET, VAE, Family, TextEncoder
 from .stated import check_architecture, prediction_type, zero_snr

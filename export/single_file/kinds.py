@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...bundle import CheckpointError
+from ...common.errors import CheckpointError
 from ..weight_files import check_names
 from .tokenizer import END
 from .weights import Weights

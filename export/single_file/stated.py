@@ -6,7 +6,7 @@ understood, or said in two ways, is an error: the file is then not what it is ta
 
 from __future__ import annotations
 
-from ...bundle import CheckpointError
+from ...common.errors import CheckpointError
 from .kinds import REFINER, SD1, SD2, SDXL, Family
 from .weights import Weights
 

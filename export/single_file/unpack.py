@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...bundle import CheckpointError, DiffoundryError
-from ...bundle.files import disk_error, remove, write_json
+from ...common.errors import CheckpointError, DiffoundryError, reason
+from ...common.files import disk_error, remove, write_json
 from ..loading import quiet
 from .configs import COND_PROJ, Config, Setup, built_in, setup_of
 from .kinds import UNET, VAE, Family, TextEncoder, recognise
@@ -141,8 +141,7 @@ def _module(folder: str, config: Config, text: TextEncoder | None) -> Any:
             kind = diffusers.UNet2DConditionModel if folder == "unet" else diffusers.AutoencoderKL
             return kind.from_config(config)
     except Exception as error:  # each class has its own ways of refusing a configuration
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"the {folder} configuration describes no model: {reason[:300]}") from None
+        raise CheckpointError(f"the {folder} configuration describes no model: {reason(error)}") from None
 
 
 def _published(name: str, text: TextEncoder | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...bundle import CheckpointError
+from ...common.errors import CheckpointError
 from ..weight_files import check_safetensors, read_pickle, type_name, unwrapped
 
 PICKLES = (".ckpt", ".pt", ".pth")

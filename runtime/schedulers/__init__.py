@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import RequestError
+from ...common.errors import RequestError, reason
 from .config import Config, short, train_steps
 from .ddim import ddim, ddim_inverse
 from .ddpm import ddpm
@@ -208,9 +208,10 @@ def make_table(
         with np.errstate(all="ignore"):
             table = sampler.table(read, asked)
     except (TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:_LONGEST_REASON]
         remedy = "mend the scheduler options, or the scheduler_config.json"
-        raise RequestError(f"the scheduler configuration is damaged ({reason}): {remedy}") from None
+        raise RequestError(
+            f"the scheduler configuration is damaged ({reason(error, _LONGEST_REASON)}): {remedy}"
+        ) from None
     for option in options or {}:
         if option not in read.read:
             near = difflib.get_close_matches(option, sorted(read.read), n=1)

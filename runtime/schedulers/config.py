@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import RequestError
-from ...engines import Array
+from ...common.arrays import Array
+from ...common.checks import is_number
+from ...common.errors import RequestError
 
 _MOST_TRAINING_STEPS = 1_000_000
 _LARGE = 1e30
@@ -120,11 +121,10 @@ def _check(name: str, value: Any) -> None:
         if not isinstance(value, bool):
             raise RequestError(f"the scheduler option {name} must be true or false, found {short(value)}")
     elif name in _NUMBERS or name in _WHOLE:
-        number = not isinstance(value, bool) and isinstance(value, (int, float))
         whole = name in _WHOLE
         low, high = {**_NUMBERS, **_WHOLE}[name]
         # compared before it is converted: an integer may be beyond float64
-        if not number or not low <= value <= high or (whole and value != int(value)):
+        if not is_number(value) or not low <= value <= high or (whole and value != int(value)):
             kind = "a whole number" if whole else "a number"
             raise RequestError(
                 f"the scheduler option {name} must be {kind} from {low:g} to {high:g}, found {short(value)}"

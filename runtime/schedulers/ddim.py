@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...bundle import RequestError
+from ...common.errors import RequestError
 from .config import Config, alphas_cumprod, clip_range, predicted_noise, predicted_x0, train_steps
 from .spacing import ddim_timesteps, takes
 from .table import Rows, Steps, Table

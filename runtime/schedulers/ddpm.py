@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...engines import Array
+from ...common.arrays import Array
 from .config import Config, alphas_cumprod, clip_range, predicted_x0
 from .spacing import ddim_timesteps, takes, whole_timesteps
 from .table import Rows, Steps, Table

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...bundle import RequestError
-from ...engines import Array
+from ...common.arrays import Array
+from ...common.errors import RequestError
 from .config import Config, predicted_noise, predicted_x0
 from .spacing import (
     alpha_sigma,

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ...bundle import RequestError
-from ...engines import Array
+from ...common.arrays import Array
+from ...common.errors import RequestError
 from .config import Config, linspace32
 from .dpm_solver import Schedule, midpoint_or_heun, multistep
 from .euler import churned, churned_euler, sigma_levels

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from ...bundle import RequestError
-from ...engines import Array
+from ...common.arrays import Array
+from ...common.errors import RequestError
 from .config import Config, train_steps
 from .spacing import as_float32, count_of, curve
 from .table import Rows, Steps, Table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...bundle import RequestError
+from ...common.errors import RequestError
 from .config import Config, linspace32
 from .spacing import as_float32, count_of, takes
 from .table import Rows, Steps, Table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...engines import Array
+from ...common.arrays import Array
 from .config import Config
 from .euler import first_scale, sigma_levels, sigma_x0
 from .spacing import as_float32, sigma_schedule, takes, timesteps_of, training_sigmas

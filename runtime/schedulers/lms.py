@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.polynomial.polynomial import polyfromroots, polyint
 
-from ...engines import Array
+from ...common.arrays import Array
 from .config import Config
 from .euler import first_scale, sigma_levels, sigma_x0
 from .spacing import as_float32, sigma_schedule, takes, training_sigmas

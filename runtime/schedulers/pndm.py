@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...bundle import RequestError
-from ...engines import Array
+from ...common.arrays import Array
+from ...common.errors import RequestError
 from .config import Config, alphas_cumprod, predicted_x0, train_steps
 from .spacing import count_of, ddim_timesteps, takes
 from .table import Rows, Steps, Table

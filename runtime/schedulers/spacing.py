@@ -7,8 +7,8 @@ from itertools import islice
 
 import numpy as np
 
-from ...bundle import RequestError
-from ...engines import Array
+from ...common.arrays import Array
+from ...common.errors import RequestError
 from .config import Config, alphas_cumprod, short, train_steps
 from .incomplete_beta import beta_quantile
 from .table import Steps

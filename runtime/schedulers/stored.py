@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import BundleError
-from ...bundle.files import read_json, write_json
-from ...engines import Array
+from ...common.arrays import Array
+from ...common.errors import BundleError
+from ...common.files import read_json, write_json
 from .table import Table
 
 TRACED = "traced"

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...bundle import RequestError
-from ...engines import Array
+from ...common.arrays import Array
+from ...common.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from math import factorial
 
 import numpy as np
 
-from ...bundle import RequestError
-from ...engines import Array
+from ...common.arrays import Array
+from ...common.errors import RequestError
 from .config import Config, predicted_noise, predicted_x0, train_steps
 from .flow_match import dynamically_shifted, shifted, stretched
 from .spacing import (

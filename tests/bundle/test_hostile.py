@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
-from diffoundry.bundle import Bundle, BundleError, DiffoundryError
-from diffoundry.bundle.files import mark
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import BundleError, DiffoundryError
+from diffoundry.common.files import mark
 from diffoundry.engines import EngineStore
 from diffoundry.runtime.pipeline import Request, load
 
@@ -579,7 +580,7 @@ def test_a_socket_of_git_is_no_harm(bundle_of, tmp_path):
 def test_a_picture_is_not_written_through_a_link(outside, tmp_path):
     from PIL import Image
 
-    from diffoundry.bundle import RequestError
+    from diffoundry.common.errors import RequestError
     from diffoundry.runtime.images import read_metadata, save_png
 
     (outside.root / "mine.png").write_text("mine")

@@ -7,9 +7,10 @@ import json
 
 import pytest
 
-from diffoundry.bundle import SCHEMA_VERSION, Bundle, BundleError, Component, Latents, Manifest, Prompt, Tensor
-from diffoundry.bundle.files import inside
+from diffoundry.bundle import SCHEMA_VERSION, Bundle, Component, Latents, Manifest, Prompt, Tensor
 from diffoundry.bundle.manifest import from_json, to_json
+from diffoundry.common.errors import BundleError
+from diffoundry.common.files import inside
 
 SHA = "0" * 64
 MANIFEST = Manifest(

@@ -10,13 +10,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from diffoundry.bundle import Bundle, DiffoundryError
-from diffoundry.bundle.files import sha256_file
+from diffoundry.bundle import Bundle
 from diffoundry.calibration import PRECISIONS, QualityError, Scan, lower, typed
 from diffoundry.calibration.islands import Islands
 from diffoundry.calibration.quality import psnr
 from diffoundry.calibration.sessions import start
 from diffoundry.calibration.typed import emulated
+from diffoundry.common.errors import DiffoundryError
+from diffoundry.common.files import sha256_file
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.examples.pico.scorer import score
 from diffoundry.examples.pico.world import split_scenes

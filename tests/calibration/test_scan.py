@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffoundry.bundle import DiffoundryError
 from diffoundry.calibration import Scan
 from diffoundry.calibration.quality import compare, psnr
 from diffoundry.calibration.sessions import Calls
+from diffoundry.common.errors import DiffoundryError
 
 
 @pytest.mark.parametrize(

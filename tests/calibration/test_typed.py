@@ -9,13 +9,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from diffoundry.bundle import DiffoundryError
 from diffoundry.calibration import PRECISIONS, typed
 from diffoundry.calibration.graph import form, key, read, version_for
 from diffoundry.calibration.islands import Islands
 from diffoundry.calibration.losses import Trial, decibels, measure
 from diffoundry.calibration.ranges import Ranges
 from diffoundry.calibration.sessions import start
+from diffoundry.common.errors import DiffoundryError
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 
 FP16, BF16 = PRECISIONS["fp16"], PRECISIONS["bf16"]

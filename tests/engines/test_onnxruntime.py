@@ -14,8 +14,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from diffoundry.bundle import Bundle, EngineError
-from diffoundry.bundle.files import mark, sha256_file
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import EngineError
+from diffoundry.common.files import mark, sha256_file
 from diffoundry.engines import EngineStore, onnxruntime
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffoundry.bundle import EngineError
+from diffoundry.common.errors import EngineError
 from diffoundry.engines.profiles import Profile
 from diffoundry.engines.tensorrt.plan import Plan, closest
 

@@ -13,8 +13,9 @@ import onnx
 import pytest
 
 import diffoundry
-from diffoundry.bundle import Bundle, CheckpointError, DiffoundryError, EngineError
-from diffoundry.bundle.files import exclusive
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import CheckpointError, DiffoundryError, EngineError
+from diffoundry.common.files import exclusive
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.export import trace as trace_module
 from diffoundry.export import validate

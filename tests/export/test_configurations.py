@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 import diffoundry
-from diffoundry.bundle import Bundle, CheckpointError, DiffoundryError, RequestError
+from diffoundry.bundle import Bundle
 from diffoundry.bundle.pipelines import default_side, scheduler_mends
+from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
 from diffoundry.examples import random_checkpoint
 from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.families import unet

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from diffoundry.bundle import Bundle, EngineError
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import EngineError
 from diffoundry.engines.hoisted import HoistedEngine
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine, load_component
 from diffoundry.export.fuse import fuse

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import diffoundry
-from diffoundry.bundle import Bundle, BundleError, DiffoundryError
-from diffoundry.bundle.files import exclusive, is_marked, mark
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import BundleError, DiffoundryError
+from diffoundry.common.files import exclusive, is_marked, mark
 from diffoundry.export import place
 from diffoundry.export.place import STAGES, check_target, old_folder, prepare, recover, swap, tidy, work_folder
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import diffoundry
-from diffoundry.bundle import CheckpointError, DiffoundryError
+from diffoundry.common.errors import CheckpointError, DiffoundryError
 from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.single_file import SingleFile, is_single_file, unpack
 from diffoundry.export.single_file.configs import built_in

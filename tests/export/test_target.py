@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from diffoundry.bundle import Bundle, DiffoundryError, EngineError
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import DiffoundryError, EngineError
 from diffoundry.export.plans import site
 from diffoundry.export.target import Target, parse_batch, parse_range, parse_size, profiles, rows_of_unet
 

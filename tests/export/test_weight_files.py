@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import diffoundry
-from diffoundry.bundle import CheckpointError
+from diffoundry.common.errors import CheckpointError
 from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.loading import load_pretrained
 from diffoundry.export.weight_files import find

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffoundry.bundle import BundleError, EngineError, RequestError, StoppedError
+from diffoundry.common.errors import BundleError, EngineError, RequestError, StoppedError
 from diffoundry.runtime.device_loop import phases
 from diffoundry.runtime.guidance import Guidance, combine
 from diffoundry.runtime.loop import Row

@@ -12,7 +12,8 @@ import threading
 import numpy as np
 import pytest
 
-from diffoundry.bundle import Bundle, EngineError, StoppedError
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import EngineError, StoppedError
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
 from diffoundry.engines.tensorrt.gpu import Gpu
 from diffoundry.runtime import device_loop

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import diffoundry
-from diffoundry.bundle import EngineError, RequestError, StoppedError
+from diffoundry.common.errors import EngineError, RequestError, StoppedError
 from diffoundry.runtime.guidance import Guidance
 from diffoundry.runtime.loop import Denoiser, Row, denoise
 from diffoundry.runtime.noise import TorchGenerator

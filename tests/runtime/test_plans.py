@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffoundry.bundle import Bundle, BundleError, EngineError
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import BundleError, EngineError
 from diffoundry.engines import EngineStore
 from diffoundry.engines.tensorrt.plan import PLAN_NAME
 from diffoundry.engines.tensorrt.recipe import Recipe

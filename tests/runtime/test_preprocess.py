@@ -17,7 +17,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffoundry.bundle import RequestError
+from diffoundry.common.errors import RequestError
 from diffoundry.runtime.preprocess import (
     RESIZE_MODES,
     check_same_size,

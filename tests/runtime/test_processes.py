@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import diffoundry
-from diffoundry.bundle import EngineError
+from diffoundry.common.errors import EngineError
 
 FORKS = """
 import gc, multiprocessing, os, sys

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffoundry import Conditioning, Request, load
-from diffoundry.bundle import RequestError
+from diffoundry.common.errors import RequestError
 from diffoundry.runtime.refine import generate_refined
 
 PROMPT = "a lighthouse at dusk"

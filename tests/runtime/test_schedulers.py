@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffoundry.benchmarks.samplers import SD, TABLE_LIMIT, judge, table_error, variants
-from diffoundry.bundle import Bundle, DiffoundryError, RequestError
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import DiffoundryError, RequestError
 from diffoundry.runtime.schedulers import SAMPLERS, STEP_ARGUMENTS, Steps, find_sampler, make_table
 from diffoundry.runtime.schedulers.config import Config, alphas_cumprod
 from diffoundry.runtime.schedulers.incomplete_beta import beta_quantile

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffoundry import Conditioning, Guidance, Request, load
-from diffoundry.bundle import RequestError
+from diffoundry.common.errors import RequestError
 
 PROMPT = "a large red star at the left on a navy background"
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from diffoundry.bundle import RequestError
+from diffoundry.common.errors import RequestError
 from diffoundry.runtime.tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
 
 SIZES = [(8, 8), (9, 8), (8, 9), (16, 16), (13, 22), (14, 21), (30, 7), (6, 31), (19, 33)]

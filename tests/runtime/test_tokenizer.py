@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from diffoundry.bundle import Bundle, BundleError
+from diffoundry.bundle import Bundle
 from diffoundry.bundle.optimum import _prompt
+from diffoundry.common.errors import BundleError
 from diffoundry.examples.random_checkpoint import _tokenizer
 from diffoundry.export.loading import load_tokenizer
 from diffoundry.export.single_file.tokenizer import TOKENS, write_clip_tokenizer

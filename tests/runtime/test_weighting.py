@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffoundry.bundle import RequestError
+from diffoundry.common.errors import RequestError
 from diffoundry.export.loading import load_tokenizer
 from diffoundry.runtime.tokenizer import PromptTokenizer
 from diffoundry.runtime.weighting import pad_to_longest, weighted_embeddings

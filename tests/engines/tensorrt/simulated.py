@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from diffoundry.bundle.files import sha256_file
+from diffoundry.common.files import sha256_file
 from diffoundry.engines.profiles import Profile
 from diffoundry.engines.tensorrt.plan import PLAN_NAME, Plan
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from diffoundry.bundle import EngineError, Variant
+from diffoundry.bundle import Variant
+from diffoundry.common.errors import EngineError
 from diffoundry.engines import EngineStore
 from diffoundry.engines.profiles import Profile
 from diffoundry.engines.tensorrt import build as build_module

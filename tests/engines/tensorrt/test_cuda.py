@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffoundry.bundle import EngineError
+from diffoundry.common.errors import EngineError
 from diffoundry.engines.tensorrt import cuda
 from diffoundry.engines.tensorrt.arena import Arena
 from diffoundry.engines.tensorrt.cuda import Device

@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from diffoundry.bundle import Bundle, EngineError
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import EngineError
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.engines.tensorrt import engine as engine_module
 from diffoundry.engines.tensorrt.engine import TensorRTEngine

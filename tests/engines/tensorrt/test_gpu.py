@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from diffoundry.bundle import Bundle, EngineError
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import EngineError
 from diffoundry.engines import EngineStore
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.engines.profiles import Profile

@@ -29,3 +29,12 @@ class RequestError(DiffoundryError):
 
 class StoppedError(DiffoundryError):
     """The progress callback asked the run to stop."""
+
+
+def reason(error: BaseException, most: int = 300) -> str:
+    """The first line of what a library's error says, at most `most` characters; its kind where it says nothing.
+
+    A first line that only announces the second, such as "Error(s) in loading state_dict:", is given with it.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0])[:most]

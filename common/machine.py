@@ -1,0 +1,54 @@
+"""What the operating system tells of this machine and its processes; where it does not tell, a neutral answer."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+import signal
+from pathlib import Path
+
+from .files import sha256_json
+
+_PR_SET_PDEATHSIG = 1
+
+
+def cpu_identity() -> str:
+    """What code that was optimized for this processor depends on: architecture and instruction sets, as a hash."""
+    flags = ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                flags = line.partition(":")[2]
+                break
+    return sha256_json([platform.system(), platform.machine(), platform.processor(), sorted(flags.split())])[:16]
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that programs can still have, None where the system does not tell."""
+    return _kibibytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def peak_memory(process: int | str = "self") -> int | None:
+    """The most bytes of memory that a process, given by its number, has had; None when it has ended."""
+    return _kibibytes(Path(f"/proc/{process}/status"), "VmHWM")
+
+
+def _kibibytes(path: Path, key: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it ends. Linux alone can; elsewhere nothing happens."""
+    with contextlib.suppress(Exception):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def trim_memory() -> None:
+    """Return freed memory to the system, for other processes to have: glibc keeps what was freed."""
+    with contextlib.suppress(Exception):
+        ctypes.CDLL(None).malloc_trim(0)
