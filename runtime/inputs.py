@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from .conditioning import guidance_embedding
 from .request import Request
 from .text import Ask, Embedding, TextEncoders
 
+_LEAST_AXES = {"timestep": 1, "guidance": 1}
 Told = tuple[Embedding, Embedding | None]
 """The prompt and, where it is guided, the negative prompt."""
 
@@ -27,16 +29,20 @@ class Inputs:
     def __init__(self, bundle: Bundle, text: TextEncoders) -> None:
         manifest = bundle.manifest
         self._text = text
-        self._zeros = manifest.options.get("force_zeros_for_empty_prompt", False)
+        wiring = manifest.wiring
+        self._sources = wiring.inputs
+        self._zeros = wiring.empty_negative_is_zeros
+        self.second_text = any(encoder.text == 1 for encoder in wiring.text)
         self.encoders, self.pooled, self.check = text.names, text.pooled, text.check
-        self.scored = manifest.options.get("requires_aesthetics_score", False)
-        taken = bundle.component("unet").inputs
-        flat = [part.name for part in taken if len(part.shape) < (1 if part.name == "timestep" else 2)]
+        self.scored = bool(wiring.inputs_from("sizes.scored"))
+        self.sized = self.scored or bool(wiring.inputs_from("sizes"))
+        self.given_guidance = bool(wiring.inputs_from("guidance") or wiring.inputs_from("guidance.sinusoid"))
+        taken = bundle.component(manifest.named("denoiser")).inputs
+        flat = [part.name for part in taken if len(part.shape) < _LEAST_AXES.get(wiring.inputs.get(part.name, ""), 2)]
         if flat and not bundle.foreign:
-            raise BundleError(f"{bundle.root}: the unet's input {flat[0]!r} has too few axes; compile the bundle again")
-        self.widths = {part.name: part.shape[-1] for part in taken if part.shape}
-        channels = [part.shape[1] for part in taken if part.name == "sample"]
-        self.inpaints = channels == [2 * manifest.latents.channels + 1]
+            raise BundleError(f"{bundle.root}: the denoiser's input {flat[0]!r} has too few axes; compile it again")
+        self.widths = {self._sources[part.name]: part.shape[-1] for part in taken if part.shape}
+        self.inpaints = bool(wiring.inputs_from("latents.masked"))
 
     def embeddings(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """The hidden states of prompts, (len(prompts), tokens, width), and what was cut off each."""
@@ -78,18 +84,18 @@ class Inputs:
 
         size: width and height. embedded: the guidance that the U-Net is told. negative: for the negative prompt.
         """
-        inputs = {"encoder_hidden_states": text.hidden}
-        if text.pooled is not None:
-            inputs["text_embeds"] = text.pooled
-        if "time_ids" in self.widths:
-            told = request.conditioning
-            if negative:
-                from_image = request.task != "txt2img"
-                told = told.negative(request.negative_conditioning, scored=self.scored, from_image=from_image)
-            inputs["time_ids"] = told.time_ids(size[1], size[0], scored=self.scored)
+        told = request.conditioning
+        if negative and self.sized:
+            from_image = request.task != "txt2img"
+            told = told.negative(request.negative_conditioning, scored=self.scored, from_image=from_image)
+        made: dict[str, Any] = {"text.hidden": text.hidden, "text.pooled": text.pooled}
+        if self.sized:
+            made["sizes"] = made["sizes.scored"] = told.time_ids(size[1], size[0], scored=self.scored)
         if embedded is not None:
-            inputs["timestep_cond"] = guidance_embedding(embedded, int(self.widths["timestep_cond"]))
-        return inputs
+            made["guidance"] = np.float32(embedded)
+        if embedded is not None and "guidance.sinusoid" in self.widths:
+            made["guidance.sinusoid"] = guidance_embedding(embedded, int(self.widths["guidance.sinusoid"]))
+        return {name: made[source] for name, source in self._sources.items() if source in made}
 
 
 def _given(hidden: Array | None, pooled: Array | None) -> Embedding | None:

@@ -14,7 +14,7 @@ from PIL import Image
 from ..bundle import Bundle
 from ..common.errors import RequestError
 from . import tasks
-from .autoencoder import DECODERS
+from .autoencoder import decoder_of
 from .conditioning import Conditioning
 from .guidance import Guidance
 from .inputs import Inputs, ask_of
@@ -80,7 +80,7 @@ class Jobs:
     def _guidance(self, request: Request) -> tuple[Guidance, float | None]:
         """The guidance that the loop applies, and the scale that the U-Net is told in its place."""
         guidance = request.guidance.or_default(self._bundle.manifest.default_guidance)
-        if "timestep_cond" in self._inputs.widths:
+        if self._inputs.given_guidance:
             if guidance.rescale or guidance.interval != (0.0, 1.0) or request.says_negative:
                 raise RequestError(
                     "this model is told the guidance and predicts once: a negative prompt, a rescale and an interval "
@@ -108,11 +108,11 @@ class Jobs:
 
     def _check_text(self, request: Request) -> None:
         second = request.prompt_2 is not None or request.negative_prompt_2 is not None
-        if second and "text_encoder_2" not in self._inputs.encoders:
+        if second and not self._inputs.second_text:
             raise RequestError("this model has no second text encoder: leave prompt_2 and negative_prompt_2 out")
         self._inputs.check(ask_of(request))
         plain = request.conditioning == Conditioning() and request.negative_conditioning is None
-        if not plain and "time_ids" not in self._inputs.widths:
+        if not plain and not self._inputs.sized:
             raise RequestError("this model is told no sizes: leave the conditioning (sizes, crop, score) out")
         for told in (request.conditioning, request.negative_conditioning or Conditioning()):
             self._check_conditioning(told)
@@ -134,10 +134,10 @@ class Jobs:
 
     def _check_embeds(self, request: Request) -> None:
         for name, taken in (
-            ("prompt_embeds", "encoder_hidden_states"),
-            ("negative_prompt_embeds", "encoder_hidden_states"),
-            ("pooled_prompt_embeds", "text_embeds"),
-            ("negative_pooled_prompt_embeds", "text_embeds"),
+            ("prompt_embeds", "text.hidden"),
+            ("negative_prompt_embeds", "text.hidden"),
+            ("pooled_prompt_embeds", "text.pooled"),
+            ("negative_pooled_prompt_embeds", "text.pooled"),
         ):
             value, width = getattr(request, name), self._inputs.widths.get(taken)
             if value is not None and isinstance(width, int) and value.shape[-1] != width:
@@ -154,7 +154,7 @@ class Jobs:
 
         if request.timesteps is not None or request.sigmas is not None:
             asked = replace(asked, count=make(asked).steps)
-        consistency = manifest.family == "latent-consistency" and self._schedules.is_consistency(request.scheduler)
+        consistency = manifest.wiring.strength_by_sampler and self._schedules.is_consistency(request.scheduler)
         table = tasks.schedule(request, asked, make, self._schedules.train_steps, by_strength=consistency)
         return table, asked.count
 
@@ -186,7 +186,7 @@ class Jobs:
 
 def check_decoder(bundle: Bundle, decoder: str) -> None:
     """Raise `RequestError` when the bundle lacks this decoder."""
-    if DECODERS.get(decoder) not in bundle.manifest.components:
+    if not decoder_of(bundle.manifest, decoder):
         raise RequestError(
             f"{bundle.root} has no {decoder} decoder: compile the checkpoint again with "
             "--component vae_tiny=FOLDER, the folder of an AutoencoderTiny"

@@ -15,14 +15,16 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-from ..bundle import Bundle
+from ..bundle import AS_EXPORTED, PRECISIONS, Bundle
+from ..bundle.wiring import SOURCES, TASKS
 from ..common.arrays import Array
 from ..common.checks import whole_number
 from ..common.errors import BundleError, EngineError, RequestError
 from ..engines import Engine
-from ..engines.supply import AS_EXPORTED, Supply
+from ..engines.supply import Supply
+from ..families import open_bundle
 from . import tasks
-from .autoencoder import DECODERS, Autoencoder
+from .autoencoder import Autoencoder, decoder_of
 from .device_loop import DeviceLoop, can_link
 from .guidance import Guidance
 from .images import to_image
@@ -37,15 +39,6 @@ from .text import Embedding, TextEncoders
 _MOST_THREADS = 1024
 _SMALL_BYTES = 64 << 20
 """A model under this has operators too small to be worth sharing among processors."""
-_FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "latent-consistency")
-"""The families that this runtime runs."""
-_TASKS = {
-    "txt2img": ("vae_decoder",),
-    "img2img": ("vae_encoder", "vae_decoder"),
-    "inpaint": ("vae_encoder", "vae_decoder"),
-}
-"""What each task needs beside text encoders and U-Net."""
-_PRECISIONS = ("fp32", "fp16", "bf16", AS_EXPORTED)
 _GUIDANCE = {
     "guidance": "scale",
     "guidance_mode": "mode",
@@ -110,9 +103,10 @@ class Pipeline:
         self._loaders = dict(engines or {})
         if loop not in (None, *_LOOPS):
             raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
-        if loop == "device" and "step" not in bundle.manifest.components:
+        self._denoiser, self._step = (bundle.manifest.named(role) for role in ("denoiser", "step"))
+        if loop == "device" and not self._step:
             raise BundleError(f"{bundle.root} holds no step graph: compile it again, or use the loop 'host'")
-        on_device = not self._supply.engine.on_cpu and "step" in bundle.manifest.components
+        on_device = not self._supply.engine.on_cpu and bool(self._step)
         self._loop_asked = loop
         self._loop = loop or ("device" if on_device else "host")
         self._workers = (threads or default_threads()) - 1
@@ -131,7 +125,7 @@ class Pipeline:
         self._check_process()
         with self._lock:
             if name not in self._engines:
-                threads = 1 if name == "unet" and self._small(name) else self._threads
+                threads = 1 if name == self._denoiser and self._small(name) else self._threads
                 loader = self._loaders.get(name)
                 self._engines[name] = self._supply.load(name, threads) if loader is None else loader()
             return self._engines[name]
@@ -177,8 +171,8 @@ class Pipeline:
 
     def _small(self, name: str) -> bool:
         """Whether rows of this component's calls are shared among the processors, rather than its operators."""
-        model = self.bundle.path(self.bundle.component(name).model)
-        weights = sum(path.stat().st_size for path in model.parent.glob("model.onnx*") if path.is_file())
+        folder = self.bundle.path(name)
+        weights = sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file())
         return self._supply.engine.on_cpu and weights < _SMALL_BYTES
 
     def release(self, name: str) -> None:
@@ -188,7 +182,7 @@ class Pipeline:
             engine = self._engines.pop(name, None)
             if engine is not None:
                 self._supply.remember(name, engine)
-            if name in ("unet", "step"):
+            if name in (self._denoiser, self._step):
                 self._device_loop.clear()  # it is linked to them
 
     def release_all(self) -> None:
@@ -257,9 +251,9 @@ class Pipeline:
                 self.release(name)
         encoded = [self._encode_picture(job, seconds) for job in jobs]
         if low_memory:
-            self.release("vae_encoder")
+            self.release(self.bundle.manifest.named("encoder"))
         with _timed(seconds, "load"):
-            unet = self.engine("unet")
+            unet = self.engine(self._denoiser)
         with _timed(seconds, "loop"):
             parts = zip(jobs, told, encoded, strict=True)
             rows = [row for job, texts, made in parts for row in self._rows(job, texts, made)]
@@ -272,7 +266,7 @@ class Pipeline:
                 finished.append(self._denoise(unet, part, report))
         del unet  # it holds the session, and low_memory is to free it
         if low_memory:
-            self.release("unet")
+            self.release(self._denoiser)
         latents = np.concatenate(finished)
         results, at = [], 0
         for job, texts in zip(jobs, told, strict=True):
@@ -301,7 +295,7 @@ class Pipeline:
         request = job.request
         if request.output == "latent":
             return []
-        with _timed(seconds, DECODERS[request.decoder]):
+        with _timed(seconds, decoder_of(self.bundle.manifest, request.decoder)):
             pixels = self._autoencoder.decode(latents, request.decoder, tiled=request.tiled)
             images = [to_image(sample) for sample in pixels]
         return images if job.picture is None else [job.picture.finish(image) for image in images]
@@ -314,14 +308,14 @@ class Pipeline:
                 "use the loop 'host'"
             )
         if linked:
-            return self._device_loop(unet, self.engine("step"), rows, callback)
-        pool, workers = (self._pool, self._workers) if self._small("unet") else (None, 0)
+            return self._device_loop(unet, self.engine(self._step), rows, callback)
+        pool, workers = (self._pool, self._workers) if self._small(self._denoiser) else (None, 0)
         return denoise(Denoiser(unet, rows, pool, workers), rows, callback)
 
     def _encode_picture(self, job: Job, seconds: dict[str, float]) -> tasks.Encoded | None:
         if job.picture is None:
             return None
-        with _timed(seconds, "vae_encoder"):
+        with _timed(seconds, self.bundle.manifest.named("encoder")):
             return tasks.encode(
                 job.request,
                 job.picture,
@@ -404,7 +398,7 @@ def load(
     if not isinstance(bundle, (str, Path)):
         raise BundleError(f"the bundle must be a path, found {bundle!r}")
     return Pipeline(
-        Bundle.open(bundle), engine=engine, precision=precision, threads=threads, loop=loop, weight_budget=weight_budget
+        open_bundle(bundle), engine=engine, precision=precision, threads=threads, loop=loop, weight_budget=weight_budget
     )
 
 
@@ -424,23 +418,32 @@ class _timed:
 def _check_manifest(bundle: Bundle) -> None:
     """Raise `BundleError` for what this runtime cannot run, or would run without a hash to hold it against."""
     manifest, root = bundle.manifest, bundle.root
-    if manifest.family not in _FAMILIES:
-        raise BundleError(f"{root} is of the family {manifest.family!r}; this version runs {', '.join(_FAMILIES)}")
-    if manifest.precision not in _PRECISIONS:
+    unknown = sorted(set(manifest.wiring.inputs.values()) - set(SOURCES))
+    if unknown:
         raise BundleError(
-            f"{root} has precision {manifest.precision!r}; this version runs {', '.join(_PRECISIONS[:-1])}"
+            f"{root}: the {manifest.family} denoiser reads {', '.join(unknown)}; this version knows "
+            f"{', '.join(SOURCES)}: upgrade diffoundry"
         )
-    known = [task for task in manifest.tasks if task in _TASKS]
+    if manifest.precision not in (*PRECISIONS, AS_EXPORTED):
+        raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {', '.join(PRECISIONS)}")
+    known = [task for task in manifest.tasks if task in TASKS]
     if not known:
         raise BundleError(
-            f"{root} holds the tasks {', '.join(manifest.tasks) or '(none)'}; this version runs {', '.join(_TASKS)}"
+            f"{root} holds the tasks {', '.join(manifest.tasks) or '(none)'}; this version runs {', '.join(TASKS)}"
         )
-    if not manifest.prompts:
-        raise BundleError(f"{root}: field 'prompts' is empty; compile the bundle again")
-    for name in ("unet", *manifest.prompts, *(part for task in known for part in _TASKS[task])):
-        bundle.component(name)
+    for role in ("denoiser", *dict.fromkeys(role for task in known for role in TASKS[task])):
+        if not manifest.with_role(role):
+            raise BundleError(f"{root} has no {role} among its components: compile it again")
+    if not manifest.wiring.text:
+        raise BundleError(f"{root}: field 'wiring.text' is empty; compile the bundle again")
+    inputs = {tensor.name for tensor in bundle.component(manifest.named("denoiser")).inputs}
+    if inputs != set(manifest.wiring.inputs):
+        wrong = ", ".join(sorted(inputs ^ set(manifest.wiring.inputs)))
+        raise BundleError(
+            f"{root}: wiring and inputs of the denoiser do not agree on {wrong}; compile the bundle again"
+        )
     if not bundle.foreign:
-        folders = tuple(f"{prompt.tokenizer}/" for prompt in manifest.prompts.values())
+        folders = tuple(f"{folder}/" for folder in manifest.tokenizers)
         small = ["scheduler/scheduler_config.json", *(f for f in manifest.files if f.startswith(folders))]
         needed = [small[0], *(f"{folder}tokenizer.json" for folder in folders)]
         unlisted = [name for name in needed if name not in manifest.files]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import Bundle, Prompt
+from ..bundle import Bundle, TextEncoder
 from ..common.arrays import Array
 from ..common.errors import BundleError, RequestError
 from ..engines import Engine
@@ -43,44 +43,32 @@ class TextEncoders:
 
     def __init__(self, bundle: Bundle, engine: Callable[[str], Engine]) -> None:
         self._bundle, self._engine = bundle, engine
-        self._prompts = bundle.manifest.prompts
+        self._encoders = {encoder.component: encoder for encoder in bundle.manifest.wiring.text}
         self._tokenizers: dict[str, PromptTokenizer] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """Their components, in the order in which their hidden states are joined."""
-        return tuple(self._prompts)
+        return tuple(self._encoders)
 
     @property
     def pooled(self) -> bool:
         """Whether one of them gives a pooled embedding."""
-        return any(prompt.pooled for prompt in self._prompts.values())
+        return any(encoder.pooled for encoder in self._encoders.values())
 
     def check(self, ask: Ask) -> None:
         """Raise `RequestError` for more layers skipped than there are."""
-        for name, prompt in self._prompts.items():
-            if ask.skip > len(prompt.skips):
+        for name, encoder in self._encoders.items():
+            if ask.skip > len(encoder.skips):
                 raise RequestError(
-                    f"clip_skip must be from 0 to {len(prompt.skips)} with this {name}, found {ask.skip}"
-                    + ("" if prompt.skips else ": compile the checkpoint again to skip layers")
+                    f"clip_skip must be from 0 to {len(encoder.skips)} with this {name}, found {ask.skip}"
+                    + ("" if encoder.skips else ": compile the checkpoint again to skip layers")
                 )
 
     def embed(self, asks: Sequence[Ask]) -> list[Embedding]:
         """The embeddings of each prompt; plain ones go through each encoder in one call."""
-        parts = [self._encode(name, asks) for name in self._prompts]
-        result = []
-        for embeddings in zip(*parts, strict=True):
-            lengths = {len(part.hidden) for part in embeddings}
-            if len(lengths) > 1:
-                raise RequestError(
-                    f"the prompts for the two text encoders take {' and '.join(map(str, sorted(lengths)))} tokens: "
-                    "make them of one length, or leave prompt_2 out"
-                )
-            pooled = [part.pooled for part in embeddings if part.pooled is not None]
-            hidden = [part.hidden for part in embeddings]
-            cut = tuple(part.cut[0] for part in embeddings)
-            result.append(Embedding(np.concatenate(hidden, axis=-1), pooled[0] if pooled else None, cut))
-        return result
+        parts = [self._encode(name, asks) for name in self._encoders]
+        return [_joined(list(self._encoders.values()), embeddings) for embeddings in zip(*parts, strict=True)]
 
     def level(self, embeddings: Sequence[Embedding]) -> list[Embedding]:
         """The same, brought to one length with windows of the empty prompt."""
@@ -91,9 +79,8 @@ class TextEncoders:
         return [Embedding(hidden, each.pooled, each.cut) for hidden, each in zip(padded, embeddings, strict=True)]
 
     def _encode(self, name: str, asks: Sequence[Ask]) -> list[Embedding]:
-        place = int(name.endswith("_2"))  # the refiner has the second encoder alone
-        prompt, tokenizer = self._prompts[name], self.tokenizer(name)
-        plain = list(dict.fromkeys(ask.texts[place] for ask in asks if not (ask.weights or ask.windows)))
+        encoder, tokenizer = self._encoders[name], self.tokenizer(name)
+        plain = list(dict.fromkeys(ask.texts[encoder.text] for ask in asks if not (ask.weights or ask.windows)))
         outputs: dict[str, Array] = {}
         cut: list[str] = []
         if plain:
@@ -101,19 +88,19 @@ class TextEncoders:
             outputs = self._run(name, ids)
         result = []
         for ask in asks:
-            text = ask.texts[place]
+            text = ask.texts[encoder.text]
             if ask.weights or ask.windows:
 
                 def run(ids: Array, skip: int = ask.skip) -> tuple[Array, Array | None]:
                     made = self._run(name, ids)
-                    return made[_hidden(prompt, skip)], made.get(prompt.pooled)
+                    return made[_hidden(encoder, skip)], made.get(encoder.pooled)
 
                 made = weighted_embeddings(text, tokenizer, run, weights=ask.weights, windows=ask.windows)
                 result.append(Embedding(made.hidden, made.pooled, (made.cut,)))
             else:
                 row = plain.index(text)
-                pooled = outputs[prompt.pooled][row] if prompt.pooled else None
-                result.append(Embedding(outputs[_hidden(prompt, ask.skip)][row], pooled, (cut[row],)))
+                pooled = outputs[encoder.pooled][row] if encoder.pooled else None
+                result.append(Embedding(outputs[_hidden(encoder, ask.skip)][row], pooled, (cut[row],)))
         return result
 
     def _run(self, name: str, ids: Array) -> dict[str, Array]:
@@ -121,21 +108,48 @@ class TextEncoders:
         engine = self._engine(name)
         spec = engine.inputs[0]
         output = engine({spec.name: ids.astype(spec.dtype)})
-        prompt = self._prompts[name]
-        if self._bundle.foreign and prompt.hidden not in output:
-            output = {**output, prompt.hidden: output[engine.outputs[0].name]}
-        for wanted in (prompt.hidden, *prompt.skips, *filter(None, (prompt.pooled,))):
-            if wanted not in output or (wanted != prompt.pooled and output[wanted].ndim != 3):
+        encoder = self._encoders[name]
+        if self._bundle.foreign and encoder.hidden not in output:
+            output = {**output, encoder.hidden: output[engine.outputs[0].name]}
+        for wanted in filter(None, (encoder.hidden, *encoder.skips, encoder.pooled)):
+            if wanted not in output or (wanted != encoder.pooled and output[wanted].ndim != 3):
                 raise BundleError(f"{name}: the model has no output {wanted!r}: compile the bundle again")
         return output
 
     def tokenizer(self, name: str) -> PromptTokenizer:
         """The tokenizer of the encoder `name`, loaded on first use."""
         if name not in self._tokenizers:  # two threads may both load it: the first one is kept
-            prompt = self._prompts[name]
-            self._tokenizers.setdefault(name, PromptTokenizer(self._bundle.path(prompt.tokenizer), prompt))
+            folder = self._encoders[name].tokenizer
+            spec = self._bundle.manifest.tokenizers[folder]
+            self._tokenizers.setdefault(name, PromptTokenizer(self._bundle.path(folder), spec))
         return self._tokenizers[name]
 
 
-def _hidden(prompt: Prompt, skip: int) -> str:
-    return prompt.skips[skip - 1] if skip else prompt.hidden
+def _joined(encoders: Sequence[TextEncoder], embeddings: Sequence[Embedding]) -> Embedding:
+    """What the denoiser reads of one prompt; see `TextEncoder.join`. Raises `RequestError` for unequal lengths."""
+    hidden: Array | None = None
+    for encoder, each in zip(encoders, embeddings, strict=True):
+        if not encoder.hidden:
+            continue
+        if hidden is None:
+            hidden = each.hidden
+        elif encoder.join == "sequence":
+            width = max(hidden.shape[1], each.hidden.shape[1])
+            hidden = np.concatenate(
+                [np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in (hidden, each.hidden)]
+            )
+        elif len(hidden) == len(each.hidden):
+            hidden = np.concatenate([hidden, each.hidden], axis=1)
+        else:
+            raise RequestError(
+                f"the prompts for the two text encoders take {len(hidden)} and {len(each.hidden)} tokens: "
+                "make them of one length, or leave prompt_2 out"
+            )
+    if hidden is None:
+        raise BundleError("no text encoder gives hidden states: compile the bundle again")
+    pooled = [part.pooled for part in embeddings if part.pooled is not None]
+    return Embedding(hidden, np.concatenate(pooled) if pooled else None, tuple(part.cut[0] for part in embeddings))
+
+
+def _hidden(encoder: TextEncoder, skip: int) -> str:
+    return encoder.skips[skip - 1] if skip else encoder.hidden
