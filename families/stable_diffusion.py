@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from ..bundle.wiring import Wiring
 from . import parts
@@ -20,13 +22,18 @@ MODELS = {
 }
 
 
-def _describe(configs: Configs) -> Pipeline:
-    """The classes take a `sample_size` under 64 for a mistake in what was written before diffusers 0.9."""
-    unet = configs.config("unet")
+def drawn_side(unet: Mapping[str, Any]) -> int:
+    """What is drawn by default, in latents a side, of a U-Net with this configuration.
+
+    The classes take a `sample_size` under 64 for a mistake in what was written before diffusers 0.9.
+    """
     side, release = parts.side_of(unet), _RELEASE.match(str(unet.get("_diffusers_version")))
-    if release is not None and tuple(map(int, release[0].split("."))) < _OLD:
-        side = max(side, _OLD_SIDE)
-    return describe(configs, side)
+    old = release is not None and tuple(map(int, release[0].split("."))) < _OLD
+    return max(side, _OLD_SIDE) if old else side
+
+
+def _describe(configs: Configs) -> Pipeline:
+    return describe(configs, drawn_side(configs.config("unet")))
 
 
 def describe(configs: Configs, side: int, *, strength_by_sampler: bool = False) -> Pipeline:

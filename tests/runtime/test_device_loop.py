@@ -154,7 +154,7 @@ def test_a_phase_that_is_used_again_takes_the_new_prompt(pipe, host, simulated_c
 
 
 def test_a_phase_that_is_used_again_takes_the_new_prompt_where_a_part_is_computed_ahead(bundle, host):
-    assert bundle.component("unet").hoisted
+    assert bundle.component("unet").variant("fp32", "onnxruntime:cpu").per_prompt
     pipe = load(bundle.root, loop="device")
     for prompt in (PROMPT, "a small blue ring", "a ring", PROMPT):
         assert_same(pipe, host, prompt=prompt)

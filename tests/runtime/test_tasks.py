@@ -172,7 +172,7 @@ def test_weights_change_the_image_and_plain_text_is_as_without(pipe):
 
 
 def test_a_long_prompt_takes_several_windows(pipe):
-    window = pipe.bundle.manifest.prompts["text_encoder"].max_length
+    window = pipe.bundle.manifest.tokenizers["tokenizer"].max_length
     long = "a large red star at the left, " * window
     cut = pipe(long, seed=1, steps=1)
     assert cut.cut["prompt"]
