@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -23,18 +24,18 @@ from ..common.errors import BundleError, EngineError, RequestError
 from ..engines import Engine
 from ..engines.supply import Supply
 from ..families import open_bundle
-from . import tasks
-from .autoencoder import Autoencoder, decoder_of
+from .conditions import Conditions, Fed
+from .conditions.condition import merged
 from .device_loop import DeviceLoop, can_link
 from .guidance import Guidance
-from .images import to_image
-from .inputs import Inputs, Told, cuts
-from .jobs import Job, Jobs, check_decoder
+from .job import Job
+from .jobs import Jobs, check_decoder
 from .loop import Callback, Denoiser, Row, denoise
 from .names import ours
 from .noise import GENERATORS
+from .pictures.autoencoder import DECODERS, Autoencoder
+from .pictures.images import to_image
 from .request import MOST_IMAGES, Request
-from .text import Embedding, TextEncoders
 
 _MOST_THREADS = 1024
 _SMALL_BYTES = 64 << 20
@@ -54,14 +55,14 @@ _OPTIONS = tuple(name for name in Request.__dataclass_fields__ if name != "promp
 class Result:
     """Images with what made them: image i came from `seeds[i]` alone. There are none where latents were asked for.
 
-    cut: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
+    truncated: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
     latents: the final latents, float32 (count, C, H/downscale, W/downscale).
     """
 
     images: list[Image.Image]
     seeds: list[int]
     request: dict[str, Any]
-    cut: dict[str, str]
+    truncated: dict[str, str]
     seconds: dict[str, float]
     latents: Array
 
@@ -113,9 +114,9 @@ class Pipeline:
         self._process = os.getpid()
         self._start()
         _PIPELINES.add(self)
-        self._inputs = Inputs(bundle, TextEncoders(bundle, self.engine))
-        self._jobs = Jobs(bundle, self._inputs)
         self._autoencoder = Autoencoder(bundle, self.engine)
+        self._conditions = Conditions(bundle, self.engine, self._autoencoder)
+        self._jobs = Jobs(bundle, self._conditions)
 
     def engine(self, name: str) -> Engine:
         """The engine of component `name`, loaded on first use.
@@ -175,6 +176,12 @@ class Pipeline:
         weights = sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file())
         return self._supply.engine.on_cpu and weights < _SMALL_BYTES
 
+    @property
+    def loaded(self) -> list[str]:
+        """The names of the components whose engines are in memory."""
+        with self._lock:
+            return list(self._engines)
+
     def release(self, name: str) -> None:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
         self._check_process()
@@ -195,7 +202,7 @@ class Pipeline:
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""
         self._check_process()
-        return self._inputs.embeddings(prompts)
+        return self._conditions.text.embeddings(prompts)
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
         """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale); one image at a time."""
@@ -208,7 +215,9 @@ class Pipeline:
 
     def check(self, request: Request) -> tuple[int, int]:
         """The width and height that `request` makes. Raises `RequestError` for what the bundle cannot do."""
-        return self._jobs.make(request).size
+        job = self._jobs.make(request)
+        self._conditions.check([job])
+        return job.size
 
     def generate(
         self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None
@@ -243,20 +252,22 @@ class Pipeline:
         batch = total if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
         if callback is not None and not callable(callback):
             raise RequestError(f"callback must be callable, found {type(callback).__name__}")
+        self._conditions.check(jobs)
         seconds: dict[str, float] = {}
-        with _timed(seconds, "text_encoder"):
-            told = self._inputs.tell([job.request for job in jobs], [job.guidance.active for job in jobs])
-        if low_memory:
-            for name in self._inputs.encoders:
-                self.release(name)
-        encoded = [self._encode_picture(job, seconds) for job in jobs]
-        if low_memory:
-            self.release(self.bundle.manifest.named("encoder"))
+        parts: list[list[Fed]] = [[] for _ in jobs]
+        for role, conditions in itertools.groupby(self._conditions.all, key=lambda condition: condition.loads):
+            with _timed(seconds, role or "conditions"):
+                for condition in conditions:
+                    for gathered, made in zip(parts, condition.feed(jobs), strict=True):
+                        gathered.append(made)
+            if low_memory and role is not None:
+                for name in self.bundle.manifest.with_role(role):
+                    self.release(name)
         with _timed(seconds, "load"):
             unet = self.engine(self._denoiser)
         with _timed(seconds, "loop"):
-            parts = zip(jobs, told, encoded, strict=True)
-            rows = [row for job, texts, made in parts for row in self._rows(job, texts, made)]
+            fed = [merged(each) for each in parts]
+            rows = [row for job, given in zip(jobs, fed, strict=True) for row in self._samples(job, given)]
             batch = min(batch, self._most_images(jobs))
             batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
             lengths = [max(row.table.steps for row in part) for part in batches]
@@ -269,7 +280,7 @@ class Pipeline:
             self.release(self._denoiser)
         latents = np.concatenate(finished)
         results, at = [], 0
-        for job, texts in zip(jobs, told, strict=True):
+        for job, given in zip(jobs, fed, strict=True):
             own = slice(at, at + job.request.count)
             at = own.stop
             results.append(
@@ -277,7 +288,7 @@ class Pipeline:
                     images=self._finish(job, latents[own], seconds),
                     seeds=job.seeds,
                     request=job.record,
-                    cut=cuts(texts),
+                    truncated=dict(given.truncated),
                     seconds=seconds,
                     latents=latents[own],
                 )
@@ -295,7 +306,7 @@ class Pipeline:
         request = job.request
         if request.output == "latent":
             return []
-        with _timed(seconds, decoder_of(self.bundle.manifest, request.decoder)):
+        with _timed(seconds, DECODERS[request.decoder]):
             pixels = self._autoencoder.decode(latents, request.decoder, tiled=request.tiled)
             images = [to_image(sample) for sample in pixels]
         return images if job.picture is None else [job.picture.finish(image) for image in images]
@@ -312,43 +323,21 @@ class Pipeline:
         pool, workers = (self._pool, self._workers) if self._small(self._denoiser) else (None, 0)
         return denoise(Denoiser(unet, rows, pool, workers), rows, callback)
 
-    def _encode_picture(self, job: Job, seconds: dict[str, float]) -> tasks.Encoded | None:
-        if job.picture is None:
-            return None
-        with _timed(seconds, self.bundle.manifest.named("encoder")):
-            return tasks.encode(
-                job.request,
-                job.picture,
-                self._autoencoder,
-                inpaints=self._inputs.inpaints,
-                downscale=self.bundle.manifest.latents.downscale,
-            )
-
-    def _rows(self, job: Job, texts: Told, encoded: tasks.Encoded | None) -> list[Row]:
-        settings = self.bundle.manifest.latents
-        width, height = (side // settings.downscale for side in job.size)
-
-        def told(text: Embedding, negative: bool) -> dict[str, Array]:
-            return self._inputs.conditions(job.request, job.size, text, embedded=job.embedded, negative=negative)
-
-        prompt = told(texts[0], False)
-        negative = None if texts[1] is None else told(texts[1], True)
+    def _samples(self, job: Job, fed: Fed) -> list[Row]:
+        """The rows of a job. fed: by its conditions."""
+        inputs = self.bundle.manifest.wiring.inputs
+        prompt, negative = (
+            {name: half[source] for name, source in inputs.items() if source in half}
+            for half in (fed.prompt, fed.negative)
+        )
+        if fed.start is None:
+            raise RequestError(f"{self.bundle.root} cannot start the task {job.request.task}: compile it again")
         rows = []
         for i, seed in enumerate(job.seeds):
             generator = GENERATORS[job.request.rng](seed)
-            start = tasks.start(
-                job.request,
-                job.table,
-                encoded,
-                np.asarray(job.request.image[i], np.float32) if job.request.starts_from_latents else None,
-                self._autoencoder,
-                generator,
-                (settings.channels, height, width),
-                inpaints=self._inputs.inpaints,
-            )
-            rows.append(
-                Row(job.table, job.guidance, generator, prompt, negative, start.latents, start.kept, start.channels)
-            )
+            own = fed.start(i, generator)
+            others = negative if job.guidance.active else None
+            rows.append(Row(job.table, job.guidance, generator, prompt, others, own.latents, own.kept, own.channels))
         return rows
 
     def __call__(self, prompt: str = "", **options: Any) -> Result:

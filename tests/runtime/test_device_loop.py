@@ -283,8 +283,6 @@ def test_an_engine_that_fails_is_not_run_with_what_it_left(pipe, host, trt):
 
 def test_latents_that_overflow_are_refused(make, bundle, monkeypatch):
     pipe = make(UNET)
-    embeddings = pipe._inputs.encoders  # the model is fine: what it is told is not
-    assert embeddings
     real = device_loop._contents
 
     def poisoned(*args):
