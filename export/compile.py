@@ -37,7 +37,7 @@ from ..engines.names import ONNXRUNTIME, EngineName
 from ..engines.onnxruntime import require_provider
 from ..engines.tensorrt.backend import BACKENDS
 from ..engines.tensorrt.build import clean
-from ..runtime.guidance import Guidance
+from ..runtime.loop.guidance import Guidance
 from ..runtime.request import Request
 from . import step_graph
 from .checkpoint import Checkpoint

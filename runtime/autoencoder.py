@@ -10,7 +10,7 @@ from ..bundle import Bundle
 from ..bundle.pipelines import INPAINT_BY_FACTOR
 from ..common.arrays import Array
 from ..engines import Engine
-from .noise import Generator
+from .loop.noise import Generator
 from .tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
 
 DECODERS = {"full": "vae_decoder", "tiny": "vae_tiny_decoder"}

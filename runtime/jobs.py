@@ -16,8 +16,8 @@ from ..common.errors import RequestError
 from . import tasks
 from .autoencoder import DECODERS
 from .conditioning import Conditioning
-from .guidance import Guidance
 from .inputs import Inputs, ask_of
+from .loop.guidance import Guidance
 from .request import LARGEST_SIDE, Request
 from .schedulers import Steps, Table
 from .schedules import Schedules

@@ -6,8 +6,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,15 +24,18 @@ from ..engines import Engine
 from ..engines.supply import AS_EXPORTED, Supply
 from . import tasks
 from .autoencoder import DECODERS, Autoencoder
-from .device_loop import DeviceLoop, can_link
-from .guidance import Guidance
 from .images import to_image
 from .inputs import Inputs, Told, cuts
 from .jobs import Job, Jobs, check_decoder
-from .loop import Callback, Denoiser, Row, denoise
+from .loop.batch import Batch
+from .loop.device import DeviceStepper, Phases
+from .loop.guidance import Guidance
+from .loop.host import HostStepper
+from .loop.noise import GENERATORS
+from .loop.sample import Sample
 from .names import ours
-from .noise import GENERATORS
 from .request import MOST_IMAGES, Request
+from .run import Callback, Progress, Run
 from .text import Embedding, TextEncoders
 
 _MOST_THREADS = 1024
@@ -156,13 +160,13 @@ class Pipeline:
         """Hold no engines, and locks and threads of this process."""
         self._lock = threading.RLock()
         self._engines: dict[str, Engine] = {}
-        self._device_loop = DeviceLoop()
+        self._phases: Phases | None = None
         self._pool = ThreadPoolExecutor(self._workers, "diffoundry") if self._workers else None
 
     def _start_in_child(self) -> None:
         """Start again in a forked process, where the threads of the engines are not there."""
         if self._supply.engine.on_cpu:
-            self._inherited = self._engines, self._device_loop, self._pool  # to end them would wait for their threads
+            self._inherited = self._engines, self._phases, self._pool  # to end them would wait for their threads
             self._process = os.getpid()
             self._start()
 
@@ -189,14 +193,14 @@ class Pipeline:
             if engine is not None:
                 self._supply.remember(name, engine)
             if name in ("unet", "step"):
-                self._device_loop.clear()  # it is linked to them
+                self._phases = None  # which are bound to them
 
     def release_all(self) -> None:
         """Drop every engine and its memory."""
         self._check_process()
         with self._lock:
             self._engines.clear()
-            self._device_loop.clear()
+            self._phases = None
 
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""
@@ -234,9 +238,29 @@ class Pipeline:
 
         batch: the most images in one U-Net call (default: all, or as many as its plans take).
         low_memory: drop each engine when its part is done.
-        callback: see `loop.Callback`; it counts the steps of all batches, each as long as its longest row.
+        callback: see `run.Callback`; it counts the steps of all batches, each as long as its longest row.
         Raises `RequestError` for what the bundle cannot do, before anything is run.
         """
+        jobs, most = self._check(requests, batch)
+        if callback is not None and not callable(callback):
+            raise RequestError(f"callback must be callable, found {type(callback).__name__}")
+        at_once = None if callback is None else 1
+        with closing(Run(self._run(jobs, most, low_memory, at_once))) as run:
+            for progress in run:
+                if callback is not None:
+                    progress.report(callback)
+        return run.results
+
+    def steps(self, request: Request, *, batch: int | None = None, low_memory: bool = False) -> Run:
+        """Run `request` step by step: an iterator of `run.Progress` that can be left at any time; see `run.Run`.
+
+        Options as for `generate_many`. Raises `RequestError` for what the bundle cannot do, before the first step.
+        """
+        jobs, most = self._check([request], batch)
+        return Run(self._run(jobs, most, low_memory, at_once=1))
+
+    def _check(self, requests: Sequence[Request], batch: int | None) -> tuple[list[Job], int]:
+        """Hold requests against the bundle and each other. Returns them and the images of one batch."""
         self._check_process()
         if not isinstance(requests, Sequence) or not all(isinstance(request, Request) for request in requests):
             raise RequestError("generate_many takes a list of Request")
@@ -246,10 +270,36 @@ class Pipeline:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
-        batch = total if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
-        if callback is not None and not callable(callback):
-            raise RequestError(f"callback must be callable, found {type(callback).__name__}")
+        return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
+
+    def _run(
+        self, jobs: Sequence[Job], batch: int, low_memory: bool, at_once: int | None
+    ) -> Generator[Progress, None, list[Result]]:
+        """Encode, load, run, collect. at_once: the steps between two yields, None for as many as go in one piece."""
         seconds: dict[str, float] = {}
+        told, encoded = self._encode(jobs, low_memory, seconds)
+        with _timed(seconds, "load"):
+            self.engine("unet")
+        samples = [
+            sample
+            for job, texts, made in zip(jobs, told, encoded, strict=True)
+            for sample in self._samples(job, texts, made)
+        ]
+        latents = yield from self._loop_over(samples, min(batch, self._most_images(jobs)), at_once, seconds)
+        if low_memory:
+            self.release("unet")
+        results, at = [], 0
+        for job, texts in zip(jobs, told, strict=True):
+            own = latents[at : at + job.request.count]
+            at += job.request.count
+            images = self._finish(job, own, seconds)
+            results.append(Result(images, job.seeds, job.record, cuts(texts), seconds, own))
+        return results
+
+    def _encode(
+        self, jobs: Sequence[Job], low_memory: bool, seconds: dict[str, float]
+    ) -> tuple[list[Told], list[tasks.Encoded | None]]:
+        """The prompts and the pictures of all jobs."""
         with _timed(seconds, "text_encoder"):
             told = self._inputs.tell([job.request for job in jobs], [job.guidance.active for job in jobs])
         if low_memory:
@@ -258,37 +308,36 @@ class Pipeline:
         encoded = [self._encode_picture(job, seconds) for job in jobs]
         if low_memory:
             self.release("vae_encoder")
-        with _timed(seconds, "load"):
-            unet = self.engine("unet")
-        with _timed(seconds, "loop"):
-            parts = zip(jobs, told, encoded, strict=True)
-            rows = [row for job, texts, made in parts for row in self._rows(job, texts, made)]
-            batch = min(batch, self._most_images(jobs))
-            batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-            lengths = [max(row.table.steps for row in part) for part in batches]
-            finished = []
-            for i, part in enumerate(batches):
-                report = _shifted(callback, sum(lengths[:i]), sum(lengths))
-                finished.append(self._denoise(unet, part, report))
-        del unet  # it holds the session, and low_memory is to free it
-        if low_memory:
-            self.release("unet")
-        latents = np.concatenate(finished)
-        results, at = [], 0
-        for job, texts in zip(jobs, told, strict=True):
-            own = slice(at, at + job.request.count)
-            at = own.stop
-            results.append(
-                Result(
-                    images=self._finish(job, latents[own], seconds),
-                    seeds=job.seeds,
-                    request=job.record,
-                    cut=cuts(texts),
-                    seconds=seconds,
-                    latents=latents[own],
-                )
-            )
-        return results
+        return told, encoded
+
+    def _loop_over(
+        self, samples: Sequence[Sample], most: int, at_once: int | None, seconds: dict[str, float]
+    ) -> Generator[Progress, None, Array]:
+        """Step the samples, `most` in one batch, and return their final latents."""
+        parts = [samples[i : i + most] for i in range(0, len(samples), most)]
+        total = sum(max(sample.table.steps for sample in part) for part in parts)
+        done, latents = 0, []
+        for part in parts:
+            with closing(Batch(self._stepper(part))) as batch:
+                handles = [batch.add(sample) for sample in part]
+                while batch:
+                    with _timed(seconds, "loop"):
+                        done += batch.step(at_once)
+                        now = np.stack([batch.latents(handle) for handle in handles])
+                    yield Progress(done, total, now)
+                latents += [batch.take(handle) for handle in handles]
+        return np.stack(latents)
+
+    def _stepper(self, samples: Sequence[Sample]) -> HostStepper | DeviceStepper:
+        """The loop on the device where it was asked for, or is the faster one and takes these samples."""
+        denoiser = self.engine("unet")
+        if self._loop == "device":
+            with self._lock:
+                phases = self._phases = self._phases or Phases(denoiser, self.engine("step"))
+            if self._loop_asked == "device" or all(phases.fits(sample) for sample in samples):
+                return DeviceStepper(phases)
+        pool, workers = (self._pool, self._workers) if self._small("unet") else (None, 0)
+        return HostStepper(denoiser, pool=pool, workers=workers)
 
     def _most_images(self, jobs: Sequence[Job]) -> int:
         """The most images that one call of the U-Net takes."""
@@ -306,18 +355,6 @@ class Pipeline:
             images = [to_image(sample) for sample in pixels]
         return images if job.picture is None else [job.picture.finish(image) for image in images]
 
-    def _denoise(self, unet: Engine, rows: list[Row], callback: Callback | None) -> Array:
-        linked = self._loop == "device" and can_link(unet, rows)
-        if self._loop_asked == "device" and not linked:
-            raise RequestError(
-                "the loop on the device takes joint guidance and float32 latents, and does not inpaint: "
-                "use the loop 'host'"
-            )
-        if linked:
-            return self._device_loop(unet, self.engine("step"), rows, callback)
-        pool, workers = (self._pool, self._workers) if self._small("unet") else (None, 0)
-        return denoise(Denoiser(unet, rows, pool, workers), rows, callback)
-
     def _encode_picture(self, job: Job, seconds: dict[str, float]) -> tasks.Encoded | None:
         if job.picture is None:
             return None
@@ -330,7 +367,7 @@ class Pipeline:
                 downscale=self.bundle.manifest.latents.downscale,
             )
 
-    def _rows(self, job: Job, texts: Told, encoded: tasks.Encoded | None) -> list[Row]:
+    def _samples(self, job: Job, texts: Told, encoded: tasks.Encoded | None) -> list[Sample]:
         settings = self.bundle.manifest.latents
         width, height = (side // settings.downscale for side in job.size)
 
@@ -339,7 +376,7 @@ class Pipeline:
 
         prompt = told(texts[0], False)
         negative = None if texts[1] is None else told(texts[1], True)
-        rows = []
+        samples = []
         for i, seed in enumerate(job.seeds):
             generator = GENERATORS[job.request.rng](seed)
             start = tasks.start(
@@ -352,10 +389,10 @@ class Pipeline:
                 (settings.channels, height, width),
                 inpaints=self._inputs.inpaints,
             )
-            rows.append(
-                Row(job.table, job.guidance, generator, prompt, negative, start.latents, start.kept, start.channels)
+            samples.append(
+                Sample(job.table, job.guidance, generator, prompt, negative, start.latents, start.kept, start.channels)
             )
-        return rows
+        return samples
 
     def __call__(self, prompt: str = "", **options: Any) -> Result:
         """`generate` with plain keywords.
@@ -447,9 +484,3 @@ def _check_manifest(bundle: Bundle) -> None:
         if unlisted:
             raise BundleError(f"{root}: the manifest has no hash for {', '.join(unlisted)}; compile the bundle again")
         bundle.check(small)
-
-
-def _shifted(callback: Callback | None, done: int, total: int) -> Callback | None:
-    if callback is None:
-        return None
-    return lambda k, _, latents: callback(done + k, total, latents)

@@ -17,9 +17,9 @@ from ..common.checks import is_number, whole_number
 from ..common.errors import RequestError
 from .autoencoder import DECODERS
 from .conditioning import Conditioning
-from .guidance import Guidance
+from .loop.guidance import Guidance
+from .loop.noise import GENERATORS
 from .names import check_text, ours
-from .noise import GENERATORS
 from .preprocess import RESIZE_MODES
 from .prompt_syntax import parse
 

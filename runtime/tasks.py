@@ -12,8 +12,8 @@ from PIL import Image
 from ..common.arrays import Array
 from ..common.errors import RequestError
 from .autoencoder import Autoencoder
-from .loop import Kept
-from .noise import Generator
+from .loop.noise import Generator
+from .loop.sample import KeptRegion
 from .preprocess import (
     Box,
     check_same_size,
@@ -62,10 +62,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a row starts with; see `loop.Row`."""
+    """What a row starts with; see `loop.sample.Sample`."""
 
     latents: Array
-    kept: Kept | None = None
+    kept: KeptRegion | None = None
     channels: Array | None = None
 
 
@@ -202,7 +202,7 @@ def start(
         return Start(x, channels=np.concatenate([encoded.mask, masked]))
     if image is None:
         raise RequestError("an image to inpaint is missing: give one")
-    return Start(x, kept=Kept(encoded.mask, image, noise))
+    return Start(x, kept=KeptRegion(encoded.mask, image, noise))
 
 
 def _is_whole(request: Request) -> bool:

@@ -7,12 +7,12 @@ import pytest
 
 from diffoundry.common.errors import BundleError, EngineError, RequestError, StoppedError
 from diffoundry.runtime.device_loop import phases
-from diffoundry.runtime.guidance import Guidance, combine
 from diffoundry.runtime.loop import Row
-from diffoundry.runtime.noise import TorchGenerator
+from diffoundry.runtime.loop.guidance import Guidance, combine
+from diffoundry.runtime.loop.noise import TorchGenerator
+from diffoundry.runtime.loop.step import State
 from diffoundry.runtime.pipeline import Request, load
 from diffoundry.runtime.schedulers import make_table
-from diffoundry.runtime.step import State
 
 PROMPT = "a large red star at the left on a navy background"
 TOLERANCE = 2e-4
@@ -109,12 +109,12 @@ def test_the_device_loop_refuses_split_guidance(device_pipe):
 
 def test_links_are_checked(device_pipe):
     engine = device_pipe.engine("vae_decoder")
-    with pytest.raises(EngineError, match="nothing was linked to latent_sample, sample"):
-        engine.link({})
+    with pytest.raises(EngineError, match="nothing was bound to latent_sample, sample"):
+        engine.bind_device({})
     name = engine.inputs[0].name
-    wrong = {name: engine.place(np.zeros((1, 3, 8, 8), np.float32))}
+    wrong = {name: engine.to_device(np.zeros((1, 3, 8, 8), np.float32))}
     with pytest.raises(EngineError, match=f"input '{name}' must be"):
-        engine.link({**wrong, engine.outputs[0].name: engine.place(np.zeros((1, 3, 64, 64), np.float32))})
+        engine.bind_device({**wrong, engine.outputs[0].name: engine.to_device(np.zeros((1, 3, 64, 64), np.float32))})
 
 
 def test_phases_are_cut_where_rows_end_or_guidance_changes():

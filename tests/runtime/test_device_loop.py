@@ -17,7 +17,7 @@ from diffoundry.common.errors import EngineError, StoppedError
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
 from diffoundry.engines.tensorrt.gpu import Gpu
 from diffoundry.runtime import device_loop
-from diffoundry.runtime.guidance import Guidance
+from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pipeline import Pipeline, Request, load
 from diffoundry.tests.engines.tensorrt.simulated import write_plan
 
@@ -331,7 +331,7 @@ def test_a_run_within_a_callback_does_not_disturb_it(pipe, host):
 def test_engines_of_two_kinds_cannot_be_linked(bundle, make):
     on_gpu = make(UNET)
     pipe = Pipeline(bundle, loop="device", engines={"unet": lambda: on_gpu.engine("unet")})
-    with pytest.raises(EngineError, match="unet: what is linked to it must lie on its GPU"):
+    with pytest.raises(EngineError, match="unet: what is bound to it must lie on its GPU"):
         pipe(PROMPT, steps=2)
 
 

@@ -12,9 +12,9 @@ import torch
 
 import diffoundry
 from diffoundry.common.errors import EngineError, RequestError, StoppedError
-from diffoundry.runtime.guidance import Guidance
 from diffoundry.runtime.loop import Denoiser, Row, denoise
-from diffoundry.runtime.noise import TorchGenerator
+from diffoundry.runtime.loop.guidance import Guidance
+from diffoundry.runtime.loop.noise import TorchGenerator
 from diffoundry.runtime.pipeline import Request, load
 from diffoundry.runtime.schedulers import make_table
 
