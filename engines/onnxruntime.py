@@ -168,7 +168,7 @@ class OrtArray:
 
     def numpy(self) -> Array:
         """See `engine.DeviceArray`."""
-        return np.asarray(self.value.numpy())
+        return np.array(self.value.numpy())  # on the CPU that is a view, which does not keep what it shows
 
     def update_inplace(self, array: Array) -> None:
         """See `engine.DeviceArray`."""

@@ -120,9 +120,7 @@ class Batch:
             raise RequestError("a guided sample needs the inputs of its negative prompt: give them")
         own = _shapes(sample, sample.prompt)
         if sample.negative is not None and _shapes(sample, sample.negative) != own:
-            raise RequestError(
-                "a sample's prompt and negative prompt must take as many tokens: give embeddings of one length"
-            )
+            raise RequestError("a prompt and its negative must be of one size: give embeddings of one length")
         for row in self._running[:1]:
             others = _shapes(row.sample, row.sample.prompt)
             wrong = [name for name in {**others, **own} if others.get(name) != own.get(name)]
