@@ -51,7 +51,6 @@ class Batch:
         """
         self._check(sample)
         self._stepper.check(sample)
-        self._stepper.unbind()
         row = Row(next(self._handles), sample)
         self._running.append(row)
         return row.handle
@@ -60,7 +59,6 @@ class Batch:
         """Forget a row, done or not. Raises `RequestError` when the batch has none of this handle."""
         row = self._row(handle)
         if self._done.pop(handle, None) is None:
-            self._stepper.unbind()
             self._running.remove(row)
 
     def step(self, most: int | None = 1) -> int:
@@ -75,7 +73,7 @@ class Batch:
         steps = _alike(self._running, most)
         self._stepper.advance(self._running, steps)
         if any(not row.state.remaining for row in self._running):
-            self._stepper.unbind()
+            self._stepper.synchronize()
             self._done |= {row.handle: row for row in self._running if not row.state.remaining}
             self._running = [row for row in self._running if row.state.remaining]
         return steps
@@ -105,7 +103,7 @@ class Batch:
 
     def close(self) -> None:
         """Forget all rows, and give back what they ran in. The batch can be used again."""
-        self._stepper.unbind()
+        self._stepper.close()
         self._running, self._done = [], {}
 
     def _row(self, handle: int) -> Row:

@@ -47,11 +47,11 @@ class DeviceStepper:
                 "use the loop 'host'"
             )
 
-    def advance(self, rows: Sequence[Row], steps: int) -> None:
+    def advance(self, rows: list[Row], steps: int) -> None:
         """Make `steps` steps of every row, in which the same of them are guided. Raises `EngineError`."""
         guided = [row.guided() for row in rows]
-        if self._phase is None or guided != self._guided:
-            self.unbind()
+        if self._phase is None or (self._rows, self._guided) != (rows, guided):
+            self.close()
             self._phase, self._rows, self._guided = self._phases.take(rows), list(rows), guided
         phase, self._phase = self._phase, None  # one in which an engine failed is not used again
         drawn = [any(row.state.draws(k) for row in rows) for k in range(steps)]
@@ -71,8 +71,8 @@ class DeviceStepper:
             for row, registers in zip(self._rows, self._phase.registers(), strict=True):
                 row.state.registers = registers[: row.state.table.registers]
 
-    def unbind(self) -> None:
-        """Bring the registers back and give the phase away: the rows are about to change."""
+    def close(self) -> None:
+        """Bring the registers back and give the phase away."""
         self.synchronize()
         if self._phase is not None:
             self._phases.give_back(self._phase)

@@ -27,13 +27,16 @@ class HostStepper:
         """workers: threads of the pool."""
         self._denoiser, self._ports = denoiser, ports or Ports()
         self._pool, self._at_once = pool, 1 if pool is None else workers + 1
+        self._rows: list[Row] = []
         self._calls: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Call]] = {}
 
     def check(self, sample: Sample) -> None:
         """Any sample runs on the host."""
 
-    def advance(self, rows: Sequence[Row], steps: int) -> None:
+    def advance(self, rows: list[Row], steps: int) -> None:
         """Make `steps` steps of every row. Raises `EngineError` when the denoiser fails."""
+        if self._rows != rows:
+            self._rows, self._calls = list(rows), {}
         for _ in range(steps):
             for row, output in zip(rows, self.predict(rows), strict=True):
                 row.advance(output)
@@ -55,9 +58,9 @@ class HostStepper:
     def synchronize(self) -> None:
         """The rows hold their latents already."""
 
-    def unbind(self) -> None:
-        """Forget the buffers of the rows: these are about to change."""
-        self._calls.clear()
+    def close(self) -> None:
+        """Forget the rows and their buffers."""
+        self._rows, self._calls = [], {}
 
     def _call(self, negative: Sequence[Row], prompt: Sequence[Row]) -> Array:
         """Rows with their negative prompt, then rows with their prompt; the next call may overwrite the outputs."""

@@ -327,10 +327,11 @@ def test_a_run_within_a_callback_does_not_disturb_it(pipe, host):
     np.testing.assert_allclose(inner[1], host("a ring", seed=1, steps=4).latents, atol=TOLERANCE)
 
 
-def test_engines_of_two_kinds_cannot_be_linked(bundle, make):
+@pytest.mark.parametrize(("name", "message"), [("unet", "must lie on its GPU"), ("step", "must be ONNX Runtime's")])
+def test_engines_of_two_kinds_cannot_be_bound_together(bundle, make, name, message):
     on_gpu = make(UNET)
-    pipe = Pipeline(bundle, loop="device", engines={"unet": lambda: on_gpu.engine("unet")})
-    with pytest.raises(EngineError, match="unet: what is bound to it must lie on its GPU"):
+    pipe = Pipeline(bundle, loop="device", engines={name: lambda: on_gpu.engine(name)})
+    with pytest.raises(EngineError, match=f"unet: what is bound to it {message}: load all parts for one engine"):
         pipe(PROMPT, steps=2)
 
 

@@ -134,7 +134,7 @@ def test_a_row_that_joins_others_is_what_it_is_alone(stepper, sample, short):
     assert batch.done == ()
 
 
-@pytest.mark.parametrize("beside", SHORT, ids=lambda asked: asked["scheduler"])
+@pytest.mark.parametrize("beside", SHORT[1:3], ids=lambda asked: asked["scheduler"])
 def test_a_row_beside_one_that_is_dropped_is_what_it_is_alone(stepper, sample, beside):
     wanted = alone(stepper, sample(**LONG))
     batch = Batch(stepper())
@@ -148,6 +148,15 @@ def test_a_row_beside_one_that_is_dropped_is_what_it_is_alone(stepper, sample, b
     np.testing.assert_array_equal(finish(batch, kept)[0], wanted)
     with pytest.raises(RequestError, match=f"the batch has no row {dropped}: it was dropped"):
         batch.take(dropped)
+
+
+def test_a_row_takes_the_place_of_another(stepper, sample):
+    wanted = alone(stepper, sample(**SHORT[0]))
+    batch = Batch(stepper())
+    first = batch.add(sample(**LONG))
+    batch.step(5)
+    batch.drop(first)
+    np.testing.assert_array_equal(finish(batch, batch.add(sample(**SHORT[0])))[0], wanted)
 
 
 def test_a_row_that_inpaints_joins_too(one_by_one, sample):
