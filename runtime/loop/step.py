@@ -23,6 +23,7 @@ class State:
         self.table, self.position = table, 0
         self.registers = np.zeros((table.registers, *latents.shape), np.float32)
         self.registers[0] = latents
+        self._next, self._product = np.empty_like(self.registers), np.empty_like(self.registers[0])
 
     @property
     def x(self) -> Array:
@@ -55,11 +56,11 @@ class State:
         if np.isfinite(table.clip):
             p, q = table.x0[k].astype(np.float32)
             terms[-1] = np.clip(p * self.x + q * terms[-3], -table.clip, table.clip)
-        registers = np.zeros_like(self.registers)
-        for register, weights in zip(registers, table.weights[k].astype(np.float32), strict=True):
+        for register, weights in zip(self._next, table.weights[k].astype(np.float32), strict=True):
+            register[...] = 0
             for i in np.flatnonzero(weights):
-                register += weights[i] * terms[i]
-        self.registers = registers
+                register += np.multiply(terms[i], weights[i], out=self._product)
+        self.registers, self._next = self._next, self.registers
         self.position += 1
 
 
