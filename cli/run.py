@@ -268,7 +268,7 @@ def run_command(
 def _request(asked: dict[str, Any]) -> Any:
     """The request that the options make. Raises `RequestError` or `click.UsageError`."""
     from ..runtime.conditioning import Conditioning
-    from ..runtime.guidance import Guidance
+    from ..runtime.loop.guidance import Guidance
     from ..runtime.request import Request
 
     if asked["steps"] is not None and (asked["timesteps"] is not None or asked["sigmas"] is not None):

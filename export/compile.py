@@ -39,7 +39,7 @@ from ..engines.onnxruntime import require_provider
 from ..engines.tensorrt.backend import BACKENDS
 from ..engines.tensorrt.build import clean
 from ..families import FAMILIES, Family, Pipeline, family_named, family_of
-from ..runtime.guidance import Guidance
+from ..runtime.loop.guidance import Guidance
 from ..runtime.request import Request
 from . import step_graph
 from .checkpoint import Checkpoint

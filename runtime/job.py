@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .guidance import Guidance
+from .loop.guidance import Guidance
 from .pictures.picture import Picture
 from .request import Request
 from .schedulers import Table

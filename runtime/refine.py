@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from ..common.errors import RequestError
-from .loop import Callback
 from .pipeline import Pipeline, Result
 from .request import Request
+from .run import Callback
 
 
 def generate_refined(

@@ -16,9 +16,9 @@ from ..common.arrays import Array
 from ..common.checks import is_number, whole_number
 from ..common.errors import RequestError
 from .conditioning import Conditioning
-from .guidance import Guidance
+from .loop.guidance import Guidance
+from .loop.noise import GENERATORS
 from .names import check_text, ours
-from .noise import GENERATORS
 from .pictures.autoencoder import DECODERS
 from .pictures.preprocess import RESIZE_MODES
 from .text.prompt_syntax import parse

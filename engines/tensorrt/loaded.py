@@ -83,12 +83,12 @@ class LoadedPlan:
         with self._gpu.work() as device:
             device.synchronize()
             refit(self.trt, self.engine, self.log, onnx, self.plan.component)
-            self._gpu.changed()
+            self._gpu.invalidate_graphs()
 
     def spoil(self) -> None:
         """Let no context run it again: its weights may be those of two models."""
         self.spoiled = True
-        self._gpu.changed()
+        self._gpu.invalidate_graphs()
 
     def keep_cache(self) -> None:
         """Write what was compiled for this GPU beside the plan, if it is more than before; on a read-only disk not."""

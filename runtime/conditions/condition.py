@@ -13,8 +13,8 @@ from ...bundle import Role
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from ..job import Job
-from ..loop import Kept
-from ..noise import Generator
+from ..loop.noise import Generator
+from ..loop.sample import KeptRegion
 from ..request import Request
 
 _NO_IMAGE = "without an image: give an image, or leave it out"
@@ -43,10 +43,10 @@ _WHY = {
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a row starts with; see `loop.Row`."""
+    """What a row starts with; see `loop.sample.Sample`."""
 
     latents: Array
-    kept: Kept | None = None
+    kept: KeptRegion | None = None
     channels: Array | None = None
 
 

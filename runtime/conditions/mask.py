@@ -10,8 +10,8 @@ from ...bundle import Manifest, Role
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from ..job import Job
-from ..loop import Kept
-from ..noise import Generator
+from ..loop.noise import Generator
+from ..loop.sample import KeptRegion
 from ..pictures.autoencoder import Autoencoder
 from ..pictures.preprocess import latent_mask
 from ..request import Request
@@ -66,7 +66,7 @@ class Mask:
             around = None if masked is None else sample(masked, generator, inpaints=True)
             if self._seen and around is not None:
                 return Start(x, channels=np.concatenate([mask, around]))
-            return Start(x, kept=None if image is None else Kept(mask, image, noise))
+            return Start(x, kept=None if image is None else KeptRegion(mask, image, noise))
 
         return start
 

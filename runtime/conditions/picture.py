@@ -9,7 +9,7 @@ import numpy as np
 from ...bundle import Role
 from ...common.arrays import Array
 from ..job import Job
-from ..noise import Generator
+from ..loop.noise import Generator
 from ..pictures.autoencoder import Autoencoder
 from ..request import Request
 from .condition import Fed, Start, Starter

@@ -9,7 +9,7 @@ import numpy as np
 from ...bundle import Bundle, Manifest, Role
 from ...common.arrays import Array
 from ...engines import Engine
-from ..noise import Generator
+from ..loop.noise import Generator
 from .tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
 
 DECODERS: dict[str, Role] = {"full": "decoder", "tiny": "preview"}

@@ -20,7 +20,7 @@ from diffoundry.engines.tensorrt.plan import PLAN_NAME
 from diffoundry.engines.tensorrt.recipe import Recipe
 from diffoundry.export.plans import site
 from diffoundry.export.target import Target, profiles
-from diffoundry.runtime.guidance import Guidance
+from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pipeline import Request, load
 from diffoundry.runtime.verify import verify
 from diffoundry.tests.engines.tensorrt.simulated import VERSION
