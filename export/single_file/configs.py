@@ -11,7 +11,7 @@ from typing import Any
 
 from ...common.errors import CheckpointError
 from ..checkpoint import Checkpoint
-from .layouts import SD1, SD2, UNET, VAE, Layout, TextEncoder
+from .layouts import SD2, UNET, VAE, Layout, TextEncoder
 from .names import clip_names
 from .stated import check_architecture, prediction_type, zero_snr
 from .tokenizer import TOKENS
@@ -25,7 +25,6 @@ _DIGITS = 9
 """Of an index in a name; Python refuses to read thousands of them."""
 _SD2_BASE_STEPS = 875_000
 """The training step of Stable Diffusion 2 base, by which diffusers knows that it predicts the noise."""
-_SD2_V_PIXELS = 768
 _SD2_LAYERS = 23
 """Layers of OpenCLIP ViT-H that Stable Diffusion 2 runs; the file also holds the last one, which it does not."""
 _CLIP_SIZES = {
@@ -103,29 +102,29 @@ def built_in(weights: Weights, layout: Layout, predicts: str | None) -> Setup:
     predicts: the prediction type, instead of what the file says or is taken for.
     """
     check_architecture(weights, layout)
-    models = layout.published()
-    index, scheduler = models.pop("model_index"), models.pop("scheduler")
-    unet, vae = models["unet"], models["vae"]
+    published = layout.published()
+    forms = published.pop("forms")
+    unet, vae = published["unet"], published["vae"]
     vae.update(_vae_sizes(Part.of(weights, VAE), vae))
     unet.update(_unet_sizes(Part.of(weights, UNET), unet))
-    inpaints = _inpaints(weights, layout, unet["in_channels"], vae["latent_channels"])
-    predicts = predicts or prediction_type(weights, layout) or _taken_for(weights, layout, inpaints)
-    late = layout is SD2 and predicts == "v_prediction"
-    if late:  # as published: it works on larger pictures, and needs its attention scores in float32
-        unet["upcast_attention"], vae["sample_size"] = True, _SD2_V_PIXELS
-    unet["sample_size"] = vae["sample_size"] // 2 ** (len(vae["block_out_channels"]) - 1)
     if layout.sizes:
         unet.update(_embedded_sizes(weights, layout))
     for text in layout.text_encoders:
-        models[text.name].update(_text_sizes(Part.of(weights, text.prefix), layout, text, models[text.name]))
-    if inpaints:
-        index["_class_name"] = layout.inpainting
-    scheduler["prediction_type"] = predicts
-    if pure := zero_snr(weights):  # trained for it, with a last step of pure noise
-        scheduler["rescale_betas_zero_snr"] = True
-    if layout in (SD1, SD2) and (pure or late or (layout is SD1 and inpaints)):
-        scheduler["_class_name"] = index["scheduler"][1] = "DDIMScheduler"
-    return Setup(index, models, scheduler)
+        config = published[text.name]
+        config.update(_text_sizes(Part.of(weights, text.prefix), layout, text, config))
+    inpaints = _inpaints(weights, layout, unet["in_channels"], vae["latent_channels"], "inpainting" in forms)
+    predicts = predicts or prediction_type(weights, layout) or _taken_for(weights, layout, inpaints)
+    for form in ["inpainting"] * inpaints + [predicts] + ["zero_snr"] * zero_snr(weights):
+        for folder, changes in forms.get(form, {}).items():
+            published[folder].update(changes)
+    unet["sample_size"] = vae["sample_size"] // 2 ** (len(vae["block_out_channels"]) - 1)
+    return _setup(published.pop("model_index"), published, published.pop("scheduler"), predicts)
+
+
+def _setup(index: Config, models: dict[str, Config], scheduler: Config, predicts: str | None) -> Setup:
+    if predicts:
+        scheduler["prediction_type"] = predicts
+    return Setup({**index, "scheduler": ["diffusers", scheduler["_class_name"]]}, models, scheduler)
 
 
 def setup_of(folder: Path, layout: Layout, predicts: str | None) -> Setup:
@@ -154,15 +153,12 @@ def setup_of(folder: Path, layout: Layout, predicts: str | None) -> Setup:
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     # The index decides, as in diffusers, where the two name different classes.
     scheduler["_class_name"] = (index.get("scheduler") or [None, None])[1] or scheduler.get("_class_name")
-    if predicts:
-        scheduler["prediction_type"] = predicts
     parts = {name: part for name, part in due.items() if isinstance(part, list)}
     flags = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
     if "requires_safety_checker" in flags:
         flags["requires_safety_checker"] = False
-    parts["scheduler"] = ["diffusers", scheduler["_class_name"]]
     models = {name: checkpoint.config(name) for name in (*texts, "unet", "vae")}
-    return Setup({"_class_name": checkpoint.class_name, **flags, **parts}, models, scheduler)
+    return _setup({"_class_name": checkpoint.class_name, **flags, **parts}, models, scheduler, predicts)
 
 
 def _unet_sizes(part: Part, published: Config) -> Config:
@@ -277,13 +273,14 @@ def _text_sizes(part: Part, layout: Layout, text: TextEncoder, published: Config
     }
 
 
-def _inpaints(weights: Weights, layout: Layout, in_channels: int, latents: int) -> bool:
-    if in_channels != latents and not (layout.inpainting and in_channels == 2 * latents + 1):
+def _inpaints(weights: Weights, layout: Layout, channels: int, latents: int, can: bool) -> bool:
+    """Whether the U-Net inpaints. can: whether one of `layout` does."""
+    if channels != latents and not (can and channels == 2 * latents + 1):
         raise CheckpointError(
-            f"{weights.path}: its U-Net takes {in_channels} channels for latents of {latents}; {layout.title} draws "
-            f"with {latents}{f' and inpaints with {2 * latents + 1}' if layout.inpainting else ''}"
+            f"{weights.path}: its U-Net takes {channels} channels for latents of {latents}; {layout.title} draws with "
+            f"{latents}{f' and inpaints with {2 * latents + 1}' if can else ''}"
         )
-    return in_channels != latents
+    return channels != latents
 
 
 def _taken_for(weights: Weights, layout: Layout, inpaints: bool) -> str:

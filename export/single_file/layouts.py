@@ -42,36 +42,35 @@ class TextEncoder:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A kind of single file, with what its weights do not show.
+    """A kind of single file.
 
-    data: the file of its published configurations. inpainting: the class of the pipeline that inpaints. sizes: how many
-    numbers (picture size, crop, aesthetic score) the U-Net reads beside the pooled text.
+    data: the file of its published configurations. sizes: how many numbers (picture size, crop, aesthetic score) the
+    U-Net reads beside the pooled text.
     """
 
     title: str
     data: str
     text_encoders: tuple[TextEncoder, ...]
-    inpainting: str | None = None
     sizes: int = 0
 
     def published(self) -> dict[str, dict[str, Any]]:
-        """The configurations by folder, and `model_index`, without what the shapes of the weights say."""
+        """What its configurations say that shapes do not: `model_index`, one entry a folder, and `forms`.
+
+        A form is what inpainting, another prediction or a last step of pure noise change in the others.
+        """
         text = (files(__package__) / "data" / f"{self.data}.json").read_text(encoding="utf-8")
         return dict(json.loads(text))
 
 
-_INPAINTING, _XL_INPAINTING = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"
 SD1 = Layout(
     "Stable Diffusion 1",
     "stable-diffusion-1",
     (TextEncoder("text_encoder", "cond_stage_model.transformer.", open_clip=False),),
-    _INPAINTING,
 )
 SD2 = Layout(
     "Stable Diffusion 2",
     "stable-diffusion-2",
     (TextEncoder("text_encoder", "cond_stage_model.model.", open_clip=True),),
-    _INPAINTING,
 )
 SDXL = Layout(
     "Stable Diffusion XL",
@@ -80,7 +79,6 @@ SDXL = Layout(
         TextEncoder("text_encoder", "conditioner.embedders.0.transformer.", open_clip=False),
         TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", open_clip=True),
     ),
-    _XL_INPAINTING,
     sizes=6,
 )
 REFINER = Layout(
