@@ -49,6 +49,10 @@ class Part:
         names = (name for name in weights.shapes if name.startswith(prefix))
         return cls(weights.path, prefix, {name.removeprefix(prefix): weights.shapes[name] for name in names})
 
+    def has(self, prefix: str) -> bool:
+        """Whether a name begins with `prefix`."""
+        return any(name.startswith(prefix) for name in self.shapes)
+
     def size(self, axis: int, *names: str) -> int:
         """The size along `axis` of the first of `names` that is there. Raises `CheckpointError` for none."""
         shape = next((self.shapes[name] for name in names if name in self.shapes), None)
@@ -247,8 +251,8 @@ def _vae_sizes(part: Part, published: Config) -> Config:
         "layers_per_block": part.count(r"encoder\.down\.0\.block\.(\d+)\."),
         "out_channels": part.size(0, "decoder.conv_out.weight"),
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_quant_conv": "quant_conv.weight" in part.shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in part.shapes,
+        "use_quant_conv": part.has("quant_conv."),
+        "use_post_quant_conv": part.has("post_quant_conv."),
     }
 
 

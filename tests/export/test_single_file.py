@@ -835,6 +835,7 @@ def test_the_original_names_are_those_of_the_file(kind, made):
     [
         ("sd1", f"{UNET}middle_block.1.transformer_blocks.0.attn1.to_q.weight"),
         ("sd1", f"{VAE}decoder.up.2.block.0.norm1.bias"),
+        ("sd1", f"{VAE}quant_conv.weight"),
         ("sd2", "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_bias"),
         ("sdxl", "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight"),
         ("refiner", f"{UNET}label_emb.0.2.weight"),
