@@ -58,7 +58,7 @@ class Part:
         shape = next((self.shapes[name] for name in names if name in self.shapes), None)
         if shape is None:
             raise CheckpointError(
-                f"{self.path} lacks {self.prefix}{names[0]}, which tells its size: it is incomplete, download it again"
+                f"{self.path} lacks {self.prefix}{names[0]}, which shows its size: it is incomplete, download it again"
             )
         if len(shape) <= axis:
             raise CheckpointError(f"{self.path}: {self.prefix}{names[0]} has the shape {list(shape)}: it is damaged")
@@ -83,7 +83,7 @@ class Part:
     def unknown(self, what: str) -> CheckpointError:
         """The error for what neither the shapes nor the layout say."""
         return CheckpointError(
-            f"{self.path}: {what}, so its configuration cannot be told: "
+            f"{self.path}: {what}, so its configuration cannot be known: "
             "give the diffusers folder of a checkpoint of the same make as the configuration"
         )
 

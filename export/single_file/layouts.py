@@ -116,7 +116,7 @@ _PARTS = {
     r"^model_ema\.": "the moving average (EMA) of a U-Net alone",
     r"^(optimizer|optimizer_states|lr_schedulers)\b": "the state of a training",
 }
-"""Names that a checkpoint has too, so that they tell something only where it is incomplete."""
+"""Names that a checkpoint has too, so that they mean something only where it is incomplete."""
 
 
 def recognise(weights: Weights) -> Layout:
