@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calibration import Scan
     from .common.errors import DiffoundryError, StoppedError
+    from .engines.tensorrt.target import Target
     from .export import compile
-    from .export.target import Target
     from .runtime.conditioning import Conditioning
     from .runtime.guidance import Guidance
     from .runtime.pipeline import Pipeline, Result, load
@@ -44,7 +44,7 @@ _HOMES = {
     "Request": ".runtime.request",
     "Result": ".runtime.pipeline",
     "Scan": ".calibration",
-    "Target": ".export.target",
+    "Target": ".engines.tensorrt.target",
 }
 
 

@@ -14,7 +14,7 @@ from .progress import progress
 
 if TYPE_CHECKING:
     from ..calibration import Scan
-    from ..export.target import Target
+    from ..engines.tensorrt.target import Target
 
 
 _LARGEST_PROMPTS = 1 << 20
@@ -189,7 +189,7 @@ def _target(
     build_memory: float | None,
 ) -> Target | None:
     """What plans are built for; None when nothing was said of them."""
-    from ..export.target import Target, parse_batch, parse_range, parse_size
+    from ..engines.tensorrt.target import Target, parse_batch, parse_range, parse_size
 
     chosen = tuple(name.replace("_", "-") for name, on in flags.items() if on)
     said = (*archs, *shapes, *filter(None, chosen), dynamic, batch, build_memory)
@@ -212,7 +212,7 @@ def _scan(prompts: str | None, steps: int | None, size: str | None, min_psnr: fl
     """What the loop is run with to find what stays in fp32; None when nothing was said of it."""
     from ..calibration import Scan
     from ..common.errors import DiffoundryError
-    from ..export.target import parse_size
+    from ..engines.tensorrt.target import parse_size
 
     told: dict[str, Any] = {}
     if prompts is not None:

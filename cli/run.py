@@ -232,7 +232,7 @@ def run_command(
             result = generate_refined(
                 pipeline, second, request, **part, batch=batch, low_memory=True, callback=callback
             )
-    manifest, told = pipeline.bundle.manifest, pipeline.told()
+    manifest, told = pipeline.bundle.manifest, pipeline.info()
     how_run = {name: told[name] for name in ("engine", "precision")}
     for path, image, own in zip(paths, result.images, result.seeds, strict=True):
         made = {

@@ -31,8 +31,8 @@ def verify_command(bundle: str, engine: str, precision: str | None, threads: int
     at their own shapes and are held against ONNX Runtime; with another engine, their hashes alone are checked.
     """
     from ..common.errors import BundleError
+    from ..engines.verify import verify
     from ..families import open_bundle
-    from ..runtime.verify import verify
 
     opened = open_bundle(bundle)
     checks = []

@@ -20,7 +20,9 @@ from typing import Any
 from ..bundle import FULL, MANIFEST_NAME, PRECISIONS, Bundle, Component, Manifest, Tokenizer
 from ..bundle.manifest import to_json
 from ..bundle.wiring import TASKS
+from ..bundle.workspace import STAGES, UNPACKED, check_target, prepare, recover, swap, tidy, work_folder
 from ..calibration import Scan
+from ..calibration.stage import Lowered, lower_bundle, others, variants
 from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import (
     check_tree,
@@ -38,19 +40,17 @@ from ..engines.names import ONNXRUNTIME, EngineName
 from ..engines.onnxruntime import require_provider
 from ..engines.tensorrt.backend import BACKENDS
 from ..engines.tensorrt.build import clean
+from ..engines.tensorrt.bundle_plans import BuildMachine, build_plans, count_plans, resolve_machine, warnings_of
+from ..engines.tensorrt.target import Target
 from ..families import FAMILIES, Family, Pipeline, family_named, family_of
 from ..runtime.guidance import Guidance
 from ..runtime.request import Request
-from . import step_graph
+from ..runtime.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
 from .checkpoint import Checkpoint
-from .components import Components, Stage
 from .fit import check_models, check_parts
-from .place import STAGES, UNPACKED, check_target, prepare, recover, swap, tidy, work_folder
-from .plan import ComponentPlan
-from .plans import Site, build_plans, count_plans, site, warnings_of
-from .precision import Lowered, lower_bundle, others, variants
+from .graphs.spec import ComponentSpec
 from .single_file import SingleFile, is_single_file
-from .target import Target
+from .stages.components import Components, Stage
 
 Progress = Callable[[str, float, int], None]
 """`progress(stage, done, total)`, before each stage, while a long one goes on, and once at the end."""
@@ -114,7 +114,7 @@ def compile(
         raise DiffoundryError("fp32 needs no scan: leave its prompts, steps, size and PSNR out")
     if (trace_scheduler is None) != (not steps):
         raise DiffoundryError("a scheduler is traced for the step counts named: give both it and the counts")
-    place = site(name.backend, precision, target or Target()) if name.backend in BACKENDS else None
+    machine = resolve_machine(name.backend, precision, target or Target()) if name.backend in BACKENDS else None
     require_provider(name.provider or "cpu")
     _require_export()
     if not isinstance(out, (str, Path)) or not str(out):
@@ -126,7 +126,7 @@ def compile(
             check_target(path, checkpoint)
             try:
                 prepare(path)
-                wanted = _Wanted(name, precision, target or Target(), scan or Scan(), place)
+                wanted = _Wanted(name, precision, target or Target(), scan or Scan(), machine)
 
                 def prepared(source: Checkpoint) -> _Build:
                     source = source.replace(components or {})
@@ -265,7 +265,7 @@ class _Wanted:
     precision: str
     target: Target
     scan: Scan
-    site: Site | None
+    site: BuildMachine | None
 
     @property
     def provider(self) -> str:
@@ -320,7 +320,7 @@ class _Build:
             self.progress(plan.name, i + 1, total)
             stages[plan.name] = self.components.make(plan, hashes[plan.source])
         self.progress("step", len(plans) + 1, total)
-        stages[step_graph.NAME] = self.components.make_step()
+        stages[STEP_NAME] = self.components.make_step()
         manifest = self._with_files(manifest, stages)
         bundle = Bundle(self.work, replace(manifest, engine=ONNXRUNTIME, precision=FULL))
         kept: dict[str, frozenset[str]] = {}
@@ -363,14 +363,14 @@ class _Build:
 
     def _manifest(
         self,
-        plans: list[ComponentPlan],
+        plans: list[ComponentSpec],
         tokenizers: dict[str, Tokenizer],
         source: str,
     ) -> Manifest:
         """The manifest before any file is made, which the target of the plans is held against."""
         parts = self.pipeline.parts
         drafts = {plan.name: Component(parts[plan.name].role, plan.inputs, plan.outputs) for plan in plans}
-        drafts[step_graph.NAME] = Component("step", step_graph.INPUTS, step_graph.OUTPUTS)
+        drafts[STEP_NAME] = Component("step", STEP_INPUTS, STEP_OUTPUTS)
         unit = next(plan.axes["height"].unit for plan in plans if parts[plan.name].role == "denoiser")
         latents = replace(self.pipeline.latents, multiple=unit)
         width, height = (
@@ -414,7 +414,7 @@ class _Build:
     def _hashes(self, names: Sequence[str]) -> dict[str, str]:
         return {name: sha256_file(self.work / name) for name in names}
 
-    def read(self) -> list[ComponentPlan]:
+    def read(self) -> list[ComponentSpec]:
         """How the components that the tasks need are traced, before any work is done."""
         from .modules import component_plans
 
@@ -429,7 +429,7 @@ class _Build:
     def _write_small(self) -> dict[str, Tokenizer]:
         """Tokenizer, scheduler and pipeline index: before the long work, so that what is wrong with them shows."""
         from .modules.clip import tokenizer
-        from .scheduler import changes, scheduler_config, write_traced
+        from .stages.scheduler import changes, scheduler_config, write_traced
 
         for name in ("tokenizer", "tokenizer_2", "scheduler"):
             remove(self.work / name)
@@ -458,7 +458,7 @@ class _Build:
                 f"the model has {most} timesteps, {self.defaults[0]} steps by default are more: ask for fewer"
             )
 
-    def _check_disk(self, plans: list[ComponentPlan]) -> None:
+    def _check_disk(self, plans: list[ComponentSpec]) -> None:
         wanted = self.wanted
         width = 1.0 if wanted.precision == FULL else 0.5
         models = 1.0 + (0.0 if wanted.precision == FULL else width)

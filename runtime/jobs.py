@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 
 from ..bundle import Bundle
+from ..common.checks import LARGEST_SIDE
 from ..common.errors import RequestError
 from . import tasks
 from .autoencoder import decoder_of
 from .conditioning import Conditioning
 from .guidance import Guidance
 from .inputs import Inputs, ask_of
-from .request import LARGEST_SIDE, Request
+from .request import Request
 from .schedulers import Steps, Table
 from .schedules import Schedules
 

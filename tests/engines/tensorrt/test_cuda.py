@@ -11,9 +11,8 @@ import pytest
 
 from diffoundry.common.errors import EngineError
 from diffoundry.engines.tensorrt import cuda
-from diffoundry.engines.tensorrt.arena import Arena
 from diffoundry.engines.tensorrt.cuda import Device
-from diffoundry.engines.tensorrt.gpu import Gpu, shared
+from diffoundry.engines.tensorrt.gpu import Arena, Gpu, shared
 from diffoundry.tests.engines.tensorrt.simulated import SimulatedCuda
 
 SOURCES = sorted(Path(cuda.__file__).parent.glob("*.py"))
@@ -192,7 +191,7 @@ def test_recorded_launches_are_plain_at_first_then_one_graph(simulated_cuda):
         tensor.update_inplace(np.zeros(4, np.uint8))
         recorded()
         assert (tensor.numpy()[0], turns, simulated_cuda.calls["cudaGraphLaunch"]) == (12, [0, 1], launched)
-    gpu.changed()
+    gpu.invalidate_graphs()
     recorded()
     assert (tensor.numpy()[0], turns, simulated_cuda.calls["cudaGraphLaunch"]) == (13, [0, 1, 2], 2)
     assert not simulated_cuda.graphs

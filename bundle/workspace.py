@@ -1,5 +1,6 @@
-"""Where a bundle is made, and how it takes its place: beside the old one, then in its stead.
+"""The working folder of a compile: `.NAME.part` beside the target, renamed over it at the end.
 
+The old bundle waits as `.NAME.old` between the two renames.
 A target that cannot be renamed (a mount point, the working directory, a folder whose parent is not ours to write to)
 is made in a folder inside of it, and the contents change places one by one. Both ways go on after a stop.
 """
@@ -11,10 +12,9 @@ import re
 import shutil
 from pathlib import Path
 
-from ..bundle import MANIFEST_NAME
-from ..bundle.manifest import from_json
 from ..common.errors import BundleError, DiffoundryError
 from ..common.files import MARK_NAME, check_tree, disk_error, is_marked, mark, read_json, remove, unmark, write_json
+from .manifest import MANIFEST_NAME, from_json
 
 STAGES = ".stages"
 """The records of finished stages, in the folder that a bundle is made in."""

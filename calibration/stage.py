@@ -9,10 +9,12 @@ from typing import Any
 
 from ..bundle import FULL, PRECISIONS, STANDARD, Bundle, Variant
 from ..bundle.reports import is_quality, is_report
-from ..calibration import RULE, Scan, Typed, lower
+from ..bundle.workspace import STAGES
 from ..common.errors import BundleError
 from ..common.files import holds, link_or_copy, read_json, sha256_json, write_json
-from .place import STAGES
+from .lowering import RULE, lower
+from .scan import Scan
+from .typed import Typed
 
 _DECIDE = ("scheduler/", "tokenizer/", "tokenizer_2/")
 """Small files that decide what the loop is run with."""

@@ -9,19 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import FULL, STANDARD, Component, Variant
-from ..bundle.reader import read
-from ..common.errors import BundleError
-from ..common.files import holds, link_or_copy, read_json, remove, sha256_file, sha256_json, write_json
-from ..engines import EngineStore
-from ..engines.names import ONNXRUNTIME
-from ..engines.onnxruntime import OnnxRuntimeEngine, load_variant
-from . import step_graph
-from .checkpoint import Checkpoint
-from .fuse import fuse
-from .guard import guarded
-from .place import STAGES, work_folder
-from .plan import OPSET, ComponentPlan
+from ...bundle import FULL, STANDARD, Component, Variant
+from ...bundle.reader import read
+from ...bundle.workspace import STAGES, work_folder
+from ...common.errors import BundleError
+from ...common.files import holds, link_or_copy, read_json, remove, sha256_file, sha256_json, write_json
+from ...engines import EngineStore
+from ...engines.names import ONNXRUNTIME
+from ...engines.onnxruntime import OnnxRuntimeEngine, load_variant
+from ...runtime.step import STEP_NAME
+from ..checkpoint import Checkpoint
+from ..graphs import step
+from ..graphs.fuse import fuse
+from ..graphs.spec import OPSET, ComponentSpec
+from ..guard import guarded
 
 _REVISION = 5
 """Raise it when the exporter writes something else from the same input."""
@@ -55,7 +56,7 @@ class Components:
         self._source, self._target, self._work = source, target, work_folder(target)
         self._provider, self._store, self._versions = provider, store, versions
 
-    def make(self, plan: ComponentPlan, source_hash: str) -> Stage:
+    def make(self, plan: ComponentSpec, source_hash: str) -> Stage:
         """The finished component, taken over from earlier work where its key and hashes hold."""
         key = sha256_json(
             {
@@ -78,17 +79,17 @@ class Components:
 
     def make_step(self) -> Stage:
         """The step of the loop as a graph, held against the host's step."""
-        from .validate import compare, save_reference
+        from ..graphs.validate import compare, save_reference
 
-        model = f"{step_graph.NAME}/model.onnx"
-        remove(self._work / step_graph.NAME)
-        (self._work / step_graph.NAME).mkdir()
-        step_graph.write_step(self._work / model)
+        model = f"{STEP_NAME}/model.onnx"
+        remove(self._work / STEP_NAME)
+        (self._work / STEP_NAME).mkdir()
+        step.write_step(self._work / model)
         files = {model: sha256_file(self._work / model)}
         component = Component("step", variants={_STANDARD: Variant(model, files)}, key=sha256_json(files))
-        cases = step_graph.step_cases()
-        parity = compare(step_graph.NAME, self._load(step_graph.NAME, component), cases)
-        reference = f"reports/reference/{step_graph.NAME}.npz"
+        cases = step.step_cases()
+        parity = compare(STEP_NAME, self._load(STEP_NAME, component), cases)
+        reference = f"reports/reference/{STEP_NAME}.npz"
         save_reference(self._work / reference, cases[0])
         return Stage(component, parity, {reference: sha256_file(self._work / reference)})
 
@@ -143,9 +144,9 @@ class Components:
         }
         write_json(self._work / STAGES / f"{name}.json", record)
 
-    def _build(self, plan: ComponentPlan, key: str) -> Stage:
-        from .trace import trace
-        from .validate import compare, save_reference, torch_cases
+    def _build(self, plan: ComponentSpec, key: str) -> Stage:
+        from ..graphs.trace import trace
+        from ..graphs.validate import compare, save_reference, torch_cases
 
         folder = self._work / plan.name
         remove(folder)

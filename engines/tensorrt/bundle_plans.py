@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import FULL, Manifest
-from ..common.errors import EngineError
-from ..common.files import read_json
-from ..common.machine import trim_memory
-from ..engines import EngineStore
-from ..engines.cache import RECORD_NAME
-from ..engines.tensorrt.backend import BACKENDS, ELSEWHERE
-from ..engines.tensorrt.build import build, find
-from ..engines.tensorrt.recipe import Recipe
+from ...bundle import FULL, Manifest
+from ...common.errors import EngineError
+from ...common.files import read_json
+from ...common.machine import trim_memory
+from ..cache import RECORD_NAME, EngineStore
+from .backend import BACKENDS, ELSEWHERE
+from .build import build, find
+from .plan import Recipe
 from .target import Target, profiles
 
 _AT_THE_GPU = ("refit", "strip")
@@ -26,7 +25,7 @@ TIMING_NAME = "timing.cache"
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class BuildMachine:
     """What plans are built with and for: the version of the module, and the GPU, "" when that is elsewhere."""
 
     backend: str
@@ -35,7 +34,7 @@ class Site:
     device: str
 
 
-def site(backend: str, precision: str, target: Target) -> Site:
+def resolve_machine(backend: str, precision: str, target: Target) -> BuildMachine:
     """Hold `target` against the backend that is installed and the GPU that is here, before any work is done.
 
     Raises `EngineError` for an architecture that it does not know, a flag that it cannot build with, or when it needs
@@ -61,10 +60,12 @@ def site(backend: str, precision: str, target: Target) -> Site:
             )
         if target.archs:
             _check_types(precision, target.archs)
-            return Site(backend, str(module.__version__), tuple(arch for arch in known if arch in target.archs), "")
+            return BuildMachine(
+                backend, str(module.__version__), tuple(arch for arch in known if arch in target.archs), ""
+            )
     elif target.archs:
         raise EngineError(f"{backend} builds for the GPU of this machine: leave --arch out, or use tensorrt-rtx")
-    from ..engines.tensorrt.cuda import Device
+    from .cuda import Device
 
     try:
         gpu = Device()
@@ -79,7 +80,7 @@ def site(backend: str, precision: str, target: Target) -> Site:
         raise EngineError(f"{str(error).partition(':')[0]}: name the GPUs to build for, of --arch {names}") from None
     BACKENDS[backend].check_gpu(gpu.name, gpu.arch)
     _check_types(precision, (gpu.arch,))
-    return Site(backend, str(module.__version__), (gpu.arch,), gpu.name)
+    return BuildMachine(backend, str(module.__version__), (gpu.arch,), gpu.name)
 
 
 def _check_types(precision: str, archs: tuple[str, ...]) -> None:
@@ -92,16 +93,16 @@ def build_plans(
     root: Path,
     manifest: Manifest,
     store: EngineStore,
-    place: Site,
+    machine: BuildMachine,
     precision: str,
     target: Target,
-    kept: Mapping[str, Collection[str]],
+    fp32_nodes: Mapping[str, Collection[str]],
     progress: Callable[[str, int, float], None],
 ) -> list[dict[str, Any]]:
     """Build what is missing and describe all plans asked for. root: the bundle's folder.
 
-    kept: ONNX nodes of each component that are in fp32 on purpose. progress: `progress(what, plans done, part of this
-    one)`.
+    fp32_nodes: ONNX nodes of each component that are in fp32 on purpose.
+    progress: `progress(what, plans done, part of this one)`.
     """
     recipes = []
     for name, component in manifest.components.items():
@@ -113,10 +114,10 @@ def build_plans(
             recipe = Recipe(
                 component=name,
                 source=variant.files,
-                backend=place.backend,
-                version=place.version,
-                archs=place.archs,
-                device=place.device,
+                backend=machine.backend,
+                version=machine.version,
+                archs=machine.archs,
+                device=machine.device,
                 precision=own,
                 profile=profile,
                 flags=target.flags if component.role != "step" else (),
@@ -134,7 +135,7 @@ def build_plans(
                 store,
                 recipe,
                 model,
-                kept=kept.get(recipe.component, ()),
+                fp32_nodes=fp32_nodes.get(recipe.component, ()),
                 timing=store.root / TIMING_NAME,
                 memory_limit=target.memory_limit,
                 progress=lambda phase, part, what=what, i=i: progress(what, i, part),  # type: ignore[misc]
