@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...bundle import FULL, Manifest
+from ...bundle import FULL, Bundle, Manifest
+from ...bundle.reports import is_report, read_report, with_report
 from ...common.errors import EngineError
 from ...common.files import read_json
 from ...common.machine import trim_memory
+from ...common.progress import Meter
 from ..cache import RECORD_NAME, EngineStore
 from .backend import BACKENDS, ELSEWHERE
 from .build import build, find
@@ -89,28 +91,49 @@ def _check_types(precision: str, archs: tuple[str, ...]) -> None:
         raise EngineError(f"{old[0]} has no bfloat16: use --precision fp16, or build for newer architectures")
 
 
-def build_plans(
-    root: Path,
-    manifest: Manifest,
-    store: EngineStore,
-    machine: BuildMachine,
-    precision: str,
-    target: Target,
-    fp32_nodes: Mapping[str, Collection[str]],
-    progress: Callable[[str, int, float], None],
-) -> list[dict[str, Any]]:
-    """Build what is missing and describe all plans asked for. root: the bundle's folder.
+def build_plans(bundle: Bundle, machine: BuildMachine, precision: str, target: Target, meter: Meter) -> Bundle:
+    """`bundle` with all plans asked for in its store, built where they are missing, and the report on them.
 
-    fp32_nodes: ONNX nodes of each component that are in fp32 on purpose.
-    progress: `progress(what, plans done, part of this one)`.
+    precision: of all components that have it; the others are built in fp32.
+    Raises `EngineError` when a model is missing or its plan cannot be built.
     """
-    recipes = []
-    for name, component in manifest.components.items():
-        typed = component.variant(precision)
-        own, variant = (FULL, component.variant(FULL)) if typed is None else (precision, typed)
+    store = EngineStore(bundle.root / "engines")
+    reports = read_report(bundle, "precision").get(precision, {})
+    described = []
+    gc.collect()
+    trim_memory()
+    for recipe, model in _recipes(bundle, machine, precision, target):
+        plan = find(store, recipe)
+        if plan is None:
+            what = f"plan of {recipe.component}, {recipe.profile.name}"
+            meter.show(what)
+            plan = build(
+                store,
+                recipe,
+                model,
+                fp32_nodes=_fp32_nodes(model, reports.get(recipe.component)),
+                timing=store.root / TIMING_NAME,
+                memory_limit=target.memory_limit,
+                progress=lambda phase, part, what=what: meter.show(what, part),  # type: ignore[misc]
+            )
+        meter.step()
+        described.append(read_json(plan.folder / RECORD_NAME, "the record of a plan"))
+    return with_report(bundle, "plans", {"warnings": warnings_of(described), "plans": described})
+
+
+def count_plans(manifest: Manifest, target: Target) -> int:
+    """How many plans `build_plans` makes."""
+    return sum(len(profiles(manifest, name, target)) for name in manifest.components)
+
+
+def _recipes(bundle: Bundle, machine: BuildMachine, precision: str, target: Target) -> Iterator[tuple[Recipe, Path]]:
+    """The recipe of each plan, and the model that it is built from."""
+    for name, component in bundle.manifest.components.items():
+        own = precision if component.variant(precision) is not None else FULL
+        variant = component.variant(own)
         if variant is None:
             raise EngineError(f"{name} has no model in {own}: compile the bundle again")
-        for profile in profiles(manifest, name, target):
+        for profile in profiles(bundle.manifest, name, target):
             recipe = Recipe(
                 component=name,
                 source=variant.files,
@@ -122,31 +145,18 @@ def build_plans(
                 profile=profile,
                 flags=target.flags if component.role != "step" else (),
             )
-            recipes.append((recipe, root / variant.model))
-    gc.collect()
-    trim_memory()
-    described = []
-    for i, (recipe, model) in enumerate(recipes):
-        what = f"plan of {recipe.component}, {recipe.profile.name}"
-        plan = find(store, recipe)
-        if plan is None:
-            progress(what, i, 0.0)
-            plan = build(
-                store,
-                recipe,
-                model,
-                fp32_nodes=fp32_nodes.get(recipe.component, ()),
-                timing=store.root / TIMING_NAME,
-                memory_limit=target.memory_limit,
-                progress=lambda phase, part, what=what, i=i: progress(what, i, part),  # type: ignore[misc]
-            )
-        described.append(read_json(plan.folder / RECORD_NAME, "the record of a plan"))
-    return described
+            yield recipe, bundle.path(variant.model)
 
 
-def count_plans(manifest: Manifest, target: Target) -> int:
-    """How many plans `build_plans` makes."""
-    return sum(len(profiles(manifest, name, target)) for name in manifest.components)
+def _fp32_nodes(model: Path, report: Any) -> frozenset[str]:
+    """The names of the ONNX nodes of `model` that stay in fp32 on purpose, by the report on its precision."""
+    if not is_report(report) or not report["islands"]:
+        return frozenset()
+    import onnx
+
+    outputs = {island["node"] for island in report["islands"]}
+    graph = onnx.load(model, load_external_data=False).graph
+    return frozenset(node.name for node in graph.node if outputs.intersection(node.output))
 
 
 def warnings_of(described: Sequence[Mapping[str, Any]]) -> list[str]:

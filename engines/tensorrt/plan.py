@@ -171,7 +171,7 @@ def usable(
 
     Raises `EngineError` saying why there is none.
     """
-    again = f"run `diffoundry build BUNDLE --engine {backend}"
+    again = f"run `diffoundry build {store.root.parent} --engine {backend}"
     records = [
         record
         for record in store.records()

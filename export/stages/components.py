@@ -1,19 +1,19 @@
-"""The stage of `compile` that makes one component in float32: traced, fused and held against torch, done once."""
+"""The stage that traces the components of a checkpoint: each fused, held against torch, and done once."""
 
 from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ...bundle import FULL, STANDARD, Component, Variant
-from ...bundle.reader import read
-from ...bundle.workspace import STAGES, work_folder
-from ...common.errors import BundleError
-from ...common.files import holds, link_or_copy, read_json, remove, sha256_file, sha256_json, write_json
+from ...bundle import FULL, STANDARD, Bundle, Component, Variant
+from ...bundle.ledger import Kind, Ledger
+from ...bundle.manifest import Files
+from ...bundle.reports import with_report
+from ...common.files import remove, sha256_file, sha256_json
+from ...common.progress import Meter
 from ...engines import EngineStore
 from ...engines.names import ONNXRUNTIME
 from ...engines.onnxruntime import OnnxRuntimeEngine, load_variant
@@ -24,164 +24,146 @@ from ..graphs.fuse import fuse
 from ..graphs.spec import OPSET, ComponentSpec
 from ..guard import guarded
 
-_REVISION = 5
+_REVISION = 6
 """Raise it when the exporter writes something else from the same input."""
 _STANDARD = f"{FULL}/{STANDARD}"
 _FUSED = f"{FULL}/{ONNXRUNTIME}:cpu"
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """A finished component: its manifest entry and its parity report."""
+class Traced:
+    """A finished component: its graphs, its configuration, its parity report, and torch's recorded outputs."""
 
-    component: Component
+    variants: dict[str, Variant]
+    files: Files
     parity: dict[str, Any]
-    reference: dict[str, str]
+    reference: Files
+
+    def __post_init__(self) -> None:
+        try:
+            measured = all(float(case["max_abs_error"]) >= 0 for case in self.parity["cases"])
+        except (LookupError, TypeError, OverflowError):
+            measured = False
+        whole = all({each.model, each.per_prompt} <= {"", *each.files} for each in self.variants.values())
+        if not measured or not whole or not self.reference or _STANDARD not in self.variants:
+            raise ValueError("it is not whole")
+
+    def all_files(self) -> Files:
+        """The files of all variants, of its configuration and of the recorded outputs."""
+        return Component("step", variants=self.variants, files=self.files).all_files() | self.reference
 
 
-class Components:
-    """Makes the components of the bundle at `target`, in the folder that it is made in."""
+TRACED = Kind(Traced, Traced.all_files)
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        target: Path,
-        provider: str,
-        store: EngineStore | None,
-        versions: Mapping[str, str],
-    ) -> None:
-        """provider: of ONNX Runtime, that components are held against torch on. store: where its engines are kept, if
-        they are. versions: of all that has a hand in it.
+
+@dataclass(frozen=True, slots=True)
+class Tracer:
+    """What components are traced with, and where what was done once is found.
+
+    provider: of ONNX Runtime, that components are held against torch on. store: cache for optimized ONNX Runtime
+    sessions, None to keep none. versions: of every tool that influences the traced graph; part of the key.
+    """
+
+    source: Checkpoint
+    ledger: Ledger
+    provider: str
+    store: EngineStore | None
+    versions: Mapping[str, str]
+
+    def trace(self, bundle: Bundle, specs: Sequence[ComponentSpec], hashes: Mapping[str, str], meter: Meter) -> Bundle:
+        """`bundle`, which lies in the ledger's working folder, with the variants of its components in fp32.
+
+        hashes: of the weights of each folder of the checkpoint.
         """
-        self._source, self._target, self._work = source, target, work_folder(target)
-        self._provider, self._store, self._versions = provider, store, versions
+        made: dict[str, tuple[Traced, str]] = {}
+        for spec in specs:
+            meter.show(spec.name)
+            key = self._key(spec, hashes[spec.source])
+            traced = self.ledger.find(spec.name, key, TRACED)
+            if traced is None:
+                traced = self.ledger.keep(spec.name, key, self._traced(spec))
+            elif self.store is not None:
+                self._load(spec.name, traced.variants)  # the engine, if this machine has none yet
+            made[spec.name] = traced, key
+            meter.step()
+        meter.show(STEP_NAME)
+        step_made = self._step()
+        made[STEP_NAME] = step_made, sha256_json(step_made.variants[_STANDARD].files)
+        meter.step()
+        components, files = dict(bundle.manifest.components), dict(bundle.manifest.files)
+        for name, (traced, key) in made.items():
+            components[name] = replace(components[name], variants=traced.variants, files=traced.files, key=key)
+            files |= traced.reference
+        bundle = replace(bundle, manifest=replace(bundle.manifest, components=components, files=files))
+        return with_report(bundle, "parity", {name: traced.parity for name, (traced, _) in made.items()})
 
-    def make(self, plan: ComponentSpec, source_hash: str) -> Stage:
-        """The finished component, taken over from earlier work where its key and hashes hold."""
-        key = sha256_json(
+    def _key(self, spec: ComponentSpec, source_hash: str) -> str:
+        return sha256_json(
             {
                 "revision": _REVISION,
                 "source": source_hash,
-                "inputs": [asdict(tensor) for tensor in plan.inputs],
-                "outputs": [asdict(tensor) for tensor in plan.outputs],
-                "facts": plan.facts,
-                "versions": dict(self._versions),
+                "inputs": [asdict(tensor) for tensor in spec.inputs],
+                "outputs": [asdict(tensor) for tensor in spec.outputs],
+                "facts": spec.facts,
+                "versions": dict(self.versions),
                 "opset": OPSET,
-                "device": self._provider,
+                "device": self.provider,
             }
         )
-        done = self._finished(self._work, self._record(plan.name), key) or self._from_target(plan.name, key)
-        if done is not None:
-            if self._store is not None:
-                self._load(plan.name, done.component)  # the engine, if this machine has none yet
-            return done
-        return self._build(plan, key)
 
-    def make_step(self) -> Stage:
+    def _step(self) -> Traced:
         """The step of the loop as a graph, held against the host's step."""
-        from ..graphs.validate import compare, save_reference
+        from ..graphs.validate import compare
 
-        model = f"{STEP_NAME}/model.onnx"
-        remove(self._work / STEP_NAME)
-        (self._work / STEP_NAME).mkdir()
-        step.write_step(self._work / model)
-        files = {model: sha256_file(self._work / model)}
-        component = Component("step", variants={_STANDARD: Variant(model, files)}, key=sha256_json(files))
-        cases = step.step_cases()
-        parity = compare(STEP_NAME, self._load(STEP_NAME, component), cases)
-        reference = f"reports/reference/{STEP_NAME}.npz"
-        save_reference(self._work / reference, cases[0])
-        return Stage(component, parity, {reference: sha256_file(self._work / reference)})
-
-    def is_known(self, name: str) -> bool:
-        """Whether a component was made before, here or in the bundle that is replaced."""
-        return self._record(name) is not None or (self._target / "reports" / "stages" / f"{name}.json").is_file()
-
-    def _record(self, name: str) -> dict[str, Any] | None:
-        try:
-            return read_json(self._work / STAGES / f"{name}.json", "the stage record")
-        except BundleError:
-            return None
-
-    def _finished(self, root: Path, record: dict[str, Any] | None, key: str) -> Stage | None:
-        if record is None or record.get("key") != key:
-            return None
-        try:
-            component = read(Component, record["component"])
-            stage = Stage(component, record["parity"], record["reference"])
-            measured = all(float(case["max_abs_error"]) >= 0 for case in stage.parity["cases"])
-            whole = holds(root, component.all_files()) and holds(root, stage.reference)
-            graphs = (
-                each.model in each.files and each.per_prompt in {"", *each.files}
-                for each in component.variants.values()
-            )
-            if measured and whole and _STANDARD in component.variants and all(graphs):
-                return stage
-        except (KeyError, TypeError, ValueError, OverflowError):
-            pass
-        return None
-
-    def _from_target(self, name: str, key: str) -> Stage | None:
-        """The component of the bundle that stands at the target, linked into the work folder."""
-        try:
-            record = read_json(self._target / "reports" / "stages" / f"{name}.json", "the stage record")
-        except BundleError:
-            return None
-        stage = self._finished(self._target, record, key)
-        if stage is not None:
-            for path in (*stage.component.all_files(), *stage.reference):
-                link_or_copy(self._target / path, self._work / path)
-            self._keep(name, stage)
-        return stage
-
-    def _keep(self, name: str, stage: Stage) -> None:
-        (self._work / STAGES).mkdir(exist_ok=True)
-        record = {
-            "key": stage.component.key,
-            "component": asdict(stage.component),
-            "parity": stage.parity,
-            "reference": stage.reference,
-        }
-        write_json(self._work / STAGES / f"{name}.json", record)
-
-    def _build(self, plan: ComponentSpec, key: str) -> Stage:
-        from ..graphs.trace import trace
-        from ..graphs.validate import compare, save_reference, torch_cases
-
-        folder = self._work / plan.name
+        folder, model = self.ledger.work / STEP_NAME, f"{STEP_NAME}/model.onnx"
         remove(folder)
         folder.mkdir()
-        with guarded(f"the {plan.name} cannot be loaded"):
-            module = plan.load()
+        step.write_step(folder / "model.onnx")
+        variants = {_STANDARD: Variant(model, {model: sha256_file(folder / "model.onnx")})}
+        cases = step.step_cases()
+        parity = compare(STEP_NAME, self._load(STEP_NAME, variants), cases)
+        return Traced(variants, {}, parity, self._reference(STEP_NAME, cases))
+
+    def _traced(self, spec: ComponentSpec) -> Traced:
+        from ..graphs.trace import trace
+        from ..graphs.validate import compare, torch_cases
+
+        work, name = self.ledger.work, spec.name
+        folder = work / name
+        remove(folder)
+        folder.mkdir()
+        with guarded(f"the {name} cannot be loaded"):
+            module = spec.load()
         # the cases first: tracing may leave its marks on the module
-        with guarded(f"the {plan.name} cannot be run in torch"):
-            cases = torch_cases(plan, module)
-        with guarded(f"the {plan.name} cannot be traced to ONNX"):
-            trace(plan, module, folder)
+        with guarded(f"the {name} cannot be run in torch"):
+            cases = torch_cases(spec, module)
+        with guarded(f"the {name} cannot be traced to ONNX"):
+            trace(spec, module, folder)
         del module
         gc.collect()
-        with guarded(f"the graph of the {plan.name} cannot be fused"):
-            fused = fuse(folder / "model.onnx", plan.per_prompt)
-        files = {f"{plan.name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
-        shutil.copyfile(self._source.folder(plan.source) / "config.json", folder / "config.json")
-        config = f"{plan.name}/config.json"
-        model, graphs = f"{plan.name}/model.onnx", {part: f"{plan.name}/{name}" for part, name in fused.items()}
+        with guarded(f"the graph of the {name} cannot be fused"):
+            fused = fuse(folder / "model.onnx", spec.per_prompt)
+        files = {f"{name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
+        shutil.copyfile(self.source.folder(spec.source) / "config.json", folder / "config.json")
+        config = {f"{name}/config.json": sha256_file(folder / "config.json")}
+        model, graphs = f"{name}/model.onnx", {part: f"{name}/{graph}" for part, graph in fused.items()}
         variants = {_STANDARD: Variant(model, {path: files[path] for path in files if path not in graphs.values()})}
-        component = Component("denoiser", variants=variants, files={config: sha256_file(self._work / config)}, key=key)
         if fused:
-            plain = OnnxRuntimeEngine.load(self._work / model, component=plan.name, provider=self._provider)
-            compare(plan.name, plain, cases)
+            plain = OnnxRuntimeEngine.load(work / model, component=name, provider=self.provider)
+            compare(name, plain, cases)
             del plain
             shared = {path: sha for path, sha in files.items() if path != model}
             variants[_FUSED] = Variant(graphs["fused"], shared, graphs.get("hoisted", ""))
-        parity = compare(plan.name, self._load(plan.name, component), cases)
-        reference = f"reports/reference/{plan.name}.npz"
-        save_reference(self._work / reference, cases[0])
-        stage = Stage(component, parity, {reference: sha256_file(self._work / reference)})
-        self._keep(plan.name, stage)
-        return stage
+        parity = compare(name, self._load(name, variants), cases)
+        return Traced(variants, config, parity, self._reference(name, cases))
 
-    def _load(self, name: str, component: Component) -> Any:
-        variant = component.variant(FULL, f"{ONNXRUNTIME}:{self._provider}")
-        assert variant is not None
-        return load_variant(self._work, name, variant, provider=self._provider, store=self._store)
+    def _reference(self, name: str, cases: Sequence[Any]) -> Files:
+        from ..graphs.validate import save_reference
+
+        path = f"reports/reference/{name}.npz"
+        save_reference(self.ledger.work / path, cases[0])
+        return {path: sha256_file(self.ledger.work / path)}
+
+    def _load(self, name: str, variants: dict[str, Variant]) -> Any:
+        variant = variants.get(f"{FULL}/{ONNXRUNTIME}:{self.provider}") or variants[_STANDARD]
+        return load_variant(self.ledger.work, name, variant, provider=self.provider, store=self.store)

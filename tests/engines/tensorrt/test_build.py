@@ -198,7 +198,7 @@ def test_a_plan_of_another_model_version_or_gpu_is_never_served(built, asked, re
         "gpu": Gpu(),
     }
     assert len(usable(made, **usual)) == 1
-    with pytest.raises(EngineError, match=f"{reason}.*compile the bundle again with --engine"):
+    with pytest.raises(EngineError, match=f"{reason}.*: run `diffoundry build .* --engine"):
         usable(made, **{**usual, **asked})
 
 
