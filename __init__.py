@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .engines.tensorrt.target import Target
     from .export import compile
     from .runtime.conditioning import Conditioning
-    from .runtime.guidance import Guidance
+    from .runtime.loop.guidance import Guidance
     from .runtime.pipeline import Pipeline, Result, load
     from .runtime.request import Request
 
@@ -38,7 +38,7 @@ _HOMES = {
     "DiffoundryError": ".common.errors",
     "StoppedError": ".common.errors",
     "compile": ".export",
-    "Guidance": ".runtime.guidance",
+    "Guidance": ".runtime.loop.guidance",
     "load": ".runtime.pipeline",
     "Pipeline": ".runtime.pipeline",
     "Request": ".runtime.request",

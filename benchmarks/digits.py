@@ -16,7 +16,7 @@ import torch
 
 from ..common.arrays import Array
 from ..export.stages.trace_scheduler import float64, widen
-from ..runtime.guidance import Guidance
+from ..runtime.loop.guidance import Guidance
 from ..runtime.pipeline import Pipeline, load
 
 ATOL, RTOL = 1e-4, 1e-2

@@ -51,7 +51,7 @@ def _own_process(bundle: str, side: int, steps: int, part: str) -> dict[str, flo
 
 def _loop(bundle: str, side: int, steps: int) -> dict[str, float]:
     """Steps of the loop and bare calls of the same session on the same shapes, interleaved."""
-    from ..engines.hoisted import HoistedEngine
+    from ..engines.split import SplitEngine
     from ..runtime.pipeline import load
 
     pipe = load(bundle)
@@ -59,8 +59,8 @@ def _loop(bundle: str, side: int, steps: int) -> dict[str, float]:
     pipe.release("text_encoder")
     engine: Any = pipe.engine("unet")
     feeds = _feeds(pipe, side)
-    if isinstance(engine, HoistedEngine):  # the part that runs at every step
-        engine, feeds = engine._every, engine._all_feeds(feeds)
+    if isinstance(engine, SplitEngine):  # the part that runs at every step
+        engine, feeds = engine._per_step, engine._all_feeds(feeds)
     session = engine._session
     session.run(None, feeds)
     bare: list[float] = []

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..common.arrays import Array
 from ..common.errors import RequestError
-from ..runtime.noise import TorchGenerator
+from ..runtime.loop.noise import TorchGenerator
+from ..runtime.loop.step import State
 from ..runtime.schedulers import SAMPLERS, STEP_ARGUMENTS, Steps, Table, make_table
-from ..runtime.step import State
 
 SHAPE = (2, 4, 6, 6)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -297,11 +297,11 @@ def our_trajectory(table: Table, steps: Steps, outputs: Array, seed: int) -> tup
         x = alpha * outputs[-1] + sigma * noise
     else:
         x = noise * np.float32(table.init_scale)
-    state = State([table] * len(x), x)
+    state = State(table, x)
     inputs, states = [], [x]
     for k in range(table.steps):
         inputs.append(state.model_input())
-        state.advance(outputs[k], list(generator.randn(*SHAPE)) if table.draws[k] else [None] * len(x))
+        state.advance(outputs[k], generator.randn(*SHAPE) if table.draws[k] else None)
         states.append(state.x.copy())
     return table.timesteps, inputs, states
 

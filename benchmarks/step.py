@@ -9,17 +9,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import click
 import numpy as np
 
-from ..runtime.device_loop import _contents, _LinkedPhase, _Noise
-from ..runtime.guidance import Guidance, combine
-from ..runtime.loop import Denoiser, Row
-from ..runtime.noise import TorchGenerator
+from ..engines.onnxruntime import default_threads
+from ..runtime.loop.guidance import Guidance, combine
+from ..runtime.loop.host import HostStepper
+from ..runtime.loop.noise import TorchGenerator
+from ..runtime.loop.sample import Row, Sample
+from ..runtime.loop.step import State, step_inputs
 from ..runtime.pipeline import load
 from ..runtime.schedulers import make_table
-from ..runtime.step import State
 
 PROMPT = "a large red star at the left on a navy background"
 
@@ -39,29 +41,40 @@ def main(bundle: str, scheduler: str, steps: int, rounds: int, as_json: bool) ->
     table = make_table(pipe.bundle.scheduler_config(), steps, scheduler)
     latents = TorchGenerator(0).randn(settings.channels, side, side) * np.float32(table.init_scale)
     texts = [{"encoder_hidden_states": embedding} for embedding in embeddings]
-    row = Row(table, Guidance(7.5), TorchGenerator(0), texts[0], texts[1], latents)
-    model = pipe.engine("unet")
-    denoiser = Denoiser(model, [row], pipe._pool, pipe._workers)
-    contents = _contents(model, [row], (True,), State([table], latents[None]))
-    linked = _LinkedPhase(model, pipe.engine("step"), contents, _Noise([row], (0,), steps))
+    row = Row(0, Sample(table, Guidance(7.5), TorchGenerator(0), texts[0], texts[1], latents))
+    workers = default_threads() - 1
+    pool = ThreadPoolExecutor(workers) if workers else None
+    stepper = HostStepper(pipe.engine("unet"), pool=pool, workers=workers)
     halves = np.random.default_rng(0).standard_normal((2, *latents.shape)).astype(np.float32)
-    drawn = TorchGenerator(1).randn(1, *latents.shape)
+    drawn = TorchGenerator(1).randn(*latents.shape)
+    step = pipe.engine("step")
+    feeds = {
+        **step_inputs([row.state]),
+        "model_output": halves,
+        "noise": drawn[None],
+        "prompt_row": np.array([1]),
+        "negative_row": np.array([0]),
+        "source": np.array([0, 0]),
+        "guidance": np.array([7.5], np.float32),
+        "rescale": np.zeros(1, np.float32),
+    }
+    bound = step.bind_device({name: step.to_device(array) for name, array in {**feeds, **step(feeds)}.items()})
 
     def host() -> float:
-        state = State([table], latents[None])
+        state = State(table, latents)
         started = time.perf_counter()
         for k in range(steps):
             state.model_input()
-            assert state.timesteps[0] == table.timesteps[k]
-            output = combine(halves[1:], halves[:1], [row.guidance])
-            state.advance(output, [drawn if draws else None for draws in state.draws])
+            assert state.timestep == table.timesteps[k]
+            output = combine(halves[1:], halves[:1], [row.sample.guidance])
+            state.advance(output[0], drawn if state.draws() else None)
         return (time.perf_counter() - started) / steps
 
     def graph() -> float:
-        return _seconds(linked._steps[0], steps)
+        return _seconds(bound, steps)
 
     def unet() -> float:
-        return _seconds(lambda: denoiser(latents[None], table.timesteps[:1], (0,), (True,)), steps)
+        return _seconds(lambda: stepper.predict([row]), steps)
 
     times = [(host(), graph(), unet()) for _ in range(rounds + 2)][2:]
     medians = [statistics.median(part) for part in zip(*times, strict=True)]

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import STANDARD, Bundle, Tensor
+from ..bundle import STANDARD, Bundle
 from ..common.arrays import Array
 from ..common.errors import EngineError, reason
-from ..engines import Bound, Engine, Linked, Placed
+from ..engines import DeviceArray, DeviceBinding, Engine, HostBinding
+from ..engines.engine import EngineBase
 from ..engines.onnxruntime import NO_MEMORY_TO_LOAD, OnnxRuntimeEngine, default_threads, lacks_memory
 from ..engines.wheel import ort
 from .precision import precision_of
@@ -53,39 +54,28 @@ def start(model: Any, folder: Path, component: str, *, fast: bool = True) -> Onn
     return OnnxRuntimeEngine(session, component, "cpu")
 
 
-class Recorded:
+class Recorded(EngineBase):
     """An engine that tells `heard` of each call. It shows the first `shown` outputs of the engine within."""
 
     def __init__(self, engine: Engine, heard: Heard, shown: int | None = None) -> None:
+        super().__init__(engine.component, engine.inputs, engine.outputs[:shown])
         self._engine, self._heard = engine, heard
         self._lock = threading.Lock()
-        self.inputs: tuple[Tensor, ...] = engine.inputs
-        self.outputs: tuple[Tensor, ...] = engine.outputs[:shown]
 
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def to_device(self, array: Array) -> DeviceArray:
         """See `engine.Engine`."""
-        return self._told(feeds, self._engine(feeds))
+        return self._engine.to_device(array)
 
-    def bind(self, feeds: Mapping[str, Array]) -> Bound:
-        """See `engine.Engine`."""
-        bound = self._engine.bind(feeds)
-        return lambda *changed: self._told(feeds, bound(*changed))
-
-    def place(self, array: Array) -> Placed:
-        """See `engine.Engine`."""
-        return self._engine.place(array)
-
-    def link(self, tensors: Mapping[str, Placed]) -> Linked:
+    def bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
         """Raises `EngineError`: what stays on the device cannot be recorded."""
         raise EngineError("a recorded engine runs on host arrays: use the loop 'host'")
 
-    def rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """See `engine.Engine`."""
-        return self._engine.rows(shapes)
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return self._told(feeds, self._engine(feeds))
 
-    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
-        """See `engine.Engine`."""
-        return self._engine.record(launches)
+    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+        binding = self._engine.bind_host(feeds)
+        return lambda *changed: self._told(feeds, binding(*changed))
 
     def _told(self, feeds: Mapping[str, Array], made: dict[str, Array]) -> dict[str, Array]:
         with self._lock:

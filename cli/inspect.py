@@ -47,7 +47,7 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
     from rich.text import Text
 
     from ..bundle.wiring import SOURCES
-    from ..runtime.schedules import Schedules
+    from ..runtime.schedule import Schedules
 
     manifest = opened.manifest
     console = Console(highlight=False, markup=False)

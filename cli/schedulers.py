@@ -48,9 +48,9 @@ def schedulers_command(
     NAME is a short name or a diffusers class. The table has one row for each call of the model.
     """
     from ..families import open_bundle
+    from ..runtime.schedule import Schedules
     from ..runtime.schedulers import Steps, find_sampler, is_known, make_table
     from ..runtime.schedulers.stored import to_json
-    from ..runtime.schedules import Schedules
 
     if name is None:
         if plot or options or bundle or steps is not None or start:

@@ -7,6 +7,6 @@ import os
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from .cache import EngineStore
-from .engine import Bound, Engine, Linked, Placed
+from .engine import DeviceArray, DeviceBinding, Engine, HostBinding
 
-__all__ = ["Bound", "Engine", "EngineStore", "Linked", "Placed"]
+__all__ = ["DeviceArray", "DeviceBinding", "Engine", "EngineStore", "HostBinding"]

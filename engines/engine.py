@@ -1,8 +1,8 @@
-"""What every engine offers, and the check of its inputs that all of them share."""
+"""What every engine offers, and the checks that all of them share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,9 +11,12 @@ from ..bundle import Tensor
 from ..common.arrays import Array
 from ..common.errors import EngineError
 
+ONE_ENGINE = "load all parts for one engine"
+"""What helps where the tensors of one backend were given to another."""
 
-class Bound(Protocol):
-    """An engine with its buffers bound: write new values into the arrays that were bound, then call."""
+
+class HostBinding(Protocol):
+    """An engine bound to arrays on the host: write new values into them, then call."""
 
     def __call__(self, *changed: str) -> dict[str, Array]:
         """Run; `changed` names the inputs whose arrays were written since the last call.
@@ -22,21 +25,27 @@ class Bound(Protocol):
         """
 
 
-class Linked(Protocol):
-    """An engine whose inputs and outputs are tensors that stay on its device."""
+class DeviceBinding(Protocol):
+    """An engine bound to tensors that stay on its device."""
 
     def __call__(self) -> None:
         """Run: read the input tensors, write the output tensors. On a GPU this is only enqueued."""
 
-    def prepare(self, *changed: str) -> None:
-        """Call it when tensors linked to the inputs `changed` were overwritten by `update_inplace`.
+    def refresh(self, *changed: str) -> None:
+        """Call it when the tensors of the inputs `changed` were overwritten by `update_inplace`.
 
-        An engine that computes something of its inputs ahead, at `link`, computes it anew; it is no part of a call.
+        An engine that computes a part of its work when it is bound computes it anew; a call does not.
         """
 
 
-class Placed(Protocol):
+class DeviceArray(Protocol):
     """A tensor on an engine's device."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]: ...
 
     def numpy(self) -> Array:
         """A copy on the host."""
@@ -49,6 +58,9 @@ class Engine(Protocol):
     """A component that runs. `inputs` and `outputs` carry names, dtypes and shapes with named axes."""
 
     @property
+    def component(self) -> str: ...
+
+    @property
     def inputs(self) -> tuple[Tensor, ...]: ...
 
     @property
@@ -57,29 +69,83 @@ class Engine(Protocol):
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Raises `EngineError` naming the input that is wrong and what was allowed."""
 
-    def bind(self, feeds: Mapping[str, Array]) -> Bound:
-        """Bind the arrays in `feeds` for many runs of the same shapes; nothing is copied on the CPU."""
+    def bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+        """Bind the contiguous arrays `feeds` for many runs of the same shapes; on the CPU nothing is copied.
 
-    def place(self, array: Array) -> Placed:
+        Raises `EngineError` as a call does, and for an array that is not contiguous.
+        """
+
+    def to_device(self, array: Array) -> DeviceArray:
         """A copy of `array` on this engine's device."""
 
-    def link(self, tensors: Mapping[str, Placed]) -> Linked:
-        """Bind every input and output to a tensor that `place` made: nothing crosses the bus in a call.
+    def bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
+        """Bind every input and output to a tensor that `to_device` made: nothing crosses the bus in a call.
 
-        Raises `EngineError` when a name is missing or an input is not of the shape and dtype allowed.
+        Names that the engine does not have are left alone. Raises `EngineError` when a name is missing or an input is
+        not of the shape and dtype allowed.
         """
 
-    def rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The rows that inputs of `shapes` are to be linked with: as many as they have, or the next more that it takes.
+    def padded_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The batch size to allocate for inputs of these shapes: their own, or the next larger one that it takes.
 
-        Rows are the first axis of the first input. An engine built for two rows alone runs one with another beside it.
+        The batch is the first axis of the first input. An engine built for two rows alone runs one with another
+        beside it.
         """
 
-    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
-        """`launches`, which calls linked engines of one device and nothing else, as something to be called many times.
+    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """`launches`, which calls device bindings of one device and nothing else, as something to be called many times.
 
         On a GPU that is one CUDA graph, elsewhere `launches` itself.
         """
+
+
+class EngineBase:
+    """The checks of an `Engine`, written once. A backend has `to_device`, `_run`, `_bind_host` and `_bind_device`."""
+
+    def __init__(self, component: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        self.component = component
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Engine`."""
+        check_feeds(self.component, self.inputs, feeds)
+        return self._run(feeds)
+
+    def bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+        """See `Engine`."""
+        check_feeds(self.component, self.inputs, feeds)
+        if not all(array.flags.c_contiguous for array in feeds.values()):
+            raise EngineError(f"{self.component}: arrays must be contiguous to be bound")
+        return self._bind_host(feeds)
+
+    def bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
+        """See `Engine`."""
+        missing = {tensor.name for tensor in (*self.inputs, *self.outputs)} - set(tensors)
+        if missing:
+            raise EngineError(f"{self.component}: nothing was bound to {', '.join(sorted(missing))}")
+        own = {tensor.name: tensors[tensor.name] for tensor in self.inputs}
+        check_feeds(
+            self.component, self.inputs, {n: np.broadcast_to(np.zeros((), t.dtype), t.shape) for n, t in own.items()}
+        )
+        return self._bind_device(tensors)
+
+    def padded_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """See `Engine`: any number."""
+        shape = shapes[self.inputs[0].name]
+        return shape[0] if shape else 1
+
+    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """See `Engine`: the launches themselves."""
+        return launches
+
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        raise NotImplementedError
+
+    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+        raise NotImplementedError
+
+    def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
+        raise NotImplementedError
 
 
 def check_feeds(component: str, inputs: tuple[Tensor, ...], feeds: Mapping[str, Array]) -> None:

@@ -10,7 +10,7 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from ..common.arrays import Array
 from ..common.errors import EngineError, reason
 from ..common.machine import cpu_identity
 from .cache import EngineStore
-from .engine import Engine, check_feeds
-from .hoisted import HoistedEngine
+from .engine import ONE_ENGINE, DeviceArray, Engine, EngineBase
+from .split import SplitEngine
 from .wheel import install, ort
 
 PROVIDERS = {
@@ -96,15 +96,15 @@ def default_threads() -> int:
         return os.cpu_count() or 1
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(EngineBase):
     """One ONNX model in one session; see `engine.Engine` for the contract."""
 
     def __init__(self, session: ort.InferenceSession, component: str, provider: str) -> None:
-        self.component = component
+        super().__init__(
+            component, _tensors(component, session.get_inputs()), _tensors(component, session.get_outputs())
+        )
         self.provider = provider
         self._session = session
-        self.inputs = _tensors(component, session.get_inputs())
-        self.outputs = _tensors(component, session.get_outputs())
 
     @classmethod
     def load(
@@ -137,68 +137,70 @@ class OnnxRuntimeEngine:
             _warn_of_nodes_elsewhere(session, component, provider)
         return cls(session, component, provider)
 
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once on host arrays. Raises `EngineError` on a wrong input."""
-        check_feeds(self.component, self.inputs, feeds)
+    def to_device(self, array: Array) -> OrtArray:
+        """See `engine.Engine`."""
         with _running(self.component):
-            values = self._session.run(None, dict(feeds))
-        return {tensor.name: value for tensor, value in zip(self.outputs, values, strict=True)}
-
-    def bind(self, feeds: Mapping[str, Array]) -> OnnxRuntimeBound:
-        """Bind the arrays in `feeds`; on the CPU the session reads them in place."""
-        check_feeds(self.component, self.inputs, feeds)
-        return OnnxRuntimeBound(self, feeds)
+            return OrtArray(ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), self._device, 0), array.dtype)
 
     @property
     def _device(self) -> str:
         return "cpu" if self.provider == "cpu" else "cuda"
 
-    def place(self, array: Array) -> ort.OrtValue:
-        """See `engine.Engine`."""
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         with _running(self.component):
-            return ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), self._device, 0)
+            values = self._session.run(None, dict(feeds))
+        return {tensor.name: value for tensor, value in zip(self.outputs, values, strict=True)}
 
-    def link(self, tensors: Mapping[str, ort.OrtValue]) -> OnnxRuntimeLinked:
-        """See `engine.Engine`. On a GPU the calls of linked engines follow one another on the device's streams."""
-        missing = {tensor.name for tensor in (*self.inputs, *self.outputs)} - set(tensors)
-        if missing:
-            raise EngineError(f"{self.component}: nothing was linked to {', '.join(sorted(missing))}")
-        shapes = {t.name: np.broadcast_to(np.zeros((), t.dtype), tensors[t.name].shape()) for t in self.inputs}
-        check_feeds(self.component, self.inputs, shapes)
-        return OnnxRuntimeLinked(self, tensors)
+    def _bind_host(self, feeds: Mapping[str, Array]) -> OrtHostBinding:
+        return OrtHostBinding(self, feeds)
 
-    def rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """See `engine.Engine`: any number."""
-        shape = shapes[self.inputs[0].name]
-        return shape[0] if shape else 1
-
-    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
-        """See `engine.Engine`: the launches themselves."""
-        return launches
+    def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> OrtDeviceBinding:
+        """On a GPU the calls of several engines follow one another on the device's streams."""
+        return OrtDeviceBinding(self, tensors)
 
 
-class OnnxRuntimeLinked:
-    """A session bound to tensors on its device; see `engine.Linked`."""
+class OrtArray:
+    """A tensor that ONNX Runtime holds; see `engine.DeviceArray`."""
 
-    def __init__(self, engine: OnnxRuntimeEngine, tensors: Mapping[str, ort.OrtValue]) -> None:
+    def __init__(self, value: ort.OrtValue, dtype: np.dtype[np.generic]) -> None:
+        self.value, self.dtype = value, dtype
+        self.shape: tuple[int, ...] = tuple(value.shape())
+
+    def numpy(self) -> Array:
+        """See `engine.DeviceArray`."""
+        return np.array(self.value.numpy())  # on the CPU that is a view, which does not keep what it shows
+
+    def update_inplace(self, array: Array) -> None:
+        """See `engine.DeviceArray`."""
+        self.value.update_inplace(array)
+
+
+class OrtDeviceBinding:
+    """A session bound to tensors on its device; see `engine.DeviceBinding`."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, tensors: Mapping[str, DeviceArray]) -> None:
+        """Raises `EngineError` for a tensor that another backend holds."""
         self._component = engine.component
         self._session = engine._session
         self._binding = self._session.io_binding()
+        values = {name: tensor.value for name, tensor in tensors.items() if isinstance(tensor, OrtArray)}
+        if not {tensor.name for tensor in (*engine.inputs, *engine.outputs)} <= set(values):
+            raise EngineError(f"{engine.component}: what is bound to it must be ONNX Runtime's: {ONE_ENGINE}")
         for tensor in engine.inputs:
-            self._binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
+            self._binding.bind_ortvalue_input(tensor.name, values[tensor.name])
         for tensor in engine.outputs:
-            self._binding.bind_ortvalue_output(tensor.name, tensors[tensor.name])
+            self._binding.bind_ortvalue_output(tensor.name, values[tensor.name])
 
     def __call__(self) -> None:
         """Run."""
         with _running(self._component):
             self._session.run_with_iobinding(self._binding)
 
-    def prepare(self, *changed: str) -> None:
-        """See `engine.Linked`: nothing is made ahead."""
+    def refresh(self, *changed: str) -> None:
+        """See `engine.DeviceBinding`: nothing is computed ahead."""
 
 
-class OnnxRuntimeBound:
+class OrtHostBinding:
     """A session with its buffers bound once; on a GPU only what changed is uploaded."""
 
     def __init__(self, engine: OnnxRuntimeEngine, feeds: Mapping[str, Array]) -> None:
@@ -207,8 +209,6 @@ class OnnxRuntimeBound:
         self._host = engine.provider == "cpu"
         self._binding = self._session.io_binding()
         self._feeds = dict(feeds)
-        if not all(array.flags.c_contiguous for array in feeds.values()):
-            raise EngineError(f"{engine.component}: arrays must be contiguous to be bound")
         with _running(self._component):
             self._inputs = {n: ort.OrtValue.ortvalue_from_numpy(a, engine._device, 0) for n, a in self._feeds.items()}
         for name, value in self._inputs.items():
@@ -221,13 +221,13 @@ class OnnxRuntimeBound:
             self._binding.bind_output(name, "cpu")
 
     def __call__(self, *changed: str) -> dict[str, Array]:
-        """Run; see `engine.Bound`."""
+        """Run; see `engine.HostBinding`."""
         for name in self._copies.intersection(changed):
             self._inputs[name].update_inplace(self._feeds[name])
         with _running(self._component):
             self._session.run_with_iobinding(self._binding)
         if not self._outputs and self._host:
-            # The first run told the shapes: from now on the session writes into these arrays.
+            # The first run says the shapes: from now on the session writes into these arrays.
             for name, array in zip(self._names, self._binding.copy_outputs_to_cpu(), strict=True):
                 self._outputs[name] = np.asarray(array, order="C")
                 self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(self._outputs[name]))
@@ -255,8 +255,8 @@ def load_variant(
             root / graph, component=name, provider=provider, threads=threads, store=store, source=variant.files
         )
 
-    every = load(variant.model)
-    return HoistedEngine(name, load(variant.per_prompt), every) if variant.per_prompt else every
+    per_step = load(variant.model)
+    return SplitEngine(name, load(variant.per_prompt), per_step) if variant.per_prompt else per_step
 
 
 def require_provider(provider: str) -> str:

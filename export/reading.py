@@ -11,9 +11,9 @@ from ..bundle.wiring import TASKS, Tokenizer
 from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import check_tree
 from ..families import FAMILIES, Family, Pipeline, family_named, family_of
-from ..runtime.guidance import Guidance
+from ..runtime.loop.guidance import Guidance
+from ..runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
 from ..runtime.request import Request
-from ..runtime.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
 from .checkpoint import Checkpoint
 from .graphs.spec import ComponentSpec
 

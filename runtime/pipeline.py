@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,18 +25,21 @@ from ..common.errors import BundleError, EngineError, RequestError
 from ..engines import Engine
 from ..engines.loader import EngineLoader
 from ..families import open_bundle
-from . import tasks
-from .autoencoder import Autoencoder, decoder_of
-from .device_loop import DeviceLoop, can_link
-from .guidance import Guidance
-from .images import to_image
-from .inputs import Inputs, Told, cuts
-from .jobs import Job, Jobs, check_decoder
-from .loop import Callback, Denoiser, Row, denoise
+from .conditions import Conditions, Fed
+from .conditions.condition import merged
+from .job import Job
+from .jobs import Jobs, check_decoder
+from .loop.batch import Batch
+from .loop.device import DeviceStepper, Phases
+from .loop.guidance import Guidance
+from .loop.host import HostStepper
+from .loop.noise import GENERATORS
+from .loop.sample import Ports, Sample
 from .names import ours
-from .noise import GENERATORS
+from .pictures.autoencoder import DECODERS, Autoencoder
+from .pictures.images import to_image
 from .request import Request
-from .text import Embedding, TextEncoders
+from .run import Callback, Progress, Run
 
 _SMALL_BYTES = 64 << 20
 """A model under this has operators too small to be worth sharing among processors."""
@@ -53,14 +58,14 @@ _OPTIONS = tuple(name for name in Request.__dataclass_fields__ if name != "promp
 class Result:
     """Images with what made them: image i came from `seeds[i]` alone. There are none where latents were asked for.
 
-    cut: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
+    truncated: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
     latents: the final latents, float32 (count, C, H/downscale, W/downscale).
     """
 
     images: list[Image.Image]
     seeds: list[int]
     request: dict[str, Any]
-    cut: dict[str, str]
+    truncated: dict[str, str]
     seconds: dict[str, float]
     latents: Array
 
@@ -103,6 +108,8 @@ class Pipeline:
         if loop not in (None, *_LOOPS):
             raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
         self._denoiser, self._step = (bundle.manifest.named(role) for role in ("denoiser", "step"))
+        sources = {source.partition(".masked")[0]: name for name, source in bundle.manifest.wiring.inputs.items()}
+        self._ports = Ports(sources["latents"], sources["timestep"])
         if loop == "device" and not self._step:
             raise BundleError(f"{bundle.root} holds no step graph: compile it again, or use the loop 'host'")
         on_device = not self._loader.engine.on_cpu and bool(self._step)
@@ -112,9 +119,9 @@ class Pipeline:
         self._process = os.getpid()
         self._start()
         _PIPELINES.add(self)
-        self._inputs = Inputs(bundle, TextEncoders(bundle, self.engine))
-        self._jobs = Jobs(bundle, self._inputs)
         self._autoencoder = Autoencoder(bundle, self.engine)
+        self._conditions = Conditions(bundle, self.engine, self._autoencoder)
+        self._jobs = Jobs(bundle, self._conditions)
 
     def engine(self, name: str) -> Engine:
         """The engine of component `name`, loaded on first use.
@@ -138,13 +145,13 @@ class Pipeline:
         """Hold no engines, and locks and threads of this process."""
         self._lock = threading.RLock()
         self._engines: dict[str, Engine] = {}
-        self._device_loop = DeviceLoop()
+        self._phases: Phases | None = None
         self._pool = ThreadPoolExecutor(self._workers, "diffoundry") if self._workers else None
 
     def _start_in_child(self) -> None:
         """Start again in a forked process, where the threads of the engines are not there."""
         if self._loader.engine.on_cpu:
-            self._inherited = self._engines, self._device_loop, self._pool  # to end them would wait for their threads
+            self._inherited = self._engines, self._phases, self._pool  # to end them would wait for their threads
             self._process = os.getpid()
             self._start()
 
@@ -163,25 +170,31 @@ class Pipeline:
         weights = sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file())
         return self._loader.engine.on_cpu and weights < _SMALL_BYTES
 
+    @property
+    def loaded(self) -> list[str]:
+        """The names of the components whose engines are in memory."""
+        with self._lock:
+            return list(self._engines)
+
     def release(self, name: str) -> None:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
         self._check_process()
         with self._lock:
             self._engines.pop(name, None)
             if name in (self._denoiser, self._step):
-                self._device_loop.clear()  # it is linked to them
+                self._phases = None  # which are bound to them
 
     def release_all(self) -> None:
         """Drop every engine and its memory."""
         self._check_process()
         with self._lock:
             self._engines.clear()
-            self._device_loop.clear()
+            self._phases = None
 
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""
         self._check_process()
-        return self._inputs.embeddings(prompts)
+        return self._conditions.text.embeddings(prompts)
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
         """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale); one image at a time."""
@@ -194,7 +207,9 @@ class Pipeline:
 
     def check(self, request: Request) -> tuple[int, int]:
         """The width and height that `request` makes. Raises `RequestError` for what the bundle cannot do."""
-        return self._jobs.make(request).size
+        job = self._jobs.make(request)
+        self._conditions.check([job])
+        return job.size
 
     def generate(
         self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None
@@ -214,9 +229,29 @@ class Pipeline:
 
         batch: the most images in one U-Net call (default: all, or as many as its plans take).
         low_memory: drop each engine when its part is done.
-        callback: see `loop.Callback`; it counts the steps of all batches, each as long as its longest row.
+        callback: see `run.Callback`; it counts the steps of all batches, each as long as its longest row.
         Raises `RequestError` for what the bundle cannot do, before anything is run.
         """
+        jobs, most = self._check(requests, batch)
+        if callback is not None and not callable(callback):
+            raise RequestError(f"callback must be callable, found {type(callback).__name__}")
+        at_once = None if callback is None else 1
+        with closing(Run(self._run(jobs, most, low_memory, at_once))) as run:
+            for progress in run:
+                if callback is not None:
+                    progress.report(callback)
+        return run.results
+
+    def steps(self, request: Request, *, batch: int | None = None, low_memory: bool = False) -> Run:
+        """Run `request` step by step: an iterator of `run.Progress` that can be left at any time; see `run.Run`.
+
+        Options as for `generate_many`. Raises `RequestError` for what the bundle cannot do, before the first step.
+        """
+        jobs, most = self._check([request], batch)
+        return Run(self._run(jobs, most, low_memory, at_once=1))
+
+    def _check(self, requests: Sequence[Request], batch: int | None) -> tuple[list[Job], int]:
+        """Hold requests against the bundle and each other. Returns them and the images of one batch."""
         self._check_process()
         if not isinstance(requests, Sequence) or not all(isinstance(request, Request) for request in requests):
             raise RequestError("generate_many takes a list of Request")
@@ -226,49 +261,69 @@ class Pipeline:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
-        batch = total if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
-        if callback is not None and not callable(callback):
-            raise RequestError(f"callback must be callable, found {type(callback).__name__}")
+        return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
+
+    def _run(
+        self, jobs: Sequence[Job], batch: int, low_memory: bool, at_once: int | None
+    ) -> Generator[Progress, None, list[Result]]:
+        """Encode, load, run, collect. at_once: the steps between two yields, None for as many as go in one piece."""
         seconds: dict[str, float] = {}
-        with _timed(seconds, "text_encoder"):
-            told = self._inputs.tell([job.request for job in jobs], [job.guidance.active for job in jobs])
-        if low_memory:
-            for name in self._inputs.encoders:
-                self.release(name)
-        encoded = [self._encode_picture(job, seconds) for job in jobs]
-        if low_memory:
-            self.release(self.bundle.manifest.named("encoder"))
+        fed = self._feed(jobs, low_memory, seconds)
         with _timed(seconds, "load"):
-            unet = self.engine(self._denoiser)
-        with _timed(seconds, "loop"):
-            parts = zip(jobs, told, encoded, strict=True)
-            rows = [row for job, texts, made in parts for row in self._rows(job, texts, made)]
-            batch = min(batch, self._most_images(jobs))
-            batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-            lengths = [max(row.table.steps for row in part) for part in batches]
-            finished = []
-            for i, part in enumerate(batches):
-                report = _shifted(callback, sum(lengths[:i]), sum(lengths))
-                finished.append(self._denoise(unet, part, report))
-        del unet  # it holds the session, and low_memory is to free it
+            self.engine(self._denoiser)
+        samples = [sample for job, given in zip(jobs, fed, strict=True) for sample in self._samples(job, given)]
+        latents = yield from self._loop_over(samples, min(batch, self._most_images(jobs)), at_once, seconds)
         if low_memory:
             self.release(self._denoiser)
-        latents = np.concatenate(finished)
         results, at = [], 0
-        for job, texts in zip(jobs, told, strict=True):
-            own = slice(at, at + job.request.count)
-            at = own.stop
-            results.append(
-                Result(
-                    images=self._finish(job, latents[own], seconds),
-                    seeds=job.seeds,
-                    request=job.record,
-                    cut=cuts(texts),
-                    seconds=seconds,
-                    latents=latents[own],
-                )
-            )
+        for job, given in zip(jobs, fed, strict=True):
+            own = latents[at : at + job.request.count]
+            at += job.request.count
+            images = self._finish(job, own, seconds)
+            results.append(Result(images, job.seeds, job.record, dict(given.truncated), seconds, own))
         return results
+
+    def _feed(self, jobs: Sequence[Job], low_memory: bool, seconds: dict[str, float]) -> list[Fed]:
+        """What the conditions give each job."""
+        parts: list[list[Fed]] = [[] for _ in jobs]
+        for role, conditions in itertools.groupby(self._conditions.all, key=lambda condition: condition.loads):
+            with _timed(seconds, role or "conditions"):
+                for condition in conditions:
+                    for gathered, made in zip(parts, condition.feed(jobs), strict=True):
+                        gathered.append(made)
+            if low_memory and role is not None:
+                for name in self.bundle.manifest.with_role(role):
+                    self.release(name)
+        return [merged(each) for each in parts]
+
+    def _loop_over(
+        self, samples: Sequence[Sample], most: int, at_once: int | None, seconds: dict[str, float]
+    ) -> Generator[Progress, None, Array]:
+        """Step the samples, `most` in one batch, and return their final latents."""
+        parts = [samples[i : i + most] for i in range(0, len(samples), most)]
+        total = sum(max(sample.table.steps for sample in part) for part in parts)
+        done, latents = 0, []
+        for part in parts:
+            with closing(Batch(self._stepper(part))) as batch:
+                handles = [batch.add(sample) for sample in part]
+                while batch:
+                    with _timed(seconds, "loop"):
+                        done += batch.step(at_once)
+                        now = np.stack([batch.latents(handle) for handle in handles])
+                    yield Progress(done, total, now)
+                latents += [batch.take(handle) for handle in handles]
+        return np.stack(latents)
+
+    def _stepper(self, samples: Sequence[Sample]) -> HostStepper | DeviceStepper:
+        """The loop on the device where it was asked for, or is the faster one and takes these samples."""
+        denoiser = self.engine(self._denoiser)
+        if self._loop == "device":
+            with self._lock:
+                phases = self._phases = self._phases or Phases(denoiser, self.engine(self._step), self._ports)
+            if self._loop_asked == "device" or all(phases.fits(sample) for sample in samples):
+                return DeviceStepper(phases)
+        pool, workers = (self._pool, self._workers) if self._small(self._denoiser) else (None, 0)
+        return HostStepper(denoiser, self._ports, pool=pool, workers=workers)
 
     def _most_images(self, jobs: Sequence[Job]) -> int:
         """The most images that one call of the U-Net takes."""
@@ -281,61 +336,29 @@ class Pipeline:
         request = job.request
         if request.output == "latent":
             return []
-        with _timed(seconds, decoder_of(self.bundle.manifest, request.decoder)):
+        with _timed(seconds, DECODERS[request.decoder]):
             pixels = self._autoencoder.decode(latents, request.decoder, tiled=request.tiled)
             images = [to_image(sample) for sample in pixels]
         return images if job.picture is None else [job.picture.finish(image) for image in images]
 
-    def _denoise(self, unet: Engine, rows: list[Row], callback: Callback | None) -> Array:
-        linked = self._loop == "device" and can_link(unet, rows)
-        if self._loop_asked == "device" and not linked:
-            raise RequestError(
-                "the loop on the device takes joint guidance and float32 latents, and does not inpaint: "
-                "use the loop 'host'"
-            )
-        if linked:
-            return self._device_loop(unet, self.engine(self._step), rows, callback)
-        pool, workers = (self._pool, self._workers) if self._small(self._denoiser) else (None, 0)
-        return denoise(Denoiser(unet, rows, pool, workers), rows, callback)
-
-    def _encode_picture(self, job: Job, seconds: dict[str, float]) -> tasks.Encoded | None:
-        if job.picture is None:
-            return None
-        with _timed(seconds, self.bundle.manifest.named("encoder")):
-            return tasks.encode(
-                job.request,
-                job.picture,
-                self._autoencoder,
-                inpaints=self._inputs.inpaints,
-                downscale=self.bundle.manifest.latents.downscale,
-            )
-
-    def _rows(self, job: Job, texts: Told, encoded: tasks.Encoded | None) -> list[Row]:
-        settings = self.bundle.manifest.latents
-        width, height = (side // settings.downscale for side in job.size)
-
-        def told(text: Embedding, negative: bool) -> dict[str, Array]:
-            return self._inputs.conditions(job.request, job.size, text, embedded=job.embedded, negative=negative)
-
-        prompt = told(texts[0], False)
-        negative = None if texts[1] is None else told(texts[1], True)
-        rows = []
+    def _samples(self, job: Job, fed: Fed) -> list[Sample]:
+        """The rows of a job. fed: by its conditions."""
+        inputs = self.bundle.manifest.wiring.inputs
+        prompt, negative = (
+            {name: half[source] for name, source in inputs.items() if source in half}
+            for half in (fed.prompt, fed.negative)
+        )
+        if fed.start is None:
+            raise RequestError(f"{self.bundle.root} cannot start the task {job.request.task}: compile it again")
+        samples = []
         for i, seed in enumerate(job.seeds):
             generator = GENERATORS[job.request.rng](seed)
-            start = tasks.start(
-                job.request,
-                job.table,
-                encoded,
-                np.asarray(job.request.image[i], np.float32) if job.request.starts_from_latents else None,
-                self._autoencoder,
-                generator,
-                (settings.channels, height, width),
-                inpaints=self._inputs.inpaints,
+            own = fed.start(i, generator)
+            others = negative if job.guidance.active else None
+            samples.append(
+                Sample(job.table, job.guidance, generator, prompt, others, own.latents, own.kept, own.channels)
             )
-            rows.append(
-                Row(job.table, job.guidance, generator, prompt, negative, start.latents, start.kept, start.channels)
-            )
-        return rows
+        return samples
 
     def __call__(self, prompt: str = "", **options: Any) -> Result:
         """`generate` with plain keywords.
@@ -410,6 +433,8 @@ def _check_manifest(bundle: Bundle) -> None:
             f"{root}: the {manifest.family} denoiser reads {', '.join(unknown)}; this version knows "
             f"{', '.join(SOURCES)}: upgrade diffoundry"
         )
+    if not {"latents", "timestep"} <= {source.partition(".masked")[0] for source in manifest.wiring.inputs.values()}:
+        raise BundleError(f"{root}: no input of the denoiser takes the latents or the timestep; compile it again")
     if manifest.precision not in (*PRECISIONS, AS_EXPORTED):
         raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {', '.join(PRECISIONS)}")
     known = [task for task in manifest.tasks if task in TASKS]
@@ -436,9 +461,3 @@ def _check_manifest(bundle: Bundle) -> None:
         if unlisted:
             raise BundleError(f"{root}: the manifest has no hash for {', '.join(unlisted)}; compile the bundle again")
         bundle.check(small)
-
-
-def _shifted(callback: Callback | None, done: int, total: int) -> Callback | None:
-    if callback is None:
-        return None
-    return lambda k, _, latents: callback(done + k, total, latents)

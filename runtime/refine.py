@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from ..common.errors import RequestError
-from .loop import Callback
 from .pipeline import Pipeline, Result
 from .request import Request
+from .run import Callback
 
 
 def generate_refined(
@@ -67,4 +67,4 @@ def generate_refined(
     told = {**begun.request, "output": request.output, "refined_from": part}
     told.pop("denoising_end")
     record = {**told, "refiner": dict(refiner.bundle.manifest.source)}
-    return replace(refined, request=record, cut=begun.cut | refined.cut, seconds=seconds)
+    return replace(refined, request=record, truncated=begun.truncated | refined.truncated, seconds=seconds)

@@ -105,7 +105,7 @@ class Buffers:
     ) -> dict[str, Array]:
         """Upload `feeds`, run `context`, and return the outputs, in the arrays `outputs` where they are given.
 
-        A feed with fewer rows than its input is filled up with its last row, one whose first axis is 1 too.
+        A feed with fewer rows than its input, one row for all included, is filled up with its last row.
         """
         made = dict(outputs or {name: np.empty(t.shape, t.dtype) for name, t in self._outputs.items()})
         with self._gpu.work() as device:

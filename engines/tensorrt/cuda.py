@@ -166,7 +166,7 @@ class Device:
     def _check(self, name: str, error: Any) -> None:
         if error == self._cuda.cudaError_t.cudaSuccess:
             return
-        self._cuda.cudaGetLastError()  # what is told here is not to be told again by TensorRT
+        self._cuda.cudaGetLastError()  # cleared, or TensorRT reports it again
         raise EngineError(f"{name} failed on {self.name}: {self._says(error)}")
 
     def _says(self, error: Any) -> str:

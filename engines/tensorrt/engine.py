@@ -11,7 +11,7 @@ import numpy as np
 from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
-from ..engine import Placed, check_feeds
+from ..engine import ONE_ENGINE, DeviceArray, EngineBase
 from ..profiles import Shape
 from .context import Buffers, ShapedContext
 from .gpu import DeviceTensor, Gpu
@@ -22,7 +22,7 @@ _MOST_CONTEXTS = 8
 """Sets of shapes of a component that are kept ready. A context holds some MB, and takes up to seconds to be made."""
 
 
-class TensorRTEngine:
+class TensorRTEngine(EngineBase):
     """One component; see `engine.Engine` for the contract. Plans are loaded when shapes ask for them first.
 
     chosen: the plan that served last, None before. Rows are the first axis of the first input.
@@ -48,8 +48,8 @@ class TensorRTEngine:
         """
         if not plans:
             raise EngineError(f"{component}: no plan was built for it: compile the bundle for this engine")
-        self.component, self.gpu = component, gpu
-        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        super().__init__(component, inputs, outputs)
+        self.gpu = gpu
         self.chosen: Plan | None = None
         self._on_plan = on_plan or (lambda plan: None)
         self._plans = list(plans)
@@ -68,41 +68,15 @@ class TensorRTEngine:
         self._by_row = tuple(t.name for t in self.inputs if t.shape and t.shape[0] == axis and isinstance(axis, str))
         self._rows_out = tuple(t.name for t in self.outputs if t.shape and t.shape[0] == axis and isinstance(axis, str))
 
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """See `engine.Engine`; more rows than any plan takes are run in parts."""
-        check_feeds(self.component, self.inputs, feeds)
-        with self.gpu.work():
-            shapes, rows = self._padded(feeds)
-            most = self._most_rows(shapes)
-            if rows is not None and rows > most > 0 and len(self._rows_out) == len(self.outputs):
-                parts = [self(self._part(feeds, slice(at, at + most))) for at in range(0, rows, most)]
-                return {name: np.concatenate([part[name] for part in parts]) for name in self._rows_out}
-            context = self._context(shapes)
-            if context.buffers is None:
-                context.buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
-            return self._cut(context.buffers.run(context, feeds), rows)
-
-    def bind(self, feeds: Mapping[str, Array]) -> TensorRTBound:
-        """See `engine.Engine`; what changed is uploaded, what did not is left on the GPU."""
-        check_feeds(self.component, self.inputs, feeds)
-        if not all(array.flags.c_contiguous for array in feeds.values()):
-            raise EngineError(f"{self.component}: arrays must be contiguous to be bound")
-        with self.gpu.work():
-            shapes, rows = self._padded(feeds)
-            context = self._context(shapes)
-            buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
-            outputs = {t.name: np.empty(context.outputs[t.name], t.dtype) for t in self.outputs}
-            return TensorRTBound(context, buffers, feeds, outputs, self._cut(outputs, rows))
-
-    def place(self, array: Array) -> DeviceTensor:
+    def to_device(self, array: Array) -> DeviceTensor:
         """See `engine.Engine`."""
-        return self.gpu.place(array)
+        return self.gpu.to_device(array)
 
-    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
         """See `engine.Engine`: a CUDA graph, from the second call on."""
-        return self.gpu.record(launches)
+        return self.gpu.capture(launches)
 
-    def rows(self, shapes: Mapping[str, Shape]) -> int:
+    def padded_rows(self, shapes: Mapping[str, Shape]) -> int:
         """See `engine.Engine`: a plan for two rows takes one row with a second one beside it."""
         asked = self._rows_of(shapes)
         if asked is None:
@@ -113,33 +87,6 @@ class TensorRTEngine:
             if any(plan.profile.takes(wanted) for plan in self._plans):
                 return rows
         return asked
-
-    def link(self, tensors: Mapping[str, Placed]) -> TensorRTLinked:
-        """See `engine.Engine`. The inputs must have as many rows as `rows` says."""
-        missing = {tensor.name for tensor in (*self.inputs, *self.outputs)} - set(tensors)
-        if missing:
-            raise EngineError(f"{self.component}: nothing was linked to {', '.join(sorted(missing))}")
-        own: dict[str, DeviceTensor] = {}
-        for tensor in (*self.inputs, *self.outputs):
-            placed = tensors[tensor.name]
-            if isinstance(placed, DeviceTensor) and placed.gpu is self.gpu:
-                own[tensor.name] = placed
-        if len(own) < len(self.inputs) + len(self.outputs):
-            raise EngineError(
-                f"{self.component}: what is linked to it must lie on its GPU: load all parts for one engine"
-            )
-        shown = {t.name: np.broadcast_to(np.zeros((), own[t.name].dtype), own[t.name].shape) for t in self.inputs}
-        check_feeds(self.component, self.inputs, shown)
-        with self.gpu.work():
-            context = self._context({name: array.shape for name, array in shown.items()})
-        for tensor in self.outputs:
-            found, made = own[tensor.name], context.outputs[tensor.name]
-            if found.shape != made or found.dtype != np.dtype(tensor.dtype):
-                raise EngineError(
-                    f"{self.component}: output {tensor.name!r} is {tensor.dtype} of shape {made}, "
-                    f"what was linked to it is {found.dtype} of shape {found.shape}"
-                )
-        return TensorRTLinked(context, own)
 
     def refit(self, onnx: Path) -> None:
         """Take over the weights of `onnx`, a model with the same graph, in all plans, those loaded later included.
@@ -163,6 +110,47 @@ class TensorRTEngine:
                 self._loaded.clear()
                 raise
             self._refitted = onnx
+
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """More rows than any plan takes are run in parts."""
+        with self.gpu.work():
+            shapes, rows = self._padded(feeds)
+            most = self._most_rows(shapes)
+            if rows is not None and rows > most > 0 and len(self._rows_out) == len(self.outputs):
+                parts = [self(self._part(feeds, slice(at, at + most))) for at in range(0, rows, most)]
+                return {name: np.concatenate([part[name] for part in parts]) for name in self._rows_out}
+            context = self._context(shapes)
+            if context.buffers is None:
+                context.buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
+            return self._without_padding(context.buffers.run(context, feeds), rows)
+
+    def _bind_host(self, feeds: Mapping[str, Array]) -> TensorRTHostBinding:
+        """What changed is uploaded, what did not is left on the GPU."""
+        with self.gpu.work():
+            shapes, rows = self._padded(feeds)
+            context = self._context(shapes)
+            buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
+            outputs = {t.name: np.empty(context.outputs[t.name], t.dtype) for t in self.outputs}
+            return TensorRTHostBinding(context, buffers, feeds, outputs, self._without_padding(outputs, rows))
+
+    def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> TensorRTDeviceBinding:
+        """The inputs must have as many rows as `padded_rows` says."""
+        own: dict[str, DeviceTensor] = {}
+        for tensor in (*self.inputs, *self.outputs):
+            array = tensors[tensor.name]
+            if not isinstance(array, DeviceTensor) or array.gpu is not self.gpu:
+                raise EngineError(f"{self.component}: what is bound to it must lie on its GPU: {ONE_ENGINE}")
+            own[tensor.name] = array
+        with self.gpu.work():
+            context = self._context({tensor.name: own[tensor.name].shape for tensor in self.inputs})
+        for tensor in self.outputs:
+            found, made = own[tensor.name], context.outputs[tensor.name]
+            if found.shape != made or found.dtype != np.dtype(tensor.dtype):
+                raise EngineError(
+                    f"{self.component}: output {tensor.name!r} is {tensor.dtype} of shape {made}, "
+                    f"what was bound to it is {found.dtype} of shape {found.shape}"
+                )
+        return TensorRTDeviceBinding(context, own)
 
     def _context(self, shapes: Mapping[str, Shape]) -> ShapedContext:
         """The context of these shapes, made where there is none. Raises `EngineError` when no plan takes them."""
@@ -198,7 +186,7 @@ class TensorRTEngine:
         """The shapes to run `feeds` with, and how many rows of the outputs were asked for."""
         shapes = {tensor.name: feeds[tensor.name].shape for tensor in self.inputs}
         asked = self._rows_of(shapes)
-        return (shapes if asked is None else self._with_rows(shapes, self.rows(shapes))), asked
+        return (shapes if asked is None else self._with_rows(shapes, self.padded_rows(shapes))), asked
 
     def _rows_of(self, shapes: Mapping[str, Shape]) -> int | None:
         """The rows asked for; a vector of one entry, which stands for all rows, does not count."""
@@ -225,12 +213,12 @@ class TensorRTEngine:
     def _with_rows(self, shapes: Mapping[str, Shape], rows: int) -> dict[str, Shape]:
         return {name: (rows, *shape[1:]) if name in self._by_row else shape for name, shape in shapes.items()}
 
-    def _cut(self, outputs: Mapping[str, Array], rows: int | None) -> dict[str, Array]:
+    def _without_padding(self, outputs: Mapping[str, Array], rows: int | None) -> dict[str, Array]:
         return {name: array[:rows] if name in self._rows_out else array for name, array in outputs.items()}
 
 
-class TensorRTBound:
-    """Arrays of the host bound to an engine; see `engine.Bound`."""
+class TensorRTHostBinding:
+    """Arrays of the host bound to an engine; see `engine.HostBinding`."""
 
     def __init__(
         self,
@@ -246,15 +234,15 @@ class TensorRTBound:
         self._fresh = set(feeds)
 
     def __call__(self, *changed: str) -> dict[str, Array]:
-        """See `engine.Bound`."""
+        """See `engine.HostBinding`."""
         sent = {name: self._feeds[name] for name in self._fresh.union(changed)}
         self._buffers.run(self._context, sent, self._outputs)
         self._fresh = set()
         return self._shown
 
 
-class TensorRTLinked:
-    """An engine that reads and writes tensors on its GPU; see `engine.Linked`."""
+class TensorRTDeviceBinding:
+    """An engine that reads and writes tensors on its GPU; see `engine.DeviceBinding`."""
 
     def __init__(self, context: ShapedContext, tensors: Mapping[str, DeviceTensor]) -> None:
         self._context, self._tensors = context, dict(tensors)  # which hold their memory
@@ -266,5 +254,5 @@ class TensorRTLinked:
         with self._gpu.work():
             self._context.enqueue(self._addresses)
 
-    def prepare(self, *changed: str) -> None:
-        """See `engine.Linked`: nothing is made ahead."""
+    def refresh(self, *changed: str) -> None:
+        """See `engine.DeviceBinding`: nothing is computed ahead."""

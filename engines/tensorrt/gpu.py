@@ -1,4 +1,4 @@
-"""A GPU as all engines of a process share it: one stream, one block for activations, tensors, recorded launches."""
+"""A GPU as all engines of a process share it: one stream, one block for activations, tensors, captured launches."""
 
 from __future__ import annotations
 
@@ -64,17 +64,20 @@ class Gpu:
         self.device = Device(index)
         self.arena = Arena(self.device)
         self._lock = threading.RLock()
-        self._changes = 0
+        self._invalidations = 0
         self._logs: dict[str, Log] = {}
 
     @property
     def generation(self) -> int:
-        """A counter that grows when captured CUDA graphs become invalid: the arena moved, or weights were refitted."""
-        return self._changes + self.arena.generation
+        """Grows whenever a captured CUDA graph becomes invalid: the arena moved, or weights were refitted.
+
+        `CapturedLaunches` compares it with the value at its capture.
+        """
+        return self._invalidations + self.arena.generation
 
     def invalidate_graphs(self) -> None:
         """Invalidate every captured CUDA graph; call it after changing the weights of a loaded engine."""
-        self._changes += 1
+        self._invalidations += 1
 
     def log(self, backend: str, trt: Any) -> Log:
         """What the module `trt` says: TensorRT has one logger in a process, whatever its objects were made with."""
@@ -93,19 +96,19 @@ class Gpu:
         """A tensor whose content is not set yet. Raises `EngineError` when the GPU has no memory for it."""
         return DeviceTensor(self, shape, np.dtype(dtype), purpose)
 
-    def place(self, array: Array) -> DeviceTensor:
+    def to_device(self, array: Array) -> DeviceTensor:
         """A copy of `array`; see `engine.Engine`."""
         tensor = DeviceTensor(self, array.shape, array.dtype, "a tensor")
         tensor.update_inplace(array)
         return tensor
 
-    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
         """See `engine.Engine`."""
-        return Recording(self, launches)
+        return CapturedLaunches(self, launches)
 
 
 class DeviceTensor:
-    """A tensor in the memory of a GPU; see `engine.Placed`."""
+    """A tensor in the memory of a GPU; see `engine.DeviceArray`."""
 
     def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: np.dtype[np.generic], purpose: str) -> None:
         self.gpu, self.shape, self.dtype = gpu, shape, dtype
@@ -119,7 +122,7 @@ class DeviceTensor:
         return self._memory.address
 
     def numpy(self) -> Array:
-        """See `engine.Placed`."""
+        """See `engine.DeviceArray`."""
         array = np.empty(self.shape, self.dtype)
         with self.gpu.work() as device:
             device.download(array, self.address)
@@ -127,7 +130,7 @@ class DeviceTensor:
         return array
 
     def update_inplace(self, array: Array) -> None:
-        """See `engine.Placed`. Raises `EngineError` when `array` is of another shape or dtype."""
+        """See `engine.DeviceArray`. Raises `EngineError` when `array` is of another shape or dtype."""
         if array.shape != self.shape or array.dtype != self.dtype:
             raise EngineError(
                 f"a tensor of {self.dtype} {self.shape} on the GPU cannot hold {array.dtype} {array.shape}"
@@ -137,7 +140,7 @@ class DeviceTensor:
             device.synchronize()  # the caller may write to the array from here on
 
 
-class Recording:
+class CapturedLaunches:
     """Launches that run as they are at first, are captured the second time, and are launched as one from then on.
 
     The first run is a real one: what an engine does at its first run with new shapes cannot be captured, and what runs

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...bundle import Tensor
 from ...common.arrays import Array
-from ...runtime.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS, State
+from ...runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS, State
 from .spec import OPSET
 from .validate import Case
 
@@ -89,7 +89,7 @@ _BODY = """
 
 
 def write_step(path: Path) -> None:
-    """Write the step graph to `path`: the same numbers as `runtime.step.State`, for any batch, size and sampler."""
+    """Write the step graph to `path`: the numbers of `runtime.loop.step.State`, for any batch, size and sampler."""
     import onnx
     from onnx import parser
 
@@ -112,7 +112,8 @@ def step_cases() -> list[Case]:
 
 
 def _case(rng: np.random.Generator, batch: int, registers: int, steps: int, channels: int, side: int) -> Case:
-    from ...runtime.guidance import Guidance, combine
+    from ...runtime.loop.guidance import Guidance, combine
+    from ...runtime.loop.step import step_inputs
     from ...runtime.schedulers import Table
 
     latents = (channels, side, side + 8)
@@ -131,28 +132,27 @@ def _case(rng: np.random.Generator, batch: int, registers: int, steps: int, chan
     guidances = [Guidance(float(rng.uniform(1.5, 9)), rescale=0.7 * (i % 2)) for i in range(batch)]
     start, noise = (rng.standard_normal((batch, *latents)).astype(np.float32) for _ in range(2))
     output = rng.standard_normal((2 * batch, *latents)).astype(np.float32)
-    state = State(tables, start)
-    registers_before = state.registers.copy()
+    states = [State(table, latents) for table, latents in zip(tables, start, strict=True)]
     feeds: dict[str, Array] = {
         "model_output": output,
-        "registers": registers_before,
         "noise": noise,
-        "position": np.zeros(batch, np.int64),
         "prompt_row": np.arange(batch, 2 * batch),
         "negative_row": np.arange(batch),
         "source": np.tile(np.arange(batch), 2),
         "guidance": np.array([guidance.scale for guidance in guidances], np.float32),
         "rescale": np.array([guidance.rescale for guidance in guidances], np.float32),
-        **state.columns(),
+        **step_inputs(states),
     }
-    state.advance(combine(output[batch:], output[:batch], guidances), [row[None] for row in noise])
+    guided = combine(output[batch:], output[:batch], guidances)
+    for state, model_output, drawn in zip(states, guided, noise, strict=True):
+        state.advance(model_output, drawn)
     more = steps > 1
-    sample = state.model_input() if more else state.x
-    told = state.timesteps if more else np.zeros(batch)
+    sample = np.stack([state.model_input() if more else state.x for state in states])
+    timesteps = np.array([state.timestep if more else 0 for state in states], np.float32)
     expected = {
-        "next_registers": state.registers.copy(),
+        "next_registers": np.stack([state.registers for state in states]),
         "sample": np.tile(sample, (2, 1, 1, 1)),
-        "timestep": np.tile(told, 2).astype(np.float32),
+        "timestep": np.tile(timesteps, 2),
         "next_position": np.ones(batch, np.int64),
     }
     return feeds, expected

@@ -17,7 +17,7 @@ from ...common.progress import Meter
 from ...engines import EngineStore
 from ...engines.names import ONNXRUNTIME
 from ...engines.onnxruntime import OnnxRuntimeEngine, load_variant
-from ...runtime.step import STEP_NAME
+from ...runtime.loop.step import STEP_NAME
 from ..checkpoint import Checkpoint
 from ..graphs import step
 from ..graphs.fuse import fuse

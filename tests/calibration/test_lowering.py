@@ -21,7 +21,7 @@ from diffoundry.common.files import sha256_file
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.examples.pico.scorer import score
 from diffoundry.examples.pico.world import split_scenes
-from diffoundry.runtime.guidance import Guidance
+from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pipeline import Pipeline
 from diffoundry.runtime.request import Request
 

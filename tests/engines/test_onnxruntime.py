@@ -71,7 +71,7 @@ def test_a_wrong_input_is_named_with_what_was_allowed(unet, change, message):
     with pytest.raises(EngineError, match=message):
         unet(wrong)
     with pytest.raises(EngineError, match=message):
-        unet.bind(wrong)
+        unet.bind_host(wrong)
 
 
 def test_one_timestep_may_stand_for_all_rows(unet):
@@ -92,7 +92,7 @@ def test_rows_may_stand_at_different_timesteps(unet):
 
 def test_a_bound_engine_reads_the_arrays_in_place(unet):
     arrays = feeds()
-    bound = unet.bind(arrays)
+    bound = unet.bind_host(arrays)
     first = bound("sample", "timestep")["out_sample"].copy()
     np.testing.assert_array_equal(first, unet(arrays)["out_sample"])
     for seed in (1, 2):
@@ -105,7 +105,7 @@ def test_arrays_that_cannot_be_bound_are_refused(unet):
     strided = feeds(rows=4)
     strided = {**strided, "sample": strided["sample"].transpose(0, 1, 3, 2)}
     with pytest.raises(EngineError, match="contiguous"):
-        unet.bind(strided)
+        unet.bind_host(strided)
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
@@ -281,7 +281,7 @@ def test_a_value_without_axes_stays_one_where_it_is_bound():
     scalar = [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in "xy"]
     engine = small([helper.make_node("Add", ["x", "x"], ["y"])], scalar[:1], scalar[1:])
     x = np.asarray(2.0, np.float32)
-    bound = engine.bind({"x": x})
+    bound = engine.bind_host({"x": x})
     for value in (2.0, 3.0):
         x[...] = value
         found = bound("x")["y"]
@@ -298,7 +298,7 @@ def test_memory_that_is_wanting_is_told_from_other_failures():
     with pytest.raises(EngineError, match="small: out of memory: ask for a smaller size"):
         engine(feeds)
     feeds["s"][0] = 4
-    bound = engine.bind(feeds)
+    bound = engine.bind_host(feeds)
     bound()
     feeds["s"][0] = 5  # the output was bound with 4
     with pytest.raises(EngineError, match="small: ONNX Runtime failed"):
@@ -329,7 +329,7 @@ except EngineError as error:
 
 def test_memory_that_is_wanting_for_a_tensor_is_named(unet):
     with pytest.raises(EngineError, match="unet: out of memory: ask for a smaller size"):
-        unet.place(np.broadcast_to(np.zeros(1, np.float32), (1 << 44,)))
+        unet.to_device(np.broadcast_to(np.zeros(1, np.float32), (1 << 44,)))
 
 
 def test_nodes_that_another_provider_runs_are_named(unet_path):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from diffoundry.runtime.noise import TorchGenerator
+from diffoundry.runtime.loop.noise import TorchGenerator
 from diffoundry.runtime.schedulers import Steps, make_table
 
 LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}

@@ -12,9 +12,11 @@ import torch
 
 import diffoundry
 from diffoundry.common.errors import EngineError, RequestError, StoppedError
-from diffoundry.runtime.guidance import Guidance
-from diffoundry.runtime.loop import Denoiser, Row, denoise
-from diffoundry.runtime.noise import TorchGenerator
+from diffoundry.runtime.loop.batch import Batch
+from diffoundry.runtime.loop.guidance import Guidance
+from diffoundry.runtime.loop.host import HostStepper
+from diffoundry.runtime.loop.noise import TorchGenerator
+from diffoundry.runtime.loop.sample import Sample
 from diffoundry.runtime.pipeline import Request, load
 from diffoundry.runtime.schedulers import make_table
 
@@ -24,6 +26,12 @@ TOLERANCE = 2e-4
 
 @pytest.fixture(scope="module")
 def pipe(bundle_of):
+    return load(bundle_of("pico"))
+
+
+@pytest.fixture(scope="module")
+def untouched(bundle_of):
+    """A pipeline that only gets requests that it refuses."""
     return load(bundle_of("pico"))
 
 
@@ -172,9 +180,10 @@ def test_two_threads_get_what_each_would_get_alone(pipe):
         ({"guidance": Guidance(3), "guidance_rescale": 0.5}, "as one Guidance"),
     ],
 )
-def test_wrong_requests_are_refused_before_anything_runs(pipe, options, message):
+def test_wrong_requests_are_refused_before_anything_is_loaded(untouched, options, message):
     with pytest.raises(RequestError, match=message):
-        pipe(PROMPT, **options)
+        untouched(PROMPT, **options)
+    assert not untouched.loaded
 
 
 def test_a_request_refuses_what_it_does_not_know_as_a_pipeline_does():
@@ -224,16 +233,14 @@ def test_every_seed_of_torch_is_a_seed(pipe, seed):
     assert two.seeds == [seed - (seed > 0), seed + (seed < 0)]
 
 
-def test_latents_that_are_not_finite_are_an_error():
-    class NotANumber(Denoiser):
-        def __call__(self, x, timesteps, rows, guided):
-            return np.full_like(x, np.nan)
-
+def test_latents_that_are_not_finite_are_an_error(pipe):
     table = make_table({"steps_offset": 1}, 3, "euler")
-    text, latents = {"encoder_hidden_states": np.zeros((77, 8), np.float32)}, np.zeros((4, 8, 8), np.float32)
-    row = Row(table, Guidance(), TorchGenerator(0), text, text, latents)
+    text = {"encoder_hidden_states": np.full((77, 64), np.nan, np.float32)}
+    batch = Batch(HostStepper(pipe.engine("unet")))
+    handle = batch.add(Sample(table, Guidance(3.0), TorchGenerator(0), text, text, np.zeros((4, 8, 8), np.float32)))
+    batch.step(None)
     with pytest.raises(EngineError, match="not finite"):
-        denoise(NotANumber(None, [row]), [row])
+        batch.take(handle)
 
 
 def test_options_are_taken_as_they_are_when_the_request_is_made(pipe):

@@ -20,7 +20,7 @@ from diffoundry.engines.tensorrt.bundle_plans import resolve_machine
 from diffoundry.engines.tensorrt.plan import PLAN_NAME, Recipe
 from diffoundry.engines.tensorrt.target import Target, profiles
 from diffoundry.engines.verify import verify
-from diffoundry.runtime.guidance import Guidance
+from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pipeline import Request, load
 from diffoundry.tests.engines.tensorrt.simulated import VERSION
 

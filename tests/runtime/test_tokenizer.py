@@ -22,7 +22,7 @@ from diffoundry.common.errors import BundleError
 from diffoundry.examples.random_checkpoint import _tokenizer
 from diffoundry.export.loading import load_tokenizer
 from diffoundry.export.single_file.tokenizer import TOKENS, write_clip_tokenizer
-from diffoundry.runtime.tokenizer import PromptTokenizer
+from diffoundry.runtime.text.tokenizer import PromptTokenizer
 
 PROMPTS = [
     "",

@@ -163,7 +163,7 @@ def test_the_arena_grows_to_the_largest_need(simulated_cuda, device):
 def test_a_tensor_holds_what_it_was_given(simulated_cuda):
     gpu = Gpu()
     strided = np.arange(12, dtype=np.int64).reshape(3, 4).T
-    tensor = gpu.place(strided)
+    tensor = gpu.to_device(strided)
     np.testing.assert_array_equal(tensor.numpy(), strided)
     array = np.ones((4, 3), np.int64)
     tensor.update_inplace(array)
@@ -178,13 +178,13 @@ def test_a_tensor_holds_what_it_was_given(simulated_cuda):
 
 def test_recorded_launches_are_plain_at_first_then_one_graph(simulated_cuda):
     gpu = Gpu()
-    tensor, turns = gpu.place(np.zeros(4, np.uint8)), []
+    tensor, turns = gpu.to_device(np.zeros(4, np.uint8)), []
 
     def launches():
         turns.append(len(turns))
         gpu.device.fill(tensor.address, 10 + len(turns), 4)
 
-    recorded = gpu.record(launches)
+    recorded = gpu.capture(launches)
     recorded()
     assert (tensor.numpy()[0], turns, simulated_cuda.calls["cudaGraphLaunch"]) == (11, [0], 0)
     for launched in (1, 2):
@@ -201,7 +201,7 @@ def test_recorded_launches_are_plain_at_first_then_one_graph(simulated_cuda):
 
 def test_launches_that_move_the_arena_are_not_captured_before_it_rests(simulated_cuda):
     gpu, needs = Gpu(), [1000] * 4
-    recorded = gpu.record(lambda: gpu.arena.grow(needs.pop(0), "a test"))
+    recorded = gpu.capture(lambda: gpu.arena.grow(needs.pop(0), "a test"))
     for captures in (0, 0, 1):
         recorded()
         assert simulated_cuda.calls["cudaStreamBeginCapture"] == captures
@@ -215,7 +215,7 @@ def test_launches_that_cannot_be_captured_are_made_one_by_one_and_it_is_said(sim
         gpu.device.synchronize()
         done.append(1)
 
-    recorded = gpu.record(launches)
+    recorded = gpu.capture(launches)
     recorded()
     with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph and are launched one by one: cudaStr"):
         recorded()

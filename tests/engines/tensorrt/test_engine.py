@@ -118,7 +118,7 @@ def test_wrong_inputs_are_named_before_a_plan_is_loaded(unet, trt):
     engine = unet(shapes(2))
     wrong = feeds()
     del wrong["timestep"]
-    for call in (engine, engine.bind):
+    for call in (engine, engine.bind_host):
         with pytest.raises(EngineError, match=r"unet: inputs are .*; missing timestep"):
             call(wrong)
         with pytest.raises(EngineError, match="'sample' must be float32"):
@@ -138,15 +138,15 @@ def test_the_closest_plan_serves_a_static_one_first(unet, reference):
 def test_a_plan_for_more_rows_serves_fewer(unet, reference, trt):
     engine = unet(shapes(2), shapes(4))
     asked = {name: array.shape for name, array in feeds(1).items()}
-    assert engine.rows(asked) == 2
-    assert engine.rows({name: (3, *shape[1:]) for name, shape in asked.items()}) == 4
-    assert engine.rows({name: (5, *shape[1:]) for name, shape in asked.items()}) == 5  # none does
+    assert engine.padded_rows(asked) == 2
+    assert engine.padded_rows({name: (3, *shape[1:]) for name, shape in asked.items()}) == 4
+    assert engine.padded_rows({name: (5, *shape[1:]) for name, shape in asked.items()}) == 5  # none does
     for rows, name in ((1, "p0"), (3, "p1")):
         given = feeds(rows)
         found = engine(given)
         assert len(found["out_sample"]) == rows
         same(found, reference(given))
-        bound = engine.bind(given)
+        bound = engine.bind_host(given)
         same(bound(), reference(given))
         given["sample"][...] = feeds(rows, seed=5)["sample"]
         same(bound("sample"), reference(given))
@@ -156,12 +156,12 @@ def test_a_plan_for_more_rows_serves_fewer(unet, reference, trt):
     same(engine(feeds(5)), reference(feeds(5)))  # more than any plan takes: in parts
     assert [run[1]["sample"][0] for run in trt.runs] == [4, 2]
     with pytest.raises(EngineError, match="no plan takes sample 5x4x8x8"):
-        engine.bind(feeds(5))
+        engine.bind_host(feeds(5))
 
 
 def test_bound_arrays_are_sent_only_when_they_change(unet, reference, simulated_cuda):
     engine, given = unet(shapes(2)), feeds()
-    bound = engine.bind(given)
+    bound = engine.bind_host(given)
     first = bound()
     same(first, reference(given))
     mallocs = simulated_cuda.calls["cudaMalloc"]
@@ -177,19 +177,19 @@ def test_bound_arrays_are_sent_only_when_they_change(unet, reference, simulated_
     assert not np.allclose(wrong, reference(given)["out_sample"], atol=1e-3)
     assert simulated_cuda.calls["cudaMalloc"] == mallocs
     with pytest.raises(EngineError, match="contiguous"):
-        engine.bind({**given, "sample": given["sample"].transpose(0, 1, 3, 2)})
+        engine.bind_host({**given, "sample": given["sample"].transpose(0, 1, 3, 2)})
 
 
 def linked(engine, given):
-    tensors = {name: engine.place(array) for name, array in given.items()}
-    tensors["out_sample"] = engine.place(np.zeros_like(given["sample"]))
-    return tensors, engine.link(tensors)
+    tensors = {name: engine.to_device(array) for name, array in given.items()}
+    tensors["out_sample"] = engine.to_device(np.zeros_like(given["sample"]))
+    return tensors, engine.bind_device(tensors)
 
 
 def test_a_graph_gives_what_launches_one_by_one_give(unet, reference, simulated_cuda):
     engine, given = unet(shapes(2)), feeds()
     tensors, link = linked(engine, given)
-    recorded = engine.record(link)
+    recorded = engine.capture(link)
     for seed in range(4):
         given = feeds(seed=seed)
         for name, array in given.items():
@@ -204,7 +204,7 @@ def test_engines_share_one_arena_and_graphs_follow_when_it_moves(unet, reference
     small, large = unet(shapes(2)), unet(shapes(2, 16))
     given = feeds()
     tensors, link = linked(small, given)
-    recorded = small.record(link)
+    recorded = small.capture(link)
     recorded()
     recorded()
     before = gpu.arena.generation, gpu.arena.size, simulated_cuda.used
@@ -230,7 +230,7 @@ def test_a_module_that_counts_the_whole_profile_gets_its_memory(unet, reference,
 def test_two_shapes_in_turn(unet, reference, simulated_cuda, trt):
     engine = unet(shapes((1, 2, 4), (8, 8, 16)))
     links = {side: linked(engine, feeds(side=side)) for side in (8, 16)}
-    recorded = {side: engine.record(link) for side, (_, link) in links.items()}
+    recorded = {side: engine.capture(link) for side, (_, link) in links.items()}
     for turn in range(4):
         for side, (tensors, _) in links.items():
             given = feeds(side=side, seed=turn)
@@ -245,17 +245,17 @@ def test_two_shapes_in_turn(unet, reference, simulated_cuda, trt):
 def test_links_are_checked(unet, gpu):
     engine = unet(shapes(2))
     tensors, _ = linked(engine, feeds())
-    with pytest.raises(EngineError, match="nothing was linked to out_sample"):
-        engine.link({name: tensor for name, tensor in tensors.items() if name != "out_sample"})
+    with pytest.raises(EngineError, match="nothing was bound to out_sample"):
+        engine.bind_device({name: tensor for name, tensor in tensors.items() if name != "out_sample"})
     with pytest.raises(EngineError, match="'sample' must be float32"):
-        engine.link({**tensors, "sample": engine.place(np.zeros((2, 3, 8, 8), np.float32))})
+        engine.bind_device({**tensors, "sample": engine.to_device(np.zeros((2, 3, 8, 8), np.float32))})
     for wrong in (np.zeros((2, 4, 8, 9), np.float32), np.zeros((2, 4, 8, 8), np.float16)):
         with pytest.raises(
-            EngineError, match=r"output 'out_sample' is float32 of shape \(2, 4, 8, 8\), what was linked"
+            EngineError, match=r"output 'out_sample' is float32 of shape \(2, 4, 8, 8\), what was bound"
         ):
-            engine.link({**tensors, "out_sample": engine.place(wrong)})
+            engine.bind_device({**tensors, "out_sample": engine.to_device(wrong)})
     with pytest.raises(EngineError, match="must lie on its GPU"):
-        engine.link({**tensors, "sample": Gpu().place(feeds()["sample"])})
+        engine.bind_device({**tensors, "sample": Gpu().to_device(feeds()["sample"])})
     with pytest.raises(EngineError, match="no plan takes"):
         linked(engine, feeds(3))
 
@@ -361,7 +361,7 @@ def test_other_weights_are_taken_over(unet, reference, other, simulated_cuda):
     assert not np.allclose(changed["out_sample"], reference(feeds())["out_sample"], atol=1e-2)
     engine = unet((shapes(2), {"flags": ("refit",)}), (shapes(4), {"flags": ("refit", "strip")}), onnx=other)
     tensors, link = linked(engine, feeds())
-    recorded = engine.record(link)
+    recorded = engine.capture(link)
     recorded()
     recorded()
     same({"out_sample": tensors["out_sample"].numpy()}, reference(feeds()))
@@ -425,10 +425,10 @@ def test_all_memory_is_given_back_at_once(unet, simulated_cuda, gpu):
     gc.disable()
     try:
         engine(feeds())
-        bound = engine.bind(feeds())
+        bound = engine.bind_host(feeds())
         bound()
         tensors, link = linked(engine, feeds(3))
-        recorded = engine.record(link)
+        recorded = engine.capture(link)
         recorded()
         recorded()
         assert simulated_cuda.graphs

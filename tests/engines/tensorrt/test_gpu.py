@@ -173,9 +173,9 @@ def assert_close(found, wanted, tolerance=TOLERANCE["fp32"]):
 
 
 def link(engine, feeds):
-    tensors = {name: engine.place(array) for name, array in feeds.items()}
-    tensors["out_sample"] = engine.place(np.full_like(feeds["sample"], np.nan))
-    return tensors, engine.link(tensors)
+    tensors = {name: engine.to_device(array) for name, array in feeds.items()}
+    tensors["out_sample"] = engine.to_device(np.full_like(feeds["sample"], np.nan))
+    return tensors, engine.bind_device(tensors)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -185,7 +185,7 @@ def test_a_plan_gives_what_onnx_runtime_gives(bundle, plan_of, engine_of, refere
     for rows, side, seed in ((2, 8, 0), (1, 8, 1), (2, 16, 2), (2, 8, 3)):
         feeds = feeds_of(bundle, name, rows, side, seed)
         assert_close(engine(feeds), reference(name)(feeds), TOLERANCE[precision])
-    bound = engine.bind(feeds)
+    bound = engine.bind_host(feeds)
     assert_close(bound(), reference(name)(feeds), TOLERANCE[precision])
 
 
@@ -204,7 +204,7 @@ def test_a_static_plan_serves_fewer_rows(bundle, plan_of, engine_of, reference):
 def test_a_graph_gives_what_launches_one_by_one_give(bundle, plan_of, engine_of, precision, recwarn):
     engine = engine_of("unet", plan_of("unet", precision))
     tensors, linked = link(engine, feeds_of(bundle, "unet"))
-    recorded = engine.record(linked)
+    recorded = engine.capture(linked)
     for seed in range(4):
         feeds = feeds_of(bundle, "unet", seed=seed)
         for name, array in feeds.items():
@@ -220,7 +220,7 @@ def test_a_graph_gives_what_launches_one_by_one_give(bundle, plan_of, engine_of,
 def test_two_shapes_in_turn(bundle, engine_of, reference):
     engine = engine_of("unet")
     links = {side: link(engine, feeds_of(bundle, "unet", side=side)) for side in (8, 16)}
-    recorded = {side: engine.record(linked) for side, (_, linked) in links.items()}
+    recorded = {side: engine.capture(linked) for side, (_, linked) in links.items()}
     for turn in range(4):
         for side, (tensors, _) in links.items():
             feeds = feeds_of(bundle, "unet", side=side, seed=turn)
@@ -234,7 +234,7 @@ def test_other_weights_are_taken_over(bundle, plan_of, engine_of, reference, oth
     engine = engine_of("unet", plan_of("unet", flags=("refit",)))
     feeds = feeds_of(bundle, "unet")
     tensors, linked = link(engine, feeds)
-    recorded = engine.record(linked)
+    recorded = engine.capture(linked)
     for _ in range(2):
         recorded()
     assert_close({"out_sample": tensors["out_sample"].numpy()}, reference("unet")(feeds))

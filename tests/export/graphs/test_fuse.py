@@ -8,8 +8,8 @@ import pytest
 
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError
-from diffoundry.engines.hoisted import HoistedEngine
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine, load_variant
+from diffoundry.engines.split import SplitEngine
 from diffoundry.export.graphs.fuse import fuse
 
 
@@ -76,7 +76,7 @@ def test_both_graphs_give_the_same(engines, sizes):
 
 def test_inputs_and_outputs_are_those_of_the_exported_graph(engines):
     plain, fused = engines
-    assert isinstance(fused, HoistedEngine)
+    assert isinstance(fused, SplitEngine)
     assert {tensor.name for tensor in fused.inputs} == {tensor.name for tensor in plain.inputs}
     assert fused.outputs == plain.outputs
     with pytest.raises(EngineError, match="unknown extra"):
@@ -88,7 +88,7 @@ def test_inputs_and_outputs_are_those_of_the_exported_graph(engines):
 def test_a_bound_engine_sees_a_changed_prompt_only_when_told(engines):
     plain, fused = engines
     given, other = feeds(1), feeds(2)
-    bound = fused.bind(given)
+    bound = fused.bind_host(given)
     np.testing.assert_allclose(bound()["out_sample"], plain(given)["out_sample"], atol=2e-5)
     for name in ("sample", "timestep"):
         given[name][...] = other[name]
@@ -102,7 +102,7 @@ def test_graphs_that_do_not_fit_are_refused(bundle, engines):
     plain = engines[0]
     encoder = load_variant(bundle.root, "vae_encoder", bundle.component("vae_encoder").variants[EXPORTED])
     with pytest.raises(EngineError, match="do not fit together"):
-        HoistedEngine("unet", encoder, plain)
+        SplitEngine("unet", encoder, plain)
 
 
 def test_a_model_without_attention_is_not_written_again(bundle, tmp_path):

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import Bundle, TextEncoder
-from ..common.arrays import Array
-from ..common.errors import BundleError, RequestError
-from ..engines import Engine
+from ...bundle import Bundle, TextEncoder
+from ...common.arrays import Array
+from ...common.errors import BundleError, RequestError
+from ...engines import Engine
 from .tokenizer import PromptTokenizer
-from .weighting import pad_to_longest, weighted_embeddings
+from .weighting import count_windows, pad_to_longest, weighted_embeddings
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class PromptSpec:
     """One prompt: `texts` for the first and the second text encoder. skip: layers to leave out."""
 
     texts: tuple[str, str]
@@ -27,15 +27,20 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """hidden: float32 (tokens, width). pooled: (width,) where the U-Net takes it. cut: what did not fit, by encoder."""
+    """hidden: float32 (tokens, width). pooled: (width,) where the U-Net takes it. truncated: what did not fit, by
+    encoder."""
 
     hidden: Array
     pooled: Array | None
-    cut: tuple[str, ...] = ()
+    truncated: tuple[str, ...] = ()
 
     def zeros(self) -> Embedding:
         """Nothing at all, of the same shape."""
         return Embedding(np.zeros_like(self.hidden), None if self.pooled is None else np.zeros_like(self.pooled))
+
+    def sources(self) -> dict[str, Array]:
+        """By the sources of the wiring."""
+        return {"text.hidden": self.hidden, **({} if self.pooled is None else {"text.pooled": self.pooled})}
 
 
 class TextEncoders:
@@ -56,51 +61,69 @@ class TextEncoders:
         """Whether one of them gives a pooled embedding."""
         return any(encoder.pooled for encoder in self._encoders.values())
 
-    def check(self, ask: Ask) -> None:
+    def check(self, spec: PromptSpec) -> None:
         """Raise `RequestError` for more layers skipped than there are."""
         for name, encoder in self._encoders.items():
-            if ask.skip > len(encoder.skips):
+            if spec.skip > len(encoder.skips):
                 raise RequestError(
-                    f"clip_skip must be from 0 to {len(encoder.skips)} with this {name}, found {ask.skip}"
+                    f"clip_skip must be from 0 to {len(encoder.skips)} with this {name}, found {spec.skip}"
                     + ("" if encoder.skips else ": compile the checkpoint again to skip layers")
                 )
 
-    def embed(self, asks: Sequence[Ask]) -> list[Embedding]:
+    def tokens(self, spec: PromptSpec) -> int:
+        """How many tokens the embedding of a prompt has. Raises `RequestError` where the two encoders do not agree."""
+        total = joined = 0
+        for name, encoder in self._encoders.items():
+            tokenizer = self.tokenizer(name)
+            windows = 1
+            if spec.weights or spec.windows:
+                text = spec.texts[encoder.text]
+                windows = count_windows(text, tokenizer, weights=spec.weights, windows=spec.windows)
+            tokens = windows * tokenizer.window
+            if not encoder.hidden:
+                continue
+            if joined and encoder.join == "width" and tokens != joined:
+                raise _unequal(joined, tokens)
+            total += 0 if joined and encoder.join == "width" else tokens
+            joined = total
+        return total
+
+    def embed(self, specs: Sequence[PromptSpec]) -> list[Embedding]:
         """The embeddings of each prompt; plain ones go through each encoder in one call."""
-        parts = [self._encode(name, asks) for name in self._encoders]
+        parts = [self._encode(name, specs) for name in self._encoders]
         return [_joined(list(self._encoders.values()), embeddings) for embeddings in zip(*parts, strict=True)]
 
     def level(self, embeddings: Sequence[Embedding]) -> list[Embedding]:
         """The same, brought to one length with windows of the empty prompt."""
         if len({len(each.hidden) for each in embeddings}) == 1:
             return list(embeddings)
-        empty = self.embed([Ask(("", ""))])[0].hidden
+        empty = self.embed([PromptSpec(("", ""))])[0].hidden
         padded = pad_to_longest([each.hidden for each in embeddings], empty)
-        return [Embedding(hidden, each.pooled, each.cut) for hidden, each in zip(padded, embeddings, strict=True)]
+        return [Embedding(hidden, each.pooled, each.truncated) for hidden, each in zip(padded, embeddings, strict=True)]
 
-    def _encode(self, name: str, asks: Sequence[Ask]) -> list[Embedding]:
+    def _encode(self, name: str, specs: Sequence[PromptSpec]) -> list[Embedding]:
         encoder, tokenizer = self._encoders[name], self.tokenizer(name)
-        plain = list(dict.fromkeys(ask.texts[encoder.text] for ask in asks if not (ask.weights or ask.windows)))
+        plain = list(dict.fromkeys(spec.texts[encoder.text] for spec in specs if not (spec.weights or spec.windows)))
         outputs: dict[str, Array] = {}
-        cut: list[str] = []
+        truncated: list[str] = []
         if plain:
-            ids, cut = tokenizer.encode(plain)
+            ids, truncated = tokenizer.encode(plain)
             outputs = self._run(name, ids)
         result = []
-        for ask in asks:
-            text = ask.texts[encoder.text]
-            if ask.weights or ask.windows:
+        for spec in specs:
+            text = spec.texts[encoder.text]
+            if spec.weights or spec.windows:
 
-                def run(ids: Array, skip: int = ask.skip) -> tuple[Array, Array | None]:
+                def run(ids: Array, skip: int = spec.skip) -> tuple[Array, Array | None]:
                     made = self._run(name, ids)
                     return made[_hidden(encoder, skip)], made.get(encoder.pooled)
 
-                made = weighted_embeddings(text, tokenizer, run, weights=ask.weights, windows=ask.windows)
-                result.append(Embedding(made.hidden, made.pooled, (made.cut,)))
+                made = weighted_embeddings(text, tokenizer, run, weights=spec.weights, windows=spec.windows)
+                result.append(Embedding(made.hidden, made.pooled, (made.truncated,)))
             else:
                 row = plain.index(text)
                 pooled = outputs[encoder.pooled][row] if encoder.pooled else None
-                result.append(Embedding(outputs[_hidden(encoder, ask.skip)][row], pooled, (cut[row],)))
+                result.append(Embedding(outputs[_hidden(encoder, spec.skip)][row], pooled, (truncated[row],)))
         return result
 
     def _run(self, name: str, ids: Array) -> dict[str, Array]:
@@ -141,14 +164,20 @@ def _joined(encoders: Sequence[TextEncoder], embeddings: Sequence[Embedding]) ->
         elif len(hidden) == len(each.hidden):
             hidden = np.concatenate([hidden, each.hidden], axis=1)
         else:
-            raise RequestError(
-                f"the prompts for the two text encoders take {len(hidden)} and {len(each.hidden)} tokens: "
-                "make them of one length, or leave prompt_2 out"
-            )
+            raise _unequal(len(hidden), len(each.hidden))
     if hidden is None:
         raise BundleError("no text encoder gives hidden states: compile the bundle again")
     pooled = [part.pooled for part in embeddings if part.pooled is not None]
-    return Embedding(hidden, np.concatenate(pooled) if pooled else None, tuple(part.cut[0] for part in embeddings))
+    return Embedding(
+        hidden, np.concatenate(pooled) if pooled else None, tuple(part.truncated[0] for part in embeddings)
+    )
+
+
+def _unequal(first: int, second: int) -> RequestError:
+    return RequestError(
+        f"the prompts for the two text encoders take {first} and {second} tokens: "
+        "make them of one length, or leave prompt_2 out"
+    )
 
 
 def _hidden(encoder: TextEncoder, skip: int) -> str:

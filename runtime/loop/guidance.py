@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..common.arrays import Array
-from ..common.checks import is_number
-from ..common.errors import RequestError
+from ...common.arrays import Array
+from ...common.checks import is_number
+from ...common.errors import RequestError
 
 MODES = ("joint", "split", "off")
 _LARGEST_SCALE = 1e6
@@ -62,11 +63,15 @@ class Guidance:
         return self.active and low * steps - _ROUNDING <= k < high * steps - _ROUNDING
 
 
+def per_row(values: Sequence[float | None], x: Array) -> Array:
+    """`values`, one for each row of `x`, float32 of axes that broadcast over it."""
+    return np.array(values, np.float32).reshape(-1, *(1,) * (x.ndim - 1))
+
+
 def combine(prompt: Array, negative: Array, guidances: list[Guidance]) -> Array:
-    """The guided model output of n rows, float32 (n, C, H, W), from both halves and the guidance of each row."""
-    scale = np.array([guidance.scale for guidance in guidances], np.float32)[:, None, None, None]
+    """The guided model output of n rows, float32 (n, …), from both halves and the guidance of each row."""
     guided: Array = np.subtract(prompt, negative, dtype=np.float32)
-    guided *= scale
+    guided *= per_row([guidance.scale for guidance in guidances], guided)
     guided += negative
     for row, (wanted, guidance) in enumerate(zip(prompt, guidances, strict=True)):
         if guidance.rescale:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from diffoundry.common.errors import BundleError, EngineError, RequestError, StoppedError
-from diffoundry.runtime.device_loop import phases
-from diffoundry.runtime.guidance import Guidance, combine
-from diffoundry.runtime.loop import Row
-from diffoundry.runtime.noise import TorchGenerator
+from diffoundry.runtime.loop.batch import Batch
+from diffoundry.runtime.loop.guidance import Guidance, combine
+from diffoundry.runtime.loop.host import HostStepper
+from diffoundry.runtime.loop.noise import TorchGenerator
+from diffoundry.runtime.loop.sample import Sample
+from diffoundry.runtime.loop.step import State, step_inputs
 from diffoundry.runtime.pipeline import Request, load
 from diffoundry.runtime.schedulers import make_table
-from diffoundry.runtime.step import State
 
 PROMPT = "a large red star at the left on a navy background"
 TOLERANCE = 2e-4
@@ -109,36 +110,47 @@ def test_the_device_loop_refuses_split_guidance(device_pipe):
 
 def test_links_are_checked(device_pipe):
     engine = device_pipe.engine("vae_decoder")
-    with pytest.raises(EngineError, match="nothing was linked to latent_sample, sample"):
-        engine.link({})
+    with pytest.raises(EngineError, match="nothing was bound to latent_sample, sample"):
+        engine.bind_device({})
     name = engine.inputs[0].name
-    wrong = {name: engine.place(np.zeros((1, 3, 8, 8), np.float32))}
+    wrong = {name: engine.to_device(np.zeros((1, 3, 8, 8), np.float32))}
     with pytest.raises(EngineError, match=f"input '{name}' must be"):
-        engine.link({**wrong, engine.outputs[0].name: engine.place(np.zeros((1, 3, 64, 64), np.float32))})
+        engine.bind_device({**wrong, engine.outputs[0].name: engine.to_device(np.zeros((1, 3, 64, 64), np.float32))})
 
 
-def test_phases_are_cut_where_rows_end_or_guidance_changes():
-    def row(steps, interval=(0.0, 1.0)):
+def test_steps_go_in_one_piece_until_a_row_ends_or_its_guidance_changes(pipe):
+    def sample(steps, interval=(0.0, 1.0)):
         table = make_table({"steps_offset": 1}, steps, "euler")
-        text = {"encoder_hidden_states": np.zeros((1, 1), np.float32)}
-        return Row(table, Guidance(5, interval=interval), TorchGenerator(0), text, text, np.zeros((4, 8, 8)))
+        text = {"encoder_hidden_states": np.zeros((77, 64), np.float32)}
+        guidance = Guidance(5, interval=interval)
+        return Sample(table, guidance, TorchGenerator(0), text, text, np.zeros((4, 8, 8), np.float32))
 
-    found = [(phase.rows, phase.guided, phase.steps) for phase in phases([row(4), row(6, (0, 0.5))])]
-    assert found == [((0, 1), (True, True), 3), ((0, 1), (True, False), 1), ((1,), (False,), 2)]
+    batch = Batch(HostStepper(pipe.engine("unet")))
+    first, second = batch.add(sample(4)), batch.add(sample(6, (0, 0.5)))
+    found = []
+    while batch:
+        found.append((batch.step(None), batch.done))
+    assert found == [(3, ()), (1, (first,)), (2, (first, second))]
+    assert batch.step() == 0
 
 
-def test_padding_changes_no_number():
-    tables = [make_table({"steps_offset": 1}, 5, name) for name in ("euler", "heun", "dpm++2m", "pndm")]
+def test_padding_changes_no_number(pipe):
+    """The `step` graph gives a row beside rows of more registers and steps what the host gives it alone."""
+    tables = [make_table({"steps_offset": 1}, 5 + i, name) for i, name in enumerate(("euler", "heun", "pndm", "deis"))]
     rng = np.random.default_rng(0)
-    latents = rng.standard_normal((len(tables), 4, 8, 8)).astype(np.float32)
-    together = State(tables, latents)
-    apart = [State([table], latents[i : i + 1]) for i, table in enumerate(tables)]
-    for _ in range(5):
-        output = rng.standard_normal(latents.shape).astype(np.float32)
-        together.advance(output, [None] * len(tables))
-        for i, state in enumerate(apart):
-            state.advance(output[i : i + 1], [None])
-            np.testing.assert_array_equal(together.x[i], state.x[0])
+    latents, output, noise = rng.standard_normal((3, len(tables), 4, 8, 8)).astype(np.float32)
+    states = [State(table, x) for table, x in zip(tables, latents, strict=True)]
+    rows = np.arange(len(tables))
+    beside = {"prompt_row": rows, "negative_row": rows, "source": rows}
+    scales = {"guidance": np.ones(len(tables), np.float32), "rescale": np.zeros(len(tables), np.float32)}
+    for _ in range(4):
+        feeds = {**step_inputs(states), **beside, **scales, "model_output": output, "noise": noise}
+        found = pipe.engine("step")(feeds)
+        for i, state in enumerate(states):
+            state.advance(output[i], noise[i])
+            own = found["next_registers"][i, : state.table.registers]
+            np.testing.assert_allclose(own, state.registers, atol=1e-5)
+            np.testing.assert_allclose(found["sample"][i], state.model_input(), atol=1e-5)
 
 
 def test_guidance_rescale_is_that_of_diffusers():

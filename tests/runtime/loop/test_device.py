@@ -16,8 +16,8 @@ from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError, StoppedError
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
 from diffoundry.engines.tensorrt.gpu import Gpu
-from diffoundry.runtime import device_loop
-from diffoundry.runtime.guidance import Guidance
+from diffoundry.runtime.loop import device
+from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pipeline import Pipeline, Request, load
 from diffoundry.tests.engines.tensorrt.simulated import write_plan
 
@@ -158,7 +158,7 @@ def test_a_phase_that_is_used_again_takes_the_new_prompt_where_a_part_is_compute
     pipe = load(bundle.root, loop="device")
     for prompt in (PROMPT, "a small blue ring", "a ring", PROMPT):
         assert_same(pipe, host, prompt=prompt)
-    assert len(pipe._device_loop._idle) == 1
+    assert len(pipe._phases._idle) == 1
 
 
 def test_two_shapes_in_turn(pipe, host, simulated_cuda):
@@ -208,29 +208,29 @@ def test_a_callback_sees_each_step_and_can_stop(pipe, host, simulated_cuda, sche
             pipe(PROMPT, seed=1, steps=6, scheduler=scheduler, callback=lambda k, total, latents: k < 3)
     # a stopped run gives back what it used, and both ways of running share the tensors
     assert_same(pipe, host, scheduler=scheduler)
-    assert len(pipe._device_loop._idle) == 1
+    assert len(pipe._phases._idle) == 1
     assert simulated_cuda.calls["cudaGraphInstantiate"] == 2  # one for each turn of the registers
 
 
 def test_noise_that_is_too_much_at_once_is_sent_step_by_step(pipe, host, simulated_cuda, monkeypatch):
-    monkeypatch.setattr(device_loop, "_MOST_NOISE_BYTES", 5 * 4 * 8 * 8 * 4)
+    monkeypatch.setattr(device, "_MOST_NOISE_BYTES", 5 * 4 * 8 * 8 * 4)
     for seed in (1, 2):
         assert_same(pipe, host, scheduler="ddpm", seed=seed)  # draws in five of six steps
     assert simulated_cuda.calls["cudaGraphLaunch"] == 1
-    monkeypatch.setattr(device_loop, "_MOST_NOISE_BYTES", 5 * 4 * 8 * 8 * 4 - 1)
+    monkeypatch.setattr(device, "_MOST_NOISE_BYTES", 5 * 4 * 8 * 8 * 4 - 1)
     before = simulated_cuda.calls["cudaGraphLaunch"]
     assert_same(pipe, host, scheduler="ddpm", seed=3)
     assert simulated_cuda.calls["cudaGraphLaunch"] == before + 4
 
 
 def test_only_so_many_phases_are_kept(pipe, host, simulated_cuda, monkeypatch):
-    monkeypatch.setattr(device_loop, "_MOST_PHASES", 2)
+    monkeypatch.setattr(device, "_MOST_PHASES", 2)
     for _ in range(2):
         assert_same(pipe, host)
     kept = simulated_cuda.used
     for steps in (2, 3, 4, 5, 6, 6):
         assert_same(pipe, host, steps=steps)
-        assert len(pipe._device_loop._idle) <= 2
+        assert len(pipe._phases._idle) <= 2
     assert simulated_cuda.used < 3 * kept
     assert len(simulated_cuda.graphs) == 1
 
@@ -258,41 +258,38 @@ def test_releasing_an_engine_gives_its_memory_back(pipe, host, simulated_cuda, n
 
 def test_an_engine_that_is_released_during_a_run_is_not_kept(pipe, host):
     pipe(PROMPT, steps=3, callback=lambda *step: pipe.release("unet"))
-    assert not pipe._device_loop._idle
+    assert pipe._phases is None
     assert_same(pipe, host, steps=3)
-    assert len(pipe._device_loop._idle) == 1
+    assert len(pipe._phases._idle) == 1
 
 
-def test_an_engine_that_fails_is_not_run_with_what_it_left(pipe, host, trt):
+def test_an_engine_that_fails_is_not_run_with_what_it_left(pipe, host, trt, monkeypatch):
     assert_same(pipe, host)
     trt.cuda.memory = trt.cuda.used
     with pytest.raises(EngineError, match="out of GPU memory"):
         pipe(PROMPT, steps=7)
     trt.cuda.memory = 1 << 30
-    runs = iter(range(100))
+    with monkeypatch.context() as broken:
 
-    def fail(*step):
-        if next(runs) == 2:
-            raise EngineError("broken")
+        def fail(*step):
+            broken.setattr(type(trt.contexts[0]), "execute_async_v3", lambda context, stream: False)
 
-    with pytest.raises(EngineError, match="broken"):
-        pipe(PROMPT, steps=6, callback=fail)
-    assert not pipe._device_loop._idle
+        with pytest.raises(EngineError, match="TensorRT did not run it"):
+            pipe(PROMPT, steps=6, callback=fail)
+    assert not pipe._phases._idle
     assert_same(pipe, host)
 
 
 def test_latents_that_overflow_are_refused(make, bundle, monkeypatch):
     pipe = make(UNET)
-    embeddings = pipe._inputs.encoders  # the model is fine: what it is told is not
-    assert embeddings
-    real = device_loop._contents
+    real = device._contents
 
     def poisoned(*args):
-        contents = real(*args)
-        contents["encoder_hidden_states"] = np.full_like(contents["encoder_hidden_states"], np.nan)
-        return contents
+        contents, texts = real(*args)
+        texts["encoder_hidden_states"] = np.full_like(texts["encoder_hidden_states"], np.nan)
+        return contents, texts
 
-    monkeypatch.setattr(device_loop, "_contents", poisoned)
+    monkeypatch.setattr(device, "_contents", poisoned)
     with pytest.raises(EngineError, match="the final latents are not finite"):
         pipe(PROMPT, steps=3)
 
@@ -328,10 +325,11 @@ def test_a_run_within_a_callback_does_not_disturb_it(pipe, host):
     np.testing.assert_allclose(inner[1], host("a ring", seed=1, steps=4).latents, atol=TOLERANCE)
 
 
-def test_engines_of_two_kinds_cannot_be_linked(bundle, make):
+@pytest.mark.parametrize(("name", "message"), [("unet", "must lie on its GPU"), ("step", "must be ONNX Runtime's")])
+def test_engines_of_two_kinds_cannot_be_bound_together(bundle, make, name, message):
     on_gpu = make(UNET)
-    pipe = Pipeline(bundle, loop="device", engines={"unet": lambda: on_gpu.engine("unet")})
-    with pytest.raises(EngineError, match="unet: what is linked to it must lie on its GPU"):
+    pipe = Pipeline(bundle, loop="device", engines={name: lambda: on_gpu.engine(name)})
+    with pytest.raises(EngineError, match=f"unet: what is bound to it {message}: load all parts for one engine"):
         pipe(PROMPT, steps=2)
 
 

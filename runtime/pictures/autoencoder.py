@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..bundle import Bundle, Manifest, Role
-from ..common.arrays import Array
-from ..engines import Engine
-from .noise import Generator
+from ...bundle import Bundle, Manifest, Role
+from ...common.arrays import Array
+from ...engines import Engine
+from ..loop.noise import Generator
 from .tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
 
 DECODERS: dict[str, Role] = {"full": "decoder", "tiny": "preview"}
@@ -32,6 +32,11 @@ class Autoencoder:
         self._tiny = self._latents.encoded == "sample"
         self._encoder = bundle.manifest.named("encoder")
         self._decoders = {name: decoder_of(bundle.manifest, name) for name in DECODERS}
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """The shape of the latents of one picture, (C, h, w). size: width and height in pixels."""
+        width, height = (side // self._latents.downscale for side in size)
+        return self._latents.channels, height, width
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
         """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale)."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..common.arrays import Array
+from ...common.arrays import Array
 
 _BLOCK = 16
 _CUDA_BLOCK = 256

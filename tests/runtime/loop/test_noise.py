@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffoundry.runtime.noise import GENERATORS, PhiloxGenerator, TorchGenerator, philox4x32
+from diffoundry.runtime.loop.noise import GENERATORS, PhiloxGenerator, TorchGenerator, philox4x32
 
 
 def test_known_values():

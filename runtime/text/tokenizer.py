@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ..bundle import Tokenizer as Spec
-from ..bundle.tokens import read_tokens
-from ..common.arrays import Array
-from ..common.errors import BundleError
-from ..common.files import check_regular
+from ...bundle import Tokenizer as Spec
+from ...bundle.tokens import read_tokens
+from ...common.arrays import Array
+from ...common.errors import BundleError
+from ...common.files import check_regular
 
 _CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -33,6 +33,11 @@ class PromptTokenizer:
         tokens = self.tokens(texts)
         rows = np.array([self.row(ids[: self.room]) for ids in tokens], np.int64)
         return rows, [self.text(ids[self.room :]) for ids in tokens]
+
+    @property
+    def window(self) -> int:
+        """How many tokens one window has, start and end included."""
+        return self._spec.max_length
 
     @property
     def room(self) -> int:

@@ -1,0 +1,128 @@
+"""The loop on the host: scale, call the denoiser, guide, step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ...common.arrays import Array
+from ...common.errors import EngineError
+from ...engines import Engine
+from .guidance import combine
+from .sample import Ports, Row, Sample
+
+
+class HostStepper:
+    """Steps the rows of a batch on the host. It binds the denoiser's buffers once for each set of rows.
+
+    With a `pool` of w threads the rows of a call are shared among w + 1 calls that run at once, which is faster than
+    sharing each operator where the operators are small; the engine should then have one thread of its own.
+    """
+
+    def __init__(
+        self, denoiser: Engine, ports: Ports | None = None, pool: ThreadPoolExecutor | None = None, workers: int = 0
+    ) -> None:
+        """workers: threads of the pool."""
+        self._denoiser, self._ports = denoiser, ports or Ports()
+        self._pool, self._at_once = pool, 1 if pool is None else workers + 1
+        self._rows: list[Row] = []
+        self._calls: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Call]] = {}
+
+    def check(self, sample: Sample) -> None:
+        """Any sample runs on the host."""
+
+    def advance(self, rows: list[Row], steps: int) -> None:
+        """Make `steps` steps of every row. Raises `EngineError` when the denoiser fails."""
+        if self._rows != rows:
+            self._rows, self._calls = list(rows), {}
+        for _ in range(steps):
+            for row, output in zip(rows, self.predict(rows), strict=True):
+                row.advance(output)
+
+    def predict(self, rows: Sequence[Row]) -> Array:
+        """The guided model output for the next step of each row, float32 (n, C, …)."""
+        on = [i for i, row in enumerate(rows) if row.guided()]
+        guided = [rows[i] for i in on]
+        if any(row.sample.guidance.mode == "split" for row in guided):
+            negative, prompt = self._call(guided, ()).copy(), self._call((), rows)
+        else:
+            both = self._call(guided, rows)
+            negative, prompt = both[: len(on)], both[len(on) :]
+        outputs = np.array(prompt, np.float32)
+        if on:
+            outputs[on] = combine(prompt[on], negative, [row.sample.guidance for row in guided])
+        return outputs
+
+    def synchronize(self) -> None:
+        """The rows hold their latents already."""
+
+    def close(self) -> None:
+        """Forget the rows and their buffers."""
+        self._rows, self._calls = [], {}
+
+    def _call(self, negative: Sequence[Row], prompt: Sequence[Row]) -> Array:
+        """Rows with their negative prompt, then rows with their prompt; the next call may overwrite the outputs."""
+        key = tuple(row.handle for row in negative), tuple(row.handle for row in prompt)
+        if key not in self._calls:
+            self._calls[key] = self._bind(negative, prompt)
+        first, *others = self._calls[key]
+        if not others or self._pool is None:
+            return first()
+        waiting = [self._pool.submit(call) for call in others]
+        return np.concatenate([first(), *(future.result() for future in waiting)])
+
+    def _bind(self, negative: Sequence[Row], prompt: Sequence[Row]) -> list[_Call]:
+        texts = [row.sample.negative or {} for row in negative] + [row.sample.prompt for row in prompt]
+        rows = [*negative, *prompt]
+        parts = np.array_split(np.arange(len(rows)), min(self._at_once, len(rows)))
+        return [_Call(self._denoiser, self._ports, [(rows[i], texts[i]) for i in part]) for part in parts]
+
+
+class _Call:
+    """One call of the denoiser: its bound buffers, and the row of the batch that each of its rows comes from.
+
+    Ours takes one timestep a row; exports of other tools take a scalar, or one for all rows.
+    """
+
+    def __init__(self, denoiser: Engine, ports: Ports, rows: Sequence[tuple[Row, Mapping[str, Array]]]) -> None:
+        """Raises `EngineError` when the inputs of the denoiser are not what the rows hold."""
+        self._component, self._ports = denoiser.component, ports
+        self._rows = [row for row, _ in rows]
+        first, texts = self._rows[0].sample, [text for _, text in rows]
+        specs = {tensor.name: tensor for tensor in denoiser.inputs}
+        wrong = sorted(set(specs) ^ {ports.sample, ports.timestep, *texts[0]})
+        if wrong:
+            raise EngineError(
+                f"{self._component}: the model and the pipeline do not agree on {', '.join(wrong)}: compile it again"
+            )
+        self._channels = len(first.latents)
+        count = self._channels + (0 if first.channels is None else len(first.channels))
+        wanted = specs[ports.sample].shape[1]
+        if isinstance(wanted, int) and wanted != count:
+            raise EngineError(
+                f"{self._component}: the model takes {wanted} channels, the latents have {self._channels}: "
+                "compile it again"
+            )
+        self._sample = np.zeros((len(rows), count, *first.latents.shape[1:]), specs[ports.sample].dtype)
+        if first.channels is not None:
+            self._sample[:, self._channels :] = [row.sample.channels for row in self._rows]
+        timestep = specs[ports.timestep]
+        self._each = timestep.shape == specs[ports.sample].shape[:1]
+        self._timestep = np.zeros(len(rows) if self._each else (1,) * len(timestep.shape), timestep.dtype)
+        feeds = {name: np.array([text[name] for text in texts], specs[name].dtype) for name in texts[0]}
+        self._binding = denoiser.bind_host({ports.sample: self._sample, ports.timestep: self._timestep, **feeds})
+        self._output = denoiser.outputs[0].name
+
+    def __call__(self) -> Array:
+        for buffer, row in zip(self._sample, self._rows, strict=True):
+            buffer[: self._channels] = row.state.model_input()
+        timesteps = [row.state.timestep for row in self._rows]
+        if not self._each and len(set(timesteps)) > 1:
+            raise EngineError(
+                f"{self._component}: this model takes one timestep for all rows, so all must be at the same step: "
+                "give them one scheduler and step count, or compile the checkpoint with diffoundry"
+            )
+        self._timestep[...] = timesteps if self._each else timesteps[0]
+        return self._binding(self._ports.sample, self._ports.timestep)[self._output]

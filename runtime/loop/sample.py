@@ -1,0 +1,85 @@
+"""One image on its way through the loop: what it is made of, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...common.arrays import Array
+from ..schedulers import Table
+from .guidance import Guidance
+from .noise import Generator
+from .step import State
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The names of the denoiser's inputs that change at every step: its latents and its timestep."""
+
+    sample: str = "sample"
+    timestep: str = "timestep"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRegion:
+    """The part of an image that inpainting keeps: after each step, noised as the step is, where the mask is 0.
+
+    mask: float32 (1, …), 1 where the image is drawn anew. image, noise: latents, (C, …).
+    """
+
+    mask: Array
+    image: Array
+    noise: Array
+
+    def blend(self, x: Array, table: Table, k: int) -> Array:
+        """The latents after step k of `table`, with the kept part of the image in its place."""
+        alpha, sigma = table.levels[k + 1].astype(np.float32) if k + 1 < table.steps else (1.0, 0.0)
+        kept = alpha * self.image + sigma * self.noise
+        blended: Array = (1 - self.mask) * kept + self.mask * x
+        return blended
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image to be: its schedule, guidance and noise, its text, and the latents that it starts from.
+
+    generator: used up by the loop, so a sample runs once. prompt, negative: the denoiser's inputs beside latents and
+    timestep, without their row axis; negative is needed where the guidance is active. latents: float32 (C, …), of any
+    axes. kept: for inpainting. channels: float32 (c, …), what the denoiser sees beside the latents at every step.
+    """
+
+    table: Table
+    guidance: Guidance
+    generator: Generator
+    prompt: Mapping[str, Array]
+    negative: Mapping[str, Array] | None
+    latents: Array
+    kept: KeptRegion | None = None
+    channels: Array | None = None
+
+
+class Row:
+    """A sample in a batch."""
+
+    def __init__(self, handle: int, sample: Sample) -> None:
+        self.handle, self.sample = handle, sample
+        self.state = State(sample.table, sample.latents)
+
+    def guided(self, ahead: int = 0) -> bool:
+        """Whether the step that is `ahead` steps from the next one is guided."""
+        return self.sample.guidance.at(self.state.position + ahead, self.sample.table.steps)
+
+    def draw(self) -> Array:
+        """The next noise of this row, (C, …)."""
+        noise: Array = self.sample.generator.randn(1, *self.sample.latents.shape)[0]
+        return noise
+
+    def advance(self, output: Array) -> None:
+        """Make the next step from the guided model output, (C, …)."""
+        state, kept = self.state, self.sample.kept
+        k = state.position
+        state.advance(output, self.draw() if state.draws() else None)
+        if kept is not None:
+            state.x[...] = kept.blend(state.x, state.table, k)

@@ -1,0 +1,76 @@
+"""A run on its way: what it yields after each step, and what it has made in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..common.arrays import Array
+from ..common.errors import RequestError, StoppedError
+
+if TYPE_CHECKING:
+    from .pipeline import Result
+
+Callback = Callable[[int, int, Array], object]
+"""`callback(step, total, latents)` after each step; returning False stops the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands after a step: `step` of `total`, counted from 1.
+
+    latents: float32 (N, C, H/downscale, W/downscale), a copy, of the images that are made together; where they differ
+    in their steps, those that are done have their final latents.
+    """
+
+    step: int
+    total: int
+    latents: Array
+
+    def report(self, callback: Callback) -> None:
+        """Call `callback`. Raises `StoppedError` when it returns False."""
+        answer = callback(self.step, self.total, self.latents)
+        if isinstance(answer, (bool, np.bool_)) and not answer:
+            raise StoppedError(f"stopped by the callback after step {self.step} of {self.total}")
+
+
+class Run(Iterator[Progress]):
+    """Yields a `Progress` after each step, and has the `result` when there are no more.
+
+        run = pipe.steps(request)
+        for progress in run:
+            …
+        run.result.images[0]
+
+    Nothing runs between two steps, so it can be left at any time; `close` gives back at once what it holds.
+    """
+
+    def __init__(self, steps: Generator[Progress, None, list[Result]]) -> None:
+        self._steps = steps
+        self._results: list[Result] | None = None
+
+    def __next__(self) -> Progress:
+        try:
+            return next(self._steps)
+        except StopIteration as end:
+            self._results = end.value if self._results is None else self._results
+            raise StopIteration from None
+
+    @property
+    def results(self) -> list[Result]:
+        """The result of each request. Raises `RequestError` while steps are left, and when they were never made."""
+        if self._results is None:
+            raise RequestError("the run has no result before its last step: iterate to the end")
+        return self._results
+
+    @property
+    def result(self) -> Result:
+        """As `results`, of the only request."""
+        return self.results[0]
+
+    def close(self) -> None:
+        """End the run. The pipeline is free for others."""
+        self._steps.close()
