@@ -20,10 +20,10 @@ from PIL import Image
 from ..bundle import AS_EXPORTED, PRECISIONS, Bundle
 from ..bundle.wiring import SOURCES, TASKS
 from ..common.arrays import Array
-from ..common.checks import whole_number
+from ..common.checks import MOST_IMAGES, MOST_THREADS, whole_number
 from ..common.errors import BundleError, EngineError, RequestError
 from ..engines import Engine
-from ..engines.supply import Supply
+from ..engines.loader import EngineLoader
 from ..families import open_bundle
 from .conditions import Conditions, Fed
 from .conditions.condition import merged
@@ -38,10 +38,9 @@ from .loop.sample import Ports, Sample
 from .names import ours
 from .pictures.autoencoder import DECODERS, Autoencoder
 from .pictures.images import to_image
-from .request import MOST_IMAGES, Request
+from .request import Request
 from .run import Callback, Progress, Run
 
-_MOST_THREADS = 1024
 _SMALL_BYTES = 64 << 20
 """A model under this has operators too small to be worth sharing among processors."""
 _GUIDANCE = {
@@ -101,11 +100,11 @@ class Pipeline:
 
         _check_manifest(bundle)
         if threads is not None:
-            threads = whole_number("threads", threads, 1, _MOST_THREADS)
+            threads = whole_number("threads", threads, 1, MOST_THREADS)
         self.bundle = bundle
-        self._supply = Supply(bundle, engine, precision, weight_budget)
+        self._loader = EngineLoader(bundle, engine, precision, weight_budget)
         self._threads = threads
-        self._loaders = dict(engines or {})
+        self._engines_given = dict(engines or {})
         if loop not in (None, *_LOOPS):
             raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
         self._denoiser, self._step = (bundle.manifest.named(role) for role in ("denoiser", "step"))
@@ -113,7 +112,7 @@ class Pipeline:
         self._ports = Ports(sources["latents"], sources["timestep"])
         if loop == "device" and not self._step:
             raise BundleError(f"{bundle.root} holds no step graph: compile it again, or use the loop 'host'")
-        on_device = not self._supply.engine.on_cpu and bool(self._step)
+        on_device = not self._loader.engine.on_cpu and bool(self._step)
         self._loop_asked = loop
         self._loop = loop or ("device" if on_device else "host")
         self._workers = (threads or default_threads()) - 1
@@ -133,25 +132,14 @@ class Pipeline:
         with self._lock:
             if name not in self._engines:
                 threads = 1 if name == self._denoiser and self._small(name) else self._threads
-                loader = self._loaders.get(name)
-                self._engines[name] = self._supply.load(name, threads) if loader is None else loader()
+                loader = self._engines_given.get(name)
+                self._engines[name] = self._loader.load(name, threads) if loader is None else loader()
             return self._engines[name]
 
-    def told(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
         """What runs the bundle: `engine`, `precision`, and the plan that served each component, where it has plans."""
         self._check_process()
-        with self._lock:
-            for name, engine in self._engines.items():
-                self._supply.remember(name, engine)
-            return self._supply.told()
-
-    def precision_of(self, name: str) -> str:
-        """The precision that component `name` is run in."""
-        return self._supply.precision_of(name)
-
-    def plan_shapes(self, name: str) -> list[dict[str, tuple[int, ...]]]:
-        """The usual shapes of the plans of component `name`; [] where it takes any."""
-        return self._supply.plan_shapes(name)
+        return self._loader.info()
 
     def _start(self) -> None:
         """Hold no engines, and locks and threads of this process."""
@@ -162,7 +150,7 @@ class Pipeline:
 
     def _start_in_child(self) -> None:
         """Start again in a forked process, where the threads of the engines are not there."""
-        if self._supply.engine.on_cpu:
+        if self._loader.engine.on_cpu:
             self._inherited = self._engines, self._phases, self._pool  # to end them would wait for their threads
             self._process = os.getpid()
             self._start()
@@ -180,7 +168,7 @@ class Pipeline:
         """Whether rows of this component's calls are shared among the processors, rather than its operators."""
         folder = self.bundle.path(name)
         weights = sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file())
-        return self._supply.engine.on_cpu and weights < _SMALL_BYTES
+        return self._loader.engine.on_cpu and weights < _SMALL_BYTES
 
     @property
     def loaded(self) -> list[str]:
@@ -192,9 +180,7 @@ class Pipeline:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
         self._check_process()
         with self._lock:
-            engine = self._engines.pop(name, None)
-            if engine is not None:
-                self._supply.remember(name, engine)
+            self._engines.pop(name, None)
             if name in (self._denoiser, self._step):
                 self._phases = None  # which are bound to them
 
@@ -347,7 +333,7 @@ class Pipeline:
     def _most_images(self, jobs: Sequence[Job]) -> int:
         """The most images that one call of the U-Net takes."""
         width, height = (side // self.bundle.manifest.latents.downscale for side in jobs[0].size)
-        rows = self._supply.most_rows(height, width)
+        rows = self._loader.most_rows(height, width)
         joint = any(job.guidance.active and job.guidance.mode == "joint" for job in jobs)
         return MOST_IMAGES if rows is None else max(1, rows // (2 if joint else 1))
 

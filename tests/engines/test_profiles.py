@@ -8,7 +8,7 @@ import pytest
 
 from diffoundry.common.errors import EngineError
 from diffoundry.engines.profiles import Profile
-from diffoundry.engines.tensorrt.plan import Plan, closest
+from diffoundry.engines.tensorrt.plan import Plan, Recipe, closest
 
 
 def profile(name, least, usual, largest):
@@ -21,7 +21,7 @@ RANGE = profile("range", (1, 4, 8, 8), (2, 4, 8, 8), (4, 4, 32, 32))
 
 
 def plan(name, own):
-    return Plan("unet", {}, "tensorrt-rtx", "1.7", ("sm89",), "", "fp16", own, (), Path(name), name)
+    return Plan(Recipe("unet", {}, "tensorrt-rtx", "1.7", ("sm89",), "", "fp16", own), Path(name), name, {})
 
 
 PLANS = [plan("c", RANGE), plan("b", LARGE), plan("a", SMALL)]

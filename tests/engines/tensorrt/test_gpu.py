@@ -17,8 +17,7 @@ from diffoundry.engines.tensorrt.backend import BACKENDS, Backend
 from diffoundry.engines.tensorrt.build import build
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
 from diffoundry.engines.tensorrt.gpu import Gpu, shared
-from diffoundry.engines.tensorrt.plan import CACHE_NAME, Plan
-from diffoundry.engines.tensorrt.recipe import Recipe
+from diffoundry.engines.tensorrt.plan import CACHE_NAME, Plan, Recipe
 from diffoundry.runtime.pipeline import load
 
 pytestmark = pytest.mark.gpu

@@ -10,10 +10,11 @@ import numpy as np
 
 from ..bundle import FULL, PRECISIONS, Bundle
 from ..common.arrays import Array
+from ..common.checks import MOST_THREADS, whole_number
 from ..common.errors import BundleError
-from ..engines import EngineStore
-from ..engines.names import ONNXRUNTIME, EngineName
-from .pipeline import Pipeline
+from .cache import EngineStore
+from .loader import EngineLoader
+from .names import ONNXRUNTIME, EngineName
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,14 @@ def verify(
 ) -> Iterator[Check]:
     """Check every hash, then yield one `Check` a component, precision and shape as it is done.
 
-    engine: as `Pipeline` takes it. precision: default all that the bundle has and the engine runs. What has plans is
+    engine: one of `names.ENGINES`. precision: default all that the bundle has and the engine runs. What has plans is
     held against ONNX Runtime on the CPU at their own shapes, with the recorded inputs repeated to fill them.
     Raises `BundleError` when a file was changed, or for a bundle without recorded references.
     """
     if bundle.foreign:
         raise BundleError(f"{bundle.root} has no bundle.json and so nothing to verify against: compile it")
+    if threads is not None:
+        threads = whole_number("threads", threads, 1, MOST_THREADS)
     bundle.check()
     problems = EngineStore(bundle.root / "engines").problems()
     if problems:
@@ -51,30 +54,29 @@ def verify(
 
 def runnable(bundle: Bundle, engine: str) -> list[str]:
     """The precisions that `bundle` has and `engine` runs: of plans the one it was compiled for, on the CPU no bf16."""
-    lower = {name for part in bundle.manifest.components.values() for name in part.precisions} - {FULL}
+    lower = {name for part in bundle.manifest.components.values() for name in part.precisions if name in PRECISIONS}
     name = EngineName.parse(engine)
     if name.backend != ONNXRUNTIME:
         return [bundle.manifest.precision]
-    return [FULL, *sorted(lower - ({"bf16"} if name.on_cpu else set()))]
+    return [FULL, *sorted(lower - {FULL, *(["bf16"] if name.on_cpu else [])})]
 
 
 def _verify(bundle: Bundle, engine: str, precision: str, threads: int | None) -> Iterator[Check]:
-    pipeline = Pipeline(bundle, engine=engine, precision=precision, threads=threads)
-    reference = Pipeline(bundle, engine=ONNXRUNTIME, precision=FULL, threads=threads)
+    loader, exact = EngineLoader(bundle, engine, precision), EngineLoader(bundle, ONNXRUNTIME, FULL)
     for name in bundle.manifest.components:
-        own = pipeline.precision_of(name)
-        shapes = pipeline.plan_shapes(name)
+        own = loader.precision_of(name)
+        shapes = loader.plan_shapes(name)
         if own != precision and not shapes:  # the step, which is checked with fp32
             continue
-        checked = pipeline.engine(name)
+        checked = loader.load(name, threads)
         feeds, expected = _reference(bundle, name, {tensor.name for tensor in checked.outputs})
-        for shape in shapes:
-            feeds = {key: np.resize(array, shape[key]) for key, array in feeds.items()}
-            yield _compare(name, own, checked(feeds), reference.engine(name)(feeds))
         if not shapes:
             yield _compare(name, own, checked(feeds), expected)
-        pipeline.release(name)
-        reference.release(name)
+            continue
+        reference = exact.load(name, threads)
+        for shape in shapes:
+            feeds = {key: np.resize(array, shape[key]) for key, array in feeds.items()}
+            yield _compare(name, own, checked(feeds), reference(feeds))
 
 
 def _compare(name: str, precision: str, found: Mapping[str, Array], expected: Mapping[str, Array]) -> Check:

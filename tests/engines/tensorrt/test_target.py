@@ -8,8 +8,8 @@ import pytest
 
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import DiffoundryError, EngineError
-from diffoundry.export.plans import site
-from diffoundry.export.target import Target, parse_batch, parse_range, parse_size, profiles, rows_of_unet
+from diffoundry.engines.tensorrt.bundle_plans import resolve_machine
+from diffoundry.engines.tensorrt.target import Target, parse_batch, parse_range, parse_size, profiles, rows_of_denoiser
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def test_what_does_not_depend_on_the_size_has_one_plan(manifest):
 
 
 def test_the_rows_of_the_unet_follow_the_guidance(manifest):
-    assert rows_of_unet(manifest, (1, 1)) == (2, 2, 2)
-    assert rows_of_unet(manifest, (2, 4)) == (2, 4, 8)
-    assert rows_of_unet(replace(manifest, default_guidance=0.0), (3, 3)) == (3, 3, 3)
+    assert rows_of_denoiser(manifest, (1, 1)) == (2, 2, 2)
+    assert rows_of_denoiser(manifest, (2, 4)) == (2, 4, 8)
+    assert rows_of_denoiser(replace(manifest, default_guidance=0.0), (3, 3)) == (3, 3, 3)
 
 
 def test_every_sampler_fits_the_plan_of_the_step(manifest, bundle_of):
@@ -141,7 +141,7 @@ def test_values_are_read_as_they_are_written():
 def test_a_target_is_held_against_the_backend_before_any_work(precision, target, message):
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(EngineError, match=message):
-        site("tensorrt-rtx", precision, target)
+        resolve_machine("tensorrt-rtx", precision, target)
 
 
 def test_without_a_gpu_the_architectures_must_be_named():
@@ -152,8 +152,8 @@ def test_without_a_gpu_the_architectures_must_be_named():
         Device().close()
     except EngineError:
         with pytest.raises(EngineError, match=r"no NVIDIA GPU.*: refit plans are built on the machine that has"):
-            site("tensorrt-rtx", "fp16", Target(flags=("refit",)))
+            resolve_machine("tensorrt-rtx", "fp16", Target(flags=("refit",)))
         with pytest.raises(EngineError, match=r"no NVIDIA GPU.*: name the GPUs to build for, of --arch sm75,sm80"):
-            site("tensorrt-rtx", "fp16", Target())
+            resolve_machine("tensorrt-rtx", "fp16", Target())
     else:
-        assert site("tensorrt-rtx", "fp16", Target()).device
+        assert resolve_machine("tensorrt-rtx", "fp16", Target()).device

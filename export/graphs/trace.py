@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import CheckpointError, reason
-from .plan import OPSET, ComponentPlan
+from ...common.errors import CheckpointError, reason
 from .simplify import simplify
+from .spec import OPSET, ComponentSpec
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 _CHATTY = ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", "torch.utils._sympy", "torch._dynamo")
 
 
-def trace(plan: ComponentPlan, module: Any, folder: Path) -> None:
+def trace(plan: ComponentSpec, module: Any, folder: Path) -> None:
     """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large). The module has no weights after that.
 
     Raises `CheckpointError` when the exporter fails or fixed an axis that the plan names.
@@ -75,7 +75,7 @@ def _empty(module: Any, model: Any) -> None:
         value.const_value = None
 
 
-def _name_axes(plan: ComponentPlan, model: Any) -> None:
+def _name_axes(plan: ComponentSpec, model: Any) -> None:
     """Give inputs and outputs the plan's names and axes. Raises `CheckpointError` when an axis became fixed."""
     import onnx_ir
 

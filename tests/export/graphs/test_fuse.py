@@ -10,7 +10,7 @@ from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine, load_variant
 from diffoundry.engines.split import SplitEngine
-from diffoundry.export.fuse import fuse
+from diffoundry.export.graphs.fuse import fuse
 
 
 def kinds(path):

@@ -1,5 +1,6 @@
-"""Where a bundle is made, and how it takes its place: beside the old one, then in its stead.
+"""The working folder of a compile: `.NAME.part` beside the target, renamed over it at the end.
 
+The old bundle waits as `.NAME.old` between the two renames.
 A target that cannot be renamed (a mount point, the working directory, a folder whose parent is not ours to write to)
 is made in a folder inside of it, and the contents change places one by one. Both ways go on after a stop.
 """
@@ -9,13 +10,27 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from ..bundle import MANIFEST_NAME
-from ..bundle.manifest import from_json
 from ..common.errors import BundleError, DiffoundryError
-from ..common.files import MARK_NAME, check_tree, disk_error, is_marked, mark, read_json, remove, unmark, write_json
+from ..common.files import (
+    MARK_NAME,
+    check_tree,
+    disk_error,
+    exclusive,
+    is_marked,
+    mark,
+    read_json,
+    remove,
+    unmark,
+    write_json,
+)
+from .manifest import MANIFEST_NAME, Files, from_json
 
+T = TypeVar("T")
 STAGES = ".stages"
 """The records of finished stages, in the folder that a bundle is made in."""
 UNPACKED = ".checkpoint"
@@ -26,9 +41,44 @@ _JOURNAL = ".swap.json"
 """In that folder: the names that leave the target and those that come into it, from when it begins until it ends."""
 _REPLACED = ".old"
 """In that folder: what left the target."""
+_ASIDE = (_JOURNAL, _REPLACED, STAGES, UNPACKED, MARK_NAME)
+"""In that folder: what does not come into the target."""
 _OWN = (MANIFEST_NAME, "model_index.json", "engines/timing.cache")
 _OWN_FOLDERS = re.compile(r"reports/stages/[^/]+\.json|engines/\.?[0-9a-f]{32}(-[0-9a-f]{8})?/.*")
 """What a bundle holds that its manifest does not list."""
+
+
+def resolved(out: object) -> Path:
+    """The absolute path of the output. Raises `DiffoundryError` for one that no bundle can be written to."""
+    if not isinstance(out, (str, Path)) or not str(out):
+        raise DiffoundryError(f"the output must be a path, found {out!r}")
+    try:
+        path = Path(out).resolve()
+    except (RuntimeError, ValueError):  # a loop of links, a null character
+        raise DiffoundryError(f"the output {str(out)!r} is no path to a folder: choose another --output") from None
+    if not path.name:
+        raise DiffoundryError(f"{path} is a root folder: choose an --output below it, such as {path / 'new.bundle'}")
+    return path
+
+
+@contextmanager
+def working(target: Path, check: Callable[[], T]) -> Iterator[tuple[Path, T]]:
+    """The folder that the bundle `target` is made in, for this process alone, and what `check` returns.
+
+    check: raises for what stands in the way, before anything is made. The folder is kept when a finished stage is
+    in it, for the next run. Errors of the disk become `DiffoundryError`.
+    """
+    try:
+        with exclusive(target):
+            recover(target)
+            checked = check()
+            try:
+                prepare(target)
+                yield work_folder(target), checked
+            finally:
+                tidy(target)
+    except OSError as error:
+        raise disk_error(error) from error
 
 
 def work_folder(target: Path) -> Path:
@@ -56,10 +106,10 @@ def check_target(target: Path, checkpoint: str | Path) -> None:
     local = isinstance(checkpoint, (str, Path)) and Path(checkpoint).exists()
     if local and Path(checkpoint).resolve().is_relative_to(target):
         raise DiffoundryError(f"the bundle would overwrite the checkpoint {checkpoint}: choose another --output")
-    _check_replaceable(target)
+    check_replaceable(target)
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
     """Raise `DiffoundryError` when what stands at `target` is not a bundle alone, or leads out of itself."""
     if target.is_dir() and not os.path.lexists(target / MANIFEST_NAME):
         if any(path.name != _INSIDE for path in target.iterdir()):
@@ -85,22 +135,28 @@ def _check_strangers(target: Path) -> None:
             f"{target} exists, and what belongs to it is not known ({error}): choose another --output, or remove it "
             "first"
         ) from None
-    names = (
-        path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or not path.is_dir()
-    )
-    strangers = sorted(
-        name
-        for name in names
-        if name not in listed
-        and name not in _OWN
-        and not _OWN_FOLDERS.fullmatch(name)
-        and not name.startswith(f"{_INSIDE}/")
-    )
+    strangers = sorted(name for name in _unlisted(target, listed) if not name.startswith(f"{_INSIDE}/"))
     if strangers:
         raise DiffoundryError(
             f"{target} holds {', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''}, which the bundle there "
             "does not list and which would be lost: move it away, or choose another --output"
         )
+
+
+def sweep(work: Path, listed: Files) -> None:
+    """Remove what interrupted runs left in the folder that a bundle is made in: files that it does not list."""
+    for name in list(_unlisted(work, listed)):
+        if name.partition("/")[0] not in _ASIDE:
+            remove(work / name)
+
+
+def _unlisted(root: Path, listed: Files) -> Iterator[str]:
+    """The files below `root` that are neither listed nor among those that a bundle holds beside."""
+    for path in root.rglob("*"):
+        name = path.relative_to(root).as_posix()
+        known = name in listed or name in _OWN or _OWN_FOLDERS.fullmatch(name)
+        if not known and (path.is_symlink() or not path.is_dir()):
+            yield name
 
 
 def prepare(target: Path) -> None:
@@ -172,11 +228,10 @@ def swap(target: Path) -> None:
     """
     work = work_folder(target)
     try:
-        _check_replaceable(target)  # something may have come in the meantime
+        check_replaceable(target)  # something may have come in the meantime
         if work.parent == target:
-            aside = (_JOURNAL, _REPLACED, STAGES, UNPACKED, MARK_NAME)
             leaving = [path.name for path in target.iterdir() if path != work]
-            coming = [path.name for path in work.iterdir() if path.name not in aside]
+            coming = [path.name for path in work.iterdir() if path.name not in _ASIDE]
             write_json(work / _JOURNAL, {"leaving": leaving, "coming": coming})
             _change_places(target)
             return

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..common.arrays import Array
-from ..common.errors import RequestError, reason
-from ..runtime.schedulers.table import Steps, Table
+from ...common.arrays import Array
+from ...common.errors import RequestError, reason
+from ...runtime.schedulers.table import Steps, Table
 
 _LINEAR = 1e-9
 """Largest difference to the table's own prediction, relative to the largest state so far."""

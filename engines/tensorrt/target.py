@@ -6,12 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..bundle import Manifest
-from ..common.checks import is_whole
-from ..common.errors import DiffoundryError
-from ..engines.profiles import Profile, Shape
-from ..engines.tensorrt.recipe import FLAGS
-from ..runtime.request import LARGEST_SIDE, MOST_IMAGES
+from ...bundle import Manifest
+from ...common.checks import LARGEST_SIDE, MOST_IMAGES, is_whole
+from ...common.errors import DiffoundryError
+from ..profiles import Profile, Shape
+from .plan import FLAGS
 
 Size = tuple[int, int]
 """Width and height, in pixels."""
@@ -29,7 +28,7 @@ _STEPS = 1, 20, 1000
 class Target:
     """archs: GPU architectures, as `sm89`; empty for the GPU that is here. sizes: of pictures, one static plan each
     (empty: the checkpoint's own). dynamic: the smallest and largest size of one plan that takes all between them.
-    batch: the fewest and most images of a call. flags: of `engines.tensorrt.build.FLAGS`.
+    batch: the fewest and most images of a call. flags: of `engines.tensorrt.plan.FLAGS`.
     memory_limit: bytes that the builder may take.
     """
 

@@ -1,10 +1,10 @@
-"""Where the engines of a bundle come from: one kind of engine, one precision, for all of its components."""
+"""`EngineLoader`: loads the components of a bundle, all with one kind of engine and in one precision."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import AS_EXPORTED, FULL, STANDARD, Bundle, Variant
+from ..bundle import AS_EXPORTED, FULL, PRECISIONS, STANDARD, Bundle, Variant
 from ..common.checks import is_whole
 from ..common.errors import EngineError
 from .cache import EngineStore
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .tensorrt.plan import Plan
 
 
-class Supply:
+class EngineLoader:
     """Loads the components of `bundle`. Nothing is loaded before `load`."""
 
     def __init__(
@@ -41,7 +41,8 @@ class Supply:
         self._budget = weight_budget
         self._gpu: Any = None
         self._version = ""
-        self._served: dict[str, dict[str, str]] = {}
+        self._plans: dict[str, list[Plan]] = {}
+        self._serving: dict[str, Plan] = {}
         if self.engine.backend == ONNXRUNTIME:
             from .onnxruntime import require_provider
 
@@ -76,10 +77,7 @@ class Supply:
         """The usual shapes of the plans of component `name`; [] where it has none and takes any."""
         if self._gpu is None:
             return []
-        return [
-            {key: part[1] for key, part in plan.profile.shapes.items()}
-            for plan in self._plans(name, self._variant(name))
-        ]
+        return [{key: part[1] for key, part in plan.profile.shapes.items()} for plan in self._usable_plans(name)]
 
     def most_rows(self, height: int, width: int) -> int | None:
         """The most rows of latents of this size that a plan of the U-Net takes; None where nothing sets a limit."""
@@ -88,7 +86,7 @@ class Supply:
         manifest = self._bundle.manifest
         name = manifest.named("denoiser")
         latents = next(key for key, source in manifest.wiring.inputs.items() if source.startswith("latents"))
-        shapes = [plan.profile.shapes[latents] for plan in self._plans(name, self._variant(name))]
+        shapes = [plan.profile.shapes[latents] for plan in self._usable_plans(name)]
         return max(
             (
                 largest[0]
@@ -98,16 +96,14 @@ class Supply:
             default=None,
         )
 
-    def told(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
         """The engine, the precision, and where there are plans the one that served each component last."""
-        told: dict[str, Any] = {"engine": str(self.engine), "precision": self.precision}
-        return told if self._gpu is None else {**told, "plans": self._served}
-
-    def remember(self, name: str, engine: Engine) -> None:
-        """Keep for `told` which plan served the component `name`."""
-        plan = getattr(engine, "chosen", None)
-        if plan is not None:
-            self._served[name] = {"key": plan.key, "profile": plan.profile.name}
+        info: dict[str, Any] = {"engine": str(self.engine), "precision": self.precision}
+        if self._gpu is not None:
+            info["plans"] = {
+                name: {"key": plan.key, "profile": plan.profile.name} for name, plan in self._serving.items()
+            }
+        return info
 
     def _variant(self, name: str) -> Variant:
         """The model of a component in this precision. Raises `EngineError` when the bundle has none."""
@@ -117,16 +113,19 @@ class Supply:
         if variant is None:
             raise EngineError(
                 f"{self._bundle.root} has no {self.precision} model of {name}: "
-                f"compile the checkpoint again with --precision {self.precision}"
+                f"run `diffoundry build {self._bundle.root} --precision {self.precision}`"
             )
         return variant
 
     def _check_precision(self) -> None:
         known = {name for part in self._bundle.manifest.components.values() for name in part.precisions}
+        known &= {*PRECISIONS, AS_EXPORTED}
         if not isinstance(self.precision, str) or self.precision not in known:
+            root, can = self._bundle.root, self.precision in PRECISIONS and not self._bundle.foreign
+            other = f", or run `diffoundry build {root} --precision {self.precision}`" if can else ""
             raise EngineError(
-                f"{self._bundle.root} has the precisions {', '.join(sorted(known))}, not {self.precision!r}: "
-                "choose one of them, or compile the checkpoint again"
+                f"{root} has the precisions {', '.join(sorted(known))}, not {self.precision!r}: "
+                f"choose one of them{other}"
             )
         if self.precision == "bf16" and self.engine.on_cpu:
             raise EngineError("ONNX Runtime has no bfloat16 on the CPU: choose --precision fp32, or an engine on a GPU")
@@ -150,15 +149,19 @@ class Supply:
             name,
             component.inputs,
             component.outputs,
-            self._plans(name, variant),
+            self._usable_plans(name),
             self._gpu,
             onnx=self._bundle.path(variant.model),
             weight_budget=self._budget,
+            on_plan=lambda plan: self._serving.__setitem__(name, plan),
         )
 
-    def _plans(self, name: str, variant: Variant) -> list[Plan]:
+    def _usable_plans(self, name: str) -> list[Plan]:
+        """The plans of component `name` that run here, read and checked once."""
         from .tensorrt.plan import usable
 
-        store = EngineStore(self._bundle.root / "engines")
-        precision = self.precision_of(name)
-        return usable(store, name, variant, precision, self.engine.backend, self._version, self._gpu.device)
+        if name not in self._plans:
+            store, own = EngineStore(self._bundle.root / "engines"), self.precision_of(name)
+            variant, gpu = self._variant(name), self._gpu.device
+            self._plans[name] = usable(store, name, variant, own, self.engine.backend, self._version, gpu)
+        return self._plans[name]

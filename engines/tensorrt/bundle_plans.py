@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import FULL, Manifest
-from ..common.errors import EngineError
-from ..common.files import read_json
-from ..common.machine import trim_memory
-from ..engines import EngineStore
-from ..engines.cache import RECORD_NAME
-from ..engines.tensorrt.backend import BACKENDS, ELSEWHERE
-from ..engines.tensorrt.build import build, find
-from ..engines.tensorrt.recipe import Recipe
+from ...bundle import FULL, Bundle, Manifest
+from ...bundle.reports import is_report, read_report, with_report
+from ...common.errors import EngineError
+from ...common.files import read_json
+from ...common.machine import trim_memory
+from ...common.progress import Meter
+from ..cache import RECORD_NAME, EngineStore
+from .backend import BACKENDS, ELSEWHERE
+from .build import build, find
+from .plan import Recipe
 from .target import Target, profiles
 
 _AT_THE_GPU = ("refit", "strip")
@@ -26,7 +27,7 @@ TIMING_NAME = "timing.cache"
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class BuildMachine:
     """What plans are built with and for: the version of the module, and the GPU, "" when that is elsewhere."""
 
     backend: str
@@ -35,7 +36,7 @@ class Site:
     device: str
 
 
-def site(backend: str, precision: str, target: Target) -> Site:
+def resolve_machine(backend: str, precision: str, target: Target) -> BuildMachine:
     """Hold `target` against the backend that is installed and the GPU that is here, before any work is done.
 
     Raises `EngineError` for an architecture that it does not know, a flag that it cannot build with, or when it needs
@@ -61,10 +62,12 @@ def site(backend: str, precision: str, target: Target) -> Site:
             )
         if target.archs:
             _check_types(precision, target.archs)
-            return Site(backend, str(module.__version__), tuple(arch for arch in known if arch in target.archs), "")
+            return BuildMachine(
+                backend, str(module.__version__), tuple(arch for arch in known if arch in target.archs), ""
+            )
     elif target.archs:
         raise EngineError(f"{backend} builds for the GPU of this machine: leave --arch out, or use tensorrt-rtx")
-    from ..engines.tensorrt.cuda import Device
+    from .cuda import Device
 
     try:
         gpu = Device()
@@ -79,7 +82,7 @@ def site(backend: str, precision: str, target: Target) -> Site:
         raise EngineError(f"{str(error).partition(':')[0]}: name the GPUs to build for, of --arch {names}") from None
     BACKENDS[backend].check_gpu(gpu.name, gpu.arch)
     _check_types(precision, (gpu.arch,))
-    return Site(backend, str(module.__version__), (gpu.arch,), gpu.name)
+    return BuildMachine(backend, str(module.__version__), (gpu.arch,), gpu.name)
 
 
 def _check_types(precision: str, archs: tuple[str, ...]) -> None:
@@ -88,64 +91,72 @@ def _check_types(precision: str, archs: tuple[str, ...]) -> None:
         raise EngineError(f"{old[0]} has no bfloat16: use --precision fp16, or build for newer architectures")
 
 
-def build_plans(
-    root: Path,
-    manifest: Manifest,
-    store: EngineStore,
-    place: Site,
-    precision: str,
-    target: Target,
-    kept: Mapping[str, Collection[str]],
-    progress: Callable[[str, int, float], None],
-) -> list[dict[str, Any]]:
-    """Build what is missing and describe all plans asked for. root: the bundle's folder.
+def build_plans(bundle: Bundle, machine: BuildMachine, precision: str, target: Target, meter: Meter) -> Bundle:
+    """`bundle` with all plans asked for in its store, built where they are missing, and the report on them.
 
-    kept: ONNX nodes of each component that are in fp32 on purpose. progress: `progress(what, plans done, part of this
-    one)`.
+    precision: of all components that have it; the others are built in fp32.
+    Raises `EngineError` when a model is missing or its plan cannot be built.
     """
-    recipes = []
-    for name, component in manifest.components.items():
-        typed = component.variant(precision)
-        own, variant = (FULL, component.variant(FULL)) if typed is None else (precision, typed)
-        if variant is None:
-            raise EngineError(f"{name} has no model in {own}: compile the bundle again")
-        for profile in profiles(manifest, name, target):
-            recipe = Recipe(
-                component=name,
-                source=variant.files,
-                backend=place.backend,
-                version=place.version,
-                archs=place.archs,
-                device=place.device,
-                precision=own,
-                profile=profile,
-                flags=target.flags if component.role != "step" else (),
-            )
-            recipes.append((recipe, root / variant.model))
+    store = EngineStore(bundle.root / "engines")
+    reports = read_report(bundle, "precision").get(precision, {})
+    described = []
     gc.collect()
     trim_memory()
-    described = []
-    for i, (recipe, model) in enumerate(recipes):
-        what = f"plan of {recipe.component}, {recipe.profile.name}"
+    for recipe, model in _recipes(bundle, machine, precision, target):
         plan = find(store, recipe)
         if plan is None:
-            progress(what, i, 0.0)
+            what = f"plan of {recipe.component}, {recipe.profile.name}"
+            meter.show(what)
             plan = build(
                 store,
                 recipe,
                 model,
-                kept=kept.get(recipe.component, ()),
+                fp32_nodes=_fp32_nodes(model, reports.get(recipe.component)),
                 timing=store.root / TIMING_NAME,
                 memory_limit=target.memory_limit,
-                progress=lambda phase, part, what=what, i=i: progress(what, i, part),  # type: ignore[misc]
+                progress=lambda phase, part, what=what: meter.show(what, part),  # type: ignore[misc]
             )
+        meter.step()
         described.append(read_json(plan.folder / RECORD_NAME, "the record of a plan"))
-    return described
+    return with_report(bundle, "plans", {"warnings": warnings_of(described), "plans": described})
 
 
 def count_plans(manifest: Manifest, target: Target) -> int:
     """How many plans `build_plans` makes."""
     return sum(len(profiles(manifest, name, target)) for name in manifest.components)
+
+
+def _recipes(bundle: Bundle, machine: BuildMachine, precision: str, target: Target) -> Iterator[tuple[Recipe, Path]]:
+    """The recipe of each plan, and the model that it is built from."""
+    for name, component in bundle.manifest.components.items():
+        own = precision if component.variant(precision) is not None else FULL
+        variant = component.variant(own)
+        if variant is None:
+            raise EngineError(f"{name} has no model in {own}: compile the bundle again")
+        for profile in profiles(bundle.manifest, name, target):
+            recipe = Recipe(
+                component=name,
+                source=variant.files,
+                backend=machine.backend,
+                version=machine.version,
+                archs=machine.archs,
+                device=machine.device,
+                precision=own,
+                profile=profile,
+                flags=target.flags if component.role != "step" else (),
+            )
+            yield recipe, bundle.path(variant.model)
+
+
+def _fp32_nodes(model: Path, report: Any) -> frozenset[str]:
+    """The names of the ONNX nodes of `model` that stay in fp32 on purpose, by the report on its precision."""
+    if not is_report(report) or not report["islands"]:
+        return frozenset()
+    import onnx
+
+    outputs = {island["node"] for island in report["islands"]}
+    graph = onnx.load(model, load_external_data=False).graph
+    return frozenset(node.name for node in graph.node if outputs.intersection(node.output))
 
 
 def warnings_of(described: Sequence[Mapping[str, Any]]) -> list[str]:

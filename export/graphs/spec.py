@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Tensor
-from ..common.arrays import Array
+from ...bundle import Tensor
+from ...common.arrays import Array
 
 OPSET = 20
 """The ONNX operator set that is traced to."""
@@ -29,7 +29,7 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class ComponentPlan:
+class ComponentSpec:
     """One component: where it comes from, its inputs and outputs with named axes, and how to load it.
 
     load: returns the torch module, in eval mode, whose keyword arguments are the inputs and which returns the

@@ -6,35 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..bundle import Tensor
-from ..common.arrays import Array
-from .plan import OPSET
+from ...bundle import Tensor
+from ...common.arrays import Array
+from ...runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS, State
+from .spec import OPSET
 from .validate import Case
 
-NAME = "step"
-_LATENTS = ("channels", "height", "width")
-INPUTS = (
-    Tensor("model_output", "float32", ("calls", *_LATENTS)),
-    Tensor("registers", "float32", ("batch", "registers", *_LATENTS)),
-    Tensor("noise", "float32", ("batch", *_LATENTS)),
-    Tensor("position", "int64", ("batch",)),
-    Tensor("prompt_row", "int64", ("batch",)),
-    Tensor("negative_row", "int64", ("batch",)),
-    Tensor("source", "int64", ("calls",)),
-    Tensor("guidance", "float32", ("batch",)),
-    Tensor("rescale", "float32", ("batch",)),
-    Tensor("clip", "float32", ("batch",)),
-    Tensor("weights", "float32", ("batch", "steps", "registers", "terms")),
-    Tensor("x0", "float32", ("batch", "steps", 2)),
-    Tensor("input_scale", "float32", ("batch", "steps_and_end")),
-    Tensor("timesteps", "float32", ("batch", "steps_and_end")),
-)
-OUTPUTS = (
-    Tensor("next_registers", "float32", ("batch", "registers", *_LATENTS)),
-    Tensor("sample", "float32", ("calls", *_LATENTS)),
-    Tensor("timestep", "float32", ("calls",)),
-    Tensor("next_position", "int64", ("batch",)),
-)
 _BODY = """
     # guidance; a row that is not guided has its prompt row as negative row, and so a difference of zero
     one = Constant<value_ints = [1]>()
@@ -122,7 +99,7 @@ def write_step(path: Path) -> None:
 
     lines = (line for line in _BODY.splitlines() if not line.strip().startswith("#"))
     header = f'<ir_version: 10, opset_import: ["" : {OPSET}], producer_name: "diffoundry">'
-    text = f"{header} {NAME} ({declared(INPUTS)}) => ({declared(OUTPUTS)}) {{ {chr(10).join(lines)} }}"
+    text = f"{header} {STEP_NAME} ({declared(STEP_INPUTS)}) => ({declared(STEP_OUTPUTS)}) {{ {chr(10).join(lines)} }}"
     model = parser.parse_model(text)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
@@ -135,9 +112,9 @@ def step_cases() -> list[Case]:
 
 
 def _case(rng: np.random.Generator, batch: int, registers: int, steps: int, channels: int, side: int) -> Case:
-    from ..runtime.loop.guidance import Guidance, combine
-    from ..runtime.loop.step import State, step_inputs
-    from ..runtime.schedulers import Table
+    from ...runtime.loop.guidance import Guidance, combine
+    from ...runtime.loop.step import step_inputs
+    from ...runtime.schedulers import Table
 
     latents = (channels, side, side + 8)
     tables = [

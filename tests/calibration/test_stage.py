@@ -9,8 +9,8 @@ import pytest
 
 import diffoundry
 from diffoundry.bundle import Bundle
+from diffoundry.calibration import stage
 from diffoundry.common.files import holds, mark, sha256_file
-from diffoundry.export import precision as stage
 
 ASKED = {"precision": "fp16", "scan": diffoundry.Scan(prompts=("a small red ring",), budget_db=0), "default_steps": 2}
 

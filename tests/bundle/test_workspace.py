@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 import diffoundry
-from diffoundry.bundle import Bundle
+from diffoundry.bundle import Bundle, workspace
+from diffoundry.bundle.workspace import STAGES, check_target, old_folder, prepare, recover, swap, tidy, work_folder
 from diffoundry.common.errors import BundleError, DiffoundryError
 from diffoundry.common.files import exclusive, is_marked, mark
-from diffoundry.export import place
-from diffoundry.export.place import STAGES, check_target, old_folder, prepare, recover, swap, tidy, work_folder
 
 LONG = "b" * 252
 """A name that the file system takes, while it refuses `.<name>.old`: such a folder cannot be put aside."""
@@ -82,7 +81,7 @@ class Killed(BaseException):
 @stopped
 def test_a_stop_while_the_old_one_is_removed_is_mended(target, bundle_of, monkeypatch):
     """Each removal in turn is the last before a kill: the new bundle stands whole, before and after it is mended."""
-    real, stops, done = place.remove, 0, False
+    real, stops, done = workspace.remove, 0, False
     while not done:
         filled(target, bundle_of("pico"), f"new {stops}")
         left = [stops]
@@ -93,13 +92,13 @@ def test_a_stop_while_the_old_one_is_removed_is_mended(target, bundle_of, monkey
             left[0] -= 1
             real(path)
 
-        monkeypatch.setattr(place, "remove", remove)
+        monkeypatch.setattr(workspace, "remove", remove)
         done = True
         try:
             swap(target)
         except Killed:
             done = False
-        monkeypatch.setattr(place, "remove", real)
+        monkeypatch.setattr(workspace, "remove", real)
         Bundle.open(target).check()
         recover(target)
         prepare(target)
@@ -265,7 +264,7 @@ def test_a_journal_that_names_what_is_not_there_to_move_is_refused(bundle_of, tm
     target = tmp_path / LONG
     target.mkdir()
     work = filled(target, bundle_of("pico"))
-    (work / place._JOURNAL).write_text('{"leaving": ["../x"], "coming": []}')
+    (work / workspace._JOURNAL).write_text('{"leaving": ["../x"], "coming": []}')
     (tmp_path / "x").write_text("x")
     with pytest.raises(DiffoundryError, match=r"is damaged: remove"):
         recover(target)

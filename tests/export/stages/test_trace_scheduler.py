@@ -23,7 +23,7 @@ from diffoundry.benchmarks.samplers import (
     worst_error,
 )
 from diffoundry.common.errors import BundleError, RequestError
-from diffoundry.export.trace_scheduler import impulse_responses, trace_scheduler, trace_scheduler_class
+from diffoundry.export.stages.trace_scheduler import impulse_responses, trace_scheduler, trace_scheduler_class
 from diffoundry.runtime.schedulers import SAMPLERS, Steps, make_table
 from diffoundry.runtime.schedulers.stored import from_json, load_table, save_table, to_json
 

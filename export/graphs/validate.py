@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..common.arrays import Array
-from ..common.errors import CheckpointError
-from ..engines import Engine
-from .plan import ComponentPlan
+from ...common.arrays import Array
+from ...common.errors import CheckpointError
+from ...engines import Engine
+from .spec import ComponentSpec
 
 CASES = 3
 TOLERANCE = 1e-4
@@ -19,7 +19,7 @@ TOLERANCE = 1e-4
 Case = tuple[dict[str, Array], dict[str, Array]]
 
 
-def torch_cases(plan: ComponentPlan, module: Any) -> list[Case]:
+def torch_cases(plan: ComponentSpec, module: Any) -> list[Case]:
     """Inputs of `CASES` random shapes and what torch makes of them. The first case is the smallest allowed."""
     import torch
 

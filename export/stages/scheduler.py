@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import CheckpointError, DiffoundryError, RequestError, reason
-from ..common.files import read_json
-from ..families import Family
-from .checkpoint import Checkpoint
+from ...common.errors import CheckpointError, DiffoundryError, RequestError, reason
+from ...common.files import read_json
+from ...families import Family
+from ..checkpoint import Checkpoint
 
 
 def scheduler_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def write_traced(folder: Path, changed: dict[str, bool | int], name: str, counts
     changed: what the pipeline class changes in the configuration. name: a diffusers class or
     `module:Class`. Raises `RequestError` when it cannot be traced.
     """
-    from ..runtime.schedulers import is_known
-    from ..runtime.schedulers.stored import save_table, traced_path
+    from ...runtime.schedulers import is_known
+    from ...runtime.schedulers.stored import save_table, traced_path
     from .trace_scheduler import trace_scheduler_class
 
     own = name.rpartition(":")[2]
