@@ -30,7 +30,7 @@ from .conditions.condition import merged
 from .job import Job
 from .jobs import Jobs, check_decoder
 from .loop.batch import Batch
-from .loop.device import DeviceStepper, Phases
+from .loop.device import HOST_ONLY, DeviceStepper, Phases
 from .loop.guidance import Guidance
 from .loop.host import HostStepper
 from .loop.noise import GENERATORS
@@ -261,6 +261,11 @@ class Pipeline:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
+        self._conditions.check(jobs)
+        if self._loop_asked == "device" and any(
+            job.request.mask is not None or (job.guidance.active and job.guidance.mode == "split") for job in jobs
+        ):
+            raise RequestError(HOST_ONLY)
         return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
 
     def _run(

@@ -78,7 +78,7 @@ def make(bundle, trt, tmp_path):
         def engine(name, *shapes):
             component = bundle.component(name)
             plans = [
-                write_plan(tmp_path / "engines", name, bundle.path(component.model), part, name=f"p{i}")
+                write_plan(tmp_path / "engines", name, bundle.path(component.variant("fp32").model), part, name=f"p{i}")
                 for i, part in enumerate(shapes)
             ]
             return TensorRTEngine(name, component.inputs, component.outputs, plans, gpu)

@@ -1,4 +1,4 @@
-"""What a single-file checkpoint is: its family, or what else it looks like.
+"""What a single-file checkpoint is: its layout, or what else it looks like.
 
 The original layout is that of the latent-diffusion code: `model.diffusion_model` is the U-Net, `first_stage_model` the
 autoencoder, `cond_stage_model` or `conditioner.embedders` hold the text encoders.
@@ -6,9 +6,12 @@ autoencoder, `cond_stage_model` or `conditioner.embedders` hold the text encoder
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
 
 from ...common.errors import CheckpointError
 from ..weight_files import check_names
@@ -16,22 +19,15 @@ from .tokenizer import END
 from .weights import Weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-_PROJECTION = "CLIPTextModelWithProjection"
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """One text encoder of a family: its folder, where it lies in the file, and of which CLIP it is."""
+    """One text encoder of a layout: its folder, the prefix of its weights in the file, and of which CLIP it is."""
 
     name: str
     prefix: str
     open_clip: bool
-    class_name: str = "CLIPTextModel"
-
-    @property
-    def projects(self) -> bool:
-        """Whether the projection of its pooled output is used."""
-        return self.class_name == _PROJECTION
 
     @property
     def tokenizer(self) -> str:
@@ -45,72 +41,53 @@ class TextEncoder:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """What shapes cannot tell of a family.
+class Layout:
+    """A kind of single file.
 
-    pipelines: the classes that draw from text and that inpaint. pixels: the side of the pictures it was trained on.
-    heads: of every attention in the U-Net, or None for one a 64 channels. sizes: how many numbers (picture size, crop,
-    aesthetic score) the U-Net is told beside the pooled text. flags, absent: what model_index.json says beside the
-    parts, and the parts that it names without a folder.
+    data: the file of its published configurations. sizes: how many numbers (picture size, crop, aesthetic score) the
+    U-Net reads beside the pooled text.
     """
 
     title: str
+    data: str
     text_encoders: tuple[TextEncoder, ...]
-    pipelines: tuple[str, str | None]
-    pixels: int
-    scaling_factor: float
-    flags: tuple[tuple[str, bool], ...]
-    absent: tuple[str, ...]
-    heads: int | None = None
     sizes: int = 0
 
+    def published(self) -> dict[str, dict[str, Any]]:
+        """What its configurations say that shapes do not: `model_index`, one entry a folder, and `forms`.
 
-_SD_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
-_SD_FLAGS = (("requires_safety_checker", False),)
-_SD_ABSENT = ("feature_extractor", "image_encoder", "safety_checker")
-SD1 = Family(
-    title="Stable Diffusion 1",
-    text_encoders=(TextEncoder("text_encoder", "cond_stage_model.transformer.", open_clip=False),),
-    pipelines=_SD_PIPELINES,
-    pixels=512,
-    scaling_factor=0.18215,
-    flags=_SD_FLAGS,
-    absent=_SD_ABSENT,
-    heads=8,
+        A form is what inpainting, another prediction or a last step of pure noise change in the others.
+        """
+        text = (files(__package__) / "data" / f"{self.data}.json").read_text(encoding="utf-8")
+        return dict(json.loads(text))
+
+
+SD1 = Layout(
+    "Stable Diffusion 1",
+    "stable-diffusion-1",
+    (TextEncoder("text_encoder", "cond_stage_model.transformer.", open_clip=False),),
 )
-SD2 = Family(
-    title="Stable Diffusion 2",
-    text_encoders=(TextEncoder("text_encoder", "cond_stage_model.model.", open_clip=True),),
-    pipelines=_SD_PIPELINES,
-    pixels=512,
-    scaling_factor=0.18215,
-    flags=_SD_FLAGS,
-    absent=_SD_ABSENT,
+SD2 = Layout(
+    "Stable Diffusion 2",
+    "stable-diffusion-2",
+    (TextEncoder("text_encoder", "cond_stage_model.model.", open_clip=True),),
 )
-SDXL = Family(
-    title="Stable Diffusion XL",
-    text_encoders=(
+SDXL = Layout(
+    "Stable Diffusion XL",
+    "stable-diffusion-xl",
+    (
         TextEncoder("text_encoder", "conditioner.embedders.0.transformer.", open_clip=False),
-        TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", open_clip=True, class_name=_PROJECTION),
+        TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", open_clip=True),
     ),
-    pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"),
-    pixels=1024,
-    scaling_factor=0.13025,
-    flags=(("force_zeros_for_empty_prompt", True),),
-    absent=("feature_extractor", "image_encoder"),
     sizes=6,
 )
-REFINER = Family(
-    title="Stable Diffusion XL refiner",
-    text_encoders=(TextEncoder("text_encoder_2", "conditioner.embedders.0.model.", True, _PROJECTION),),
-    pipelines=("StableDiffusionXLImg2ImgPipeline", None),
-    pixels=1024,
-    scaling_factor=0.13025,
-    flags=(("force_zeros_for_empty_prompt", False), ("requires_aesthetics_score", True)),
-    absent=("feature_extractor", "image_encoder", "text_encoder", "tokenizer"),
+REFINER = Layout(
+    "Stable Diffusion XL refiner",
+    "stable-diffusion-xl-refiner",
+    (TextEncoder("text_encoder_2", "conditioner.embedders.0.model.", open_clip=True),),
     sizes=5,
 )
-FAMILIES = (SD1, SD2, SDXL, REFINER)
+LAYOUTS = (SD1, SD2, SDXL, REFINER)
 
 _OTHERS = {
     r"lora_(unet|te|down|up|A|B)|\.lora\.|\.hada_w|\.lokr_w": "a LoRA, which changes a checkpoint and is none itself: "
@@ -139,18 +116,19 @@ _PARTS = {
     r"^model_ema\.": "the moving average (EMA) of a U-Net alone",
     r"^(optimizer|optimizer_states|lr_schedulers)\b": "the state of a training",
 }
-"""Names that a checkpoint has too, so that they tell something only where it is incomplete."""
+"""Names that a checkpoint has too, so that they mean something only where it is incomplete."""
 
 
-def recognise(weights: Weights) -> Family:
-    """The family of a whole checkpoint. Raises `CheckpointError`, which says what another file looks like."""
+def recognise(weights: Weights) -> Layout:
+    """The layout of a whole checkpoint. Raises `CheckpointError`, which says what another file looks like."""
     check_names(weights.path, weights.shapes)
-    if not _look(weights, _OTHERS) and _has(weights, UNET):
-        for family in FAMILIES:
-            if any(_has(weights, text.prefix) for text in family.text_encoders):
-                _check_parts(weights, family)
-                return family
-    like = _look(weights, _OTHERS) or _look(weights, _PARTS)
+    other = _look(weights, _OTHERS)
+    if not other and _has(weights, UNET):
+        for layout in LAYOUTS:
+            if any(_has(weights, text.prefix) for text in layout.text_encoders):
+                _check_parts(weights, layout)
+                return layout
+    like = other or _look(weights, _PARTS)
     found = f"it looks like {like}" if like else f"its tensors are {', '.join(sorted(weights.shapes)[:3]) or 'none'}"
     raise CheckpointError(
         f"{weights.path} is no whole Stable Diffusion 1, 2 or XL checkpoint in the original layout: {found}"
@@ -162,16 +140,14 @@ def _has(weights: Weights, prefix: str) -> bool:
 
 
 def _look(weights: Weights, table: Mapping[str, str]) -> str | None:
-    for pattern, what in table.items():
-        if any(re.search(pattern, name) for name in weights.shapes):
-            return what
-    return None
+    names = "\n".join(weights.shapes)
+    return next((what for pattern, what in table.items() if re.search(pattern, names, re.MULTILINE)), None)
 
 
-def _check_parts(weights: Weights, family: Family) -> None:
-    absent = [prefix for prefix in (VAE, *(text.prefix for text in family.text_encoders)) if not _has(weights, prefix)]
+def _check_parts(weights: Weights, layout: Layout) -> None:
+    absent = [prefix for prefix in (VAE, *(text.prefix for text in layout.text_encoders)) if not _has(weights, prefix)]
     if absent:
         raise CheckpointError(
-            f"{weights.path} is a {family.title} checkpoint without {' and '.join(f'{name}*' for name in absent)}: "
+            f"{weights.path} is a {layout.title} checkpoint without {' and '.join(f'{name}*' for name in absent)}: "
             "use a file that holds U-Net, VAE and text encoders"
         )
