@@ -44,7 +44,7 @@ PLACES = (
     "unet/config.json",
     "unet/model.onnx",
     "unet/fused.onnx",
-    "unet/hoisted.onnx",
+    "unet/per_prompt.onnx",
     "vae_decoder/fused.onnx",
     "step",
     "step/model.onnx",
@@ -133,7 +133,7 @@ def as_export(bundle: Path) -> Path:
     """The bundle as a folder of another tool: without what only we write."""
     for name in ("step", "engines", "reports"):
         shutil.rmtree(bundle / name)
-    for path in (bundle / "bundle.json", *bundle.glob("*/fused.onnx"), *bundle.glob("*/hoisted.onnx")):
+    for path in (bundle / "bundle.json", *bundle.glob("*/fused.onnx"), *bundle.glob("*/per_prompt.onnx")):
         path.unlink()
     return bundle
 
