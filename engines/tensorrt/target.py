@@ -43,28 +43,31 @@ class Target:
         for name in ("archs", "flags"):
             if not _is_tuple(getattr(self, name), str):
                 raise DiffoundryError(f"{name} must be a tuple of names, found {getattr(self, name)!r:.80}")
-        sizes = self.sizes if isinstance(self.sizes, (tuple, list)) else (None,)
-        for size in (*sizes, *(self.dynamic if isinstance(self.dynamic, (tuple, list)) else ())):
-            if not _is_tuple(size, int) or len(size) != 2:
-                raise DiffoundryError(f"a size must be a width and a height, such as (512, 768), found {size!r:.80}")
-        if self.dynamic is not None and (not isinstance(self.dynamic, (tuple, list)) or len(self.dynamic) != 2):
-            raise DiffoundryError(f"dynamic must be the smallest and the largest size, found {self.dynamic!r:.80}")
-        if not _is_tuple(self.batch, int) or len(self.batch) != 2:
+        unknown = [flag for flag in self.flags if flag not in FLAGS]
+        if unknown:
+            raise DiffoundryError(f"unknown flag {unknown[0]!r} of a plan: choose from {', '.join(FLAGS)}")
+        for size in self.sizes if isinstance(self.sizes, (tuple, list)) else (self.sizes,):
+            _check_size(size)
+        self._check_dynamic()
+        if not _is_pair(self.batch):
             raise DiffoundryError(f"batch must be the fewest and the most images, found {self.batch!r:.80}")
         low, high = self.batch
         if not 1 <= low <= high <= MOST_IMAGES:
             raise DiffoundryError(
                 f"the batch must be from 1 to {MOST_IMAGES} images, the smaller number first, found {low}-{high}"
             )
-        unknown = [flag for flag in self.flags if flag not in FLAGS]
-        if unknown:
-            raise DiffoundryError(f"unknown flag {unknown[0]!r} of a plan: choose from {', '.join(FLAGS)}")
         limit = self.memory_limit
         if limit is not None and not (is_whole(limit) and limit > 0):
             raise DiffoundryError(f"the memory of the builder must be a number of bytes above 0, found {limit!r:.80}")
-        if self.dynamic is not None and any(
-            low > high for low, high in zip(self.dynamic[0], self.dynamic[1], strict=True)
-        ):
+
+    def _check_dynamic(self) -> None:
+        if self.dynamic is None:
+            return
+        if not isinstance(self.dynamic, (tuple, list)) or len(self.dynamic) != 2:
+            raise DiffoundryError(f"dynamic must be the smallest and the largest size, found {self.dynamic!r:.80}")
+        for size in self.dynamic:
+            _check_size(size)
+        if any(low > high for low, high in zip(*self.dynamic, strict=True)):
             raise DiffoundryError("the dynamic sizes must be given as MIN-MAX, such as 256x256-1024x1024")
 
     def count(self) -> int:
@@ -96,6 +99,15 @@ def _is_tuple(value: object, kind: type) -> bool:
     return isinstance(value, (tuple, list)) and all(
         isinstance(item, kind) and not isinstance(item, bool) for item in value
     )
+
+
+def _is_pair(value: object) -> bool:
+    return _is_tuple(value, int) and len(value) == 2  # type: ignore[arg-type]
+
+
+def _check_size(size: object) -> None:
+    if not _is_pair(size):
+        raise DiffoundryError(f"a size must be a width and a height, such as (512, 768), found {size!r:.80}")
 
 
 def parse_size(text: str) -> Size:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_FUSED, _PER_PROMPT = "fused.onnx", "per_prompt.onnx"
 _DOMAIN = "com.microsoft"
 _ON_THE_WAY = ("Mul", "Transpose", "Reshape")
 """What lies between the projections, (B, S, H·D), and the product of queries and keys."""
@@ -27,11 +28,12 @@ class _Attention:
     scale: float
 
 
-def fuse(model: Path, once: Sequence[str]) -> dict[str, str]:
-    """Write `fused.onnx` beside `model` and return its name, {} when the model holds no attention to fuse.
+def fuse(model: Path, per_prompt: Sequence[str]) -> tuple[str, str] | None:
+    """Write `fused.onnx` beside `model`; None when the model holds no attention to fuse.
 
-    once: inputs that stay the same from step to step. What depends on them alone is cut off into `hoisted.onnx`, whose
-    outputs are inputs of the fused graph; {"fused": …, "hoisted": …} then. The graphs share the external weights.
+    per_prompt: inputs that stay the same from step to step. What depends on them alone is cut off into
+    `per_prompt.onnx`, whose outputs are inputs of the fused graph. Returns the names of the two graphs, "" for the
+    second where there is nothing to cut off. All graphs share the external weights.
     """
     import onnx
 
@@ -39,7 +41,7 @@ def fuse(model: Path, once: Sequence[str]) -> dict[str, str]:
     graph = _Graph(proto.graph)
     found = [attention for attention in map(graph.attention, list(proto.graph.node)) if attention]
     if not found:
-        return {}
+        return None
     for attention in found:
         node = onnx.helper.make_node(
             "MultiHeadAttention",
@@ -52,17 +54,15 @@ def fuse(model: Path, once: Sequence[str]) -> dict[str, str]:
         graph.replace(attention.output, node)
     graph.prune()
     proto.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
-    written = {"fused": "fused.onnx"}
-    hoisted = _hoist(proto, set(once))
-    if hoisted is not None:
-        written["hoisted"] = "hoisted.onnx"
-        onnx.save(hoisted, model.with_name(written["hoisted"]))
-    onnx.save(proto, model.with_name(written["fused"]))
-    return written
+    part = _split(proto, set(per_prompt))
+    if part is not None:
+        onnx.save(part, model.with_name(_PER_PROMPT))
+    onnx.save(proto, model.with_name(_FUSED))
+    return _FUSED, "" if part is None else _PER_PROMPT
 
 
-def _hoist(proto: Any, once: set[str]) -> Any:
-    """Cut off what depends on the inputs `once` alone, as a model of its own; None when that is nothing."""
+def _split(proto: Any, per_prompt: set[str]) -> Any:
+    """Cut off what depends on the inputs `per_prompt` alone, as a model of its own; None when that is nothing."""
     import onnx
 
     graph = proto.graph
@@ -70,7 +70,7 @@ def _hoist(proto: Any, once: set[str]) -> Any:
     made: set[str] = set()
     for node in graph.node:
         inputs = set(filter(None, node.input))
-        if inputs & (once | made) and inputs <= constants | once | made:
+        if inputs & (per_prompt | made) and inputs <= constants | per_prompt | made:
             made.update(node.output)
     rest = [node for node in graph.node if not made.intersection(node.output)]
     cut = sorted(made & {name for node in rest for name in node.input})

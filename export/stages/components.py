@@ -24,7 +24,7 @@ from ..graphs.fuse import fuse
 from ..graphs.spec import OPSET, ComponentSpec
 from ..guard import guarded
 
-_REVISION = 6
+_REVISION = 7
 """Raise it when the exporter writes something else from the same input."""
 _STANDARD = f"{FULL}/{STANDARD}"
 _FUSED = f"{FULL}/{ONNXRUNTIME}:cpu"
@@ -142,18 +142,18 @@ class Tracer:
         del module
         gc.collect()
         with guarded(f"the graph of the {name} cannot be fused"):
-            fused = fuse(folder / "model.onnx", spec.per_prompt)
+            graphs = fuse(folder / "model.onnx", spec.per_prompt)
         files = {f"{name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
         shutil.copyfile(self.source.folder(spec.source) / "config.json", folder / "config.json")
         config = {f"{name}/config.json": sha256_file(folder / "config.json")}
-        model, graphs = f"{name}/model.onnx", {part: f"{name}/{graph}" for part, graph in fused.items()}
-        variants = {_STANDARD: Variant(model, {path: files[path] for path in files if path not in graphs.values()})}
-        if fused:
+        model, others = f"{name}/model.onnx", [f"{name}/{graph}" for graph in graphs or ()]
+        variants = {_STANDARD: Variant(model, {path: files[path] for path in files if path not in others})}
+        if graphs is not None:
             plain = OnnxRuntimeEngine.load(work / model, component=name, provider=self.provider)
             compare(name, plain, cases)
             del plain
             shared = {path: sha for path, sha in files.items() if path != model}
-            variants[_FUSED] = Variant(graphs["fused"], shared, graphs.get("hoisted", ""))
+            variants[_FUSED] = Variant(others[0], shared, others[1] if graphs[1] else "")
         parity = compare(name, self._load(name, variants), cases)
         return Traced(variants, config, parity, self._reference(name, cases))
 

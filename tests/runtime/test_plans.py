@@ -189,7 +189,7 @@ def test_a_bundle_without_plans_says_how_to_get_them(copied):
         drawn(load(copied, engine=ENGINE))
     for name in ("step", "engines", "reports"):
         shutil.rmtree(copied / name)
-    for path in (copied / "bundle.json", *copied.glob("*/fused.onnx"), *copied.glob("*/hoisted.onnx")):
+    for path in (copied / "bundle.json", *copied.glob("*/fused.onnx"), *copied.glob("*/per_prompt.onnx")):
         path.unlink()
     with pytest.raises(EngineError, match="holds no plans: make a bundle"):
         load(copied, engine=ENGINE)
