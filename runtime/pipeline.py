@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +34,7 @@ from .names import ours
 from .pictures.autoencoder import DECODERS, Autoencoder
 from .pictures.images import to_image
 from .request import Request
-from .run import Callback, Progress, Run
+from .run import Callback, Progress, Result, Run
 from .runnable import check_runnable
 
 _GUIDANCE = {
@@ -47,22 +46,6 @@ _GUIDANCE = {
 _LOOPS = ("host", "device")
 _RUN = ("batch", "low_memory", "callback")
 _OPTIONS = tuple(name for name in Request.__dataclass_fields__ if name != "prompt")
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Images with what made them: image i came from `seeds[i]` alone. There are none where latents were asked for.
-
-    truncated: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
-    latents: the final latents, float32 (count, C, H/downscale, W/downscale).
-    """
-
-    images: list[Image.Image]
-    seeds: list[int]
-    request: dict[str, Any]
-    truncated: dict[str, str]
-    seconds: dict[str, float]
-    latents: Array
 
 
 class Pipeline:
