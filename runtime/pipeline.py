@@ -69,7 +69,7 @@ class Pipeline:
 
         precision: of the models; the default is what the bundle was compiled for, but fp32, the fastest, on the CPU.
         loop: where the step of the loop runs, `host` or `device` (the `step` graph of the bundle). By default it is
-        the host on the CPU, where it is the faster one (`benchmarks/step.py`), and the device elsewhere.
+        the host on the CPU, where it is the faster one (`bench/step.py`), and the device elsewhere.
         weight_budget: bytes of weights that a plan built with weight streaming keeps on the GPU.
         engines: what loads a component, by its name, in place of the bundle's own engines.
         Raises `BundleError` for a bundle of another kind, `EngineError` when the engine is not there.
