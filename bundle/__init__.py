@@ -1,17 +1,34 @@
 """The artifact that both halves share: layout, manifest, hashes."""
 
 from .bundle import Bundle
-from .manifest import FULL, MANIFEST_NAME, SCHEMA_VERSION, Component, Latents, Manifest, Prompt, Tensor, Variant
+from .manifest import (
+    AS_EXPORTED,
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    STANDARD,
+    Component,
+    Manifest,
+    Tensor,
+    Variant,
+)
+from .precisions import FULL, PRECISIONS
+from .wiring import Latents, Role, TextEncoder, Tokenizer, Wiring
 
 __all__ = [
+    "AS_EXPORTED",
     "FULL",
     "MANIFEST_NAME",
+    "PRECISIONS",
     "SCHEMA_VERSION",
+    "STANDARD",
     "Bundle",
     "Component",
     "Latents",
     "Manifest",
-    "Prompt",
+    "Role",
     "Tensor",
+    "TextEncoder",
+    "Tokenizer",
     "Variant",
+    "Wiring",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 
 from ..common.errors import BundleError
 from ..common.files import check_tree, inside, read_json, sha256_file
-from . import optimum
 from .manifest import MANIFEST_NAME, Component, Manifest, from_json
 
 _ENGINES = "engines"
@@ -28,32 +27,33 @@ class Bundle:
     foreign: bool = False
 
     @classmethod
-    def open(cls, root: str | Path) -> Bundle:
+    def open(cls, root: str | Path, describe: Callable[[Path], Manifest] | None = None) -> Bundle:
         """Read and check the manifest; file contents are checked by `check`.
 
+        describe: makes the manifest of a folder that has a pipeline index and none, where such a folder is taken too.
         Raises `BundleError` when the folder is missing, is no bundle, has lost its manifest, or leads out of itself
         by a path or a link.
         """
         root = Path(root)
         if not root.is_dir():
             raise BundleError(f"{root} is not a folder: give the bundle that `diffoundry compile` wrote")
-        whole, foreign = (os.path.lexists(root / name) for name in (MANIFEST_NAME, "model_index.json"))
-        if not whole and not foreign:
+        whole = os.path.lexists(root / MANIFEST_NAME)
+        if not whole and (describe is None or not os.path.lexists(root / "model_index.json")):
             raise BundleError(
                 f"{root} holds no {MANIFEST_NAME}: it is not a bundle; make one with `diffoundry compile`"
             )
         check_tree(root)
         if (root / _ENGINES).is_symlink():
             raise BundleError(f"{root}: {_ENGINES} is a link, and engines are written there: remove the link")
-        if whole:
+        if whole or describe is None:
             bundle = cls(root, from_json(_read_manifest(root / MANIFEST_NAME), str(root / MANIFEST_NAME)))
         else:
             _refuse_headless(root)
-            bundle = cls(root, optimum.describe(root), foreign=True)
+            bundle = cls(root, describe(root), foreign=True)
         for name in bundle.manifest.all_files():
             inside(root, name)
-        for prompt in bundle.manifest.prompts.values():
-            inside(root, prompt.tokenizer)
+        for folder in bundle.manifest.tokenizers:
+            inside(root, folder)
         return bundle
 
     def path(self, relative: str) -> Path:

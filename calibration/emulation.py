@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ..bundle import Bundle
+from ..bundle import STANDARD, Bundle
 from ..common.errors import EngineError
 from ..engines import Engine
 from .precision import precision_of
@@ -25,7 +25,7 @@ def emulation(bundle: Bundle, precision: str) -> dict[str, Callable[[], Engine]]
         return start(emulated(path, rule), path.parent, name)
 
     components = bundle.manifest.components.items()
-    found = {name: part.typed[precision].model for name, part in components if precision in part.typed}
+    found = {name: found.model for name, part in components if (found := part.variants.get(f"{precision}/{STANDARD}"))}
     if not found:
         raise EngineError(f"{bundle.root} has no {precision} models: compile it with --precision {precision}")
     return {name: partial(load, name, model) for name, model in found.items()}

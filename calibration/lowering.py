@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import FULL, STANDARD, Bundle
 from ..common.arrays import Array
 from ..common.errors import DiffoundryError, OverflowedError
 from ..common.files import remove, sha256_file
 from ..engines import Engine
-from ..engines.onnxruntime import load_component
+from ..engines.onnxruntime import load_variant
 from .graph import read
 from .islands import Island, Islands
 from .losses import LOSSLESS
@@ -29,8 +29,6 @@ RULE = 2
 """Raise it when the same measurements would give other types."""
 _TRIES = 4
 _TIGHTER_DB = 5.0
-_FLOAT = "step"
-"""The component that stays in float32."""
 _MOST_CALLS = 256
 
 
@@ -52,7 +50,7 @@ def lower(
     typed file of its own then.
     """
     rule, scan, done = precision_of(precision), scan or Scan(), dict(done or {})
-    names = [name for name in bundle.manifest.components if name != _FLOAT]
+    names = [name for name, part in bundle.manifest.components.items() if part.role != "step"]
     unknown = sorted(set(done) - set(names))
     if unknown:
         raise DiffoundryError(f"{bundle.root} has no component {unknown[0]!r}, only {', '.join(names)}")
@@ -121,7 +119,7 @@ class _Lowering:
                 remove(self._bundle.root / path)
 
     def _model(self, name: str) -> Path:
-        return self._bundle.path(self._bundle.component(name).model)
+        return self._bundle.path(f"{name}/model.onnx")
 
     def _recording(self, ranges: Mapping[str, Ranges]) -> dict[str, Callable[[], Engine]]:
         """What loads each component in float32; those to be lowered gather their ranges."""
@@ -130,8 +128,8 @@ class _Lowering:
             heard = self._calls[name].hear
             if name in ranges:
                 return lambda: ranges[name].engine(heard)
-            component = self._bundle.component(name)
-            return lambda: Recorded(load_component(self._bundle.root, name, component), heard)
+            variant = self._bundle.component(name).variants[f"{FULL}/{STANDARD}"]
+            return lambda: Recorded(load_variant(self._bundle.root, name, variant), heard)
 
         return {name: loader(name) for name in self._calls}
 

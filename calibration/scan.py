@@ -106,13 +106,12 @@ def draw(
     results = pipeline.generate_many(requests, batch=1, low_memory=True, callback=report)
     pipeline.release_all()
     images = [np.asarray(image) for result in results for image in result.images]
-    components = bundle.manifest.components
-    if "vae_tiny_decoder" in components:
+    if bundle.manifest.with_role("preview"):
         for result in results:
             pipeline.decode(result.latents, "tiny")
         pipeline.release_all()
-    if "vae_encoder" in components:
-        encoder = pipeline.engine("vae_encoder")
+    for name in bundle.manifest.with_role("encoder"):
+        encoder = pipeline.engine(name)
         for image in images:
             pixels = image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(127.5) - 1
             encoder({encoder.inputs[0].name: np.asarray(pixels, encoder.inputs[0].dtype, order="C")})

@@ -141,7 +141,7 @@ def compile_command(
     """
     from ..common.errors import DiffoundryError
     from ..export import compile
-    from ..runtime.schedules import Schedules
+    from ..runtime.schedule import Schedules
 
     if ":" in (trace_scheduler or ""):
         sys.path.insert(0, str(Path.cwd()))  # a module of one's own lies where one stands

@@ -16,13 +16,13 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def inspect_command(bundle: str, as_json: bool) -> None:
     """Show what BUNDLE holds and what was measured."""
-    from ..bundle import Bundle
     from ..bundle.manifest import to_json
     from ..common.errors import BundleError
     from ..common.files import read_json
     from ..engines import EngineStore
+    from ..families import open_bundle
 
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     reports: dict[str, dict[str, Any]] = {}
     for name in ("parity", "precision", "quality"):
         path = f"reports/{name}.json"
@@ -31,10 +31,8 @@ def inspect_command(bundle: str, as_json: bool) -> None:
             reports[name] = read_json(opened.path(path), f"the {name} report")
     engines = EngineStore(opened.root / "engines").records()
     sizes = {
-        name: sum(path.stat().st_size for path in opened.path(part.model).parent.glob("*") if path.is_file())
-        if opened.path(part.model).is_file()
-        else 0
-        for name, part in opened.manifest.components.items()
+        name: sum(path.stat().st_size for path in opened.path(name).glob("*") if path.is_file())
+        for name in opened.manifest.components
     }
     if as_json:
         described = {"bundle": str(opened.root), "bytes": sizes, **to_json(opened.manifest)}
@@ -48,7 +46,8 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
     from rich.table import Table
     from rich.text import Text
 
-    from ..runtime.schedules import Schedules
+    from ..bundle.wiring import SOURCES
+    from ..runtime.schedule import Schedules
 
     manifest = opened.manifest
     console = Console(highlight=False, markup=False)
@@ -65,11 +64,10 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
         f"{latents.channels} latent channels, scaling factor {latents.scaling_factor:g}; "
         f"default {manifest.default_steps} steps, guidance {manifest.default_guidance:g}"
     )
-    told = [name for name, value in manifest.options.items() if value]
-    if told:
-        console.print(", ".join(told))
+    for name, source in manifest.wiring.inputs.items():
+        console.print(f"{manifest.named('denoiser')}.{name}: {SOURCES.get(source, source)}")
     table = Table("component", "size", "largest error to torch")
-    shown = {name: part for name, part in manifest.components.items() if name != "step"}  # the same in every bundle
+    shown = {name: part for name, part in manifest.components.items() if part.role != "step"}
     for name in shown:
         table.add_row(*(Text(cell) for cell in (name, _size(sizes[name]), _worst(reports.get("parity", {}).get(name)))))
     console.print(table)

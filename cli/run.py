@@ -196,8 +196,8 @@ def run_command(
     The PNG records how it was made, in its text chunk `diffoundry`.
     """
     from .. import __version__
-    from ..runtime.images import output_paths, save_png
     from ..runtime.jobs import check_decoder
+    from ..runtime.pictures.images import output_paths, save_png
     from ..runtime.pipeline import load
     from ..runtime.refine import generate_refined
 
@@ -244,7 +244,7 @@ def run_command(
             **how_run,
         }
         save_png(image, path, made)
-    for name, text in result.cut.items():
+    for name, text in result.truncated.items():
         left = "".join(letter if letter.isprintable() else " " for letter in text[:_LONGEST_TOLD])
         more = f" … ({len(text)} letters)" if len(text) > _LONGEST_TOLD else ""
         print(f"Warning: {name} is too long, this was left out: {left}{more} (--windows takes it in)", file=sys.stderr)
@@ -255,7 +255,7 @@ def run_command(
                     "images": [{"path": str(path), "seed": own} for path, own in zip(paths, result.seeds, strict=True)],
                     "request": result.request,
                     **told,
-                    "cut": result.cut,
+                    "truncated": result.truncated,
                     "seconds": {name: round(value, 4) for name, value in result.seconds.items()},
                 },
             )

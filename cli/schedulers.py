@@ -47,10 +47,10 @@ def schedulers_command(
 
     NAME is a short name or a diffusers class. The table has one row for each call of the model.
     """
-    from ..bundle import Bundle
+    from ..families import open_bundle
+    from ..runtime.schedule import Schedules
     from ..runtime.schedulers import Steps, find_sampler, is_known, make_table
     from ..runtime.schedulers.stored import to_json
-    from ..runtime.schedules import Schedules
 
     if name is None:
         if plot or options or bundle or steps is not None or start:
@@ -60,7 +60,7 @@ def schedulers_command(
     count = 20 if steps is None else steps
     asked, chosen = Steps(count, start), read_options(options)
     if bundle:
-        opened = Bundle.open(bundle)
+        opened = open_bundle(bundle)
         schedules = Schedules(opened)
         key, table = schedules.named(name), schedules.table(asked, opened.manifest.tasks[0], name, chosen)
     else:

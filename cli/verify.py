@@ -30,11 +30,11 @@ def verify_command(bundle: str, engine: str, precision: str | None, threads: int
     Each component runs on recorded inputs and is held against what torch gave when it was compiled. TensorRT plans run
     at their own shapes and are held against ONNX Runtime; with another engine, their hashes alone are checked.
     """
-    from ..bundle import Bundle
     from ..common.errors import BundleError
+    from ..families import open_bundle
     from ..runtime.verify import verify
 
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     checks = []
     for check in verify(opened, engine=engine, precision=precision, threads=threads):
         checks.append(check)

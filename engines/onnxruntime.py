@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Component, Tensor
+from ..bundle import Tensor, Variant
 from ..common.arrays import Array
 from ..common.errors import EngineError, reason
 from ..common.machine import cpu_identity
@@ -236,34 +236,27 @@ class OrtHostBinding:
         return self._outputs
 
 
-def load_component(
+def load_variant(
     root: Path,
     name: str,
-    component: Component,
+    variant: Variant,
     *,
     provider: str = "cpu",
     threads: int | None = None,
     store: EngineStore | None = None,
 ) -> Engine:
-    """The engine of a bundle's component, of its fused graphs where it has them and the provider is the CPU.
+    """The engine of a variant of component `name`.
 
     root: the bundle's folder. Options and errors are those of `OnnxRuntimeEngine.load`.
     """
 
     def load(graph: str) -> OnnxRuntimeEngine:
         return OnnxRuntimeEngine.load(
-            root / graph,
-            component=name,
-            provider=provider,
-            threads=threads,
-            store=store,
-            source=component.model_files(),
+            root / graph, component=name, provider=provider, threads=threads, store=store, source=variant.files
         )
 
-    if provider != "cpu" or not component.fused:
-        return load(component.model)
-    per_step = load(component.fused)
-    return SplitEngine(name, load(component.hoisted), per_step) if component.hoisted else per_step
+    per_step = load(variant.model)
+    return SplitEngine(name, load(variant.per_prompt), per_step) if variant.per_prompt else per_step
 
 
 def require_provider(provider: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import FULL, Bundle, Variant
+from ..bundle import AS_EXPORTED, FULL, STANDARD, Bundle, Variant
 from ..common.checks import is_whole
 from ..common.errors import EngineError
 from .cache import EngineStore
@@ -14,11 +14,6 @@ from .profiles import Shape
 
 if TYPE_CHECKING:
     from .tensorrt.plan import Plan
-
-AS_EXPORTED = "as exported"
-"""The precision of a folder that another tool wrote."""
-_ALWAYS_FULL = ("step",)
-"""Components that have no lower precision."""
 
 
 class Supply:
@@ -62,49 +57,38 @@ class Supply:
 
         Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
         """
-        from .onnxruntime import OnnxRuntimeEngine, load_component
+        from .onnxruntime import load_variant
 
-        component = self._bundle.component(name)
         variant = self._variant(name)
-        if self._gpu is not None and variant is not None:
+        self._bundle.check(self._bundle.component(name).files | variant.files if not self._bundle.foreign else ())
+        if self._gpu is not None:
             return self._load_plans(name, variant)
-        if self.precision_of(name) in (FULL, AS_EXPORTED) or variant is None:
-            self._bundle.check(component.files)
-            return load_component(
-                self._bundle.root,
-                name,
-                component,
-                provider=self.engine.provider,
-                threads=threads,
-                store=self._store,
-            )
-        self._bundle.check(variant.files)
-        return OnnxRuntimeEngine.load(
-            self._bundle.path(variant.model),
-            component=name,
-            provider=self.engine.provider,
-            threads=threads,
-            store=self._store,
-            source=variant.files,
+        return load_variant(
+            self._bundle.root, name, variant, provider=self.engine.provider, threads=threads, store=self._store
         )
 
     def precision_of(self, name: str) -> str:
         """The precision that component `name` is loaded in."""
-        return FULL if name in _ALWAYS_FULL and self.precision != AS_EXPORTED else self.precision
+        role = self._bundle.component(name).role
+        return FULL if role == "step" else self.precision
 
     def plan_shapes(self, name: str) -> list[dict[str, Shape]]:
         """The usual shapes of the plans of component `name`; [] where it has none and takes any."""
-        variant = self._variant(name)
-        if self._gpu is None or variant is None:
+        if self._gpu is None:
             return []
-        return [{key: part[1] for key, part in plan.profile.shapes.items()} for plan in self._plans(name, variant)]
+        return [
+            {key: part[1] for key, part in plan.profile.shapes.items()}
+            for plan in self._plans(name, self._variant(name))
+        ]
 
     def most_rows(self, height: int, width: int) -> int | None:
         """The most rows of latents of this size that a plan of the U-Net takes; None where nothing sets a limit."""
-        variant = self._variant("unet")
-        if self._gpu is None or variant is None:
+        if self._gpu is None:
             return None
-        shapes = [plan.profile.shapes["sample"] for plan in self._plans("unet", variant)]
+        manifest = self._bundle.manifest
+        name = manifest.named("denoiser")
+        latents = next(key for key, source in manifest.wiring.inputs.items() if source.startswith("latents"))
+        shapes = [plan.profile.shapes[latents] for plan in self._plans(name, self._variant(name))]
         return max(
             (
                 largest[0]
@@ -125,12 +109,11 @@ class Supply:
         if plan is not None:
             self._served[name] = {"key": plan.key, "profile": plan.profile.name}
 
-    def _variant(self, name: str) -> Variant | None:
+    def _variant(self, name: str) -> Variant:
         """The model of a component in this precision. Raises `EngineError` when the bundle has none."""
         component = self._bundle.component(name)
-        if self.precision == AS_EXPORTED:
-            return None
-        variant = component.variant(self.precision_of(name))
+        backend = STANDARD if self._gpu is not None else f"{ONNXRUNTIME}:{self.engine.provider}"
+        variant = component.variant(self.precision_of(name), backend)
         if variant is None:
             raise EngineError(
                 f"{self._bundle.root} has no {self.precision} model of {name}: "
@@ -139,9 +122,7 @@ class Supply:
         return variant
 
     def _check_precision(self) -> None:
-        known = {FULL, *(name for part in self._bundle.manifest.components.values() for name in part.typed)}
-        if self._bundle.foreign:
-            known = {AS_EXPORTED}
+        known = {name for part in self._bundle.manifest.components.values() for name in part.precisions}
         if not isinstance(self.precision, str) or self.precision not in known:
             raise EngineError(
                 f"{self._bundle.root} has the precisions {', '.join(sorted(known))}, not {self.precision!r}: "
@@ -165,7 +146,6 @@ class Supply:
         from .tensorrt.engine import TensorRTEngine
 
         component = self._bundle.component(name)
-        self._bundle.check(variant.files)
         return TensorRTEngine(
             name,
             component.inputs,

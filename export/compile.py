@@ -15,10 +15,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..bundle import FULL, MANIFEST_NAME, Bundle, Component, Latents, Manifest, Prompt
+from ..bundle import FULL, MANIFEST_NAME, PRECISIONS, Bundle, Component, Manifest, Tokenizer
 from ..bundle.manifest import to_json
+from ..bundle.wiring import TASKS
 from ..calibration import Scan
 from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import (
@@ -37,6 +38,7 @@ from ..engines.names import ONNXRUNTIME, EngineName
 from ..engines.onnxruntime import require_provider
 from ..engines.tensorrt.backend import BACKENDS
 from ..engines.tensorrt.build import clean
+from ..families import FAMILIES, Family, Pipeline, family_named, family_of
 from ..runtime.loop.guidance import Guidance
 from ..runtime.request import Request
 from . import step_graph
@@ -46,19 +48,16 @@ from .fit import check_models, check_parts
 from .place import STAGES, UNPACKED, check_target, prepare, recover, swap, tidy, work_folder
 from .plan import ComponentPlan
 from .plans import Site, build_plans, count_plans, site, warnings_of
-from .precision import PRECISIONS, Lowered, lower_bundle, others, variants
+from .precision import Lowered, lower_bundle, others, variants
 from .single_file import SingleFile, is_single_file
 from .target import Target
-
-if TYPE_CHECKING:
-    from .families import Family
 
 Progress = Callable[[str, float, int], None]
 """`progress(stage, done, total)`, before each stage, while a long one goes on, and once at the end."""
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnxruntime", "diffoundry")
-_NEEDED_BY = {"vae_encoder": ("img2img", "inpaint")}
-"""Components that not every task needs."""
+_DAMAGED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
+"""What a damaged configuration may make of the code that reads it."""
 _DISK_MARGIN = 1.1
 """Disk needed, as a multiple of the weights of the models, typed models and engines that are written."""
 
@@ -118,8 +117,6 @@ def compile(
     place = site(name.backend, precision, target or Target()) if name.backend in BACKENDS else None
     require_provider(name.provider or "cpu")
     _require_export()
-    from .families import family_of  # imports torch
-
     if not isinstance(out, (str, Path)) or not str(out):
         raise DiffoundryError(f"the output must be a path, found {out!r}")
     try:
@@ -135,10 +132,10 @@ def compile(
                     source = source.replace(components or {})
                     for folder in (source.root, *source.replaced.values()):
                         check_tree(folder, held=False)  # a pipe would be waited for
-                    family_name, rules = family_of(source, family)
-                    build = _Build(source, family_name, rules, path, wanted, progress)
-                    build.tasks = _chosen_tasks(checkpoint, rules.tasks(source), tasks)
-                    build.defaults = _defaults(rules, default_steps, default_guidance)
+                    found = _family(source, family)
+                    build = _Build(source, found, described(source, found), path, wanted, progress)
+                    build.tasks = _chosen_tasks(checkpoint, build.pipeline.tasks, tasks)
+                    build.defaults = _defaults(found, default_steps, default_guidance)
                     build.traced = (trace_scheduler, tuple(steps)) if trace_scheduler is not None else None
                     return build
 
@@ -213,9 +210,40 @@ def _chosen_tasks(checkpoint: str | Path, known: tuple[str, ...], asked: Sequenc
     return tuple(task for task in known if task in asked)
 
 
+def _family(source: Checkpoint, name: str | None) -> Family:
+    """The family called `name`, or the one of the checkpoint's pipeline class. Raises `CheckpointError`."""
+    found = family_named(name) if name is not None else family_of(source.class_name)
+    if found is None:
+        known = ", ".join(sorted(each for family in FAMILIES.values() for each in family.pipelines))
+        raise CheckpointError(
+            f"{source.root} is a {source.class_name or 'pipeline without a class name'}; "
+            f"the pipeline classes known are {known} (--family overrides)"
+        )
+    return found
+
+
+def described(source: Checkpoint, family: Family) -> Pipeline:
+    """What the family makes of the configurations. Raises `CheckpointError` for a model that it does not take."""
+    from .configs import Complete, check_classes
+
+    check_classes(source, family)
+    try:
+        return family.describe(Complete(source))
+    except _DAMAGED as error:
+        raise _damaged(source, error) from None
+
+
+def _damaged(source: Checkpoint, error: Exception) -> CheckpointError:
+    replaced = "".join(f" or {folder}" for folder in source.replaced.values())
+    return CheckpointError(
+        f"a config.json in {source.root}{replaced} is damaged or of another kind "
+        f"({type(error).__name__}: {error}): give the configuration that the part was saved with"
+    )
+
+
 def _defaults(rules: Family, steps: int | None, guidance: float | None) -> tuple[int, float]:
     """What is run by default. Raises `DiffoundryError` for what cannot be run."""
-    chosen = rules.DEFAULT_STEPS if steps is None else steps, rules.DEFAULT_GUIDANCE if guidance is None else guidance
+    chosen = rules.steps if steps is None else steps, rules.guidance if guidance is None else guidance
     Request(steps=chosen[0], guidance=Guidance(chosen[1]))
     return chosen[0], float(chosen[1])
 
@@ -251,13 +279,13 @@ class _Build:
     def __init__(
         self,
         source: Checkpoint,
-        family_name: str,
-        rules: Family,
+        family: Family,
+        pipeline: Pipeline,
         target: Path,
         wanted: _Wanted,
         progress: Progress | None,
     ) -> None:
-        self.source, self.family_name, self.rules, self.target = source, family_name, rules, target
+        self.source, self.family, self.pipeline, self.target = source, family, pipeline, target
         self.wanted = wanted
         self.progress = progress or (lambda stage, done, total: None)
         self.work = work_folder(target)
@@ -269,21 +297,21 @@ class _Build:
         self.components = Components(source, target, wanted.provider, store, makers)
         self.name = source.root.resolve().name
         self.tasks: tuple[str, ...] = ()
-        self.defaults = rules.DEFAULT_STEPS, rules.DEFAULT_GUIDANCE
+        self.defaults = family.steps, family.guidance
         self.traced: tuple[str, tuple[int, ...]] | None = None
         self.changes: dict[str, dict[str, bool | int]] = {}
 
     def run(self) -> Bundle:
-        plans, latents, size = self.read()
+        plans = self.read()
         weights = {name: self.source.weights(name) for name in sorted({plan.source for plan in plans})}
-        prompts = self._write_small()
-        check_parts(plans, latents, prompts)
+        tokenizers = self._write_small()
+        check_parts(plans, self.pipeline)
         check_models(plans)
         self.progress("hash the checkpoint", 0, len(plans) + 2)
         hashes = {name: each.sha256() for name, each in weights.items()}
         self.store.take(EngineStore(self.target / "engines"))  # their keys decide whether they are ever used
         self._check_disk(plans)
-        manifest = self._manifest(plans, latents, size, prompts, sha256_json(hashes))
+        manifest = self._manifest(plans, tokenizers, sha256_json(hashes))
         lowers, site = self.wanted.precision != FULL, self.wanted.site
         built = 0 if site is None else count_plans(manifest, self.wanted.target)
         total = len(plans) + 2 + lowers + built
@@ -304,7 +332,8 @@ class _Build:
             lowered[self.wanted.precision] = made
         typed = variants(lowered)
         components = {
-            name: replace(component, typed=typed.get(name, {})) for name, component in manifest.components.items()
+            name: replace(component, variants=component.variants | typed.get(name, {}))
+            for name, component in manifest.components.items()
         }
         manifest = replace(manifest, components=components)
         described: list[dict[str, Any]] = []
@@ -335,31 +364,32 @@ class _Build:
     def _manifest(
         self,
         plans: list[ComponentPlan],
-        latents: Latents,
-        size: tuple[int, int],
-        prompts: dict[str, Prompt],
+        tokenizers: dict[str, Tokenizer],
         source: str,
     ) -> Manifest:
         """The manifest before any file is made, which the target of the plans is held against."""
-        tensors = {plan.name: (plan.inputs, plan.outputs) for plan in plans}
-        tensors[step_graph.NAME] = (step_graph.INPUTS, step_graph.OUTPUTS)
+        parts = self.pipeline.parts
+        drafts = {plan.name: Component(parts[plan.name].role, plan.inputs, plan.outputs) for plan in plans}
+        drafts[step_graph.NAME] = Component("step", step_graph.INPUTS, step_graph.OUTPUTS)
+        unit = next(plan.axes["height"].unit for plan in plans if parts[plan.name].role == "denoiser")
+        latents = replace(self.pipeline.latents, multiple=unit)
+        width, height = (
+            -(-side // latents.unit) * latents.unit for side in (self.pipeline.width, self.pipeline.height)
+        )
         return Manifest(
-            family=self.family_name,
+            family=self.family.name,
             tasks=self.tasks,
             precision=self.wanted.precision,
-            components={
-                name: Component(f"{name}/model.onnx", "float32", {}, inputs, outputs)
-                for name, (inputs, outputs) in tensors.items()
-            },
-            files={},
+            components=drafts,
+            wiring=self.pipeline.wiring,
             latents=latents,
-            prompts=prompts,
-            default_width=size[0],
-            default_height=size[1],
+            tokenizers=tokenizers,
+            files={},
+            default_width=width,
+            default_height=height,
             default_steps=self.defaults[0],
             default_guidance=self.defaults[1],
             engine=str(self.wanted.engine),
-            options=self.rules.options(self.source),
             scheduler=self.changes,
             source={"name": self.name, "pipeline": self.source.class_name, "sha256": source},
             versions=self.versions,
@@ -368,8 +398,9 @@ class _Build:
     def _with_files(self, manifest: Manifest, stages: dict[str, Stage]) -> Manifest:
         """The manifest with what the stages made, and the hashes of what is there."""
         components = {
-            name: replace(stages[name].component, inputs=draft.inputs, outputs=draft.outputs)
+            name: replace(draft, variants=made.variants, files=made.files, key=made.key)
             for name, draft in manifest.components.items()
+            for made in [stages[name].component]
         }
         return replace(manifest, components=components, files=self._hashes(self._small_files()))
 
@@ -383,30 +414,30 @@ class _Build:
     def _hashes(self, names: Sequence[str]) -> dict[str, str]:
         return {name: sha256_file(self.work / name) for name in names}
 
-    def read(self) -> tuple[list[ComponentPlan], Latents, tuple[int, int]]:
-        """What the family makes of the configurations, before any work is done."""
-        try:
-            plans = self.rules.components(self.source)
-            unit = next(plan.axes["height"].unit for plan in plans if plan.name == "unet")
-            latents = replace(self.rules.latents(self.source), multiple=unit)
-            width, height = (-(-side // latents.unit) * latents.unit for side in self.rules.default_size(self.source))
-            needed = [plan for plan in plans if set(_NEEDED_BY.get(plan.name, self.tasks)) & set(self.tasks)]
-            return needed, latents, (width, height)
-        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            replaced = "".join(f" or {folder}" for folder in self.source.replaced.values())
-            raise CheckpointError(
-                f"a config.json in {self.source.root}{replaced} is damaged or of another kind "
-                f"({type(error).__name__}: {error}): give the configuration that the part was saved with"
-            ) from None
+    def read(self) -> list[ComponentPlan]:
+        """How the components that the tasks need are traced, before any work is done."""
+        from .modules import component_plans
 
-    def _write_small(self) -> dict[str, Prompt]:
+        needed = {"text", "denoiser", "preview", *(role for task in self.tasks for role in TASKS[task])}
+        parts = self.pipeline.parts
+        try:
+            plans = component_plans(self.source, self.pipeline)
+            return [plan for plan in plans if parts[plan.name].role in needed]
+        except _DAMAGED as error:
+            raise _damaged(self.source, error) from None
+
+    def _write_small(self) -> dict[str, Tokenizer]:
         """Tokenizer, scheduler and pipeline index: before the long work, so that what is wrong with them shows."""
+        from .modules.clip import tokenizer
         from .scheduler import changes, scheduler_config, write_traced
 
         for name in ("tokenizer", "tokenizer_2", "scheduler"):
             remove(self.work / name)
-        prompts = self.rules.prompts(self.source, self.work)
-        self.changes = changes(self.source, self.family_name, self.tasks)
+        tokenizers = {
+            each.tokenizer: tokenizer(self.source, each.component, each.tokenizer, self.work)
+            for each in self.pipeline.wiring.text
+        }
+        self.changes = changes(self.source, self.family, self.tasks)
         (self.work / "scheduler").mkdir()
         write_json(self.work / "scheduler" / "scheduler_config.json", scheduler_config(self.source))
         if self.traced:
@@ -417,7 +448,7 @@ class _Build:
             for name, value in self.source.index.items()
         }
         write_json(self.work / "model_index.json", {**index, "requires_safety_checker": False})
-        return prompts
+        return tokenizers
 
     def _check_default_steps(self) -> None:
         config = read_json(self.work / "scheduler" / "scheduler_config.json", "the scheduler configuration")
@@ -476,11 +507,6 @@ class _Build:
             for path in (self.work / name).iterdir():
                 if path.relative_to(self.work).as_posix() not in listed:
                     remove(path)
-        sources = [component.model_files() for component in manifest.components.values()]
-        for component in manifest.components.values():
-            for precision in (FULL, *component.typed):
-                variant = component.variant(precision)
-                if variant is not None:
-                    sources.append(variant.files)
+        sources = [each.files for component in manifest.components.values() for each in component.variants.values()]
         clean(self.store)
         self.store.prune(sources)

@@ -5,24 +5,28 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Component
+from ..bundle import FULL, STANDARD, Component, Variant
+from ..bundle.reader import read
 from ..common.errors import BundleError
 from ..common.files import holds, link_or_copy, read_json, remove, sha256_file, sha256_json, write_json
 from ..engines import EngineStore
-from ..engines.onnxruntime import OnnxRuntimeEngine, load_component
+from ..engines.names import ONNXRUNTIME
+from ..engines.onnxruntime import OnnxRuntimeEngine, load_variant
 from . import step_graph
 from .checkpoint import Checkpoint
-from .fuse import HOISTED, fuse
+from .fuse import fuse
 from .guard import guarded
 from .place import STAGES, work_folder
 from .plan import OPSET, ComponentPlan
 
-_REVISION = 4
+_REVISION = 5
 """Raise it when the exporter writes something else from the same input."""
+_STANDARD = f"{FULL}/{STANDARD}"
+_FUSED = f"{FULL}/{ONNXRUNTIME}:cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class Components:
         (self._work / step_graph.NAME).mkdir()
         step_graph.write_step(self._work / model)
         files = {model: sha256_file(self._work / model)}
-        component = Component(model, "float32", files, key=sha256_json(files))
+        component = Component("step", variants={_STANDARD: Variant(model, files)}, key=sha256_json(files))
         cases = step_graph.step_cases()
         parity = compare(step_graph.NAME, self._load(step_graph.NAME, component), cases)
         reference = f"reports/reference/{step_graph.NAME}.npz"
@@ -102,15 +106,15 @@ class Components:
         if record is None or record.get("key") != key:
             return None
         try:
-            parts = record["component"]
-            component = Component(
-                parts["model"], parts["dtype"], parts["files"], key=key, fused=parts["fused"], hoisted=parts["hoisted"]
-            )
+            component = read(Component, record["component"])
             stage = Stage(component, record["parity"], record["reference"])
-            graphs = {component.model, *filter(None, (component.fused, component.hoisted))}
             measured = all(float(case["max_abs_error"]) >= 0 for case in stage.parity["cases"])
-            whole = holds(root, component.files) and holds(root, stage.reference)
-            if measured and whole and graphs <= set(component.files):
+            whole = holds(root, component.all_files()) and holds(root, stage.reference)
+            graphs = (
+                each.model in each.files and each.per_prompt in {"", *each.files}
+                for each in component.variants.values()
+            )
+            if measured and whole and _STANDARD in component.variants and all(graphs):
                 return stage
         except (KeyError, TypeError, ValueError, OverflowError):
             pass
@@ -124,17 +128,16 @@ class Components:
             return None
         stage = self._finished(self._target, record, key)
         if stage is not None:
-            for path in (*stage.component.files, *stage.reference):
+            for path in (*stage.component.all_files(), *stage.reference):
                 link_or_copy(self._target / path, self._work / path)
             self._keep(name, stage)
         return stage
 
     def _keep(self, name: str, stage: Stage) -> None:
         (self._work / STAGES).mkdir(exist_ok=True)
-        component = {name: getattr(stage.component, name) for name in ("model", "fused", "hoisted", "dtype", "files")}
         record = {
             "key": stage.component.key,
-            "component": component,
+            "component": asdict(stage.component),
             "parity": stage.parity,
             "reference": stage.reference,
         }
@@ -157,17 +160,19 @@ class Components:
         del module
         gc.collect()
         with guarded(f"the graph of the {plan.name} cannot be fused"):
-            fused = fuse(folder / "model.onnx", [tensor.name for tensor in plan.inputs if tensor.name in HOISTED])
-        shutil.copyfile(self._source.folder(plan.source) / "config.json", folder / "config.json")
+            fused = fuse(folder / "model.onnx", plan.per_prompt)
         files = {f"{plan.name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
-        model = f"{plan.name}/model.onnx"
-        component = Component(model, "float32", files, plan.inputs, plan.outputs, key)
+        shutil.copyfile(self._source.folder(plan.source) / "config.json", folder / "config.json")
+        config = f"{plan.name}/config.json"
+        model, graphs = f"{plan.name}/model.onnx", {part: f"{plan.name}/{name}" for part, name in fused.items()}
+        variants = {_STANDARD: Variant(model, {path: files[path] for path in files if path not in graphs.values()})}
+        component = Component("denoiser", variants=variants, files={config: sha256_file(self._work / config)}, key=key)
         if fused:
             plain = OnnxRuntimeEngine.load(self._work / model, component=plan.name, provider=self._provider)
             compare(plan.name, plain, cases)
             del plain
-            graphs = {part: f"{plan.name}/{name}" for part, name in fused.items()}
-            component = replace(component, fused=graphs["fused"], hoisted=graphs.get("hoisted", ""))
+            shared = {path: sha for path, sha in files.items() if path != model}
+            variants[_FUSED] = Variant(graphs["fused"], shared, graphs.get("hoisted", ""))
         parity = compare(plan.name, self._load(plan.name, component), cases)
         reference = f"reports/reference/{plan.name}.npz"
         save_reference(self._work / reference, cases[0])
@@ -176,4 +181,6 @@ class Components:
         return stage
 
     def _load(self, name: str, component: Component) -> Any:
-        return load_component(self._work, name, component, provider=self._provider, store=self._store)
+        variant = component.variant(FULL, f"{ONNXRUNTIME}:{self._provider}")
+        assert variant is not None
+        return load_variant(self._work, name, variant, provider=self._provider, store=self._store)

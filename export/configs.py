@@ -7,23 +7,37 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.errors import CheckpointError, reason
+from ..families import Family
+from ..families.parts import KL, TINY, UNET, VAE, VAE_TINY
 from .checkpoint import Checkpoint
 from .loading import quiet
 
-UNET = "UNet2DConditionModel"
-KL = "AutoencoderKL"
-TINY = "AutoencoderTiny"
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _TEXT_TYPES = ("clip", "clip_text_model")
 _LIBRARIES = ("diffusers", "transformers")
 
 
-def check_classes(checkpoint: Checkpoint, supported: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise `CheckpointError` for a component whose class, as the pipeline index names it, is not `supported`.
+class Complete:
+    """The configurations of a checkpoint with the defaults of their classes; see `families.Configs`."""
 
-    supported: the classes of each component that the pipeline needs.
-    """
-    for name, classes in supported.items():
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self.index = checkpoint, checkpoint.index
+        self.has = checkpoint.has
+
+    def config(self, name: str) -> Mapping[str, Any]:
+        """Raises `CheckpointError` for the configuration of another kind of model."""
+        if name in (VAE, VAE_TINY):
+            return vae_config(self._checkpoint, name)
+        if name == "unet":
+            return unet_config(self._checkpoint)
+        found: Mapping[str, Any] = text_config(self._checkpoint, name).to_dict()
+        return found
+
+
+def check_classes(checkpoint: Checkpoint, family: Family) -> None:
+    """Raise `CheckpointError` for a model whose class, as the pipeline index names it, the family does not take."""
+    for name, classes in family.models.items():
+        if name in family.optional and not checkpoint.has(family.optional[0]):
+            continue
         if not checkpoint.has(name):
             raise CheckpointError(
                 f"the model_index.json of {checkpoint.root} has no {name}, which a {checkpoint.class_name} needs: "
@@ -71,7 +85,7 @@ def _model_config(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any
             stated, _, _ = model.extract_init_dict(dict(raw))
     except Exception as error:  # each version has its own ways of refusing a configuration
         raise CheckpointError(f"{checkpoint.folder(name)}/config.json is no {kind}'s ({reason(error)})") from None
-    return {**defaults, **stated}
+    return {**defaults, **stated, "_diffusers_version": raw.get("_diffusers_version")}
 
 
 def text_config(checkpoint: Checkpoint, name: str) -> Any:

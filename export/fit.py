@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..bundle import Latents, Prompt
 from ..common.errors import CheckpointError, reason
+from ..families import Pipeline
 from .guard import guarded
 from .loading import quiet
 from .plan import ComponentPlan
@@ -86,21 +86,20 @@ def check_models(plans: Sequence[ComponentPlan]) -> None:
                 )
 
 
-def check_parts(plans: Sequence[ComponentPlan], latents: Latents, prompts: Mapping[str, Prompt]) -> None:
-    """Hold the text encoders and the autoencoder against the U-Net. Raises `CheckpointError` naming both and a remedy.
-
-    prompts: how each text encoder is used, with the outputs that the U-Net reads.
-    """
+def check_parts(plans: Sequence[ComponentPlan], pipeline: Pipeline) -> None:
+    """Hold text encoders and autoencoder against the denoiser. Raises `CheckpointError` naming both and a remedy."""
     by_name = {plan.name: plan for plan in plans}
-    unet = {tensor.name: tensor.shape for tensor in by_name["unet"].inputs}
-    widths = {name: _width(by_name[name], prompt.hidden) for name, prompt in prompts.items()}
-    if sum(widths.values()) != unet["encoder_hidden_states"][2]:
+    denoiser = next(by_name[name] for name, part in pipeline.parts.items() if part.role == "denoiser")
+    latents, sources = pipeline.latents, pipeline.wiring.inputs
+    unet = {sources[tensor.name].partition(".masked")[0]: tensor.shape for tensor in denoiser.inputs}
+    widths = {each.component: _width(by_name[each.component], each.hidden) for each in pipeline.wiring.text}
+    if sum(widths.values()) != unet["text.hidden"][2]:
         gives = " and ".join(f"{name} gives {width}" for name, width in widths.items())
         raise CheckpointError(
-            f"{gives} numbers a token, the U-Net takes {unet['encoder_hidden_states'][2]} (cross_attention_dim): they "
+            f"{gives} numbers a token, the U-Net takes {unet['text.hidden'][2]} (cross_attention_dim): they "
             f"are not of one checkpoint; give parts that belong together ({_remedy((*widths, 'unet'))})"
         )
-    made, taken = by_name["unet"].outputs[0].shape[1], unet["sample"][1]
+    made, taken = denoiser.outputs[0].shape[1], unet["latents"][1]
     if made != latents.channels or taken not in (latents.channels, 2 * latents.channels + 1):
         raise CheckpointError(
             f"the autoencoder has {latents.channels} latent channels, the U-Net takes {taken} and gives {made}: they "

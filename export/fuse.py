@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HOISTED = ("encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond")
-"""Inputs that a whole run shares."""
 _DOMAIN = "com.microsoft"
 _ON_THE_WAY = ("Mul", "Transpose", "Reshape")
 """What lies between the projections, (B, S, H·D), and the product of queries and keys."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Prompt
+from ..bundle import Tokenizer
 from ..common.errors import CheckpointError, reason
 from .weight_files import WeightFiles, find
 
@@ -137,7 +137,7 @@ def _write_clip_files(model: dict[str, Any], target: Path) -> None:
         merges.write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
 
 
-def load_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> Prompt:
+def load_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> Tokenizer:
     """Copy a CLIP tokenizer to `target`, with the `tokenizer.json` of the `tokenizers` library beside its own files.
 
     window, vocabulary: the positions and tokens that the text encoder knows.
@@ -170,10 +170,4 @@ def load_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> 
     text = tokenizer.backend_tokenizer.to_str()
     (target / "tokenizer.json").write_text(text, encoding="utf-8")
     _write_clip_files(json.loads(text)["model"], target)
-    return Prompt(
-        tokenizer=target.name,
-        max_length=length,
-        bos_token_id=ids[0],
-        eos_token_id=ids[1],
-        pad_token_id=ids[2],
-    )
+    return Tokenizer(length, *ids)

@@ -36,7 +36,7 @@ class ComponentPlan:
     outputs (one tensor, or a tuple). hollow: returns the same on the meta device, without weights.
     integers: exclusive upper bounds of integer inputs. scale: a factor on the random values of an input, such as the
     range of timesteps. repeat: an input that is a vector over the batch and is to accept one value for all rows.
-    facts: numbers that `load` writes into the graph beside the weights.
+    facts: numbers that `load` writes into the graph beside the weights. per_prompt: inputs that a whole run shares.
     """
 
     name: str
@@ -50,6 +50,7 @@ class ComponentPlan:
     scale: dict[str, float] = field(default_factory=dict)
     repeat: str = ""
     facts: tuple[float, ...] = ()
+    per_prompt: tuple[str, ...] = ()
 
     def sizes(self, rng: np.random.Generator) -> dict[str, int]:
         """A random size for each axis."""

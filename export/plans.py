@@ -17,7 +17,6 @@ from ..engines.cache import RECORD_NAME
 from ..engines.tensorrt.backend import BACKENDS, ELSEWHERE
 from ..engines.tensorrt.build import build, find
 from ..engines.tensorrt.recipe import Recipe
-from . import step_graph
 from .target import Target, profiles
 
 _AT_THE_GPU = ("refit", "strip")
@@ -120,7 +119,7 @@ def build_plans(
                 device=place.device,
                 precision=own,
                 profile=profile,
-                flags=target.flags if name != step_graph.NAME else (),
+                flags=target.flags if component.role != "step" else (),
             )
             recipes.append((recipe, root / variant.model))
     gc.collect()

@@ -7,15 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import FULL, Bundle, Variant
+from ..bundle import FULL, PRECISIONS, STANDARD, Bundle, Variant
 from ..bundle.reports import is_quality, is_report
 from ..calibration import RULE, Scan, Typed, lower
 from ..common.errors import BundleError
 from ..common.files import holds, link_or_copy, read_json, sha256_json, write_json
-from . import step_graph
 from .place import STAGES
 
-PRECISIONS = (FULL, "fp16", "bf16")
 _DECIDE = ("scheduler/", "tokenizer/", "tokenizer_2/")
 """Small files that decide what the loop is run with."""
 
@@ -67,8 +65,8 @@ def others(bundle: Bundle, old: Path, precision: str) -> dict[str, Lowered]:
     What an interrupted run left of them is forgotten.
     """
     kept: dict[str, Lowered] = {}
-    for other in PRECISIONS[1:]:
-        if other == precision:
+    for other in PRECISIONS:
+        if other in (FULL, precision):
             continue
         _record(bundle.root / STAGES, other).unlink(missing_ok=True)
         found = _from_old(bundle.root, old, other)
@@ -83,7 +81,7 @@ def variants(lowered: dict[str, Lowered]) -> dict[str, dict[str, Variant]]:
     found: dict[str, dict[str, Variant]] = {}
     for precision, each in lowered.items():
         for name, part in each.typed.items():
-            found.setdefault(name, {})[precision] = Variant(part.model, part.files)
+            found.setdefault(name, {})[f"{precision}/{STANDARD}"] = Variant(part.model, part.files)
     return found
 
 
@@ -100,7 +98,7 @@ def _models(bundle: Bundle) -> dict[str, dict[str, str]]:
     found = {
         name: component.variant(FULL)
         for name, component in bundle.manifest.components.items()
-        if name != step_graph.NAME
+        if component.role != "step"
     }
     return {name: variant.files for name, variant in found.items() if variant is not None}
 
@@ -113,7 +111,7 @@ def _key(bundle: Bundle, precision: str, scan: Scan) -> str:
             "precision": precision,
             "scan": {**asdict(scan), **scan.record(bundle)},
             "tasks": list(bundle.manifest.tasks),
-            "options": bundle.manifest.options,
+            "wiring": asdict(bundle.manifest.wiring),
             "files": {path: sha for path, sha in bundle.manifest.files.items() if path.startswith(_DECIDE)},
         }
     )

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle.pipelines import scheduler_mends
 from ..common.errors import CheckpointError, DiffoundryError, RequestError, reason
 from ..common.files import read_json
+from ..families import Family
 from .checkpoint import Checkpoint
 
 
@@ -21,8 +21,8 @@ def scheduler_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**config, "_class_name": checkpoint.kind("scheduler")[1]} if checkpoint.has("scheduler") else config
 
 
-def changes(checkpoint: Checkpoint, family: str, tasks: Sequence[str]) -> dict[str, dict[str, bool | int]]:
-    """By task, what the pipeline class of `family` changes in the configuration; see `scheduler_mends`.
+def changes(checkpoint: Checkpoint, family: Family, tasks: Sequence[str]) -> dict[str, dict[str, bool | int]]:
+    """By task, what the pipeline class of `family` changes in the configuration; see `Family.scheduler`.
 
     Raises `CheckpointError` when the scheduler's class refuses the configuration.
     """
@@ -39,7 +39,7 @@ def changes(checkpoint: Checkpoint, family: str, tasks: Sequence[str]) -> dict[s
             raise CheckpointError(
                 f"the scheduler configuration of {checkpoint.root} is damaged ({reason(error)}): download it again"
             ) from None
-    return scheduler_mends(family, tasks, full)
+    return family.scheduler_changes(tasks, full)
 
 
 def write_traced(folder: Path, changed: dict[str, bool | int], name: str, counts: Sequence[int]) -> None:

@@ -12,7 +12,6 @@ from ..common.errors import DiffoundryError
 from ..engines.profiles import Profile, Shape
 from ..engines.tensorrt.recipe import FLAGS
 from ..runtime.request import LARGEST_SIDE, MOST_IMAGES
-from . import step_graph
 
 Size = tuple[int, int]
 """Width and height, in pixels."""
@@ -127,20 +126,22 @@ def parse_batch(text: str) -> tuple[int, int]:
 def profiles(manifest: Manifest, component: str, target: Target) -> list[Profile]:
     """The profiles that `component` is built for: one a size, or one in all where the size does not matter to it."""
     ranges = target.all_sizes(manifest)
-    if component in manifest.prompts:
-        tokens = manifest.prompts[component].max_length
+    role = manifest.components[component].role
+    if role == "text":
+        encoder = next(each for each in manifest.wiring.text if each.component == component)
+        tokens = manifest.tokenizers[encoder.tokenizer].max_length
         rows = max(_MOST_PROMPTS, 2 * target.batch[1])
         axes = {"batch_size": (1, 2, rows), "sequence_length": (tokens,) * 3}
         return [_profile(manifest, component, f"{tokens} tokens, 1-{rows} prompts", axes)]
-    if component == step_graph.NAME:
-        return [_step_profile(manifest, target, ranges)]
+    if role == "step":
+        return [_step_profile(manifest, component, target, ranges)]
     return [_sized_profile(manifest, component, target, sizes) for sizes in ranges]
 
 
-def rows_of_unet(manifest: Manifest, batch: tuple[int, int]) -> tuple[int, int, int]:
+def rows_of_denoiser(manifest: Manifest, batch: tuple[int, int]) -> tuple[int, int, int]:
     """The least, usual and largest number of rows of a call: two an image where it is guided."""
-    told = any(tensor.name == "timestep_cond" for tensor in manifest.components["unet"].inputs)
-    halves = 2 if manifest.default_guidance > 1 and not told else 1
+    given = any(source.startswith("guidance") for source in manifest.wiring.inputs.values())
+    halves = 2 if manifest.default_guidance > 1 and not given else 1
     low, high = batch
     return (halves * low,) * 3 if low == high else (low, halves * low, halves * high)
 
@@ -149,9 +150,10 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
     down = manifest.latents.downscale
     widths, heights = (tuple(size[i] for size in sizes) for i in (0, 1))
     latent_widths, latent_heights = (tuple(side // down for side in sides) for sides in (widths, heights))
-    tokens = next(iter(manifest.prompts.values())).max_length
+    tokens = next(iter(manifest.tokenizers.values())).max_length
+    denoises = manifest.components[component].role == "denoiser"
     axes: dict[str, tuple[int, ...]] = {
-        "batch_size": rows_of_unet(manifest, target.batch) if component == "unet" else (1, 1, 1),
+        "batch_size": rows_of_denoiser(manifest, target.batch) if denoises else (1, 1, 1),
         "sequence_length": (tokens,) * 3,
         "height": latent_heights,
         "width": latent_widths,
@@ -161,15 +163,15 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
         "sample_width": widths,
     }
     name = "-".join("x".join(map(str, size)) for size in dict.fromkeys((sizes[0], sizes[2])))
-    if component == "unet":
+    if denoises:
         name += f", batch {_shown(target.batch)}"
     return _profile(manifest, component, name, axes)
 
 
-def _step_profile(manifest: Manifest, target: Target, ranges: list[tuple[Size, Size, Size]]) -> Profile:
+def _step_profile(manifest: Manifest, component: str, target: Target, ranges: list[tuple[Size, Size, Size]]) -> Profile:
     """One for every size: the step is too small for a static plan to pay."""
     down = manifest.latents.downscale
-    rows = rows_of_unet(manifest, target.batch)
+    rows = rows_of_denoiser(manifest, target.batch)
     every = [[size[i] // down for part in ranges for size in part] for i in (0, 1)]
     widths, heights = ((min(sides), sides[0], max(sides)) for sides in every)
     axes: dict[str, tuple[int, ...]] = {
@@ -183,7 +185,7 @@ def _step_profile(manifest: Manifest, target: Target, ranges: list[tuple[Size, S
         "steps": _STEPS,
         "steps_and_end": tuple(count + 1 for count in _STEPS),
     }
-    return _profile(manifest, step_graph.NAME, f"any of the sizes, 1-{rows[2]} rows", axes)
+    return _profile(manifest, component, f"any of the sizes, 1-{rows[2]} rows", axes)
 
 
 def _shown(batch: tuple[int, int]) -> str:

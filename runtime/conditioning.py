@@ -1,8 +1,7 @@
-"""What a U-Net is told beside the text: the sizes of the picture (SDXL) and the guidance (consistency models)."""
+"""`Conditioning`: the sizes and the score of a picture, as SDXL was trained with them."""
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -76,15 +75,3 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     if len(pair) != 2 or not all(0 <= part <= _LARGEST_SIZE for part in pair):
         raise RequestError(f"{name} must be two whole numbers, height or top first, found {value!r}")
     return pair[0], pair[1]
-
-
-def guidance_embedding(scale: float, width: int) -> Array:
-    """`timestep_cond`, float32 (width,): sines and cosines of 1000 · (scale − 1) (Luo et al. 2023, section 4.2)."""
-    half = width // 2
-    step = np.float32(math.log(10000.0)) / np.float32(max(half - 1, 1))
-    exponents = np.arange(half, dtype=np.float32) * -step
-    # float32 at each stage, as torch: a sine of some thousand radians shows every rounding
-    angles = np.float32(1000 * (scale - 1)) * np.exp(exponents.astype(np.float64)).astype(np.float32)
-    embedding = np.zeros(width, np.float32)
-    embedding[: 2 * half] = np.concatenate([wave(angles.astype(np.float64)) for wave in (np.sin, np.cos)])
-    return embedding

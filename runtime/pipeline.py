@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -16,40 +17,33 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-from ..bundle import Bundle
+from ..bundle import AS_EXPORTED, PRECISIONS, Bundle
+from ..bundle.wiring import SOURCES, TASKS
 from ..common.arrays import Array
 from ..common.checks import whole_number
 from ..common.errors import BundleError, EngineError, RequestError
 from ..engines import Engine
-from ..engines.supply import AS_EXPORTED, Supply
-from . import tasks
-from .autoencoder import DECODERS, Autoencoder
-from .images import to_image
-from .inputs import Inputs, Told, cuts
-from .jobs import Job, Jobs, check_decoder
+from ..engines.supply import Supply
+from ..families import open_bundle
+from .conditions import Conditions, Fed
+from .conditions.condition import merged
+from .job import Job
+from .jobs import Jobs, check_decoder
 from .loop.batch import Batch
-from .loop.device import DeviceStepper, Phases
+from .loop.device import HOST_ONLY, DeviceStepper, Phases
 from .loop.guidance import Guidance
 from .loop.host import HostStepper
 from .loop.noise import GENERATORS
-from .loop.sample import Sample
+from .loop.sample import Ports, Sample
 from .names import ours
+from .pictures.autoencoder import DECODERS, Autoencoder
+from .pictures.images import to_image
 from .request import MOST_IMAGES, Request
 from .run import Callback, Progress, Run
-from .text import Embedding, TextEncoders
 
 _MOST_THREADS = 1024
 _SMALL_BYTES = 64 << 20
 """A model under this has operators too small to be worth sharing among processors."""
-_FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "latent-consistency")
-"""The families that this runtime runs."""
-_TASKS = {
-    "txt2img": ("vae_decoder",),
-    "img2img": ("vae_encoder", "vae_decoder"),
-    "inpaint": ("vae_encoder", "vae_decoder"),
-}
-"""What each task needs beside text encoders and U-Net."""
-_PRECISIONS = ("fp32", "fp16", "bf16", AS_EXPORTED)
 _GUIDANCE = {
     "guidance": "scale",
     "guidance_mode": "mode",
@@ -65,14 +59,14 @@ _OPTIONS = tuple(name for name in Request.__dataclass_fields__ if name != "promp
 class Result:
     """Images with what made them: image i came from `seeds[i]` alone. There are none where latents were asked for.
 
-    cut: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
+    truncated: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
     latents: the final latents, float32 (count, C, H/downscale, W/downscale).
     """
 
     images: list[Image.Image]
     seeds: list[int]
     request: dict[str, Any]
-    cut: dict[str, str]
+    truncated: dict[str, str]
     seconds: dict[str, float]
     latents: Array
 
@@ -114,18 +108,20 @@ class Pipeline:
         self._loaders = dict(engines or {})
         if loop not in (None, *_LOOPS):
             raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
-        if loop == "device" and "step" not in bundle.manifest.components:
+        self._denoiser, self._step = (bundle.manifest.named(role) for role in ("denoiser", "step"))
+        self._ports = Ports(*(_input_from(bundle, source) for source in ("latents", "timestep")))
+        if loop == "device" and not self._step:
             raise BundleError(f"{bundle.root} holds no step graph: compile it again, or use the loop 'host'")
-        on_device = not self._supply.engine.on_cpu and "step" in bundle.manifest.components
+        on_device = not self._supply.engine.on_cpu and bool(self._step)
         self._loop_asked = loop
         self._loop = loop or ("device" if on_device else "host")
         self._workers = (threads or default_threads()) - 1
         self._process = os.getpid()
         self._start()
         _PIPELINES.add(self)
-        self._inputs = Inputs(bundle, TextEncoders(bundle, self.engine))
-        self._jobs = Jobs(bundle, self._inputs)
         self._autoencoder = Autoencoder(bundle, self.engine)
+        self._conditions = Conditions(bundle, self.engine, self._autoencoder)
+        self._jobs = Jobs(bundle, self._conditions)
 
     def engine(self, name: str) -> Engine:
         """The engine of component `name`, loaded on first use.
@@ -135,7 +131,7 @@ class Pipeline:
         self._check_process()
         with self._lock:
             if name not in self._engines:
-                threads = 1 if name == "unet" and self._small(name) else self._threads
+                threads = 1 if name == self._denoiser and self._small(name) else self._threads
                 loader = self._loaders.get(name)
                 self._engines[name] = self._supply.load(name, threads) if loader is None else loader()
             return self._engines[name]
@@ -181,9 +177,15 @@ class Pipeline:
 
     def _small(self, name: str) -> bool:
         """Whether rows of this component's calls are shared among the processors, rather than its operators."""
-        model = self.bundle.path(self.bundle.component(name).model)
-        weights = sum(path.stat().st_size for path in model.parent.glob("model.onnx*") if path.is_file())
+        folder = self.bundle.path(name)
+        weights = sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file())
         return self._supply.engine.on_cpu and weights < _SMALL_BYTES
+
+    @property
+    def loaded(self) -> list[str]:
+        """The names of the components whose engines are in memory."""
+        with self._lock:
+            return list(self._engines)
 
     def release(self, name: str) -> None:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
@@ -192,7 +194,7 @@ class Pipeline:
             engine = self._engines.pop(name, None)
             if engine is not None:
                 self._supply.remember(name, engine)
-            if name in ("unet", "step"):
+            if name in (self._denoiser, self._step):
                 self._phases = None  # which are bound to them
 
     def release_all(self) -> None:
@@ -205,7 +207,7 @@ class Pipeline:
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""
         self._check_process()
-        return self._inputs.embeddings(prompts)
+        return self._conditions.text.embeddings(prompts)
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
         """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale); one image at a time."""
@@ -218,7 +220,9 @@ class Pipeline:
 
     def check(self, request: Request) -> tuple[int, int]:
         """The width and height that `request` makes. Raises `RequestError` for what the bundle cannot do."""
-        return self._jobs.make(request).size
+        job = self._jobs.make(request)
+        self._conditions.check([job])
+        return job.size
 
     def generate(
         self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None
@@ -270,45 +274,43 @@ class Pipeline:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
+        if self._loop_asked == "device" and any(job.guidance.split or job.request.mask is not None for job in jobs):
+            raise RequestError(HOST_ONLY)
+        self._conditions.check(jobs)
         return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
 
     def _run(
         self, jobs: Sequence[Job], batch: int, low_memory: bool, at_once: int | None
     ) -> Generator[Progress, None, list[Result]]:
-        """Encode, load, run, collect. at_once: the steps between two yields, None for as many as go in one piece."""
+        """Feed, load, run, collect. at_once: the steps between two yields, None for as many as go in one piece."""
         seconds: dict[str, float] = {}
-        told, encoded = self._encode(jobs, low_memory, seconds)
+        fed = self._feed(jobs, low_memory, seconds)
         with _timed(seconds, "load"):
-            self.engine("unet")
-        samples = [
-            sample
-            for job, texts, made in zip(jobs, told, encoded, strict=True)
-            for sample in self._samples(job, texts, made)
-        ]
+            self.engine(self._denoiser)
+        samples = [sample for job, given in zip(jobs, fed, strict=True) for sample in self._samples(job, given)]
         latents = yield from self._loop_over(samples, min(batch, self._most_images(jobs)), at_once, seconds)
         if low_memory:
-            self.release("unet")
+            self.release(self._denoiser)
         results, at = [], 0
-        for job, texts in zip(jobs, told, strict=True):
+        for job, given in zip(jobs, fed, strict=True):
             own = latents[at : at + job.request.count]
             at += job.request.count
             images = self._finish(job, own, seconds)
-            results.append(Result(images, job.seeds, job.record, cuts(texts), seconds, own))
+            results.append(Result(images, job.seeds, job.record, dict(given.truncated), seconds, own))
         return results
 
-    def _encode(
-        self, jobs: Sequence[Job], low_memory: bool, seconds: dict[str, float]
-    ) -> tuple[list[Told], list[tasks.Encoded | None]]:
-        """The prompts and the pictures of all jobs."""
-        with _timed(seconds, "text_encoder"):
-            told = self._inputs.tell([job.request for job in jobs], [job.guidance.active for job in jobs])
-        if low_memory:
-            for name in self._inputs.encoders:
-                self.release(name)
-        encoded = [self._encode_picture(job, seconds) for job in jobs]
-        if low_memory:
-            self.release("vae_encoder")
-        return told, encoded
+    def _feed(self, jobs: Sequence[Job], low_memory: bool, seconds: dict[str, float]) -> list[Fed]:
+        """What the conditions give each job."""
+        parts: list[list[Fed]] = [[] for _ in jobs]
+        for role, conditions in itertools.groupby(self._conditions.all, key=lambda condition: condition.loads):
+            with _timed(seconds, role or "conditions"):
+                for condition in conditions:
+                    for gathered, made in zip(parts, condition.feed(jobs), strict=True):
+                        gathered.append(made)
+            if low_memory and role is not None:
+                for name in self.bundle.manifest.with_role(role):
+                    self.release(name)
+        return [merged(each) for each in parts]
 
     def _loop_over(
         self, samples: Sequence[Sample], most: int, at_once: int | None, seconds: dict[str, float]
@@ -330,14 +332,14 @@ class Pipeline:
 
     def _stepper(self, samples: Sequence[Sample]) -> HostStepper | DeviceStepper:
         """The loop on the device where it was asked for, or is the faster one and takes these samples."""
-        denoiser = self.engine("unet")
+        denoiser = self.engine(self._denoiser)
         if self._loop == "device":
             with self._lock:
-                phases = self._phases = self._phases or Phases(denoiser, self.engine("step"))
+                phases = self._phases = self._phases or Phases(denoiser, self.engine(self._step), self._ports)
             if self._loop_asked == "device" or all(phases.fits(sample) for sample in samples):
                 return DeviceStepper(phases)
-        pool, workers = (self._pool, self._workers) if self._small("unet") else (None, 0)
-        return HostStepper(denoiser, pool=pool, workers=workers)
+        pool, workers = (self._pool, self._workers) if self._small(self._denoiser) else (None, 0)
+        return HostStepper(denoiser, self._ports, pool, workers)
 
     def _most_images(self, jobs: Sequence[Job]) -> int:
         """The most images that one call of the U-Net takes."""
@@ -355,43 +357,22 @@ class Pipeline:
             images = [to_image(sample) for sample in pixels]
         return images if job.picture is None else [job.picture.finish(image) for image in images]
 
-    def _encode_picture(self, job: Job, seconds: dict[str, float]) -> tasks.Encoded | None:
-        if job.picture is None:
-            return None
-        with _timed(seconds, "vae_encoder"):
-            return tasks.encode(
-                job.request,
-                job.picture,
-                self._autoencoder,
-                inpaints=self._inputs.inpaints,
-                downscale=self.bundle.manifest.latents.downscale,
-            )
-
-    def _samples(self, job: Job, texts: Told, encoded: tasks.Encoded | None) -> list[Sample]:
-        settings = self.bundle.manifest.latents
-        width, height = (side // settings.downscale for side in job.size)
-
-        def told(text: Embedding, negative: bool) -> dict[str, Array]:
-            return self._inputs.conditions(job.request, job.size, text, embedded=job.embedded, negative=negative)
-
-        prompt = told(texts[0], False)
-        negative = None if texts[1] is None else told(texts[1], True)
+    def _samples(self, job: Job, fed: Fed) -> list[Sample]:
+        """The images of a job. fed: by its conditions."""
+        inputs = self.bundle.manifest.wiring.inputs
+        prompt, negative = (
+            {name: half[source] for name, source in inputs.items() if source in half}
+            for half in (fed.prompt, fed.negative)
+        )
+        if fed.start is None:
+            raise RequestError(f"{self.bundle.root} cannot start the task {job.request.task}: compile it again")
         samples = []
         for i, seed in enumerate(job.seeds):
             generator = GENERATORS[job.request.rng](seed)
-            start = tasks.start(
-                job.request,
-                job.table,
-                encoded,
-                np.asarray(job.request.image[i], np.float32) if job.request.starts_from_latents else None,
-                self._autoencoder,
-                generator,
-                (settings.channels, height, width),
-                inpaints=self._inputs.inpaints,
-            )
-            samples.append(
-                Sample(job.table, job.guidance, generator, prompt, negative, start.latents, start.kept, start.channels)
-            )
+            own = fed.start(i, generator)
+            others = negative if job.guidance.active else None
+            kept, beside = own.kept, own.channels
+            samples.append(Sample(job.table, job.guidance, generator, prompt, others, own.latents, kept, beside))
         return samples
 
     def __call__(self, prompt: str = "", **options: Any) -> Result:
@@ -441,7 +422,7 @@ def load(
     if not isinstance(bundle, (str, Path)):
         raise BundleError(f"the bundle must be a path, found {bundle!r}")
     return Pipeline(
-        Bundle.open(bundle), engine=engine, precision=precision, threads=threads, loop=loop, weight_budget=weight_budget
+        open_bundle(bundle), engine=engine, precision=precision, threads=threads, loop=loop, weight_budget=weight_budget
     )
 
 
@@ -458,26 +439,43 @@ class _timed:
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start
 
 
+def _input_from(bundle: Bundle, source: str) -> str:
+    """The denoiser's input that `source`, or a kind of it, feeds. Raises `BundleError` when there is none."""
+    for name, each in bundle.manifest.wiring.inputs.items():
+        if each.partition(".")[0] == source:
+            return name
+    raise BundleError(f"{bundle.root}: no input of the denoiser is fed with the {source}: compile the bundle again")
+
+
 def _check_manifest(bundle: Bundle) -> None:
     """Raise `BundleError` for what this runtime cannot run, or would run without a hash to hold it against."""
     manifest, root = bundle.manifest, bundle.root
-    if manifest.family not in _FAMILIES:
-        raise BundleError(f"{root} is of the family {manifest.family!r}; this version runs {', '.join(_FAMILIES)}")
-    if manifest.precision not in _PRECISIONS:
+    unknown = sorted(set(manifest.wiring.inputs.values()) - set(SOURCES))
+    if unknown:
         raise BundleError(
-            f"{root} has precision {manifest.precision!r}; this version runs {', '.join(_PRECISIONS[:-1])}"
+            f"{root}: the {manifest.family} denoiser reads {', '.join(unknown)}; this version knows "
+            f"{', '.join(SOURCES)}: upgrade diffoundry"
         )
-    known = [task for task in manifest.tasks if task in _TASKS]
+    if manifest.precision not in (*PRECISIONS, AS_EXPORTED):
+        raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {', '.join(PRECISIONS)}")
+    known = [task for task in manifest.tasks if task in TASKS]
     if not known:
         raise BundleError(
-            f"{root} holds the tasks {', '.join(manifest.tasks) or '(none)'}; this version runs {', '.join(_TASKS)}"
+            f"{root} holds the tasks {', '.join(manifest.tasks) or '(none)'}; this version runs {', '.join(TASKS)}"
         )
-    if not manifest.prompts:
-        raise BundleError(f"{root}: field 'prompts' is empty; compile the bundle again")
-    for name in ("unet", *manifest.prompts, *(part for task in known for part in _TASKS[task])):
-        bundle.component(name)
+    for role in ("denoiser", *dict.fromkeys(role for task in known for role in TASKS[task])):
+        if not manifest.with_role(role):
+            raise BundleError(f"{root} has no {role} among its components: compile it again")
+    if not manifest.wiring.text:
+        raise BundleError(f"{root}: field 'wiring.text' is empty; compile the bundle again")
+    inputs = {tensor.name for tensor in bundle.component(manifest.named("denoiser")).inputs}
+    if inputs != set(manifest.wiring.inputs):
+        wrong = ", ".join(sorted(inputs ^ set(manifest.wiring.inputs)))
+        raise BundleError(
+            f"{root}: wiring and inputs of the denoiser do not agree on {wrong}; compile the bundle again"
+        )
     if not bundle.foreign:
-        folders = tuple(f"{prompt.tokenizer}/" for prompt in manifest.prompts.values())
+        folders = tuple(f"{folder}/" for folder in manifest.tokenizers)
         small = ["scheduler/scheduler_config.json", *(f for f in manifest.files if f.startswith(folders))]
         needed = [small[0], *(f"{folder}tokenizer.json" for folder in folders)]
         unlisted = [name for name in needed if name not in manifest.files]

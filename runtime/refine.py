@@ -67,4 +67,4 @@ def generate_refined(
     told = {**begun.request, "output": request.output, "refined_from": part}
     told.pop("denoising_end")
     record = {**told, "refiner": dict(refiner.bundle.manifest.source)}
-    return replace(refined, request=record, cut=begun.cut | refined.cut, seconds=seconds)
+    return replace(refined, request=record, truncated=begun.truncated | refined.truncated, seconds=seconds)

@@ -15,13 +15,13 @@ import numpy as np
 from ..common.arrays import Array
 from ..common.checks import is_number, whole_number
 from ..common.errors import RequestError
-from .autoencoder import DECODERS
 from .conditioning import Conditioning
 from .loop.guidance import Guidance
 from .loop.noise import GENERATORS
 from .names import check_text, ours
-from .preprocess import RESIZE_MODES
-from .prompt_syntax import parse
+from .pictures.autoencoder import DECODERS
+from .pictures.preprocess import RESIZE_MODES
+from .text.prompt_syntax import parse
 
 MOST_IMAGES = 4096
 LARGEST_SIDE = 16384
@@ -140,7 +140,6 @@ class Request:
             self._set(name, _embedding(name, getattr(self, name)))
         self._check_image()
         self._check_embeddings()
-        self._check_guidance()
         if self.seed is not None and self.seed + self.count - 1 > _LARGEST_SEED:
             raise RequestError(
                 f"image i has seed + i, and that of the last would be above {_LARGEST_SEED}: "
@@ -171,13 +170,6 @@ class Request:
             value = getattr(self, name)
             if value is not None:
                 self._set(name, _fraction(name, value))
-        if self.image is None:
-            lost = [name for name in ("mask", "strength", "denoising_start") if getattr(self, name) is not None]
-            lost += ["resize"] * (self.resize != "default")
-            if lost:
-                raise RequestError(f"{lost[0]} has no effect without an image: give an image, or leave it out")
-        if self.mask is None and self.padding_mask_crop is not None:
-            raise RequestError("padding_mask_crop has no effect without a mask: give a mask, or leave it out")
         if self.padding_mask_crop is not None and (self.output == "latent" or self.starts_from_latents):
             raise RequestError("padding_mask_crop lays a picture over a picture: it takes no latents and gives none")
         if self.padding_mask_crop is not None and self.resize != "default":
@@ -191,8 +183,6 @@ class Request:
         ):
             both = f"{self.denoising_start:g} and {self.denoising_end:g}"
             raise RequestError(f"denoising_start must be below denoising_end, found {both}")
-        if self.output == "latent" and (self.decoder != "full" or (self.tiled and self.image is None)):
-            raise RequestError("decoder and tiled have no effect on latents: leave them out")
         if self.starts_from_latents:
             self._check_latents()
 
@@ -219,28 +209,6 @@ class Request:
             pooled = f"negative_pooled_{name[9:]}" if name.startswith("negative") else f"pooled_{name}"
             if getattr(self, pooled) is not None and getattr(self, name) is None:
                 raise RequestError(f"{pooled} goes with {name}: give both")
-        if self.prompt_embeds is not None and (self.weights or self.windows or self.clip_skip is not None):
-            raise RequestError("weights, windows and clip_skip have no effect on prompt_embeds: leave them out")
-
-    def _check_guidance(self) -> None:
-        if not self.guidance.active and (self.guidance.rescale or self.guidance.interval != (0.0, 1.0)):
-            raise RequestError(
-                "the guidance rescale and interval have no effect without guidance: leave them out, or set it above 1"
-            )
-        if self.says_negative and not self.guidance.active:
-            raise RequestError(
-                "the negative prompt has no effect without guidance: leave it out, or set guidance above 1"
-            )
-
-    @property
-    def says_negative(self) -> bool:
-        """Whether anything is asked for that only guidance heeds."""
-        return bool(
-            self.negative_prompt
-            or self.negative_prompt_2
-            or self.negative_prompt_embeds is not None
-            or self.negative_conditioning is not None
-        )
 
 
 _FIELDS = tuple(Request.__dataclass_fields__)

@@ -8,18 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle import FULL, PRECISIONS, Bundle
 from ..common.arrays import Array
 from ..common.errors import BundleError
 from ..engines import EngineStore
 from ..engines.names import ONNXRUNTIME, EngineName
 from .pipeline import Pipeline
-
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""The largest absolute difference, as a fraction of the largest output value (and at least of 1).
-
-That of fp32 is compile's; the others are about ten roundings of the type.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +51,16 @@ def verify(
 
 def runnable(bundle: Bundle, engine: str) -> list[str]:
     """The precisions that `bundle` has and `engine` runs: of plans the one it was compiled for, on the CPU no bf16."""
-    typed = {name for part in bundle.manifest.components.values() for name in part.typed}
+    lower = {name for part in bundle.manifest.components.values() for name in part.precisions} - {FULL}
     name = EngineName.parse(engine)
     if name.backend != ONNXRUNTIME:
         return [bundle.manifest.precision]
-    return ["fp32", *sorted(typed - ({"bf16"} if name.on_cpu else set()))]
+    return [FULL, *sorted(lower - ({"bf16"} if name.on_cpu else set()))]
 
 
 def _verify(bundle: Bundle, engine: str, precision: str, threads: int | None) -> Iterator[Check]:
     pipeline = Pipeline(bundle, engine=engine, precision=precision, threads=threads)
-    reference = Pipeline(bundle, engine=ONNXRUNTIME, precision="fp32", threads=threads)
+    reference = Pipeline(bundle, engine=ONNXRUNTIME, precision=FULL, threads=threads)
     for name in bundle.manifest.components:
         own = pipeline.precision_of(name)
         shapes = pipeline.plan_shapes(name)
@@ -92,7 +86,7 @@ def _compare(name: str, precision: str, found: Mapping[str, Array], expected: Ma
         if not np.isfinite(difference):
             raise BundleError(f"{name}: output {output!r} is not finite; compile the bundle again on this machine")
         error = max(error, difference)
-        allowed = min(allowed, TOLERANCES[precision] * max(1.0, float(np.abs(reference).max())))
+        allowed = min(allowed, PRECISIONS[precision] * max(1.0, float(np.abs(reference).max())))
     return Check(name, precision, error, allowed)
 
 

@@ -14,6 +14,7 @@ from ...engines import DeviceArray, DeviceBinding, Engine
 from .sample import Ports, Row, Sample
 from .step import step_inputs
 
+HOST_ONLY = "the loop on the device takes joint guidance and float32 latents, and does not inpaint: use the loop 'host'"
 _MOST_PHASES = 8
 """Phases kept ready: three of a run whose guidance is on in its middle, for two kinds of runs, and some."""
 _MOST_CAPTURED = 8
@@ -42,10 +43,7 @@ class DeviceStepper:
     def check(self, sample: Sample) -> None:
         """Raise `RequestError` for a sample that the device cannot step."""
         if not self._phases.fits(sample):
-            raise RequestError(
-                "the loop on the device takes joint guidance and float32 latents, and does not inpaint: "
-                "use the loop 'host'"
-            )
+            raise RequestError(HOST_ONLY)
 
     def advance(self, rows: list[Row], steps: int) -> None:
         """Make `steps` steps of every row, in which the same of them are guided. Raises `EngineError`."""
@@ -99,10 +97,9 @@ class Phases:
 
         It can with joint guidance, float32 latents, one float32 timestep a row, and no image to be kept or seen.
         """
-        split = sample.guidance.active and sample.guidance.mode == "split"
         inputs = {tensor.name: tensor for tensor in self._denoiser.inputs}
         ports, output = self._ports, self._denoiser.outputs[0]
-        if split or sample.kept is not None or sample.channels is not None:
+        if sample.guidance.split or sample.kept is not None or sample.channels is not None:
             return False
         if set(inputs) != {ports.sample, ports.timestep, *sample.prompt}:
             return False

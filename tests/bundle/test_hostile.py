@@ -581,7 +581,7 @@ def test_a_picture_is_not_written_through_a_link(outside, tmp_path):
     from PIL import Image
 
     from diffoundry.common.errors import RequestError
-    from diffoundry.runtime.images import read_metadata, save_png
+    from diffoundry.runtime.pictures.images import read_metadata, save_png
 
     (outside.root / "mine.png").write_text("mine")
     outside.freeze()

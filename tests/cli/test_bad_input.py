@@ -342,11 +342,11 @@ def test_a_damaged_scheduler_configuration(command, copied, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"family": "flux"}, ["'flux'"]),
+        ({"wiring": {"text": [], "inputs": {"x": "ray"}}}, ["ray", "upgrade diffoundry"]),
         ({"tasks": ["upscale"]}, ["upscale", "txt2img"]),
         ({"precision": "int3"}, ["'int3'"]),
-        ({"prompts": {}}, ["'prompts' is empty"]),
-        ({"components": {}}, ["'components' is empty"]),
+        ({"wiring": {"text": []}}, ["'wiring.text' is empty"]),
+        ({"components": {}}, ["components must not be empty"]),
         ({"files": {}}, ["no hash for scheduler/scheduler_config.json"]),
     ],
 )
@@ -376,13 +376,14 @@ def test_a_path_that_leaves_the_bundle(command, copied, where):
     text = (copied / "bundle.json").read_text()
     manifest = json.loads(text)
     if where == "component":
-        files = manifest["components"]["unet"]["files"]
-        files["../../secret.onnx"] = files.pop("unet/model.onnx")
-        manifest["components"]["unet"]["model"] = "../../secret.onnx"
+        variant = manifest["components"]["unet"]["variants"]["fp32/onnx"]
+        variant["files"]["../../secret.onnx"] = variant["files"].pop("unet/model.onnx")
+        variant["model"] = "../../secret.onnx"
     elif where == "files":
         manifest["files"]["/etc/passwd"] = "0" * 64
     else:
-        manifest["prompts"]["text_encoder"]["tokenizer"] = "../tokenizer"
+        manifest["tokenizers"]["../tokenizer"] = manifest["tokenizers"].pop("tokenizer")
+        manifest["wiring"]["text"][0]["tokenizer"] = "../tokenizer"
     (copied / "bundle.json").write_text(json.dumps(manifest))
     fails(command("run", copied, "x"), "leaves the bundle")
 

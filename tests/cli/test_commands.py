@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffoundry.runtime.images import read_metadata
+from diffoundry.runtime.pictures.images import read_metadata
 
 COMPONENTS = {"text_encoder", "unet", "vae_encoder", "vae_decoder", "step"}
 PROMPT = "a large red star at the left on a navy background"

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffoundry.runtime.images import read_metadata
+from diffoundry.runtime.pictures.images import read_metadata
 from diffoundry.runtime.pipeline import load
+from diffoundry.runtime.schedule import Schedules
 from diffoundry.runtime.schedulers import SAMPLERS, make_table
-from diffoundry.runtime.schedules import Schedules
 
 PROMPT = "a large red star at the left on a navy background"
 OWN = """

@@ -43,7 +43,7 @@ def test_the_picture_is_made(redirected, redirections, bundle_of, tmp_path):
 def test_a_warning_does_not_get_into_the_json(redirected, redirections, bundle_of):
     done = redirected(redirections, "run", bundle_of("pico"), "star " * 90, *SMALL, "--json")
     assert done.returncode == 0
-    assert json.loads(done.stdout)["cut"]["prompt"]
+    assert json.loads(done.stdout)["truncated"]["prompt"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

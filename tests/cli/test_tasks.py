@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import diffoundry
-from diffoundry.runtime.images import read_metadata
+from diffoundry.runtime.pictures.images import read_metadata
 
 PROMPT = "a large red star at the left on a navy background"
 
@@ -53,7 +53,7 @@ def test_a_picture_is_inpainted_and_the_record_says_how(command, bundle_of, pict
         (["--preview", "p.png"], 1, "no tiny decoder: compile the checkpoint again with --component vae_tiny=FOLDER"),
         (["--decoder", "huge"], 2, "huge"),
         (["--preview", "o.png", "-o", "o.png"], 2, "--preview and --output are one file"),
-        (["--original-size", "5", "5"], 1, "told no sizes"),
+        (["--original-size", "5", "5"], 1, "has no effect on this model"),
         (["--prompt-2", "a ring"], 1, "no second text encoder"),
     ],
 )

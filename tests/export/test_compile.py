@@ -20,14 +20,16 @@ from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.export import trace as trace_module
 from diffoundry.export import validate
 from diffoundry.export.checkpoint import Checkpoint
-from diffoundry.export.families import family_of
+from diffoundry.export.compile import described
+from diffoundry.export.modules import component_plans
 from diffoundry.export.trace import trace
+from diffoundry.families import family_of
 
 
 def plan_of(checkpoint, name):
     source = Checkpoint.open(checkpoint)
-    _, family = family_of(source)
-    return next(plan for plan in family.components(source) if plan.name == name)
+    pipeline = described(source, family_of(source.class_name))
+    return next(plan for plan in component_plans(source, pipeline) if plan.name == name)
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 import diffoundry
-from diffoundry.bundle import Bundle
-from diffoundry.bundle.pipelines import default_side, scheduler_mends
 from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
 from diffoundry.examples import random_checkpoint
 from diffoundry.export.checkpoint import Checkpoint
-from diffoundry.export.families import unet
+from diffoundry.export.compile import described
+from diffoundry.export.modules.unet import unet
+from diffoundry.families import FAMILIES
+from diffoundry.families.stable_diffusion import drawn_side
 from diffoundry.runtime.request import Request
 from diffoundry.runtime.schedulers import SAMPLERS
 
@@ -162,14 +163,6 @@ def test_what_the_file_leaves_out_is_not_handed_on_to_another_scheduler(pair):
     same_latents(checkpoint, bundle, "txt2img", "DDPMScheduler")
 
 
-def test_a_bundle_of_the_first_schema_runs_with_what_was_written_into_it(compiled, tmp_path):
-    bundle = shutil.copytree(compiled, tmp_path / "old.bundle")
-    edit(bundle / "bundle.json", ("scheduler",), schema_version=1)
-    manifest = Bundle.open(bundle).manifest
-    assert (manifest.schema_version, manifest.scheduler, manifest.latents.multiple) == (1, {}, 1)
-    assert np.isfinite(diffoundry.load(bundle)(PROMPT, steps=2, seed=3, height=32, width=32).latents).all()
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["", "Img2Img", "Inpaint"])
 @pytest.mark.parametrize("family", ["StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel"])
@@ -196,7 +189,7 @@ def test_the_rules_are_those_of_the_pipeline_classes(family, kind):
         before = dict(scheduler.config)
         after = pipeline(**dict.fromkeys(parts), scheduler=scheduler, **flags).scheduler.config
         changed = {key: value for key, value in after.items() if key in before and before[key] != value}
-        assert scheduler_mends(ours, [task], before).get(task, {}) == changed
+        assert FAMILIES[ours].scheduler_changes([task], before).get(task, {}) == changed
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -210,8 +203,8 @@ def test_small_sizes_of_old_unets_are_taken_as_the_classes_take_them(kind, versi
         unet.register_to_config(_diffusers_version=version)
     parts = dict.fromkeys(["vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"])
     pipeline = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**parts, unet=unet, requires_safety_checker=False)
-    assert default_side("stable-diffusion", 16, version) == pipeline.unet.config.sample_size
-    assert default_side("stable-diffusion-xl", 16, version) == 16
+    told = {} if version is None else {"_diffusers_version": version}
+    assert drawn_side({"sample_size": 16, **told}) == pipeline.unet.config.sample_size
 
 
 def test_numbers_of_the_autoencoder_that_the_classes_do_not_read_change_nothing(pair):
@@ -285,12 +278,16 @@ def test_a_part_of_another_make_is_refused_and_one_that_fits_is_taken(pair, sour
 
 def test_the_multiple_that_a_unet_takes_is_found_without_weights(source, tmp_path):
     checkpoint = shutil.copytree(source, tmp_path / "checkpoint")
-    assert unet.unet(Checkpoint.open(checkpoint)).axes["height"].unit == 1
+    assert units(checkpoint) == [1, 1]
     edit(checkpoint / "unet/config.json", **FIXED)
-    assert {axis: unet.unet(Checkpoint.open(checkpoint)).axes[axis].unit for axis in ("height", "width")} == {
-        "height": 2,
-        "width": 2,
-    }
+    assert units(checkpoint) == [2, 2]
+
+
+def units(folder):
+    """What the sides of latents must be multiples of."""
+    checkpoint = Checkpoint.open(folder)
+    axes = unet(checkpoint, "unet", described(checkpoint, FAMILIES["stable-diffusion"])).axes
+    return [axes[side].unit for side in ("height", "width")]
 
 
 @pytest.mark.slow

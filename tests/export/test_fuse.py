@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import onnx
 import pytest
 
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError
-from diffoundry.engines.onnxruntime import OnnxRuntimeEngine, load_component
+from diffoundry.engines.onnxruntime import OnnxRuntimeEngine, load_variant
 from diffoundry.engines.split import SplitEngine
 from diffoundry.export.fuse import fuse
 
 
 def kinds(path):
     return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+
+
+EXPORTED, FUSED = "fp32/onnx", "fp32/onnxruntime:cpu"
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,8 @@ def bundle(bundle_of):
 @pytest.fixture(scope="module")
 def engines(bundle):
     """The U-Net as it was exported, and fused."""
-    component = bundle.manifest.components["unet"]
-    plain = dataclasses.replace(component, fused="", hoisted="")
-    return [load_component(bundle.root, "unet", part, threads=1) for part in (plain, component)]
+    variants = bundle.manifest.components["unet"].variants
+    return [load_variant(bundle.root, "unet", variants[name], threads=1) for name in (EXPORTED, FUSED)]
 
 
 def feeds(seed, rows=2, side=8, tokens=77):
@@ -43,25 +43,25 @@ def feeds(seed, rows=2, side=8, tokens=77):
 
 def test_every_unmasked_attention_is_one_operator_and_the_exported_graph_is_untouched(bundle):
     for name, count in (("unet", 8), ("vae_decoder", 1), ("vae_encoder", 1)):
-        component = bundle.manifest.components[name]
-        assert kinds(bundle.path(component.model)).count("Softmax") == count
-        fused = kinds(bundle.path(component.fused))
+        exported, fused = (bundle.path(bundle.component(name).variants[key].model) for key in (EXPORTED, FUSED))
+        assert kinds(exported).count("Softmax") == count
+        fused = kinds(fused)
         assert fused.count("MultiHeadAttention") == count
         assert "Softmax" not in fused
-        domains = {opset.domain for opset in onnx.load(bundle.path(component.model)).opset_import}
+        domains = {opset.domain for opset in onnx.load(exported).opset_import}
         assert domains <= {"", "ai.onnx"}
 
 
 def test_a_masked_attention_is_left_alone(bundle, tmp_path):
-    component = bundle.manifest.components["text_encoder"]
-    assert component.fused == ""
-    assert "Softmax" in kinds(bundle.path(component.model))
+    variants = bundle.component("text_encoder").variants
+    assert set(variants) == {EXPORTED}
+    assert "Softmax" in kinds(bundle.path(variants[EXPORTED].model))
 
 
 def test_the_prompts_part_is_cut_off(bundle):
-    component = bundle.manifest.components["unet"]
-    part = onnx.load(bundle.path(component.hoisted), load_external_data=False).graph
-    rest = onnx.load(bundle.path(component.fused), load_external_data=False).graph
+    variant = bundle.component("unet").variants[FUSED]
+    part = onnx.load(bundle.path(variant.per_prompt), load_external_data=False).graph
+    rest = onnx.load(bundle.path(variant.model), load_external_data=False).graph
     assert [value.name for value in part.input] == ["encoder_hidden_states"]
     made = {value.name for value in part.output}
     assert len(made) == 8  # keys and values of four layers of cross-attention
@@ -100,7 +100,7 @@ def test_a_bound_engine_sees_a_changed_prompt_only_when_told(engines):
 
 def test_graphs_that_do_not_fit_are_refused(bundle, engines):
     plain = engines[0]
-    encoder = load_component(bundle.root, "vae_encoder", bundle.manifest.components["vae_encoder"])
+    encoder = load_variant(bundle.root, "vae_encoder", bundle.component("vae_encoder").variants[EXPORTED])
     with pytest.raises(EngineError, match="do not fit together"):
         SplitEngine("unet", encoder, plain)
 

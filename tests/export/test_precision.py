@@ -68,7 +68,7 @@ def test_pictures_that_are_too_far_from_fp32_are_refused_unless_they_are_asked_f
 def test_fp32_again_keeps_the_models_and_what_was_measured(copy, checkpoint_of, scans):
     diffoundry.compile(checkpoint_of("pico"), copy, default_steps=2)
     assert not scans
-    assert set(Bundle.open(copy).component("unet").typed) == {"fp16"}
+    assert set(Bundle.open(copy).component("unet").precisions) == {"fp32", "fp16"}
     assert set(quality(copy)) == {"fp16"}
 
 
@@ -83,7 +83,7 @@ def test_what_an_interrupted_compile_left_is_swept(bundle_of, lowered, checkpoin
     diffoundry.compile(checkpoint_of("pico"), bundle)
     assert not list(bundle.rglob("fp16*")) and not list(bundle.rglob("*fp16*"))
     assert not (bundle / "reports/quality.json").exists()
-    assert Bundle.open(bundle).component("unet").typed == {}
+    assert Bundle.open(bundle).component("unet").precisions == ["fp32"]
 
 
 @pytest.mark.parametrize("record", ["precision.fp16.json", "text_encoder.json"])

@@ -29,6 +29,12 @@ def pipe(bundle_of):
     return load(bundle_of("pico"))
 
 
+@pytest.fixture(scope="module")
+def untouched(bundle_of):
+    """A pipeline that only gets requests that it refuses."""
+    return load(bundle_of("pico"))
+
+
 @pytest.mark.parametrize("sampler", ["dpm++2m", "ddpm"])
 @pytest.mark.parametrize("batch", [None, 2])
 def test_an_image_of_a_batch_equals_the_image_made_alone(pipe, sampler, batch):
@@ -174,9 +180,10 @@ def test_two_threads_get_what_each_would_get_alone(pipe):
         ({"guidance": Guidance(3), "guidance_rescale": 0.5}, "as one Guidance"),
     ],
 )
-def test_wrong_requests_are_refused_before_anything_runs(pipe, options, message):
+def test_wrong_requests_are_refused_before_anything_is_loaded(untouched, options, message):
     with pytest.raises(RequestError, match=message):
-        pipe(PROMPT, **options)
+        untouched(PROMPT, **options)
+    assert not untouched.loaded
 
 
 def test_a_request_refuses_what_it_does_not_know_as_a_pipeline_does():

@@ -50,7 +50,11 @@ def add_plans(root: Path, target: Target, *, archs=("sm89",), version=VERSION, d
         for profile in profiles(bundle.manifest, name, target):
             recipe = Recipe(name, source, ENGINE, version, archs, device, "fp32", profile, target.flags)
             built_from = recipe.built_from()
-            told = {"onnx": str(bundle.path(component.model)), "profile": profile.to_json(), "arch": "sm89"}
+            told = {
+                "onnx": str(bundle.path(component.variant("fp32").model)),
+                "profile": profile.to_json(),
+                "arch": "sm89",
+            }
             with store.building(store.key(built_from), {**built_from, **MEASURED}) as work:
                 (work / PLAN_NAME).write_text(json.dumps({**told, "flags": list(target.flags), "dtypes": {}}))
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffoundry.common.errors import RequestError
-from diffoundry.runtime.preprocess import (
+from diffoundry.runtime.pictures.preprocess import (
     RESIZE_MODES,
     check_same_size,
     crop_region,

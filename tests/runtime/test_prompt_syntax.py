@@ -9,7 +9,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from diffoundry.common.errors import RequestError
-from diffoundry.runtime.prompt_syntax import Blend, Conjunction, Fragment, escape, parse
+from diffoundry.runtime.text.prompt_syntax import Blend, Conjunction, Fragment, escape, parse
 
 SYNTAX = st.lists(st.sampled_from([*' ab19\n()[]<|"+-.,:;=\\é', "BREAK", "AND", "<lora:"]), max_size=40).map("".join)
 SPACE = " \t\r\n"

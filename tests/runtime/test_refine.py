@@ -64,8 +64,8 @@ def test_a_model_of_other_latents_does_not_refine(base, bundle_of):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("base", {"conditioning": Conditioning(aesthetic_score=1)}, "told no aesthetic score"),
-        ("refiner", {"conditioning": Conditioning(target_size=(7, 7))}, "a score in the place of the target size"),
+        ("base", {"conditioning": Conditioning(aesthetic_score=1)}, "aesthetic_score has no effect on this model"),
+        ("refiner", {"conditioning": Conditioning(target_size=(7, 7))}, "target_size has no effect on this model"),
         ("base", {"prompt_embeds": np.zeros((77, 5))}, "prompt_embeds must be 80 wide"),
     ],
 )

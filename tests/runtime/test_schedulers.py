@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from diffoundry.benchmarks.samplers import SD, TABLE_LIMIT, judge, table_error, variants
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import DiffoundryError, RequestError
+from diffoundry.runtime.schedule import Schedules
 from diffoundry.runtime.schedulers import SAMPLERS, STEP_ARGUMENTS, Steps, find_sampler, make_table
 from diffoundry.runtime.schedulers.config import Config, alphas_cumprod
 from diffoundry.runtime.schedulers.incomplete_beta import beta_quantile
-from diffoundry.runtime.schedules import Schedules
 
 CLASSES = sorted({sampler.class_name for sampler in SAMPLERS.values()})
 CONFIGURATIONS = {name: list(variants(sampler.class_name)) for name, sampler in SAMPLERS.items()}

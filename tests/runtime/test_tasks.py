@@ -24,6 +24,12 @@ def pipe(bundle_of):
     return load(bundle_of("pico"))
 
 
+@pytest.fixture(scope="module")
+def untouched(bundle_of):
+    """A pipeline that only gets requests that it refuses."""
+    return load(bundle_of("pico"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -51,8 +57,8 @@ def pipe(bundle_of):
             "leaves no step of 2",
         ),
         ({"clip_skip": 99}, "clip_skip must be from 0 to"),
-        ({"prompt_2": "a ring"}, "this model has no second text encoder"),
-        ({"conditioning": Conditioning(crop=(1, 0))}, "this model is told no sizes"),
+        ({"prompt_2": "a ring"}, "prompt_2 has no effect on this model, which has no second text encoder"),
+        ({"conditioning": Conditioning(crop=(1, 0))}, "crop has no effect on this model"),
         ({"conditioning": 5}, "conditioning must be a Conditioning"),
         ({"prompt_embeds": np.zeros((77, 64))}, "prompt and prompt_embeds say the same"),
         ({"pooled_prompt_embeds": np.zeros(8)}, "goes with prompt_embeds"),
@@ -62,12 +68,36 @@ def pipe(bundle_of):
         ({"image": np.full((1, 4, 8, 8), 1e300)}, "latents must be finite"),
         ({"image": PICTURE.resize((16000, 1)), "width": 2048, "height": 2048, "resize": "crop"}, "too narrow"),
         ({"output": "picture"}, "unknown output"),
-        ({"output": "latent", "decoder": "tiny"}, "have no effect on latents"),
+        ({"output": "latent", "decoder": "tiny"}, "decoder has no effect on latents"),
     ],
 )
-def test_wrong_requests_are_refused_before_anything_runs(pipe, options, message):
+def test_wrong_requests_are_refused_before_anything_is_loaded(untouched, options, message):
     with pytest.raises(RequestError, match=message):
-        pipe(PROMPT, **options)
+        untouched(PROMPT, **options)
+    assert not untouched.loaded
+
+
+def test_batches_that_cannot_be_run_are_refused_before_anything_is_loaded(untouched):
+    long, short = Request("a ring, " * 60, windows=True), Request("a ring")
+    with pytest.raises(RequestError, match=r"must take as many tokens, found \[77, \d+\]"):
+        untouched.generate_many([long, short])
+    with pytest.raises(RequestError, match="one length"):
+        untouched.generate_many([Request(prompt_embeds=np.zeros((5, 64))), short])
+    with pytest.raises(RequestError, match="one size"):
+        untouched.generate_many([Request("a ring", width=128), short])
+    with pytest.raises(RequestError, match="allow prompts longer than one window"):
+        untouched('("a ring", "a star").and()', weights=True)
+    assert not untouched.loaded
+
+
+def test_a_model_that_sees_the_masked_image_takes_no_latents(bundle_of):
+    pipe = load(bundle_of("sd15-inpaint-small"))
+    latents = np.zeros((1, 4, 8, 8), np.float32)
+    with pytest.raises(RequestError, match="give the image itself, not latents"):
+        pipe(PROMPT, image=latents, mask=np.full((64, 64), 255, np.uint8))
+    with pytest.raises(RequestError, match="is an inpainting model"):
+        pipe(PROMPT)
+    assert not pipe.loaded
 
 
 @pytest.mark.parametrize(
@@ -150,7 +180,7 @@ def test_what_is_not_masked_stays(pipe):
 def test_latents_come_back_where_they_are_asked_for(pipe):
     result = pipe(PROMPT, seed=1, steps=2, output="latent")
     assert result.images == []
-    assert "vae_decoder" not in result.seconds
+    assert "decoder" not in result.seconds
     np.testing.assert_array_equal(result.latents, pipe(PROMPT, seed=1, steps=2).latents)
 
 
@@ -172,12 +202,12 @@ def test_weights_change_the_image_and_plain_text_is_as_without(pipe):
 
 
 def test_a_long_prompt_takes_several_windows(pipe):
-    window = pipe.bundle.manifest.prompts["text_encoder"].max_length
+    window = pipe.bundle.manifest.tokenizers["tokenizer"].max_length
     long = "a large red star at the left, " * window
     cut = pipe(long, seed=1, steps=1)
-    assert cut.cut["prompt"]
+    assert cut.truncated["prompt"]
     taken = pipe(long, seed=1, steps=1, windows=True)
-    assert not taken.cut
+    assert not taken.truncated
     assert np.abs(taken.latents - cut.latents).max() > 1e-4
     np.testing.assert_allclose(
         pipe(PROMPT, seed=1, steps=1, windows=True).latents, pipe(PROMPT, seed=1, steps=1).latents, atol=1e-5

@@ -12,8 +12,8 @@ from transformers import CLIPTokenizer
 import diffoundry
 from diffoundry.examples.random_checkpoint import _tokenizer
 from diffoundry.export.loading import load_tokenizer
-from diffoundry.runtime.tokenizer import PromptTokenizer
-from diffoundry.runtime.weighting import weighted_embeddings
+from diffoundry.runtime.text.tokenizer import PromptTokenizer
+from diffoundry.runtime.text.weighting import weighted_embeddings
 
 PROMPT = "a <fox> and an <owl> in the snow"
 

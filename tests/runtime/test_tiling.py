@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from diffoundry.common.errors import RequestError
-from diffoundry.runtime.tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
+from diffoundry.runtime.pictures.tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
 
 SIZES = [(8, 8), (9, 8), (8, 9), (16, 16), (13, 22), (14, 21), (30, 7), (6, 31), (19, 33)]
 """Latents; a tile of 8 has a stride of 6, so these end in whole tiles, ragged ones, and ones of a single latent."""

@@ -22,7 +22,7 @@ from diffoundry.common.errors import BundleError
 from diffoundry.examples.random_checkpoint import _tokenizer
 from diffoundry.export.loading import load_tokenizer
 from diffoundry.export.single_file.tokenizer import TOKENS, write_clip_tokenizer
-from diffoundry.runtime.tokenizer import PromptTokenizer
+from diffoundry.runtime.text.tokenizer import PromptTokenizer
 
 PROMPTS = [
     "",
@@ -153,7 +153,7 @@ def test_ids_equal_transformers(name, from_json, checkpoint_of, tmp_path):
 
 def test_any_text_is_tokenized_as_transformers_does(bundle_of, checkpoint_of):
     bundle = Bundle.open(bundle_of("pico"))
-    ours = PromptTokenizer(bundle.path("tokenizer"), bundle.manifest.prompts["text_encoder"])
+    ours = PromptTokenizer(bundle.path("tokenizer"), bundle.manifest.tokenizers["tokenizer"])
     theirs = CLIPTokenizer.from_pretrained(checkpoint_of("pico") / "tokenizer")
 
     @settings(max_examples=100, deadline=None)
@@ -167,13 +167,13 @@ def test_any_text_is_tokenized_as_transformers_does(bundle_of, checkpoint_of):
 
 def test_the_part_that_did_not_fit_is_told(bundle_of):
     bundle = Bundle.open(bundle_of("pico"))
-    tokenizer = PromptTokenizer(bundle.path("tokenizer"), bundle.manifest.prompts["text_encoder"])
+    tokenizer = PromptTokenizer(bundle.path("tokenizer"), bundle.manifest.tokenizers["tokenizer"])
     _, (cut,) = tokenizer.encode(["star " * 75 + "red heart"])
     assert cut == "red heart"
 
 
 def test_a_damaged_tokenizer_is_one_clear_error(tmp_path, bundle_of):
-    spec = Bundle.open(bundle_of("pico")).manifest.prompts["text_encoder"]
+    spec = Bundle.open(bundle_of("pico")).manifest.tokenizers["tokenizer"]
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(BundleError, match="compile the bundle again"):
         PromptTokenizer(tmp_path, spec)

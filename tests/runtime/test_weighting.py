@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from diffoundry.common.errors import RequestError
 from diffoundry.export.loading import load_tokenizer
-from diffoundry.runtime.tokenizer import PromptTokenizer
-from diffoundry.runtime.weighting import pad_to_longest, weighted_embeddings
+from diffoundry.runtime.text.tokenizer import PromptTokenizer
+from diffoundry.runtime.text.weighting import pad_to_longest, weighted_embeddings
 
 WINDOW = 16
 ROOM = WINDOW - 2
@@ -99,7 +99,7 @@ def test_a_short_plain_prompt_is_bit_for_bit_that_of_encode(pair, text, options)
     hidden, pooled = oracle.run(tokenizer.encode([text])[0])
     np.testing.assert_array_equal(found.hidden, hidden[0])
     np.testing.assert_array_equal(found.pooled, pooled[0])
-    assert found.cut == ""
+    assert found.truncated == ""
 
 
 def test_weights_above_one_scale_the_difference_to_the_empty_prompt(pair):
@@ -150,7 +150,7 @@ def test_long_prompts_are_split_into_windows(pair, windows):
     found = weighted_embeddings(text, tokenizer, oracle.run)
     close(found.hidden, np.concatenate([oracle.hidden(window) for window in windows]))
     close(found.pooled, oracle.pooled(text))
-    assert found.cut == ""
+    assert found.truncated == ""
 
 
 def test_a_word_longer_than_a_window_is_split_anywhere(pair):
@@ -180,10 +180,10 @@ def test_without_windows_a_long_prompt_is_cut_as_diffusers_cuts_it(pair):
     text = "red " * ROOM + "star ring"
     found = weighted_embeddings(text, tokenizer, oracle.run, windows=False)
     close(found.hidden, oracle.hidden(text))
-    assert found.cut == "star ring" and tokenizer.encode([text])[1] == ["star ring"]
+    assert found.truncated == "star ring" and tokenizer.encode([text])[1] == ["star ring"]
     weighted = weighted_embeddings(f"a+ {text} (ring)0.5", tokenizer, oracle.run, windows=False)
     close(weighted.hidden, oracle.scaled("a" + " red" * (ROOM - 1), [1.1] + [1] * (ROOM - 1)))
-    assert weighted.cut == "red star ring ring"
+    assert weighted.truncated == "red star ring ring"
 
 
 def test_without_weights_the_syntax_is_text(pair):
@@ -212,7 +212,7 @@ def test_a_blend_of_different_lengths_is_padded_with_the_empty_prompt(pair):
     close(found.hidden, (long + np.concatenate([oracle.hidden("a ring"), oracle.hidden("")])) / 2)
     cut = weighted_embeddings(f'("{"red " * 14} star", "{"ring " * 16}").blend()', tokenizer, oracle.run, windows=False)
     close(cut.hidden, (oracle.hidden("red " * 14) + oracle.hidden("ring " * 14)) / 2)
-    assert cut.cut == "star ring ring"
+    assert cut.truncated == "star ring ring"
 
 
 def test_a_conjunction_is_its_parts_one_after_the_other(pair):

@@ -96,7 +96,7 @@ def on_gpu(pipe, trt, tmp_path):
 
     def engine(name):
         component = bundle.component(name)
-        plan = write_plan(tmp_path, name, bundle.path(component.model), shapes[name])
+        plan = write_plan(tmp_path, name, bundle.path(component.variant("fp32").model), shapes[name])
         return TensorRTEngine(name, component.inputs, component.outputs, [plan], gpu)
 
     phases = Phases(engine("unet"), engine("step"))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..common.arrays import Array
-from ..common.errors import RequestError
+from ...common.arrays import Array
+from ...common.errors import RequestError
 
 Call = Callable[[Array], Array]
 

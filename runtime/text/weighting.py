@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..common.arrays import Array
-from ..common.errors import RequestError
+from ...common.arrays import Array
+from ...common.errors import RequestError
 from .prompt_syntax import Blend, Conjunction, Fragment, Fragments, parse
 from .tokenizer import PromptTokenizer
 
@@ -31,11 +31,11 @@ _WORD_END = "</w>"
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbeddings:
-    """One prompt, encoded: hidden (k * max_length, width) for k windows, pooled (p,) or None, and the text cut off."""
+    """One prompt, encoded: hidden (k * max_length, width) for k windows, pooled (p,) or None, what was truncated."""
 
     hidden: Array
     pooled: Array | None
-    cut: str
+    truncated: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +70,11 @@ def weighted_embeddings(
     A prompt of one window without weights is, bit for bit, what `run` makes of `tokenizer.encode`.
     Raises `RequestError` for syntax that `parse` refuses, and for `.and()` where `windows` is False.
     """
-    prompt = parse(text) if weights else (Fragment(text, 1.0),)
-    if isinstance(prompt, tuple):
-        prompt = Blend((prompt,), (1.0,))
+    prompt = _parsed(text, weights=weights, windows=windows)
     joined = isinstance(prompt, Conjunction)
-    if joined and not windows:
-        raise RequestError("prompt: .and() makes a window of each part: allow prompts longer than one window")
     room = tokenizer.room
     tokens = [_tokens(part, tokenizer) for part in prompt.parts]
-    cut = [] if windows else [tokenizer.text(_ids(part[room:])) for part in tokens]
+    truncated = [] if windows else [tokenizer.text(_ids(part[room:])) for part in tokens]
     parts = [_windows(part, tokenizer) if windows else [part[:room]] for part in tokens]
     summaries = [_ids(part[:room]) for part in ([tuple(chain(*tokens))] if joined else tokens)]
     plain = not joined and len(parts) == 1 and all(token.weight == 1 for token in tokens[0])
@@ -88,8 +84,22 @@ def weighted_embeddings(
     return PromptEmbeddings(
         hidden=_combined(prompt, states, encoded.hidden).astype(encoded.dtype, copy=False),
         pooled=_pooled(summaries, (1.0,) if joined else prompt.weights, encoded),
-        cut=" ".join(filter(None, cut)),
+        truncated=" ".join(filter(None, truncated)),
     )
+
+
+def count_windows(text: str, tokenizer: PromptTokenizer, *, weights: bool = True, windows: bool = True) -> int:
+    """How many windows `weighted_embeddings` gives for a prompt, and the same errors, without an encoder."""
+    prompt = _parsed(text, weights=weights, windows=windows)
+    counts = [len(_windows(_tokens(part, tokenizer), tokenizer)) if windows else 1 for part in prompt.parts]
+    return sum(counts) if isinstance(prompt, Conjunction) else max(counts)
+
+
+def _parsed(text: str, *, weights: bool, windows: bool) -> Blend | Conjunction:
+    prompt = parse(text) if weights else (Fragment(text, 1.0),)
+    if isinstance(prompt, Conjunction) and not windows:
+        raise RequestError("prompt: .and() makes a window of each part: allow prompts longer than one window")
+    return Blend((prompt,), (1.0,)) if isinstance(prompt, tuple) else prompt
 
 
 def pad_to_longest(embeddings: Sequence[Array], empty: Array) -> list[Array]:

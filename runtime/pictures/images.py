@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..common.arrays import Array
-from ..common.errors import OverflowedError, RequestError
-from ..common.files import replacing
+from ...common.arrays import Array
+from ...common.errors import OverflowedError, RequestError
+from ...common.files import replacing
 
 _LONGEST_NAME = 200
 METADATA_KEY = "diffoundry"

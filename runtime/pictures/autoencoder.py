@@ -6,18 +6,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..bundle import Bundle
-from ..bundle.pipelines import INPAINT_BY_FACTOR
-from ..common.arrays import Array
-from ..engines import Engine
-from .loop.noise import Generator
+from ...bundle import Bundle, Manifest, Role
+from ...common.arrays import Array
+from ...engines import Engine
+from ..loop.noise import Generator
 from .tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
 
-DECODERS = {"full": "vae_decoder", "tiny": "vae_tiny_decoder"}
-"""The component behind each choice of decoder."""
+DECODERS: dict[str, Role] = {"full": "decoder", "tiny": "preview"}
+"""The role of the component behind each choice of decoder."""
 _TINY_SIDE = 512
 """Pixels a tile of an `AutoencoderTiny`, whatever the checkpoint; diffusers' value."""
 _LOGVAR_RANGE = -30.0, 20.0
+
+
+def decoder_of(manifest: Manifest, choice: str) -> str:
+    """The component that is the decoder `choice`, "" where the bundle has none."""
+    return manifest.named(DECODERS[choice]) if choice in DECODERS else ""
 
 
 class Autoencoder:
@@ -25,12 +29,18 @@ class Autoencoder:
 
     def __init__(self, bundle: Bundle, engine: Callable[[str], Engine]) -> None:
         self._latents, self._engine = bundle.manifest.latents, engine
-        self._inpaints_by_factor = bundle.manifest.options.get(INPAINT_BY_FACTOR, False)
-        self._tiny = bundle.manifest.options.get("tiny_autoencoder", False)
+        self._tiny = self._latents.encoded == "sample"
+        self._encoder = bundle.manifest.named("encoder")
+        self._decoders = {name: decoder_of(bundle.manifest, name) for name in DECODERS}
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """The shape of the latents of one picture, (C, h, w). size: width and height in pixels."""
+        width, height = (side // self._latents.downscale for side in size)
+        return self._latents.channels, height, width
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
         """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale)."""
-        engine = self._engine(DECODERS[decoder])
+        engine = self._engine(self._decoders[decoder])
         name, output, dtype = engine.inputs[0].name, engine.outputs[0].name, engine.inputs[0].dtype
 
         def run(part: Array) -> Array:
@@ -50,7 +60,7 @@ class Autoencoder:
 
     def encode(self, pixels: Array, *, tiled: bool = False) -> Array:
         """What the encoder gives for pixels in [-1, 1], float32 (3, H, W): see `sample`."""
-        engine = self._engine("vae_encoder")
+        engine = self._engine(self._encoder)
         name, output, dtype = engine.inputs[0].name, engine.outputs[0].name, engine.inputs[0].dtype
 
         def run(part: Array) -> Array:
@@ -74,7 +84,7 @@ class Autoencoder:
         Where the encoder gives latents themselves, nothing is drawn. inpaints: whether the picture is inpainted, for
         which some pipelines of diffusers scale in another way.
         """
-        by_factor = inpaints and self._inpaints_by_factor
+        by_factor = inpaints and self._latents.inpaint_by_factor
         if self._tiny:
             return self._scaled(encoded.astype(np.float32), by_factor)
         mean, logvar = np.split(encoded.astype(np.float32), 2)

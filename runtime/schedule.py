@@ -1,15 +1,17 @@
-"""Which table a request gets: one of our samplers', or one that was read off a scheduler when the bundle was made."""
+"""Which table a request gets, of our samplers or read off a scheduler by `compile`, and the part of it that it runs."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..bundle import Bundle
 from ..common.errors import BundleError, RequestError
+from .request import Request
 from .schedulers import Steps, Table, find_sampler, is_known, make_table
 from .schedulers.config import Config, train_steps
 from .schedulers.lcm import lcm
@@ -20,6 +22,7 @@ _TRACED = re.compile(rf"scheduler/{TRACED}/(?P<name>\w+)/(?P<count>\d+)\.json")
 _CONFIG = "scheduler/scheduler_config.json"
 _TRAIN_STEPS = "num_train_timesteps"
 _MOST_TABLES = 256
+_STRENGTH = {"img2img": 0.8, "inpaint": 1.0}
 
 
 class Schedules:
@@ -65,6 +68,20 @@ class Schedules:
         known = self.named(name)
         return is_known(known) and find_sampler(self.config, name)[1].table in (lcm, tcd)
 
+    def of(self, request: Request) -> tuple[Table, int]:
+        """The calls that a request makes, and the steps of the whole schedule. Raises `RequestError`."""
+        manifest = self._bundle.manifest
+        count = manifest.default_steps if request.steps is None else request.steps
+        asked = Steps(count, timesteps=request.timesteps, sigmas=request.sigmas)
+
+        def make(steps: Steps) -> Table:
+            return self.table(steps, request.task, request.scheduler, request.scheduler_options)
+
+        if request.timesteps is not None or request.sigmas is not None:
+            asked = replace(asked, count=make(asked).steps)
+        consistency = manifest.wiring.strength_by_sampler and self.is_consistency(request.scheduler)
+        return _part(request, asked, make, self.train_steps, by_strength=consistency), asked.count
+
     def table(
         self, steps: Steps, task: str, name: str | None = None, options: Mapping[str, Any] | None = None
     ) -> Table:
@@ -106,3 +123,48 @@ class Schedules:
         path = counts[steps.count]
         self._bundle.check([path])
         return load_table(self._bundle.path(path))
+
+
+def _part(
+    request: Request, steps: Steps, make: Callable[[Steps], Table], train_steps: int, *, by_strength: bool
+) -> Table:
+    """The part of the schedule that the request runs. Raises `RequestError` when nothing of it is left.
+
+    by_strength: the model's sampler takes the strength itself and makes all the steps asked for (consistency models).
+    """
+    table = make(steps)
+    if request.denoising_start is not None:
+        table = _from_part(request.denoising_start, steps, table, make, train_steps)
+    elif request.image is not None:
+        strength = _STRENGTH[request.task] if request.strength is None else request.strength
+        kept = min(int(steps.count * strength), steps.count)
+        if by_strength and request.task == "img2img" and steps.timesteps is None:
+            table = make(replace(steps, strength=strength))
+        elif kept < 1:
+            least = math.ceil(1000 / steps.count) / 1000
+            raise RequestError(
+                f"strength {strength:g} leaves no step of {steps.count}: raise it to {least:g} or more, or add steps"
+            )
+        elif kept < steps.count:
+            table = make(replace(steps, start=steps.count - kept))
+    if request.denoising_end is not None:
+        calls = int((table.timesteps >= _cut(request.denoising_end, train_steps)).sum())
+        if not calls:
+            raise RequestError(f"denoising_end {request.denoising_end:g} leaves no step of {steps.count}: add steps")
+        table = table.until(calls)
+    return table
+
+
+def _from_part(part: float, steps: Steps, full: Table, make: Callable[[Steps], Table], train_steps: int) -> Table:
+    """The calls whose timesteps lie below the cut; of a step of two calls, both or none."""
+    before = int((full.timesteps >= _cut(part, train_steps)).sum())
+    if before == full.steps:
+        raise RequestError(f"denoising_start {part:g} leaves no step of {steps.count}: add steps")
+    if not before:
+        return full
+    calls_of_first = full.steps - make(replace(steps, start=1)).steps
+    return make(replace(steps, start=before // calls_of_first)) if before >= calls_of_first else full
+
+
+def _cut(part: float, train_steps: int) -> int:
+    return round(train_steps - part * train_steps)

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..common.errors import RequestError
+from ...common.errors import RequestError
 
 _PLUS, _MINUS = 1.1, 0.9
 LARGEST_WEIGHT = 100.0

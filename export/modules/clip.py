@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
-from ...bundle import Prompt, Tensor
+from ...bundle import Tensor, Tokenizer
 from ...common.errors import CheckpointError
+from ...families import Pipeline
 from ..checkpoint import Checkpoint
 from ..configs import text_config
 from ..fit import hollow
 from ..loading import load_pretrained, load_tokenizer
 from ..plan import Axis, ComponentPlan
+
+_LAST = "last_hidden_state"
 
 
 class TextEncoder(torch.nn.Module):
@@ -47,32 +50,19 @@ def _final_norm(model: Any) -> Any:
     return getattr(model, "text_model", model).final_layer_norm
 
 
-def layers_of(checkpoint: Checkpoint, name: str) -> int:
-    """How many layers the text encoder `name` has."""
-    return int(text_config(checkpoint, name).num_hidden_layers)
-
-
-def text_encoder(checkpoint: Checkpoint) -> ComponentPlan:
-    """The encoder of Stable Diffusion 1 and 2; see `TextEncoder`."""
-    from transformers import CLIPTextModel
-
-    layers = layers_of(checkpoint, "text_encoder")
-    names = ["last_hidden_state", *(f"clip_skip.{i}" for i in range(1, layers))]
-    return _plan(checkpoint, "text_encoder", TextEncoder, CLIPTextModel, names)
-
-
-def hidden_states(checkpoint: Checkpoint, name: str) -> ComponentPlan:
-    """An encoder of Stable Diffusion XL; see `HiddenStates`. The names are those of optimum's export."""
+def text_encoder(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentPlan:
+    """The encoder `name`, with the outputs that the wiring reads. The names are those of optimum's export."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    names = ["last_hidden_state", *(f"hidden_states.{i}" for i in range(layers_of(checkpoint, name)))]
-    if name == "text_encoder":
-        return _plan(checkpoint, name, HiddenStates, CLIPTextModel, names)
-    return _plan(checkpoint, name, HiddenStates, CLIPTextModelWithProjection, ["text_embeds", *names])
-
-
-def _plan(checkpoint: Checkpoint, name: str, wrapper: type[torch.nn.Module], kind: Any, names: list[str]) -> Any:
     config = text_config(checkpoint, name)
+    encoder = next(each for each in pipeline.wiring.text if each.component == name)
+    wrapper: type[torch.nn.Module]
+    if encoder.hidden == _LAST:
+        wrapper, names = TextEncoder, [_LAST, *encoder.skips]
+    else:
+        wrapper, names = HiddenStates, [_LAST, *(f"hidden_states.{i}" for i in range(int(config.num_hidden_layers)))]
+    names = [*filter(None, [encoder.pooled]), *names]
+    kind = CLIPTextModelWithProjection if encoder.pooled else CLIPTextModel
     if getattr(config, "use_attention_mask", False):
         raise CheckpointError(f"the {name} is told which tokens are padding (use_attention_mask): not supported")
     window = int(config.max_position_embeddings)
@@ -84,18 +74,17 @@ def _plan(checkpoint: Checkpoint, name: str, wrapper: type[torch.nn.Module], kin
         load=lambda: wrapper(load_pretrained(kind, checkpoint.folder(name))).eval(),
         hollow=lambda: wrapper(hollow(kind, config)),
         inputs=(Tensor("input_ids", "int64", ("batch_size", "sequence_length")),),
-        outputs=tuple(Tensor(each, "float32", pooled if each == "text_embeds" else width) for each in names),
+        outputs=tuple(Tensor(each, "float32", pooled if each == encoder.pooled else width) for each in names),
         axes={"batch_size": Axis(1, 3), "sequence_length": Axis(min(window, 8), window)},
         integers={"input_ids": int(config.vocab_size)},
     )
 
 
-def tokenizer(checkpoint: Checkpoint, encoder: str, folder: Path) -> Prompt:
-    """Write the tokenizer of the encoder `text_encoder` or `text_encoder_2` below `folder`; how it is used.
+def tokenizer(checkpoint: Checkpoint, encoder: str, name: str, folder: Path) -> Tokenizer:
+    """Write the tokenizer `name` of the text encoder `encoder` below `folder`; how it is used.
 
     Raises `CheckpointError` when the two do not belong together.
     """
-    name = encoder.replace("text_encoder", "tokenizer")
     config = text_config(checkpoint, encoder)
     limits = int(config.max_position_embeddings), int(config.vocab_size)
     if limits[0] < 1:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..common.arrays import Array
-from ..common.errors import RequestError
+from ...common.arrays import Array
+from ...common.errors import RequestError
 
 Picture = str | os.PathLike[str] | Image.Image | Array
 """A path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4): uint8, bool, or float from 0 to 1."""

@@ -10,21 +10,21 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ..bundle import Prompt
-from ..bundle.tokens import read_tokens
-from ..common.arrays import Array
-from ..common.errors import BundleError
-from ..common.files import check_regular
+from ...bundle import Tokenizer as Spec
+from ...bundle.tokens import read_tokens
+from ...common.arrays import Array
+from ...common.errors import BundleError
+from ...common.files import check_regular
 
 _CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class PromptTokenizer:
-    """One text encoder's tokenizer: a window of `prompt.max_length` tokens with start, end and padding."""
+    """One text encoder's tokenizer: a window of `spec.max_length` tokens with start, end and padding."""
 
-    def __init__(self, folder: Path, prompt: Prompt) -> None:
+    def __init__(self, folder: Path, spec: Spec) -> None:
         """Raises `BundleError` when the tokenizer's files are missing or damaged."""
-        self._prompt = prompt
+        self._spec = spec
         self._tokenizer = _load(folder)
         self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
@@ -35,9 +35,14 @@ class PromptTokenizer:
         return rows, [self.text(ids[self.room :]) for ids in tokens]
 
     @property
+    def window(self) -> int:
+        """How many tokens one window has, start and end included."""
+        return self._spec.max_length
+
+    @property
     def room(self) -> int:
         """How many tokens one window holds between its start and its end."""
-        return self._prompt.max_length - 2
+        return self._spec.max_length - 2
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """All token ids of each text, without start, end and padding.
@@ -62,7 +67,7 @@ class PromptTokenizer:
 
     def row(self, tokens: Sequence[int]) -> list[int]:
         """The window, `max_length` ids, of at most `room` tokens."""
-        spec = self._prompt
+        spec = self._spec
         row = [spec.bos_token_id, *tokens, spec.eos_token_id]
         return row + [spec.pad_token_id] * (spec.max_length - len(row))
 

@@ -1,0 +1,20 @@
+"""The precisions that a model can be written in, one table for all rooms."""
+
+from __future__ import annotations
+
+from ..common.errors import DiffoundryError
+
+FULL = "fp32"
+"""The precision that models are traced in."""
+PRECISIONS = {FULL: 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""For each the largest absolute difference of an output to what torch gave, as a fraction of its largest value.
+
+That of fp32 is what `compile` allows; the others are about ten roundings of the type.
+"""
+
+
+def check_precision(name: object) -> str:
+    """`name`. Raises `DiffoundryError` for an unknown precision."""
+    if not isinstance(name, str) or name not in PRECISIONS:
+        raise DiffoundryError(f"unknown precision {name!r}: choose one of {', '.join(PRECISIONS)}")
+    return name

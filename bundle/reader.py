@@ -1,0 +1,125 @@
+"""The one reader of JSON files: a value is held against a dataclass, type by type, and becomes one.
+
+A field may have the type `str`, `int`, `float` (finite), `bool`, `Any`, another dataclass, `tuple[T, ...]`,
+`tuple[A, B]`, `dict[str, T]`, `Literal`, a union, or one of these with `Rule`s: `Annotated[int, Rule(…)]`. What spans
+several fields a dataclass checks in `__post_init__`, with `ValueError`. Keys that no field has are left alone, so that
+an older version reads what a newer one adds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from ..common.checks import is_finite, is_whole
+
+T = TypeVar("T")
+_WORDS = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+_LONGEST = 60
+
+
+class FieldError(ValueError):
+    """One field is wrong: `components.unet.files must be an object, found a list`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rule:
+    """A condition on a value; `says` goes on with "must", as in "be at least 1"."""
+
+    holds: Callable[[Any], bool]
+    says: str
+
+
+def read(kind: type[T], value: Any, path: str = "") -> T:
+    """`value`, as `json.loads` gives it, as a `kind`. path: of the value in its file.
+
+    Raises `FieldError` that names the first field that is wrong.
+    """
+    return cast(T, _read(kind, value, path))
+
+
+def _read(kind: Any, value: Any, path: str) -> Any:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        made = _read(parts[0], value, path)
+        for rule in parts[1:]:
+            if not rule.holds(made):
+                raise _wrong(path, rule.says, value)
+        return made
+    if origin in (Union, types.UnionType):
+        return _read_union(parts, value, path)
+    if origin is Literal:
+        if not isinstance(value, (str, int)) or value not in parts:
+            raise _wrong(path, f"be one of {', '.join(map(str, parts))}", value)
+        return value
+    if origin is tuple:
+        return _read_list(parts, value, path)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(path, "be an object", value)
+        return {key: _read(parts[1], item, f"{path}.{key}" if path else str(key)) for key, item in value.items()}
+    if dataclasses.is_dataclass(kind):
+        return _read_object(kind, value, path)
+    if kind is Any:
+        return value
+    fits = is_finite(value) if kind is float else is_whole(value) if kind is int else isinstance(value, kind)
+    if not fits:
+        raise _wrong(path, f"be {_WORDS[kind]}", value)
+    return kind(value)
+
+
+def _read_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and types.NoneType in kinds:
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
+    for kind in kinds[:-1]:
+        try:
+            return _read(kind, value, path)
+        except FieldError:
+            continue
+    return _read(kinds[-1], value, path)
+
+
+def _read_list(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise _wrong(path, "be a list", value)
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise _wrong(path, f"have {len(kinds)} entries", value)
+    return tuple(_read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _read_object(kind: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise _wrong(path, "be an object", value)
+    hints, found = _hints(kind), {}
+    for field in dataclasses.fields(kind):
+        inner = f"{path}.{field.name}" if path else field.name
+        if field.name in value:
+            found[field.name] = _read(hints[field.name], value[field.name], inner)
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise FieldError(f"{inner} is missing")
+    try:
+        return kind(**found)
+    except FieldError:
+        raise
+    except ValueError as error:
+        raise FieldError(f"{path}: {error}" if path else str(error)) from None
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _wrong(path: str, says: str, value: Any) -> FieldError:
+    try:
+        shown = repr(value)
+    except ValueError:  # an integer of too many digits
+        shown = "a very large number"
+    shown = shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}…"
+    return FieldError(f"{path or 'it'} must {says}, found {shown}")

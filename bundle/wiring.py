@@ -1,0 +1,121 @@
+"""What a pipeline is, as data: how texts, latents and guidance reach the denoiser. A family is one such wiring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from .reader import Rule
+
+_SMALLEST, _LARGEST = 1e-12, 1e30
+_SHORTEST_WINDOW = 3  # start, one token, end
+_MOST_TOKENS = 1 << 31
+
+AtLeast1 = Annotated[int, Rule(lambda value: value >= 1, "be at least 1")]
+NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGEST, "be a number other than zero")]
+TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from 0 to {_MOST_TOKENS - 1}")]
+Window = Annotated[int, Rule(lambda value: _SHORTEST_WINDOW <= value < _MOST_TOKENS, f"be at least {_SHORTEST_WINDOW}")]
+
+
+Role = Literal["text", "denoiser", "encoder", "decoder", "preview", "step"]
+"""What a component does: `preview` is a second, small decoder, `step` the step of the loop as a graph."""
+TASKS: dict[str, tuple[Role, ...]] = {
+    "txt2img": ("decoder",),
+    "img2img": ("encoder", "decoder"),
+    "inpaint": ("encoder", "decoder"),
+}
+"""What there is to do, and the roles that each needs beside text encoders and denoiser."""
+SOURCES = {
+    "latents": "the latents of the step",
+    "latents.masked": "the latents, the mask and the masked image, along the channels",
+    "timestep": "the timestep of each row",
+    "text.hidden": "the hidden states of the text encoders, joined",
+    "text.pooled": "their pooled embeddings, joined",
+    "sizes": "original size, crop and target size of the picture (6 numbers)",
+    "sizes.scored": "original size, crop and aesthetic score (5 numbers)",
+    "guidance": "the guidance scale",
+    "guidance.sinusoid": "sines and cosines of the guidance scale",
+}
+"""What an input of a denoiser can be fed with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """How latents relate to pixels: `x_vae = x · std / scaling_factor + shift_factor + mean`, channel by channel.
+
+    downscale: pixels a latent. tile: side of a tile, in latents, when large images are worked through in tiles.
+    mean, std: one number a channel, or empty for 0 and 1. multiple: what the denoiser takes, in latents a side.
+    encoded: what the encoder gives: `parameters`, mean and log variance to draw from, or the latents as a `sample`.
+    inpaint_by_factor: whether what is inpainted is encoded without mean and std.
+    """
+
+    channels: AtLeast1
+    downscale: AtLeast1
+    scaling_factor: NotZero
+    shift_factor: float = 0.0
+    tile: AtLeast1 = 64
+    mean: tuple[float, ...] = ()
+    std: tuple[NotZero, ...] = ()
+    multiple: AtLeast1 = 1
+    encoded: Literal["parameters", "sample"] = "parameters"
+    inpaint_by_factor: bool = False
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == (self.channels if self.mean else 0):
+            raise ValueError("mean and std must both be empty, or hold one number a channel each")
+
+    @property
+    def unit(self) -> int:
+        """What the sides of a picture must be multiples of, in pixels."""
+        return self.downscale * self.multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """How text becomes the token ids of one text encoder. max_length: its window, in tokens."""
+
+    max_length: Window
+    bos_token_id: TokenId
+    eos_token_id: TokenId
+    pad_token_id: TokenId
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """One text encoder, and what the denoiser reads of it.
+
+    component: its name. tokenizer: the folder of its tokenizer. text: 0 for `prompt`, 1 for `prompt_2`, which is
+    `prompt` where none is given.
+    hidden: the output that becomes hidden states, "" for none; skips: those in its place when 1, 2, … layers are
+    skipped. pooled: the output that becomes the pooled embedding, "" for none.
+    join: how its hidden states join those of the encoders before it: side by side along the `width`, or after them
+    along the `sequence`, where the narrower ones are filled with zeros.
+    """
+
+    component: str
+    tokenizer: str
+    text: Literal[0, 1] = 0
+    hidden: str = "last_hidden_state"
+    skips: tuple[str, ...] = ()
+    pooled: str = ""
+    join: Literal["width", "sequence"] = "width"
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How a denoiser is fed.
+
+    text: its text encoders, in the order in which their outputs are joined. inputs: for each input of the denoiser
+    its source, one of `SOURCES`.
+    empty_negative_is_zeros: whether no negative prompt means zeros, rather than the encoded empty text.
+    strength_by_sampler: whether a sampler of consistency models spreads its steps over the strength itself.
+    """
+
+    text: tuple[TextEncoder, ...]
+    inputs: dict[str, str] = field(default_factory=dict)
+    empty_negative_is_zeros: bool = False
+    strength_by_sampler: bool = False
+
+    def inputs_from(self, source: str) -> list[str]:
+        """The inputs of the denoiser that `source` feeds."""
+        return [name for name, each in self.inputs.items() if each == source]

@@ -1,0 +1,24 @@
+"""The torch modules that are traced: one file for each kind of model, and what makes a component of it."""
+
+from __future__ import annotations
+
+from ...families import Pipeline
+from ..checkpoint import Checkpoint
+from ..plan import ComponentPlan
+from . import autoencoder, clip, unet
+
+_MAKERS = {
+    "text": clip.text_encoder,
+    "denoiser": unet.unet,
+    "encoder": autoencoder.encoder,
+    "decoder": autoencoder.decoder,
+    "preview": autoencoder.preview,
+}
+
+
+def component_plans(checkpoint: Checkpoint, pipeline: Pipeline) -> list[ComponentPlan]:
+    """How each component of a pipeline is traced, smallest first.
+
+    Raises `CheckpointError` for a model that is not supported.
+    """
+    return [_MAKERS[part.role](checkpoint, name, pipeline) for name, part in pipeline.parts.items()]

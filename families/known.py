@@ -1,0 +1,22 @@
+"""The families that there are, by their names."""
+
+from __future__ import annotations
+
+from ..common.errors import CheckpointError
+from . import latent_consistency, stable_diffusion, stable_diffusion_xl
+from .family import Family
+
+_ALL: tuple[Family, ...] = (stable_diffusion.FAMILY, stable_diffusion_xl.FAMILY, latent_consistency.FAMILY)
+FAMILIES = {family.name: family for family in _ALL}
+
+
+def family_named(name: str) -> Family:
+    """The family called `name`. Raises `CheckpointError` listing what there is."""
+    if name not in FAMILIES:
+        raise CheckpointError(f"unknown family {name!r}: choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def family_of(pipeline: str) -> Family | None:
+    """The family that a pipeline class of diffusers belongs to, None for an unknown class."""
+    return next((family for family in FAMILIES.values() if pipeline in family.pipelines), None)

@@ -1,0 +1,156 @@
+"""What families share: CLIP text encoders, the conditional U-Net, autoencoders, as their configurations tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..bundle import Tensor
+from ..bundle.wiring import TASKS, Latents, TextEncoder
+from ..common.checks import is_finite
+from ..common.errors import CheckpointError
+from .family import Configs, Part
+
+UNET = "UNet2DConditionModel"
+KL = "AutoencoderKL"
+TINY = "AutoencoderTiny"
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+VAE = "vae"
+VAE_TINY = "vae_tiny"
+"""A second, small autoencoder, whose decoder is an alternative and a preview."""
+_SCALING_FACTOR = 0.18215
+_TILE_PIXELS = 512
+ALL_TASKS = tuple(TASKS)
+
+
+def autoencoders(configs: Configs) -> dict[str, Part]:
+    """The components that are made of autoencoders."""
+    tiny = {"vae_tiny_decoder": Part("preview", VAE_TINY)} if configs.has(VAE_TINY) else {}
+    return {**tiny, "vae_encoder": Part("encoder", VAE), "vae_decoder": Part("decoder", VAE)}
+
+
+def is_tiny(config: Mapping[str, Any]) -> bool:
+    """Whether this is the configuration of an `AutoencoderTiny`."""
+    return config.get("_class_name") == TINY
+
+
+def downscale(config: Mapping[str, Any]) -> int:
+    """Pixels a latent, along one side. Raises `CheckpointError` when the configuration names no blocks."""
+    name = "decoder_block_out_channels" if is_tiny(config) else "block_out_channels"
+    blocks = len(config[name])
+    if not blocks:
+        raise CheckpointError(f"the vae configuration has no {name}: download the checkpoint again")
+    return int(2 ** (blocks - 1))
+
+
+def latents_of(config: Mapping[str, Any], *, deviations: bool = False) -> Latents:
+    """How latents relate to the pixels of the autoencoder with this configuration.
+
+    deviations: whether the pipeline classes read `latents_mean` and `latents_std`. No class reads `shift_factor`.
+    Raises `CheckpointError` when there is not one mean and deviation for each channel, or the factor is no number.
+    """
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if not deviations or mean is None or std is None:
+        mean = std = ()
+    channels = int(config["latent_channels"])
+    if not len(mean) == len(std) == (channels if mean else 0):
+        raise CheckpointError(
+            f"the vae configuration has {len(mean)} latents_mean and {len(std)} latents_std for {channels} latent "
+            "channels: give one of each a channel, or leave both out"
+        )
+    factor = config.get("scaling_factor", 1.0 if is_tiny(config) else _SCALING_FACTOR)
+    if not is_finite(factor) or not factor:
+        raise CheckpointError(
+            f"the scaling_factor in the vae's config.json must be a number other than 0, found {factor!r}: "
+            "give that of the model (0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL)"
+        )
+    down = downscale(config)
+    side = config.get("sample_size")
+    return Latents(
+        channels=channels,
+        downscale=down,
+        scaling_factor=float(factor),
+        tile=int(side) // down if isinstance(side, int) and side >= down else _TILE_PIXELS // down,
+        mean=tuple(float(value) for value in mean),
+        std=tuple(float(value) for value in std),
+        encoded="sample" if is_tiny(config) else "parameters",
+        inpaint_by_factor=bool(mean),
+    )
+
+
+def skipping(configs: Configs, component: str) -> TextEncoder:
+    """An encoder whose last hidden state is read, or that of an earlier layer with the final norm applied."""
+    layers = int(configs.config(component)["num_hidden_layers"])
+    return TextEncoder(component, tokenizer_of(component), skips=tuple(f"clip_skip.{i}" for i in range(1, layers)))
+
+
+def penultimate(configs: Configs, component: str, *, pooled: bool) -> TextEncoder:
+    """An encoder of which the input of the last layer is read. pooled: whether its pooled embedding is read too."""
+    last = int(configs.config(component)["num_hidden_layers"]) - 1
+    return TextEncoder(
+        component,
+        tokenizer_of(component),
+        text=int(component.endswith("_2")),  # type: ignore[arg-type]
+        hidden=f"hidden_states.{last}",
+        skips=tuple(f"hidden_states.{i}" for i in reversed(range(last))),
+        pooled="text_embeds" if pooled else "",
+    )
+
+
+def tokenizer_of(encoder: str) -> str:
+    """The folder of the tokenizer of a text encoder."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def unet_inputs(unet: Mapping[str, Any], pooled: int = 0) -> tuple[Tensor, ...]:
+    """The inputs of a conditional U-Net. pooled: the width of the pooled embedding, 0 where it takes none."""
+    inputs = [
+        Tensor("sample", "float32", ("batch_size", int(unet["in_channels"]), "height", "width")),
+        Tensor("timestep", "float32", ("batch_size",)),
+        Tensor("encoder_hidden_states", "float32", ("batch_size", "sequence_length", unet["cross_attention_dim"])),
+    ]
+    if pooled:
+        inputs.append(Tensor("text_embeds", "float32", ("batch_size", pooled)))
+        inputs.append(Tensor("time_ids", "float32", ("batch_size", _time_ids(unet, pooled))))
+    if unet.get("time_cond_proj_dim") is not None:
+        inputs.append(Tensor("timestep_cond", "float32", ("batch_size", int(unet["time_cond_proj_dim"]))))
+    return tuple(inputs)
+
+
+def sources(inputs: tuple[Tensor, ...], latents: Latents, *, scored: bool = False) -> dict[str, str]:
+    """What feeds each input of a U-Net. scored: whether an aesthetic score stands among the sizes of the picture."""
+    known = {
+        "sample": "latents.masked" if inpaints(inputs, latents) else "latents",
+        "timestep": "timestep",
+        "encoder_hidden_states": "text.hidden",
+        "text_embeds": "text.pooled",
+        "time_ids": "sizes.scored" if scored else "sizes",
+        "timestep_cond": "guidance.sinusoid",
+    }
+    return {tensor.name: known[tensor.name] for tensor in inputs}
+
+
+def inpaints(inputs: tuple[Tensor, ...], latents: Latents) -> bool:
+    """Whether the denoiser sees the mask and the masked image beside the latents, and so can only inpaint."""
+    return inputs[0].shape[1] == 2 * latents.channels + 1
+
+
+def side_of(unet: Mapping[str, Any]) -> int:
+    """`sample_size` of a U-Net's configuration, in latents. Raises `CheckpointError` where there is none."""
+    side = unet.get("sample_size")
+    if not isinstance(side, int) or isinstance(side, bool):
+        raise CheckpointError("the U-Net configuration has no integer sample_size: add it to unet/config.json")
+    return side
+
+
+def _time_ids(unet: Mapping[str, Any], pooled: int) -> int:
+    """How many numbers say the sizes of the picture: 6, or 5 with an aesthetic score."""
+    count = (int(unet["projection_class_embeddings_input_dim"]) - pooled) / int(unet["addition_time_embed_dim"])
+    if count not in (5, 6):
+        raise CheckpointError(
+            f"the U-Net takes {unet['projection_class_embeddings_input_dim']} added numbers "
+            f"(projection_class_embeddings_input_dim), the text encoder gives {pooled} pooled ones, which leaves "
+            f"{count:g} sizes of the picture where 5 or 6 are supported: give parts of one checkpoint "
+            "(--component text_encoder_2=FOLDER or --component unet=FOLDER)"
+        )
+    return int(count)

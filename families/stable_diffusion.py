@@ -1,0 +1,75 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a conditional U-Net, an autoencoder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..bundle.wiring import Wiring
+from . import parts
+from .family import Configs, Family, Part, Pipeline
+
+_OLD = (0, 9)
+_OLD_SIDE = 64
+_RELEASE = re.compile(r"\d+(?:\.\d+)*")
+_FROM_TEXT = {"steps_offset": 1, "clip_sample": False}
+MODELS = {
+    "unet": (parts.UNET,),
+    parts.VAE: (parts.KL, parts.TINY),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": parts.TOKENIZERS,
+}
+
+
+def drawn_side(unet: Mapping[str, Any]) -> int:
+    """What is drawn by default, in latents a side, of a U-Net with this configuration.
+
+    The classes take a `sample_size` under 64 for a mistake in what was written before diffusers 0.9.
+    """
+    side, release = parts.side_of(unet), _RELEASE.match(str(unet.get("_diffusers_version")))
+    old = release is not None and tuple(map(int, release[0].split("."))) < _OLD
+    return max(side, _OLD_SIDE) if old else side
+
+
+def _describe(configs: Configs) -> Pipeline:
+    return describe(configs, drawn_side(configs.config("unet")))
+
+
+def describe(configs: Configs, side: int, *, strength_by_sampler: bool = False) -> Pipeline:
+    """The pipeline of a checkpoint that draws `side` latents by default; see `Wiring.strength_by_sampler`."""
+    latents = parts.latents_of(configs.config(parts.VAE))
+    inputs = parts.unet_inputs(configs.config("unet"))
+    return Pipeline(
+        tasks=("inpaint",) if parts.inpaints(inputs, latents) else parts.ALL_TASKS,
+        parts={
+            "text_encoder": Part("text", "text_encoder"),
+            **parts.autoencoders(configs),
+            "unet": Part("denoiser", "unet"),
+        },
+        wiring=Wiring(
+            text=(parts.skipping(configs, "text_encoder"),),
+            inputs=parts.sources(inputs, latents),
+            strength_by_sampler=strength_by_sampler,
+        ),
+        latents=latents,
+        inputs=inputs,
+        width=side * latents.downscale,
+        height=side * latents.downscale,
+    )
+
+
+FAMILY = Family(
+    name="stable-diffusion",
+    pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    models=MODELS,
+    describe=_describe,
+    steps=20,
+    guidance=7.5,
+    # these classes correct configurations that early versions wrote, those of the other families do not
+    scheduler={
+        "txt2img": _FROM_TEXT,
+        "img2img": _FROM_TEXT,
+        "inpaint": {"steps_offset": 1, "skip_prk_steps": True},
+    },
+)

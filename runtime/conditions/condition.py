@@ -1,0 +1,140 @@
+"""A condition: one thing that a denoiser can be given, from the fields of a request to the inputs of a model call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ...bundle import Role
+from ...common.arrays import Array
+from ...common.errors import RequestError
+from ..job import Job
+from ..loop.noise import Generator
+from ..loop.sample import KeptRegion
+from ..request import Request
+
+_NO_IMAGE = "without an image: give an image, or leave it out"
+_NO_GUIDANCE = "without guidance: leave it out, or set guidance above 1"
+_NO_NEGATIVE = "on this model, which is given the guidance and predicts once: leave it out"
+_ALWAYS = frozenset(
+    {
+        *("seed", "rng", "count", "width", "height", "output"),
+        *("steps", "timesteps", "sigmas", "scheduler", "scheduler_options", "denoising_end"),
+    }
+)
+"""Fields that act on every image."""
+_WHY = {
+    "mask": _NO_IMAGE,
+    "strength": _NO_IMAGE,
+    "resize": _NO_IMAGE,
+    "denoising_start": _NO_IMAGE,
+    "padding_mask_crop": "without a mask: give a mask, or leave it out",
+    "decoder": "on latents: leave it out",
+    "tiled": "on latents: leave it out",
+    "prompt_2": "on this model, which has no second text encoder: leave it out",
+    "negative_prompt_2": "on this model, which has no second text encoder: leave it out",
+}
+"""What is missing where a field has no effect, if it is more than the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a row starts with; see `loop.sample.Sample`."""
+
+    latents: Array
+    kept: KeptRegion | None = None
+    channels: Array | None = None
+
+
+Starter = Callable[[int, Generator], Start]
+"""Makes what image i of a request starts with, from its generator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What a condition gives the rows of one job.
+
+    prompt, negative: by source (see `bundle.wiring.SOURCES`), without their row axis, for the rows with the prompt and
+    with the negative prompt. truncated: the parts of prompts that did not fit, by the name of the prompt.
+    start: where the condition decides what the images start with.
+    """
+
+    prompt: Mapping[str, Array] = field(default_factory=dict)
+    negative: Mapping[str, Array] = field(default_factory=dict)
+    truncated: Mapping[str, str] = field(default_factory=dict)
+    start: Starter | None = None
+
+
+def merged(parts: Iterable[Fed]) -> Fed:
+    """What the conditions of one job give together."""
+    whole = Fed()
+    for part in parts:
+        whole = Fed(
+            {**whole.prompt, **part.prompt},
+            {**whole.negative, **part.negative},
+            {**whole.truncated, **part.truncated},
+            part.start or whole.start,
+        )
+    return whole
+
+
+class Condition(Protocol):
+    """One thing that a denoiser can be given. loads: the role of the components that feeding it takes, if any."""
+
+    @property
+    def loads(self) -> Role | None: ...
+
+    def heeds(self, request: Request, guided: bool) -> frozenset[str]:
+        """The fields of `request` that change something, given all the others; of a field's own fields `field.name`.
+
+        guided: whether the loop guides, and so has rows with the negative prompt.
+        """
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Raise `RequestError` for what cannot be fed to the rows of these jobs in one batch. Nothing is loaded."""
+
+    def feed(self, jobs: Sequence[Job]) -> list[Fed]:
+        """What each job gets. Engines that make it are loaded here."""
+
+
+def asked(request: Request) -> Iterator[str]:
+    """The fields of a request that are not at their default, and the fields of those that have some."""
+    for item in fields(request):
+        value = getattr(request, item.name)
+        if value is not None and not is_default(item, value):
+            inner = [(each, getattr(value, each.name)) for each in fields(value)] if is_dataclass(value) else []
+            yield from [f"{item.name}.{each.name}" for each, own in inner if not is_default(each, own)] or [item.name]
+
+
+def refuse_unheeded(request: Request, conditions: Iterable[Condition], *, guided: bool, given: bool) -> None:
+    """Raise `RequestError` for a field that was asked for and that no condition heeds.
+
+    guided: see `Condition.heeds`. given: whether the model is given the guidance as an input.
+    """
+    heeded = _ALWAYS.union(*(condition.heeds(request, guided) for condition in conditions))
+    for name in asked(request):
+        if name in heeded:
+            continue
+        why = _WHY.get(name, "on this model: leave it out")
+        if name.startswith(("negative", "guidance.")) and not guided:
+            why = _NO_NEGATIVE if given else _NO_GUIDANCE
+        raise RequestError(f"{_said(name)} has no effect {why}")
+
+
+def _said(name: str) -> str:
+    """A field as a person calls it: the inner name where a field has fields of its own."""
+    outer, _, inner = name.partition(".")
+    if outer == "guidance":
+        return f"the guidance {inner}"
+    return f"{inner} of the negative" if outer.startswith("negative") and inner else inner or outer
+
+
+def is_default(item: Any, value: Any) -> bool:
+    """Whether `value` is what the field `item` of a dataclass is by default."""
+    if isinstance(value, (np.ndarray, Image.Image)):
+        return False
+    return bool(value == (item.default_factory() if callable(item.default_factory) else item.default))
