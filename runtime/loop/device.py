@@ -67,7 +67,7 @@ class DeviceStepper:
         """Bring the registers of the rows back."""
         if self._phase is not None and self._phase.ahead:
             for row, registers in zip(self._rows, self._phase.registers(), strict=True):
-                row.state.registers = registers[: row.state.table.registers]
+                row.state.registers[...] = registers[: row.state.table.registers]
 
     def close(self) -> None:
         """Bring the registers back and give the phase away."""
