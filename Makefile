@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A folder on the path of .venv that shows this one under the package's name, to Python, mypy and editors alike.
+SOURCE := $(VENV)/src
 
 .PHONY: demo test test-slow lint bench clean
 
@@ -19,8 +21,8 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/diffoundry
-	cd $(VENV)/typing && MYPYPATH=. ../bin/mypy --config-file diffoundry/pyproject.toml -p diffoundry
+	$(BIN)/mypy -p diffoundry
+	$(BIN)/lint-imports --no-logo
 
 bench: build/pico.bundle/bundle.json
 	$(BIN)/python -m diffoundry.benchmarks.pico examples/pico build/pico.bundle
@@ -35,6 +37,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	mkdir -p $(SOURCE) && ln -sfn ../.. $(SOURCE)/diffoundry
+	echo "$(CURDIR)/$(SOURCE)" > "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/diffoundry.pth"
 	touch $@
 
 clean:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration import Scan
+    from .calibration.build import build
     from .common.errors import DiffoundryError, StoppedError
+    from .engines.tensorrt.target import Target
     from .export import compile
-    from .export.target import Target
     from .runtime.conditioning import Conditioning
     from .runtime.loop.guidance import Guidance
     from .runtime.pipeline import Pipeline, Result, load
@@ -29,6 +30,7 @@ __all__ = [
     "StoppedError",
     "Target",
     "__version__",
+    "build",
     "compile",
     "load",
 ]
@@ -37,6 +39,7 @@ _HOMES = {
     "Conditioning": ".runtime.conditioning",
     "DiffoundryError": ".common.errors",
     "StoppedError": ".common.errors",
+    "build": ".calibration.build",
     "compile": ".export",
     "Guidance": ".runtime.loop.guidance",
     "load": ".runtime.pipeline",
@@ -44,7 +47,7 @@ _HOMES = {
     "Request": ".runtime.request",
     "Result": ".runtime.pipeline",
     "Scan": ".calibration",
-    "Target": ".export.target",
+    "Target": ".engines.tensorrt.target",
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..common.arrays import Array
-from ..export.trace_scheduler import float64, widen
+from ..export.stages.trace_scheduler import float64, widen
 from ..runtime.loop.guidance import Guidance
 from ..runtime.pipeline import Pipeline, load
 

@@ -316,7 +316,7 @@ def exact_trajectory(
     beyond: Mapping[str, Any],
 ) -> tuple[Array, list[Array], list[Array]]:
     """What a diffusers scheduler makes of our first x, outputs and noise when its code runs in float64."""
-    from ..export.trace_scheduler import run_in_float64
+    from ..export.stages.trace_scheduler import run_in_float64
 
     calls = len(ours[0])
     given = np.zeros((1 + 2 * calls, ours[2][0].size))
@@ -409,7 +409,7 @@ def table_error(name: str, config: Mapping[str, Any], steps: Steps) -> float:
     diffusers can noise an image, the levels. NaN for what cannot be traced: a table that clamps, a run that is not
     finite in float64. Infinite when timesteps or draws differ.
     """
-    from ..export.trace_scheduler import impulse_responses, trace_scheduler
+    from ..export.stages.trace_scheduler import impulse_responses, trace_scheduler
 
     own = {option: value for option, value in config.items() if option not in STEP_ARGUMENTS}
     beyond = {option: value for option, value in config.items() if option in STEP_ARGUMENTS}

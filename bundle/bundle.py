@@ -14,7 +14,7 @@ from ..common.files import check_tree, inside, read_json, sha256_file
 from .manifest import MANIFEST_NAME, Component, Manifest, from_json
 
 _ENGINES = "engines"
-_OWN = (_ENGINES, "step", "reports/parity.json", "reports/stages", "*/fused.onnx", "*/hoisted.onnx")
+_OWN = (_ENGINES, "step", "reports/parity.json", "reports/stages", "*/fused.onnx", "*/per_prompt.onnx")
 """What `compile` writes and no other tool does."""
 
 

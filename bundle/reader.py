@@ -41,6 +41,15 @@ def read(kind: type[T], value: Any, path: str = "") -> T:
     return cast(T, _read(kind, value, path))
 
 
+def fits(kind: type[Any], value: Any) -> bool:
+    """Whether `value` can be read as a `kind`."""
+    try:
+        read(kind, value)
+    except FieldError:
+        return False
+    return True
+
+
 def _read(kind: Any, value: Any, path: str) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:

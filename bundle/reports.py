@@ -1,24 +1,57 @@
-"""Whether what stands in a bundle's reports is what a reader expects there."""
+"""The reports of a bundle: how they are read and written, and what a reader expects in them."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass, replace
 from typing import Any
+
+from ..common.files import read_json, sha256_file, write_json
+from .bundle import Bundle
+from .reader import fits
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    low: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    islands: tuple[_Node, ...]
+    nodes: _Counts
+
+
+@dataclass(frozen=True, slots=True)
+class _Quality:
+    psnr_db: float
 
 
 def is_report(report: Any) -> bool:
-    """Whether this tells what stays in fp32."""
-    islands = report.get("islands") if isinstance(report, dict) else None
-    counts = report.get("nodes") if isinstance(report, dict) else None
-    return (
-        isinstance(islands, list)
-        and all(isinstance(island, dict) and isinstance(island.get("node"), str) for island in islands)
-        and isinstance(counts, dict)
-        and all(isinstance(counts.get(name), int) for name in ("low", "kept"))
-    )
+    """Whether this names the nodes that stay in fp32, and counts them."""
+    return fits(_Report, report)
 
 
 def is_quality(quality: Any) -> bool:
-    """Whether this tells how far images are from fp32."""
-    distance = quality.get("psnr_db") if isinstance(quality, dict) else None
-    return isinstance(distance, (int, float)) and math.isfinite(distance)
+    """Whether this gives the distance of images from fp32."""
+    return fits(_Quality, quality)
+
+
+def read_report(bundle: Bundle, name: str) -> dict[str, Any]:
+    """The report `name` of a bundle, {} where it has none. Raises `BundleError` when it cannot be read."""
+    path = f"reports/{name}.json"
+    return read_json(bundle.path(path), f"the {name} report") if path in bundle.manifest.files else {}
+
+
+def with_report(bundle: Bundle, name: str, entries: dict[str, Any]) -> Bundle:
+    """`bundle` with these entries in its report `name`, beside those that it has."""
+    path = bundle.root / "reports" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, read_report(bundle, name) | entries)
+    files = bundle.manifest.files | {f"reports/{name}.json": sha256_file(path)}
+    return replace(bundle, manifest=replace(bundle.manifest, files=files))

@@ -1,10 +1,10 @@
 """Lower precisions whose exceptions are found by measurement."""
 
-from .emulation import emulation
 from .lowering import RULE, lower
 from .precision import PRECISIONS, Precision
 from .quality import QualityError
 from .scan import BUDGET_DB, DEFAULT_PROMPTS, Scan
+from .sessions import emulation
 from .typed import Typed
 
 __all__ = [

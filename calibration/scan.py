@@ -10,11 +10,11 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..common.arrays import Array
-from ..common.checks import is_number, whole_number
+from ..common.checks import LARGEST_SIDE, is_number, whole_number
 from ..common.errors import RequestError
 from ..engines import Engine
 from ..runtime.pipeline import Pipeline
-from ..runtime.request import LARGEST_SIDE, Request
+from ..runtime.request import Request
 
 BUDGET_DB = 35.0
 """The least PSNR of the images against float32 where none is asked for."""

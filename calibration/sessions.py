@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..bundle import STANDARD, Bundle
 from ..common.arrays import Array
 from ..common.errors import EngineError, reason
 from ..engines import DeviceArray, DeviceBinding, Engine, HostBinding
 from ..engines.engine import EngineBase
 from ..engines.onnxruntime import NO_MEMORY_TO_LOAD, OnnxRuntimeEngine, default_threads, lacks_memory
 from ..engines.wheel import ort
+from .precision import precision_of
+from .typed import emulated
 
 Heard = Callable[[Mapping[str, Array], Mapping[str, Array]], None]
 """`heard(feeds, outputs)` after each call; both are overwritten by the next."""
@@ -104,3 +108,23 @@ class Calls:
         if last is None or last.shape != array.shape or not np.array_equal(last, array):
             self._last[name] = np.array(array)
         return self._last[name]
+
+
+def emulation(bundle: Bundle, precision: str) -> dict[str, Callable[[], Engine]]:
+    """What loads each component that `bundle` has in `precision`, for the `engines` of a `Pipeline`.
+
+    Raises `DiffoundryError` for an unknown precision, `EngineError` when the bundle was not compiled for it.
+    """
+    rule = precision_of(precision)
+
+    def load(name: str, model: str) -> Engine:
+        path = bundle.path(model)
+        return start(emulated(path, rule), path.parent, name)
+
+    components = bundle.manifest.components.items()
+    found = {name: found.model for name, part in components if (found := part.variants.get(f"{precision}/{STANDARD}"))}
+    if not found:
+        raise EngineError(
+            f"{bundle.root} has no {precision} models: run `diffoundry build {bundle.root} --precision {precision}`"
+        )
+    return {name: partial(load, name, model) for name, model in found.items()}

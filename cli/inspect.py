@@ -10,10 +10,12 @@ from typing import Any
 
 import click
 
+from .options import json_option
+
 
 @click.command("inspect")
 @click.argument("bundle", type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 def inspect_command(bundle: str, as_json: bool) -> None:
     """Show what BUNDLE holds and what was measured."""
     from ..bundle.manifest import to_json

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
 
+from ..bundle.precisions import PRECISIONS as _PRECISIONS
+from ..common.errors import DiffoundryError
+from ..engines.names import ENGINES as _ENGINES
+
 _MOST_STEPS = 1_000_000
 _GIB = 2**30
 _MOST_GIB = 100_000
-_ENGINES = "onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt, tensorrt, tensorrt-rtx"
-_PRECISIONS = ["fp32", "fp16", "bf16"]
+ENGINES = ", ".join(_ENGINES)
+PRECISIONS = list(_PRECISIONS)
 
 engine_option = click.option(
-    "--engine", metavar="ENGINE", help=f"{_ENGINES}. [default: what the bundle was compiled for]"
+    "--engine", metavar="ENGINE", help=f"{ENGINES}. [default: what the bundle was compiled for]"
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 precision_option = click.option(
     "--precision",
-    type=click.Choice(_PRECISIONS),
+    type=click.Choice(PRECISIONS),
     help="Of the models. [default: what the bundle was compiled for; fp32 on the CPU]",
 )
 
@@ -49,31 +54,60 @@ def _value(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def read_numbers(name: str, text: str | None) -> tuple[float, ...] | None:
-    """Numbers with commas between them. Raises `click.UsageError`."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise click.UsageError(f"{name} takes numbers with commas between them, found {text!r}") from None
-
-
-def read_counts(name: str, text: str | None) -> list[int]:
-    """Whole numbers from 1 to a million with commas between them. Raises `click.UsageError`."""
-    numbers = read_numbers(name, text) or ()
-    if not all(1 <= number <= _MOST_STEPS and number == int(number) for number in numbers):
-        raise click.UsageError(f"{name} takes whole numbers with commas between them, found {text!r}")
-    return [int(number) for number in numbers]
-
-
-def read_gib(name: str, value: float) -> int:
-    """GiB as bytes. Raises `click.UsageError`."""
-    if not 0 < value <= _MOST_GIB:
-        raise click.UsageError(f"{name} takes GiB above 0 and up to {_MOST_GIB}, found {value:g}")
-    return int(value * _GIB)
-
-
 def read_list(texts: Iterable[str]) -> list[str]:
     """The values of an option that may be repeated and holds commas."""
     return [part.strip() for text in texts for part in text.split(",") if part.strip()]
+
+
+class Parsed(click.ParamType):  # type: ignore[type-arg]
+    """An option whose text `parse` reads; what it raises is wrong usage. name: the form of the text, as in `WxH`."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self._parse = name, parse
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return self.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):  # the default
+            return value
+        try:
+            return self._parse(value)
+        except DiffoundryError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise DiffoundryError(f"takes numbers with commas between them, found {text!r}") from None
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    numbers = _numbers(text)
+    if not all(1 <= number <= _MOST_STEPS and number == int(number) for number in numbers):
+        raise DiffoundryError(f"takes whole numbers with commas between them, found {text!r}")
+    return tuple(int(number) for number in numbers)
+
+
+def _gib(text: str) -> int:
+    (value, *more) = _numbers(text)
+    if more or not 0 < value <= _MOST_GIB:
+        raise DiffoundryError(f"takes GiB above 0 and up to {_MOST_GIB}, found {text}")
+    return int(value * _GIB)
+
+
+def _names(text: str) -> list[str]:
+    found = read_list([text])
+    if not found:
+        raise DiffoundryError("names nothing: leave it out, or name one")
+    return found
+
+
+NUMBERS, COUNTS, GIB, NAMES = (
+    Parsed("N,N,…", _numbers),
+    Parsed("N,N,…", _counts),
+    Parsed("GIB", _gib),
+    Parsed("NAME,…", _names),
+)

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, plain lines elsewhere, nothing under --json or --quiet."""
+"""Progress on standard error: a bar on a terminal, plain lines elsewhere, nothing under --json."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ def progress(title: str, *, shown: bool = True, every: float = 5.0) -> Iterator[
             )
     else:
         start = time.monotonic()
-        last: list[object] = ["", start - every]
+        shown_words, shown_at = "", start - every
 
         def plain(text: str, done: float, total: int) -> None:
+            nonlocal shown_words, shown_at
             now = time.monotonic()
             words = text.rstrip(_COUNT)
-            if words != last[0] or now - float(str(last[1])) >= every or done == total:
-                last[:] = [words, now]
+            if words != shown_words or now - shown_at >= every or done == total:
+                shown_words, shown_at = words, now
                 print(f"{title}: {text} {int(done)}/{total} ({now - start:.0f} s)", file=sys.stderr, flush=True)
 
         yield plain

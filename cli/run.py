@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ..common.errors import RequestError
-from .options import engine_option, precision_option, read_gib, read_numbers, read_options
+from .options import GIB, NUMBERS, engine_option, json_option, precision_option, read_options
 from .progress import progress
 
 _LONGEST_TOLD = 200
@@ -98,9 +98,10 @@ class _Run(click.Command):
 @click.option(
     "--steps", "--num-inference-steps", "steps", type=int, help="Steps of the scheduler. [default: the bundle's]"
 )
-@click.option("--timesteps", metavar="T,T,…", help="Timesteps of your own, in place of --steps.")
+@click.option("--timesteps", type=NUMBERS, metavar="T,T,…", help="Timesteps of your own, in place of --steps.")
 @click.option(
     "--sigmas",
+    type=NUMBERS,
     metavar="S,S,…",
     help="Sigmas of your own, in place of --steps; for euler also the one after the last step.",
 )
@@ -171,19 +172,18 @@ class _Run(click.Command):
 @precision_option
 @click.option(
     "--weight-budget",
-    type=float,
-    metavar="GIB",
+    type=GIB,
     help="Of plans that stream their weights: what stays on the GPU. [default: TensorRT's choice]",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 def run_command(
     bundle: str,
     output: str,
     batch: int,
     engine: str | None,
     precision: str | None,
-    weight_budget: float | None,
+    weight_budget: int | None,
     threads: int | None,
     refiner: str | None,
     refine_from: float | None,
@@ -212,7 +212,7 @@ def run_command(
         "engine": engine,
         "precision": precision,
         "threads": threads,
-        "weight_budget": None if weight_budget is None else read_gib("--weight-budget", weight_budget),
+        "weight_budget": weight_budget,
     }
     pipeline = load(bundle, **how)
     if shown is not None:
@@ -232,7 +232,7 @@ def run_command(
             result = generate_refined(
                 pipeline, second, request, **part, batch=batch, low_memory=True, callback=callback
             )
-    manifest, told = pipeline.bundle.manifest, pipeline.told()
+    manifest, told = pipeline.bundle.manifest, pipeline.info()
     how_run = {name: told[name] for name in ("engine", "precision")}
     for path, image, own in zip(paths, result.images, result.seeds, strict=True):
         made = {
@@ -282,8 +282,6 @@ def _request(asked: dict[str, Any]) -> Any:
     told = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
     read: dict[str, Callable[[Any], Any]] = {
         "scheduler_options": read_options,
-        "timesteps": lambda text: read_numbers("--timesteps", text),
-        "sigmas": lambda text: read_numbers("--sigmas", text),
     }
     values = {name: read[name](value) if name in read else value for name, value in asked.items()}
     conditioning = Conditioning(**{name: value for name, value in told.items() if value is not None})

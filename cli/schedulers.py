@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import read_options
+from .options import json_option, read_options
 
 if TYPE_CHECKING:
     from ..runtime.schedulers import Table
@@ -33,7 +33,7 @@ _STABLE_DIFFUSION = {
     "--scheduler-option", "options", multiple=True, metavar="KEY=VALUE", help="As in a scheduler_config.json."
 )
 @click.option("--plot", type=click.Path(), help="Draw sigmas, timesteps and coefficients into this PNG or SVG file.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 def schedulers_command(
     name: str | None,
     steps: int | None,

@@ -7,6 +7,8 @@ from dataclasses import asdict
 
 import click
 
+from .options import ENGINES, PRECISIONS, json_option
+
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path())
@@ -15,15 +17,15 @@ import click
     default="onnxruntime",
     show_default=True,
     metavar="ENGINE",
-    help="onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt, tensorrt, tensorrt-rtx.",
+    help=f"{ENGINES}.",
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice(PRECISIONS),
     help="Of the models. [default: all that the bundle has and the engine runs]",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 def verify_command(bundle: str, engine: str, precision: str | None, threads: int | None, as_json: bool) -> None:
     """Check BUNDLE: every hash, then every output.
 
@@ -31,8 +33,8 @@ def verify_command(bundle: str, engine: str, precision: str | None, threads: int
     at their own shapes and are held against ONNX Runtime; with another engine, their hashes alone are checked.
     """
     from ..common.errors import BundleError
+    from ..engines.verify import verify
     from ..families import open_bundle
-    from ..runtime.verify import verify
 
     opened = open_bundle(bundle)
     checks = []

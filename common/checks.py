@@ -10,6 +10,12 @@ import numpy as np
 
 from .errors import RequestError
 
+MOST_THREADS = 1024
+MOST_IMAGES = 4096
+"""Of one run."""
+LARGEST_SIDE = 16384
+"""Of a picture, in pixels."""
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is an int or a float, which may be infinite or NaN."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import platform
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
+from .errors import DiffoundryError
 from .files import sha256_json
 
 _PR_SET_PDEATHSIG = 1
@@ -22,6 +25,16 @@ def cpu_identity() -> str:
                 flags = line.partition(":")[2]
                 break
     return sha256_json([platform.system(), platform.machine(), platform.processor(), sorted(flags.split())])[:16]
+
+
+def require_modules(verb: str, modules: Iterable[str], extra: str) -> None:
+    """Raise `DiffoundryError` that names the extra to install when a module that `verb` needs is missing."""
+    for name in modules:
+        found = None
+        with contextlib.suppress(ImportError, ValueError):
+            found = importlib.util.find_spec(name)
+        if found is None:
+            raise DiffoundryError(f"{verb} needs {name}: run `pip install 'diffoundry[{extra}]'`")
 
 
 def available_memory() -> int | None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..common.errors import CheckpointError, reason
 from ..families import Pipeline
+from .graphs.spec import ComponentSpec
 from .guard import guarded
 from .loading import quiet
-from .plan import ComponentPlan
 
 _ODD = (5, 7)
 """Sides, in units, that no power of two divides."""
@@ -69,7 +69,7 @@ def _run(
     return result if isinstance(result, tuple) else (result,)
 
 
-def check_models(plans: Sequence[ComponentPlan]) -> None:
+def check_models(plans: Sequence[ComponentSpec]) -> None:
     """Build and run each model without weights. Raises `CheckpointError` for what its class or its code refuses."""
     for plan in plans:
         with guarded(f"the {plan.name} cannot be built from the {plan.source} configuration"):
@@ -86,7 +86,7 @@ def check_models(plans: Sequence[ComponentPlan]) -> None:
                 )
 
 
-def check_parts(plans: Sequence[ComponentPlan], pipeline: Pipeline) -> None:
+def check_parts(plans: Sequence[ComponentSpec], pipeline: Pipeline) -> None:
     """Hold text encoders and autoencoder against the denoiser. Raises `CheckpointError` naming both and a remedy."""
     by_name = {plan.name: plan for plan in plans}
     denoiser = next(by_name[name] for name, part in pipeline.parts.items() if part.role == "denoiser")
@@ -107,7 +107,7 @@ def check_parts(plans: Sequence[ComponentPlan], pipeline: Pipeline) -> None:
         )
 
 
-def _width(plan: ComponentPlan, output: str) -> int:
+def _width(plan: ComponentSpec, output: str) -> int:
     return next(int(tensor.shape[2]) for tensor in plan.outputs if tensor.name == output)
 
 

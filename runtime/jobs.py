@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..bundle import Bundle
+from ..common.checks import LARGEST_SIDE
 from ..common.errors import RequestError
 from .conditioning import Conditioning
 from .conditions import Conditions
@@ -19,7 +20,7 @@ from .conditions.condition import is_default, refuse_unheeded
 from .job import Job
 from .pictures.autoencoder import decoder_of
 from .pictures.picture import bring_to_size, open_originals
-from .request import LARGEST_SIDE, Request
+from .request import Request
 from .schedule import Schedules
 
 _RECORDED = ("prompt", "negative_prompt", "seed", "count", "timesteps", "sigmas", "rng")

@@ -20,10 +20,10 @@ from PIL import Image
 from ..bundle import AS_EXPORTED, PRECISIONS, Bundle
 from ..bundle.wiring import SOURCES, TASKS
 from ..common.arrays import Array
-from ..common.checks import whole_number
+from ..common.checks import MOST_IMAGES, MOST_THREADS, whole_number
 from ..common.errors import BundleError, EngineError, RequestError
 from ..engines import Engine
-from ..engines.supply import Supply
+from ..engines.loader import EngineLoader
 from ..families import open_bundle
 from .conditions import Conditions, Fed
 from .conditions.condition import merged
@@ -38,10 +38,9 @@ from .loop.sample import Ports, Sample
 from .names import ours
 from .pictures.autoencoder import DECODERS, Autoencoder
 from .pictures.images import to_image
-from .request import MOST_IMAGES, Request
+from .request import Request
 from .run import Callback, Progress, Run
 
-_MOST_THREADS = 1024
 _SMALL_BYTES = 64 << 20
 """A model under this has operators too small to be worth sharing among processors."""
 _GUIDANCE = {
@@ -101,18 +100,18 @@ class Pipeline:
 
         _check_manifest(bundle)
         if threads is not None:
-            threads = whole_number("threads", threads, 1, _MOST_THREADS)
+            threads = whole_number("threads", threads, 1, MOST_THREADS)
         self.bundle = bundle
-        self._supply = Supply(bundle, engine, precision, weight_budget)
+        self._loader = EngineLoader(bundle, engine, precision, weight_budget)
         self._threads = threads
-        self._loaders = dict(engines or {})
+        self._engines_given = dict(engines or {})
         if loop not in (None, *_LOOPS):
             raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
         self._denoiser, self._step = (bundle.manifest.named(role) for role in ("denoiser", "step"))
         self._ports = Ports(*(_input_from(bundle, source) for source in ("latents", "timestep")))
         if loop == "device" and not self._step:
             raise BundleError(f"{bundle.root} holds no step graph: compile it again, or use the loop 'host'")
-        on_device = not self._supply.engine.on_cpu and bool(self._step)
+        on_device = not self._loader.engine.on_cpu and bool(self._step)
         self._loop_asked = loop
         self._loop = loop or ("device" if on_device else "host")
         self._workers = (threads or default_threads()) - 1
@@ -132,25 +131,14 @@ class Pipeline:
         with self._lock:
             if name not in self._engines:
                 threads = 1 if name == self._denoiser and self._small(name) else self._threads
-                loader = self._loaders.get(name)
-                self._engines[name] = self._supply.load(name, threads) if loader is None else loader()
+                loader = self._engines_given.get(name)
+                self._engines[name] = self._loader.load(name, threads) if loader is None else loader()
             return self._engines[name]
 
-    def told(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
         """What runs the bundle: `engine`, `precision`, and the plan that served each component, where it has plans."""
         self._check_process()
-        with self._lock:
-            for name, engine in self._engines.items():
-                self._supply.remember(name, engine)
-            return self._supply.told()
-
-    def precision_of(self, name: str) -> str:
-        """The precision that component `name` is run in."""
-        return self._supply.precision_of(name)
-
-    def plan_shapes(self, name: str) -> list[dict[str, tuple[int, ...]]]:
-        """The usual shapes of the plans of component `name`; [] where it takes any."""
-        return self._supply.plan_shapes(name)
+        return self._loader.info()
 
     def _start(self) -> None:
         """Hold no engines, and locks and threads of this process."""
@@ -161,7 +149,7 @@ class Pipeline:
 
     def _start_in_child(self) -> None:
         """Start again in a forked process, where the threads of the engines are not there."""
-        if self._supply.engine.on_cpu:
+        if self._loader.engine.on_cpu:
             self._inherited = self._engines, self._phases, self._pool  # to end them would wait for their threads
             self._process = os.getpid()
             self._start()
@@ -179,7 +167,7 @@ class Pipeline:
         """Whether rows of this component's calls are shared among the processors, rather than its operators."""
         folder = self.bundle.path(name)
         weights = sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file())
-        return self._supply.engine.on_cpu and weights < _SMALL_BYTES
+        return self._loader.engine.on_cpu and weights < _SMALL_BYTES
 
     @property
     def loaded(self) -> list[str]:
@@ -191,9 +179,7 @@ class Pipeline:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
         self._check_process()
         with self._lock:
-            engine = self._engines.pop(name, None)
-            if engine is not None:
-                self._supply.remember(name, engine)
+            self._engines.pop(name, None)
             if name in (self._denoiser, self._step):
                 self._phases = None  # which are bound to them
 
@@ -274,7 +260,7 @@ class Pipeline:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
-        if self._loop_asked == "device" and any(job.guidance.split or job.request.mask is not None for job in jobs):
+        if self._loop_asked == "device" and any(job.request.mask is not None or job.guidance.split for job in jobs):
             raise RequestError(HOST_ONLY)
         self._conditions.check(jobs)
         return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
@@ -339,12 +325,12 @@ class Pipeline:
             if self._loop_asked == "device" or all(phases.fits(sample) for sample in samples):
                 return DeviceStepper(phases)
         pool, workers = (self._pool, self._workers) if self._small(self._denoiser) else (None, 0)
-        return HostStepper(denoiser, self._ports, pool, workers)
+        return HostStepper(denoiser, self._ports, pool=pool, workers=workers)
 
     def _most_images(self, jobs: Sequence[Job]) -> int:
         """The most images that one call of the U-Net takes."""
         width, height = (side // self.bundle.manifest.latents.downscale for side in jobs[0].size)
-        rows = self._supply.most_rows(height, width)
+        rows = self._loader.most_rows(height, width)
         joint = any(job.guidance.active and job.guidance.mode == "joint" for job in jobs)
         return MOST_IMAGES if rows is None else max(1, rows // (2 if joint else 1))
 
@@ -358,7 +344,7 @@ class Pipeline:
         return images if job.picture is None else [job.picture.finish(image) for image in images]
 
     def _samples(self, job: Job, fed: Fed) -> list[Sample]:
-        """The images of a job. fed: by its conditions."""
+        """The rows of a job. fed: by its conditions."""
         inputs = self.bundle.manifest.wiring.inputs
         prompt, negative = (
             {name: half[source] for name, source in inputs.items() if source in half}
@@ -371,8 +357,9 @@ class Pipeline:
             generator = GENERATORS[job.request.rng](seed)
             own = fed.start(i, generator)
             others = negative if job.guidance.active else None
-            kept, beside = own.kept, own.channels
-            samples.append(Sample(job.table, job.guidance, generator, prompt, others, own.latents, kept, beside))
+            samples.append(
+                Sample(job.table, job.guidance, generator, prompt, others, own.latents, own.kept, own.channels)
+            )
         return samples
 
     def __call__(self, prompt: str = "", **options: Any) -> Result:
@@ -456,6 +443,8 @@ def _check_manifest(bundle: Bundle) -> None:
             f"{root}: the {manifest.family} denoiser reads {', '.join(unknown)}; this version knows "
             f"{', '.join(SOURCES)}: upgrade diffoundry"
         )
+    if not {"latents", "timestep"} <= {source.partition(".masked")[0] for source in manifest.wiring.inputs.values()}:
+        raise BundleError(f"{root}: no input of the denoiser takes the latents or the timestep; compile it again")
     if manifest.precision not in (*PRECISIONS, AS_EXPORTED):
         raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {', '.join(PRECISIONS)}")
     known = [task for task in manifest.tasks if task in TASKS]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import Array
-from ..common.checks import is_number, whole_number
+from ..common.checks import LARGEST_SIDE, MOST_IMAGES, is_number, whole_number
 from ..common.errors import RequestError
 from .conditioning import Conditioning
 from .loop.guidance import Guidance
@@ -23,8 +23,6 @@ from .pictures.autoencoder import DECODERS
 from .pictures.preprocess import RESIZE_MODES
 from .text.prompt_syntax import parse
 
-MOST_IMAGES = 4096
-LARGEST_SIDE = 16384
 OUTPUTS = ("image", "latent")
 EMBEDS = (
     "prompt_embeds",

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from ...common.machine import available_memory, peak_memory
 from ..cache import RECORD_NAME, EngineStore
 from .backend import BACKENDS
 from .layers import Layer, summary
-from .plan import PLAN_NAME, Plan
-from .recipe import Recipe
+from .plan import PLAN_NAME, Plan, Recipe
 
 LAYERS_NAME = "layers.json"
 _POLL_SECONDS = 0.05
@@ -61,15 +61,15 @@ def build(
     recipe: Recipe,
     onnx: Path,
     *,
-    kept: Collection[str] = (),
+    fp32_nodes: Collection[str] = (),
     timing: Path | None = None,
     memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Build `recipe` from the model at `onnx` into the store.
 
-    kept: ONNX nodes that are in fp32 on purpose. timing: a file for the timings of kernels, where the backend measures
-    any. memory_limit: bytes that the builder may take before it is stopped.
+    fp32_nodes: ONNX nodes that are in fp32 on purpose. timing: a file for the timings of kernels, where the backend
+    measures any. memory_limit: bytes that the builder may take before it is stopped.
     Raises `EngineError` when the builder fails, crashes or is killed; nothing is left of it then.
     """
     built_from = recipe.built_from()
@@ -82,7 +82,7 @@ def build(
             "onnx": str(onnx),
             "archs": _capabilities(recipe),
             "at_gpu": bool(recipe.device),
-            "profile": recipe.profile.to_json(),
+            "profile": asdict(recipe.profile),
             "flags": sorted(recipe.flags),
             "timing": None if timing is None or BACKENDS[recipe.backend].ahead_of_time else str(timing),
             "plan": str(work / PLAN_NAME),
@@ -96,7 +96,7 @@ def build(
             peak_bytes=peak,
             memory=done["memory"],
             warnings=done["warnings"],
-            made_of=summary(layers, recipe.precision, done["attentions"], kept),
+            made_of=summary(layers, recipe.precision, done["attentions"], fp32_nodes),
         )
     plan = find(store, recipe)
     if plan is None:

@@ -38,10 +38,12 @@ class TensorRTEngine(EngineBase):
         *,
         onnx: Path | None = None,
         weight_budget: int | None = None,
+        on_plan: Callable[[Plan], None] | None = None,
     ) -> None:
         """plans: at least one; each is held against its hash when it is loaded. onnx: the weights of plans without any.
 
         weight_budget: bytes of weights on the GPU, for plans that stream them; TensorRT's own choice by default.
+        on_plan: called with the plan that serves, when that changes.
         Raises `EngineError` when there is no plan, or one is of other inputs.
         """
         if not plans:
@@ -49,6 +51,7 @@ class TensorRTEngine(EngineBase):
         super().__init__(component, inputs, outputs)
         self.gpu = gpu
         self.chosen: Plan | None = None
+        self._on_plan = on_plan or (lambda plan: None)
         self._plans = list(plans)
         for plan in self._plans:
             if set(plan.profile.shapes) != {tensor.name for tensor in self.inputs}:
@@ -90,7 +93,7 @@ class TensorRTEngine(EngineBase):
 
         Raises `EngineError` when a plan was built without the flag `refit`, or the weights do not fit.
         """
-        fixed = [plan for plan in self._plans if "refit" not in plan.flags]
+        fixed = [plan for plan in self._plans if "refit" not in plan.recipe.flags]
         if fixed:
             raise EngineError(
                 f"{self.component}: the plan {fixed[0].key} ({fixed[0].profile.name}) cannot take other weights: "
@@ -152,7 +155,9 @@ class TensorRTEngine(EngineBase):
     def _context(self, shapes: Mapping[str, Shape]) -> ShapedContext:
         """The context of these shapes, made where there is none. Raises `EngineError` when no plan takes them."""
         plan = closest(self.component, self._plans, shapes)
-        self.chosen = plan
+        if plan is not self.chosen:
+            self.chosen = plan
+            self._on_plan(plan)
         key = (plan.key, tuple(shapes[tensor.name] for tensor in self.inputs))
         if key in self._contexts:
             self._contexts.move_to_end(key)
@@ -173,7 +178,7 @@ class TensorRTEngine(EngineBase):
             onnx=self._refitted or self._onnx,
             weight_budget=self._weight_budget,
         )
-        if self._refitted is not None and "strip" not in plan.flags:
+        if self._refitted is not None and "strip" not in plan.recipe.flags:
             loaded.refit(self._refitted)
         return loaded
 

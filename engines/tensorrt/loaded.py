@@ -16,12 +16,12 @@ import numpy as np
 
 from ...bundle import Tensor
 from ...common.errors import EngineError
-from .backend import BACKENDS
+from .backend import BACKENDS, Log
 from .cuda import REMEDY
 from .gpu import Gpu
 from .plan import CACHE_NAME, Plan
-from .refit import refit
 
+_MOST_NAMED = 8
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|memory .*could not be allocated|not enough free memory", re.I)
 """What TensorRT says when a GPU has not enough memory."""
 
@@ -46,25 +46,25 @@ class LoadedPlan:
         weight_budget: bytes of weights to be held on the GPU, for a plan with the flag `weight-streaming`; by default
         TensorRT chooses. Raises `EngineError` when the plan does not load or is not of these tensors.
         """
-        backend = BACKENDS.get(plan.backend)
+        backend = BACKENDS.get(plan.recipe.backend)
         if backend is None:
-            raise EngineError(f"{plan.component}: a plan of {plan.backend!r} cannot be run by this version")
+            raise EngineError(f"{plan.component}: a plan of {plan.recipe.backend!r} cannot be run by this version")
         self.plan, self._gpu = plan, gpu
         self.spoiled = self.cache_taken = False
         self.trt = backend.load()
         self.log = gpu.log(backend.name, self.trt)
         self._runtime = self.trt.Runtime(self.log.logger)
-        if "version-compatible" in plan.flags:
+        if "version-compatible" in plan.recipe.flags:
             self._runtime.engine_host_code_allowed = True  # such plans bring their own runtime
         self.engine = self._deserialize()
         self._check(tensors)
-        if "strip" in plan.flags:
+        if "strip" in plan.recipe.flags:
             if onnx is None:
                 raise EngineError(
                     f"{plan.component}: its plan holds no weights, and there is no ONNX model to take them of"
                 )
             self.refit(onnx)
-        if "weight-streaming" in plan.flags:
+        if "weight-streaming" in plan.recipe.flags:
             self._stream_weights(weight_budget)
         self._written = b""
         self._config, self._cache = self._make_config()
@@ -82,7 +82,7 @@ class LoadedPlan:
         """Take over the weights of `onnx`. Raises `EngineError`; the plan is then to be loaded anew."""
         with self._gpu.work() as device:
             device.synchronize()
-            refit(self.trt, self.engine, self.log, onnx, self.plan.component)
+            _refit(self.trt, self.engine, self.log, onnx, self.plan.component)
             self._gpu.invalidate_graphs()
 
     def spoil(self) -> None:
@@ -125,9 +125,10 @@ class LoadedPlan:
             raise EngineError(f"{plan.component}: the plan {plan.path} cannot be read ({error})") from None
         if engine is not None:
             return engine
-        built_for = plan.device or ", ".join(plan.archs)
+        recipe = plan.recipe
+        built_for = recipe.device or ", ".join(recipe.archs)
         raise self.failed(
-            f"the plan {plan.key} does not load: it was built by {plan.backend} {plan.version} for {built_for}, "
+            f"the plan {plan.key} does not load: it was built by {recipe.backend} {recipe.version} for {built_for}, "
             f"this is {self.trt.__version__} on {self._gpu.device.name} ({self._gpu.device.arch}): "
             f"remove {plan.folder} and compile the bundle again"
         )
@@ -177,3 +178,29 @@ class LoadedPlan:
                 self._written = hashlib.sha256(kept).digest() if self.cache_taken else b""
             config.set_runtime_cache(cache)  # it does not own the cache: this object does
         return config, cache
+
+
+def _refit(trt: Any, engine: Any, log: Log, onnx: Path, component: str) -> None:
+    """Give `engine` the weights of `onnx`. Nothing may be running in it; its contexts stay as they are.
+
+    Raises `EngineError` naming what does not fit. Part of the weights may be changed then: load the engine anew.
+    """
+    if not onnx.is_file():
+        raise EngineError(
+            f"{component}: {onnx}, whose weights its plan is to have, is missing; compile the bundle again"
+        )
+    log.clear()
+    refitter = trt.Refitter(engine, log.logger)
+    parser = trt.OnnxParserRefitter(refitter, log.logger)
+    fits = parser.refit_from_file(str(onnx))
+    missing = sorted(name for name in refitter.get_missing_weights() if name)
+    if missing:
+        named = ", ".join(missing[:_MOST_NAMED]) + (
+            f" and {len(missing) - _MOST_NAMED} more" * (len(missing) > _MOST_NAMED)
+        )
+        raise EngineError(f"{component}: {onnx} lacks weights that its plan has: {named}; is it another model?")
+    if not fits:
+        reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise EngineError(f"{component}: the weights of {onnx} do not fit its plan: {log.why(*reasons)}")
+    if not refitter.refit_cuda_engine():
+        raise EngineError(f"{component}: TensorRT did not take the weights of {onnx}: {log.why()}")

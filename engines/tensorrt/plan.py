@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from ...bundle import Variant
-from ...common.checks import is_number
+from ...bundle.manifest import Files
+from ...bundle.reader import FieldError, Rule, fits, read
 from ...common.errors import EngineError
 from ...common.files import sha256_file
 from ..cache import EngineStore
-from ..profiles import Shape
-from .recipe import Recipe
+from ..profiles import Profile, Shape
 
+FLAGS = ("refit", "strip", "weight-streaming", "version-compatible", "hardware-compatible")
+_REVISION = 1
+"""Raise it when the same inputs are built in another way."""
 PLAN_NAME = "plan"
 CACHE_NAME = "runtime.cache"
 """What TensorRT for RTX compiled for this GPU, beside the plan; not hashed, for it grows."""
@@ -25,28 +28,41 @@ _OLDEST_COMPATIBLE = 80
 """Hardware-compatible plans run on this compute capability (times ten) and newer ones."""
 
 
+Figure = Annotated[float, Rule(lambda value: 0 <= value < _LARGEST_FIGURE, "be a figure that a plan can have")]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How many attentions of a model there are in a plan, and how many of them TensorRT fused."""
+
+    fused: Figure
+    of: Figure
+
+
+@dataclass(frozen=True, slots=True)
+class MadeOf:
+    """The layers of a plan and the heavy ones among them, by precision, and those not in the one asked for."""
+
+    layers: dict[str, Figure]
+    heavy: dict[str, Figure]
+    attention: Attention
+    not_in_precision: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured when a plan was built: bytes of memory by what they hold, and what the build took."""
+
+    made_of: MadeOf
+    memory: dict[str, Figure]
+    seconds: Figure
+    peak_bytes: Figure
+    warnings: tuple[str, ...]
+
+
 def is_measured(record: Mapping[str, Any]) -> bool:
-    """Whether the record tells what was measured when the plan was built, each figure of its kind."""
-    made, memory = record.get("made_of"), record.get("memory")
-    if not isinstance(made, dict) or not isinstance(memory, dict):
-        return False
-    attention = made.get("attention")
-    counts = [made.get("layers"), made.get("heavy"), attention, memory]
-    return (
-        all(isinstance(part, dict) and all(map(_is_figure, part.values())) for part in counts)
-        and isinstance(attention, dict)
-        and {"fused", "of"} <= set(attention)
-        and _is_figure(record.get("seconds"))
-        and _is_figure(record.get("peak_bytes"))
-        and all(
-            isinstance(words, list) and all(isinstance(word, str) for word in words)
-            for words in (record.get("warnings"), made.get("not_in_precision"))
-        )
-    )
-
-
-def _is_figure(value: Any) -> bool:
-    return is_number(value) and 0 <= value < _LARGEST_FIGURE
+    """Whether the record has what was measured when the plan was built."""
+    return fits(Measured, record)
 
 
 class GpuName(Protocol):
@@ -60,12 +76,48 @@ class GpuName(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan(Recipe):
+class Recipe:
+    """source: path in the bundle → SHA-256 of the ONNX model and its data. version: of the module.
+
+    archs: GPU architectures, as `sm89`. device: the GPU of this machine that it is built on and for, "" for a plan that
+    is built ahead of time. flags: of `FLAGS`.
+    """
+
+    component: str
+    source: Files
+    backend: str
+    version: str
+    archs: tuple[str, ...]
+    device: str
+    precision: str
+    profile: Profile
+    flags: tuple[str, ...] = ()
+
+    def built_from(self) -> dict[str, Any]:
+        """As JSON, for the key and the record."""
+        return {**asdict(self), "flags": sorted(self.flags), "revision": _REVISION}
+
+    @classmethod
+    def from_record(cls, store: EngineStore, record: Mapping[str, Any]) -> Recipe:
+        """What the record of a plan says. Raises `EngineError` when that is not what its key was made of."""
+        try:
+            recipe = read(cls, record)
+            if store.key(recipe.built_from()) == record["key"]:
+                return recipe
+        except (FieldError, KeyError):
+            pass
+        key = str(record.get("key"))[:32]
+        raise EngineError(f"the record of the plan {key} was changed after it was built: compile the bundle again")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
     """A plan that was built of its recipe. folder: of the store. files: name → SHA-256 of its own files."""
 
-    folder: Path = Path()
-    key: str = ""
-    files: dict[str, str] = field(default_factory=dict)
+    recipe: Recipe
+    folder: Path
+    key: str
+    files: dict[str, str]
 
     @classmethod
     def read(cls, store: EngineStore, record: Mapping[str, Any]) -> Plan:
@@ -74,8 +126,17 @@ class Plan(Recipe):
         files = record.get("files")
         if not isinstance(files, dict) or PLAN_NAME not in files or not is_measured(record):
             raise EngineError(f"the record of the plan {record['key']} is damaged: compile the bundle again")
-        own = {item.name: getattr(recipe, item.name) for item in fields(recipe)}
-        return cls(**own, folder=store.root / record["key"], key=record["key"], files=files)
+        return cls(recipe, store.root / record["key"], record["key"], files)
+
+    @property
+    def component(self) -> str:
+        """The component whose model it runs."""
+        return self.recipe.component
+
+    @property
+    def profile(self) -> Profile:
+        """The shapes that it takes."""
+        return self.recipe.profile
 
     @property
     def path(self) -> Path:
@@ -102,14 +163,14 @@ def usable(
 
     Raises `EngineError` saying why there is none.
     """
-    again = f"compile the bundle again with --engine {backend}"
+    again = f"run `diffoundry build {store.root.parent} --engine {backend}"
     records = [
         record
         for record in store.records()
         if record.get("component") == component and record.get("backend") == backend
     ]
     if not records:
-        raise EngineError(f"{component}: the bundle holds no {backend} plan: {again}")
+        raise EngineError(f"{component}: the bundle holds no {backend} plan: {again}`")
     plans, damage = [], ""
     for record in records:
         try:
@@ -118,37 +179,41 @@ def usable(
             damage = str(error)
     if not plans:
         raise EngineError(f"{component}: {damage}")
-    conditions: list[tuple[Callable[[Plan], bool], Callable[[Plan], str]]] = [
-        (lambda plan: plan.source == variant.files, lambda plan: "of another model than the bundle's"),
-        (lambda plan: plan.precision == precision, lambda plan: f"in {plan.precision}, {precision} is asked"),
-        (
-            lambda plan: _same_version(plan, version),
-            lambda plan: f"of {backend} {plan.version}, installed is {version}",
-        ),
-        (
-            lambda plan: _same_gpu(plan, gpu),
-            lambda plan: f"for {plan.device or ', '.join(plan.archs)}, this GPU is {gpu.name} ({gpu.arch})",
-        ),
-    ]
-    for holds, reason in conditions:
-        left = [plan for plan in plans if holds(plan)]
-        if not left:
-            why = "; ".join(dict.fromkeys(reason(plan) for plan in plans))
-            raise EngineError(f"{component}: its plans are {why}: {again} --precision {precision}")
-        plans = left
-    return plans
+    obstacles = [_obstacle(plan, variant, precision, version, gpu) for plan in plans]
+    furthest = max(stage for stage, _ in obstacles)
+    if furthest < _NO_OBSTACLE:
+        why = "; ".join(dict.fromkeys(reason for stage, reason in obstacles if stage == furthest))
+        raise EngineError(f"{component}: its plans are {why}: {again} --precision {precision}`")
+    return [plan for plan, (stage, _) in zip(plans, obstacles, strict=True) if stage == _NO_OBSTACLE]
 
 
-def _same_version(plan: Plan, version: str) -> bool:
-    if "version-compatible" in plan.flags:
-        return plan.version.split(".")[0] == version.split(".")[0]
-    return plan.version == version
+_NO_OBSTACLE = 4
 
 
-def _same_gpu(plan: Plan, gpu: GpuName) -> bool:
-    if "hardware-compatible" in plan.flags:
+def _obstacle(plan: Plan, variant: Variant, precision: str, version: str, gpu: GpuName) -> tuple[int, str]:
+    """The first condition that `plan` does not meet, and why; `_NO_OBSTACLE` when it can be run."""
+    recipe = plan.recipe
+    if recipe.source != variant.files:
+        return 0, "of another model than the bundle's"
+    if recipe.precision != precision:
+        return 1, f"in {recipe.precision}, {precision} is asked"
+    if not _same_version(recipe, version):
+        return 2, f"of {recipe.backend} {recipe.version}, installed is {version}"
+    if not _same_gpu(recipe, gpu):
+        return 3, f"for {recipe.device or ', '.join(recipe.archs)}, this GPU is {gpu.name} ({gpu.arch})"
+    return _NO_OBSTACLE, ""
+
+
+def _same_version(recipe: Recipe, version: str) -> bool:
+    if "version-compatible" in recipe.flags:
+        return recipe.version.split(".")[0] == version.split(".")[0]
+    return recipe.version == version
+
+
+def _same_gpu(recipe: Recipe, gpu: GpuName) -> bool:
+    if "hardware-compatible" in recipe.flags:
         return int(gpu.arch[2:]) >= _OLDEST_COMPATIBLE
-    return gpu.arch in plan.archs and plan.device in ("", gpu.name)
+    return gpu.arch in recipe.archs and recipe.device in ("", gpu.name)
 
 
 def closest(component: str, plans: Sequence[Plan], shapes: Mapping[str, Shape]) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...families import Pipeline
 from ..checkpoint import Checkpoint
-from ..plan import ComponentPlan
+from ..graphs.spec import ComponentSpec
 from . import autoencoder, clip, unet
 
 _MAKERS = {
@@ -16,7 +16,7 @@ _MAKERS = {
 }
 
 
-def component_plans(checkpoint: Checkpoint, pipeline: Pipeline) -> list[ComponentPlan]:
+def component_plans(checkpoint: Checkpoint, pipeline: Pipeline) -> list[ComponentSpec]:
     """How each component of a pipeline is traced, smallest first.
 
     Raises `CheckpointError` for a model that is not supported.

@@ -15,8 +15,8 @@ from ...families.parts import TINY, VAE, VAE_TINY, downscale, is_tiny, latents_o
 from ..checkpoint import Checkpoint
 from ..configs import vae_config
 from ..fit import hollow
+from ..graphs.spec import Axis, ComponentSpec
 from ..loading import load_pretrained
-from ..plan import Axis, ComponentPlan
 
 
 class Encoder(torch.nn.Module):
@@ -64,14 +64,14 @@ class PreviewDecoder(torch.nn.Module):
         return self.model.decode(latent_sample * self.scale, return_dict=False)[0]
 
 
-def encoder(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> ComponentPlan:
+def encoder(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> ComponentSpec:
     """The component. Its output is `latent_parameters`, or `latent_sample` where nothing is left to be drawn."""
     config = vae_config(checkpoint)
     down, tiny = downscale(config), is_tiny(config)
     channels = int(config["latent_channels"])
     shape = ("batch_size", channels if tiny else 2 * channels, "latent_height", "latent_width")
     wrapper = TinyEncoder if tiny else Encoder
-    return ComponentPlan(
+    return ComponentSpec(
         name=component,
         source=VAE,
         load=lambda: wrapper(_load(checkpoint, VAE)).eval(),
@@ -86,12 +86,12 @@ def encoder(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> Compo
     )
 
 
-def decoder(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> ComponentPlan:
+def decoder(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> ComponentSpec:
     """The checkpoint's own decoder."""
     return _decoder(checkpoint, component, VAE, Decoder)
 
 
-def preview(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> ComponentPlan:
+def preview(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> ComponentSpec:
     """The small decoder, which takes what the own one takes. Raises `CheckpointError` when they do not fit."""
     config, own, ours = vae_config(checkpoint, VAE_TINY), vae_config(checkpoint), pipeline.latents
     fits = int(config["latent_channels"]) == int(own["latent_channels"]) and downscale(config) == downscale(own)
@@ -107,10 +107,10 @@ def preview(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> Compo
 
 def _decoder(
     checkpoint: Checkpoint, name: str, source: str, wrapper: Callable[[Any], torch.nn.Module]
-) -> ComponentPlan:
+) -> ComponentSpec:
     config = vae_config(checkpoint, source)
     shape = ("batch_size", int(config["latent_channels"]), "latent_height", "latent_width")
-    return ComponentPlan(
+    return ComponentSpec(
         name=name,
         source=source,
         load=lambda: wrapper(_load(checkpoint, source)).eval(),

@@ -13,8 +13,8 @@ from ...families import Pipeline
 from ..checkpoint import Checkpoint
 from ..configs import text_config
 from ..fit import hollow
+from ..graphs.spec import Axis, ComponentSpec
 from ..loading import load_pretrained, load_tokenizer
-from ..plan import Axis, ComponentPlan
 
 _LAST = "last_hidden_state"
 
@@ -50,7 +50,7 @@ def _final_norm(model: Any) -> Any:
     return getattr(model, "text_model", model).final_layer_norm
 
 
-def text_encoder(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentPlan:
+def text_encoder(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The encoder `name`, with the outputs that the wiring reads. The names are those of optimum's export."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -68,7 +68,7 @@ def text_encoder(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compo
     window = int(config.max_position_embeddings)
     width = ("batch_size", "sequence_length", int(config.hidden_size))
     pooled = ("batch_size", int(config.projection_dim))
-    return ComponentPlan(
+    return ComponentSpec(
         name=name,
         source=name,
         load=lambda: wrapper(load_pretrained(kind, checkpoint.folder(name))).eval(),

@@ -13,9 +13,9 @@ from ...families import Pipeline
 from ..checkpoint import Checkpoint
 from ..configs import text_config, unet_config
 from ..fit import hollow, multiple_of
+from ..graphs.spec import Axis, ComponentSpec
 from ..guard import guarded
 from ..loading import load_pretrained
-from ..plan import Axis, ComponentPlan
 
 _UPSAMPLERS_OF_ANY_SIZE = 40
 """2^40 divides no latent size, so the U-Net is traced with its upsamplers told the size to reach: any size runs."""
@@ -50,7 +50,7 @@ class UNet(torch.nn.Module):
         return result
 
 
-def unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentPlan:
+def unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The component `name`. Raises `CheckpointError` for inputs that no family knows."""
     from diffusers import UNet2DConditionModel
 
@@ -65,7 +65,7 @@ def unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentPlan
     largest = 2 ** (len(config["block_out_channels"]) - 1)
     with guarded("the unet cannot be built from its configuration"):
         unit = multiple_of(without_weights(), {each.name: each.shape for each in inputs}, largest)
-    return ComponentPlan(
+    return ComponentSpec(
         name=name,
         source="unet",
         load=lambda: UNet(load_pretrained(UNet2DConditionModel, checkpoint.folder("unet"))).eval(),

@@ -1,4 +1,4 @@
-"""The configurations of a single-file checkpoint: what shapes tell, and the rules of its family for the rest."""
+"""The configurations of a single-file checkpoint: as published with its layout, in the sizes of its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from ...common.errors import CheckpointError
 from ..checkpoint import Checkpoint
-from .kinds import REFINER, SD1, SD2, SDXL, UNET, VAE, Family, TextEncoder
+from .layouts import SD2, UNET, VAE, Layout, TextEncoder
+from .names import clip_names
 from .stated import check_architecture, prediction_type, zero_snr
 from .tokenizer import TOKENS
 from .weights import Weights
@@ -19,10 +20,6 @@ from .weights import Weights
 Config = dict[str, Any]
 
 COND_PROJ = "time_embed.cond_proj.weight"
-"""The guidance embedding of LCM, for which the original code has no name: this is the usual one."""
-
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-_CHANNELS_A_GROUP_NORM = 32
 _CHANNELS_A_HEAD = 64
 _DIGITS = 9
 """Of an index in a name; Python refuses to read thousands of them."""
@@ -30,22 +27,11 @@ _SD2_BASE_STEPS = 875_000
 """The training step of Stable Diffusion 2 base, by which diffusers knows that it predicts the noise."""
 _SD2_LAYERS = 23
 """Layers of OpenCLIP ViT-H that Stable Diffusion 2 runs; the file also holds the last one, which it does not."""
-_NOISE = {
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
-_EULER = {
-    "interpolation_type": "linear",
-    "sample_max_value": 1.0,
-    "timestep_spacing": "leading",
-    "use_karras_sigmas": False,
+_CLIP_SIZES = {
+    "vocab_size": ("text_model.embeddings.token_embedding.weight", 0),
+    "hidden_size": ("text_model.embeddings.token_embedding.weight", 1),
+    "max_position_embeddings": ("text_model.embeddings.position_embedding.weight", 0),
+    "intermediate_size": ("text_model.encoder.layers.0.mlp.fc1.weight", 0),
 }
 
 
@@ -59,16 +45,20 @@ class Part:
 
     @classmethod
     def of(cls, weights: Weights, prefix: str) -> Part:
-        """The tensors of `weights` whose names begin with `prefix`, which is cut off."""
-        names = {name: shape for name, shape in weights.shapes.items() if name.startswith(prefix)}
-        return cls(weights.path, prefix, {name.removeprefix(prefix): shape for name, shape in names.items()})
+        """The tensors of `weights` whose names begin with `prefix`, which is removed."""
+        names = (name for name in weights.shapes if name.startswith(prefix))
+        return cls(weights.path, prefix, {name.removeprefix(prefix): weights.shapes[name] for name in names})
+
+    def has(self, prefix: str) -> bool:
+        """Whether a name begins with `prefix`."""
+        return any(name.startswith(prefix) for name in self.shapes)
 
     def size(self, axis: int, *names: str) -> int:
         """The size along `axis` of the first of `names` that is there. Raises `CheckpointError` for none."""
         shape = next((self.shapes[name] for name in names if name in self.shapes), None)
         if shape is None:
             raise CheckpointError(
-                f"{self.path} lacks {self.prefix}{names[0]}, which tells its size: it is incomplete, download it again"
+                f"{self.path} lacks {self.prefix}{names[0]}, which shows its size: it is incomplete, download it again"
             )
         if len(shape) <= axis:
             raise CheckpointError(f"{self.path}: {self.prefix}{names[0]} has the shape {list(shape)}: it is damaged")
@@ -86,10 +76,14 @@ class Part:
             raise self.unknown(f"{self.prefix}* counts to {count - 1} with {len(self.shapes)} tensors")
         return count
 
+    def depth(self, block: str) -> int:
+        """How many transformer blocks the attention `block` has; 0 where it is not there."""
+        return self.count(re.escape(block) + r"\.transformer_blocks\.(\d+)\.")
+
     def unknown(self, what: str) -> CheckpointError:
-        """The error for what neither shapes nor the family tell."""
+        """The error for what neither the shapes nor the layout say."""
         return CheckpointError(
-            f"{self.path}: {what}, so its configuration cannot be told: "
+            f"{self.path}: {what}, so its configuration cannot be known: "
             "give the diffusers folder of a checkpoint of the same make as the configuration"
         )
 
@@ -98,114 +92,126 @@ class Part:
 class Setup:
     """All that a diffusers folder says beside its weights and tokenizers.
 
-    pipeline: the pipeline class. flags: of model_index.json. models: the configuration of each model by its folder.
+    index: model_index.json. models: the configuration of each model by its folder.
     """
 
-    pipeline: str
-    flags: dict[str, Any]
+    index: Config
     models: dict[str, Config]
     scheduler: Config
 
 
-def built_in(weights: Weights, family: Family, predicts: str | None) -> Setup:
-    """The setup that shapes and the family's rules give. Raises `CheckpointError` when they do not tell it.
+def built_in(weights: Weights, layout: Layout, predicts: str | None) -> Setup:
+    """The published setup of `layout` in the sizes of `weights`. Raises `CheckpointError` where they do not say it.
 
     predicts: the prediction type, instead of what the file says or is taken for.
     """
-    check_architecture(weights, family)
-    vae = vae_config(weights, family)
-    in_channels = Part.of(weights, UNET).size(1, "input_blocks.0.0.weight")
-    pipeline = _pipeline(weights, family, in_channels, vae["latent_channels"])
-    predicts = predicts or _prediction(weights, family, pipeline)
-    # 768-v, as published, works on larger pictures and needs its attention scores in float32.
-    late = family is SD2 and predicts == "v_prediction"
-    vae["sample_size"] = pixels = 768 if late else family.pixels
-    unet = {**unet_config(weights, family), "upcast_attention": late}
-    unet["sample_size"] = pixels // 2 ** (len(vae["block_out_channels"]) - 1)
-    texts = {text.name: text_config(weights, family, text) for text in family.text_encoders}
-    return Setup(
-        pipeline,
-        dict(family.flags),
-        {**texts, "unet": unet, "vae": vae},
-        _scheduler(weights, family, pipeline, predicts),
-    )
+    check_architecture(weights, layout)
+    published = layout.published()
+    forms = published.pop("forms")
+    unet, vae = published["unet"], published["vae"]
+    vae.update(_vae_sizes(Part.of(weights, VAE), vae))
+    unet.update(_unet_sizes(Part.of(weights, UNET), unet))
+    if layout.sizes:
+        unet.update(_embedded_sizes(weights, layout))
+    for text in layout.text_encoders:
+        config = published[text.name]
+        config.update(_text_sizes(Part.of(weights, text.prefix), layout, text, config))
+    inpaints = _inpaints(weights, layout, unet["in_channels"], vae["latent_channels"], "inpainting" in forms)
+    predicts = predicts or prediction_type(weights, layout) or _taken_for(weights, layout, inpaints)
+    for form in ["inpainting"] * inpaints + [predicts] + ["zero_snr"] * zero_snr(weights):
+        for folder, changes in forms.get(form, {}).items():
+            published[folder].update(changes)
+    unet["sample_size"] = vae["sample_size"] // 2 ** (len(vae["block_out_channels"]) - 1)
+    return _setup(published.pop("model_index"), published, published.pop("scheduler"), predicts)
 
 
-def setup_of(folder: Path, family: Family, predicts: str | None) -> Setup:
-    """The setup of the diffusers folder `folder`. Raises `CheckpointError` when it is not of `family`.
+def _setup(index: Config, models: dict[str, Config], scheduler: Config, predicts: str | None) -> Setup:
+    if predicts:
+        scheduler["prediction_type"] = predicts
+    return Setup({**index, "scheduler": ["diffusers", scheduler["_class_name"]]}, models, scheduler)
+
+
+def setup_of(folder: Path, layout: Layout, predicts: str | None) -> Setup:
+    """The setup of the diffusers folder `folder`. Raises `CheckpointError` when it is not of `layout`.
 
     predicts: the prediction type, instead of the scheduler's.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: the configuration must be a folder in the diffusers layout")
     checkpoint = Checkpoint.open(folder)
-    index = checkpoint.index
-    texts = [text.name for text in family.text_encoders]
+    index, due = checkpoint.index, layout.published()["model_index"]
+    texts = [text.name for text in layout.text_encoders]
     named = sorted(name for name, part in index.items() if name.startswith("text_encoder") and part != [None, None])
     if named != texts:
         raise CheckpointError(
             f"the configuration {folder} has {' and '.join(named) or 'no text encoder'}, the weights are of "
-            f"{family.title}, which has {' and '.join(texts)}: give a folder of that family"
+            f"{layout.title}, which has {' and '.join(texts)}: give a folder of that family"
         )
-    flags = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
-    if "requires_safety_checker" in flags:
-        flags["requires_safety_checker"] = False
-    due = {**{text.name: text.class_name for text in family.text_encoders}, **_CLASSES}
-    for name, kind in due.items():
+    for name in (*texts, "unet", "vae"):
         stated = (index.get(name) or [None, None])[1]
-        if stated != kind:
+        if stated != due[name][1]:
             raise CheckpointError(
-                f"the configuration {folder} has {stated} for its {name}, a single file of {family.title} holds "
-                f"{kind}: give a folder that has it"
+                f"the configuration {folder} has {stated} for its {name}, a single file of {layout.title} holds "
+                f"{due[name][1]}: give a folder that has it"
             )
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     # The index decides, as in diffusers, where the two name different classes.
     scheduler["_class_name"] = (index.get("scheduler") or [None, None])[1] or scheduler.get("_class_name")
-    if predicts:
-        scheduler["prediction_type"] = predicts
+    parts = {name: part for name, part in due.items() if isinstance(part, list)}
+    flags = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
+    if "requires_safety_checker" in flags:
+        flags["requires_safety_checker"] = False
     models = {name: checkpoint.config(name) for name in (*texts, "unet", "vae")}
-    return Setup(checkpoint.class_name, flags, models, scheduler)
+    return _setup({"_class_name": checkpoint.class_name, **flags, **parts}, models, scheduler, predicts)
 
 
-def unet_config(weights: Weights, family: Family) -> Config:
-    """The U-Net's configuration, spelt as `UNet2DConditionModel` spells it. Raises `CheckpointError`."""
-    part = Part.of(weights, UNET)
+def _unet_sizes(part: Part, published: Config) -> Config:
+    """What the shapes say of a `UNet2DConditionModel`."""
     count = part.count(r"input_blocks\.(\d+)\.")
-    every = gcd(*part.indices(r"input_blocks\.(\d+)\.0\.op\.")) or count  # blocks a level, the downsampler counted
-    levels = -(-count // every)
-    starts = [level * every + 1 for level in range(levels)]
+    every = gcd(*part.indices(r"input_blocks\.(\d+)\.0\.op\.")) or count or 1  # blocks a level, the downsampler counted
+    starts = range(1, count + 1, every)
     widths = [
         part.size(0, f"input_blocks.{i}.0.out_layers.3.weight", f"input_blocks.{i}.0.in_layers.2.weight")
         for i in starts
     ]
-    down = [[_depth(part, f"input_blocks.{i + j}.1.") for j in range(every - 1)] for i in starts]
-    up = [[_depth(part, f"output_blocks.{level * every + j}.1.") for j in range(every)] for level in range(levels)]
-    attentive = [any(a) or any(b) for a, b in zip(down, reversed(up), strict=True)]
     attention = next((name for name in sorted(part.shapes) if name.endswith(".attn2.to_k.weight")), None)
-    if attention is None:
-        raise part.unknown("its U-Net has no cross-attention")
+    if attention is None or not count:
+        raise part.unknown(f"its U-Net has no {'cross-attention' if count else 'blocks'}")
     projection = attention.split(".transformer_blocks.")[0] + ".proj_in.weight"
+    down = [[part.depth(f"input_blocks.{i + j}.1") for j in range(every - 1)] for i in starts]
+    up = [[part.depth(f"output_blocks.{i + j - 1}.1") for j in range(every)] for i in reversed(starts)]
+    # diffusers reads the depth of the middle off the last level, which is free where that level has no attention.
+    middle = part.depth("middle_block.1") or 1
+    forth = [_depth(a, b) for a, b in zip(down[:-1], up[:-1], strict=True)] + [_depth(down[-1], up[-1], middle)]
+    back = [_depth(b, a) for a, b in zip(down, up, strict=True)]
+    attentive = [any(a) or any(b) for a, b in zip(down, up, strict=True)]
+    # Distilled models keep one residual block of the middle, and no attention there.
+    bare = part.count(r"middle_block\.(\d+)\.") == 1
     return {
-        "_class_name": "UNet2DConditionModel",
-        "act_fn": "silu",
-        "attention_head_dim": family.heads or [_heads(part, width) for width in widths],
-        "block_out_channels": [_grouped(part, width) for width in widths],
+        "attention_head_dim": published.get("attention_head_dim") or [_heads(part, width) for width in widths],
+        "block_out_channels": _grouped(part, widths, published),
         "cross_attention_dim": part.size(1, attention),
         "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attentive],
         "in_channels": part.size(1, "input_blocks.0.0.weight"),
         "layers_per_block": every - 1,
-        "norm_num_groups": _CHANNELS_A_GROUP_NORM,
+        "mid_block_type": "UNetMidBlock2D" if bare else "UNetMidBlock2DCrossAttn",
         "out_channels": part.size(0, "out.2.weight"),
+        "reverse_transformer_layers_per_block": back[::-1],
         "time_cond_proj_dim": part.size(1, COND_PROJ) if COND_PROJ in part.shapes else None,
+        "transformer_layers_per_block": forth,
         "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attentive)],
         "use_linear_projection": len(part.shapes.get(projection, ())) == 2,
-        **_transformers(part, down, up),
-        **(_sizes(weights, part, family) if family.sizes else {}),
     }
 
 
-def _depth(part: Part, block: str) -> int:
-    return part.count(re.escape(block) + r"transformer_blocks\.(\d+)\.")
+def _depth(found: list[int], other: list[int], default: int = 1) -> int | list[int]:
+    """The depths of the attentions of a level, as one number where they are equal. other: of its other side.
+
+    One that a file lacks beside others of its level is taken to be as deep as they are, to be missed later.
+    """
+    deepest = max(found, default=0) or max(other, default=0) or default
+    filled = [depth or deepest for depth in found]
+    return filled if set(filled) - {deepest} else deepest
 
 
 def _heads(part: Part, width: int) -> int:
@@ -214,147 +220,77 @@ def _heads(part: Part, width: int) -> int:
     return width // _CHANNELS_A_HEAD
 
 
-def _grouped(part: Part, width: int) -> int:
-    if width % _CHANNELS_A_GROUP_NORM:
-        raise part.unknown(f"{width} channels do not divide into the {_CHANNELS_A_GROUP_NORM} groups of a norm")
-    return width
+def _grouped(part: Part, widths: list[int], published: Config) -> list[int]:
+    groups = published["norm_num_groups"]
+    for width in widths:
+        if width % groups:
+            raise part.unknown(f"{width} channels do not divide into the {groups} groups of a norm")
+    return widths
 
 
-def _transformers(part: Part, down: list[list[int]], up: list[list[int]]) -> Config:
-    """How many transformer blocks each attention has, as short as diffusers can say it.
-
-    diffusers reads the depth of the middle off the last level, which is free where that level has no attention.
-    An attention that a file lacks beside others of its level is taken to be as deep as they are, to be missed later.
-    """
-
-    def entry(depths: list[int], other: list[int], default: int = 1) -> int | list[int]:
-        deepest = max(depths, default=0) or max(other)
-        filled = [depth or deepest for depth in depths]
-        return default if not deepest else deepest if set(filled) == {deepest} else filled
-
-    # Distilled models keep one residual block of the middle, and no attention there.
-    bare = part.count(r"middle_block\.(\d+)\.") == 1
-    middle = _depth(part, "middle_block.1.") or 1
-    levels = list(zip(down, reversed(up), strict=True))
-    forth = [entry(a, b) for a, b in levels[:-1]] + [entry(*levels[-1], middle)]
-    back = [entry(b, a) for a, b in levels]
-    free = [not any(a) and not any(b) for a, b in levels]
-    mirrored = all(a == b or none for a, b, none in zip(forth, back, free, strict=True))
-    uneven = not mirrored or any(isinstance(value, list) for value in forth)
-    return {
-        "mid_block_type": "UNetMidBlock2D" if bare else "UNetMidBlock2DCrossAttn",
-        "transformer_layers_per_block": 1 if forth == [1] * len(forth) else forth,
-        "reverse_transformer_layers_per_block": back[::-1] if uneven else None,
-    }
-
-
-def _sizes(weights: Weights, part: Part, family: Family) -> Config:
+def _embedded_sizes(weights: Weights, layout: Layout) -> Config:
     """The embedding of the pooled text and of the numbers beside it (Podell et al. 2023, section 2.2)."""
-    text = Part.of(weights, family.text_encoders[-1].prefix)
-    width = part.size(1, "label_emb.0.0.weight")
+    unet, text = Part.of(weights, UNET), Part.of(weights, layout.text_encoders[-1].prefix)
+    width = unet.size(1, "label_emb.0.0.weight")
     rest = width - text.size(1, "text_projection")
-    if rest <= 0 or rest % (2 * family.sizes):
-        raise part.unknown(f"{rest} channels do not divide into the embeddings of {family.sizes} numbers")
-    return {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": rest // family.sizes,
-        "projection_class_embeddings_input_dim": width,
-    }
+    if rest <= 0 or rest % (2 * layout.sizes):
+        raise unet.unknown(f"{rest} channels do not divide into the embeddings of {layout.sizes} numbers")
+    return {"addition_time_embed_dim": rest // layout.sizes, "projection_class_embeddings_input_dim": width}
 
 
-def vae_config(weights: Weights, family: Family) -> Config:
-    """The autoencoder's configuration, spelt as `AutoencoderKL` spells it. Raises `CheckpointError`."""
-    part = Part.of(weights, VAE)
+def _vae_sizes(part: Part, published: Config) -> Config:
+    """What the shapes say of an `AutoencoderKL`."""
     levels = part.count(r"encoder\.down\.(\d+)\.")
     blocks = [f"encoder.down.{level}.block.0" for level in range(levels)]
     widths = [part.size(0, f"{block}.conv1.weight", f"{block}.conv2.weight") for block in blocks]
     return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "block_out_channels": [_grouped(part, width) for width in widths],
+        "block_out_channels": _grouped(part, widths, published),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "force_upcast": True,
         "in_channels": part.size(1, "encoder.conv_in.weight"),
         "latent_channels": part.size(1, "decoder.conv_in.weight"),
         "layers_per_block": part.count(r"encoder\.down\.0\.block\.(\d+)\."),
-        "norm_num_groups": _CHANNELS_A_GROUP_NORM,
         "out_channels": part.size(0, "decoder.conv_out.weight"),
-        "scaling_factor": family.scaling_factor,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_quant_conv": "quant_conv.weight" in part.shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in part.shapes,
+        "use_quant_conv": part.has("quant_conv."),
+        "use_post_quant_conv": part.has("post_quant_conv."),
     }
 
 
-def text_config(weights: Weights, family: Family, text: TextEncoder) -> Config:
-    """A text encoder's configuration, spelt as `CLIPTextConfig` spells it. Raises `CheckpointError`."""
-    part = Part.of(weights, text.prefix)
-    tokens, positions, layer, up = (
-        ("token_embedding.weight", "positional_embedding", "transformer.resblocks", "mlp.c_fc")
-        if text.open_clip
-        else (
-            "text_model.embeddings.token_embedding.weight",
-            "text_model.embeddings.position_embedding.weight",
-            "text_model.encoder.layers",
-            "mlp.fc1",
-        )
-    )
-    layers = part.count(re.escape(layer) + r"\.(\d+)\.")
-    if family is SD2:
+def _text_sizes(part: Part, layout: Layout, text: TextEncoder, published: Config) -> Config:
+    """What the shapes say of a `CLIPTextConfig`."""
+    names = clip_names((name for name, _ in _CLIP_SIZES.values()), text.open_clip)
+    sizes = {key: part.size(axis, names[name]) for key, (name, axis) in _CLIP_SIZES.items()}
+    if sizes["vocab_size"] < TOKENS:
+        raise part.unknown(f"its text encoder knows {sizes['vocab_size']} tokens, CLIP's tokenizer has {TOKENS}")
+    blocks = r"transformer\.resblocks" if text.open_clip else r"text_model\.encoder\.layers"
+    layers, width = part.count(rf"{blocks}\.(\d+)\."), sizes["hidden_size"]
+    if layout is SD2:
         # Files that were made from a diffusers folder lack the projection, and with it the last layer.
-        layers = (
-            _SD2_LAYERS if layers in (_SD2_LAYERS, _SD2_LAYERS + 1) else layers - ("text_projection" in part.shapes)
-        )
-    width, vocabulary = part.size(1, tokens), part.size(0, tokens)
-    if vocabulary < TOKENS:
-        raise part.unknown(f"its text encoder knows {vocabulary} tokens, CLIP's tokenizer has {TOKENS}")
+        whole = layers in (_SD2_LAYERS, _SD2_LAYERS + 1)
+        layers = _SD2_LAYERS if whole else layers - ("text_projection" in part.shapes)
+    projects = published["architectures"] == ["CLIPTextModelWithProjection"]
     return {
-        "architectures": [text.class_name],
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        # The published value, which tells transformers to take the largest id for the end.
-        "eos_token_id": 2,
-        "hidden_act": "gelu" if text.open_clip else "quick_gelu",
-        "hidden_size": width,
-        "intermediate_size": part.size(0, f"{layer}.0.{up}.weight"),
-        "layer_norm_eps": 1e-05,
-        "max_position_embeddings": part.size(0, positions),
-        "model_type": "clip_text_model",
+        **sizes,
         "num_attention_heads": _heads(part, width),
         "num_hidden_layers": layers,
-        "pad_token_id": 1,
-        "projection_dim": part.size(1, "text_projection") if text.projects else width,
-        "vocab_size": vocabulary,
+        "projection_dim": part.size(1, "text_projection") if projects else width,
     }
 
 
-def _pipeline(weights: Weights, family: Family, in_channels: int, latents: int) -> str:
-    text_to_image, inpainting = family.pipelines
-    if in_channels == latents:
-        return text_to_image
-    if in_channels == 2 * latents + 1 and inpainting:
-        return inpainting
-    raise CheckpointError(
-        f"{weights.path}: its U-Net takes {in_channels} channels for latents of {latents}; {family.title} draws with "
-        f"{latents}{f' and inpaints with {2 * latents + 1}' if inpainting else ''}"
-    )
+def _inpaints(weights: Weights, layout: Layout, channels: int, latents: int, can: bool) -> bool:
+    """Whether the U-Net inpaints. can: whether one of `layout` does."""
+    if channels != latents and not (can and channels == 2 * latents + 1):
+        raise CheckpointError(
+            f"{weights.path}: its U-Net takes {channels} channels for latents of {latents}; {layout.title} draws with "
+            f"{latents}{f' and inpaints with {2 * latents + 1}' if can else ''}"
+        )
+    return channels != latents
 
 
-def _prediction(weights: Weights, family: Family, pipeline: str) -> str:
-    """What the U-Net predicts: what the file says of itself, else what diffusers takes it for.
+def _taken_for(weights: Weights, layout: Layout, inpaints: bool) -> str:
+    """What diffusers takes a U-Net to predict whose file does not say it.
 
-    diffusers takes Stable Diffusion 2 for 768-v, unless it is for inpainting or was stored at the training step of the
-    base model.
+    Stable Diffusion 2 is 768-v, unless it is for inpainting or was stored at the training step of the base model.
     """
-    late = family is SD2 and pipeline == SD2.pipelines[0] and weights.global_step != _SD2_BASE_STEPS
-    return prediction_type(weights, family) or ("v_prediction" if late else "epsilon")
-
-
-def _scheduler(weights: Weights, family: Family, pipeline: str, predicts: str) -> Config:
-    """The scheduler published with the family; a file trained for it has a last step of pure noise."""
-    pure = {"rescale_betas_zero_snr": True} if zero_snr(weights) else {}
-    base = {**_NOISE, "prediction_type": predicts, **pure}
-    if family in (SDXL, REFINER):
-        return {"_class_name": "EulerDiscreteScheduler", **base, **_EULER}
-    ddim = predicts == "v_prediction" if family is SD2 else pipeline == SD1.pipelines[1]
-    return {"_class_name": "DDIMScheduler" if ddim or pure else "PNDMScheduler", **base}
+    late = layout is SD2 and not inpaints and weights.global_step != _SD2_BASE_STEPS
+    return "v_prediction" if late else "epsilon"

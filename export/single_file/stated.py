@@ -7,7 +7,7 @@ understood, or said in two ways, is an error: the file is then not what it is ta
 from __future__ import annotations
 
 from ...common.errors import CheckpointError
-from .kinds import REFINER, SD1, SD2, SDXL, Family
+from .layouts import REFINER, SD1, SD2, SDXL, Layout
 from .weights import Weights
 
 _PREDICTIONS = {
@@ -20,7 +20,7 @@ _YES_OR_NO = ("ss_v_parameterization", "v_pred")
 _ZERO_SNR = ("ss_zero_terminal_snr", "ztsnr")
 _UNSAID = ("", "none", "null")
 _ARCHITECTURE = "modelspec.architecture"
-_ARCHITECTURES: tuple[tuple[str, Family | None], ...] = (
+_ARCHITECTURES: tuple[tuple[str, Layout | None], ...] = (
     ("stable-diffusion-v1", SD1),
     ("stable-diffusion-v2", SD2),
     ("stable-diffusion-xl-v1-refiner", REFINER),
@@ -31,12 +31,12 @@ _ARCHITECTURES: tuple[tuple[str, Family | None], ...] = (
     ("stable-cascade", None),
     ("flux", None),
 )
-"""How the names of architectures begin, and the family: None for one that is not supported. Other names are free."""
+"""How the names of architectures begin, and the layout: None for one that is not supported. Other names are free."""
 _SAY = "say it with --prediction-type (epsilon, v_prediction or sample)"
 _BY_CONFIG = "give the diffusers folder of a checkpoint of the same make as the configuration (--config)"
 
 
-def prediction_type(weights: Weights, family: Family) -> str | None:
+def prediction_type(weights: Weights, layout: Layout) -> str | None:
     """What the U-Net predicts, as diffusers spells it; None where the file says nothing of it.
 
     Beside the metadata, an empty tensor `v_pred` says it, and the architecture of Stable Diffusion 2.
@@ -46,7 +46,7 @@ def prediction_type(weights: Weights, family: Family) -> str | None:
     if process not in ("", "ddpm"):
         raise CheckpointError(
             f"{weights.path} says that it was trained for the process {process!r} (modelspec.noise_process), "
-            f"{family.title} by ddpm: where it is drawn by ddpm, {_SAY}"
+            f"{layout.title} by ddpm: where it is drawn by ddpm, {_SAY}"
         )
     said = {key: _prediction(weights, key) for key in _NAMED if _value(weights, key)}
     for key in _YES_OR_NO:
@@ -54,7 +54,7 @@ def prediction_type(weights: Weights, family: Family) -> str | None:
         if flag is not None:
             said[key] = "v_prediction" if flag else "epsilon"
     architecture = _value(weights, _ARCHITECTURE)
-    if family is SD2 and architecture.startswith(("stable_diffusion_v2_512", "stable_diffusion_v2_768_v")):
+    if layout is SD2 and architecture.startswith(("stable_diffusion_v2_512", "stable_diffusion_v2_768_v")):
         said[_ARCHITECTURE] = "epsilon" if "_512" in architecture else "v_prediction"
     if "v_pred" in weights.shapes:
         said["the tensor v_pred"] = "v_prediction"
@@ -77,15 +77,15 @@ def zero_snr(weights: Weights) -> bool:
     return any(said.values())
 
 
-def check_architecture(weights: Weights, family: Family) -> None:
-    """Raise `CheckpointError` where it says that it is of another family than its tensors are."""
+def check_architecture(weights: Weights, layout: Layout) -> None:
+    """Raise `CheckpointError` where it says that it is of another layout than its tensors are."""
     stated = weights.metadata.get(_ARCHITECTURE, "").strip()
     for start, other in _ARCHITECTURES:
         if stated.lower().startswith(start):
-            if other is not family:
+            if other is not layout:
                 raise CheckpointError(
                     f"{weights.path} says that it is {stated!r} ({_ARCHITECTURE}), its tensors are those of "
-                    f"{family.title}: where they are right, {_BY_CONFIG}"
+                    f"{layout.title}: where they are right, {_BY_CONFIG}"
                 )
             return
 

@@ -1,30 +1,31 @@
 """Single-file checkpoints (Stable Diffusion 1, 2, XL and its refiner in the original layout) to diffusers folders.
 
-The tensors are renamed by diffusers' own conversions, as its `from_single_file` does; the configurations and CLIP's
-tokenizer are built in, so nothing is fetched.
+The configurations and CLIP's tokenizer are built in, so nothing is fetched.
 """
 
 from __future__ import annotations
 
-import os
+import importlib
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...common.errors import CheckpointError, DiffoundryError, reason
-from ...common.files import disk_error, remove, write_json
+from ...common.files import disk_error, write_json
 from ..loading import quiet
-from .configs import COND_PROJ, Config, Setup, built_in, setup_of
-from .kinds import UNET, VAE, Family, TextEncoder, recognise
-from .names import clip_names, unet_names, vae_names
+from .configs import Config, Setup, built_in, setup_of
+from .layouts import UNET, VAE, Layout, TextEncoder, recognise
+from .names import clip_names, taken, unet_names, vae_names
 from .tokenizer import write_clip_tokenizer
 from .weights import SUFFIXES, Weights, open_weights
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CLIP_PREFIX = "text_model."
+_ANOTHER = "give the diffusers folder of a checkpoint of the same make as the configuration"
 
 
 def is_single_file(path: Path) -> bool:
@@ -34,28 +35,25 @@ def is_single_file(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model of the target: module is on the meta device, originals the original name of each of its weights."""
+    """A model of the target. shapes: of its weights. originals: what the file calls each of them."""
 
     folder: str
-    prefix: str
-    config: Config
     text: TextEncoder | None
-    module: Any
+    config: Config
     shapes: dict[str, tuple[int, ...]]
     originals: dict[str, str]
 
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """The names of its weights in the file, each once."""
-        return tuple(dict.fromkeys(self.originals.values()))
+    def taken(self, name: str, tensor: Any) -> Any:
+        """The weight `name` out of the tensor that the file has for it."""
+        return taken(name, tensor, self.text is not None and self.text.open_clip)
 
 
 @dataclass(frozen=True, slots=True)
 class SingleFile:
-    """A single-file checkpoint whose header, names and shapes were found to be a whole model of its family."""
+    """A single-file checkpoint whose header, names and shapes were found to be a whole model of its layout."""
 
     weights: Weights
-    family: Family
+    layout: Layout
     setup: Setup
     models: tuple[_Model, ...]
     config: Path | None
@@ -69,34 +67,52 @@ class SingleFile:
         if not is_single_file(source):
             raise CheckpointError(f"{source} is no single-file checkpoint ({', '.join(SUFFIXES)}): check the path")
         weights = open_weights(source)
-        family = recognise(weights)
-        setup = setup_of(config, family, prediction_type) if config else built_in(weights, family, prediction_type)
-        models = tuple(_model(name, setup, family) for name in setup.models)
-        _check(weights, f"{source}, a {family.title} checkpoint,", models, config)
-        return cls(weights, family, setup, models, config)
+        layout = recognise(weights)
+        setup = setup_of(config, layout, prediction_type) if config else built_in(weights, layout, prediction_type)
+        models = tuple(_model(name, setup, layout) for name in setup.models)
+        _check(weights, f"{source}, a {layout.title} checkpoint,", models, config)
+        return cls(weights, layout, setup, models, config)
 
     def write_outline(self, root: Path) -> None:
         """Write all but the weights to the folder `root`: configurations, scheduler and tokenizers."""
-        _write_tokenizers(root, self.family, self.setup, self.config)
-        _write_rest(root, self.family, self.setup)
+        import diffusers
+
+        for text in self.layout.text_encoders:
+            self._write_tokenizer(root, text)
+        write_json(root / "model_index.json", {**self.setup.index, "_diffusers_version": diffusers.__version__})
+        (root / "scheduler").mkdir()
+        write_json(root / "scheduler" / "scheduler_config.json", self.setup.scheduler)
         for model in self.models:
-            _write_config(root, self.weights, model)
+            config = {key: value for key, value in model.config.items() if key not in ("torch_dtype", "_name_or_path")}
+            if model.text:  # transformers 5 loads in the type that is stated here
+                config["dtype"] = _FLOATS[self.weights.dtypes[next(iter(model.originals.values()))]]
+            (root / model.folder).mkdir()
+            write_json(root / model.folder / "config.json", config)
+
+    def _write_tokenizer(self, root: Path, text: TextEncoder) -> None:
+        if self.config is None:
+            window = self.setup.models[text.name]["max_position_embeddings"]
+            write_clip_tokenizer(root / text.tokenizer, text.pad_token, window)
+        elif not (self.config / text.tokenizer).is_dir():
+            raise CheckpointError(f"{self.config} has no folder {text.tokenizer!r}: give a complete diffusers folder")
+        else:
+            shutil.copytree(self.config / text.tokenizer, root / text.tokenizer)
 
     def write(self, target: Path) -> None:
         """Write the folder `target`, which is not there or empty. Raises `DiffoundryError`, then nothing is left."""
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise DiffoundryError(f"{target} exists: choose another folder, or remove it first")
-        beside = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            beside.mkdir(parents=True)
-            self.write_outline(beside)
-            for model in self.models:
-                _write_model(beside, self.weights, model)
-            beside.replace(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as beside:
+                folder = Path(beside, target.name)
+                folder.mkdir()
+                self.write_outline(folder)
+                for model in self.models:
+                    _write_weights(folder, self.weights, model)
+                folder.replace(target)
         except OSError as error:
             raise disk_error(error) from error
-        finally:
-            remove(beside)
 
 
 def unpack(source: Path, target: Path, *, config: Path | None = None, prediction_type: str | None = None) -> None:
@@ -104,42 +120,41 @@ def unpack(source: Path, target: Path, *, config: Path | None = None, prediction
 
     config: a diffusers folder whose configurations, scheduler and tokenizer are taken instead of the built-in ones.
     prediction_type: `epsilon`, `v_prediction` or `sample`, instead of what the file says or is taken for.
-    Raises `CheckpointError` when the file is damaged, incomplete, of no known family or has shapes that do not fit, and
+    Raises `CheckpointError` when the file is damaged, incomplete, of no known layout or has shapes that do not fit, and
     `DiffoundryError` when `target` cannot be written; then nothing is left there.
     """
     SingleFile.open(source, config=config, prediction_type=prediction_type).write(target)
 
 
-def _model(folder: str, setup: Setup, family: Family) -> _Model:
-    text = next((text for text in family.text_encoders if text.name == folder), None)
+def _model(folder: str, setup: Setup, layout: Layout) -> _Model:
+    text = next((text for text in layout.text_encoders if text.name == folder), None)
     config = setup.models[folder]
-    module = _module(folder, config, text)
+    module = _module(folder, config, *setup.index[folder])
     shapes = {_published(name, text): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if text:
         prefix, names = text.prefix, clip_names(shapes, text.open_clip)
-    elif folder == "unet":
-        if not isinstance(module.config.layers_per_block, int):
-            raise CheckpointError(
-                "the unet configuration has another number of layers in each block, which no "
-                "single-file checkpoint has: give the configuration of a Stable Diffusion checkpoint"
-            )
+    elif folder == "vae":
+        prefix, names = VAE, vae_names(shapes, len(module.config.block_out_channels))
+    elif isinstance(module.config.layers_per_block, int):
         prefix, names = UNET, unet_names(shapes, module.config.layers_per_block)
     else:
-        prefix, names = VAE, vae_names(shapes, len(module.config.block_out_channels))
-    return _Model(folder, prefix, config, text, module, shapes, {name: prefix + old for name, old in names.items()})
+        raise CheckpointError(
+            "the unet configuration has another number of layers in each block, which no "
+            "single-file checkpoint has: give the configuration of a Stable Diffusion checkpoint"
+        )
+    return _Model(folder, text, config, shapes, {name: prefix + original for name, original in names.items()})
 
 
-def _module(folder: str, config: Config, text: TextEncoder | None) -> Any:
-    import diffusers
+def _module(folder: str, config: Config, library: str, kind: str) -> Any:
+    """The model on the meta device: shapes without values."""
     import torch
-    import transformers
 
+    found = getattr(importlib.import_module(library), kind)
     try:
         with torch.device("meta"), quiet():
-            if text:
-                return getattr(transformers, text.class_name)(transformers.CLIPTextConfig.from_dict(config))
-            kind = diffusers.UNet2DConditionModel if folder == "unet" else diffusers.AutoencoderKL
-            return kind.from_config(config)
+            if folder.startswith("text"):  # a copy: transformers 4 adds to what it reads
+                return found(found.config_class.from_dict(dict(config)))
+            return found.from_config(config)
     except Exception as error:  # each class has its own ways of refusing a configuration
         raise CheckpointError(f"the {folder} configuration describes no model: {reason(error)}") from None
 
@@ -152,110 +167,49 @@ def _published(name: str, text: TextEncoder | None) -> str:
 
 def _check(weights: Weights, where: str, models: tuple[_Model, ...], config: Path | None) -> None:
     """Raise `CheckpointError` unless the file has each weight of `models`, as floats of the right shape."""
-    another = "give the diffusers folder of a checkpoint of the same make as the configuration"
-    remedy = "it is incomplete, download it again"
-    if config:
-        another += f", not {config}"
-        remedy = f"where the file is whole, {another}"
-    stored = dict.fromkeys(name for model in models for name in model.stored)
-    absent = [name for name in stored if name not in weights.shapes]
-    _refuse(absent, f"{where} lacks", remedy)
-    odd = [f"{name} ({weights.dtypes[name]})" for name in stored if weights.dtypes[name] not in _FLOATS]
+    another = f"{_ANOTHER}, not {config}" if config else _ANOTHER
+    remedy = f"where the file is whole, {another}" if config else "it is incomplete, download it again"
+    stored = {name for model in models for name in model.originals.values()}
+    due = [name for model in models for name in model.originals.values()]
+    _refuse((name for name in due if name not in weights.shapes), f"{where} lacks", remedy)
+    odd = (f"{name} ({weights.dtypes[name]})" for name in due if weights.dtypes[name] not in _FLOATS)
     _refuse(odd, f"{where} holds types other than {', '.join(_FLOATS)}:", "use a version of it in one of these")
-    extra = [name for name in weights.shapes if name.startswith(UNET) and name not in stored]
+    extra = (name for name in weights.shapes if name.startswith(UNET) and name not in stored)
     _refuse(extra, f"{where} has parts in its U-Net that its configuration does not name:", another)
-    wrong = [text for model in models for text in _misfits(weights, model)]
+    wrong = (text for model in models for text in _misfits(weights, model))
     _refuse(wrong, f"{where} does not fit its configuration:", another)
 
 
-def _misfits(weights: Weights, model: _Model) -> list[str]:
+def _misfits(weights: Weights, model: _Model) -> Iterable[str]:
     """What has another shape than `model`, found by converting tensors without values."""
     import torch
 
-    hollow = {name: torch.empty(weights.shapes[name], device="meta") for name in model.stored}
-    try:
-        found = {name: tuple(tensor.shape) for name, tensor in _converted(model, hollow).items()}
-    except Exception as error:  # whatever indexing a tensor of the wrong rank raises
-        return [f"{model.prefix}* cannot be converted ({error})"]
-    return [
-        f"{model.originals[name]} gives {list(found.get(name, ()))} where {list(shape)} is due"
-        for name, shape in model.shapes.items()
-        if found.get(name) != shape
-    ]
+    for name, due in model.shapes.items():
+        original = model.originals[name]
+        hollow = torch.empty(weights.shapes[original], device="meta")
+        try:
+            found = list(model.taken(name, hollow).shape)
+        except (RuntimeError, ValueError, IndexError):  # whatever torch raises for a tensor of the wrong rank
+            found = list(hollow.shape)
+        if found != list(due):
+            yield f"{original} gives {found} where {list(due)} is due"
 
 
-def _refuse(names: Iterable[str], what: str, remedy: str) -> None:
-    names = list(dict.fromkeys(names))
+def _refuse(found: Iterable[str], what: str, remedy: str) -> None:
+    names = list(dict.fromkeys(found))
     if names:
         more = f" … ({len(names)} in all)" if len(names) > 3 else ""
         raise CheckpointError(f"{what} {', '.join(names[:3])}{more}: {remedy}")
 
 
-def _converted(model: _Model, tensors: dict[str, Any]) -> dict[str, Any]:
-    """`tensors` of the original layout by the names of the diffusers layout."""
-    from diffusers.loaders import single_file_utils as diffusers
-
-    if model.text:
-        renamed = (
-            diffusers.convert_open_clip_checkpoint(model.module, tensors, prefix=model.prefix)
-            if model.text.open_clip
-            else diffusers.convert_ldm_clip_checkpoint(tensors)
-        )
-    elif model.prefix == UNET:
-        renamed = diffusers.convert_ldm_unet_checkpoint(tensors, model.module.config)
-        if UNET + COND_PROJ in tensors:
-            renamed["time_embedding.cond_proj.weight"] = tensors[UNET + COND_PROJ]
-    else:
-        renamed = diffusers.convert_ldm_vae_checkpoint(tensors, model.module.config)
-    return {name: renamed[name] for name in model.shapes if name in renamed}
-
-
-def _write_model(root: Path, weights: Weights, model: _Model) -> None:
+def _write_weights(root: Path, weights: Weights, model: _Model) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous() for name, tensor in _converted(model, weights.read(model.stored)).items()}
+    stored = weights.read(dict.fromkeys(model.originals.values()))
+    tensors = {name: model.taken(name, stored[old]).contiguous() for name, old in model.originals.items()}
     path = root / model.folder / f"{'model' if model.text else 'diffusion_pytorch_model'}.safetensors"
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise DiffoundryError(f"{path} cannot be written ({error}): free some disk space and try again") from None
-
-
-def _write_config(root: Path, weights: Weights, model: _Model) -> None:
-    config = {name: value for name, value in model.config.items() if name not in ("torch_dtype", "_name_or_path")}
-    if model.text:  # transformers 5 loads in the type that is stated here
-        config["dtype"] = _FLOATS[weights.dtypes[model.stored[0]]]
-    (root / model.folder).mkdir()
-    write_json(root / model.folder / "config.json", config)
-
-
-def _write_tokenizers(root: Path, family: Family, setup: Setup, config: Path | None) -> None:
-    for text in family.text_encoders:
-        if config is None:
-            window = setup.models[text.name]["max_position_embeddings"]
-            write_clip_tokenizer(root / text.tokenizer, text.pad_token, window)
-        elif not (config / text.tokenizer).is_dir():
-            raise CheckpointError(f"{config} has no folder {text.tokenizer!r}: give a complete diffusers folder")
-        else:
-            shutil.copytree(config / text.tokenizer, root / text.tokenizer)
-
-
-def _write_rest(root: Path, family: Family, setup: Setup) -> None:
-    import diffusers
-
-    (root / "scheduler").mkdir()
-    write_json(root / "scheduler" / "scheduler_config.json", setup.scheduler)
-    texts = family.text_encoders
-    index = {
-        "_class_name": setup.pipeline,
-        "_diffusers_version": diffusers.__version__,
-        **setup.flags,
-        **{name: [None, None] for name in family.absent},
-        "scheduler": ["diffusers", setup.scheduler["_class_name"]],
-        **{text.name: ["transformers", text.class_name] for text in texts},
-        **{text.tokenizer: ["transformers", "CLIPTokenizer"] for text in texts},
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    write_json(root / "model_index.json", index)

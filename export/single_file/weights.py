@@ -45,14 +45,13 @@ def open_weights(path: Path) -> Weights:
 def _open_safetensors(path: Path) -> Weights:
     from safetensors import SafetensorError, safe_open
 
-    check_safetensors(path)
+    header = check_safetensors(path)
+    metadata = header.pop("__metadata__", None) or {}
+    stored = _canonical(path, header)
+    dtypes = {name: str(header[old]["dtype"]) for name, old in stored.items()}
     try:
         with safe_open(path, framework="pt") as file:
-            stored = _canonical(path, file.keys())
-            slices = {name: file.get_slice(old) for name, old in stored.items()}
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
-            metadata = file.metadata() or {}
+            shapes = {name: tuple(header[old]["shape"]) for name, old in stored.items()}
             whole = dtypes.get("global_step", "").startswith("I") and shapes["global_step"] in ((), (1,))
             step = int(file.get_tensor(stored["global_step"]).item()) if whole else None
     except SafetensorError as error:

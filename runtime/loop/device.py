@@ -23,6 +23,7 @@ _MOST_NOISE_BYTES = 128 << 20
 """Noise of all steps of a phase that is sent at once: 50 steps of 4 latents for 2048x2048 pixels take 50 MB."""
 _RUNNING = ("registers", "position", "sample", "timestep")
 """What a run overwrites on the device."""
+HOST_ONLY = "the loop on the device takes joint guidance and float32 latents, and does not inpaint: use the loop 'host'"
 
 
 class DeviceStepper:

@@ -6,8 +6,35 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...bundle import Tensor
 from ...common.arrays import Array
 from ..schedulers import Table
+
+STEP_NAME = "step"
+"""The component that is this step as a graph, for engines whose latents stay on the device."""
+_LATENTS = ("channels", "height", "width")
+STEP_INPUTS = (
+    Tensor("model_output", "float32", ("calls", *_LATENTS)),
+    Tensor("registers", "float32", ("batch", "registers", *_LATENTS)),
+    Tensor("noise", "float32", ("batch", *_LATENTS)),
+    Tensor("position", "int64", ("batch",)),
+    Tensor("prompt_row", "int64", ("batch",)),
+    Tensor("negative_row", "int64", ("batch",)),
+    Tensor("source", "int64", ("calls",)),
+    Tensor("guidance", "float32", ("batch",)),
+    Tensor("rescale", "float32", ("batch",)),
+    Tensor("clip", "float32", ("batch",)),
+    Tensor("weights", "float32", ("batch", "steps", "registers", "terms")),
+    Tensor("x0", "float32", ("batch", "steps", 2)),
+    Tensor("input_scale", "float32", ("batch", "steps_and_end")),
+    Tensor("timesteps", "float32", ("batch", "steps_and_end")),
+)
+STEP_OUTPUTS = (
+    Tensor("next_registers", "float32", ("batch", "registers", *_LATENTS)),
+    Tensor("sample", "float32", ("calls", *_LATENTS)),
+    Tensor("timestep", "float32", ("calls",)),
+    Tensor("next_position", "int64", ("batch",)),
+)
 
 
 class State:

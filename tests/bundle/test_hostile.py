@@ -24,6 +24,7 @@ from diffoundry.bundle import Bundle
 from diffoundry.common.errors import BundleError, DiffoundryError
 from diffoundry.common.files import mark
 from diffoundry.engines import EngineStore
+from diffoundry.families import open_bundle
 from diffoundry.runtime.pipeline import Request, load
 
 KEY = "*"
@@ -43,7 +44,7 @@ PLACES = (
     "unet/config.json",
     "unet/model.onnx",
     "unet/fused.onnx",
-    "unet/hoisted.onnx",
+    "unet/per_prompt.onnx",
     "vae_decoder/fused.onnx",
     "step",
     "step/model.onnx",
@@ -132,7 +133,7 @@ def as_export(bundle: Path) -> Path:
     """The bundle as a folder of another tool: without what only we write."""
     for name in ("step", "engines", "reports"):
         shutil.rmtree(bundle / name)
-    for path in (bundle / "bundle.json", *bundle.glob("*/fused.onnx"), *bundle.glob("*/hoisted.onnx")):
+    for path in (bundle / "bundle.json", *bundle.glob("*/fused.onnx"), *bundle.glob("*/per_prompt.onnx")):
         path.unlink()
     return bundle
 
@@ -395,7 +396,7 @@ def test_in_the_cache_of_the_hub_engines_are_no_link_either(bundle_of, tmp_path)
 def test_a_bundle_that_lost_its_manifest_is_not_run_as_another_tools_folder(called, bundle_of, tmp_path, left):
     bundle = linked_copy(bundle_of("pico"), tmp_path / "b")
     kept = as_export(linked_copy(bundle_of("pico"), tmp_path / "c"))
-    assert Bundle.open(kept).foreign
+    assert open_bundle(kept).foreign
     shutil.copytree(bundle / left, kept / left) if (bundle / left).is_dir() else shutil.copy(bundle / left, kept / left)
     done = called("run", kept, "a ring", "-o", tmp_path / "o.png")
     refused(done)

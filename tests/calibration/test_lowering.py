@@ -137,7 +137,7 @@ def test_the_files_are_valid_and_keep_their_boundary(made, precision, name):
     assert part.files == {path: sha256_file(bundle.root / path) for path in part.files}
     path = bundle.root / part.model
     onnx.checker.check_model(str(path), full_check=True)
-    before, after = (onnx.load(each) for each in (bundle.path(bundle.component(name).model), path))
+    before, after = (onnx.load(each) for each in (bundle.path(f"{name}/model.onnx"), path))
     for side in ("input", "output"):
         told = [[(value.name, value.type) for value in getattr(each.graph, side)] for each in (before, after)]
         assert told[0] == told[1]

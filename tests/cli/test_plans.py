@@ -160,7 +160,7 @@ def test_the_pictures_of_a_gpu_are_scored_on_the_cpu(planned, bundle_of):
     assert "psnr_db" not in exact
     assert 35 <= rounded["psnr_db"]["worst"] < 100
     assert abs(rounded["all"] - exact["all"]) <= 0.01
-    assert "has no fp16 models: compile it with" in run(bundle_of("pico"), "--precision", "fp16").stderr
+    assert "has no fp16 models: run `diffoundry build" in run(bundle_of("pico"), "--precision", "fp16").stderr
 
 
 @pytest.mark.parametrize(

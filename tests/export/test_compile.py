@@ -17,12 +17,12 @@ from diffoundry.bundle import Bundle
 from diffoundry.common.errors import CheckpointError, DiffoundryError, EngineError
 from diffoundry.common.files import exclusive
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
-from diffoundry.export import trace as trace_module
-from diffoundry.export import validate
 from diffoundry.export.checkpoint import Checkpoint
-from diffoundry.export.compile import described
+from diffoundry.export.graphs import trace as trace_module
+from diffoundry.export.graphs import validate
+from diffoundry.export.graphs.trace import trace
 from diffoundry.export.modules import component_plans
-from diffoundry.export.trace import trace
+from diffoundry.export.reading import described
 from diffoundry.families import family_of
 
 

@@ -15,8 +15,8 @@ import diffoundry
 from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
 from diffoundry.examples import random_checkpoint
 from diffoundry.export.checkpoint import Checkpoint
-from diffoundry.export.compile import described
 from diffoundry.export.modules.unet import unet
+from diffoundry.export.reading import described
 from diffoundry.families import FAMILIES
 from diffoundry.families.stable_diffusion import drawn_side
 from diffoundry.runtime.request import Request

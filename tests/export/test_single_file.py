@@ -23,7 +23,7 @@ from diffoundry.common.errors import CheckpointError, DiffoundryError
 from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.single_file import SingleFile, is_single_file, unpack
 from diffoundry.export.single_file.configs import built_in
-from diffoundry.export.single_file.kinds import SD1, recognise
+from diffoundry.export.single_file.layouts import SD1, recognise
 from diffoundry.export.single_file.names import clip_names, unet_names, vae_names
 from diffoundry.export.single_file.weights import Weights, open_weights
 
@@ -182,7 +182,6 @@ class Made:
 def clip(width: int, layers: int, **options: Any) -> CLIPTextConfig:
     return CLIPTextConfig(
         hidden_size=width,
-        intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         vocab_size=TOKENS,
@@ -190,7 +189,7 @@ def clip(width: int, layers: int, **options: Any) -> CLIPTextConfig:
         bos_token_id=0,
         eos_token_id=2,
         pad_token_id=1,
-        **{"projection_dim": width, **options},
+        **{"projection_dim": width, "intermediate_size": 2 * width, **options},
     )
 
 
@@ -397,6 +396,75 @@ def test_weights_come_back_as_they_were(kind, made, tmp_path):
         assert all(value.dtype == dtype and torch.equal(value, due[key].to(dtype)) for key, value in found.items())
 
 
+XL = {
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+}
+PUBLISHED: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "sd1": ("AAAR", (320, 640, 1280, 1280), {"cross_attention_dim": 768, "attention_head_dim": 8}),
+    "small-sd": ("AAA", (320, 640, 1280), {"cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 1}),
+    "sdxl": ("RAA", (320, 640, 1280), {**XL, "transformer_layers_per_block": [1, 2, 10]}),
+    "ssd-1b": (
+        "RAA",
+        (320, 640, 1280),
+        {
+            **XL,
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, 2, 4],
+            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_give_the_published_configurations(name):
+    """Of shapes alone, with which the whole models take no memory."""
+    levels, widths, options = PUBLISHED[name]
+    with torch.device("meta"):
+        model = unet(levels, widths, **options)
+        tensors = {**original_unet(model), **original_vae(small_vae())}
+        first = CLIPTextModel(clip(768, 12, intermediate_size=3072))
+        if "addition_embed_type" in options:
+            second = CLIPTextModelWithProjection(clip(1280, 32, intermediate_size=5120))
+            tensors |= original_clip(first, "conditioner.embedders.0.transformer.")
+            tensors |= original_open_clip(second, "conditioner.embedders.1.model.")
+        else:
+            tensors |= original_clip(first, "cond_stage_model.transformer.")
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    weights = Weights(Path(name), shapes, dict.fromkeys(shapes, "F16"), {}, None, lambda _: {})
+    setup = built_in(weights, recognise(weights), None)
+    with torch.device("meta"):
+        again = UNet2DConditionModel.from_config(setup.models["unet"])
+    assert {key: value.shape for key, value in again.state_dict().items()} == {
+        key: value.shape for key, value in model.state_dict().items()
+    }
+    assert {**options, **setup.models["unet"]} == {**setup.models["unet"], **options}
+    assert setup.models["text_encoder"]["num_hidden_layers"] == 12
+    assert setup.models["text_encoder"]["intermediate_size"] == 3072
+
+
+def test_a_folder_of_somebody_else_stays(made, tmp_path):
+    """A process that ended may have had the number of this one."""
+    other = tmp_path / f".out.{os.getpid()}.part"
+    other.mkdir()
+    (other / "work").touch()
+    unpack(made("sd1").path, tmp_path / "out")
+    assert (tmp_path / "out" / "model_index.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"] and (other / "work").is_file()
+
+
+def test_a_unet_without_blocks_is_refused(made, tmp_path):
+    blocks = (f"{UNET}input_blocks.", f"{UNET}output_blocks.")
+    gone = [name for name in made("sd1").tensors if name.startswith(blocks)]
+    path = changed(made("sd1"), tmp_path, lambda kept: [kept.pop(name) for name in gone])
+    assert "its U-Net has no " in refused(path, tmp_path)
+
+
 def assert_computed_alike(found, due):
     """Equal weights give equal values but for the last bits, which on some processors follow where the weights lie."""
     torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-5)
@@ -583,7 +651,7 @@ def test_what_is_refused_in_a_file_opens_with_what_the_error_names(made, tmp_pat
     save_file(made("sd1").tensors, path, metadata={"modelspec.architecture": "stable-diffusion-v2-512"})
     assert "(--config)" in refused(path, tmp_path)
     unpack(made("sd1").path, tmp_path / "config")
-    assert SingleFile.open(path, config=tmp_path / "config").family is SD1
+    assert SingleFile.open(path, config=tmp_path / "config").layout is SD1
 
 
 def test_what_a_file_cannot_do_is_said_before_it_is_unpacked(made, called, tmp_path, monkeypatch):
@@ -767,6 +835,7 @@ def test_the_original_names_are_those_of_the_file(kind, made):
     [
         ("sd1", f"{UNET}middle_block.1.transformer_blocks.0.attn1.to_q.weight"),
         ("sd1", f"{VAE}decoder.up.2.block.0.norm1.bias"),
+        ("sd1", f"{VAE}quant_conv.weight"),
         ("sd2", "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_bias"),
         ("sdxl", "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight"),
         ("refiner", f"{UNET}label_emb.0.2.weight"),

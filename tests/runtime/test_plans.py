@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,12 @@ import pytest
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import BundleError, EngineError
 from diffoundry.engines import EngineStore
-from diffoundry.engines.tensorrt.plan import PLAN_NAME
-from diffoundry.engines.tensorrt.recipe import Recipe
-from diffoundry.export.plans import site
-from diffoundry.export.target import Target, profiles
+from diffoundry.engines.tensorrt.bundle_plans import resolve_machine
+from diffoundry.engines.tensorrt.plan import PLAN_NAME, Recipe
+from diffoundry.engines.tensorrt.target import Target, profiles
+from diffoundry.engines.verify import verify
 from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pipeline import Request, load
-from diffoundry.runtime.verify import verify
 from diffoundry.tests.engines.tensorrt.simulated import VERSION
 
 PROMPT = "a large red star at the left on a navy background"
@@ -52,7 +52,7 @@ def add_plans(root: Path, target: Target, *, archs=("sm89",), version=VERSION, d
             built_from = recipe.built_from()
             told = {
                 "onnx": str(bundle.path(component.variant("fp32").model)),
-                "profile": profile.to_json(),
+                "profile": asdict(profile),
                 "arch": "sm89",
             }
             with store.building(store.key(built_from), {**built_from, **MEASURED}) as work:
@@ -79,7 +79,7 @@ def test_the_picture_is_that_of_onnx_runtime(planned, host):
     found, wanted = drawn(pipe), drawn(host)
     np.testing.assert_allclose(found.latents, wanted.latents, atol=TOLERANCE)
     assert np.abs(np.asarray(found.images[0], int) - np.asarray(wanted.images[0], int)).max() <= 1
-    told = pipe.told()
+    told = pipe.info()
     assert (told["engine"], told["precision"]) == (ENGINE, "fp32")
     assert {name: plan["profile"] for name, plan in told["plans"].items()} == {
         "text_encoder": "77 tokens, 1-8 prompts",
@@ -94,8 +94,8 @@ def test_the_plan_of_the_size_serves_and_what_it_was_is_told_after_its_memory_is
     wide = {"width": 96, "height": 64}
     result = pipe.generate(Request(PROMPT, seed=7, steps=6, **wide), low_memory=True)
     np.testing.assert_allclose(result.latents, drawn(host, **wide).latents, atol=TOLERANCE)
-    assert pipe.told()["plans"]["unet"]["profile"] == "96x64, batch 1"
-    assert pipe.told()["plans"]["vae_decoder"]["profile"] == "96x64"
+    assert pipe.info()["plans"]["unet"]["profile"] == "96x64, batch 1"
+    assert pipe.info()["plans"]["vae_decoder"]["profile"] == "96x64"
 
 
 def test_images_and_masks_go_through_plans_too(planned, host):
@@ -181,7 +181,7 @@ def test_a_gpu_that_tensorrt_for_rtx_does_not_run_on_is_named_before_anything_is
 def test_no_plan_of_tensorrt_for_rtx_is_built_for_a_gpu_that_does_not_run_it(simulated_cuda):
     simulated_cuda.capability = (9, 0)
     with pytest.raises(EngineError, match=r"does not run on Simulated GPU \(sm90\), only on .*: use --engine onnxr"):
-        site(ENGINE, "fp16", Target())
+        resolve_machine(ENGINE, "fp16", Target())
 
 
 def test_a_bundle_without_plans_says_how_to_get_them(copied):
@@ -189,7 +189,7 @@ def test_a_bundle_without_plans_says_how_to_get_them(copied):
         drawn(load(copied, engine=ENGINE))
     for name in ("step", "engines", "reports"):
         shutil.rmtree(copied / name)
-    for path in (copied / "bundle.json", *copied.glob("*/fused.onnx"), *copied.glob("*/hoisted.onnx")):
+    for path in (copied / "bundle.json", *copied.glob("*/fused.onnx"), *copied.glob("*/per_prompt.onnx")):
         path.unlink()
     with pytest.raises(EngineError, match="holds no plans: make a bundle"):
         load(copied, engine=ENGINE)

@@ -20,6 +20,7 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from diffoundry.bundle.reader import read
 from diffoundry.common.files import sha256_file
 from diffoundry.engines.profiles import Profile
-from diffoundry.engines.tensorrt.plan import PLAN_NAME, Plan
+from diffoundry.engines.tensorrt.plan import PLAN_NAME, Plan, Recipe
 
 ALIGNMENT = 256
 VERSION = "1.7.0"
@@ -381,7 +383,7 @@ class _Runtime:
 class _Engine:
     def __init__(self, trt: SimulatedTensorRT, logger: Any, plan: Mapping[str, Any]) -> None:
         self.trt, self.logger, self.plan = trt, logger, plan
-        self.profile = Profile.from_json(plan["profile"])
+        self.profile = read(Profile, plan["profile"])
         self.onnx: str | None = None if "strip" in plan["flags"] else plan["onnx"]
         session = _open(plan["onnx"])
         self.tensors = {node.name: _DTYPES[node.type] for node in (*session.get_inputs(), *session.get_outputs())}
@@ -636,21 +638,9 @@ def write_plan(
     """A plan that `SimulatedTensorRT` loads: of the model at `onnx`, for `shapes`, the least, usual and largest."""
     profile = Profile(name or component, {k: tuple(tuple(s) for s in part) for k, part in shapes.items()})  # type: ignore[misc]
     key = f"{component}-{profile.name}-{len(list(folder.iterdir())) if folder.exists() else 0}"
-    values: dict[str, Any] = {
-        "folder": folder / key,
-        "key": key,
-        "component": component,
-        "backend": backend,
-        "version": VERSION,
-        "archs": (arch,),
-        "device": "",
-        "precision": "fp32",
-        "profile": profile,
-        "flags": flags,
-        "source": {},
-    }
-    values["folder"].mkdir(parents=True)
-    told = {"onnx": str(onnx), "profile": profile.to_json(), "arch": arch, "flags": list(flags), "dtypes": dtypes or {}}
-    path = values["folder"] / PLAN_NAME
+    recipe = Recipe(component, {}, backend, VERSION, (arch,), "", "fp32", profile, flags)
+    (folder / key).mkdir(parents=True)
+    told = {"onnx": str(onnx), "profile": asdict(profile), "arch": arch, "flags": list(flags), "dtypes": dtypes or {}}
+    path = folder / key / PLAN_NAME
     path.write_bytes(json.dumps(told).encode() if content is None else content)
-    return Plan(**values, files={PLAN_NAME: sha256_file(path)})
+    return Plan(recipe, folder / key, key, {PLAN_NAME: sha256_file(path)})

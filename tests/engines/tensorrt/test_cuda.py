@@ -11,9 +11,8 @@ import pytest
 
 from diffoundry.common.errors import EngineError
 from diffoundry.engines.tensorrt import cuda
-from diffoundry.engines.tensorrt.arena import Arena
 from diffoundry.engines.tensorrt.cuda import Device
-from diffoundry.engines.tensorrt.gpu import Gpu, shared
+from diffoundry.engines.tensorrt.gpu import Arena, Gpu, shared
 from diffoundry.tests.engines.tensorrt.simulated import SimulatedCuda
 
 SOURCES = sorted(Path(cuda.__file__).parent.glob("*.py"))

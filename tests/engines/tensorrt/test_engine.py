@@ -487,7 +487,7 @@ def test_what_is_used_of_tensorrt_is_there(trt):
 
 
 def test_the_log_keeps_what_the_real_module_says():
-    from diffoundry.engines.tensorrt.log import Log
+    from diffoundry.engines.tensorrt.backend import Log
 
     real = pytest.importorskip("tensorrt_rtx")
     log = Log(real)

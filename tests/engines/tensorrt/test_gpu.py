@@ -17,8 +17,7 @@ from diffoundry.engines.tensorrt.backend import BACKENDS, Backend
 from diffoundry.engines.tensorrt.build import build
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
 from diffoundry.engines.tensorrt.gpu import Gpu, shared
-from diffoundry.engines.tensorrt.plan import CACHE_NAME, Plan
-from diffoundry.engines.tensorrt.recipe import Recipe
+from diffoundry.engines.tensorrt.plan import CACHE_NAME, Plan, Recipe
 from diffoundry.runtime.pipeline import load
 
 pytestmark = pytest.mark.gpu
@@ -133,7 +132,7 @@ def engine_of(site, bundle, plan_of):
 @pytest.fixture(scope="module")
 def reference(bundle):
     """ONNX Runtime's engine of a component in fp32, on the CPU."""
-    return lambda name: OnnxRuntimeEngine.load(bundle.path(bundle.component(name).model), component=name)
+    return lambda name: OnnxRuntimeEngine.load(bundle.path(f"{name}/model.onnx"), component=name)
 
 
 @pytest.fixture
@@ -142,7 +141,7 @@ def other(bundle, tmp_path):
     import onnx
     from onnx import numpy_helper
 
-    model = onnx.load(bundle.path(bundle.component("unet").model))
+    model = onnx.load(bundle.path("unet/model.onnx"))
     for weight in model.graph.initializer:
         array = numpy_helper.to_array(weight)
         if array.dtype == np.float32 and array.ndim == 4:
@@ -246,14 +245,14 @@ def test_other_weights_are_taken_over(bundle, plan_of, engine_of, reference, oth
         assert_close({"out_sample": tensors["out_sample"].numpy()}, wanted)
     assert_close(engine(feeds), wanted)
     with pytest.raises(EngineError, match="vae_decoder"):
-        engine.refit(bundle.path(bundle.component("vae_decoder").model))
+        engine.refit(bundle.path("vae_decoder/model.onnx"))
     assert_close(engine(feeds), wanted)
 
 
 def test_a_plan_without_weights_takes_them_of_the_model(bundle, plan_of, engine_of, reference):
     stripped, whole = plan_of("unet", flags=("strip",)), plan_of("unet")
     assert stripped.path.stat().st_size < whole.path.stat().st_size / 2
-    engine = engine_of("unet", stripped, onnx=bundle.path(bundle.component("unet").model))
+    engine = engine_of("unet", stripped, onnx=bundle.path("unet/model.onnx"))
     feeds = feeds_of(bundle, "unet")
     assert_close(engine(feeds), reference("unet")(feeds))
 
@@ -295,7 +294,7 @@ def test_polygraphy_runs_the_plan_to_the_same(bundle, site, plan_of, engine_of, 
 
     plan, feeds = plan_of("unet"), feeds_of(bundle, "unet")
     runners = [
-        OnnxrtRunner(SessionFromOnnx(os.fspath(bundle.path(bundle.component("unet").model)))),
+        OnnxrtRunner(SessionFromOnnx(os.fspath(bundle.path("unet/model.onnx")))),
         TrtRunner(EngineFromBytes(BytesFromPath(os.fspath(plan.path)))),
     ]
     try:

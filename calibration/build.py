@@ -1,0 +1,186 @@
+"""`build`: what of a bundle needs no torch, made where it will run: a lower precision, and the plans of an engine."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..bundle import FULL, MANIFEST_NAME, STANDARD, Bundle, Component, Manifest
+from ..bundle.ledger import Ledger
+from ..bundle.manifest import SCHEMA_VERSION, to_json
+from ..bundle.precisions import check_precision
+from ..bundle.workspace import STAGES, check_replaceable, resolved, swap, sweep, working
+from ..common.errors import DiffoundryError
+from ..common.files import link_or_copy, remove, write_json
+from ..common.machine import require_modules
+from ..common.progress import Meter, Progress
+from ..engines import EngineStore
+from ..engines.names import EngineName
+from ..engines.onnxruntime import require_provider
+from ..engines.tensorrt.backend import BACKENDS
+from ..engines.tensorrt.build import clean
+from ..engines.tensorrt.bundle_plans import BuildMachine, build_plans, count_plans, resolve_machine
+from ..engines.tensorrt.target import Target
+from .scan import Scan
+from .stage import convert, record_name
+
+_MODULES = ("onnx", "onnx_ir", "ml_dtypes")
+_DISK_MARGIN = 1.1
+"""Disk needed, as a multiple of the weights of the models, converted models and engines that are written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a bundle is to be run with.
+
+    machine: what its plans are built with and for, None where it has none. converts: whether a precision is to be made.
+    """
+
+    engine: EngineName
+    precision: str
+    target: Target
+    scan: Scan
+    machine: BuildMachine | None
+    converts: bool
+
+    @classmethod
+    def of(cls, engine: str, precision: str, target: Target | None, scan: Scan | None) -> Goal:
+        """Hold what is asked for against this machine, before any work is done.
+
+        Raises `DiffoundryError` for an option of another kind, or one that has no effect, and `EngineError` when the
+        engine is not there or cannot build what is asked.
+        """
+        name = EngineName.parse(engine)
+        check_precision(precision)
+        for what, value, kind in (("target", target, Target), ("scan", scan, Scan)):
+            if value is not None and not isinstance(value, kind):
+                raise DiffoundryError(f"the {what} must be a diffoundry.{kind.__name__}, found {type(value).__name__}")
+        if target is not None and name.backend not in BACKENDS:
+            raise DiffoundryError(
+                f"the engine {name} builds no plans: leave out what is said of them "
+                "(architectures, shapes, batch, flags, memory)"
+            )
+        if scan is not None and precision == FULL:
+            raise DiffoundryError("fp32 needs no scan: leave its prompts, steps, size and PSNR out")
+        plans = name.backend in BACKENDS
+        machine = resolve_machine(name.backend, precision, target or Target()) if plans else None
+        require_provider(name.provider or "cpu")
+        return cls(name, precision, target or Target(), scan or Scan(), machine, precision != FULL)
+
+    def parts(self, manifest: Manifest) -> int:
+        """How many parts the work has."""
+        return self.converts + (0 if self.machine is None else count_plans(manifest, self.target))
+
+    def written(self) -> float:
+        """The weights that are written, as a multiple of those in fp32."""
+        width = 1.0 if self.precision == FULL else 0.5
+        return width * self.converts + (0.0 if self.machine is None else width * self.target.count())
+
+
+def build(
+    bundle: str | Path,
+    *,
+    engine: str | None = None,
+    precision: str | None = None,
+    target: Target | None = None,
+    scan: Scan | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Give `bundle` a lower precision, the plans of an engine, or both; neither torch nor the checkpoint is needed.
+
+    engine, precision: what the bundle is run with by default from now on; the default is what it was made for. With an
+    engine of TensorRT plans are built for `target`. A precision that the bundle has is taken as it is, unless `scan`
+    says what it is to be measured with; see `compile` for both.
+    Raises `BundleError` for what is no bundle or was changed, `calibration.QualityError` when the images are too far
+    from fp32, `EngineError` or `DiffoundryError`; what was finished is kept for the next run, and `bundle` is either
+    the old one or the whole new one.
+    """
+    path = resolved(bundle)
+
+    def check() -> tuple[Bundle, Goal]:
+        opened = Bundle.open(path)
+        own = opened.manifest
+        goal = Goal.of(
+            own.engine if engine is None else engine, own.precision if precision is None else precision, target, scan
+        )
+        if goal.converts and scan is None and all(goal.precision in part.precisions for part in _convertible(own)):
+            goal = replace(goal, converts=False)
+        if goal.converts or goal.machine is not None:
+            require_modules("build", _MODULES, "build")
+        opened.check()
+        check_replaceable(path)
+        return opened, goal
+
+    with working(path, check) as (work, (old, goal)):
+        check_disk(path, goal.written() * _weights(old))
+        ledger, meter = Ledger(work, path), Meter(progress, goal.parts(old.manifest) + 1)
+        made = later_stages(_linked(old, ledger, goal), ledger, goal, meter)
+        if made.manifest == old.manifest and _keys(made) == _keys(old):
+            remove(work / STAGES)  # nothing is new: the working folder goes
+            return old
+        return publish(made, ledger, meter)
+
+
+def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bundle:
+    """`bundle`, whose fp32 models lie in the ledger's working folder, with all else that the goal asks for."""
+    if goal.converts:
+        bundle = convert(bundle, ledger, goal.precision, goal.scan, meter)
+    if goal.machine is not None:
+        bundle = build_plans(bundle, goal.machine, goal.precision, goal.target, meter)
+    return bundle
+
+
+def publish(bundle: Bundle, ledger: Ledger, meter: Meter) -> Bundle:
+    """Write the manifest of the finished bundle in the working folder, and put it in the place of the old one."""
+    meter.show("write the bundle")
+    ledger.publish()
+    write_json(bundle.root / MANIFEST_NAME, to_json(replace(bundle.manifest, schema_version=SCHEMA_VERSION)))
+    sweep(bundle.root, bundle.manifest.all_files())
+    store = EngineStore(bundle.root / "engines")
+    clean(store)
+    store.prune([each.files for part in bundle.manifest.components.values() for each in part.variants.values()])
+    swap(ledger.old)
+    meter.end()
+    return Bundle.open(ledger.old)
+
+
+def check_disk(target: Path, needed: float) -> None:
+    """Raise `DiffoundryError` when the disk of `target` has not `needed` bytes for weights, and some to spare."""
+    free = shutil.disk_usage(target.parent).free
+    if free < needed * _DISK_MARGIN:
+        raise DiffoundryError(
+            f"the bundle needs about {needed * _DISK_MARGIN / 1e6:,.0f} MB at {target.parent}, "
+            f"{free / 1e6:,.0f} MB are free: free some disk space and run the same command again"
+        )
+
+
+def _linked(old: Bundle, ledger: Ledger, goal: Goal) -> Bundle:
+    """The bundle in the working folder, by links, without what the goal converts anew."""
+    again = goal.precision if goal.converts else ""
+    components = {
+        name: replace(part, variants={key: v for key, v in part.variants.items() if key.partition("/")[0] != again})
+        for name, part in old.manifest.components.items()
+    }
+    manifest = replace(old.manifest, components=components, engine=str(goal.engine), precision=goal.precision)
+    for name in manifest.all_files():
+        link_or_copy(old.root / name, ledger.work / name)
+    ledger.adopt(but=record_name(again))
+    EngineStore(ledger.work / "engines").take(EngineStore(old.root / "engines"))
+    return Bundle(ledger.work, manifest)
+
+
+def _convertible(manifest: Manifest) -> list[Component]:
+    """The components that have lower precisions."""
+    return [part for part in manifest.components.values() if part.role != "step"]
+
+
+def _weights(bundle: Bundle) -> int:
+    """The bytes of its models in fp32."""
+    files = {path for part in bundle.manifest.components.values() for path in part.variants[f"{FULL}/{STANDARD}"].files}
+    return sum(bundle.path(path).stat().st_size for path in files)
+
+
+def _keys(bundle: Bundle) -> list[str]:
+    """The keys of its engines."""
+    return [record["key"] for record in EngineStore(bundle.root / "engines").records()]

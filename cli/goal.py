@@ -1,0 +1,161 @@
+"""What `compile` and `build` share: the options of plans and of the calibration run, and what both show at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .options import GIB, NAMES, Parsed
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..calibration import Scan
+    from ..engines.tensorrt.target import Target
+
+F = TypeVar("F", bound=Callable[..., Any])
+_LARGEST_PROMPTS = 1 << 20
+_FLAGS = {
+    "refit": "TensorRT: plans whose weights can be replaced; needs the GPU.",
+    "strip": "TensorRT: plans without weights, filled from the ONNX; needs the GPU.",
+    "weight-streaming": "TensorRT: weights may stay in the memory of the host.",
+    "version-compatible": "tensorrt: plans that later versions load.",
+    "hardware-compatible": "tensorrt: plans for all GPUs from Ampere on.",
+}
+
+
+def _size(text: str) -> Any:
+    from ..engines.tensorrt.target import parse_size
+
+    return parse_size(text)
+
+
+def _sizes(text: str) -> Any:
+    return [_size(part) for part in NAMES.convert(text, None, None)]
+
+
+def _range(text: str) -> Any:
+    from ..engines.tensorrt.target import parse_range
+
+    return parse_range(text)
+
+
+def _batch(text: str) -> Any:
+    from ..engines.tensorrt.target import parse_batch
+
+    return parse_batch(text)
+
+
+_OPTIONS = (
+    click.option(
+        "--arch",
+        "archs",
+        multiple=True,
+        type=NAMES,
+        metavar="ARCH,…",
+        help="tensorrt-rtx: the GPUs to build for: sm75, sm80, sm86, sm89, sm120, sm121. [default: the GPU here]",
+    ),
+    click.option(
+        "--shape",
+        "shapes",
+        multiple=True,
+        type=Parsed("WxH,…", _sizes),
+        help="TensorRT: sizes of pictures, a static plan for each. [default: the checkpoint's]",
+    ),
+    click.option(
+        "--dynamic",
+        type=Parsed("WxH-WxH", _range),
+        help="TensorRT: one more plan for all sizes between two; slower than static ones.",
+    ),
+    click.option(
+        "--batch", type=Parsed("N[-M]", _batch), help="TensorRT: images in one call of the U-Net. [default: 1]"
+    ),
+    *(click.option(f"--{name}", is_flag=True, help=text) for name, text in _FLAGS.items()),
+    click.option("--build-memory", type=GIB, help="TensorRT: stop a builder that takes more than this."),
+    click.option(
+        "--scan-prompts", type=click.Path(), metavar="FILE", help="fp16, bf16: prompts of the scan, one a line."
+    ),
+    click.option("--scan-steps", type=int, metavar="N", help="fp16, bf16: steps of the scan. [default: the bundle's]"),
+    click.option(
+        "--scan-size",
+        type=Parsed("WxH", _size),
+        help="fp16, bf16: size of its pictures. [default: the checkpoint's]",
+    ),
+    click.option(
+        "--min-psnr",
+        type=float,
+        metavar="DB",
+        help="fp16, bf16: how near to fp32's the median picture of the scan must be. [default: 35]",
+    ),
+)
+
+
+def goal_options(command: F) -> F:
+    """The options of plans and of the calibration run; `target_of` and `scan_of` read their values."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def target_of(options: dict[str, Any]) -> Target | None:
+    """What plans are built for; None when nothing was said of them."""
+    from ..engines.tensorrt.target import Target
+
+    said: dict[str, Any] = {
+        "archs": tuple(arch for archs in options["archs"] for arch in archs),
+        "sizes": tuple(size for sizes in options["shapes"] for size in sizes),
+        "dynamic": options["dynamic"],
+        "batch": options["batch"],
+        "flags": tuple(name for name in _FLAGS if options[name.replace("-", "_")]),
+        "memory_limit": options["build_memory"],
+    }
+    said = {name: value for name, value in said.items() if value not in (None, ())}
+    return Target(**said) if said else None
+
+
+def scan_of(options: dict[str, Any]) -> Scan | None:
+    """What the loop is run with to find what stays in fp32; None when nothing was said of it."""
+    from ..calibration import Scan
+
+    path = options["scan_prompts"]
+    said: dict[str, Any] = {
+        "prompts": None if path is None else _prompts(path),
+        "steps": options["scan_steps"],
+        "size": options["scan_size"],
+        "budget_db": options["min_psnr"],
+    }
+    said = {name: value for name, value in said.items() if value is not None}
+    return Scan(**said) if said else None
+
+
+def _prompts(path: str) -> tuple[str, ...]:
+    from ..common.errors import DiffoundryError
+
+    try:
+        if not Path(path).is_file() or Path(path).stat().st_size > _LARGEST_PROMPTS:
+            raise OSError(f"it is no file of up to {_LARGEST_PROMPTS >> 10} KiB")
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DiffoundryError(f"the prompts of the scan cannot be read from {path}: {error}") from None
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not prompts:
+        raise DiffoundryError(f"{path} holds no prompt for the scan: write one a line")
+    return prompts
+
+
+def show_result(bundle: Bundle, ready: str, as_json: bool, **more: Any) -> None:
+    """Print warnings and `ready`, or with `--json` the bundle, what was measured, and `more`."""
+    from ..bundle.reports import read_report
+
+    quality = read_report(bundle, "quality").get(bundle.manifest.precision)
+    plans = read_report(bundle, "plans")
+    for line in plans.get("warnings", []):
+        click.echo(f"Warning: {line}", err=True)
+    if as_json:
+        measured = {"quality": quality, "plans": plans}
+        print(json.dumps({"bundle": str(bundle.root), **more, **{key: each for key, each in measured.items() if each}}))
+    else:
+        click.echo(ready)

@@ -1,0 +1,167 @@
+"""`EngineLoader`: loads the components of a bundle, all with one kind of engine and in one precision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..bundle import AS_EXPORTED, FULL, PRECISIONS, STANDARD, Bundle, Variant
+from ..common.checks import is_whole
+from ..common.errors import EngineError
+from .cache import EngineStore
+from .engine import Engine
+from .names import ONNXRUNTIME, EngineName
+from .profiles import Shape
+
+if TYPE_CHECKING:
+    from .tensorrt.plan import Plan
+
+
+class EngineLoader:
+    """Loads the components of `bundle`. Nothing is loaded before `load`."""
+
+    def __init__(
+        self, bundle: Bundle, engine: str | None = None, precision: str | None = None, weight_budget: int | None = None
+    ) -> None:
+        """engine, precision: as `Pipeline` takes them. weight_budget: bytes of streamed weights that stay on the GPU.
+
+        Raises `EngineError` when the engine is not to be had on this machine, or an option has no effect on it.
+        """
+        manifest = bundle.manifest
+        self._bundle = bundle
+        try:
+            self.engine = EngineName.parse(manifest.engine if engine is None else engine)
+        except EngineError as error:
+            where = f"{bundle.root}/bundle.json: " if engine is None else ""
+            raise EngineError(f"{where}{error}") from None
+        own = FULL if self.engine.on_cpu and manifest.precision != AS_EXPORTED else manifest.precision
+        self.precision = own if precision is None else precision
+        self._store = None if bundle.foreign else EngineStore(bundle.root / "engines")
+        if weight_budget is not None and not (is_whole(weight_budget) and weight_budget > 0):
+            raise EngineError(f"the budget for weights must be a number of bytes above 0, found {weight_budget!r:.80}")
+        self._budget = weight_budget
+        self._gpu: Any = None
+        self._version = ""
+        self._plans: dict[str, list[Plan]] = {}
+        self._serving: dict[str, Plan] = {}
+        if self.engine.backend == ONNXRUNTIME:
+            from .onnxruntime import require_provider
+
+            require_provider(self.engine.provider)
+            if weight_budget is not None:
+                raise EngineError("a budget for weights goes with TensorRT plans that stream them: leave it out")
+        else:
+            self._open_gpu()
+        self._check_precision()
+
+    def load(self, name: str, threads: int | None = None) -> Engine:
+        """The engine of component `name`. threads: of one operator on the CPU.
+
+        Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
+        """
+        from .onnxruntime import load_variant
+
+        variant = self._variant(name)
+        self._bundle.check(self._bundle.component(name).files | variant.files if not self._bundle.foreign else ())
+        if self._gpu is not None:
+            return self._load_plans(name, variant)
+        return load_variant(
+            self._bundle.root, name, variant, provider=self.engine.provider, threads=threads, store=self._store
+        )
+
+    def precision_of(self, name: str) -> str:
+        """The precision that component `name` is loaded in."""
+        role = self._bundle.component(name).role
+        return FULL if role == "step" else self.precision
+
+    def plan_shapes(self, name: str) -> list[dict[str, Shape]]:
+        """The usual shapes of the plans of component `name`; [] where it has none and takes any."""
+        if self._gpu is None:
+            return []
+        return [{key: part[1] for key, part in plan.profile.shapes.items()} for plan in self._usable_plans(name)]
+
+    def most_rows(self, height: int, width: int) -> int | None:
+        """The most rows of latents of this size that a plan of the U-Net takes; None where nothing sets a limit."""
+        if self._gpu is None:
+            return None
+        manifest = self._bundle.manifest
+        name = manifest.named("denoiser")
+        latents = next(key for key, source in manifest.wiring.inputs.items() if source.startswith("latents"))
+        shapes = [plan.profile.shapes[latents] for plan in self._usable_plans(name)]
+        return max(
+            (
+                largest[0]
+                for least, _, largest in shapes
+                if least[2] <= height <= largest[2] and least[3] <= width <= largest[3]
+            ),
+            default=None,
+        )
+
+    def info(self) -> dict[str, Any]:
+        """The engine, the precision, and where there are plans the one that served each component last."""
+        info: dict[str, Any] = {"engine": str(self.engine), "precision": self.precision}
+        if self._gpu is not None:
+            info["plans"] = {
+                name: {"key": plan.key, "profile": plan.profile.name} for name, plan in self._serving.items()
+            }
+        return info
+
+    def _variant(self, name: str) -> Variant:
+        """The model of a component in this precision. Raises `EngineError` when the bundle has none."""
+        component = self._bundle.component(name)
+        backend = STANDARD if self._gpu is not None else f"{ONNXRUNTIME}:{self.engine.provider}"
+        variant = component.variant(self.precision_of(name), backend)
+        if variant is None:
+            raise EngineError(
+                f"{self._bundle.root} has no {self.precision} model of {name}: "
+                f"run `diffoundry build {self._bundle.root} --precision {self.precision}`"
+            )
+        return variant
+
+    def _check_precision(self) -> None:
+        known = {name for part in self._bundle.manifest.components.values() for name in part.precisions}
+        known &= {*PRECISIONS, AS_EXPORTED}
+        if not isinstance(self.precision, str) or self.precision not in known:
+            root, can = self._bundle.root, self.precision in PRECISIONS and not self._bundle.foreign
+            other = f", or run `diffoundry build {root} --precision {self.precision}`" if can else ""
+            raise EngineError(
+                f"{root} has the precisions {', '.join(sorted(known))}, not {self.precision!r}: "
+                f"choose one of them{other}"
+            )
+        if self.precision == "bf16" and self.engine.on_cpu:
+            raise EngineError("ONNX Runtime has no bfloat16 on the CPU: choose --precision fp32, or an engine on a GPU")
+
+    def _open_gpu(self) -> None:
+        from .tensorrt.backend import BACKENDS
+        from .tensorrt.gpu import shared
+
+        if self._bundle.foreign:
+            raise EngineError(f"{self._bundle.root} holds no plans: make a bundle of the checkpoint with `compile`")
+        backend = BACKENDS[self.engine.backend]
+        self._version = str(backend.load().__version__)
+        self._gpu = shared()
+        backend.check_gpu(self._gpu.device.name, self._gpu.device.arch)
+
+    def _load_plans(self, name: str, variant: Variant) -> Engine:
+        from .tensorrt.engine import TensorRTEngine
+
+        component = self._bundle.component(name)
+        return TensorRTEngine(
+            name,
+            component.inputs,
+            component.outputs,
+            self._usable_plans(name),
+            self._gpu,
+            onnx=self._bundle.path(variant.model),
+            weight_budget=self._budget,
+            on_plan=lambda plan: self._serving.__setitem__(name, plan),
+        )
+
+    def _usable_plans(self, name: str) -> list[Plan]:
+        """The plans of component `name` that run here, read and checked once."""
+        from .tensorrt.plan import usable
+
+        if name not in self._plans:
+            store, own = EngineStore(self._bundle.root / "engines"), self.precision_of(name)
+            variant, gpu = self._variant(name), self._gpu.device
+            self._plans[name] = usable(store, name, variant, own, self.engine.backend, self._version, gpu)
+        return self._plans[name]

@@ -1,0 +1,173 @@
+"""The TensorRT plans of a bundle: one for each component and profile, built where the store has none."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...bundle import FULL, Bundle, Manifest
+from ...bundle.reports import is_report, read_report, with_report
+from ...common.errors import EngineError
+from ...common.files import read_json
+from ...common.machine import trim_memory
+from ...common.progress import Meter
+from ..cache import RECORD_NAME, EngineStore
+from .backend import BACKENDS, ELSEWHERE
+from .build import build, find
+from .plan import Recipe
+from .target import Target, profiles
+
+_AT_THE_GPU = ("refit", "strip")
+_CLASSIC_ONLY = ("version-compatible", "hardware-compatible")
+_NO_BF16 = ("sm75",)
+TIMING_NAME = "timing.cache"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildMachine:
+    """What plans are built with and for: the version of the module, and the GPU, "" when that is elsewhere."""
+
+    backend: str
+    version: str
+    archs: tuple[str, ...]
+    device: str
+
+
+def resolve_machine(backend: str, precision: str, target: Target) -> BuildMachine:
+    """Hold `target` against the backend that is installed and the GPU that is here, before any work is done.
+
+    Raises `EngineError` for an architecture that it does not know, a flag that it cannot build with, or when it needs
+    a GPU and there is none.
+    """
+    module = BACKENDS[backend].load()
+    flags = set(target.flags)
+    if BACKENDS[backend].ahead_of_time:
+        known = BACKENDS[backend].architectures()
+        unknown = [arch for arch in target.archs if arch not in known]
+        if unknown:
+            raise EngineError(
+                f"{backend} does not know the architecture {unknown[0]!r}: choose from {', '.join(known)}; "
+                f"other GPUs, such as Hopper's (sm90), take --engine {ELSEWHERE}"
+            )
+        wrong = [flag for flag in _CLASSIC_ONLY if flag in flags]
+        if wrong:
+            raise EngineError(f"{backend} builds no {wrong[0]} plans, --engine tensorrt does: leave the flag out")
+        if flags & set(_AT_THE_GPU) and target.archs:
+            raise EngineError(
+                f"{' and '.join(sorted(flags & set(_AT_THE_GPU)))} plans are built on the machine that has the GPU, "
+                "for that GPU: leave --arch out there"
+            )
+        if target.archs:
+            _check_types(precision, target.archs)
+            return BuildMachine(
+                backend, str(module.__version__), tuple(arch for arch in known if arch in target.archs), ""
+            )
+    elif target.archs:
+        raise EngineError(f"{backend} builds for the GPU of this machine: leave --arch out, or use tensorrt-rtx")
+    from .cuda import Device
+
+    try:
+        gpu = Device()
+    except EngineError as error:
+        at_the_gpu = [flag for flag in _AT_THE_GPU if flag in flags]
+        if at_the_gpu:
+            reason = f"{' and '.join(at_the_gpu)} plans are built on the machine that has the GPU"
+            raise EngineError(f"{str(error).partition(':')[0]}: {reason}") from None
+        if not BACKENDS[backend].ahead_of_time:
+            raise
+        names = ",".join(BACKENDS[backend].architectures())
+        raise EngineError(f"{str(error).partition(':')[0]}: name the GPUs to build for, of --arch {names}") from None
+    BACKENDS[backend].check_gpu(gpu.name, gpu.arch)
+    _check_types(precision, (gpu.arch,))
+    return BuildMachine(backend, str(module.__version__), (gpu.arch,), gpu.name)
+
+
+def _check_types(precision: str, archs: tuple[str, ...]) -> None:
+    old = [arch for arch in archs if arch in _NO_BF16]
+    if precision == "bf16" and old:
+        raise EngineError(f"{old[0]} has no bfloat16: use --precision fp16, or build for newer architectures")
+
+
+def build_plans(bundle: Bundle, machine: BuildMachine, precision: str, target: Target, meter: Meter) -> Bundle:
+    """`bundle` with all plans asked for in its store, built where they are missing, and the report on them.
+
+    precision: of all components that have it; the others are built in fp32.
+    Raises `EngineError` when a model is missing or its plan cannot be built.
+    """
+    store = EngineStore(bundle.root / "engines")
+    reports = read_report(bundle, "precision").get(precision, {})
+    described = []
+    gc.collect()
+    trim_memory()
+    for recipe, model in _recipes(bundle, machine, precision, target):
+        plan = find(store, recipe)
+        if plan is None:
+            what = f"plan of {recipe.component}, {recipe.profile.name}"
+            meter.show(what)
+            plan = build(
+                store,
+                recipe,
+                model,
+                fp32_nodes=_fp32_nodes(model, reports.get(recipe.component)),
+                timing=store.root / TIMING_NAME,
+                memory_limit=target.memory_limit,
+                progress=lambda phase, part, what=what: meter.show(what, part),  # type: ignore[misc]
+            )
+        meter.step()
+        described.append(read_json(plan.folder / RECORD_NAME, "the record of a plan"))
+    return with_report(bundle, "plans", {"warnings": warnings_of(described), "plans": described})
+
+
+def count_plans(manifest: Manifest, target: Target) -> int:
+    """How many plans `build_plans` makes."""
+    return sum(len(profiles(manifest, name, target)) for name in manifest.components)
+
+
+def _recipes(bundle: Bundle, machine: BuildMachine, precision: str, target: Target) -> Iterator[tuple[Recipe, Path]]:
+    """The recipe of each plan, and the model that it is built from."""
+    for name, component in bundle.manifest.components.items():
+        own = precision if component.variant(precision) is not None else FULL
+        variant = component.variant(own)
+        if variant is None:
+            raise EngineError(f"{name} has no model in {own}: compile the bundle again")
+        for profile in profiles(bundle.manifest, name, target):
+            recipe = Recipe(
+                component=name,
+                source=variant.files,
+                backend=machine.backend,
+                version=machine.version,
+                archs=machine.archs,
+                device=machine.device,
+                precision=own,
+                profile=profile,
+                flags=target.flags if component.role != "step" else (),
+            )
+            yield recipe, bundle.path(variant.model)
+
+
+def _fp32_nodes(model: Path, report: Any) -> frozenset[str]:
+    """The names of the ONNX nodes of `model` that stay in fp32 on purpose, by the report on its precision."""
+    if not is_report(report) or not report["islands"]:
+        return frozenset()
+    import onnx
+
+    outputs = {island["node"] for island in report["islands"]}
+    graph = onnx.load(model, load_external_data=False).graph
+    return frozenset(node.name for node in graph.node if outputs.intersection(node.output))
+
+
+def warnings_of(described: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is not as asked for in these plans, a line each."""
+    lines = []
+    for record in described:
+        missed = record["made_of"]["not_in_precision"]
+        if missed:
+            shown = ", ".join(missed[:5]) + (f" and {len(missed) - 5} more" if len(missed) > 5 else "")
+            lines.append(
+                f"{record['component']}, {record['profile']['name']}: {len(missed)} layers are not in "
+                f"{record['precision']}: {shown}"
+            )
+    return lines

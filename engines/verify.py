@@ -1,0 +1,111 @@
+"""`verify`: the hashes of a bundle, then each component against what torch gave when it was compiled."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..bundle import FULL, PRECISIONS, Bundle
+from ..common.arrays import Array
+from ..common.checks import MOST_THREADS, whole_number
+from ..common.errors import BundleError
+from .cache import EngineStore
+from .loader import EngineLoader
+from .names import ONNXRUNTIME, EngineName
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One component in one precision: the largest difference to the recorded reference and what was allowed."""
+
+    component: str
+    precision: str
+    max_abs_error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_abs_error <= self.allowed
+
+
+def verify(
+    bundle: Bundle, *, engine: str = "onnxruntime", precision: str | None = None, threads: int | None = None
+) -> Iterator[Check]:
+    """Check every hash, then yield one `Check` a component, precision and shape as it is done.
+
+    engine: one of `names.ENGINES`. precision: default all that the bundle has and the engine runs. What has plans is
+    held against ONNX Runtime on the CPU at their own shapes, with the recorded inputs repeated to fill them.
+    Raises `BundleError` when a file was changed, or for a bundle without recorded references.
+    """
+    if bundle.foreign:
+        raise BundleError(f"{bundle.root} has no bundle.json and so nothing to verify against: compile it")
+    if threads is not None:
+        threads = whole_number("threads", threads, 1, MOST_THREADS)
+    bundle.check()
+    problems = EngineStore(bundle.root / "engines").problems()
+    if problems:
+        raise BundleError(f"{bundle.root}: {'; '.join(problems)}; then run or compile builds what is needed again")
+    for chosen in (precision,) if precision is not None else runnable(bundle, engine):
+        yield from _verify(bundle, engine, chosen, threads)
+
+
+def runnable(bundle: Bundle, engine: str) -> list[str]:
+    """The precisions that `bundle` has and `engine` runs: of plans the one it was compiled for, on the CPU no bf16."""
+    lower = {name for part in bundle.manifest.components.values() for name in part.precisions if name in PRECISIONS}
+    name = EngineName.parse(engine)
+    if name.backend != ONNXRUNTIME:
+        return [bundle.manifest.precision]
+    return [FULL, *sorted(lower - {FULL, *(["bf16"] if name.on_cpu else [])})]
+
+
+def _verify(bundle: Bundle, engine: str, precision: str, threads: int | None) -> Iterator[Check]:
+    loader, exact = EngineLoader(bundle, engine, precision), EngineLoader(bundle, ONNXRUNTIME, FULL)
+    for name in bundle.manifest.components:
+        own = loader.precision_of(name)
+        shapes = loader.plan_shapes(name)
+        if own != precision and not shapes:  # the step, which is checked with fp32
+            continue
+        checked = loader.load(name, threads)
+        feeds, expected = _reference(bundle, name, {tensor.name for tensor in checked.outputs})
+        if not shapes:
+            yield _compare(name, own, checked(feeds), expected)
+            continue
+        reference = exact.load(name, threads)
+        for shape in shapes:
+            feeds = {key: np.resize(array, shape[key]) for key, array in feeds.items()}
+            yield _compare(name, own, checked(feeds), reference(feeds))
+
+
+def _compare(name: str, precision: str, found: Mapping[str, Array], expected: Mapping[str, Array]) -> Check:
+    error, allowed = 0.0, float("inf")
+    for output, reference in expected.items():
+        if found[output].shape != reference.shape:
+            raise BundleError(f"{name}: output {output!r} is not of the recorded shape; compile the bundle again")
+        difference = float(np.abs(found[output] - reference).max())
+        if not np.isfinite(difference):
+            raise BundleError(f"{name}: output {output!r} is not finite; compile the bundle again on this machine")
+        error = max(error, difference)
+        allowed = min(allowed, PRECISIONS[precision] * max(1.0, float(np.abs(reference).max())))
+    return Check(name, precision, error, allowed)
+
+
+def _reference(bundle: Bundle, name: str, outputs: set[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The recorded inputs and outputs of a component, which must cover all its outputs with finite numbers."""
+    relative = f"reports/reference/{name}.npz"
+    if relative not in bundle.manifest.files:
+        raise BundleError(f"{bundle.root}: the manifest has no hash for {relative}; compile the bundle again")
+    path = bundle.path(relative)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path} cannot be read ({error}); compile the bundle again") from None
+    feeds = {key.removeprefix("in."): value for key, value in arrays.items() if key.startswith("in.")}
+    expected = {key.removeprefix("out."): value for key, value in arrays.items() if key.startswith("out.")}
+    numbers = all(value.dtype.kind in "fi" and np.isfinite(value).all() for value in expected.values())
+    if set(expected) != outputs or not numbers:
+        raise BundleError(f"{path} does not hold every output of {name}; compile the bundle again")
+    return feeds, expected

@@ -1,0 +1,70 @@
+"""What a model family says about one of its components, for tracing and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ...bundle import Tensor
+from ...common.arrays import Array
+
+OPSET = 20
+"""The ONNX operator set that is traced to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Sizes that a named axis may take in a test: multiples of `unit` from `low` to `high`."""
+
+    low: int
+    high: int
+    unit: int = 1
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """A random size."""
+        return self.unit * int(rng.integers(-(-self.low // self.unit), self.high // self.unit + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentSpec:
+    """One component: where it comes from, its inputs and outputs with named axes, and how to load it.
+
+    load: returns the torch module, in eval mode, whose keyword arguments are the inputs and which returns the
+    outputs (one tensor, or a tuple). hollow: returns the same on the meta device, without weights.
+    integers: exclusive upper bounds of integer inputs. scale: a factor on the random values of an input, such as the
+    range of timesteps. repeat: an input that is a vector over the batch and is to accept one value for all rows.
+    facts: numbers that `load` writes into the graph beside the weights. per_prompt: inputs that a whole run shares.
+    """
+
+    name: str
+    source: str
+    load: Callable[[], Any]
+    hollow: Callable[[], Any]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    axes: dict[str, Axis]
+    integers: dict[str, int] = field(default_factory=dict)
+    scale: dict[str, float] = field(default_factory=dict)
+    repeat: str = ""
+    facts: tuple[float, ...] = ()
+    per_prompt: tuple[str, ...] = ()
+
+    def sizes(self, rng: np.random.Generator) -> dict[str, int]:
+        """A random size for each axis."""
+        return {name: axis.draw(rng) for name, axis in self.axes.items()}
+
+    def feeds(self, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, Array]:
+        """Random inputs of these sizes."""
+        result: dict[str, Array] = {}
+        for tensor in self.inputs:
+            shape = [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+            if tensor.name in self.integers:
+                result[tensor.name] = rng.integers(0, self.integers[tensor.name], shape).astype(tensor.dtype)
+            elif tensor.name in self.scale:
+                result[tensor.name] = (rng.random(shape) * self.scale[tensor.name]).astype(tensor.dtype)
+            else:
+                result[tensor.name] = rng.standard_normal(shape).astype(tensor.dtype)
+        return result

@@ -1,0 +1,190 @@
+"""Trace a torch module to ONNX with named dynamic axes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common.errors import CheckpointError, reason
+from .simplify import simplify
+from .spec import OPSET, ComponentSpec
+
+MODEL_NAME = "model.onnx"
+DATA_NAME = "model.onnx_data"
+_EXTERNAL_FROM_BYTES = 64 << 20
+"""Models with more weights than this keep them beside the graph; a protobuf holds at most 2 GiB."""
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_CHATTY = ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", "torch.utils._sympy", "torch._dynamo")
+
+
+def trace(plan: ComponentSpec, module: Any, folder: Path) -> None:
+    """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large). The module has no weights after that.
+
+    Raises `CheckpointError` when the exporter fails or fixed an axis that the plan names.
+    """
+    import onnx_ir
+    import torch
+
+    sizes = {name: axis.unit * (-(-axis.low // axis.unit) + 1 + i) for i, (name, axis) in enumerate(plan.axes.items())}
+    feeds = {name: torch.from_numpy(array) for name, array in plan.feeds(sizes, np.random.default_rng(0)).items()}
+    any_size = torch.export.Dim.DYNAMIC
+    dynamic = {t.name: {i: any_size for i, axis in enumerate(t.shape) if isinstance(axis, str)} for t in plan.inputs}
+    with _quiet(), torch.no_grad():
+        try:
+            # the graph is captured without Dynamo, which takes several times as long and finds the same
+            captured = torch.export.export(module, (), feeds, dynamic_shapes=dynamic, strict=False)
+            program = torch.onnx.export(
+                captured,
+                (),
+                kwargs=feeds,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                output_names=[tensor.name for tensor in plan.outputs],
+                verbose=False,
+            )
+        except Exception as error:  # the exporter wraps whatever the model raised
+            raise CheckpointError(f"{plan.name} cannot be traced to ONNX: {reason(error)}") from error
+    model = program.model
+    simplify(model)
+    _name_axes(plan, model)
+    _fold_weights(model)
+    if plan.repeat:
+        _repeat(plan.repeat, model)
+    model.producer_name, model.producer_version = "diffoundry", ""
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = DATA_NAME if weights > _EXTERNAL_FROM_BYTES else None
+    onnx_ir.save(model, folder / MODEL_NAME, external_data=external)
+    _empty(module, model)
+
+
+def _empty(module: Any, model: Any) -> None:
+    """Let the weights go: the exporter's rules remember the last graph that they looked at, for good."""
+    import torch
+
+    for weight in (*module.parameters(), *module.buffers()):
+        weight.data = torch.empty(0, dtype=weight.dtype)
+    for value in model.graph.initializers.values():
+        value.const_value = None
+
+
+def _name_axes(plan: ComponentSpec, model: Any) -> None:
+    """Give inputs and outputs the plan's names and axes. Raises `CheckpointError` when an axis became fixed."""
+    import onnx_ir
+
+    values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    names: dict[str, str] = {}
+    for tensor in (*plan.inputs, *plan.outputs):
+        value = values.get(tensor.name)
+        if value is None or value.shape is None or len(value.shape) != len(tensor.shape):
+            raise CheckpointError(
+                f"{plan.name}: the traced model has no tensor {tensor.name!r} of rank {len(tensor.shape)}"
+            )
+        for i, axis in enumerate(tensor.shape):
+            if isinstance(axis, str) and isinstance(value.shape[i], int):
+                raise CheckpointError(
+                    f"{plan.name}: axis {axis!r} of {tensor.name!r} was fixed to {value.shape[i]} in tracing"
+                )
+            if isinstance(axis, str):
+                names.setdefault(str(value.shape[i]), axis)
+        value.shape = onnx_ir.Shape(list(tensor.shape))
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = onnx_ir.Shape([_renamed(size, names) for size in value.shape])
+
+
+def _renamed(size: Any, names: dict[str, str]) -> int | str | None:
+    """A size, or an expression of generated names, in the plan's names."""
+    if isinstance(size, int):
+        return size
+    return None if size.value is None else _NAME.sub(lambda found: names.get(found[0], found[0]), size.value)
+
+
+def _fold_weights(model: Any) -> None:
+    """Let float32 weights take the place of half-precision ones and their casts and transpositions.
+
+    The exporter folds small ones alone. Here each is made when it is written, so that one at a time is in memory.
+    """
+    import onnx_ir
+
+    graph = model.graph
+    for node in [node for node in graph if node.op_type in ("Cast", "Transpose")]:
+        stored, made = node.inputs[0], node.outputs[0]
+        if stored is None or stored.name not in graph.initializers or stored.const_value is None:
+            continue
+        if made.dtype != onnx_ir.DataType.FLOAT:
+            continue
+        axes = list(node.attributes["perm"].as_ints() if node.op_type == "Transpose" else range(len(stored.shape)))
+        name = "_".join([str(stored.name), "axes", *map(str, axes)])
+        _replace(graph, node, _folded(stored.const_value, axes, name))
+
+
+def _folded(tensor: Any, axes: list[int], name: str) -> Any:
+    """The value of the initializer `name`: `tensor` in float32 with its axes in another order, made when it is read."""
+    import onnx_ir
+
+    return onnx_ir.LazyTensor(
+        lambda: onnx_ir.tensor(np.asarray(tensor.numpy().astype(np.float32).transpose(axes), order="C"), name=name),
+        dtype=onnx_ir.DataType.FLOAT,
+        shape=onnx_ir.Shape([tensor.shape[axis] for axis in axes]),
+        name=name,
+    )
+
+
+def _replace(graph: Any, node: Any, tensor: Any) -> None:
+    """Let an initializer of the value `tensor` take the place of `node`."""
+    import onnx_ir
+
+    stored, made = node.inputs[0], node.outputs[0]
+    weight = graph.initializers.get(tensor.name)
+    if weight is None:
+        weight = onnx_ir.Value(name=tensor.name, shape=tensor.shape, type=made.type)
+        weight.const_value = tensor
+        graph.register_initializer(weight)
+    onnx_ir.convenience.replace_all_uses_with(made, weight)
+    graph.remove(node, safe=True)
+    if not stored.uses():
+        del graph.initializers[stored.name]
+
+
+def _repeat(name: str, model: Any) -> None:
+    """Let the vector input `name` hold one value for all rows: expand it to the rows of the first input."""
+    import onnx_ir
+
+    graph = model.graph
+    vector = next(value for value in graph.inputs if value.name == name)
+    rows = onnx_ir.node("Shape", [graph.inputs[0]], {"start": 0, "end": 1}, name="rows_of_batch")
+    expand = onnx_ir.node("Expand", [vector, rows.outputs[0]], name=f"{name}_of_rows")
+    expand.outputs[0].name, expand.outputs[0].dtype, expand.outputs[0].shape = (
+        f"{name}_of_rows",
+        vector.dtype,
+        vector.shape,
+    )
+    rows.outputs[0].name = "rows_of_batch"
+    onnx_ir.convenience.replace_all_uses_with(vector, expand.outputs[0])
+    expand.replace_input_with(0, vector)
+    graph.insert_before(graph[0], [rows, expand])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks on itself; its failures are exceptions."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,145 @@
+"""What the configurations of a checkpoint say, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..bundle import FULL, Component, Manifest
+from ..bundle.wiring import TASKS, Tokenizer
+from ..common.errors import CheckpointError, DiffoundryError
+from ..common.files import check_tree
+from ..families import FAMILIES, Family, Pipeline, family_named, family_of
+from ..runtime.loop.guidance import Guidance
+from ..runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
+from ..runtime.request import Request
+from .checkpoint import Checkpoint
+from .graphs.spec import ComponentSpec
+
+_DAMAGED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
+"""What a damaged configuration may make of the code that reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What `compile` is asked to make of a checkpoint; None and empty stand for what the checkpoint says itself."""
+
+    family: str | None
+    tasks: Sequence[str] | None
+    components: Mapping[str, str | Path]
+    steps: int | None
+    guidance: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A checkpoint and what it says. specs: of the components that the tasks need. steps, guidance: run by default."""
+
+    source: Checkpoint
+    family: Family
+    pipeline: Pipeline
+    tasks: tuple[str, ...]
+    steps: int
+    guidance: float
+    specs: list[ComponentSpec]
+
+    @classmethod
+    def of(cls, source: Checkpoint, asked: Asked, shown: str | Path) -> Reading:
+        """shown: what the user calls the checkpoint.
+
+        Raises `CheckpointError` or `DiffoundryError` for what the checkpoint is not, or cannot do.
+        """
+        source = source.replace(asked.components)
+        for folder in (source.root, *source.replaced.values()):
+            check_tree(folder, held=False)  # a pipe would be waited for
+        family = _family(source, asked.family)
+        pipeline = described(source, family)
+        tasks = _chosen_tasks(shown, pipeline.tasks, asked.tasks)
+        steps = family.steps if asked.steps is None else asked.steps
+        guidance = family.guidance if asked.guidance is None else asked.guidance
+        Request(steps=steps, guidance=Guidance(guidance))  # refuses what cannot be run
+        return cls(source, family, pipeline, tasks, steps, float(guidance), _specs(source, pipeline, tasks))
+
+    def draft(
+        self, tokenizers: dict[str, Tokenizer], scheduler: dict[str, dict[str, bool | int]], name: str
+    ) -> Manifest:
+        """The manifest before any file is made. name: of the checkpoint."""
+        parts = self.pipeline.parts
+        drafts = {spec.name: Component(parts[spec.name].role, spec.inputs, spec.outputs) for spec in self.specs}
+        drafts[STEP_NAME] = Component("step", STEP_INPUTS, STEP_OUTPUTS)
+        unit = next(spec.axes["height"].unit for spec in self.specs if parts[spec.name].role == "denoiser")
+        latents = replace(self.pipeline.latents, multiple=unit)
+        width, height = (
+            -(-side // latents.unit) * latents.unit for side in (self.pipeline.width, self.pipeline.height)
+        )
+        return Manifest(
+            family=self.family.name,
+            tasks=self.tasks,
+            precision=FULL,
+            components=drafts,
+            wiring=self.pipeline.wiring,
+            latents=latents,
+            tokenizers=tokenizers,
+            files={},
+            default_width=width,
+            default_height=height,
+            default_steps=self.steps,
+            default_guidance=self.guidance,
+            scheduler=scheduler,
+            source={"name": name, "pipeline": self.source.class_name},
+        )
+
+
+def described(source: Checkpoint, family: Family) -> Pipeline:
+    """What the family makes of the configurations. Raises `CheckpointError` for a model that it does not take."""
+    from .configs import Complete, check_classes
+
+    check_classes(source, family)
+    try:
+        return family.describe(Complete(source))
+    except _DAMAGED as error:
+        raise _damaged(source, error) from None
+
+
+def _family(source: Checkpoint, name: str | None) -> Family:
+    """The family called `name`, or the one of the checkpoint's pipeline class. Raises `CheckpointError`."""
+    found = family_named(name) if name is not None else family_of(source.class_name)
+    if found is None:
+        known = ", ".join(sorted(each for family in FAMILIES.values() for each in family.pipelines))
+        raise CheckpointError(
+            f"{source.root} is a {source.class_name or 'pipeline without a class name'}; "
+            f"the pipeline classes known are {known} (--family overrides)"
+        )
+    return found
+
+
+def _damaged(source: Checkpoint, error: Exception) -> CheckpointError:
+    replaced = "".join(f" or {folder}" for folder in source.replaced.values())
+    return CheckpointError(
+        f"a config.json in {source.root}{replaced} is damaged or of another kind "
+        f"({type(error).__name__}: {error}): give the configuration that the part was saved with"
+    )
+
+
+def _specs(source: Checkpoint, pipeline: Pipeline, tasks: tuple[str, ...]) -> list[ComponentSpec]:
+    """How the components that the tasks need are traced."""
+    from .modules import component_plans
+
+    needed = {"text", "denoiser", "preview", *(role for task in tasks for role in TASKS[task])}
+    try:
+        return [spec for spec in component_plans(source, pipeline) if pipeline.parts[spec.name].role in needed]
+    except _DAMAGED as error:
+        raise _damaged(source, error) from None
+
+
+def _chosen_tasks(checkpoint: str | Path, known: tuple[str, ...], asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The tasks of the bundle, of those known. Raises `DiffoundryError` for one that the checkpoint cannot do."""
+    if asked is None:
+        return known
+    wrong = [task for task in asked if task not in known]
+    if wrong or not asked:
+        raise DiffoundryError(
+            f"{checkpoint} cannot do the task {', '.join(wrong) or '(none)'}: choose from {', '.join(known)}"
+        )
+    return tuple(task for task in known if task in asked)

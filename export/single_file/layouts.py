@@ -1,0 +1,153 @@
+"""What a single-file checkpoint is: its layout, or what else it looks like.
+
+The original layout is that of the latent-diffusion code: `model.diffusion_model` is the U-Net, `first_stage_model` the
+autoencoder, `cond_stage_model` or `conditioner.embedders` hold the text encoders.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from ...common.errors import CheckpointError
+from ..weight_files import check_names
+from .tokenizer import END
+from .weights import Weights
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """One text encoder of a layout: its folder, the prefix of its weights in the file, and of which CLIP it is."""
+
+    name: str
+    prefix: str
+    open_clip: bool
+
+    @property
+    def tokenizer(self) -> str:
+        """The folder of its tokenizer."""
+        return self.name.replace("text_encoder", "tokenizer")
+
+    @property
+    def pad_token(self) -> str:
+        """What fills its window: OpenCLIP pads with id 0."""
+        return "!" if self.open_clip else END
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A kind of single file.
+
+    data: the file of its published configurations. sizes: how many numbers (picture size, crop, aesthetic score) the
+    U-Net reads beside the pooled text.
+    """
+
+    title: str
+    data: str
+    text_encoders: tuple[TextEncoder, ...]
+    sizes: int = 0
+
+    def published(self) -> dict[str, dict[str, Any]]:
+        """What its configurations say that shapes do not: `model_index`, one entry a folder, and `forms`.
+
+        A form is what inpainting, another prediction or a last step of pure noise change in the others.
+        """
+        text = (files(__package__) / "data" / f"{self.data}.json").read_text(encoding="utf-8")
+        return dict(json.loads(text))
+
+
+SD1 = Layout(
+    "Stable Diffusion 1",
+    "stable-diffusion-1",
+    (TextEncoder("text_encoder", "cond_stage_model.transformer.", open_clip=False),),
+)
+SD2 = Layout(
+    "Stable Diffusion 2",
+    "stable-diffusion-2",
+    (TextEncoder("text_encoder", "cond_stage_model.model.", open_clip=True),),
+)
+SDXL = Layout(
+    "Stable Diffusion XL",
+    "stable-diffusion-xl",
+    (
+        TextEncoder("text_encoder", "conditioner.embedders.0.transformer.", open_clip=False),
+        TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", open_clip=True),
+    ),
+    sizes=6,
+)
+REFINER = Layout(
+    "Stable Diffusion XL refiner",
+    "stable-diffusion-xl-refiner",
+    (TextEncoder("text_encoder_2", "conditioner.embedders.0.model.", open_clip=True),),
+    sizes=5,
+)
+LAYOUTS = (SD1, SD2, SDXL, REFINER)
+
+_OTHERS = {
+    r"lora_(unet|te|down|up|A|B)|\.lora\.|\.hada_w|\.lokr_w": "a LoRA, which changes a checkpoint and is none itself: "
+    "give what diffusers saves after `load_lora_weights`, `fuse_lora` and `unload_lora_weights`",
+    r"^(string_to_param|emb_params$|clip_[lg]$)": "a textual inversion, which adds to a checkpoint and is none itself",
+    r"^control_model\.|^controlnet_|zero_convs\.": "a ControlNet",
+    r"^(ip_adapter|image_proj)\.": "an IP-Adapter, which adds to a checkpoint and is none itself",
+    r"^(adapter\.)?body\.\d+\.": "a T2I-Adapter or an upscaler, which adds to a checkpoint and is none itself",
+    r"motion_modules\.": "a motion module of AnimateDiff",
+    r"\.time_stack\.|\.time_mixer\.": "a Stable Video Diffusion model",
+    r"^edm_(mean|std)$|^edm_vpred\.": "trained in the EDM way (Playground 2.5, CosXL)",
+    r"double_blocks\.|single_transformer_blocks\.": "a FLUX model",
+    r"joint_blocks\.|^transformer_blocks\.\d+\.norm1_context": "a Stable Diffusion 3 model",
+}
+"""Names that a supported checkpoint never has."""
+_PARTS = {
+    rf"^{UNET}(in|out)put_blocks\.": "a U-Net without text encoder (no cond_stage_model.*, no conditioner.embedders.*)",
+    r"^(unet\.)?(down_blocks|mid_block)\.": "a U-Net in the diffusers layout: give the folder of a whole checkpoint, "
+    "and with --component unet=FOLDER the folder of this file and its config.json",
+    r"^(vae\.)?(encoder\.down_blocks|decoder\.up_blocks)\.": "a VAE in the diffusers layout: give the folder of a "
+    "whole checkpoint, and with --component vae=FOLDER the folder of this file and its config.json",
+    r"^input_blocks\.": f"a U-Net alone, without the prefix {UNET}",
+    r"^(first_stage_model\.|vae\.)?(encoder\.down|decoder\.up)\.": "a VAE alone",
+    r"^(vision_model|visual)\.": "an image encoder alone",
+    r"^(text_model|cond_stage_model|conditioner|embeddings)\.|resblocks\.|^encoder\.block\.": "a text encoder alone",
+    r"^model_ema\.": "the moving average (EMA) of a U-Net alone",
+    r"^(optimizer|optimizer_states|lr_schedulers)\b": "the state of a training",
+}
+"""Names that a checkpoint has too, so that they mean something only where it is incomplete."""
+
+
+def recognise(weights: Weights) -> Layout:
+    """The layout of a whole checkpoint. Raises `CheckpointError`, which says what another file looks like."""
+    check_names(weights.path, weights.shapes)
+    other = _look(weights, _OTHERS)
+    if not other and _has(weights, UNET):
+        for layout in LAYOUTS:
+            if any(_has(weights, text.prefix) for text in layout.text_encoders):
+                _check_parts(weights, layout)
+                return layout
+    like = other or _look(weights, _PARTS)
+    found = f"it looks like {like}" if like else f"its tensors are {', '.join(sorted(weights.shapes)[:3]) or 'none'}"
+    raise CheckpointError(
+        f"{weights.path} is no whole Stable Diffusion 1, 2 or XL checkpoint in the original layout: {found}"
+    )
+
+
+def _has(weights: Weights, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in weights.shapes)
+
+
+def _look(weights: Weights, table: Mapping[str, str]) -> str | None:
+    names = "\n".join(weights.shapes)
+    return next((what for pattern, what in table.items() if re.search(pattern, names, re.MULTILINE)), None)
+
+
+def _check_parts(weights: Weights, layout: Layout) -> None:
+    absent = [prefix for prefix in (VAE, *(text.prefix for text in layout.text_encoders)) if not _has(weights, prefix)]
+    if absent:
+        raise CheckpointError(
+            f"{weights.path} is a {layout.title} checkpoint without {' and '.join(f'{name}*' for name in absent)}: "
+            "use a file that holds U-Net, VAE and text encoders"
+        )

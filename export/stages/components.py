@@ -1,0 +1,169 @@
+"""The stage that traces the components of a checkpoint: each fused, held against torch, and done once."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ...bundle import FULL, STANDARD, Bundle, Component, Variant
+from ...bundle.ledger import Kind, Ledger
+from ...bundle.manifest import Files
+from ...bundle.reports import with_report
+from ...common.files import remove, sha256_file, sha256_json
+from ...common.progress import Meter
+from ...engines import EngineStore
+from ...engines.names import ONNXRUNTIME
+from ...engines.onnxruntime import OnnxRuntimeEngine, load_variant
+from ...runtime.loop.step import STEP_NAME
+from ..checkpoint import Checkpoint
+from ..graphs import step
+from ..graphs.fuse import fuse
+from ..graphs.spec import OPSET, ComponentSpec
+from ..guard import guarded
+
+_REVISION = 7
+"""Raise it when the exporter writes something else from the same input."""
+_STANDARD = f"{FULL}/{STANDARD}"
+_FUSED = f"{FULL}/{ONNXRUNTIME}:cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A finished component: its graphs, its configuration, its parity report, and torch's recorded outputs."""
+
+    variants: dict[str, Variant]
+    files: Files
+    parity: dict[str, Any]
+    reference: Files
+
+    def __post_init__(self) -> None:
+        try:
+            measured = all(float(case["max_abs_error"]) >= 0 for case in self.parity["cases"])
+        except (LookupError, TypeError, OverflowError):
+            measured = False
+        whole = all({each.model, each.per_prompt} <= {"", *each.files} for each in self.variants.values())
+        if not measured or not whole or not self.reference or _STANDARD not in self.variants:
+            raise ValueError("it is not whole")
+
+    def all_files(self) -> Files:
+        """The files of all variants, of its configuration and of the recorded outputs."""
+        return Component("step", variants=self.variants, files=self.files).all_files() | self.reference
+
+
+TRACED = Kind(Traced, Traced.all_files)
+
+
+@dataclass(frozen=True, slots=True)
+class Tracer:
+    """What components are traced with, and where what was done once is found.
+
+    provider: of ONNX Runtime, that components are held against torch on. store: cache for optimized ONNX Runtime
+    sessions, None to keep none. versions: of every tool that influences the traced graph; part of the key.
+    """
+
+    source: Checkpoint
+    ledger: Ledger
+    provider: str
+    store: EngineStore | None
+    versions: Mapping[str, str]
+
+    def trace(self, bundle: Bundle, specs: Sequence[ComponentSpec], hashes: Mapping[str, str], meter: Meter) -> Bundle:
+        """`bundle`, which lies in the ledger's working folder, with the variants of its components in fp32.
+
+        hashes: of the weights of each folder of the checkpoint.
+        """
+        made: dict[str, tuple[Traced, str]] = {}
+        for spec in specs:
+            meter.show(spec.name)
+            key = self._key(spec, hashes[spec.source])
+            traced = self.ledger.find(spec.name, key, TRACED)
+            if traced is None:
+                traced = self.ledger.keep(spec.name, key, self._traced(spec))
+            elif self.store is not None:
+                self._load(spec.name, traced.variants)  # the engine, if this machine has none yet
+            made[spec.name] = traced, key
+            meter.step()
+        meter.show(STEP_NAME)
+        step_made = self._step()
+        made[STEP_NAME] = step_made, sha256_json(step_made.variants[_STANDARD].files)
+        meter.step()
+        components, files = dict(bundle.manifest.components), dict(bundle.manifest.files)
+        for name, (traced, key) in made.items():
+            components[name] = replace(components[name], variants=traced.variants, files=traced.files, key=key)
+            files |= traced.reference
+        bundle = replace(bundle, manifest=replace(bundle.manifest, components=components, files=files))
+        return with_report(bundle, "parity", {name: traced.parity for name, (traced, _) in made.items()})
+
+    def _key(self, spec: ComponentSpec, source_hash: str) -> str:
+        return sha256_json(
+            {
+                "revision": _REVISION,
+                "source": source_hash,
+                "inputs": [asdict(tensor) for tensor in spec.inputs],
+                "outputs": [asdict(tensor) for tensor in spec.outputs],
+                "facts": spec.facts,
+                "versions": dict(self.versions),
+                "opset": OPSET,
+                "device": self.provider,
+            }
+        )
+
+    def _step(self) -> Traced:
+        """The step of the loop as a graph, held against the host's step."""
+        from ..graphs.validate import compare
+
+        folder, model = self.ledger.work / STEP_NAME, f"{STEP_NAME}/model.onnx"
+        remove(folder)
+        folder.mkdir()
+        step.write_step(folder / "model.onnx")
+        variants = {_STANDARD: Variant(model, {model: sha256_file(folder / "model.onnx")})}
+        cases = step.step_cases()
+        parity = compare(STEP_NAME, self._load(STEP_NAME, variants), cases)
+        return Traced(variants, {}, parity, self._reference(STEP_NAME, cases))
+
+    def _traced(self, spec: ComponentSpec) -> Traced:
+        from ..graphs.trace import trace
+        from ..graphs.validate import compare, torch_cases
+
+        work, name = self.ledger.work, spec.name
+        folder = work / name
+        remove(folder)
+        folder.mkdir()
+        with guarded(f"the {name} cannot be loaded"):
+            module = spec.load()
+        # the cases first: tracing may leave its marks on the module
+        with guarded(f"the {name} cannot be run in torch"):
+            cases = torch_cases(spec, module)
+        with guarded(f"the {name} cannot be traced to ONNX"):
+            trace(spec, module, folder)
+        del module
+        gc.collect()
+        with guarded(f"the graph of the {name} cannot be fused"):
+            graphs = fuse(folder / "model.onnx", spec.per_prompt)
+        files = {f"{name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
+        shutil.copyfile(self.source.folder(spec.source) / "config.json", folder / "config.json")
+        config = {f"{name}/config.json": sha256_file(folder / "config.json")}
+        model, others = f"{name}/model.onnx", [f"{name}/{graph}" for graph in graphs or ()]
+        variants = {_STANDARD: Variant(model, {path: files[path] for path in files if path not in others})}
+        if graphs is not None:
+            plain = OnnxRuntimeEngine.load(work / model, component=name, provider=self.provider)
+            compare(name, plain, cases)
+            del plain
+            shared = {path: sha for path, sha in files.items() if path != model}
+            variants[_FUSED] = Variant(others[0], shared, others[1] if graphs[1] else "")
+        parity = compare(name, self._load(name, variants), cases)
+        return Traced(variants, config, parity, self._reference(name, cases))
+
+    def _reference(self, name: str, cases: Sequence[Any]) -> Files:
+        from ..graphs.validate import save_reference
+
+        path = f"reports/reference/{name}.npz"
+        save_reference(self.ledger.work / path, cases[0])
+        return {path: sha256_file(self.ledger.work / path)}
+
+    def _load(self, name: str, variants: dict[str, Variant]) -> Any:
+        variant = variants.get(f"{FULL}/{ONNXRUNTIME}:{self.provider}") or variants[_STANDARD]
+        return load_variant(self.ledger.work, name, variant, provider=self.provider, store=self.store)
