@@ -14,7 +14,6 @@ from ...engines import DeviceArray, DeviceBinding, Engine
 from .sample import Ports, Row, Sample
 from .step import step_inputs
 
-HOST_ONLY = "the loop on the device takes joint guidance and float32 latents, and does not inpaint: use the loop 'host'"
 _MOST_PHASES = 8
 """Phases kept ready: three of a run whose guidance is on in its middle, for two kinds of runs, and some."""
 _MOST_CAPTURED = 8
