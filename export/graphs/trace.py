@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from ...common.errors import CheckpointError, reason
+from ...common.files import write_json
 from .simplify import simplify
 from .spec import OPSET, ComponentSpec
+from .weights import WEIGHTS_NAME, weight_sources
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
@@ -24,18 +26,20 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 _CHATTY = ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", "torch.utils._sympy", "torch._dynamo")
 
 
-def trace(plan: ComponentSpec, module: Any, folder: Path) -> None:
-    """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large). The module has no weights after that.
+def trace(spec: ComponentSpec, module: Any, folder: Path, stored: Collection[str] = ()) -> None:
+    """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large), and `weights.json`.
 
-    Raises `CheckpointError` when the exporter fails or fixed an axis that the plan names.
+    stored: the names of the weights in the checkpoint. The module has no weights after that.
+
+    Raises `CheckpointError` when the exporter fails or fixed an axis that has a name.
     """
     import onnx_ir
     import torch
 
-    sizes = {name: axis.unit * (-(-axis.low // axis.unit) + 1 + i) for i, (name, axis) in enumerate(plan.axes.items())}
-    feeds = {name: torch.from_numpy(array) for name, array in plan.feeds(sizes, np.random.default_rng(0)).items()}
+    sizes = {name: axis.unit * (-(-axis.low // axis.unit) + 1 + i) for i, (name, axis) in enumerate(spec.axes.items())}
+    feeds = {name: torch.from_numpy(array) for name, array in spec.feeds(sizes, np.random.default_rng(0)).items()}
     any_size = torch.export.Dim.DYNAMIC
-    dynamic = {t.name: {i: any_size for i, axis in enumerate(t.shape) if isinstance(axis, str)} for t in plan.inputs}
+    dynamic = {t.name: {i: any_size for i, axis in enumerate(t.shape) if isinstance(axis, str)} for t in spec.inputs}
     with _quiet(), torch.no_grad():
         try:
             # the graph is captured without Dynamo, which takes several times as long and finds the same
@@ -47,20 +51,21 @@ def trace(plan: ComponentSpec, module: Any, folder: Path) -> None:
                 dynamo=True,
                 opset_version=OPSET,
                 optimize=False,
-                output_names=[tensor.name for tensor in plan.outputs],
+                output_names=[tensor.name for tensor in spec.outputs],
                 verbose=False,
             )
         except Exception as error:  # the exporter wraps whatever the model raised
-            raise CheckpointError(f"{plan.name} cannot be traced to ONNX: {reason(error)}") from error
+            raise CheckpointError(f"{spec.name} cannot be traced to ONNX: {reason(error)}") from error
     model = program.model
     simplify(model)
-    _name_axes(plan, model)
+    _name_axes(spec, model)
     _fold_weights(model)
-    if plan.repeat:
-        _repeat(plan.repeat, model)
+    if spec.repeat:
+        _repeat(spec.repeat, model)
     model.producer_name, model.producer_version = "diffoundry", ""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = DATA_NAME if weights > _EXTERNAL_FROM_BYTES else None
+    write_json(folder / WEIGHTS_NAME, weight_sources(module, model, stored))
     onnx_ir.save(model, folder / MODEL_NAME, external_data=external)
     _empty(module, model)
 
@@ -75,22 +80,22 @@ def _empty(module: Any, model: Any) -> None:
         value.const_value = None
 
 
-def _name_axes(plan: ComponentSpec, model: Any) -> None:
-    """Give inputs and outputs the plan's names and axes. Raises `CheckpointError` when an axis became fixed."""
+def _name_axes(spec: ComponentSpec, model: Any) -> None:
+    """Give inputs and outputs their names and axes. Raises `CheckpointError` when an axis became fixed."""
     import onnx_ir
 
     values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
     names: dict[str, str] = {}
-    for tensor in (*plan.inputs, *plan.outputs):
+    for tensor in (*spec.inputs, *spec.outputs):
         value = values.get(tensor.name)
         if value is None or value.shape is None or len(value.shape) != len(tensor.shape):
             raise CheckpointError(
-                f"{plan.name}: the traced model has no tensor {tensor.name!r} of rank {len(tensor.shape)}"
+                f"{spec.name}: the traced model has no tensor {tensor.name!r} of rank {len(tensor.shape)}"
             )
         for i, axis in enumerate(tensor.shape):
             if isinstance(axis, str) and isinstance(value.shape[i], int):
                 raise CheckpointError(
-                    f"{plan.name}: axis {axis!r} of {tensor.name!r} was fixed to {value.shape[i]} in tracing"
+                    f"{spec.name}: axis {axis!r} of {tensor.name!r} was fixed to {value.shape[i]} in tracing"
                 )
             if isinstance(axis, str):
                 names.setdefault(str(value.shape[i]), axis)
@@ -102,7 +107,7 @@ def _name_axes(plan: ComponentSpec, model: Any) -> None:
 
 
 def _renamed(size: Any, names: dict[str, str]) -> int | str | None:
-    """A size, or an expression of generated names, in the plan's names."""
+    """A size, or an expression of generated names, in the names of the specification."""
     if isinstance(size, int):
         return size
     return None if size.value is None else _NAME.sub(lambda found: names.get(found[0], found[0]), size.value)
