@@ -25,8 +25,8 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 bench: build/pico.bundle/bundle.json
-	$(BIN)/python -m diffoundry.benchmarks.pico examples/pico build/pico.bundle
-	$(BIN)/python -m diffoundry.benchmarks.startup build/pico.bundle
+	$(BIN)/python -m diffoundry.bench.pico examples/pico build/pico.bundle
+	$(BIN)/python -m diffoundry.bench.startup build/pico.bundle
 
 build/pico.bundle/bundle.json: $(READY) $(wildcard examples/pico/*/*)
 	mkdir -p build

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from .export import compile
     from .runtime.conditioning import Conditioning
     from .runtime.loop.guidance import Guidance
-    from .runtime.pipeline import Pipeline, Result, load
+    from .runtime.pipeline import Pipeline, load
     from .runtime.request import Request
+    from .runtime.run import Result
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,7 +46,7 @@ _HOMES = {
     "load": ".runtime.pipeline",
     "Pipeline": ".runtime.pipeline",
     "Request": ".runtime.request",
-    "Result": ".runtime.pipeline",
+    "Result": ".runtime.run",
     "Scan": ".calibration",
     "Target": ".engines.tensorrt.target",
 }

@@ -8,6 +8,7 @@ an older version reads what a newer one adds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -41,72 +42,65 @@ def read(kind: type[T], value: Any, path: str = "") -> T:
     return cast(T, _read(kind, value, path))
 
 
+def fits(kind: type[Any], value: Any) -> bool:
+    """Whether `value` can be read as a `kind`."""
+    try:
+        read(kind, value)
+    except FieldError:
+        return False
+    return True
+
+
 def _read(kind: Any, value: Any, path: str) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
     if origin is Annotated:
         made = _read(parts[0], value, path)
         for rule in parts[1:]:
-            if not rule.holds(made):
-                raise _wrong(path, rule.says, value)
+            _need(rule.holds(made), path, rule.says, value)
         return made
     if origin in (Union, types.UnionType):
         return _read_union(parts, value, path)
     if origin is Literal:
-        if not isinstance(value, (str, int)) or value not in parts:
-            raise _wrong(path, f"be one of {', '.join(map(str, parts))}", value)
+        _need(isinstance(value, (str, int)) and value in parts, path, f"be one of {', '.join(map(str, parts))}", value)
         return value
     if origin is tuple:
-        return _read_list(parts, value, path)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _wrong(path, "be an object", value)
-        return {key: _read(parts[1], item, f"{path}.{key}" if path else str(key)) for key, item in value.items()}
-    if dataclasses.is_dataclass(kind):
+        _need(isinstance(value, (list, tuple)), path, "be a list", value)
+        kinds = (parts[0],) * len(value) if parts[-1] is Ellipsis else parts
+        _need(len(kinds) == len(value), path, f"have {len(kinds)} entries", value)
+        return tuple(_read(each, item, f"{path}[{i}]") for i, (each, item) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict or dataclasses.is_dataclass(kind):
+        _need(isinstance(value, dict), path, "be an object", value)
+        if origin is dict:
+            return {key: _read(parts[1], item, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
         return _read_object(kind, value, path)
-    if kind is Any:
-        return value
     fits = is_finite(value) if kind is float else is_whole(value) if kind is int else isinstance(value, kind)
-    if not fits:
-        raise _wrong(path, f"be {_WORDS[kind]}", value)
+    _need(fits, path, f"be {_WORDS[kind]}", value)
     return kind(value)
 
 
 def _read_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    """As the first kind that fits; where none does, the last one says what is wrong."""
     if value is None and types.NoneType in kinds:
         return None
-    kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
-    for kind in kinds[:-1]:
-        try:
+    *others, last = (kind for kind in kinds if kind is not types.NoneType)
+    for kind in others:
+        with contextlib.suppress(FieldError):
             return _read(kind, value, path)
-        except FieldError:
-            continue
-    return _read(kinds[-1], value, path)
+    return _read(last, value, path)
 
 
-def _read_list(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise _wrong(path, "be a list", value)
-    if kinds[-1] is Ellipsis:
-        kinds = (kinds[0],) * len(value)
-    if len(kinds) != len(value):
-        raise _wrong(path, f"have {len(kinds)} entries", value)
-    return tuple(_read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
-
-
-def _read_object(kind: Any, value: Any, path: str) -> Any:
-    if not isinstance(value, dict):
-        raise _wrong(path, "be an object", value)
+def _read_object(kind: Any, value: dict[str, Any], path: str) -> Any:
     hints, found = _hints(kind), {}
     for field in dataclasses.fields(kind):
-        inner = f"{path}.{field.name}" if path else field.name
+        inner = f"{path}.{field.name}".lstrip(".")
         if field.name in value:
             found[field.name] = _read(hints[field.name], value[field.name], inner)
         elif field.default is field.default_factory is dataclasses.MISSING:
             raise FieldError(f"{inner} is missing")
     try:
         return kind(**found)
-    except FieldError:
-        raise
     except ValueError as error:
         raise FieldError(f"{path}: {error}" if path else str(error)) from None
 
@@ -116,10 +110,8 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _wrong(path: str, says: str, value: Any) -> FieldError:
-    try:
+def _need(holds: bool, path: str, says: str, value: Any) -> None:
+    if not holds:
         shown = repr(value)
-    except ValueError:  # an integer of too many digits
-        shown = "a very large number"
-    shown = shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}…"
-    return FieldError(f"{path or 'it'} must {says}, found {shown}")
+        shown = shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}…"
+        raise FieldError(f"{path or 'it'} must {says}, found {shown}")

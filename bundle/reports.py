@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..common.files import read_json, sha256_file, write_json
 from .bundle import Bundle
+from .reader import fits
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    low: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    islands: tuple[_Node, ...]
+    nodes: _Counts
+
+
+@dataclass(frozen=True, slots=True)
+class _Quality:
+    psnr_db: float
 
 
 def is_report(report: Any) -> bool:
     """Whether this names the nodes that stay in fp32, and counts them."""
-    islands = report.get("islands") if isinstance(report, dict) else None
-    counts = report.get("nodes") if isinstance(report, dict) else None
-    return (
-        isinstance(islands, list)
-        and all(isinstance(island, dict) and isinstance(island.get("node"), str) for island in islands)
-        and isinstance(counts, dict)
-        and all(isinstance(counts.get(name), int) for name in ("low", "kept"))
-    )
+    return fits(_Report, report)
 
 
 def is_quality(quality: Any) -> bool:
     """Whether this gives the distance of images from fp32."""
-    distance = quality.get("psnr_db") if isinstance(quality, dict) else None
-    return isinstance(distance, (int, float)) and math.isfinite(distance)
+    return fits(_Quality, quality)
 
 
 def read_report(bundle: Bundle, name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ..families import FAMILIES
 from .goal import goal_options, scan_of, show_result, target_of
 from .options import COUNTS, ENGINES, PRECISIONS, json_option, read_list, read_pairs
 from .progress import progress
@@ -33,7 +34,7 @@ from .progress import progress
 @goal_options
 @click.option(
     "--family",
-    type=click.Choice(["stable-diffusion", "stable-diffusion-xl", "latent-consistency"]),
+    type=click.Choice(list(FAMILIES)),
     help="Override the family found in model_index.json.",
 )
 @click.option(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
-from ..common.checks import is_whole
-from ..common.errors import EngineError
+from ..bundle.reader import Rule
 
-Shape = tuple[int, ...]
 _LARGEST_AXIS = 1 << 31
+Shape = tuple[Annotated[int, Rule(lambda size: 1 <= size < _LARGEST_AXIS, f"be from 1 to {_LARGEST_AXIS - 1}")], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +19,11 @@ class Profile:
 
     name: str
     shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+    def __post_init__(self) -> None:
+        for name, (least, usual, largest) in self.shapes.items():
+            if not all(a <= b <= c for a, b, c in zip(least, usual, largest, strict=True)):
+                raise ValueError(f"the shapes of {name} must be the least, the usual and the largest")
 
     @property
     def static(self) -> bool:
@@ -44,28 +48,3 @@ class Profile:
             for name, shape in shapes.items()
             for size, usual in zip(shape, self.shapes[name][1], strict=True)
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in an engine's record."""
-        return {"name": self.name, "shapes": {name: [list(s) for s in part] for name, part in self.shapes.items()}}
-
-    @classmethod
-    def from_json(cls, value: Any) -> Profile:
-        """Read what `to_json` wrote. Raises `EngineError` when it is something else."""
-        try:
-            shapes = {}
-            for name, part in value["shapes"].items():
-                least, usual, largest = (tuple(_size(size) for size in shape) for shape in part)
-                ordered = all(a <= b <= c for a, b, c in zip(least, usual, largest, strict=True))
-                if not ordered:
-                    raise ValueError(name)
-                shapes[str(name)] = (least, usual, largest)
-            return cls(str(value["name"]), shapes)
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise EngineError("the profile of a plan cannot be read: compile the bundle again") from None
-
-
-def _size(value: Any) -> int:
-    if not is_whole(value) or not 1 <= value < _LARGEST_AXIS:
-        raise ValueError(value)
-    return value

@@ -69,26 +69,26 @@ def _run(
     return result if isinstance(result, tuple) else (result,)
 
 
-def check_models(plans: Sequence[ComponentSpec]) -> None:
+def check_models(specs: Sequence[ComponentSpec]) -> None:
     """Build and run each model without weights. Raises `CheckpointError` for what its class or its code refuses."""
-    for plan in plans:
-        with guarded(f"the {plan.name} cannot be built from the {plan.source} configuration"):
-            module = plan.hollow()
-        sizes = {name: axis.unit * -(-axis.low // axis.unit) for name, axis in plan.axes.items()}
-        with guarded(f"the {plan.name} cannot be run as the {plan.source} configuration describes it"):
-            made = _run(module, {each.name: each.shape for each in plan.inputs}, sizes, tuple(plan.integers))
-        for tensor, value in zip(plan.outputs, made, strict=False):
+    for spec in specs:
+        with guarded(f"the {spec.name} cannot be built from the {spec.source} configuration"):
+            module = spec.hollow()
+        sizes = {name: axis.unit * -(-axis.low // axis.unit) for name, axis in spec.axes.items()}
+        with guarded(f"the {spec.name} cannot be run as the {spec.source} configuration describes it"):
+            made = _run(module, {each.name: each.shape for each in spec.inputs}, sizes, tuple(spec.integers))
+        for tensor, value in zip(spec.outputs, made, strict=False):
             fixed = {i: size for i, size in enumerate(tensor.shape) if isinstance(size, int)}
-            if len(made) != len(plan.outputs) or any(value.shape[i] != size for i, size in fixed.items()):
+            if len(made) != len(spec.outputs) or any(value.shape[i] != size for i, size in fixed.items()):
                 raise CheckpointError(
-                    f"the {plan.name} gives {len(made)} outputs, {tensor.name} of shape {tuple(value.shape)}, where "
-                    f"its configuration tells {len(plan.outputs)} and {tensor.shape}: it is not supported"
+                    f"the {spec.name} gives {len(made)} outputs, {tensor.name} of shape {tuple(value.shape)}, where "
+                    f"its configuration tells {len(spec.outputs)} and {tensor.shape}: it is not supported"
                 )
 
 
-def check_parts(plans: Sequence[ComponentSpec], pipeline: Pipeline) -> None:
+def check_parts(specs: Sequence[ComponentSpec], pipeline: Pipeline) -> None:
     """Hold text encoders and autoencoder against the denoiser. Raises `CheckpointError` naming both and a remedy."""
-    by_name = {plan.name: plan for plan in plans}
+    by_name = {spec.name: spec for spec in specs}
     denoiser = next(by_name[name] for name, part in pipeline.parts.items() if part.role == "denoiser")
     latents, sources = pipeline.latents, pipeline.wiring.inputs
     unet = {sources[tensor.name].partition(".masked")[0]: tensor.shape for tensor in denoiser.inputs}
@@ -107,8 +107,8 @@ def check_parts(plans: Sequence[ComponentSpec], pipeline: Pipeline) -> None:
         )
 
 
-def _width(plan: ComponentSpec, output: str) -> int:
-    return next(int(tensor.shape[2]) for tensor in plan.outputs if tensor.name == output)
+def _width(spec: ComponentSpec, output: str) -> int:
+    return next(int(tensor.shape[2]) for tensor in spec.outputs if tensor.name == output)
 
 
 def _remedy(names: Sequence[str]) -> str:

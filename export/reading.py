@@ -124,11 +124,11 @@ def _damaged(source: Checkpoint, error: Exception) -> CheckpointError:
 
 def _specs(source: Checkpoint, pipeline: Pipeline, tasks: tuple[str, ...]) -> list[ComponentSpec]:
     """How the components that the tasks need are traced."""
-    from .modules import component_plans
+    from .modules import component_specs
 
     needed = {"text", "denoiser", "preview", *(role for task in tasks for role in TASKS[task])}
     try:
-        return [spec for spec in component_plans(source, pipeline) if pipeline.parts[spec.name].role in needed]
+        return [spec for spec in component_specs(source, pipeline) if pipeline.parts[spec.name].role in needed]
     except _DAMAGED as error:
         raise _damaged(source, error) from None
 

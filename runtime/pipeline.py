@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import os
-import threading
 import time
-import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
 
-from ..bundle import AS_EXPORTED, PRECISIONS, Bundle
-from ..bundle.wiring import SOURCES, TASKS
+from ..bundle import Bundle
 from ..common.arrays import Array
 from ..common.checks import MOST_IMAGES, MOST_THREADS, whole_number
 from ..common.errors import BundleError, EngineError, RequestError
@@ -29,20 +23,20 @@ from .conditions import Conditions, Fed
 from .conditions.condition import merged
 from .job import Job
 from .jobs import Jobs, check_decoder
+from .loaded import LoadedEngines
 from .loop.batch import Batch
-from .loop.device import HOST_ONLY, DeviceStepper, Phases
+from .loop.device import HOST_ONLY, DeviceStepper
 from .loop.guidance import Guidance
 from .loop.host import HostStepper
 from .loop.noise import GENERATORS
-from .loop.sample import Ports, Sample
+from .loop.sample import Sample
 from .names import ours
 from .pictures.autoencoder import DECODERS, Autoencoder
 from .pictures.images import to_image
 from .request import Request
-from .run import Callback, Progress, Run
+from .run import Callback, Progress, Result, Run
+from .runnable import check_runnable
 
-_SMALL_BYTES = 64 << 20
-"""A model under this has operators too small to be worth sharing among processors."""
 _GUIDANCE = {
     "guidance": "scale",
     "guidance_mode": "mode",
@@ -52,22 +46,6 @@ _GUIDANCE = {
 _LOOPS = ("host", "device")
 _RUN = ("batch", "low_memory", "callback")
 _OPTIONS = tuple(name for name in Request.__dataclass_fields__ if name != "prompt")
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Images with what made them: image i came from `seeds[i]` alone. There are none where latents were asked for.
-
-    truncated: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
-    latents: the final latents, float32 (count, C, H/downscale, W/downscale).
-    """
-
-    images: list[Image.Image]
-    seeds: list[int]
-    request: dict[str, Any]
-    truncated: dict[str, str]
-    seconds: dict[str, float]
-    latents: Array
 
 
 class Pipeline:
@@ -91,34 +69,26 @@ class Pipeline:
 
         precision: of the models; the default is what the bundle was compiled for, but fp32, the fastest, on the CPU.
         loop: where the step of the loop runs, `host` or `device` (the `step` graph of the bundle). By default it is
-        the host on the CPU, where it is the faster one (`benchmarks/step.py`), and the device elsewhere.
+        the host on the CPU, where it is the faster one (`bench/step.py`), and the device elsewhere.
         weight_budget: bytes of weights that a plan built with weight streaming keeps on the GPU.
         engines: what loads a component, by its name, in place of the bundle's own engines.
         Raises `BundleError` for a bundle of another kind, `EngineError` when the engine is not there.
         """
         from ..engines.onnxruntime import default_threads
 
-        _check_manifest(bundle)
+        check_runnable(bundle)
         if threads is not None:
             threads = whole_number("threads", threads, 1, MOST_THREADS)
-        self.bundle = bundle
-        self._loader = EngineLoader(bundle, engine, precision, weight_budget)
-        self._threads = threads
-        self._engines_given = dict(engines or {})
         if loop not in (None, *_LOOPS):
             raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
-        self._denoiser, self._step = (bundle.manifest.named(role) for role in ("denoiser", "step"))
-        sources = {source.partition(".masked")[0]: name for name, source in bundle.manifest.wiring.inputs.items()}
-        self._ports = Ports(sources["latents"], sources["timestep"])
-        if loop == "device" and not self._step:
+        self.bundle = bundle
+        self._loader = EngineLoader(bundle, engine, precision, weight_budget)
+        self._denoiser, steps = bundle.manifest.named("denoiser"), bool(bundle.manifest.with_role("step"))
+        if loop == "device" and not steps:
             raise BundleError(f"{bundle.root} holds no step graph: compile it again, or use the loop 'host'")
-        on_device = not self._loader.engine.on_cpu and bool(self._step)
         self._loop_asked = loop
-        self._loop = loop or ("device" if on_device else "host")
-        self._workers = (threads or default_threads()) - 1
-        self._process = os.getpid()
-        self._start()
-        _PIPELINES.add(self)
+        self._loop = loop or ("device" if steps and not self._loader.engine.on_cpu else "host")
+        self._engines = LoadedEngines(bundle, self._loader, threads or default_threads(), engines or {})
         self._autoencoder = Autoencoder(bundle, self.engine)
         self._conditions = Conditions(bundle, self.engine, self._autoencoder)
         self._jobs = Jobs(bundle, self._conditions)
@@ -128,72 +98,33 @@ class Pipeline:
 
         Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
         """
-        self._check_process()
-        with self._lock:
-            if name not in self._engines:
-                threads = 1 if name == self._denoiser and self._small(name) else self._threads
-                loader = self._engines_given.get(name)
-                self._engines[name] = self._loader.load(name, threads) if loader is None else loader()
-            return self._engines[name]
+        return self._engines(name)
 
     def info(self) -> dict[str, Any]:
         """What runs the bundle: `engine`, `precision`, and the plan that served each component, where it has plans."""
-        self._check_process()
+        self._engines.check_process()
         return self._loader.info()
-
-    def _start(self) -> None:
-        """Hold no engines, and locks and threads of this process."""
-        self._lock = threading.RLock()
-        self._engines: dict[str, Engine] = {}
-        self._phases: Phases | None = None
-        self._pool = ThreadPoolExecutor(self._workers, "diffoundry") if self._workers else None
-
-    def _start_in_child(self) -> None:
-        """Start again in a forked process, where the threads of the engines are not there."""
-        if self._loader.engine.on_cpu:
-            self._inherited = self._engines, self._phases, self._pool  # to end them would wait for their threads
-            self._process = os.getpid()
-            self._start()
-
-    def _check_process(self) -> None:
-        """Raise `EngineError` where a GPU was opened before this process was forked: it cannot be used in both."""
-        if os.getpid() != self._process:
-            raise EngineError("this pipeline was loaded in another process, before a fork: load the bundle in this one")
 
     def __reduce__(self) -> NoReturn:
         """Pickling and copying. Raises `EngineError`: engines belong to the process that loaded them."""
         raise EngineError("a pipeline cannot be copied or sent to another process: load the bundle there")
 
-    def _small(self, name: str) -> bool:
-        """Whether rows of this component's calls are shared among the processors, rather than its operators."""
-        folder = self.bundle.path(name)
-        weights = sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file())
-        return self._loader.engine.on_cpu and weights < _SMALL_BYTES
-
     @property
     def loaded(self) -> list[str]:
         """The names of the components whose engines are in memory."""
-        with self._lock:
-            return list(self._engines)
+        return self._engines.names
 
     def release(self, name: str) -> None:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
-        self._check_process()
-        with self._lock:
-            self._engines.pop(name, None)
-            if name in (self._denoiser, self._step):
-                self._phases = None  # which are bound to them
+        self._engines.release(name)
 
     def release_all(self) -> None:
         """Drop every engine and its memory."""
-        self._check_process()
-        with self._lock:
-            self._engines.clear()
-            self._phases = None
+        self._engines.release(*self.bundle.manifest.components)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""
-        self._check_process()
+        self._engines.check_process()
         return self._conditions.text.embeddings(prompts)
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
@@ -252,7 +183,7 @@ class Pipeline:
 
     def _check(self, requests: Sequence[Request], batch: int | None) -> tuple[list[Job], int]:
         """Hold requests against the bundle and each other. Returns them and the images of one batch."""
-        self._check_process()
+        self._engines.check_process()
         if not isinstance(requests, Sequence) or not all(isinstance(request, Request) for request in requests):
             raise RequestError("generate_many takes a list of Request")
         jobs = [self._jobs.make(request) for request in requests]
@@ -321,14 +252,11 @@ class Pipeline:
 
     def _stepper(self, samples: Sequence[Sample]) -> HostStepper | DeviceStepper:
         """The loop on the device where it was asked for, or is the faster one and takes these samples."""
-        denoiser = self.engine(self._denoiser)
         if self._loop == "device":
-            with self._lock:
-                phases = self._phases = self._phases or Phases(denoiser, self.engine(self._step), self._ports)
+            phases = self._engines.phases()
             if self._loop_asked == "device" or all(phases.fits(sample) for sample in samples):
                 return DeviceStepper(phases)
-        pool, workers = (self._pool, self._workers) if self._small(self._denoiser) else (None, 0)
-        return HostStepper(denoiser, self._ports, pool=pool, workers=workers)
+        return self._engines.host_stepper()
 
     def _most_images(self, jobs: Sequence[Job]) -> int:
         """The most images that one call of the U-Net takes."""
@@ -383,18 +311,6 @@ class Pipeline:
         return self.generate(Request(prompt, **options), **run)
 
 
-_PIPELINES: weakref.WeakSet[Pipeline] = weakref.WeakSet()
-
-
-def _start_in_child() -> None:
-    for pipeline in list(_PIPELINES):
-        pipeline._start_in_child()
-
-
-if hasattr(os, "register_at_fork"):  # Windows has none
-    os.register_at_fork(after_in_child=_start_in_child)
-
-
 def load(
     bundle: str | Path,
     *,
@@ -427,42 +343,3 @@ class _timed:
 
     def __exit__(self, *_: object) -> None:
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start
-
-
-def _check_manifest(bundle: Bundle) -> None:
-    """Raise `BundleError` for what this runtime cannot run, or would run without a hash to hold it against."""
-    manifest, root = bundle.manifest, bundle.root
-    unknown = sorted(set(manifest.wiring.inputs.values()) - set(SOURCES))
-    if unknown:
-        raise BundleError(
-            f"{root}: the {manifest.family} denoiser reads {', '.join(unknown)}; this version knows "
-            f"{', '.join(SOURCES)}: upgrade diffoundry"
-        )
-    if not {"latents", "timestep"} <= {source.partition(".masked")[0] for source in manifest.wiring.inputs.values()}:
-        raise BundleError(f"{root}: no input of the denoiser takes the latents or the timestep; compile it again")
-    if manifest.precision not in (*PRECISIONS, AS_EXPORTED):
-        raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {', '.join(PRECISIONS)}")
-    known = [task for task in manifest.tasks if task in TASKS]
-    if not known:
-        raise BundleError(
-            f"{root} holds the tasks {', '.join(manifest.tasks) or '(none)'}; this version runs {', '.join(TASKS)}"
-        )
-    for role in ("denoiser", *dict.fromkeys(role for task in known for role in TASKS[task])):
-        if not manifest.with_role(role):
-            raise BundleError(f"{root} has no {role} among its components: compile it again")
-    if not manifest.wiring.text:
-        raise BundleError(f"{root}: field 'wiring.text' is empty; compile the bundle again")
-    inputs = {tensor.name for tensor in bundle.component(manifest.named("denoiser")).inputs}
-    if inputs != set(manifest.wiring.inputs):
-        wrong = ", ".join(sorted(inputs ^ set(manifest.wiring.inputs)))
-        raise BundleError(
-            f"{root}: wiring and inputs of the denoiser do not agree on {wrong}; compile the bundle again"
-        )
-    if not bundle.foreign:
-        folders = tuple(f"{folder}/" for folder in manifest.tokenizers)
-        small = ["scheduler/scheduler_config.json", *(f for f in manifest.files if f.startswith(folders))]
-        needed = [small[0], *(f"{folder}tokenizer.json" for folder in folders)]
-        unlisted = [name for name in needed if name not in manifest.files]
-        if unlisted:
-            raise BundleError(f"{root}: the manifest has no hash for {', '.join(unlisted)}; compile the bundle again")
-        bundle.check(small)

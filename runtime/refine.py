@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from ..common.errors import RequestError
-from .pipeline import Pipeline, Result
+from .pipeline import Pipeline
 from .request import Request
-from .run import Callback
+from .run import Callback, Result
 
 
 def generate_refined(

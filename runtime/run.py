@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..common.arrays import Array
 from ..common.errors import RequestError, StoppedError
 
-if TYPE_CHECKING:
-    from .pipeline import Result
-
 Callback = Callable[[int, int, Array], object]
 """`callback(step, total, latents)` after each step; returning False stops the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Images with what made them: image i came from `seeds[i]` alone. There are none where latents were asked for.
+
+    truncated: the parts of the prompts that did not fit the text encoder's window. seconds: time by stage.
+    latents: the final latents, float32 (count, C, H/downscale, W/downscale).
+    """
+
+    images: list[Image.Image]
+    seeds: list[int]
+    request: dict[str, Any]
+    truncated: dict[str, str]
+    seconds: dict[str, float]
+    latents: Array
 
 
 @dataclass(frozen=True, slots=True)

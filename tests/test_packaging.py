@@ -14,7 +14,7 @@ import pytest
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NOT_INSTALLED = ("benchmarks", "examples", "tests")
+NOT_INSTALLED = ("bench", "examples", "parity", "tests")
 DISTRIBUTIONS = {"PIL": "pillow", "cuda": "cuda-python", "tensorrt_rtx": "tensorrt-rtx", "onnx_ir": "onnx-ir"}
 """The name on the package index of a module that is not named like it."""
 OF_THE_RUNTIME = ("bundle", "common", "engines", "families", "runtime", "cli", "__init__.py", "__main__.py")

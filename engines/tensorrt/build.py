@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def build(
             "onnx": str(onnx),
             "archs": _capabilities(recipe),
             "at_gpu": bool(recipe.device),
-            "profile": recipe.profile.to_json(),
+            "profile": asdict(recipe.profile),
             "flags": sorted(recipe.flags),
             "timing": None if timing is None or BACKENDS[recipe.backend].ahead_of_time else str(timing),
             "plan": str(work / PLAN_NAME),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from ...bundle import Variant
-from ...common.checks import is_number
+from ...bundle.manifest import Files
+from ...bundle.reader import FieldError, Rule, fits, read
 from ...common.errors import EngineError
 from ...common.files import sha256_file
 from ..cache import EngineStore
@@ -27,28 +28,41 @@ _OLDEST_COMPATIBLE = 80
 """Hardware-compatible plans run on this compute capability (times ten) and newer ones."""
 
 
+Figure = Annotated[float, Rule(lambda value: 0 <= value < _LARGEST_FIGURE, "be a figure that a plan can have")]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How many attentions of a model there are in a plan, and how many of them TensorRT fused."""
+
+    fused: Figure
+    of: Figure
+
+
+@dataclass(frozen=True, slots=True)
+class MadeOf:
+    """The layers of a plan and the heavy ones among them, by precision, and those not in the one asked for."""
+
+    layers: dict[str, Figure]
+    heavy: dict[str, Figure]
+    attention: Attention
+    not_in_precision: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured when a plan was built: bytes of memory by what they hold, and what the build took."""
+
+    made_of: MadeOf
+    memory: dict[str, Figure]
+    seconds: Figure
+    peak_bytes: Figure
+    warnings: tuple[str, ...]
+
+
 def is_measured(record: Mapping[str, Any]) -> bool:
-    """Whether the record tells what was measured when the plan was built, each figure of its kind."""
-    made, memory = record.get("made_of"), record.get("memory")
-    if not isinstance(made, dict) or not isinstance(memory, dict):
-        return False
-    attention = made.get("attention")
-    counts = [made.get("layers"), made.get("heavy"), attention, memory]
-    return (
-        all(isinstance(part, dict) and all(map(_is_figure, part.values())) for part in counts)
-        and isinstance(attention, dict)
-        and {"fused", "of"} <= set(attention)
-        and _is_figure(record.get("seconds"))
-        and _is_figure(record.get("peak_bytes"))
-        and all(
-            isinstance(words, list) and all(isinstance(word, str) for word in words)
-            for words in (record.get("warnings"), made.get("not_in_precision"))
-        )
-    )
-
-
-def _is_figure(value: Any) -> bool:
-    return is_number(value) and 0 <= value < _LARGEST_FIGURE
+    """Whether the record has what was measured when the plan was built."""
+    return fits(Measured, record)
 
 
 class GpuName(Protocol):
@@ -70,7 +84,7 @@ class Recipe:
     """
 
     component: str
-    source: dict[str, str]
+    source: Files
     backend: str
     version: str
     archs: tuple[str, ...]
@@ -81,41 +95,19 @@ class Recipe:
 
     def built_from(self) -> dict[str, Any]:
         """As JSON, for the key and the record."""
-        return {
-            "component": self.component,
-            "source": self.source,
-            "backend": self.backend,
-            "version": self.version,
-            "archs": list(self.archs),
-            "device": self.device,
-            "precision": self.precision,
-            "profile": self.profile.to_json(),
-            "flags": sorted(self.flags),
-            "revision": _REVISION,
-        }
+        return {**asdict(self), "flags": sorted(self.flags), "revision": _REVISION}
 
     @classmethod
     def from_record(cls, store: EngineStore, record: Mapping[str, Any]) -> Recipe:
         """What the record of a plan says. Raises `EngineError` when that is not what its key was made of."""
         try:
-            recipe = cls(
-                component=record["component"],
-                source=dict(record["source"]),
-                backend=record["backend"],
-                version=record["version"],
-                archs=tuple(record["archs"]),
-                device=record["device"],
-                precision=record["precision"],
-                profile=Profile.from_json(record["profile"]),
-                flags=tuple(record["flags"]),
-            )
-            same = store.key(recipe.built_from()) == record["key"]
-        except (LookupError, TypeError, ValueError):
-            same = False
-        if not same:
-            key = str(record.get("key"))[:32]
-            raise EngineError(f"the record of the plan {key} was changed after it was built: compile the bundle again")
-        return recipe
+            recipe = read(cls, record)
+            if store.key(recipe.built_from()) == record["key"]:
+                return recipe
+        except (FieldError, KeyError):
+            pass
+        key = str(record.get("key"))[:32]
+        raise EngineError(f"the record of the plan {key} was changed after it was built: compile the bundle again")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,7 @@ def trace(spec: ComponentSpec, module: Any, folder: Path, stored: Collection[str
     """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large), and `weights.json`.
 
     stored: the names of the weights in the checkpoint. The module has no weights after that.
-
-    Raises `CheckpointError` when the exporter fails or fixed an axis that has a name.
+    Raises `CheckpointError` when the exporter fails or fixed an axis that the spec names.
     """
     import onnx_ir
     import torch
@@ -81,7 +80,7 @@ def _empty(module: Any, model: Any) -> None:
 
 
 def _name_axes(spec: ComponentSpec, model: Any) -> None:
-    """Give inputs and outputs their names and axes. Raises `CheckpointError` when an axis became fixed."""
+    """Give inputs and outputs the spec's names and axes. Raises `CheckpointError` when an axis became fixed."""
     import onnx_ir
 
     values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
@@ -107,7 +106,7 @@ def _name_axes(spec: ComponentSpec, model: Any) -> None:
 
 
 def _renamed(size: Any, names: dict[str, str]) -> int | str | None:
-    """A size, or an expression of generated names, in the names of the specification."""
+    """A size, or an expression of generated names, in the spec's names."""
     if isinstance(size, int):
         return size
     return None if size.value is None else _NAME.sub(lambda found: names.get(found[0], found[0]), size.value)

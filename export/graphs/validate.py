@@ -19,24 +19,24 @@ TOLERANCE = 1e-4
 Case = tuple[dict[str, Array], dict[str, Array]]
 
 
-def torch_cases(plan: ComponentSpec, module: Any) -> list[Case]:
+def torch_cases(spec: ComponentSpec, module: Any) -> list[Case]:
     """Inputs of `CASES` random shapes and what torch makes of them. The first case is the smallest allowed."""
     import torch
 
-    rng = np.random.default_rng(abs(hash_name(plan.name)))
-    smallest = {name: axis.unit * -(-axis.low // axis.unit) for name, axis in plan.axes.items()}
+    rng = np.random.default_rng(abs(hash_name(spec.name)))
+    smallest = {name: axis.unit * -(-axis.low // axis.unit) for name, axis in spec.axes.items()}
     cases = []
     for i in range(CASES):
-        feeds = plan.feeds(smallest if i == 0 else plan.sizes(rng), rng)
+        feeds = spec.feeds(smallest if i == 0 else spec.sizes(rng), rng)
         with torch.no_grad():
             result = module(**{name: torch.from_numpy(array) for name, array in feeds.items()})
         values = result if isinstance(result, tuple) else (result,)
         if not all(torch.isfinite(value).all() for value in values):
             raise CheckpointError(
-                f"{plan.name}: torch's own values are not finite (NaN or infinity): the weights are damaged, "
+                f"{spec.name}: torch's own values are not finite (NaN or infinity): the weights are damaged, "
                 "download the checkpoint again"
             )
-        cases.append((feeds, {t.name: v.numpy() for t, v in zip(plan.outputs, values, strict=True)}))
+        cases.append((feeds, {t.name: v.numpy() for t, v in zip(spec.outputs, values, strict=True)}))
     return cases
 
 

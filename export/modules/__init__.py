@@ -16,7 +16,7 @@ _MAKERS = {
 }
 
 
-def component_plans(checkpoint: Checkpoint, pipeline: Pipeline) -> list[ComponentSpec]:
+def component_specs(checkpoint: Checkpoint, pipeline: Pipeline) -> list[ComponentSpec]:
     """How each component of a pipeline is traced, smallest first.
 
     Raises `CheckpointError` for a model that is not supported.

@@ -101,8 +101,8 @@ def preview(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> Compo
             f"{downscale(own)} pixels: give the small autoencoder that was made for this checkpoint"
         )
     its = latents_of(config)
-    plan = _decoder(checkpoint, component, VAE_TINY, lambda model: PreviewDecoder(model, ours, its))
-    return replace(plan, facts=(ours.scaling_factor,))
+    spec = _decoder(checkpoint, component, VAE_TINY, lambda model: PreviewDecoder(model, ours, its))
+    return replace(spec, facts=(ours.scaling_factor,))
 
 
 def _decoder(

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 import diffoundry
-from diffoundry.benchmarks.parity import WIDE, Case, compare, diffoundry_run, diffusers_run
 from diffoundry.examples.pico import edits
 from diffoundry.examples.pico.edit_score import score_edits
 from diffoundry.examples.pico.score import GUIDANCE
 from diffoundry.examples.pico.scorer import score
 from diffoundry.examples.pico.world import render, split_scenes
+from diffoundry.parity.pipelines import WIDE, Case, compare, diffoundry_run, diffusers_run
 
 SCENES = split_scenes()[1][:20]
 

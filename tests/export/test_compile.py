@@ -21,7 +21,7 @@ from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.graphs import trace as trace_module
 from diffoundry.export.graphs import validate
 from diffoundry.export.graphs.trace import trace
-from diffoundry.export.modules import component_plans
+from diffoundry.export.modules import component_specs
 from diffoundry.export.reading import described
 from diffoundry.families import family_of
 
@@ -29,7 +29,7 @@ from diffoundry.families import family_of
 def plan_of(checkpoint, name):
     source = Checkpoint.open(checkpoint)
     pipeline = described(source, family_of(source.class_name))
-    return next(plan for plan in component_plans(source, pipeline) if plan.name == name)
+    return next(plan for plan in component_specs(source, pipeline) if plan.name == name)
 
 
 @pytest.fixture(scope="module")

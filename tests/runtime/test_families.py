@@ -1,4 +1,4 @@
-"""Every family and task against diffusers: the cases of `benchmarks/parity.py`, on random checkpoints."""
+"""Every family and task against diffusers: the cases of `parity/pipelines.py`, on random checkpoints."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffoundry.benchmarks import parity
-from diffoundry.benchmarks.parity import Case, Outcome, cases, compare, diffoundry_run, diffusers_run
+from diffoundry.parity import pipelines as parity
+from diffoundry.parity.pipelines import Case, Outcome, cases, compare, diffoundry_run, diffusers_run
 from diffoundry.runtime.schedulers import SAMPLERS
 
 QUICK = ("sd15-small", "sd15-inpaint-small", "sdxl-small", "sdxl-refiner-small")

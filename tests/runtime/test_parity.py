@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 
-from diffoundry.benchmarks import digits
+from diffoundry.parity import digits
 from diffoundry.runtime.pipeline import load
 from diffoundry.runtime.schedulers import SAMPLERS as ALL
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def add_plans(root: Path, target: Target, *, archs=("sm89",), version=VERSION, d
             built_from = recipe.built_from()
             told = {
                 "onnx": str(bundle.path(component.variant("fp32").model)),
-                "profile": profile.to_json(),
+                "profile": asdict(profile),
                 "arch": "sm89",
             }
             with store.building(store.key(built_from), {**built_from, **MEASURED}) as work:

@@ -16,9 +16,9 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffoundry.benchmarks.samplers import SD, TABLE_LIMIT, judge, table_error, variants
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import DiffoundryError, RequestError
+from diffoundry.parity.samplers import SD, TABLE_LIMIT, judge, table_error, variants
 from diffoundry.runtime.schedule import Schedules
 from diffoundry.runtime.schedulers import SAMPLERS, STEP_ARGUMENTS, Steps, find_sampler, make_table
 from diffoundry.runtime.schedulers.config import Config, alphas_cumprod

@@ -20,6 +20,7 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from diffoundry.bundle.reader import read
 from diffoundry.common.files import sha256_file
 from diffoundry.engines.profiles import Profile
 from diffoundry.engines.tensorrt.plan import PLAN_NAME, Plan, Recipe
@@ -381,7 +383,7 @@ class _Runtime:
 class _Engine:
     def __init__(self, trt: SimulatedTensorRT, logger: Any, plan: Mapping[str, Any]) -> None:
         self.trt, self.logger, self.plan = trt, logger, plan
-        self.profile = Profile.from_json(plan["profile"])
+        self.profile = read(Profile, plan["profile"])
         self.onnx: str | None = None if "strip" in plan["flags"] else plan["onnx"]
         session = _open(plan["onnx"])
         self.tensors = {node.name: _DTYPES[node.type] for node in (*session.get_inputs(), *session.get_outputs())}
@@ -638,7 +640,7 @@ def write_plan(
     key = f"{component}-{profile.name}-{len(list(folder.iterdir())) if folder.exists() else 0}"
     recipe = Recipe(component, {}, backend, VERSION, (arch,), "", "fp32", profile, flags)
     (folder / key).mkdir(parents=True)
-    told = {"onnx": str(onnx), "profile": profile.to_json(), "arch": arch, "flags": list(flags), "dtypes": dtypes or {}}
+    told = {"onnx": str(onnx), "profile": asdict(profile), "arch": arch, "flags": list(flags), "dtypes": dtypes or {}}
     path = folder / key / PLAN_NAME
     path.write_bytes(json.dumps(told).encode() if content is None else content)
     return Plan(recipe, folder / key, key, {PLAN_NAME: sha256_file(path)})

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffoundry.benchmarks.samplers import (
+from diffoundry.common.errors import BundleError, RequestError
+from diffoundry.export.stages.trace_scheduler import impulse_responses, trace_scheduler, trace_scheduler_class
+from diffoundry.parity.samplers import (
     LIMIT,
     SHAPE,
     TABLE_LIMIT,
@@ -22,8 +24,6 @@ from diffoundry.benchmarks.samplers import (
     variants,
     worst_error,
 )
-from diffoundry.common.errors import BundleError, RequestError
-from diffoundry.export.stages.trace_scheduler import impulse_responses, trace_scheduler, trace_scheduler_class
 from diffoundry.runtime.schedulers import SAMPLERS, Steps, make_table
 from diffoundry.runtime.schedulers.stored import from_json, load_table, save_table, to_json
 

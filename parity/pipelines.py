@@ -1,6 +1,6 @@
 """Every family and task of Stable Diffusion against diffusers: same weights, same seeds, final latents and pixels.
 
-python -m diffoundry.benchmarks.parity
+python -m diffoundry.parity
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From process start to the first denoising step, on a bundle whose engines are built; and `import diffoundry`.
 
-python -m diffoundry.benchmarks.startup build/pico.bundle
+python -m diffoundry.bench.startup build/pico.bundle
 """
 
 from __future__ import annotations

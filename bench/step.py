@@ -1,6 +1,6 @@
 """What the step of the loop costs, on the host and as the `step` graph, beside a call of the U-Net.
 
-python -m diffoundry.benchmarks.step build/pico.bundle
+python -m diffoundry.bench.step build/pico.bundle
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Pico, 20 steps, guidance 7.5, one image: the runtime against diffusers eager, turn by turn in one process.
 
-python -m diffoundry.benchmarks.pico examples/pico build/pico.bundle
+python -m diffoundry.bench.pico examples/pico build/pico.bundle
 """
 
 from __future__ import annotations

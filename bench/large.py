@@ -2,7 +2,7 @@
 
 python -m diffoundry.examples.random_checkpoint sd15 build/sd15
 diffoundry compile build/sd15 -o build/sd15.bundle
-python -m diffoundry.benchmarks.large build/sd15.bundle
+python -m diffoundry.bench.large build/sd15.bundle
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(bundle: str, side: int, steps: int, part: str | None) -> None:
 
 
 def _own_process(bundle: str, side: int, steps: int, part: str) -> dict[str, float]:
-    module = "diffoundry.benchmarks.large"
+    module = "diffoundry.bench.large"
     line = [sys.executable, "-m", module, bundle, "--side", str(side), "--steps", str(steps), "--part", part]
     done = subprocess.run(line, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -1,6 +1,6 @@
 """Each sampler against the diffusers scheduler that it stands for, on random model outputs.
 
-python -m diffoundry.benchmarks.samplers
+python -m diffoundry.parity.samplers
 """
 
 from __future__ import annotations

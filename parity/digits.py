@@ -1,6 +1,6 @@
 """Whose float32 loses digits in long schedules of solvers of high order: ours, diffusers' or both, against float64.
 
-python -m diffoundry.benchmarks.digits CHECKPOINT BUNDLE
+python -m diffoundry.parity.digits CHECKPOINT BUNDLE
 """
 
 from __future__ import annotations

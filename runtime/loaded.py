@@ -1,0 +1,120 @@
+"""The engines of a bundle that are in memory: loaded when first used, kept, and never used in two processes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from ..bundle import Bundle
+from ..common.errors import EngineError
+from ..engines import Engine
+from ..engines.loader import EngineLoader
+from .loop.device import Phases
+from .loop.host import HostStepper
+from .loop.sample import Ports
+
+_SMALL_BYTES = 64 << 20
+"""A model under this has operators too small to be worth sharing among processors."""
+
+
+class LoadedEngines:
+    """Engines by the names of their components; several threads may ask for them.
+
+    In a process that is forked later they are loaded again on the CPU; on a GPU every call raises `EngineError`.
+    """
+
+    _engines: dict[str, Engine]
+    _phases: Phases | None
+
+    def __init__(
+        self, bundle: Bundle, loader: EngineLoader, threads: int, given: Mapping[str, Callable[[], Engine]]
+    ) -> None:
+        """threads: of the CPU. given: what loads a component, by its name, in place of `loader`."""
+        manifest = bundle.manifest
+        self._bundle, self._loader, self._threads, self._given = bundle, loader, threads, dict(given)
+        self._denoiser, self._step = manifest.named("denoiser"), manifest.named("step")
+        sources = {source.partition(".masked")[0]: name for name, source in manifest.wiring.inputs.items()}
+        self._ports = Ports(sources["latents"], sources["timestep"])
+        self._process = os.getpid()
+        self._start()
+        _ALL.add(self)
+
+    def __call__(self, name: str) -> Engine:
+        """The engine of component `name`, loaded on first use.
+
+        Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
+        """
+        self.check_process()
+        with self._lock:
+            if name not in self._engines:
+                threads = 1 if name == self._denoiser and self._is_small() else self._threads
+                load = self._given.get(name)
+                self._engines[name] = self._loader.load(name, threads) if load is None else load()
+            return self._engines[name]
+
+    @property
+    def names(self) -> list[str]:
+        """The components whose engines are in memory."""
+        with self._lock:
+            return list(self._engines)
+
+    def release(self, *names: str) -> None:
+        """Drop these engines and their memory; the next use loads them again."""
+        self.check_process()
+        with self._lock:
+            for name in names:
+                self._engines.pop(name, None)
+                if name in (self._denoiser, self._step):
+                    self._phases = None  # which are bound to them
+
+    def phases(self) -> Phases:
+        """The denoiser and the `step` graph, bound on their device."""
+        with self._lock:
+            self._phases = self._phases or Phases(self(self._denoiser), self(self._step), self._ports)
+            return self._phases
+
+    def host_stepper(self) -> HostStepper:
+        """The denoiser for a loop on the host; the rows of a call of a small one are shared among the processors."""
+        pool, workers = (self._pool, self._threads - 1) if self._is_small() else (None, 0)
+        return HostStepper(self(self._denoiser), self._ports, pool=pool, workers=workers)
+
+    def check_process(self) -> None:
+        """Raise `EngineError` where a GPU was opened before this process was forked: it cannot be used in both."""
+        if os.getpid() != self._process:
+            raise EngineError("this pipeline was loaded in another process, before a fork: load the bundle in this one")
+
+    def start_in_child(self) -> None:
+        """Start again in a forked process, where the threads of the engines are not there."""
+        if self._loader.engine.on_cpu:
+            self._inherited = self._engines, self._phases, self._pool  # to end them would wait for their threads
+            self._process = os.getpid()
+            self._start()
+
+    def _start(self) -> None:
+        """Hold no engines, and locks and threads of this process."""
+        self._lock = threading.RLock()
+        self._engines = {}
+        self._phases = None
+        self._pool = ThreadPoolExecutor(self._threads - 1, "diffoundry") if self._threads > 1 else None
+
+    def _is_small(self) -> bool:
+        """Whether the denoiser's operators are too small to be shared among the processors."""
+        files = self._bundle.path(self._denoiser).glob("model.onnx*")
+        return (
+            self._loader.engine.on_cpu and sum(path.stat().st_size for path in files if path.is_file()) < _SMALL_BYTES
+        )
+
+
+_ALL: weakref.WeakSet[LoadedEngines] = weakref.WeakSet()
+
+
+def _start_in_child() -> None:
+    for engines in list(_ALL):
+        engines.start_in_child()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=_start_in_child)
