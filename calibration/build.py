@@ -11,13 +11,14 @@ from ..bundle.ledger import Ledger
 from ..bundle.manifest import SCHEMA_VERSION, to_json
 from ..bundle.precisions import check_precision
 from ..bundle.workspace import STAGES, check_replaceable, resolved, swap, sweep, working
-from ..common.errors import DiffoundryError
+from ..common.errors import BundleError, DiffoundryError
 from ..common.files import link_or_copy, remove, write_json
 from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
 from ..engines.names import EngineName
 from ..engines.onnxruntime import require_provider
+from ..engines.runnable import check_runnable
 from ..engines.tensorrt.backend import BACKENDS
 from ..engines.tensorrt.build import clean
 from ..engines.tensorrt.bundle_plans import BuildMachine, build_plans, count_plans, resolve_machine
@@ -26,6 +27,7 @@ from .scan import Scan
 from .stage import convert, record_name
 
 _MODULES = ("onnx", "onnx_ir", "ml_dtypes")
+_FP32 = f"{FULL}/{STANDARD}"
 _DISK_MARGIN = 1.1
 """Disk needed, as a multiple of the weights of the models, converted models and engines that are written."""
 
@@ -108,6 +110,10 @@ def build(
             goal = replace(goal, converts=False)
         if goal.converts or goal.machine is not None:
             require_modules("build", _MODULES, "build")
+        check_runnable(opened)
+        lacking = [name for name, part in own.components.items() if _FP32 not in part.variants]
+        if lacking:
+            raise BundleError(f"{path} has no fp32 model of {lacking[0]} to build from: compile the checkpoint again")
         opened.check()
         check_replaceable(path)
         return opened, goal
@@ -119,6 +125,7 @@ def build(
         if made.manifest == old.manifest and _keys(made) == _keys(old):
             remove(work / STAGES)  # nothing is new: the working folder goes
             return old
+        ledger.adopt(but=record_name(goal.precision) if goal.converts else "")
         return publish(made, ledger, meter)
 
 
@@ -165,7 +172,6 @@ def _linked(old: Bundle, ledger: Ledger, goal: Goal) -> Bundle:
     manifest = replace(old.manifest, components=components, engine=str(goal.engine), precision=goal.precision)
     for name in manifest.all_files():
         link_or_copy(old.root / name, ledger.work / name)
-    ledger.adopt(but=record_name(again))
     EngineStore(ledger.work / "engines").take(EngineStore(old.root / "engines"))
     return Bundle(ledger.work, manifest)
 
@@ -177,8 +183,8 @@ def _convertible(manifest: Manifest) -> list[Component]:
 
 def _weights(bundle: Bundle) -> int:
     """The bytes of its models in fp32."""
-    files = {path for part in bundle.manifest.components.values() for path in part.variants[f"{FULL}/{STANDARD}"].files}
-    return sum(bundle.path(path).stat().st_size for path in files)
+    models = [part.variants[_FP32].files for part in bundle.manifest.components.values()]
+    return sum(bundle.path(path).stat().st_size for files in models for path in files)
 
 
 def _keys(bundle: Bundle) -> list[str]:

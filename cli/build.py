@@ -7,14 +7,18 @@ from typing import Any
 import click
 
 from .goal import goal_options, scan_of, show_result, target_of
-from .options import engine_option, json_option, precision_option
+from .options import PRECISIONS, engine_option, json_option
 from .progress import progress
 
 
 @click.command("build")
 @click.argument("bundle", type=click.Path())
 @engine_option
-@precision_option
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Of weights and activations; what the lower ones would spoil stays in fp32. [default: the bundle's]",
+)
 @goal_options
 @json_option
 def build_command(bundle: str, engine: str | None, precision: str | None, as_json: bool, **options: Any) -> None:

@@ -61,7 +61,10 @@ class EngineLoader:
         from .onnxruntime import load_variant
 
         variant = self._variant(name)
-        self._bundle.check(self._bundle.component(name).files | variant.files if not self._bundle.foreign else ())
+        if not self._bundle.foreign:
+            component, own = self._bundle.component(name), f"{self.precision_of(name)}/"
+            listed = [each.files for key, each in component.variants.items() if key.startswith(own)]
+            self._bundle.check({path for files in (component.files, *listed) for path in files})
         if self._gpu is not None:
             return self._load_plans(name, variant)
         return load_variant(

@@ -15,6 +15,7 @@ from ..common.errors import BundleError
 from .cache import EngineStore
 from .loader import EngineLoader
 from .names import ONNXRUNTIME, EngineName
+from .runnable import check_runnable
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ def verify(
         raise BundleError(f"{bundle.root} has no bundle.json and so nothing to verify against: compile it")
     if threads is not None:
         threads = whole_number("threads", threads, 1, MOST_THREADS)
+    check_runnable(bundle)
     bundle.check()
     problems = EngineStore(bundle.root / "engines").problems()
     if problems:

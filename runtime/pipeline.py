@@ -18,6 +18,7 @@ from ..common.checks import MOST_IMAGES, MOST_THREADS, whole_number
 from ..common.errors import BundleError, EngineError, RequestError
 from ..engines import Engine
 from ..engines.loader import EngineLoader
+from ..engines.runnable import check_runnable
 from ..families import open_bundle
 from .conditions import Conditions, Fed
 from .conditions.condition import merged
@@ -35,7 +36,6 @@ from .pictures.autoencoder import DECODERS, Autoencoder
 from .pictures.images import to_image
 from .request import Request
 from .run import Callback, Progress, Result, Run
-from .runnable import check_runnable
 
 _GUIDANCE = {
     "guidance": "scale",

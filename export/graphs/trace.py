@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from ...common.errors import CheckpointError, reason
+from ...common.files import write_json
 from .simplify import simplify
 from .spec import OPSET, ComponentSpec
+from .weights import WEIGHTS_NAME, weight_sources
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
@@ -24,9 +26,10 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 _CHATTY = ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", "torch.utils._sympy", "torch._dynamo")
 
 
-def trace(spec: ComponentSpec, module: Any, folder: Path) -> None:
-    """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large). The module has no weights after that.
+def trace(spec: ComponentSpec, module: Any, folder: Path, stored: Collection[str] = ()) -> None:
+    """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large), and `weights.json`.
 
+    stored: the names of the weights in the checkpoint. The module has no weights after that.
     Raises `CheckpointError` when the exporter fails or fixed an axis that the spec names.
     """
     import onnx_ir
@@ -61,6 +64,7 @@ def trace(spec: ComponentSpec, module: Any, folder: Path) -> None:
     model.producer_name, model.producer_version = "diffoundry", ""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = DATA_NAME if weights > _EXTERNAL_FROM_BYTES else None
+    write_json(folder / WEIGHTS_NAME, weight_sources(module, model, stored))
     onnx_ir.save(model, folder / MODEL_NAME, external_data=external)
     _empty(module, model)
 

@@ -24,7 +24,7 @@ from ..graphs.fuse import fuse
 from ..graphs.spec import OPSET, ComponentSpec
 from ..guard import guarded
 
-_REVISION = 7
+_REVISION = 8
 """Raise it when the exporter writes something else from the same input."""
 _STANDARD = f"{FULL}/{STANDARD}"
 _FUSED = f"{FULL}/{ONNXRUNTIME}:cpu"
@@ -138,14 +138,14 @@ class Tracer:
         with guarded(f"the {name} cannot be run in torch"):
             cases = torch_cases(spec, module)
         with guarded(f"the {name} cannot be traced to ONNX"):
-            trace(spec, module, folder)
+            trace(spec, module, folder, self.source.weights(spec.source).types)
         del module
         gc.collect()
         with guarded(f"the graph of the {name} cannot be fused"):
             graphs = fuse(folder / "model.onnx", spec.per_prompt)
-        files = {f"{name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
         shutil.copyfile(self.source.folder(spec.source) / "config.json", folder / "config.json")
-        config = {f"{name}/config.json": sha256_file(folder / "config.json")}
+        files = {f"{name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
+        described = {path: files.pop(path) for path in list(files) if path.endswith(".json")}
         model, others = f"{name}/model.onnx", [f"{name}/{graph}" for graph in graphs or ()]
         variants = {_STANDARD: Variant(model, {path: files[path] for path in files if path not in others})}
         if graphs is not None:
@@ -155,7 +155,7 @@ class Tracer:
             shared = {path: sha for path, sha in files.items() if path != model}
             variants[_FUSED] = Variant(others[0], shared, others[1] if graphs[1] else "")
         parity = compare(name, self._load(name, variants), cases)
-        return Traced(variants, config, parity, self._reference(name, cases))
+        return Traced(variants, described, parity, self._reference(name, cases))
 
     def _reference(self, name: str, cases: Sequence[Any]) -> Files:
         from ..graphs.validate import save_reference

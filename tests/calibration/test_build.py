@@ -183,6 +183,24 @@ def test_what_cannot_be_built_is_refused_in_one_line(called, copied, arguments, 
     assert sha256_tree(copied) == before and [path.name for path in copied.parent.iterdir()] == [copied.name]
 
 
+def test_pictures_that_are_too_far_from_fp32_leave_the_bundle_and_nothing_else(copied):
+    before = sha256_tree(copied)
+    scan = diffoundry.Scan(prompts=SCAN.prompts, steps=1, budget_db=119)
+    with pytest.raises(diffoundry.DiffoundryError, match=r"fp16 images differ from fp32 by .*, 119 are asked"):
+        diffoundry.build(copied, precision="fp16", scan=scan)
+    assert sha256_tree(copied) == before and [path.name for path in copied.parent.iterdir()] == [copied.name]
+
+
+def test_a_bundle_without_fp32_models_is_refused(copied):
+    manifest = json.loads((copied / "bundle.json").read_text())
+    for path in manifest["components"]["unet"]["variants"].pop("fp32/onnx")["files"]:
+        if not path.endswith("_data"):
+            (copied / path).unlink()
+    (copied / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"has no fp32 model of unet to build from"):
+        diffoundry.build(copied, precision="fp16")
+
+
 def test_a_bundle_that_was_changed_or_holds_strangers_is_left_as_it_is(copied):
     (copied / "notes.txt").write_text("mine")
     with pytest.raises(diffoundry.DiffoundryError, match=r"holds notes.txt, .*: move it away"):

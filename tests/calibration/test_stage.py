@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import diffoundry
-from diffoundry.bundle import Bundle
+from diffoundry.bundle import Bundle, ledger
 from diffoundry.calibration import stage
 from diffoundry.common.files import holds, mark, sha256_file
 
@@ -132,10 +132,11 @@ def damaged(value, *path, to):
 )
 def test_a_damaged_record_is_no_record(lowered, tmp_path, path, to):
     record = json.loads((lowered / "reports/stages/precision.fp16.json").read_text())
-    (tmp_path / "precision.fp16.json").write_text(json.dumps(record))
-    assert stage._read(lowered, tmp_path, "fp16") is not None
-    (tmp_path / "precision.fp16.json").write_text(json.dumps(damaged(record, *path, to=to)))
-    assert stage._read(lowered, tmp_path, "fp16") is None
+    copy = tmp_path / "precision.fp16.json"
+    copy.write_text(json.dumps(record))
+    assert ledger._read(lowered, copy, None, stage.CONVERTED) is not None
+    copy.write_text(json.dumps(damaged(record, *path, to=to)))
+    assert ledger._read(lowered, copy, None, stage.CONVERTED) is None
 
 
 def test_files_hold_only_when_each_is_inside_and_unchanged(tmp_path):

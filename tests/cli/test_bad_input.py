@@ -204,7 +204,7 @@ def test_an_empty_tokenizer_folder(called, tmp_path, checkpoint_of):
         (["--width", "1e9"], None),
         (["--scheduler", ""], ["unknown scheduler ''"]),
         (["--threads", "3000000000"], None),
-        (["-n", "a ring", "--guidance", "1"], ["negative prompt has no effect without guidance"]),
+        (["-n", "a ring", "--guidance", "1"], ["--negative-prompt has no effect without guidance"]),
         (["--guidance", "1e39"], ["guidance must be a number from 0 to 1e+06"]),
         (["--count", "20000000"], ["count must be a whole number from 1 to 4096"]),
         (["-o", ".png"], ["must be a name that ends in .png"]),

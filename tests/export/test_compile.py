@@ -110,6 +110,31 @@ def test_what_does_nothing_is_not_in_the_graphs(bundle_of):
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "component"), [("pico", "text_encoder"), ("pico", "vae_decoder"), ("sd15-small", "unet")]
+)
+def test_each_initializer_names_the_weights_that_it_came_from(name, component, checkpoint_of, tmp_path):
+    from safetensors.torch import load_file
+
+    plan = plan_of(checkpoint_of(name), component)
+    (path,) = (checkpoint_of(name) / plan.source).glob("*.safetensors")
+    weights = load_file(path)
+    trace(plan, plan.load(), tmp_path, weights)
+    sources = json.loads((tmp_path / "weights.json").read_text())
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    initializers = {each.name: onnx.numpy_helper.to_array(each, tmp_path) for each in graph.initializer}
+    for initializer, source in sources.items():
+        for weight in source["weights"]:
+            stored = weights[weight]
+            array = stored.float().numpy().transpose(source.get("axes", range(stored.dim())))
+            assert np.array_equal(array.reshape(initializers[initializer].shape), initializers[initializer])
+            assert source["dtype"] == str(stored.dtype).removeprefix("torch.")
+    named = {weight for source in sources.values() for weight in source["weights"]}
+    assert named >= {weight for weight in weights if component != "vae_decoder" or weight.startswith("decoder.")}
+    floats = {key: array for key, array in initializers.items() if array.dtype == np.float32}
+    assert all(key in sources for key, array in floats.items() if array.ndim > 1 and min(array.shape) > 4)
+
+
 def test_large_weights_lie_beside_the_graph(traced, tmp_path, monkeypatch):
     plan, cases, _ = traced
     monkeypatch.setattr(trace_module, "_EXTERNAL_FROM_BYTES", 1000)

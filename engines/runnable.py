@@ -1,4 +1,4 @@
-"""Whether this runtime can run a bundle, held against its manifest before anything is loaded."""
+"""Whether this version can run a bundle, held against its manifest before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..common.errors import BundleError
 
 
 def check_runnable(bundle: Bundle) -> None:
-    """Raise `BundleError` for what this runtime cannot run, or would run without a hash to hold it against."""
+    """Raise `BundleError` for what this version cannot run, or would run without a hash to hold it against."""
     manifest, root = bundle.manifest, bundle.root
     unknown = sorted(set(manifest.wiring.inputs.values()) - set(SOURCES))
     if unknown:
@@ -16,6 +16,8 @@ def check_runnable(bundle: Bundle) -> None:
             f"{root}: the {manifest.family} denoiser reads {', '.join(unknown)}; this version knows "
             f"{', '.join(SOURCES)}: upgrade diffoundry"
         )
+    if not manifest.wiring.text:
+        raise BundleError(f"{root}: field 'wiring.text' is empty; compile the bundle again")
     if not {"latents", "timestep"} <= {source.partition(".masked")[0] for source in manifest.wiring.inputs.values()}:
         raise BundleError(f"{root}: no input of the denoiser takes the latents or the timestep; compile it again")
     if manifest.precision not in (*PRECISIONS, AS_EXPORTED):
@@ -28,8 +30,6 @@ def check_runnable(bundle: Bundle) -> None:
     for role in ("denoiser", *dict.fromkeys(role for task in known for role in TASKS[task])):
         if not manifest.with_role(role):
             raise BundleError(f"{root} has no {role} among its components: compile it again")
-    if not manifest.wiring.text:
-        raise BundleError(f"{root}: field 'wiring.text' is empty; compile the bundle again")
     inputs = {tensor.name for tensor in bundle.component(manifest.named("denoiser")).inputs}
     if inputs != set(manifest.wiring.inputs):
         wrong = ", ".join(sorted(inputs ^ set(manifest.wiring.inputs)))
