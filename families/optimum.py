@@ -88,7 +88,10 @@ def _describe(root: Path) -> Manifest:
         },
         wiring=replace(made.wiring, text=text),
         latents=made.latents,
-        tokenizers={encoder.tokenizer: _tokenizer(folder, encoder.component, encoder.tokenizer) for encoder in text},
+        tokenizers={
+            encoder.tokenizer: read_tokenizer(root / encoder.tokenizer, folder.config(encoder.component))
+            for encoder in text
+        },
         files={},
         default_width=made.width,
         default_height=made.height,
@@ -113,14 +116,16 @@ def _exported(skips: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in skips if name.startswith(_HIDDEN))
 
 
-def _tokenizer(folder: _Folder, encoder: str, name: str) -> Tokenizer:
-    path = folder.root / name
+def read_tokenizer(path: Path, text: Mapping[str, Any]) -> Tokenizer:
+    """How the CLIP tokenizer in the folder `path` is used with the text encoder of the configuration `text`.
+
+    Raises `BundleError` when it lacks a token that the encoder needs.
+    """
     config = read_json(path / "tokenizer_config.json", "the tokenizer configuration")
     if (path / "vocab.json").is_file():
         vocabulary = read_json(path / "vocab.json", "the vocabulary")
     else:
         vocabulary = read_json(path / "tokenizer.json", "the tokenizer").get("model", {}).get("vocab", {})
-    text = folder.config(encoder)
     tokens = read_tokens(path)
     known = {**vocabulary, **tokens.ids(vocabulary)}
     ids = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..bundle import Bundle
+from ..bundle.wiring import TASKS
 from ..common.arrays import Array
 from ..common.checks import MOST_IMAGES, MOST_THREADS, whole_number
 from ..common.errors import BundleError, EngineError, RequestError
@@ -220,8 +221,9 @@ class Pipeline:
     def _feed(self, jobs: Sequence[Job], low_memory: bool, seconds: dict[str, float]) -> list[Fed]:
         """What the conditions give each job."""
         parts: list[list[Fed]] = [[] for _ in jobs]
+        loaded = {"text", *(role for job in jobs for role in TASKS[job.request.task])}
         for role, conditions in itertools.groupby(self._conditions.all, key=lambda condition: condition.loads):
-            with _timed(seconds, role or "conditions"):
+            with _timed(seconds, role) if role in loaded else nullcontext():
                 for condition in conditions:
                     for gathered, made in zip(parts, condition.feed(jobs), strict=True):
                         gathered.append(made)

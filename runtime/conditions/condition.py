@@ -105,7 +105,7 @@ def asked(request: Request) -> Iterator[str]:
     """The fields of a request that are not at their default, and the fields of those that have some."""
     for item in fields(request):
         value = getattr(request, item.name)
-        if value is not None and not is_default(item, value):
+        if value is not None and not _is_empty(value) and not is_default(item, value):
             inner = [(each, getattr(value, each.name)) for each in fields(value)] if is_dataclass(value) else []
             yield from [f"{item.name}.{each.name}" for each, own in inner if not is_default(each, own)] or [item.name]
 
@@ -131,6 +131,11 @@ def _said(name: str) -> str:
     if outer == "guidance":
         return f"the guidance {inner}"
     return f"{inner} of the negative" if outer.startswith("negative") and inner else inner or outer
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether this is an empty text, which asks for nothing where nothing heeds it."""
+    return isinstance(value, str) and not value
 
 
 def is_default(item: Any, value: Any) -> bool:

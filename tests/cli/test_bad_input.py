@@ -339,13 +339,16 @@ def test_a_damaged_scheduler_configuration(command, copied, change):
     fails(command("run", copied, "x"), "")
 
 
+INPUTS = {"sample": "latents", "timestep": "timestep", "encoder_hidden_states": "text.hidden"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"wiring": {"text": [], "inputs": {"x": "ray"}}}, ["ray", "upgrade diffoundry"]),
         ({"tasks": ["upscale"]}, ["upscale", "txt2img"]),
         ({"precision": "int3"}, ["'int3'"]),
-        ({"wiring": {"text": []}}, ["'wiring.text' is empty"]),
+        ({"wiring": {"text": [], "inputs": INPUTS}}, ["'wiring.text' is empty"]),
         ({"components": {}}, ["components must not be empty"]),
         ({"files": {}}, ["no hash for scheduler/scheduler_config.json"]),
     ],

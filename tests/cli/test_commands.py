@@ -23,7 +23,7 @@ def test_run_prints_one_json_object(command, bundle_of, tmp_path):
     assert [image["seed"] for image in told["images"]] == [3, 4]
     assert [image["path"] for image in told["images"]] == [str(tmp_path / "o-0.png"), str(tmp_path / "o-1.png")]
     assert (told["engine"], told["precision"]) == ("onnxruntime", "fp32")
-    assert set(told["seconds"]) == {"text_encoder", "load", "loop", "vae_decoder"}
+    assert set(told["seconds"]) == {"text", "load", "loop", "decoder"}
     assert done.stderr == ""
 
 

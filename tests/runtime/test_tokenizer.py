@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from diffoundry.bundle import Bundle
-from diffoundry.bundle.optimum import _prompt
 from diffoundry.common.errors import BundleError
 from diffoundry.examples.random_checkpoint import _tokenizer
 from diffoundry.export.loading import load_tokenizer
 from diffoundry.export.single_file.tokenizer import TOKENS, write_clip_tokenizer
+from diffoundry.families.optimum import read_tokenizer
 from diffoundry.runtime.text.tokenizer import PromptTokenizer
 
 PROMPTS = [
@@ -33,6 +33,11 @@ PROMPTS = [
     "word " * 100,
 ]
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def spec_of(clip):
+    """How a folder of another tool has its tokenizer used."""
+    return read_tokenizer(clip, json.loads((clip.parent / "text_encoder/config.json").read_text()))
 
 
 def flags(content, **changes):
@@ -101,7 +106,7 @@ def converted(text, theirs):
 
 
 def test_folders_without_tokenizer_json_are_read_as_transformers_reads_them(clip):
-    theirs, spec = CLIPTokenizer.from_pretrained(clip), _prompt(clip.parent, "text_encoder", "stable-diffusion")
+    theirs, spec = CLIPTokenizer.from_pretrained(clip), spec_of(clip)
     ids = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
     assert (spec.bos_token_id, spec.eos_token_id, spec.pad_token_id) == ids
     ours = PromptTokenizer(clip, spec)
@@ -119,7 +124,7 @@ def test_folders_without_tokenizer_json_are_read_as_transformers_reads_them(clip
 
 def test_compiled_they_are_read_the_same(clip, tmp_path):
     """`compile` writes a `tokenizer.json`."""
-    spec = _prompt(clip.parent, "text_encoder", "stable-diffusion")
+    spec = spec_of(clip)
     assert load_tokenizer(clip, tmp_path / "tokenizer", 77, 1020) == spec
     compiled, bare = (PromptTokenizer(folder, spec) for folder in (tmp_path / "tokenizer", clip))
 
