@@ -192,17 +192,15 @@ class Pipeline:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
-        self._conditions.check(jobs)
-        if self._loop_asked == "device" and any(
-            job.request.mask is not None or (job.guidance.active and job.guidance.mode == "split") for job in jobs
-        ):
+        if self._loop_asked == "device" and any(job.request.mask is not None or job.guidance.split for job in jobs):
             raise RequestError(HOST_ONLY)
+        self._conditions.check(jobs)
         return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
 
     def _run(
         self, jobs: Sequence[Job], batch: int, low_memory: bool, at_once: int | None
     ) -> Generator[Progress, None, list[Result]]:
-        """Encode, load, run, collect. at_once: the steps between two yields, None for as many as go in one piece."""
+        """Feed, load, run, collect. at_once: the steps between two yields, None for as many as go in one piece."""
         seconds: dict[str, float] = {}
         fed = self._feed(jobs, low_memory, seconds)
         with _timed(seconds, "load"):

@@ -67,7 +67,7 @@ class DeviceStepper:
         """Bring the registers of the rows back."""
         if self._phase is not None and self._phase.ahead:
             for row, registers in zip(self._rows, self._phase.registers(), strict=True):
-                row.state.registers = registers[: row.state.table.registers]
+                row.state.registers[...] = registers[: row.state.table.registers]
 
     def close(self) -> None:
         """Bring the registers back and give the phase away."""
@@ -97,10 +97,9 @@ class Phases:
 
         It can with joint guidance, float32 latents, one float32 timestep a row, and no image to be kept or seen.
         """
-        split = sample.guidance.active and sample.guidance.mode == "split"
         inputs = {tensor.name: tensor for tensor in self._denoiser.inputs}
         ports, output = self._ports, self._denoiser.outputs[0]
-        if split or sample.kept is not None or sample.channels is not None:
+        if sample.guidance.split or sample.kept is not None or sample.channels is not None:
             return False
         if set(inputs) != {ports.sample, ports.timestep, *sample.prompt}:
             return False

@@ -53,6 +53,11 @@ class Guidance:
         """Whether any negative rows are needed at all."""
         return self.mode != "off" and (self.scale is None or self.scale > 1)
 
+    @property
+    def split(self) -> bool:
+        """Whether the two halves are two calls."""
+        return self.active and self.mode == "split"
+
     def or_default(self, scale: float) -> Guidance:
         """This guidance, with `scale` where none was asked for."""
         return replace(self, scale=scale) if self.scale is None else self

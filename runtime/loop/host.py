@@ -45,7 +45,7 @@ class HostStepper:
         """The guided model output for the next step of each row, float32 (n, C, …)."""
         on = [i for i, row in enumerate(rows) if row.guided()]
         guided = [rows[i] for i in on]
-        if any(row.sample.guidance.mode == "split" for row in guided):
+        if any(row.sample.guidance.split for row in guided):
             negative, prompt = self._call(guided, ()).copy(), self._call((), rows)
         else:
             both = self._call(guided, rows)

@@ -38,24 +38,28 @@ STEP_OUTPUTS = (
 
 
 class State:
-    """The latents of one row on their way through a table.
+    """The latents of one row on their way through a table. position: the step to be made next.
 
-    registers: float32 (K, …), the latents that a step keeps; R[0] is x. position: the step to be made next.
-    A step is R' = weights · [R, m, noise, x0] (see `Table`), summed term by term, each over the whole of the latents:
-    no bit of a row depends on the rows beside it, as the kernels that a BLAS picks for a size might make it.
+    `stack` is float32 (K + 3, …): the registers, then the guided model output, the noise and the predicted x0. A step
+    is R' = weights · stack (see `Table`), one small matrix product of this row alone: no bit of it depends on the rows
+    beside it, as the kernel that a BLAS picks for a size might make it.
     """
 
     def __init__(self, table: Table, latents: Array) -> None:
         """latents: float32, of any axes; what the row starts from, already scaled."""
         self.table, self.position = table, 0
-        self.registers = np.zeros((table.registers, *latents.shape), np.float32)
-        self.registers[0] = latents
-        self._next, self._product = np.empty_like(self.registers), np.empty_like(self.registers[0])
+        self._stack = np.zeros((table.registers + 3, *latents.shape), np.float32)
+        self._stack[0] = latents
+
+    @property
+    def registers(self) -> Array:
+        """The latents that a step keeps, (K, …); R[0] is x. Write to them to take over steps made elsewhere."""
+        return self._stack[: self.table.registers]
 
     @property
     def x(self) -> Array:
-        """The latents now."""
-        latents: Array = self.registers[0]
+        """The latents now; the next step overwrites them."""
+        latents: Array = self._stack[0]
         return latents
 
     @property
@@ -78,16 +82,16 @@ class State:
 
     def advance(self, output: Array, noise: Array | None = None) -> None:
         """Make the step. output: the guided model output. noise: standard normal, where the step draws. Both as x."""
-        table, k = self.table, self.position
-        terms = [*self.registers, np.asarray(output, np.float32), noise, None]
+        table, k, stack = self.table, self.position, self._stack
+        model, drawn, predicted = stack[table.registers :]
+        model[...] = output
+        if noise is not None:
+            drawn[...] = noise
         if np.isfinite(table.clip):
             p, q = table.x0[k].astype(np.float32)
-            terms[-1] = np.clip(p * self.x + q * terms[-3], -table.clip, table.clip)
-        for register, weights in zip(self._next, table.weights[k].astype(np.float32), strict=True):
-            register[...] = 0
-            for i in np.flatnonzero(weights):
-                register += np.multiply(terms[i], weights[i], out=self._product)
-        self.registers, self._next = self._next, self.registers
+            np.clip(p * stack[0] + q * model, -table.clip, table.clip, out=predicted)
+        made = table.weights[k].astype(np.float32) @ stack.reshape(len(stack), -1)
+        self.registers[...] = made.reshape(self.registers.shape)
         self.position += 1
 
 
