@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..bundle import FULL, MANIFEST_NAME, STANDARD, Bundle, Component, Manifest
+from ..bundle import FULL, MANIFEST_NAME, STANDARD, Bundle, Manifest
 from ..bundle.ledger import Ledger
 from ..bundle.manifest import SCHEMA_VERSION, to_json
 from ..bundle.precisions import check_precision
@@ -100,25 +100,7 @@ def build(
     """
     path = resolved(bundle)
 
-    def check() -> tuple[Bundle, Goal]:
-        opened = Bundle.open(path)
-        own = opened.manifest
-        goal = Goal.of(
-            own.engine if engine is None else engine, own.precision if precision is None else precision, target, scan
-        )
-        if goal.converts and scan is None and all(goal.precision in part.precisions for part in _convertible(own)):
-            goal = replace(goal, converts=False)
-        if goal.converts or goal.machine is not None:
-            require_modules("build", _MODULES, "build")
-        check_runnable(opened)
-        lacking = [name for name, part in own.components.items() if _FP32 not in part.variants]
-        if lacking:
-            raise BundleError(f"{path} has no fp32 model of {lacking[0]} to build from: compile the checkpoint again")
-        opened.check()
-        check_replaceable(path)
-        return opened, goal
-
-    with working(path, check) as (work, (old, goal)):
+    with working(path, lambda: _checked(path, engine, precision, target, scan)) as (work, (old, goal)):
         check_disk(path, goal.written() * _weights(old))
         ledger, meter = Ledger(work, path), Meter(progress, goal.parts(old.manifest) + 1)
         made = later_stages(_linked(old, ledger, goal), ledger, goal, meter)
@@ -127,6 +109,29 @@ def build(
             return old
         ledger.adopt(but=record_name(goal.precision) if goal.converts else "")
         return publish(made, ledger, meter)
+
+
+def _checked(
+    path: Path, engine: str | None, precision: str | None, target: Target | None, scan: Scan | None
+) -> tuple[Bundle, Goal]:
+    """The bundle at `path` and what it is to be run with. Raises for what cannot be built of it."""
+    bundle = Bundle.open(path)
+    own = bundle.manifest
+    goal = Goal.of(
+        own.engine if engine is None else engine, own.precision if precision is None else precision, target, scan
+    )
+    converted = all(goal.precision in part.precisions for part in own.components.values() if part.role != "step")
+    if goal.converts and scan is None and converted:
+        goal = replace(goal, converts=False)
+    if goal.converts or goal.machine is not None:
+        require_modules("build", _MODULES, "build")
+    check_runnable(bundle)
+    lacking = [name for name, part in own.components.items() if _FP32 not in part.variants]
+    if lacking:
+        raise BundleError(f"{path} has no fp32 model of {lacking[0]} to build from: compile the checkpoint again")
+    bundle.check()
+    check_replaceable(path)
+    return bundle, goal
 
 
 def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bundle:
@@ -174,11 +179,6 @@ def _linked(old: Bundle, ledger: Ledger, goal: Goal) -> Bundle:
         link_or_copy(old.root / name, ledger.work / name)
     EngineStore(ledger.work / "engines").take(EngineStore(old.root / "engines"))
     return Bundle(ledger.work, manifest)
-
-
-def _convertible(manifest: Manifest) -> list[Component]:
-    """The components that have lower precisions."""
-    return [part for part in manifest.components.values() if part.role != "step"]
 
 
 def _weights(bundle: Bundle) -> int:

@@ -149,9 +149,11 @@ def _prompts(path: str) -> tuple[str, ...]:
 def show_result(bundle: Bundle, ready: str, as_json: bool, **more: Any) -> None:
     """Print warnings and `ready`, or with `--json` the bundle, what was measured, and `more`."""
     from ..bundle.reports import read_report
+    from ..engines.names import ONNXRUNTIME, EngineName
 
     quality = read_report(bundle, "quality").get(bundle.manifest.precision)
-    plans = read_report(bundle, "plans")
+    has_plans = EngineName.parse(bundle.manifest.engine).backend != ONNXRUNTIME
+    plans = read_report(bundle, "plans") if has_plans else {}
     for line in plans.get("warnings", []):
         click.echo(f"Warning: {line}", err=True)
     if as_json:
