@@ -111,7 +111,12 @@ def test_what_does_nothing_is_not_in_the_graphs(bundle_of):
 
 
 @pytest.mark.parametrize(
-    ("name", "component"), [("pico", "text_encoder"), ("pico", "vae_decoder"), ("sd15-small", "unet")]
+    ("name", "component"),
+    [
+        ("pico", "text_encoder"),
+        pytest.param("pico", "vae_decoder", marks=pytest.mark.slow),
+        pytest.param("sd15-small", "unet", marks=pytest.mark.slow),
+    ],
 )
 def test_each_initializer_names_the_weights_that_it_came_from(name, component, checkpoint_of, tmp_path):
     from safetensors.torch import load_file
