@@ -7,6 +7,7 @@ which `...` is anything.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -23,7 +24,8 @@ import pytest
 from diffoundry.cli import cli
 from diffoundry.tests.conftest import REPOSITORY
 
-PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+_FRONT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+PAGES = [*(REPOSITORY / name for name in _FRONT), *sorted((REPOSITORY / "docs").glob("*.md"))]
 NAMES = [str(path.relative_to(REPOSITORY)) for path in PAGES]
 _BLOCK = re.compile(r"^```(\S+)?(?: (\w+))?\n(.*?)^```$", re.M | re.S)
 _OF_OTHERS = {"--sheet"}
@@ -121,7 +123,7 @@ def test_fences_are_known(page):
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_options_and_modules_are_there(page):
     """Of commands that are run and those that are not, and of those in the text."""
     text = page.read_text("utf-8")
@@ -149,6 +151,7 @@ def unknown(words: list[str]) -> list[str]:
         return []
     if words[0] not in cli.commands:
         return [words[0]]
+    words = words[: words.index("--")] if "--" in words else words
     given = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)]
     return [word for word in given if word not in options(cli.commands[words[0]])]
 
@@ -163,6 +166,27 @@ def test_links_lead_somewhere(page):
         assert linked.exists(), target
         heads = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.M) if anchor else []
         assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
+
+
+def test_headings_of_troubleshooting_are_messages():
+    """Each is a part of a text in the code, in which `...` is a value."""
+    rooms = ("bundle", "calibration", "cli", "common", "engines", "export", "families", "runtime")
+    trees = [ast.parse(path.read_text("utf-8")) for room in rooms for path in (REPOSITORY / room).rglob("*.py")]
+    texts = "\n".join(text for tree in trees for node in ast.walk(tree) if (text := template(node)) is not None)
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text("utf-8")
+    headings = re.findall("^## (.*)$", page, re.M)
+    assert len(headings) > 20
+    for heading in headings:
+        assert re.search(re.escape(heading).replace(re.escape("..."), ".*"), texts), heading
+
+
+def template(node: ast.AST) -> str | None:
+    """A text of the code, with `...` for each value."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value.replace("\n", " ")
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(part) or "..." for part in node.values)
+    return None
 
 
 def test_the_check_can_fail():
