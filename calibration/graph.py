@@ -20,17 +20,17 @@ MOVES = frozenset(
 ) | {"Unsqueeze", "DepthToSpace", "SpaceToDepth"}
 """Operators whose output holds values of their inputs and no others."""
 _CONTRACTIONS = frozenset(("Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"))
-_MAKERS = frozenset(("Cast", "ConstantOfShape"))
+MAKERS = frozenset(("Cast", "ConstantOfShape"))
 """Operators that make floats of something else, in a type that an attribute names."""
 _LARGEST_MASK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """How a node looks in a lower type: which of its inputs and outputs take that type."""
+class Castable:
+    """Which inputs and outputs of a node take a lower type."""
 
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
 
 def read(path: Path) -> Any:
@@ -58,7 +58,7 @@ def read(path: Path) -> Any:
     return model
 
 
-def reading(tensor: Any, what: Callable[[Array], Value]) -> Value:
+def map_tensor(tensor: Any, what: Callable[[Array], Value]) -> Value:
     """`what` of the numbers that a tensor holds; `what` keeps none of them. Its file is mapped for that long."""
     made = what(tensor.numpy())
     if hasattr(tensor, "release"):
@@ -86,32 +86,30 @@ def version_for(model: Any, precision: Precision) -> int:
     return max(opset(model), precision.opset)
 
 
-def form(node: Any, version: int, precision: Precision) -> Form | None:
-    """How `node` of opset `version` looks in `precision`; None when its operator has no such form or touches no float.
+def castable(node: Any, version: int, precision: Precision) -> Castable:
+    """What `node` of opset `version` can take and make in `precision`: nothing where its operator does not admit it.
 
-    A node without a float output, such as a comparison, has a form without outputs.
+    A node without a float output, such as a comparison, may only take it.
     """
     import onnx
 
     floats = [i for i, value in enumerate(node.inputs) if is_float(value)]
     made = [i for i, value in enumerate(node.outputs) if is_float(value)]
-    if not floats and not made:
-        return None
     try:
         schema = onnx.defs.get_schema(node.op_type, version, node.domain)
     except onnx.defs.SchemaError:
-        return None
+        return Castable()
     wanted = f"tensor({precision.dtype.lower()})"
     admits = {t.type_param_str for t in schema.type_constraints if wanted in t.allowed_type_strs}
     ins = {i: schema.inputs[min(i, len(schema.inputs) - 1)].type_str for i in floats}
     outs = {i: schema.outputs[min(i, len(schema.outputs) - 1)].type_str for i in made}
     if not admits.issuperset(outs.values()):
-        return None
+        return Castable()
     if not made:
-        return Form(tuple(i for i, kind in ins.items() if kind in admits), ()) if set(ins.values()) & admits else None
+        return Castable(tuple(i for i, kind in ins.items() if kind in admits))
     shared = set(outs.values())
     taken = tuple(i for i, kind in ins.items() if kind in shared)
-    return Form(taken, tuple(outs)) if taken or node.op_type in _MAKERS else None
+    return Castable(taken, tuple(outs)) if taken or node.op_type in MAKERS else Castable()
 
 
 def is_cheap(node: Any) -> bool:
@@ -148,6 +146,17 @@ def holds_masks(model: Any) -> bool:
 def float_weights(model: Any) -> dict[str, Any]:
     """The float32 initializers by name."""
     return {name: value for name, value in model.graph.initializers.items() if is_float(value)}
+
+
+def add_constant(graph: Any, name: str, number: Any) -> Any:
+    """A new float32 initializer of `graph`."""
+    import onnx_ir
+
+    array = np.asarray(number, np.float32)
+    value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(list(array.shape)))
+    value.const_value, value.dtype = onnx_ir.tensor(array, name=name), onnx_ir.DataType.FLOAT
+    graph.register_initializer(value)
+    return value
 
 
 def _shape_of(schema: Any) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,28 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import Array
-from .graph import form, holds_masks, is_float, key, read, version_for
+from .graph import add_constant, castable, holds_masks, is_float, key, read, version_for
 from .precision import MASK, Precision
+from .rewrite import round_to
 from .sessions import start
-from .typed import rounded
 
 LOSSLESS = 200.0
 """Stands for an infinite ratio, in dB."""
 _DEEPEST = 6
-_LARGEST_ISLAND = 16
+_LARGEST_REGION = 16
 _SMALL = 1 << 16
 """Weights up to this many numbers are rounded once, larger ones in each call: in memory they are there once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Node `target` computed by the nodes `island` in float32, or, when that is empty, in the lower type.
+    """Node `target` computed by the nodes `region` in float32, or, when that is empty, in the lower type.
 
     What comes into it from outside is rounded; of a weight, only when the node is in the lower type.
     """
 
     target: str
-    island: frozenset[str] = frozenset()
+    region: frozenset[str] = frozenset()
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -71,17 +71,17 @@ def measure(
     return lowest
 
 
-def islands_of(model: Any, target: str) -> list[frozenset[str]]:
-    """Ever larger islands that make the value of node `target`: itself, itself and its makers, and so on."""
+def regions_around(model: Any, target: str) -> list[frozenset[str]]:
+    """Ever larger regions that make the value of node `target`: itself, itself and its makers, and so on."""
     makers = {key(node): node for node in model.graph}
-    island, edge, found = {target}, [makers[target]], [frozenset((target,))]
+    region, edge, found = {target}, [makers[target]], [frozenset((target,))]
     for _ in range(_DEEPEST):
         edge = [v.producer() for node in edge for v in node.inputs if is_float(v) and v.producer() is not None]
-        new = {key(node) for node in edge} - island
-        if not new or len(island | new) > _LARGEST_ISLAND:
+        new = {key(node) for node in edge} - region
+        if not new or len(region | new) > _LARGEST_REGION:
             break
-        island |= new
-        found.append(frozenset(island))
+        region |= new
+        found.append(frozenset(region))
     return found
 
 
@@ -109,17 +109,17 @@ class _Probe:
         self._float, self._low = onnx_ir.DataType.FLOAT, onnx_ir.DataType[precision.dtype]
         self._rounded: dict[str, Any] = {}
         self._masked = holds_masks(model)
-        self._bound = self._constant("mask:bound", MASK)
-        self._zero = self._constant("mask:zero", 0.0)
+        self._bound = add_constant(self._graph, "mask:bound", MASK)
+        self._zero = add_constant(self._graph, "mask:zero", 0.0)
 
     def add(self, i: int, trial: Trial) -> list[Any]:
         """The two outputs of trial i: signal and noise."""
         target = self._nodes[trial.target]
         made: dict[str, Any] = {}
         last = target
-        for name in sorted(trial.island or {trial.target}, key=self._places.__getitem__):
+        for name in sorted(trial.region or {trial.target}, key=self._places.__getitem__):
             node = self._nodes[name]
-            clone = self._clone(node, i, made, low=not trial.island)
+            clone = self._clone(node, i, made, low=not trial.region)
             self._graph.insert_after(last, clone)
             last = clone
             for old, new in zip(node.outputs, clone.outputs, strict=True):
@@ -130,8 +130,7 @@ class _Probe:
     def _clone(self, node: Any, i: int, made: Mapping[str, Any], *, low: bool) -> Any:
         import onnx_ir
 
-        shape = form(node, self._version, self._precision)
-        taken: Collection[int] = shape.inputs if shape is not None else ()
+        taken = castable(node, self._version, self._precision).inputs
         inputs = []
         for place, value in enumerate(node.inputs):
             if value is not None and value.name in made:
@@ -156,8 +155,8 @@ class _Probe:
         if name not in self._rounded:
             stored = value
             if name in self._graph.initializers and value.const_value.size <= _SMALL:
-                tensor = rounded(value.const_value.numpy(), self._precision).astype(np.float32)
-                self._rounded[name] = self._constant(f"{name}:rounded", tensor)
+                tensor = round_to(value.const_value.numpy(), self._precision).astype(np.float32)
+                self._rounded[name] = add_constant(self._graph, f"{name}:rounded", tensor)
                 return self._rounded[name]
             added = []
             for to, suffix in ((self._low, "low"), (self._float, "rounded")):
@@ -195,12 +194,3 @@ class _Probe:
             outputs.append(output)
         self._graph.insert_after(last, added)
         return outputs
-
-    def _constant(self, name: str, number: Any) -> Any:
-        import onnx_ir
-
-        array = np.asarray(number, np.float32)
-        value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(list(array.shape)))
-        value.const_value, value.dtype = onnx_ir.tensor(array, name=name), onnx_ir.DataType.FLOAT
-        self._graph.register_initializer(value)
-        return value

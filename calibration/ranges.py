@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import Array
-from .graph import MOVES, float_weights, holds_masks, is_float, read, reading
+from .graph import MOVES, add_constant, float_weights, holds_masks, is_float, map_tensor, read
 from .precision import MASK
-from .sessions import Recorded, start
+from .sessions import RecordedEngine, start
 
 _WITHIN_ONE = frozenset(("Cos", "Sigmoid", "Sin", "Softmax", "Tanh"))
 _HIGH, _LOW = ":highest", ":lowest"
@@ -25,8 +25,8 @@ class Ranges:
         self._path, self._component = path, component
         self._largest: dict[str, float] = {}
 
-    def engine(self, heard: Any) -> Recorded:
-        """An engine of the component that gathers as it runs, and tells `heard` of each call.
+    def engine(self, on_call: Any) -> RecordedEngine:
+        """An engine of the component that gathers as it runs, and tells `on_call` of each call.
 
         The largest values are computed inside the graph, so that no activation outlives its reader.
         """
@@ -42,16 +42,16 @@ class Ranges:
                     found = abs(value.item())
                     found = np.inf if np.isnan(found) else found
                     self._largest[of] = max(found, self._largest.get(of, 0.0))
-            heard(feeds, {name: value for name, value in made.items() if not name.endswith((_HIGH, _LOW))})
+            on_call(feeds, {name: value for name, value in made.items() if not name.endswith((_HIGH, _LOW))})
 
-        return Recorded(engine, gather, outputs)
+        return RecordedEngine(engine, gather, outputs)
 
     def largest(self) -> dict[str, float]:
         """max |x| of each float32 value and weight, by name."""
         model = read(self._path)
         found = dict(self._largest)
         for name, value in float_weights(model).items():
-            found[name] = reading(value.const_value, magnitude)
+            found[name] = map_tensor(value.const_value, magnitude)
         for node in model.graph:
             for made in node.outputs:
                 if is_float(made) and made.name not in found:
@@ -72,13 +72,8 @@ def _probe(model: Any, *, masked: bool) -> None:
     import onnx_ir
 
     graph = model.graph
-    bound = onnx_ir.Value(name="mask:bound")
-    zero = onnx_ir.Value(name="mask:zero")
-    for value, number in ((bound, MASK), (zero, 0.0)):
-        value.const_value = onnx_ir.tensor(np.float32(number), name=value.name)
-        value.dtype, value.shape = onnx_ir.DataType.FLOAT, onnx_ir.Shape([])
-        if masked:
-            graph.register_initializer(value)
+    if masked:
+        bound, zero = add_constant(graph, "mask:bound", MASK), add_constant(graph, "mask:zero", 0.0)
     for node in list(graph):
         if node.op_type in MOVES | _WITHIN_ONE:
             continue
@@ -93,9 +88,7 @@ def _probe(model: Any, *, masked: bool) -> None:
                 for i, each in enumerate((absolute, finite, kept)):
                     each.outputs[0].name = f"{made.name}:finite{i}"
                 added, seen = [absolute, finite, kept], kept.outputs[0]
-            for op, suffix in (("ReduceMax", _HIGH), ("ReduceMin", _LOW)):
-                if masked and suffix == _LOW:
-                    continue
+            for op, suffix in [("ReduceMax", _HIGH), ("ReduceMin", _LOW)][: 1 if masked else 2]:
                 reduce = onnx_ir.node(op, [seen], {"keepdims": 0})
                 output = reduce.outputs[0]
                 output.name, output.shape = f"{made.name}{suffix}", onnx_ir.Shape([])

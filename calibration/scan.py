@@ -88,7 +88,7 @@ def _counted(prompts: object) -> str:
     return f"{len(prompts)}" if isinstance(prompts, (tuple, list)) else f"{prompts!r:.80}"
 
 
-def draw(
+def run_loop(
     bundle: Bundle, engines: Mapping[str, Callable[[], Engine]], scan: Scan, text: str, progress: Progress | None
 ) -> list[Array]:
     """Run the loop on every prompt and return the images, uint8 (H, W, 3); each component runs at least once.

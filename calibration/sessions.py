@@ -1,4 +1,4 @@
-"""Graphs made in memory, run by ONNX Runtime, and engines that tell what they were called with."""
+"""Graphs made in memory, run by ONNX Runtime, and engines that report what they were called with."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..engines import DeviceArray, DeviceBinding, Engine, HostBinding
 from ..engines.engine import EngineBase
 from ..engines.onnxruntime import NO_MEMORY_TO_LOAD, OnnxRuntimeEngine, default_threads, lacks_memory
 from ..engines.wheel import ort
-from .precision import precision_of
-from .typed import emulated
+from .precision import Precision, precision_of
+from .rewrite import emulated
 
-Heard = Callable[[Mapping[str, Array], Mapping[str, Array]], None]
-"""`heard(feeds, outputs)` after each call; both are overwritten by the next."""
+OnCall = Callable[[Mapping[str, Array], Mapping[str, Array]], None]
+"""`on_call(feeds, outputs)` after each call; both are overwritten by the next."""
 
 
 def start(model: Any, folder: Path, component: str, *, fast: bool = True) -> OnnxRuntimeEngine:
@@ -54,12 +54,12 @@ def start(model: Any, folder: Path, component: str, *, fast: bool = True) -> Onn
     return OnnxRuntimeEngine(session, component, "cpu")
 
 
-class Recorded(EngineBase):
-    """An engine that tells `heard` of each call. It shows the first `shown` outputs of the engine within."""
+class RecordedEngine(EngineBase):
+    """An engine that reports to `on_call` of each call. It shows the first `shown` outputs of the engine within."""
 
-    def __init__(self, engine: Engine, heard: Heard, shown: int | None = None) -> None:
+    def __init__(self, engine: Engine, on_call: OnCall, shown: int | None = None) -> None:
         super().__init__(engine.component, engine.inputs, engine.outputs[:shown])
-        self._engine, self._heard = engine, heard
+        self._engine, self._on_call = engine, on_call
         self._lock = threading.Lock()
 
     def to_device(self, array: Array) -> DeviceArray:
@@ -71,19 +71,19 @@ class Recorded(EngineBase):
         raise EngineError("a recorded engine runs on host arrays: use the loop 'host'")
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        return self._told(feeds, self._engine(feeds))
+        return self._report(feeds, self._engine(feeds))
 
     def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
         binding = self._engine.bind_host(feeds)
-        return lambda *changed: self._told(feeds, binding(*changed))
+        return lambda *changed: self._report(feeds, binding(*changed))
 
-    def _told(self, feeds: Mapping[str, Array], made: dict[str, Array]) -> dict[str, Array]:
+    def _report(self, feeds: Mapping[str, Array], made: dict[str, Array]) -> dict[str, Array]:
         with self._lock:
-            self._heard(feeds, made)
+            self._on_call(feeds, made)
         return {tensor.name: made[tensor.name] for tensor in self.outputs}
 
 
-class Calls:
+class Recorder:
     """The calls of one component, to be made again: feeds and outputs, those that did not change kept once."""
 
     def __init__(self, most: int) -> None:
@@ -92,13 +92,13 @@ class Calls:
         self._last: dict[str, Array] = {}
         self.kept: list[tuple[dict[str, Array], dict[str, Array]]] = []
 
-    def hear(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def add(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Keep a call."""
         if len(self.kept) < self._most:
-            told = {name: self._copy(name, array) for name, array in feeds.items()}
-            self.kept.append((told, {name: np.array(array) for name, array in outputs.items()}))
+            copied = {name: self._copy(name, array) for name, array in feeds.items()}
+            self.kept.append((copied, {name: np.array(array) for name, array in outputs.items()}))
 
-    def chosen(self, loops: int) -> list[tuple[dict[str, Array], dict[str, Array]]]:
+    def sample(self, loops: int) -> list[tuple[dict[str, Array], dict[str, Array]]]:
         """The first call, one from the middle of the first of `loops` loops, and the last; each once."""
         last = len(self.kept) - 1
         return [self.kept[place] for place in sorted({0, len(self.kept) // loops // 2, last})]
@@ -110,6 +110,11 @@ class Calls:
         return self._last[name]
 
 
+def emulated_engine(path: Path, component: str, precision: Precision) -> Engine:
+    """An engine of the converted model in `path` that rounds where a GPU rounds, see `emulated`."""
+    return start(emulated(path, precision), path.parent, component)
+
+
 def emulation(bundle: Bundle, precision: str) -> dict[str, Callable[[], Engine]]:
     """What loads each component that `bundle` has in `precision`, for the `engines` of a `Pipeline`.
 
@@ -117,14 +122,10 @@ def emulation(bundle: Bundle, precision: str) -> dict[str, Callable[[], Engine]]
     """
     rule = precision_of(precision)
 
-    def load(name: str, model: str) -> Engine:
-        path = bundle.path(model)
-        return start(emulated(path, rule), path.parent, name)
-
     components = bundle.manifest.components.items()
     found = {name: found.model for name, part in components if (found := part.variants.get(f"{precision}/{STANDARD}"))}
     if not found:
         raise EngineError(
             f"{bundle.root} has no {precision} models: run `diffoundry build {bundle.root} --precision {precision}`"
         )
-    return {name: partial(load, name, model) for name, model in found.items()}
+    return {name: partial(emulated_engine, bundle.path(model), name, rule) for name, model in found.items()}

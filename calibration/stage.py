@@ -12,9 +12,9 @@ from ..bundle.reports import is_quality, is_report, with_report
 from ..common.files import sha256_json
 from ..common.progress import Meter
 from ..engines.names import ONNXRUNTIME
-from .lowering import RULE, lower
+from .conversion import RULE, convert_models
+from .rewrite import ConvertedModel
 from .scan import Scan
-from .typed import Typed
 
 _DECIDE = ("scheduler/", "tokenizer/", "tokenizer_2/")
 """Small files that decide what the loop is run with."""
@@ -28,7 +28,7 @@ class Converted:
     """
 
     models: dict[str, Files]
-    typed: dict[str, Typed]
+    typed: dict[str, ConvertedModel]
     quality: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ def convert(bundle: Bundle, ledger: Ledger, precision: str, scan: Scan, meter: M
         meter.show(f"{precision}, {text} {done}/{total}")
 
     def make() -> Converted:
-        typed, quality = lower(plain, precision, done={}, scan=scan, progress=progress)
+        typed, quality = convert_models(plain, precision, scan=scan, progress=progress)
         return Converted(_models(bundle), typed, quality)
 
     made = ledger.once(record_name(precision), _key(plain, precision, scan), CONVERTED, make)

@@ -104,7 +104,7 @@ def _show(table: Table, title: str) -> None:
     names = _columns(table)
     lines = [["call", "timestep", "alpha", "sigma", "input", *(f"x' of {names[i]}" for i in used)]]
     for k in range(table.steps):
-        numbers = [table.timesteps[k], *table.levels[k], table.input_scale[k], *table.weights[k, 0, used]]
+        numbers = [table.timesteps[k], *table.alpha_sigma[k], table.input_scale[k], *table.weights[k, 0, used]]
         lines.append([str(k), *(f"{number:.6g}" for number in numbers)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     click.echo(f"{title}: {table.steps} calls, registers: {table.registers}, first x = {table.init_scale:.6g} * noise")
@@ -128,7 +128,7 @@ def _plot(table: Table, title: str, path: Path) -> None:
     figure.suptitle(title)
     (sigmas, timesteps), (state, output) = figure.subplots(2, 2)
     calls = range(table.steps)
-    sigmas.semilogy(calls, table.levels[:, 1] / table.levels[:, 0].clip(1e-12), "o-", markersize=3)
+    sigmas.semilogy(calls, table.alpha_sigma[:, 1] / table.alpha_sigma[:, 0].clip(1e-12), "o-", markersize=3)
     sigmas.set_ylabel("noise to signal, σ/α")
     timesteps.plot(calls, table.timesteps, "o-", markersize=3)
     timesteps.set_ylabel("timestep")

@@ -293,7 +293,7 @@ def our_trajectory(table: Table, steps: Steps, outputs: Array, seed: int) -> tup
     generator = TorchGenerator(seed)
     noise = generator.randn(*SHAPE)
     if steps.start:
-        alpha, sigma = table.levels[0].astype(np.float32)
+        alpha, sigma = table.alpha_sigma[0].astype(np.float32)
         x = alpha * outputs[-1] + sigma * noise
     else:
         x = noise * np.float32(table.init_scale)
@@ -433,7 +433,7 @@ def table_error(name: str, config: Mapping[str, Any], steps: Steps) -> float:
         (found[:-1] * table.input_scale[:, None], expected[:-1] * traced.input_scale[:, None]),
     ]
     if hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise"):
-        pairs.append((table.levels, traced.levels))
+        pairs.append((table.alpha_sigma, traced.alpha_sigma))
     return max(float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) for a, b in pairs)
 
 

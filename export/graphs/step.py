@@ -124,7 +124,7 @@ def _case(rng: np.random.Generator, batch: int, registers: int, steps: int, chan
             weights=rng.standard_normal((steps, registers, registers + 3)) * ([1.0] * (registers + 2) + [clips]),
             x0=rng.standard_normal((steps, 2)),
             draws=np.ones(steps, bool),
-            levels=np.ones((steps, 2)),
+            alpha_sigma=np.ones((steps, 2)),
             clip=0.5 if clips else np.inf,
         )
         for clips in (i % 2 for i in range(batch))

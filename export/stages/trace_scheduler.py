@@ -109,7 +109,7 @@ def trace_scheduler(scheduler: Any, steps: Steps, **options: Any) -> Table:
         weights=_weights(run.states * _sizes(calls, init_scale)),
         x0=np.zeros((calls, 2)),
         draws=run.draws,
-        levels=run.levels,
+        alpha_sigma=run.levels,
         init_scale=init_scale,
     )
     _check_linear(ready, timesteps, table, options)

@@ -47,7 +47,7 @@ class Mask:
         """Noise is drawn in the order in which diffusers' pipelines draw it."""
         request, table, sample = job.request, job.table, self._autoencoder.sample
         shape = self._autoencoder.shape(job.size)
-        alpha, sigma = table.levels[0].astype(np.float32)
+        alpha, sigma = table.alpha_sigma[0].astype(np.float32)
         whole = request.denoising_start is None and request.strength in (None, 1.0)
         encoded, masked, mask = self._encoded(job, whole)
 

@@ -68,7 +68,7 @@ class Picture:
     def _start(self, job: Job) -> Starter:
         request, pixels = job.request, None if job.picture is None else job.picture.pixels
         encoded = None if pixels is None else self._autoencoder.encode(pixels, tiled=request.tiled)
-        alpha, sigma = job.table.levels[0].astype(np.float32)
+        alpha, sigma = job.table.alpha_sigma[0].astype(np.float32)
 
         def start(i: int, generator: Generator) -> Start:
             image = latents_of(request, i) if encoded is None else self._autoencoder.sample(encoded, generator)

@@ -35,7 +35,7 @@ class KeptRegion:
 
     def blend(self, x: Array, table: Table, k: int) -> Array:
         """The latents after step k of `table`, with the kept part of the image in its place."""
-        alpha, sigma = table.levels[k + 1].astype(np.float32) if k + 1 < table.steps else (1.0, 0.0)
+        alpha, sigma = table.alpha_sigma[k + 1].astype(np.float32) if k + 1 < table.steps else (1.0, 0.0)
         kept = alpha * self.image + sigma * self.noise
         blended: Array = (1 - self.mask) * kept + self.mask * x
         return blended

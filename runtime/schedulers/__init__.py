@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,75 +54,46 @@ _LONGEST_NAME = 60
 _KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _DPM_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
 _DPM_2M_SDE = _DPM_2M | {"algorithm_type": "sde-dpmsolver++"}
+_DPM_3 = {"algorithm_type": "dpmsolver++", "solver_order": 3}
+_DPM2M = _DPM_2M | {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+_OF_IMAGE = {"algorithm_type": "data_prediction"}
+
+_EULER = partial(Sampler, euler, "EulerDiscreteScheduler", "Karras et al. 2022")
+_HEUN = partial(Sampler, heun, "HeunDiscreteScheduler", "Karras et al. 2022")
+_LMS = partial(Sampler, lms, "LMSDiscreteScheduler", "Bashforth and Adams 1883")
+_KDPM2 = partial(Sampler, kdpm2, "KDPM2DiscreteScheduler", "Lu et al. 2022")
+_KDPM2_A = partial(Sampler, kdpm2_ancestral, "KDPM2AncestralDiscreteScheduler", "Lu et al. 2022")
+_MULTISTEP = partial(Sampler, dpm_multistep, "DPMSolverMultistepScheduler", "Lu et al. 2022")
+_SINGLESTEP = partial(Sampler, dpm_singlestep, "DPMSolverSinglestepScheduler", "Lu et al. 2022")
+_PNDM = partial(Sampler, pndm, "PNDMScheduler", "Liu et al. 2022")
+_UNIPC = partial(Sampler, unipc, "UniPCMultistepScheduler", "Zhao et al. 2023")
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim, "DDIMScheduler", "Song et al. 2021", "deterministic; with eta=1 as stochastic as DDPM"),
     "ddim-inverse": Sampler(ddim_inverse, "DDIMInverseScheduler", "Song et al. 2021", "ddim from image to noise"),
     "ddpm": Sampler(ddpm, "DDPMScheduler", "Ho et al. 2020", "stochastic, for many steps"),
-    "dpm++2m": Sampler(
-        dpm_multistep, "DPMSolverMultistepScheduler", "Lu et al. 2022", "second order, deterministic", _DPM_2M
-    ),
-    "dpm++2m-karras": Sampler(
-        dpm_multistep, "DPMSolverMultistepScheduler", "Lu et al. 2022", "dpm++2m on Karras sigmas", _DPM_2M | _KARRAS
-    ),
-    "dpm++2m-sde": Sampler(
-        dpm_multistep, "DPMSolverMultistepScheduler", "Lu et al. 2022", "second order, stochastic", _DPM_2M_SDE
-    ),
-    "dpm++2m-sde-karras": Sampler(
-        dpm_multistep,
-        "DPMSolverMultistepScheduler",
-        "Lu et al. 2022",
-        "dpm++2m-sde on Karras sigmas",
-        _DPM_2M_SDE | _KARRAS,
-    ),
-    "dpm++3m": Sampler(
-        dpm_multistep,
-        "DPMSolverMultistepScheduler",
-        "Lu et al. 2022",
-        "third order, deterministic",
-        {"algorithm_type": "dpmsolver++", "solver_order": 3},
-    ),
-    "dpm++3m-sde": Sampler(
-        dpm_multistep,
-        "DPMSolverMultistepScheduler",
-        "Lu et al. 2022",
-        "third order, stochastic",
-        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
-    ),
-    "dpm2m": Sampler(
-        dpm_multistep,
-        "DPMSolverMultistepScheduler",
-        "Lu et al. 2022",
-        "second order in the predicted noise",
-        _DPM_2M | {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
-    ),
-    "dpm++2s": Sampler(
-        dpm_singlestep, "DPMSolverSinglestepScheduler", "Lu et al. 2022", "second order, blocks of 2 steps", _DPM_2M
-    ),
-    "dpm++2s-karras": Sampler(
-        dpm_singlestep, "DPMSolverSinglestepScheduler", "Lu et al. 2022", "dpm++2s on Karras sigmas", _DPM_2M | _KARRAS
-    ),
-    "dpm++3s": Sampler(
-        dpm_singlestep,
-        "DPMSolverSinglestepScheduler",
-        "Lu et al. 2022",
-        "third order, blocks of 3 steps",
-        {"algorithm_type": "dpmsolver++", "solver_order": 3},
-    ),
+    "dpm++2m": _MULTISTEP("second order, deterministic", _DPM_2M),
+    "dpm++2m-karras": _MULTISTEP("dpm++2m on Karras sigmas", _DPM_2M | _KARRAS),
+    "dpm++2m-sde": _MULTISTEP("second order, stochastic", _DPM_2M_SDE),
+    "dpm++2m-sde-karras": _MULTISTEP("dpm++2m-sde on Karras sigmas", _DPM_2M_SDE | _KARRAS),
+    "dpm++3m": _MULTISTEP("third order, deterministic", _DPM_3),
+    "dpm++3m-sde": _MULTISTEP("third order, stochastic", _DPM_3 | {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm2m": _MULTISTEP("second order in the predicted noise", _DPM2M),
+    "dpm++2s": _SINGLESTEP("second order, blocks of 2 steps", _DPM_2M),
+    "dpm++2s-karras": _SINGLESTEP("dpm++2s on Karras sigmas", _DPM_2M | _KARRAS),
+    "dpm++3s": _SINGLESTEP("third order, blocks of 3 steps", _DPM_3),
     "deis": Sampler(deis, "DEISMultistepScheduler", "Zhang & Chen 2023", "exponential integrator, order 1 to 3"),
-    "euler": Sampler(euler, "EulerDiscreteScheduler", "Karras et al. 2022", "first order, deterministic"),
+    "euler": _EULER("first order, deterministic"),
     "euler_a": Sampler(euler_ancestral, "EulerAncestralDiscreteScheduler", "Song et al. 2021", "euler, fresh noise"),
-    "euler-karras": Sampler(euler, "EulerDiscreteScheduler", "Karras et al. 2022", "euler, Karras sigmas", _KARRAS),
-    "heun": Sampler(heun, "HeunDiscreteScheduler", "Karras et al. 2022", "second order, two calls a step"),
-    "heun-karras": Sampler(heun, "HeunDiscreteScheduler", "Karras et al. 2022", "heun, Karras sigmas", _KARRAS),
-    "lms": Sampler(lms, "LMSDiscreteScheduler", "Bashforth and Adams 1883", "fourth-order multistep in sigma"),
-    "lms-karras": Sampler(lms, "LMSDiscreteScheduler", "Bashforth and Adams 1883", "lms, Karras sigmas", _KARRAS),
-    "kdpm2": Sampler(kdpm2, "KDPM2DiscreteScheduler", "Lu et al. 2022", "second order, two calls a step"),
-    "kdpm2-karras": Sampler(kdpm2, "KDPM2DiscreteScheduler", "Lu et al. 2022", "kdpm2, Karras sigmas", _KARRAS),
-    "kdpm2_a": Sampler(kdpm2_ancestral, "KDPM2AncestralDiscreteScheduler", "Lu et al. 2022", "kdpm2 with fresh noise"),
-    "kdpm2_a-karras": Sampler(
-        kdpm2_ancestral, "KDPM2AncestralDiscreteScheduler", "Lu et al. 2022", "kdpm2_a, Karras sigmas", _KARRAS
-    ),
+    "euler-karras": _EULER("euler, Karras sigmas", _KARRAS),
+    "heun": _HEUN("second order, two calls a step"),
+    "heun-karras": _HEUN("heun, Karras sigmas", _KARRAS),
+    "lms": _LMS("fourth-order multistep in sigma"),
+    "lms-karras": _LMS("lms, Karras sigmas", _KARRAS),
+    "kdpm2": _KDPM2("second order, two calls a step"),
+    "kdpm2-karras": _KDPM2("kdpm2, Karras sigmas", _KARRAS),
+    "kdpm2_a": _KDPM2_A("kdpm2 with fresh noise"),
+    "kdpm2_a-karras": _KDPM2_A("kdpm2_a, Karras sigmas", _KARRAS),
     "edm-euler": Sampler(edm_euler, "EDMEulerScheduler", "Karras et al. 2022", "euler for models in EDM's formulation"),
     "edm-dpm++2m": Sampler(
         edm_dpm_solver, "EDMDPMSolverMultistepScheduler", "Lu et al. 2022", "dpm++2m for models in EDM's formulation"
@@ -133,24 +105,22 @@ SAMPLERS: dict[str, Sampler] = {
     "flow-heun": Sampler(flow_heun, "FlowMatchHeunDiscreteScheduler", "Esser et al. 2024", "flow-euler, second order"),
     "flow-lcm": Sampler(flow_lcm, "FlowMatchLCMScheduler", "Luo et al. 2023", "of distilled flow models"),
     "lcm": Sampler(lcm, "LCMScheduler", "Luo et al. 2023", "1 to 8 steps of a consistency-distilled model"),
-    "plms": Sampler(pndm, "PNDMScheduler", "Liu et al. 2022", "fourth order, deterministic", {"skip_prk_steps": True}),
-    "pndm": Sampler(pndm, "PNDMScheduler", "Liu et al. 2022", "plms, Runge-Kutta at first", {"skip_prk_steps": False}),
+    "plms": _PNDM("fourth order, deterministic", {"skip_prk_steps": True}),
+    "pndm": _PNDM("plms, Runge-Kutta at first", {"skip_prk_steps": False}),
     "sa": Sampler(
-        sa_solver,
-        "SASolverScheduler",
-        "Xue et al. 2023",
-        "multistep predictor-corrector, stochastic",
-        {"algorithm_type": "data_prediction"},
+        sa_solver, "SASolverScheduler", "Xue et al. 2023", "multistep predictor-corrector, stochastic", _OF_IMAGE
     ),
     "tcd": Sampler(tcd, "TCDScheduler", "Zheng et al. 2024", "a few steps of a TCD-distilled model; eta is its gamma"),
-    "unipc": Sampler(unipc, "UniPCMultistepScheduler", "Zhao et al. 2023", "multistep predictor-corrector"),
-    "unipc-karras": Sampler(unipc, "UniPCMultistepScheduler", "Zhao et al. 2023", "unipc, Karras sigmas", _KARRAS),
+    "unipc": _UNIPC("multistep predictor-corrector"),
+    "unipc-karras": _UNIPC("unipc, Karras sigmas", _KARRAS),
 }
+_BY_CLASS = {sampler.class_name: sampler for sampler in reversed(SAMPLERS.values())}
+"""The first sampler of each diffusers class."""
 
 
 def is_known(name: str) -> bool:
     """Whether `name` is a short name or a diffusers class that has a function here."""
-    return name.lower() in SAMPLERS or name in {sampler.class_name for sampler in SAMPLERS.values()}
+    return name.lower() in SAMPLERS or name in _BY_CLASS
 
 
 def find_sampler(config: Mapping[str, Any], name: str | None) -> tuple[str, Sampler]:
@@ -159,22 +129,19 @@ def find_sampler(config: Mapping[str, Any], name: str | None) -> tuple[str, Samp
     A short name fixes the options it stands for; a diffusers class name, and the class of the config itself when
     `name` is None, leaves them to the config. Raises `RequestError` suggesting the nearest name.
     """
-    by_class: dict[str, Sampler] = {}
-    for sampler in SAMPLERS.values():
-        by_class.setdefault(sampler.class_name, sampler)
     if name is None:
         own = str(config.get("_class_name", ""))
-        if own not in by_class:
+        if own not in _BY_CLASS:
             raise RequestError(
                 f"the bundle's own scheduler {own[:_LONGEST_NAME] or '(none)'} is not supported: "
                 "add --scheduler with one of those that `diffoundry schedulers` lists"
             )
-        return own, by_class[own]
-    if isinstance(name, str) and name in by_class:
-        return name, by_class[name]
+        return own, _BY_CLASS[own]
+    if isinstance(name, str) and name in _BY_CLASS:
+        return name, _BY_CLASS[name]
     if isinstance(name, str) and name.lower() in SAMPLERS:
         return name.lower(), SAMPLERS[name.lower()]
-    near = difflib.get_close_matches(str(name).lower(), [*SAMPLERS, *by_class], n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name).lower(), [*SAMPLERS, *_BY_CLASS], n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise RequestError(f"unknown scheduler {short(name)}: {hint}`diffoundry schedulers` lists them")
 
@@ -219,7 +186,7 @@ def make_table(
             raise RequestError(
                 f"{key} has no scheduler option {short(option)}, or it has no effect with the others{hint}"
             )
-    parts = (table.timesteps, table.weights, table.x0, table.input_scale, table.levels, table.init_scale)
+    parts = (table.timesteps, table.weights, table.x0, table.input_scale, table.alpha_sigma, table.init_scale)
     with np.errstate(over="ignore"):
         finite = all(np.isfinite(np.float32(part)).all() for part in parts)
     if not finite and len(table.timesteps) and table.timesteps.min() == -1:

@@ -15,55 +15,28 @@ from ...common.errors import RequestError
 _MOST_TRAINING_STEPS = 1_000_000
 _LARGE = 1e30
 _LONGEST = 60
-_FLAGS = frozenset(
-    [
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-        "use_beta_sigmas",
-        "use_lu_lambdas",
-        "use_flow_sigmas",
-        "use_dynamic_shifting",
-        "use_clipped_model_output",
-        "clip_sample",
-        "thresholding",
-        "set_alpha_to_one",
-        "rescale_betas_zero_snr",
-        "lower_order_final",
-        "euler_at_final",
-        "skip_prk_steps",
-        "predict_x0",
-        "invert_sigmas",
-        "stochastic_sampling",
-    ]
+_FLAGS = (
+    {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"}
+    | {"use_dynamic_shifting", "use_clipped_model_output", "clip_sample", "thresholding", "set_alpha_to_one"}
+    | {"rescale_betas_zero_snr", "lower_order_final", "euler_at_final", "skip_prk_steps", "predict_x0"}
+    | {"invert_sigmas", "stochastic_sampling"}
 )
 _HIGHEST_ORDER = 20
 _WHOLE = {
-    "num_train_timesteps": (1, _MOST_TRAINING_STEPS),
     "steps_offset": (-_MOST_TRAINING_STEPS, _MOST_TRAINING_STEPS),
-    "solver_order": (1, _HIGHEST_ORDER),
-    "original_inference_steps": (1, _MOST_TRAINING_STEPS),
-    "order": (1, _HIGHEST_ORDER),
-    "predictor_order": (1, _HIGHEST_ORDER),
-    "corrector_order": (1, _HIGHEST_ORDER),
+    **dict.fromkeys(("num_train_timesteps", "original_inference_steps"), (1, _MOST_TRAINING_STEPS)),
+    **dict.fromkeys(("solver_order", "order", "predictor_order", "corrector_order"), (1, _HIGHEST_ORDER)),
 }
 """Options that are whole numbers, and what they may be."""
 _TINY = 1e-12
 _NUMBERS = {
-    "beta_start": (0.0, 1.0),
-    "beta_end": (0.0, 1.0),
-    "eta": (0.0, 1.0),
-    "clip_sample_range": (_TINY, _LARGE),
-    "sigma_min": (_TINY, _LARGE),
-    "sigma_max": (_TINY, _LARGE),
-    "sigma_data": (_TINY, _LARGE),
     "rho": (0.1, 1000.0),
-    "shift": (0.0, _LARGE),
-    "flow_shift": (_TINY, _LARGE),
-    "timestep_scaling": (_TINY, _LARGE),
-    "s_churn": (0.0, 1e6),
-    "s_noise": (0.0, 1e6),
-    "s_tmin": (0.0, _LARGE),
     "mu": (-50.0, 50.0),
+    **dict.fromkeys(("beta_start", "beta_end", "eta"), (0.0, 1.0)),
+    **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data", "clip_sample_range"), (_TINY, _LARGE)),
+    **dict.fromkeys(("flow_shift", "timestep_scaling"), (_TINY, _LARGE)),
+    **dict.fromkeys(("shift", "s_tmin", "s_tmax"), (0.0, _LARGE)),
+    **dict.fromkeys(("s_churn", "s_noise"), (0.0, 1e6)),
 }
 """Options that are numbers, and what they may be."""
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from ...common.errors import RequestError
 from .config import Config, alphas_cumprod, clip_range, predicted_noise, predicted_x0, train_steps
-from .spacing import ddim_timesteps, takes
-from .table import Rows, Steps, Table
+from .spacing import alpha_sigma_of, ddim_timesteps, takes
+from .table import Steps, Table, TableBuilder
 
 
 def ddim(config: Config, steps: Steps) -> Table:
@@ -26,15 +26,15 @@ def ddim(config: Config, steps: Steps) -> Table:
     before = now - train_steps(config) // steps.count
     final = 1.0 if config.get("set_alpha_to_one", True) else bar[0]
     bar_now, bar_before = bar[now], np.where(before >= 0, bar[before], final)
-    alpha, sigma = np.sqrt(bar_now), np.sqrt(1 - bar_now)
-    p, q = predicted_x0(config, alpha, sigma)
+    alpha, sigma = alpha_sigma_of(bar_now)
     u, v = predicted_noise(config, alpha, sigma)
     deviation = eta * np.sqrt((1 - bar_before) / (1 - bar_now) * (1 - bar_now / bar_before))
-    rows = Rows(timesteps, np.stack([alpha, sigma], 1), start=steps.start, clip=clip_range(config, True))
-    for k in range(steps.start, len(timesteps)):
-        x0 = rows.predicted(k, p[k], q[k])
-        noise = (rows.x - alpha[k] * x0) / sigma[k] if clipped else u[k] * rows.x + v[k] * rows.m
-        new = np.sqrt(bar_before[k]) * x0 + np.sqrt(1 - bar_before[k] - deviation[k] ** 2) * noise
+    x0 = predicted_x0(config, alpha, sigma)
+    rows = TableBuilder(timesteps, alpha, sigma, x0, start=steps.start, clip=clip_range(config, True))
+    for k in rows.calls:
+        x0_k = rows.predicted(k)
+        noise = (rows.x - alpha[k] * x0_k) / sigma[k] if clipped else u[k] * rows.x + v[k] * rows.m
+        new = np.sqrt(bar_before[k]) * x0_k + np.sqrt(1 - bar_before[k] - deviation[k] ** 2) * noise
         rows.set(k, new + deviation[k] * rows.noise, draws=eta > 0)
     return rows.table()
 
@@ -51,11 +51,10 @@ def ddim_inverse(config: Config, steps: Steps) -> Table:
     now = after - total // steps.count
     initial = 1.0 if config.get("set_alpha_to_one", True) else bar[0]
     bar_now, bar_after = np.where(now >= 0, bar[now], initial), bar[after]
-    alpha, sigma = np.sqrt(bar_now), np.sqrt(1 - bar_now)
-    p, q = predicted_x0(config, alpha, sigma)
+    alpha, sigma = alpha_sigma_of(bar_now)
     u, v = predicted_noise(config, alpha, sigma)
-    rows = Rows(timesteps, np.stack([alpha, sigma], 1), clip=clip_range(config, True))
-    for k in range(steps.count):
+    rows = TableBuilder(timesteps, alpha, sigma, predicted_x0(config, alpha, sigma), clip=clip_range(config, True))
+    for k in rows.calls:
         noise = u[k] * rows.x + v[k] * rows.m
-        rows.set(k, np.sqrt(bar_after[k]) * rows.predicted(k, p[k], q[k]) + np.sqrt(1 - bar_after[k]) * noise)
+        rows.set(k, np.sqrt(bar_after[k]) * rows.predicted(k) + np.sqrt(1 - bar_after[k]) * noise)
     return rows.table()

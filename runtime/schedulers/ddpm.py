@@ -6,8 +6,8 @@ import numpy as np
 
 from ...common.arrays import Array
 from .config import Config, alphas_cumprod, clip_range, predicted_x0
-from .spacing import ddim_timesteps, takes, whole_timesteps
-from .table import Rows, Steps, Table
+from .spacing import alpha_sigma_of, ddim_timesteps, takes, whole_timesteps
+from .table import Steps, Table, TableBuilder
 
 
 def ddpm(config: Config, steps: Steps) -> Table:
@@ -16,21 +16,20 @@ def ddpm(config: Config, steps: Steps) -> Table:
     config.refuse(thresholding=False)
     config.one_of("prediction_type", "epsilon", "sample", "v_prediction")
     bar = alphas_cumprod(config, "sigmoid", "laplace")
-    timesteps = whole_timesteps(config, steps)
-    if timesteps is None:
-        timesteps = ddim_timesteps(config, steps, "leading")
+    asked = whole_timesteps(config, steps)
+    timesteps = ddim_timesteps(config, steps, "leading") if asked is None else asked
     now = timesteps.astype(int)
     bar_now, bar_before = bar[now], np.append(bar[now[1:]], 1.0)
     alpha = bar_now / bar_before
     beta = 1 - alpha
-    p, q = predicted_x0(config, np.sqrt(bar_now), np.sqrt(1 - bar_now))
     to_x = np.sqrt(alpha) * (1 - bar_before) / (1 - bar_now)
     to_x0 = np.sqrt(bar_before) * beta / (1 - bar_now)
     deviation = _deviation(config, beta, bar_now, bar_before)
-    levels = np.sqrt(np.stack([bar_now, 1 - bar_now], axis=1))
-    rows = Rows(timesteps, levels, start=steps.start, clip=clip_range(config, True))
-    for k in range(steps.start, len(timesteps)):
-        mean = to_x0[k] * rows.predicted(k, p[k], q[k]) + to_x[k] * rows.x
+    levels = alpha_sigma_of(bar_now)
+    x0 = predicted_x0(config, *levels)
+    rows = TableBuilder(timesteps, *levels, x0, start=steps.start, clip=clip_range(config, True))
+    for k in rows.calls:
+        mean = to_x0[k] * rows.predicted(k) + to_x[k] * rows.x
         noisy = timesteps[k] > 0
         rows.set(k, mean + noisy * deviation[k] * rows.noise, draws=noisy)
     return rows.table()

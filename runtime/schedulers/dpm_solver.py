@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, predicted_noise, predicted_x0
+from .flow_match import even_flow_sigmas
 from .spacing import (
     alpha_sigma,
     as_float32,
@@ -24,7 +25,7 @@ from .spacing import (
     timesteps_of,
     training_sigmas,
 )
-from .table import Rows, Steps, Table
+from .table import Steps, Table, TableBuilder
 
 _FEW_STEPS = 15
 """Below this many steps `lower_order_final` lowers the order of the last two."""
@@ -84,40 +85,45 @@ def derivatives(*points: tuple[float, Array]) -> tuple[Array, Array]:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """timesteps: (S,). alpha, sigma, log_snr: (S + 1,), the last after all steps. x0 = p·x + q·m, (S,) each.
+    """timesteps: (S,). alpha, sigma, log_snr: (S + 1,), the last after all steps. x0 = p · x + q · m, (S,) each.
 
-    u, v: f = u·x + v·m, (S,) each, is what the solver integrates; where they are None it is x0.
+    noise: u and v of u · x + v · m, (S,) each, which the solver integrates; where it is None that is x0.
     """
 
     timesteps: Array
     alpha: Array
     sigma: Array
-    log_snr: Array
-    p: Array
-    q: Array
-    u: Array | None = None
-    v: Array | None = None
+    x0: tuple[Array, Array]
+    noise: tuple[Array, Array] | None = None
+    log_snr: Array = field(init=False)
 
-    def rows(self, registers: int, start: int) -> Rows:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "log_snr", np.log(self.alpha) - np.log(self.sigma))
+
+    def builder(self, registers: int, start: int) -> TableBuilder:
         """An empty table of this schedule."""
-        return Rows(self.timesteps, np.stack([self.alpha, self.sigma], axis=1)[:-1], registers, start=start)
+        return TableBuilder(self.timesteps, self.alpha[:-1], self.sigma[:-1], self.x0, registers, start=start)
 
-    def predicted(self, rows: Rows, k: int) -> Array:
+    def predicted(self, rows: TableBuilder, k: int) -> Array:
         """What the solver integrates, at row k."""
-        x0 = rows.predicted(k, self.p[k], self.q[k])
-        return x0 if self.u is None or self.v is None else self.u[k] * rows.x + self.v[k] * rows.m
+        x0 = rows.predicted(k)
+        return x0 if self.noise is None else self.noise[0][k] * rows.x + self.noise[1][k] * rows.m
 
     def transfer(self, algorithm: str, s: int, t: int) -> Transfer:
         """`transfer` from time s to time t."""
         pair = [s, t]
         return transfer(algorithm, self.alpha[pair], self.sigma[pair], self.log_snr[pair])
 
+    def of_noise(self, config: Config) -> Schedule:
+        """The same for a solver that integrates the predicted noise."""
+        return replace(self, noise=predicted_noise(config, self.alpha[:-1], self.sigma[:-1]))
+
 
 def dpm_multistep(config: Config, steps: Steps) -> Table:
     """Lu et al. 2022, "DPM-Solver++", algorithm 2 (2M) and its kin, of order 1 to 3."""
     takes(steps, "timesteps", "mu")
     algorithm = _algorithm(config, "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
-    schedule = _schedule(config, steps, rounds=config.get("beta_schedule") != "squaredcos_cap_v2")
+    schedule = solver_schedule(config, steps, rounds=config.get("beta_schedule") != "squaredcos_cap_v2")
     schedule = _for_algorithm(config, schedule, algorithm)
     euler_last = bool(config.get("euler_at_final", False)) or schedule.sigma[-1] == 0
     third = algorithm != "sde-dpmsolver"
@@ -130,11 +136,12 @@ def deis(config: Config, steps: Steps) -> Table:
     takes(steps, "mu")
     config.one_of("algorithm_type", "deis", "dpmsolver", "dpmsolver++")
     config.one_of("solver_type", "logrho", "midpoint", "heun", "bh1", "bh2")
-    schedule = _schedule(config, steps, rounds=True, repeats=True)
+    schedule = solver_schedule(config, steps, rounds=True, repeats=True)
     alpha, sigma = schedule.alpha[:-1], schedule.sigma[:-1]
     if config.get("prediction_type") == "flow_prediction" and not config.get("use_flow_sigmas"):
         sigma = sigma / alpha
-    schedule = replace(schedule, u=(1 - alpha * schedule.p) / sigma, v=-alpha * schedule.q / sigma)
+    p, q = schedule.x0
+    schedule = replace(schedule, noise=((1 - alpha * p) / sigma, -alpha * q / sigma))
     return multistep(config, steps, schedule, "dpmsolver", "logrho", euler_last=False, third=True)
 
 
@@ -148,14 +155,14 @@ def multistep(
     highest = config.one_of("solver_order", 2, 1, 3)
     count = len(schedule.timesteps)
     few = bool(config.get("lower_order_final", True)) and count < _FEW_STEPS
-    rows = schedule.rows(highest, steps.start)
-    for k in range(steps.start, count):
+    rows = schedule.builder(highest, steps.start)
+    for k in rows.calls:
         order = min(highest, k - steps.start + 1)
         if few:
             order = min(order, count - k)
         if euler_last and k == count - 1:
             order = 1
-        history = (schedule.predicted(rows, k), *rows.kept[1:])
+        history = (schedule.predicted(rows, k), *rows.registers[1:])
         points = [(schedule.log_snr[k - i], history[i]) for i in range(order)]
         step = schedule.transfer(algorithm, k, k + 1)
         new = step.keep * rows.x + step.value * history[0] + step.deviation * rows.noise
@@ -188,17 +195,17 @@ def dpm_singlestep(config: Config, steps: Steps) -> Table:
     algorithm = _algorithm(config, "dpmsolver++", "dpmsolver", "sde-dpmsolver++")
     solver_type = midpoint_or_heun(config)
     highest = config.one_of("solver_order", 2, 1, 3)
-    schedule = _for_algorithm(config, _schedule(config, steps, rounds=True), algorithm)
+    schedule = _for_algorithm(config, solver_schedule(config, steps, rounds=True), algorithm)
     count = len(schedule.timesteps)
     orders = [1 + k % highest for k in range(count)]
     if schedule.sigma[-1] == 0 or (config.get("lower_order_final", False) and count % highest == 0):
         orders[-1] = 1
     registers = 1 if highest == 1 else highest + 1
-    rows = schedule.rows(registers, steps.start)
-    for k in range(steps.start, count):
+    rows = schedule.builder(registers, steps.start)
+    for k in rows.calls:
         order = min(orders[k], k - steps.start + 1)
-        base = rows.x if order == 1 else rows.kept[1]
-        history = (schedule.predicted(rows, k), *rows.kept[2:])
+        base = rows.x if order == 1 else rows.registers[1]
+        history = (schedule.predicted(rows, k), *rows.registers[2:])
         points = [(schedule.log_snr[k - i], history[i]) for i in reversed(range(order))]
         step = schedule.transfer(algorithm, k + 1 - order, k + 1)
         new = step.keep * base + step.value * points[0][1] + step.deviation * rows.noise
@@ -227,8 +234,7 @@ def _for_algorithm(config: Config, schedule: Schedule, algorithm: str) -> Schedu
         return schedule
     if config.get("prediction_type") == "flow_prediction":
         raise RequestError(f"algorithm_type={algorithm} takes no flow_prediction: set algorithm_type to dpmsolver++")
-    u, v = predicted_noise(config, schedule.alpha[:-1], schedule.sigma[:-1])
-    return replace(schedule, u=u, v=v)
+    return schedule.of_noise(config)
 
 
 def midpoint_or_heun(config: Config) -> str:
@@ -236,7 +242,7 @@ def midpoint_or_heun(config: Config) -> str:
     return "heun" if config.one_of("solver_type", "midpoint", "heun", "logrho", "bh1", "bh2") == "heun" else "midpoint"
 
 
-def _schedule(config: Config, steps: Steps, rounds: bool, repeats: bool = False) -> Schedule:
+def solver_schedule(config: Config, steps: Steps, rounds: bool, repeats: bool = False) -> Schedule:
     """rounds: whole timesteps on a Karras or Lu curve are the nearest, not the next lower ones.
 
     repeats: after a curve's last sigma comes the same again, and no `final_sigmas_type` says otherwise.
@@ -247,13 +253,25 @@ def _schedule(config: Config, steps: Steps, rounds: bool, repeats: bool = False)
     train = training_sigmas(config)
     timesteps, sigmas, curved = _spaced(config, steps, train, rounds)
     last = (sigmas[-1] if curved else train[0]) if repeats else final_sigma(config, train)
-    sigmas = as_float32(np.append(sigmas, last))
+    return schedule_of(config, steps, timesteps, as_float32(np.append(sigmas, last)))
+
+
+def schedule_of(config: Config, steps: Steps, timesteps: Array, sigmas: Array) -> Schedule:
+    """The schedule over `timesteps` with `sigmas`, (S + 1,): ratios σ/α, or with `use_flow_sigmas` σ = 1 − α itself."""
     if steps.start >= len(timesteps):
         raise RequestError(f"the first step must be between 0 and {len(timesteps) - 1}, found {steps.start}")
     alpha, sigma = alpha_sigma(config, sigmas)
     flow = config.get("prediction_type") == "flow_prediction"
-    p, q = predicted_x0(config, alpha[:-1], (sigmas if flow else sigma)[:-1])
-    return Schedule(timesteps, alpha, sigma, np.log(alpha) - np.log(sigma), p, q)
+    return Schedule(timesteps, alpha, sigma, predicted_x0(config, alpha[:-1], (sigmas if flow else sigma)[:-1]))
+
+
+def integrating(config: Config, schedule: Schedule, image: bool) -> Schedule:
+    """`schedule` of a solver that integrates the predicted image, else the predicted noise."""
+    if (schedule.alpha <= 0).any():
+        raise RequestError("use_flow_sigmas needs sigmas below 1: set no other sigma curve, or a smaller sigma_max")
+    if config.get("prediction_type") == "flow_prediction" and not image:
+        raise RequestError("flow_prediction predicts the image only: set predict_x0, or algorithm_type=data_prediction")
+    return schedule if image else schedule.of_noise(config)
 
 
 def _spaced(config: Config, steps: Steps, train: Array, rounds: bool) -> tuple[Array, Array, bool]:
@@ -275,8 +293,7 @@ def _spaced(config: Config, steps: Steps, train: Array, rounds: bool) -> tuple[A
         timesteps = timesteps_of(sigmas, train)
         return np.trunc(timesteps.round() if rounds and nearest else timesteps), sigmas, True
     if flow:
-        even = 1 - np.linspace(1, 1 / len(train), count + 1)
-        sigmas = (shift * even / (1 + (shift - 1) * even))[:0:-1]
+        sigmas = even_flow_sigmas(count, len(train), shift)
         return np.trunc(sigmas * len(train)), sigmas, True
     timesteps = dpm_timesteps(config, steps, last=clipped_end(config, train))
     return timesteps, at_timesteps(timesteps, train), False

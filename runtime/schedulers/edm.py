@@ -10,9 +10,9 @@ from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, linspace32
 from .dpm_solver import Schedule, midpoint_or_heun, multistep
-from .euler import churned, churned_euler, sigma_levels
+from .euler import c_in, churned, churned_euler
 from .spacing import as_float32, count_of, takes
-from .table import Rows, Steps, Table
+from .table import Steps, Table, TableBuilder
 
 
 def edm_euler(config: Config, steps: Steps) -> Table:
@@ -25,9 +25,10 @@ def edm_euler(config: Config, steps: Steps) -> Table:
     final = 0.0 if config.one_of("final_sigmas_type", "zero", "sigma_min") == "zero" else sigmas[-1]
     sigmas, now = np.append(sigmas, final), sigmas
     churn = churned(config, now)
-    rows = Rows(0.25 * np.log(now), sigma_levels(now), start=steps.start)
-    rows.input_scale = _c_in(config, now)
-    churned_euler(rows, range(steps.start, len(now)), sigmas, churn, _x0(config, churn[0]))
+    p, q = x0 = _x0(config, churn[0])
+    scale = c_in(now, _data(config))
+    rows = TableBuilder(0.25 * np.log(now), 1.0, now, x0, start=steps.start, input_scale=scale)
+    churned_euler(rows, sigmas, churn, p)
     return rows.table(_first_scale(config))
 
 
@@ -42,13 +43,12 @@ def edm_dpm_solver(config: Config, steps: Steps) -> Table:
     sigmas = _sigmas(config, linspace32(0, 1, count_of(config, steps)))
     sigmas = as_float32(np.append(sigmas, 0.0 if to_zero else _ends(config)[1]))
     now = sigmas[:-1]
-    log_snr = -np.log(sigmas)
-    schedule = Schedule(0.25 * np.log(now), np.ones_like(sigmas), sigmas, log_snr, *_x0(config, now))
+    schedule = Schedule(0.25 * np.log(now), np.ones_like(sigmas), sigmas, _x0(config, now))
     euler_last = to_zero or bool(config.get("euler_at_final", False))
     third = algorithm != "sde-dpmsolver++"
     algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
     table = multistep(config, steps, schedule, algorithm, midpoint_or_heun(config), euler_last, third)
-    return replace(table, input_scale=_c_in(config, now)[steps.start :], init_scale=_first_scale(config))
+    return replace(table, input_scale=c_in(now, _data(config))[steps.start :], init_scale=_first_scale(config))
 
 
 def _sigmas(config: Config, ramp: Array) -> Array:
@@ -67,13 +67,13 @@ def _ends(config: Config) -> tuple[float, float]:
 
 def _x0(config: Config, sigmas: Array) -> tuple[Array, Array]:
     """x0 = p·x + q·m: c_skip and c_out of Karras et al. 2022, table 1."""
-    data = float(config.get("sigma_data", 0.5))
+    data = _data(config)
     sign = 1 if config.one_of("prediction_type", "epsilon", "v_prediction") == "epsilon" else -1
     return data**2 / (sigmas**2 + data**2), sign * sigmas * data / np.sqrt(sigmas**2 + data**2)
 
 
-def _c_in(config: Config, sigmas: Array) -> Array:
-    return np.asarray(1 / np.sqrt(sigmas**2 + float(config.get("sigma_data", 0.5)) ** 2))
+def _data(config: Config) -> float:
+    return float(config.get("sigma_data", 0.5))
 
 
 def _first_scale(config: Config) -> float:

@@ -19,7 +19,7 @@ from .spacing import (
     training_sigmas,
     with_final,
 )
-from .table import Rows, Steps, Table
+from .table import Steps, Table, TableBuilder
 
 _MOST_CHURN = np.sqrt(2) - 1
 
@@ -33,10 +33,9 @@ def euler(config: Config, steps: Steps) -> Table:
     timesteps, sigmas = _schedule(config, steps)
     now = sigmas[: len(timesteps)]
     churn = churned(config, sigmas[:-1])
-    x0 = sigma_x0(config, churn[0] if config.get("prediction_type", "epsilon") == "epsilon" else now)
-    rows = Rows(timesteps, sigma_levels(now), start=steps.start)
-    rows.input_scale = 1 / np.sqrt(now**2 + 1)
-    churned_euler(rows, range(steps.start, len(timesteps)), sigmas, churn, x0)
+    p, q = x0 = sigma_x0(config, churn[0][: len(now)] if config.get("prediction_type", "epsilon") == "epsilon" else now)
+    rows = TableBuilder(timesteps, 1.0, now, x0, start=steps.start, input_scale=c_in(now))
+    churned_euler(rows, sigmas, churn, p)
     return rows.table(first_scale(config, sigmas))
 
 
@@ -72,18 +71,34 @@ def churned(config: Config, sigmas: Array) -> tuple[Array, Array]:
     return hat, float(config.get("s_noise", 1.0)) * np.sqrt(hat**2 - sigmas**2)
 
 
-def churned_euler(rows: Rows, calls: range, sigmas: Array, churn: tuple[Array, Array], x0: tuple[Array, Array]) -> None:
-    """Set the rows `calls` to Euler steps along `sigmas`; churn: σ̂ and its deviation; x0: p and q, see `sigma_x0`."""
-    (hat, deviation), (p, q) = churn, x0
-    for k in calls:
+def churned_euler(rows: TableBuilder, sigmas: Array, churn: tuple[Array, Array], p: Array) -> None:
+    """Set all rows to Euler steps along `sigmas`; churn: σ̂ and its deviation; p: the weight of x in x0."""
+    hat, deviation = churn
+    for k in rows.calls:
         jump = deviation[k] * rows.noise
-        slope = (rows.x + jump - rows.predicted(k, p[k], q[k]) - p[k] * jump) / hat[k]
+        slope = (rows.x + jump - rows.predicted(k) - p[k] * jump) / hat[k]
         rows.set(k, rows.x + jump + (sigmas[k + 1] - hat[k]) * slope, draws=bool(hat[k] > sigmas[k]))
 
 
-def sigma_levels(sigmas: Array) -> Array:
-    """(S, 2) levels of x = image + σ · noise."""
-    return np.stack([np.ones(len(sigmas)), sigmas], axis=1)
+def c_in(sigmas: Array, data: float = 1.0) -> Array:
+    """What scales x = image + σ · noise to deviation 1, where the image has the deviation `data`."""
+    return np.asarray(1 / np.sqrt(sigmas**2 + data**2))
+
+
+def sigma_builder(
+    config: Config,
+    timesteps: Array,
+    sigmas: Array,
+    seen: Array | None = None,
+    *,
+    registers: int = 1,
+    start: int,
+    clip: float = np.inf,
+) -> TableBuilder:
+    """An empty table over x = image + σ · noise; seen: the σ at which the model is called where it is not `sigmas`."""
+    seen = sigmas if seen is None else seen
+    x0 = sigma_x0(config, seen)
+    return TableBuilder(timesteps, 1.0, sigmas, x0, registers, start=start, clip=clip, input_scale=c_in(seen))
 
 
 def sigma_x0(config: Config, sigmas: Array) -> tuple[Array, Array]:
@@ -109,14 +124,17 @@ def euler_ancestral(config: Config, steps: Steps) -> Table:
     config.lacks("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
     config.one_of("prediction_type", "epsilon", "v_prediction")
     timesteps, sigmas = sigma_schedule(config, steps, training_sigmas(config))
-    sigmas = as_float32(np.append(sigmas, 0.0))
     now, then = sigmas[:-1], sigmas[1:]
-    # σ_down² + σ_up² = σ'², and σ_up² = σ'²(σ² − σ'²)/σ²
+    # `ancestral_step` without its differences of squares, which float64 need not take
     down, up = then**2 / now, then * np.sqrt(now**2 - then**2) / now
-    p, q = sigma_x0(config, now)
-    rows = Rows(timesteps, sigma_levels(now), start=steps.start)
-    rows.input_scale = 1 / np.sqrt(now**2 + 1)
-    for k in range(steps.start, len(timesteps)):
-        slope = (rows.x - rows.predicted(k, p[k], q[k])) / now[k]
-        rows.set(k, rows.x + (down[k] - now[k]) * slope + up[k] * rows.noise, draws=True)
+    rows = sigma_builder(config, timesteps, now, start=steps.start)
+    for k in rows.calls:
+        rows.set(k, rows.x + (down[k] - now[k]) * rows.to_d(k, now[k]) + up[k] * rows.noise, draws=True)
     return rows.table(first_scale(config, sigmas))
+
+
+def ancestral_step(sigmas: Array) -> tuple[Array, Array]:
+    """σ_down and σ_up of each step from one of `sigmas` to the next: σ_down² + σ_up² is the square of the next."""
+    now, then = sigmas[:-1], sigmas[1:]
+    up = np.sqrt(then**2 * (now**2 - then**2) / now**2)
+    return np.sqrt(then**2 - up**2), up

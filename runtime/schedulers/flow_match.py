@@ -10,7 +10,7 @@ from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, train_steps
 from .spacing import as_float32, count_of, curve
-from .table import Rows, Steps, Table
+from .table import Steps, Table, TableBuilder
 
 
 def flow_euler(config: Config, steps: Steps) -> Table:
@@ -18,8 +18,8 @@ def flow_euler(config: Config, steps: Steps) -> Table:
     timesteps, sigmas = _schedule(config, steps)
     if config.get("stochastic_sampling", False):
         return _renoised(timesteps, sigmas, steps.start)
-    rows = Rows(timesteps, _levels(sigmas[:-1]), start=steps.start)
-    for k in range(steps.start, len(timesteps)):
+    rows = TableBuilder(timesteps, 1 - sigmas[:-1], sigmas[:-1], start=steps.start)
+    for k in rows.calls:
         rows.set(k, rows.x + (sigmas[k + 1] - sigmas[k]) * rows.m)
     return rows.table()
 
@@ -35,8 +35,8 @@ def flow_lcm(config: Config, steps: Steps) -> Table:
 
 
 def _renoised(timesteps: Array, sigmas: Array, start: int) -> Table:
-    rows = Rows(timesteps, _levels(sigmas[:-1]), start=start)
-    for k in range(start, len(timesteps)):
+    rows = TableBuilder(timesteps, 1 - sigmas[:-1], sigmas[:-1], start=start)
+    for k in rows.calls:
         image = rows.x - sigmas[k] * rows.m
         rows.set(k, (1 - sigmas[k + 1]) * image + sigmas[k + 1] * rows.noise, draws=True)
     return rows.table()
@@ -54,8 +54,8 @@ def flow_heun(config: Config, steps: Steps) -> Table:
     churn, noise_scale = float(config.get("s_churn", 0.0)), float(config.get("s_noise", 1.0))
     low, high = float(config.get("s_tmin", 0.0)), float(config.get("s_tmax", math.inf))
     calls = 2 * steps.count - 1
-    told = np.append(sigmas[:1], np.repeat(sigmas[1:-1], 2))
-    rows = Rows(_timesteps(config, told), _levels(told), registers=2, start=2 * steps.start)
+    called = np.append(sigmas[:1], np.repeat(sigmas[1:-1], 2))
+    rows = TableBuilder(_timesteps(config, called), 1 - called, called, registers=2, start=2 * steps.start)
     for k in range(steps.start, steps.count):
         now, then = sigmas[k], sigmas[k + 1]
         gamma = min(churn / calls, math.sqrt(2) - 1) if low <= now <= high else 0.0
@@ -64,12 +64,8 @@ def flow_heun(config: Config, steps: Steps) -> Table:
         slope, step = now / hat * rows.m, then - hat
         rows.set(2 * k, x + step * slope, x + step / 2 * slope, draws=gamma > 0)
         if k < steps.count - 1:
-            rows.set(2 * k + 1, rows.kept[1] + step / 2 * rows.m, draws=gamma > 0)
+            rows.set(2 * k + 1, rows.registers[1] + step / 2 * rows.m, draws=gamma > 0)
     return rows.table()
-
-
-def _levels(sigmas: Array) -> Array:
-    return np.stack([1 - sigmas, sigmas], axis=1)
 
 
 def _timesteps(config: Config, sigmas: Array) -> Array:
@@ -79,7 +75,7 @@ def _timesteps(config: Config, sigmas: Array) -> Array:
 def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
     """Timesteps and the sigmas from each to the next, float64 values of float32 precision.
 
-    Timesteps that were asked for are told to the model as they are; only their sigmas are shifted.
+    The model is given the timesteps that were asked for as they are; only their sigmas are shifted.
     """
     dynamic, shift = config.get("use_dynamic_shifting", False), float(config.get("shift", 1.0))
     kind = config.one_of("time_shift_type", "exponential", "linear")
@@ -121,6 +117,11 @@ def _even(config: Config, steps: Steps, shift: float) -> Array:
 def shifted(sigmas: Array, shift: float) -> Array:
     """Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", equation 23."""
     return np.asarray(shift * sigmas / (1 + (shift - 1) * sigmas))
+
+
+def even_flow_sigmas(count: int, train: int, shift: float) -> Array:
+    """`count` even sigmas below 1, shifted, as the solvers of diffusion models space them for flow models."""
+    return shifted(1 - np.linspace(1, 1 / train, count + 1), shift)[:0:-1]
 
 
 def dynamically_shifted(sigmas: Array, mu: float | None, kind: str) -> Array:

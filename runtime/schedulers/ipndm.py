@@ -6,10 +6,10 @@ import numpy as np
 
 from ...common.errors import RequestError
 from .config import Config, linspace32
+from .pndm import ADAMS_BASHFORTH
 from .spacing import as_float32, count_of, takes
-from .table import Rows, Steps, Table
+from .table import Steps, Table, TableBuilder
 
-_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 _SMALLEST_ALPHA = 1e-8
 
 
@@ -31,11 +31,10 @@ def ipndm(config: Config, steps: Steps) -> Table:
     alpha = np.sqrt(1 - beta**2)
     timesteps = np.arctan2(beta, alpha).astype(np.float64)[:-1] / np.pi * 2
     alpha, beta = alpha.astype(np.float64), beta.astype(np.float64)
-    rows = Rows(timesteps, np.stack([alpha, beta], axis=1)[:-1], len(_BASHFORTH))
-    for k in range(len(timesteps)):
-        slopes = [beta[k] * rows.x + alpha[k] * rows.m, *rows.kept[1:]]
-        weights = _BASHFORTH[min(k, 3)]
-        slope = sum(w * past for w, past in zip(weights, slopes, strict=False))
+    rows = TableBuilder(timesteps, alpha[:-1], beta[:-1], registers=len(ADAMS_BASHFORTH))
+    for k in rows.calls:
+        slopes = [beta[k] * rows.x + alpha[k] * rows.m, *rows.registers[1:]]
+        slope = sum(w * past for w, past in zip(ADAMS_BASHFORTH[min(k, 3)], slopes, strict=False))
         x0 = (rows.x - beta[k] * slope) / max(alpha[k], _SMALLEST_ALPHA)
         rows.set(k, alpha[k + 1] * x0 + beta[k + 1] * slope, *slopes[:3])
     return rows.table()

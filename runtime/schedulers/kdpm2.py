@@ -6,9 +6,9 @@ import numpy as np
 
 from ...common.arrays import Array
 from .config import Config
-from .euler import first_scale, sigma_levels, sigma_x0
+from .euler import ancestral_step, first_scale, sigma_builder
 from .spacing import as_float32, sigma_schedule, takes, timesteps_of, training_sigmas
-from .table import Rows, Steps, Table
+from .table import Steps, Table
 
 
 def kdpm2(config: Config, steps: Steps) -> Table:
@@ -23,7 +23,9 @@ def kdpm2(config: Config, steps: Steps) -> Table:
 def kdpm2_ancestral(config: Config, steps: Steps) -> Table:
     """`kdpm2` down to σ_down and noise of deviation σ_up back up, drawn at every second call."""
     train, timesteps, sigmas = _schedule(config, steps)
-    return _table(config, steps, train, timesteps, sigmas, *_ancestral(sigmas))
+    # in float32 like diffusers: σ_down is what is left of a difference that is small beside large sigmas
+    down, up = ancestral_step(sigmas.astype(np.float32))
+    return _table(config, steps, train, timesteps, sigmas, down.astype(np.float64), up.astype(np.float64))
 
 
 def _schedule(config: Config, steps: Steps) -> tuple[Array, Array, Array]:
@@ -35,7 +37,7 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array, Array]:
     timesteps, sigmas = sigma_schedule(config, steps, train)
     if config.get("use_karras_sigmas"):
         timesteps = timesteps.round()
-    return train, timesteps, as_float32(np.append(sigmas, 0.0))
+    return train, timesteps, sigmas
 
 
 def _table(
@@ -47,13 +49,10 @@ def _table(
     now, middles = sigmas[:-1], _between(*ends)
     calls = _interleaved(timesteps, timesteps_of(middles[:-1], train))
     seen = _interleaved(now, middles[:-1])
-    p, q = sigma_x0(config, seen)
-    rows = Rows(calls, sigma_levels(np.repeat(now, 2)[1:]), 2, start=2 * steps.start)
-    rows.input_scale = 1 / np.sqrt(seen**2 + 1)
-    before = rows.kept[1]
-    for k in range(2 * steps.start, len(calls)):
-        i = k // 2
-        slope = (rows.x - rows.predicted(k, p[k], q[k])) / seen[k]
+    rows = sigma_builder(config, calls, np.repeat(now, 2)[1:], seen, registers=2, start=2 * steps.start)
+    before = rows.registers[1]
+    for k in rows.calls:
+        i, slope = k // 2, rows.to_d(k, seen[k])
         if k % 2 == 0:
             rows.set(k, rows.x + (middles[i] - now[i]) * slope, rows.x)
         else:
@@ -74,14 +73,3 @@ def _interleaved(first: Array, second: Array) -> Array:
     both = np.empty(len(first) + len(second))
     both[::2], both[1::2] = first, second
     return both
-
-
-def _ancestral(sigmas: Array) -> tuple[Array, Array]:
-    """σ_down and σ_up of each step from one of `sigmas` to the next: σ_down² + σ_up² is the square of the next.
-
-    In float32 like diffusers, because σ_down is what is left of a difference that is small beside large sigmas.
-    """
-    now, then = sigmas[:-1].astype(np.float32), sigmas[1:].astype(np.float32)
-    up = np.sqrt(then**2 * (now**2 - then**2) / now**2)
-    down = np.sqrt(then**2 - up**2)
-    return down.astype(np.float64), up.astype(np.float64)

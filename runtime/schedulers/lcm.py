@@ -7,8 +7,8 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, alphas_cumprod, clip_range, predicted_x0, train_steps
-from .spacing import takes, whole_timesteps
-from .table import Rows, Steps, Table
+from .spacing import alpha_sigma_of, takes, whole_timesteps
+from .table import Steps, Table, TableBuilder
 
 _SIGMA_DATA = 0.5
 
@@ -17,15 +17,15 @@ def lcm(config: Config, steps: Steps) -> Table:
     """Luo et al. 2023, "Latent Consistency Models", algorithm 3 with the boundary scalings of its equation 3."""
     config.refuse(thresholding=False)
     now, bar = distilled_timesteps(config, steps)
-    p, q = predicted_x0(config, np.sqrt(bar[now]), np.sqrt(1 - bar[now]))
+    levels = alpha_sigma_of(bar[now])
     scaled = now * float(config.get("timestep_scaling", 10.0))
     c_skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
     c_out = scaled / np.sqrt(scaled**2 + _SIGMA_DATA**2)
     after = np.append(bar[now[1:]], 1.0)
-    levels = np.sqrt(np.stack([bar[now], 1 - bar[now]], axis=1))
-    rows = Rows(now, levels, start=steps.start, clip=clip_range(config, False))
-    for k in range(steps.start, len(now)):
-        denoised = c_out[k] * rows.predicted(k, p[k], q[k]) + c_skip[k] * rows.x
+    x0 = predicted_x0(config, *levels)
+    rows = TableBuilder(now, *levels, x0, start=steps.start, clip=clip_range(config, False))
+    for k in rows.calls:
+        denoised = c_out[k] * rows.predicted(k) + c_skip[k] * rows.x
         more = k < len(now) - 1
         rows.set(k, np.sqrt(after[k]) * denoised + more * np.sqrt(1 - after[k]) * rows.noise, draws=more)
     return rows.table()

@@ -7,9 +7,9 @@ from numpy.polynomial.polynomial import polyfromroots, polyint
 
 from ...common.arrays import Array
 from .config import Config
-from .euler import first_scale, sigma_levels, sigma_x0
-from .spacing import as_float32, sigma_schedule, takes, training_sigmas
-from .table import Rows, Steps, Table
+from .euler import first_scale, sigma_builder
+from .spacing import sigma_schedule, takes, training_sigmas
+from .table import Steps, Table
 
 
 def lms(config: Config, steps: Steps) -> Table:
@@ -24,13 +24,9 @@ def lms(config: Config, steps: Steps) -> Table:
     config.one_of("prediction_type", "epsilon", "v_prediction", "sample")
     most = min(int(config.get("order", 4)), steps.count + 1)
     timesteps, sigmas = sigma_schedule(config, steps, training_sigmas(config))
-    sigmas = as_float32(np.append(sigmas, 0.0))
-    now = sigmas[:-1]
-    p, q = sigma_x0(config, now)
-    rows = Rows(timesteps, sigma_levels(now), most, start=steps.start)
-    rows.input_scale = 1 / np.sqrt(now**2 + 1)
-    for k in range(steps.start, len(timesteps)):
-        slopes = [(rows.x - rows.predicted(k, p[k], q[k])) / now[k], *rows.kept[1:]]
+    rows = sigma_builder(config, timesteps, sigmas[:-1], registers=most, start=steps.start)
+    for k in rows.calls:
+        slopes = [rows.to_d(k, sigmas[k]), *rows.registers[1:]]
         weights = integrals(sigmas[max(k + 1 - most, 0) : k + 1][::-1], sigmas[k + 1])[: k - steps.start + 1]
         rows.set(k, rows.x + sum(w * slope for w, slope in zip(weights, slopes, strict=False)), *slopes[: most - 1])
     return rows.table(first_scale(config, sigmas))

@@ -7,12 +7,13 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, alphas_cumprod, predicted_x0, train_steps
-from .spacing import count_of, ddim_timesteps, takes
-from .table import Rows, Steps, Table
+from .spacing import alpha_sigma_of, count_of, ddim_timesteps, takes
+from .table import Steps, Table, TableBuilder
 
 _RUNGE_KUTTA_STEPS = 3
 _RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
-_ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+"""Of orders 1 to 4, on even steps, newest first."""
 
 
 def pndm(config: Config, steps: Steps) -> Table:
@@ -34,15 +35,14 @@ def pndm(config: Config, steps: Steps) -> Table:
     grid = ddim_timesteps(config, steps, "leading").astype(int)
     calls = _plms_calls(grid) if skip else _pndm_calls(grid, stride // 2)
     calls = calls[steps.start :]
-    levels = transfer.levels(calls)
-    p, q = predicted_x0(config, levels[:, 0], levels[:, 1])
-    rows = Rows(calls, levels, 5 if skip else 6)
-    x, *past, held = rows.kept[:5]
+    levels = alpha_sigma_of(transfer.bar[calls])
+    rows = TableBuilder(calls, *levels, predicted_x0(config, *levels), 5 if skip else 6)
+    x, *past, held = rows.registers[:5]
     for k, call in enumerate(calls):
-        rows.predicted(k, p[k], q[k])
+        rows.predicted(k)
         if not skip and k < 4 * _RUNGE_KUTTA_STEPS:
             stage, s = k % 4, grid[k // 4]
-            base, mean = (x, rows.zero) if stage == 0 else (held, rows.kept[5])
+            base, mean = (x, rows.zero) if stage == 0 else (held, rows.registers[5])
             mean = mean + _RUNGE_KUTTA[stage] * rows.m
             end = call if stage % 2 else call - stride // 2
             kept = [rows.m, *past[:2]] if stage == 0 else past
@@ -53,7 +53,7 @@ def pndm(config: Config, steps: Steps) -> Table:
         else:
             known = [rows.m, *past]
             order = 4 if not skip else min(max(k, 1), 4)
-            slope = sum(weight * output for weight, output in zip(_ADAMS_BASHFORTH[order - 1], known, strict=False))
+            slope = sum(weight * output for weight, output in zip(ADAMS_BASHFORTH[order - 1], known, strict=False))
             rows.set(k, transfer(x, slope, call, call - stride), *known[:3], x)
     return rows.table()
 
@@ -74,16 +74,12 @@ class _Transfer:
     """Equation 9: x at timestep t from x and the model output at timestep s."""
 
     def __init__(self, config: Config) -> None:
-        self._bar = alphas_cumprod(config)
-        self._final = 1.0 if config.get("set_alpha_to_one", False) else self._bar[0]
+        self.bar = alphas_cumprod(config)
+        self._final = 1.0 if config.get("set_alpha_to_one", False) else self.bar[0]
         self._velocity = config.one_of("prediction_type", "epsilon", "v_prediction") == "v_prediction"
 
-    def levels(self, timesteps: Array) -> Array:
-        """(S, 2) levels of x at timesteps."""
-        return np.asarray(np.sqrt(np.stack([self._bar[timesteps], 1 - self._bar[timesteps]], axis=1)))
-
     def __call__(self, x: Array, m: Array, s: int, t: int) -> Array:
-        now, then = self._bar[s], self._bar[t] if t >= 0 else self._final
+        now, then = self.bar[s], self.bar[t] if t >= 0 else self._final
         noise = np.sqrt(now) * m + np.sqrt(1 - now) * x if self._velocity else m
         scale = now * np.sqrt(1 - then) + np.sqrt(now * (1 - now) * then)
         return np.asarray(np.sqrt(then / now) * x - (then - now) / scale * noise)

@@ -7,19 +7,9 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, alphas_cumprod, train_steps
-from .spacing import (
-    as_float32,
-    at_timesteps,
-    clipped_end,
-    count_of,
-    curve,
-    dpm_timesteps,
-    takes,
-    timesteps_of,
-    training_sigmas,
-)
-from .table import Rows, Steps, Table
-from .unipc import Schedule, schedule_of
+from .dpm_solver import Schedule, integrating, solver_schedule
+from .spacing import alpha_sigma_of, takes
+from .table import Steps, Table, TableBuilder
 
 _ORDERS = (1, 2, 3, 4)
 _NOISY = 200, 800
@@ -34,20 +24,18 @@ def sa_solver(config: Config, steps: Steps) -> Table:
     """
     takes(steps)
     config.lacks("rescale_betas_zero_snr")
-    config.refuse(thresholding=False, tau_func=None)
-    if config.get("variance_type") in ("learned", "learned_range"):
-        raise RequestError("variance_type=learned is not supported: the model must predict the mean alone")
+    config.refuse(tau_func=None)
     predictor, corrector = (config.one_of(name, 2, *_ORDERS) for name in ("predictor_order", "corrector_order"))
     schedule = _schedule(config, steps)
     count, start = len(schedule.timesteps), steps.start
-    told = schedule.timesteps.astype(int)
-    if told.max() >= train_steps(config):
-        raise RequestError(f"timestep {told.max()} is past those that the model was trained with: ask for fewer steps")
-    bar = alphas_cumprod(config)[told]
-    levels = np.sqrt(np.stack([bar, 1 - bar], axis=1))
+    now = schedule.timesteps.astype(int)
+    if now.max() >= train_steps(config):
+        raise RequestError(f"timestep {now.max()} is past those that the model was trained with: ask for fewer steps")
+    levels = alpha_sigma_of(alphas_cumprod(config)[now])
     tau = (schedule.timesteps >= _NOISY[0]) & (schedule.timesteps <= _NOISY[1])
-    rows = Rows(schedule.timesteps, levels, max(predictor, corrector) + 2, start=start)
-    before, last_noise, *past = rows.kept[1:]
+    rows = TableBuilder(schedule.timesteps, *levels, schedule.x0, max(predictor, corrector) + 2, start=start)
+    before, last_noise, *past = rows.registers[1:]
+    image = schedule.noise is None
     final = bool(config.get("lower_order_final", True))
 
     def advance(x: Array, s: int, newest: int, history: list[Array], noise: Array) -> Array:
@@ -55,18 +43,18 @@ def sa_solver(config: Config, steps: Steps) -> Table:
         alpha, sigma, log_snr = (values[[s, s + 1]] for values in (schedule.alpha, schedule.sigma, schedule.log_snr))
         h, square = log_snr[1] - log_snr[0], float(tau[s])
         nodes = schedule.log_snr[newest - np.arange(len(history))] - log_snr[0]
-        if schedule.image:
+        if image:
             keep, scale, rate = np.exp(-square * h) * sigma[1] / sigma[0], alpha[1], 1 + square
             deviation = sigma[1] * np.sqrt(-np.expm1(-2 * square * h))
         else:
             keep, scale, rate = alpha[1] / alpha[0], -sigma[1], -1.0
             deviation = square * sigma[1] * np.sqrt(np.expm1(2 * h))
-        weights = (1 + square) * scale * _integrals(nodes, h, rate, simple=schedule.image)
+        weights = (1 + square) * scale * _integrals(nodes, h, rate, simple=image)
         return np.asarray(keep * x + weights @ np.array(history) + deviation * noise)
 
-    for k in range(start, count):
+    for k in rows.calls:
         made = k - start
-        history = [schedule.prediction(rows, k), *past]
+        history = [schedule.predicted(rows, k), *past]
         x = rows.x
         if made:
             order = min(corrector, made + 1, *([count - k + 2] if final else []))
@@ -97,18 +85,8 @@ def _integrals(nodes: Array, h: float, rate: float, simple: bool) -> Array:
 
 
 def _schedule(config: Config, steps: Steps) -> Schedule:
+    config.lacks("use_lu_lambdas", "use_dynamic_shifting", "time_shift_type")
+    if not config.get("use_flow_sigmas", False):
+        config.lacks("flow_shift")
     image = config.one_of("algorithm_type", "data_prediction", "noise_prediction") == "data_prediction"
-    train, count = training_sigmas(config), count_of(config, steps)
-    sigmas = curve(config, train[::-1], count)
-    if sigmas is not None:
-        timesteps = timesteps_of(sigmas, train)
-        timesteps = timesteps.round() if config.get("use_karras_sigmas") else timesteps
-    elif config.get("use_flow_sigmas", False):
-        even, shift = 1 - np.linspace(1, 1 / len(train), count + 1), float(config.get("flow_shift", 1.0))
-        sigmas = (shift * even / (1 + (shift - 1) * even))[:0:-1]
-        timesteps = sigmas * len(train)
-    else:
-        timesteps = dpm_timesteps(config, steps, last=clipped_end(config, train))
-        sigmas = np.append(at_timesteps(timesteps, train), train[0])
-    sigmas = sigmas if len(sigmas) > len(timesteps) else np.append(sigmas, sigmas[-1])
-    return schedule_of(config, steps, np.trunc(timesteps), as_float32(sigmas), image)
+    return integrating(config, solver_schedule(config, steps, rounds=True, repeats=True), image)

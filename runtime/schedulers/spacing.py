@@ -224,6 +224,11 @@ def curve(config: Config, sigmas: Array, count: int) -> Array | None:
     return np.array([low + beta_quantile(t, _BETA, _BETA) * (high - low) for t in 1 - np.linspace(0, 1, count)])
 
 
+def alpha_sigma_of(bar: Array) -> tuple[Array, Array]:
+    """α = √ᾱ and σ = √(1 − ᾱ) of x = α · image + σ · noise."""
+    return np.sqrt(bar), np.sqrt(1 - bar)
+
+
 def alpha_sigma(config: Config, sigmas: Array) -> tuple[Array, Array]:
     """α and σ of x = α · image + σ · noise for ratios σ/α, or with `use_flow_sigmas` for σ = 1 − α itself."""
     if config.get("use_flow_sigmas", False):
@@ -233,9 +238,10 @@ def alpha_sigma(config: Config, sigmas: Array) -> tuple[Array, Array]:
 
 
 def sigma_schedule(config: Config, steps: Steps, train: Array) -> tuple[Array, Array]:
-    """Timesteps and sigmas, chosen, spaced as the config says, or along its sigma curve; the sigmas not yet rounded."""
+    """Timesteps and sigmas, chosen, spaced as the config says, or along its sigma curve; after the last comes 0."""
     timesteps = chosen_timesteps(config, steps)
-    return along_curve(config, steps, timesteps, at_timesteps(timesteps, train), train)
+    timesteps, sigmas = along_curve(config, steps, timesteps, at_timesteps(timesteps, train), train)
+    return timesteps, as_float32(np.append(sigmas, 0.0))
 
 
 def chosen_timesteps(config: Config, steps: Steps) -> Array:
@@ -256,7 +262,8 @@ def timesteps_of(sigmas: Array, train: Array) -> Array:
     log_sigmas = np.log(np.maximum(sigmas, 1e-10))
     found = []
     for log_sigma in log_sigmas:
-        low = int(np.clip(np.cumsum(log_sigma - log_train >= 0).argmax(), None, len(log_train) - 2))
+        # the last one below: after `rescale_betas_zero_snr` they need not ascend
+        low = min(int(np.flatnonzero(log_train <= log_sigma).max(initial=0)), len(log_train) - 2)
         weight = np.clip((log_train[low] - log_sigma) / (log_train[low] - log_train[low + 1]), 0, 1)
         found.append((1 - weight) * low + weight * (low + 1))
     return np.array(found)

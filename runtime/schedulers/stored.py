@@ -10,11 +10,12 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import BundleError
 from ...common.files import read_json, write_json
-from .table import Table
+from .table import ARRAYS, Table
 
 TRACED = "traced"
 """The folder of such tables, beside the scheduler configuration of a bundle."""
-_ARRAYS = ("timesteps", "input_scale", "weights", "x0", "draws", "levels")
+_KEYS = {name: "levels" if name == "alpha_sigma" else name for name in ARRAYS}
+"""What each array is called in JSON."""
 
 
 def traced_path(name: str, count: int) -> Path:
@@ -34,13 +35,13 @@ def load_table(path: Path) -> Table:
 
 def to_json(table: Table) -> dict[str, Any]:
     """The fields of `table` as nested lists; `clip` is null where nothing is clamped."""
-    arrays = {name: getattr(table, name).tolist() for name in _ARRAYS}
+    arrays = {key: getattr(table, name).tolist() for name, key in _KEYS.items()}
     return {**arrays, "init_scale": table.init_scale, "clip": table.clip if np.isfinite(table.clip) else None}
 
 
 def from_json(value: dict[str, Any], where: str) -> Table:
     """The table that `to_json` wrote. Raises `BundleError` naming `where` when a field is not what a table holds."""
-    if set(value) != {*_ARRAYS, "init_scale", "clip"}:
+    if set(value) != {*_KEYS.values(), "init_scale", "clip"}:
         raise BundleError(f"{where} is no scheduler table: compile the bundle again")
     weights = _numbers(value, "weights", where, 3)
     steps, registers = weights.shape[:2]
@@ -55,7 +56,8 @@ def from_json(value: dict[str, Any], where: str) -> Table:
     clip = np.inf if value["clip"] is None else float(_numbers(value, "clip", where, 0))
     if clip <= 0:
         raise _damaged(where, "clip")
-    return Table(**arrays, init_scale=float(_numbers(value, "init_scale", where, 0)), clip=clip)
+    fields = {name: arrays[key] for name, key in _KEYS.items()}
+    return Table(**fields, init_scale=float(_numbers(value, "init_scale", where, 0)), clip=clip)
 
 
 def _numbers(value: dict[str, Any], name: str, where: str, axes: int) -> Array:

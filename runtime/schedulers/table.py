@@ -9,6 +9,9 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import RequestError
 
+ARRAYS = ("timesteps", "input_scale", "weights", "x0", "draws", "alpha_sigma")
+"""The fields of a table that have an entry for each call."""
+
 
 @dataclass(frozen=True, slots=True)
 class Steps:
@@ -37,7 +40,7 @@ class Table:
 
     timesteps: (S,), what the model is told. input_scale: (S,). weights: (S, K, K + 3), whose last three columns
     belong to m, noise and x0. x0: (S, 2). draws: (S,), whether noise is drawn at that row, even if its weight is 0.
-    levels: (S, 2), the α and σ of x = α · image + σ · noise at each row: what an image is noised to at the first.
+    alpha_sigma: (S, 2), the α and σ of x = α · image + σ · noise at each row: what an image is noised to at the first.
     init_scale: what standard normal noise is multiplied with to become the first x of a run without an image.
     """
 
@@ -46,7 +49,7 @@ class Table:
     weights: Array
     x0: Array
     draws: Array
-    levels: Array
+    alpha_sigma: Array
     init_scale: float = 1.0
     clip: float = np.inf
 
@@ -62,56 +65,67 @@ class Table:
 
     def until(self, calls: int) -> Table:
         """The first `calls` calls of it."""
-        names = ("timesteps", "input_scale", "weights", "x0", "draws", "levels")
-        return replace(self, **{name: getattr(self, name)[:calls] for name in names})
+        return self.part(slice(calls))
+
+    def part(self, calls: slice) -> Table:
+        """Some calls of it."""
+        return replace(self, **{name: getattr(self, name)[calls] for name in ARRAYS})
 
 
-class Rows:
+class TableBuilder:
     """A table being written, row by row, in terms of unit vectors: each sampler reads like its paper.
 
-    `x` (register 0), `kept` (all registers), `m` and `noise` are vectors over [R, m, noise, x0]; a sampler combines
-    them to the next value of each register and calls `set`.
+    `x` (register 0), `registers` (all of them), `m` and `noise` are vectors over [R, m, noise, x0]; a sampler combines
+    them to the next value of each register and calls `set`. calls: the rows to set.
     """
 
     def __init__(
-        self, timesteps: Array, levels: Array, registers: int = 1, *, start: int = 0, clip: float = np.inf
+        self,
+        timesteps: Array,
+        alpha: Array | float,
+        sigma: Array,
+        x0: tuple[Array, Array] | None = None,
+        registers: int = 1,
+        *,
+        start: int = 0,
+        clip: float = np.inf,
+        input_scale: Array | float = 1.0,
     ) -> None:
-        """timesteps: (S,); levels: (S, 2), see `Table`; start: the first row that will be set and kept."""
-        rows = len(timesteps)
-        unit = np.eye(registers + 3)
-        self.kept, self.m, self.noise, self._clipped = unit[:registers], unit[-3], unit[-2], unit[-1]
-        self.x = unit[0]
-        self.zero = np.zeros(registers + 3)
-        self.input_scale = np.ones(rows)
-        self._start, self._clip = start, clip
-        self._timesteps, self._levels = np.asarray(timesteps, np.float64), np.asarray(levels, np.float64)
-        self._weights = np.zeros((rows, registers, registers + 3))
-        self._x0 = np.zeros((rows, 2))
-        self._draws = np.zeros(rows, bool)
+        """timesteps, alpha, sigma: (S,), see `Table`; x0: p and q of x0 = p · x + q · m, (S,) each, where it is used.
 
-    def predicted(self, k: int, p: float, q: float) -> Array:
-        """The x0 that row k predicts, p · x + q · m, clamped where the schedule clips."""
+        start: the first row that will be set and kept.
+        """
+        rows, unit = len(timesteps), np.eye(registers + 3)
+        self.registers, self.m, self.noise, self._clipped = unit[:registers], unit[-3], unit[-2], unit[-1]
+        self.x, self.zero = unit[0], np.zeros(registers + 3)
+        self.calls = range(start, rows)
+        self._x0 = np.zeros((rows, 2)) if x0 is None else np.stack(x0, 1)
+        self._table = Table(
+            timesteps=np.asarray(timesteps, np.float64),
+            input_scale=np.ones(rows) * input_scale,
+            weights=np.zeros((rows, registers, registers + 3)),
+            x0=self._x0,
+            draws=np.zeros(rows, bool),
+            alpha_sigma=np.stack(np.broadcast_arrays(alpha, sigma), 1),
+            clip=clip,
+        )
+
+    def predicted(self, k: int) -> Array:
+        """The x0 that row k predicts, clamped where the schedule clips."""
+        p, q = self._x0[k]
         if not np.isfinite(p):
             raise RequestError("the schedule has pure noise, where predicted noise says nothing: use v_prediction")
-        self._x0[k] = p, q
-        return np.asarray(p * self.x + q * self.m if np.isinf(self._clip) else self._clipped)
+        return np.asarray(p * self.x + q * self.m if np.isinf(self._table.clip) else self._clipped)
+
+    def to_d(self, k: int, sigma: float) -> Array:
+        """The slope dx/dσ at row k, where x = image + σ · noise."""
+        return np.asarray((self.x - self.predicted(k)) / sigma)
 
     def set(self, k: int, *registers: Array, draws: bool = False) -> None:
         """Row k turns the registers into `registers`, register 0 first; those not named become zero."""
-        for i, vector in enumerate(registers):
-            self._weights[k, i] = vector
-        self._draws[k] = draws
+        self._table.weights[k, : len(registers)] = registers
+        self._table.draws[k] = draws
 
     def table(self, init_scale: float = 1.0) -> Table:
         """The finished table, from row `start` on."""
-        kept = slice(self._start, None)
-        return Table(
-            timesteps=self._timesteps[kept],
-            input_scale=self.input_scale[kept],
-            weights=self._weights[kept],
-            x0=self._x0[kept],
-            draws=self._draws[kept],
-            levels=self._levels[kept],
-            init_scale=float(init_scale),
-            clip=self._clip,
-        )
+        return replace(self._table.part(slice(self.calls.start, None)), init_scale=float(init_scale))

@@ -6,7 +6,8 @@ import numpy as np
 
 from .config import Config, predicted_noise, predicted_x0
 from .lcm import distilled_timesteps
-from .table import Rows, Steps, Table
+from .spacing import alpha_sigma_of
+from .table import Steps, Table, TableBuilder
 
 
 def tcd(config: Config, steps: Steps) -> Table:
@@ -17,16 +18,15 @@ def tcd(config: Config, steps: Steps) -> Table:
     """
     eta = float(config.get("eta", 0.0))
     now, bar = distilled_timesteps(config, steps)
-    alpha, sigma = np.sqrt(bar[now]), np.sqrt(1 - bar[now])
+    levels = alpha_sigma_of(bar[now])
     after = np.append(now[1:], 0)
-    lower = np.floor(np.float32(1 - eta) * after.astype(np.float32)).astype(int)
-    p, q = predicted_x0(config, alpha, sigma)
-    u, v = predicted_noise(config, alpha, sigma)
-    rows = Rows(now, np.stack([alpha, sigma], axis=1), start=steps.start)
-    for k in range(steps.start, len(now)):
+    target = np.floor(np.float32(1 - eta) * after.astype(np.float32)).astype(int)
+    u, v = predicted_noise(config, *levels)
+    rows = TableBuilder(now, *levels, predicted_x0(config, *levels), start=steps.start)
+    for k in rows.calls:
         noise = u[k] * rows.x + v[k] * rows.m
-        x = np.sqrt(bar[lower[k]]) * rows.predicted(k, p[k], q[k]) + np.sqrt(1 - bar[lower[k]]) * noise
-        kept = bar[after[k]] / bar[lower[k]]
+        x = np.sqrt(bar[target[k]]) * rows.predicted(k) + np.sqrt(1 - bar[target[k]]) * noise
+        kept = bar[after[k]] / bar[target[k]]
         draws = eta > 0 and k < len(now) - 1
         rows.set(k, np.sqrt(kept) * x + np.sqrt(1 - kept) * rows.noise if draws else x, draws=draws)
     return rows.table()

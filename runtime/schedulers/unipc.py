@@ -10,10 +10,10 @@ import numpy as np
 
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from .config import Config, predicted_noise, predicted_x0, train_steps
+from .config import Config, train_steps
+from .dpm_solver import Schedule, integrating, schedule_of
 from .flow_match import dynamically_shifted, shifted, stretched
 from .spacing import (
-    alpha_sigma,
     at_timesteps,
     count_of,
     curve,
@@ -23,48 +23,10 @@ from .spacing import (
     training_sigmas,
     with_final,
 )
-from .table import Rows, Steps, Table
+from .table import Steps, Table
 
 _BELOW_ONE = 1e-6
 """How far a flow schedule that begins at pure noise begins below it, so that log α is finite; diffusers' value."""
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """timesteps: (S,). alpha, sigma, log_snr: (S + 1,), the last after all steps. x0 = p · x + q · m, (S,) each.
-
-    image: whether the solver integrates x0, else the predicted noise, u · x + v · m.
-    """
-
-    timesteps: Array
-    alpha: Array
-    sigma: Array
-    log_snr: Array
-    p: Array
-    q: Array
-    u: Array
-    v: Array
-    image: bool
-
-    def prediction(self, rows: Rows, k: int) -> Array:
-        """What the solver integrates at row k."""
-        x0 = rows.predicted(k, self.p[k], self.q[k])
-        return x0 if self.image else self.u[k] * rows.x + self.v[k] * rows.m
-
-
-def schedule_of(config: Config, steps: Steps, timesteps: Array, sigmas: Array, image: bool) -> Schedule:
-    """The schedule over `timesteps` with `sigmas`, (S + 1,): ratios σ/α, or with `use_flow_sigmas` σ = 1 − α itself."""
-    if steps.start >= len(timesteps):
-        raise RequestError(f"the first step must be between 0 and {len(timesteps) - 1}, found {steps.start}")
-    alpha, sigma = alpha_sigma(config, sigmas)
-    if (alpha <= 0).any():
-        raise RequestError("use_flow_sigmas needs sigmas below 1: set no other sigma curve, or a smaller sigma_max")
-    flow = config.get("prediction_type") == "flow_prediction"
-    if flow and not image:
-        raise RequestError("flow_prediction predicts the image only: set predict_x0, or algorithm_type=data_prediction")
-    p, q = predicted_x0(config, alpha[:-1], (sigmas if flow else sigma)[:-1])
-    u, v = predicted_noise(config, alpha[:-1], sigma[:-1])
-    return Schedule(timesteps, alpha, sigma, np.log(alpha) - np.log(sigma), p, q, u, v, image)
 
 
 def unipc(config: Config, steps: Steps) -> Table:
@@ -82,18 +44,17 @@ def unipc(config: Config, steps: Steps) -> Table:
     schedule = _schedule(config, steps)
     solver = _Solver(schedule, bh1)
     count = len(schedule.timesteps)
-    levels = np.stack([schedule.alpha, schedule.sigma], axis=1)[:-1]
-    rows = Rows(schedule.timesteps, levels, highest + 2, start=steps.start)
-    before, *past = rows.kept[1:]
+    rows = schedule.builder(highest + 2, steps.start)
+    before, *past = rows.registers[1:]
     order = 0
-    for k in range(steps.start, count):
-        prediction = schedule.prediction(rows, k)
+    for k in rows.calls:
+        prediction = schedule.predicted(rows, k)
         corrects = k > steps.start and k - 1 not in uncorrected
         x = solver.step(before, k - 1, past[:order], prediction) if corrects else rows.x
         order = min(highest, k - steps.start + 1)
         if config.get("lower_order_final", True):
             order = min(order, count - k)
-        if schedule.sigma[k + 1] == 0 and (bh1 or not schedule.image or order > 1):
+        if schedule.sigma[k + 1] == 0 and (bh1 or schedule.noise is not None or order > 1):
             raise RequestError(
                 "solver_type=bh1, predict_x0=false and lower_order_final=false cannot end at sigma 0: "
                 "set final_sigmas_type to sigma_min"
@@ -120,7 +81,7 @@ class _Solver:
         chords = [(old - history[0]) / ratio for old, ratio in zip(history[1:], ratios, strict=True)]
         if end is not None:
             ratios, chords = [*ratios, 1.0], [*chords, end - history[0]]
-        if self.schedule.image:
+        if self.schedule.noise is None:
             keep, scale, h = sigma[s + 1] / sigma[s], alpha[s + 1], -h
         else:
             keep, scale = alpha[s + 1] / alpha[s], sigma[s + 1]
@@ -165,7 +126,8 @@ def _schedule(config: Config, steps: Steps) -> Schedule:
         sigmas = at_timesteps(timesteps, train)
     spaced = curved is None and not flow
     sigmas = with_final(config, sigmas, train if spaced else sigmas[::-1])
-    return schedule_of(config, steps, np.trunc(timesteps), sigmas, bool(config.get("predict_x0", True)))
+    schedule = schedule_of(config, steps, np.trunc(timesteps), sigmas)
+    return integrating(config, schedule, bool(config.get("predict_x0", True)))
 
 
 def _flow_sigmas(config: Config, steps: Steps) -> Array:

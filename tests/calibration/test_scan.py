@@ -7,7 +7,7 @@ import pytest
 
 from diffoundry.calibration import Scan
 from diffoundry.calibration.quality import compare, psnr
-from diffoundry.calibration.sessions import Calls
+from diffoundry.calibration.sessions import Recorder
 from diffoundry.common.errors import DiffoundryError
 
 
@@ -59,12 +59,12 @@ def test_the_ratio_of_an_output_is_the_lowest_over_calls():
 
 
 def test_calls_are_kept_as_they_were():
-    calls, feeds = Calls(4), {"x": np.zeros(2, np.float32), "same": np.ones(3)}
+    calls, feeds = Recorder(4), {"x": np.zeros(2, np.float32), "same": np.ones(3)}
     for k in range(6):
         feeds["x"][:] = k
-        calls.hear(feeds, {"y": feeds["x"]})
+        calls.add(feeds, {"y": feeds["x"]})
     assert [kept["x"][0] for kept, _ in calls.kept] == [0, 1, 2, 3]
     assert [made["y"][0] for _, made in calls.kept] == [0, 1, 2, 3]
     assert calls.kept[0][0]["same"] is calls.kept[3][0]["same"]
-    assert [kept["x"][0] for kept, _ in calls.chosen(1)] == [0, 2, 3]
-    assert [kept["x"][0] for kept, _ in calls.chosen(2)] == [0, 1, 3]
+    assert [kept["x"][0] for kept, _ in calls.sample(1)] == [0, 2, 3]
+    assert [kept["x"][0] for kept, _ in calls.sample(2)] == [0, 1, 3]

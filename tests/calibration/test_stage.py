@@ -32,8 +32,8 @@ def copy(lowered, tmp_path):
 def scans(monkeypatch):
     """How often the loop was run to lower a bundle."""
     made = []
-    real = stage.lower
-    monkeypatch.setattr(stage, "lower", lambda *args, **kwargs: (made.append(1), real(*args, **kwargs))[1])
+    real = stage.convert_models
+    monkeypatch.setattr(stage, "convert_models", lambda *args, **kwargs: (made.append(1), real(*args, **kwargs))[1])
     return made
 
 

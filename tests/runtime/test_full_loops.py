@@ -153,7 +153,7 @@ def test_figures_of_diffusers(loop):
     sample = ramp(loop.shape)
     x = sample * table.init_scale
     if loop.start and loop.noised:
-        alpha, sigma = table.levels[0]
+        alpha, sigma = table.alpha_sigma[0]
         x = alpha * x + sigma * np.flip(sample)
     found = np.abs(run(table, started(table, x), scaled_state=loop.name != "EDMEulerScheduler")[0])
     assert found.mean() == pytest.approx(loop.mean, abs=loop.off)
@@ -164,7 +164,7 @@ def test_figures_of_diffusers(loop):
 def test_figure_of_two_passes_of_ipndm():
     """The second pass goes on with the slopes of the first: the rows of a schedule that had three steps before it."""
     first = make_table({}, Steps(10), "IPNDMScheduler")
-    betas = [*first.levels[:, 1], 0.0]
+    betas = [*first.alpha_sigma[:, 1], 0.0]
     second = make_table({"trained_betas": betas[:3] + betas}, Steps(10), "IPNDMScheduler")
     registers = run(second, run(first, started(first, ramp(IMAGE))), first=3)
     assert np.abs(registers[0]).mean() == pytest.approx(2540529, abs=10)

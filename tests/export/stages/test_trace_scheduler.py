@@ -149,7 +149,7 @@ def test_a_scheduler_of_ones_own():
     assert table.registers == 2
     assert table.draws.tolist() == [False, True, False, True]
     assert table.timesteps.tolist() == [4, 3, 2, 1]
-    assert table.levels.tolist() == [[1, 0]] * 4
+    assert table.alpha_sigma.tolist() == [[1, 0]] * 4
     assert (table.init_scale, table.clip) == (1.0, np.inf)
     by_hand = [1 / 8, 1 / 16 + 1 / 16, 0, 1 / 8 + 1 / 8, 1 / 32, 1 / 4, 0, 0, 0]
     np.testing.assert_allclose(impulse_responses(table)[3], by_hand, rtol=0, atol=1e-15)

@@ -1,4 +1,4 @@
-"""`lower` on pico: images, islands and files of the typed components, and what it refuses."""
+"""`convert_models` on pico: images, islands and files of the converted components, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from onnx import numpy_helper
 
 from diffoundry.bundle import Bundle
-from diffoundry.calibration import PRECISIONS, QualityError, Scan, lower, typed
-from diffoundry.calibration.islands import Islands
+from diffoundry.calibration import PRECISIONS, QualityError, Scan, convert_models, rewrite
+from diffoundry.calibration.fp32_nodes import Fp32Nodes
 from diffoundry.calibration.quality import psnr
+from diffoundry.calibration.rewrite import emulated
 from diffoundry.calibration.sessions import start
-from diffoundry.calibration.typed import emulated
 from diffoundry.common.errors import DiffoundryError
 from diffoundry.common.files import sha256_file
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
@@ -35,10 +35,10 @@ _SCENES = split_scenes()[1][:24]
 
 @pytest.fixture(scope="module")
 def made(bundle_of, tmp_path_factory):
-    """A bundle with both precisions in it: typed components and report by precision."""
-    root = shutil.copytree(bundle_of("pico"), tmp_path_factory.mktemp("lowered") / "pico.bundle")
+    """A bundle with both precisions in it: converted components and report by precision."""
+    root = shutil.copytree(bundle_of("pico"), tmp_path_factory.mktemp("converted") / "pico.bundle")
     bundle = Bundle.open(root)
-    return bundle, {name: lower(bundle, name, done={}, scan=Scan(CAPTIONS)) for name in PRECISIONS}
+    return bundle, {name: convert_models(bundle, name, scan=Scan(CAPTIONS)) for name in PRECISIONS}
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def draw(bundle, engines, requests):
 
 
 def as_on_a_gpu(bundle, parts, precision):
-    """Loaders of the typed components, rounded where a GPU rounds."""
+    """Loaders of the converted components, rounded where a GPU rounds."""
 
     def loader(name):
         path = bundle.path(parts[name].model)
@@ -102,8 +102,8 @@ def test_twenty_steps_agree_with_fp32(made, precision):
         Request(str(scene), seed=100 + i, steps=20, guidance=Guidance(4.0)) for i, scene in enumerate(_SCENES[:4])
     ]
     exact = draw(bundle, {}, requests)
-    lowered = draw(bundle, as_on_a_gpu(bundle, results[precision][0], precision), requests)
-    found = [psnr(*pair) for pair in zip(lowered, exact, strict=True)]
+    converted = draw(bundle, as_on_a_gpu(bundle, results[precision][0], precision), requests)
+    found = [psnr(*pair) for pair in zip(converted, exact, strict=True)]
     assert min(found) >= 35
     assert max(found) < 90, "nothing was rounded"
 
@@ -112,8 +112,8 @@ def test_onnx_runtime_runs_the_fp16_files(made):
     bundle, results = made
     requests = [Request(caption, seed=i, steps=20, guidance=Guidance(4.0)) for i, caption in enumerate(CAPTIONS)]
     exact = draw(bundle, {}, requests)
-    lowered = draw(bundle, natively(bundle, results["fp16"][0]), requests)
-    found = [psnr(*pair) for pair in zip(lowered, exact, strict=True)]
+    converted = draw(bundle, natively(bundle, results["fp16"][0]), requests)
+    found = [psnr(*pair) for pair in zip(converted, exact, strict=True)]
     assert min(found) >= 35
     assert max(found) < 110, "nothing was rounded"
 
@@ -122,8 +122,8 @@ def test_onnx_runtime_runs_the_fp16_files(made):
 def test_the_attributes_are_those_of_fp32(made, scenes, precision):
     bundle, results = made
     requests, exact = scenes
-    lowered = draw(bundle, as_on_a_gpu(bundle, results[precision][0], precision), requests)
-    before, after = (score(images, _SCENES)["all"] for images in (exact, lowered))
+    converted = draw(bundle, as_on_a_gpu(bundle, results[precision][0], precision), requests)
+    before, after = (score(images, _SCENES)["all"] for images in (exact, converted))
     assert before > 0.9
     assert abs(after - before) <= 0.01
 
@@ -222,8 +222,7 @@ def test_a_planted_overflow_is_found_and_kept_in_fp32(made, work, name):
     parts, report = made[1]["fp16"]
     region = planted(work.path(f"{name}/model.onnx"), 20)
     before = {island["node"] for island in parts[name].report["islands"]}
-    others = {each: part for each, part in parts.items() if each != name}
-    found, quality = lower(work, "fp16", done=others, scan=Scan(CAPTIONS[:1], steps=4))
+    found, quality = convert_models(work, "fp16", scan=Scan(CAPTIONS[:1], steps=4))
     islands = {island["node"]: island for island in found[name].report["islands"]}
     assert set(islands) == region | before
     assert {islands[node]["reason"] for node in region} == {"range"}
@@ -233,7 +232,7 @@ def test_a_planted_overflow_is_found_and_kept_in_fp32(made, work, name):
     # without the islands it overflows
     path = work.path(f"{name}/model.onnx")
     low = {node.output[0]: node.output[0] not in before for node in onnx.load(path).graph.node}
-    (bare,) = typed.write(path, name, PRECISIONS["fp16"], low)
+    (bare,) = rewrite.write(path, name, PRECISIONS["fp16"], low)
     engine = start(emulated(bare, PRECISIONS["fp16"]), bare.parent, name)
     feeds = {tensor.name: _feed(tensor) for tensor in engine.inputs}
     exact = OnnxRuntimeEngine.load(path)(feeds)
@@ -248,62 +247,37 @@ def _feed(tensor):
     return rng.integers(0, 600, shape) if tensor.dtype == "int64" else rng.standard_normal(shape).astype(tensor.dtype)
 
 
-def test_what_is_done_is_left_as_it_is_and_measured(made, work, monkeypatch):
-    parts, _ = made[1]["fp16"]
-    before = {path: path.stat().st_mtime_ns for path in work.root.rglob("fp16.onnx")}
-    scanned = []
-    monkeypatch.setattr(
-        "diffoundry.calibration.lowering.Ranges",
-        lambda path, name: scanned.append(name) or pytest.fail(f"{name} was scanned"),
-    )
-    told = []
-    found, report = lower(
-        work,
-        "fp16",
-        done=parts,
-        scan=Scan(CAPTIONS[:1], steps=3),
-        progress=lambda text, done, total: told.append((text, done, total)),
-    )
-    assert found == parts and not scanned
-    assert set(report["components"]) == set(COMPONENTS) and report["psnr_db"] >= 35
-    assert {path: path.stat().st_mtime_ns for path in work.root.rglob("fp16.onnx")} == before
-    assert [each for each in told if each[0] == "ranges"] == [("ranges", k, 3) for k in (1, 2, 3)]
-    assert [each for each in told if each[0] == "quality"] == [("quality", k, 3) for k in (1, 2, 3)]
-
-
 def test_a_budget_that_is_not_met_tightens_and_then_fails_with_figures(made, work, monkeypatch):
-    others = {name: part for name, part in made[1]["fp16"][0].items() if name != "unet"}
     tried = []
-    find = Islands.find
+    find = Fp32Nodes.find
 
     def spy(self, threshold, limit):
         found = find(self, threshold, limit)
         tried.append((threshold, limit, len(found)))
         return found
 
-    monkeypatch.setattr(Islands, "find", spy)
+    monkeypatch.setattr(Fp32Nodes, "find", spy)
     with pytest.raises(
         QualityError,
         match=r"fp16 images differ from fp32 by \d+\.\d dB PSNR, 119 are asked.*bf16.* lower --min-psnr",
     ):
-        lower(work, "fp16", done=others, scan=Scan(CAPTIONS[:1], steps=2, budget_db=119))
+        convert_models(work, "fp16", scan=Scan(CAPTIONS[:1], steps=2, budget_db=119))
     thresholds = sorted({threshold for threshold, _, _ in tried})
     limits = sorted({limit for _, limit, _ in tried}, reverse=True)
     assert thresholds == [50, 55, 60, 65] and limits == [32752 / 2**i for i in range(4)]
     count = {t: sum(n for threshold, _, n in tried if threshold == t) for t in thresholds}
     assert count[50] < count[65]
     left = {path.parent.name for path in work.root.rglob("fp16.onnx")}
-    assert left == set(others), "what failed is not left for anyone to load"
+    assert not left, "what failed is not left for anyone to load"
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "vae_encoder"])
 def test_infinity_has_its_own_words(made, work, name, monkeypatch):
     """No image comes of the one; no image shows the other."""
-    others = {each: part for each, part in made[1]["fp16"][0].items() if each != name}
     planted(work.path(f"{name}/model.onnx"), 20)
-    monkeypatch.setattr(Islands, "find", lambda self, threshold, limit: [])
+    monkeypatch.setattr(Fp32Nodes, "find", lambda self, threshold, limit: [])
     with pytest.raises(QualityError, match=r"fp16 is not finite: .*use --precision fp32 or bf16"):
-        lower(work, "fp16", done=others, scan=Scan(CAPTIONS[:1], steps=2))
+        convert_models(work, "fp16", scan=Scan(CAPTIONS[:1], steps=2))
 
 
 def test_the_same_input_gives_the_same_bytes(made, work):
@@ -311,36 +285,30 @@ def test_the_same_input_gives_the_same_bytes(made, work):
     for name in COMPONENTS:
         low = {node.output[0]: True for node in onnx.load(work.path(f"{name}/model.onnx")).graph.node}
         low.update({island["node"]: False for island in parts[name].report["islands"]})
-        (path,) = typed.write(work.path(f"{name}/model.onnx"), name, PRECISIONS["bf16"], low)
+        (path,) = rewrite.write(work.path(f"{name}/model.onnx"), name, PRECISIONS["bf16"], low)
         assert {f"{name}/bf16.onnx": sha256_file(path)} == parts[name].files
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32", "", None])
 def test_an_unknown_precision_is_refused(made, precision):
     with pytest.raises(DiffoundryError, match=r"unknown precision .*choose one of fp16, bf16"):
-        lower(made[0], precision, done={}, scan=Scan())
-
-
-def test_an_unknown_component_is_refused(made):
-    with pytest.raises(DiffoundryError, match="no component 'decoder', only text_encoder"):
-        lower(made[0], "fp16", done={"decoder": made[1]["fp16"][0]["unet"]}, scan=Scan())
+        convert_models(made[0], precision, scan=Scan())
 
 
 def test_a_size_that_the_bundle_cannot_draw_is_refused(made):
     bundle = made[0]
     coarse = replace(bundle.manifest, latents=replace(bundle.manifest.latents, downscale=16))
     with pytest.raises(DiffoundryError, match="multiple"):
-        lower(Bundle(bundle.root, coarse), "fp16", done={}, scan=Scan(size=(72, 64)))
+        convert_models(Bundle(bundle.root, coarse), "fp16", scan=Scan(size=(72, 64)))
 
 
 def test_a_model_that_is_no_model_is_refused(made, work):
-    others = {name: part for name, part in made[1]["fp16"][0].items() if name != "unet"}
     work.path("unet/model.onnx").write_bytes(b"not a model")
     with pytest.raises(DiffoundryError, match=r"unet/model.onnx is not an ONNX model"):
-        lower(work, "fp16", done=others, scan=Scan(CAPTIONS[:1], steps=2))
+        convert_models(work, "fp16", scan=Scan(CAPTIONS[:1], steps=2))
     work.path("unet/model.onnx").unlink()
     with pytest.raises(DiffoundryError, match=r"unet/model.onnx is missing"):
-        lower(work, "fp16", done=others, scan=Scan(CAPTIONS[:1], steps=2))
+        convert_models(work, "fp16", scan=Scan(CAPTIONS[:1], steps=2))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..common.files import disk_error, remove
-from .graph import MOVES, Form, form, is_float, key, opset, raise_opset, read, reading
+from .graph import MAKERS, MOVES, Castable, castable, is_float, key, map_tensor, opset, raise_opset, read
 from .precision import MASK, Precision
 
 _EXTERNAL_FROM_BYTES = 64 << 20
@@ -22,7 +22,7 @@ CAST = "cast:"
 
 
 @dataclass(frozen=True, slots=True)
-class Typed:
+class ConvertedModel:
     """A component in a lower precision.
 
     model: its path in the bundle, such as `unet/fp16.onnx`. files: the SHA-256 of the model and of its external data.
@@ -45,7 +45,7 @@ def write(source: Path, component: str, precision: Precision, low: Mapping[str, 
 
     model = read(source)
     raise_opset(model, precision.opset, component)
-    _Lowering(model, precision).run(low)
+    _Rewriter(model, precision).run(low)
     model.producer_name, model.producer_version = "diffoundry", ""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     names = [f"{precision.name}.onnx_data", f"{precision.name}.onnx"]
@@ -69,9 +69,9 @@ def write(source: Path, component: str, precision: Precision, low: Mapping[str, 
 
 
 def emulated(path: Path, precision: Precision) -> Any:
-    """The typed model in `path` with its nodes in float32, where every value of the lower type is rounded to it.
+    """The converted model in `path` with its nodes in float32, where every value of the lower type is rounded to it.
 
-    ONNX Runtime's CPU computes a typed graph in float32 and drops the casts between, which hides an overflow, and has
+    ONNX Runtime's CPU computes a 16-bit graph in float32 and drops the casts between, which hides an overflow, and has
     no kernels for some types; explicit pairs of casts it keeps.
     """
     import onnx_ir
@@ -87,29 +87,24 @@ def emulated(path: Path, precision: Precision) -> Any:
             node.replace_input_with(place, raised.outputs[0])
     for node in list(graph):
         for made in [made for made in node.outputs if made.dtype == low]:
-            name = made.name
-            readers = list(made.uses())
-            last = node
-            stored = made
+            name, readers, casts = made.name, list(made.uses()), []
             if node.op_type in MOVES:
                 made.dtype = onnx_ir.DataType.FLOAT
                 continue
-            if node.op_type not in ("Cast", "ConstantOfShape"):
-                made.dtype = onnx_ir.DataType.FLOAT
-                made.name = f"{name}:exact"
-                down = _cast(made, low, f"{name}:{precision.name}", "round:")
-                graph.insert_after(last, down)
-                last, stored = down, down.outputs[0]
+            if node.op_type in MAKERS:
+                made.name, stored = f"{name}:{precision.name}", made
             else:
-                made.name = f"{name}:{precision.name}"
+                made.name, made.dtype = f"{name}:exact", onnx_ir.DataType.FLOAT
+                casts.append(_cast(made, low, f"{name}:{precision.name}", "round:"))
+                stored = casts[0].outputs[0]
             up = _cast(stored, onnx_ir.DataType.FLOAT, str(name), "raise:")
-            graph.insert_after(last, up)
+            graph.insert_after(node, [*casts, up])
             for reader, place in readers:
                 reader.replace_input_with(place, up.outputs[0])
     return model
 
 
-class _Lowering:
+class _Rewriter:
     """Rewrites a float32 model in place."""
 
     def __init__(self, model: Any, precision: Precision) -> None:
@@ -121,35 +116,34 @@ class _Lowering:
         self._made: dict[tuple[str, Any], Any] = {}
 
     def run(self, low: Mapping[str, bool]) -> None:
-        forms = [(node, form(node, self._version, self._precision)) for node in self._graph]
-        for node, shape in forms:
-            if shape is not None and not (low[key(node)] if shape.outputs else self._reads_low(node, shape)):
-                shape = None
-            taken = () if shape is None else shape.inputs
+        nodes = [(node, castable(node, self._version, self._precision)) for node in self._graph]
+        for node, taken in nodes:
+            if not (low[key(node)] if taken.outputs else self._reads_low(node, taken)):
+                taken = Castable()
             for i, value in enumerate(node.inputs):
                 if value is not None and value.dtype in (self._low, self._float):
-                    wanted = self._low if i in taken else self._float
+                    wanted = self._low if i in taken.inputs else self._float
                     if value.dtype != wanted:
                         node.replace_input_with(i, self._converted(value, wanted, node))
-            if shape is not None:
-                self._lower_outputs(node, shape)
+            if taken.outputs:
+                self._convert_outputs(node, taken)
         self._drop_unused()
 
-    def _reads_low(self, node: Any, shape: Form) -> bool:
+    def _reads_low(self, node: Any, taken: Castable) -> bool:
         """Whether a node that makes no float finds the lower type in all that it reads of other nodes."""
-        read = [node.inputs[i] for i in shape.inputs if not node.inputs[i].is_initializer()]
+        read = [node.inputs[i] for i in taken.inputs if not node.inputs[i].is_initializer()]
         return all(value.dtype == self._low for value in read)
 
-    def _lower_outputs(self, node: Any, shape: Form) -> None:
+    def _convert_outputs(self, node: Any, taken: Castable) -> None:
         import onnx_ir
 
         if node.op_type == "Cast":
             node.attributes["to"] = onnx_ir.AttrInt64("to", int(self._low))
         elif node.op_type == "ConstantOfShape":
-            told = node.attributes.get("value")
-            value = np.zeros(1, np.float32) if told is None else told.as_tensor().numpy()
+            given = node.attributes.get("value")
+            value = np.zeros(1, np.float32) if given is None else given.as_tensor().numpy()
             node.attributes["value"] = onnx_ir.AttrTensor("value", _rounded(value, self._precision, "value"))
-        for i in shape.outputs:
+        for i in taken.outputs:
             made = node.outputs[i]
             made.dtype = self._low
             if made.is_graph_output():
@@ -180,7 +174,7 @@ class _Lowering:
         tensor, precision = value.const_value, self._precision
         made = onnx_ir.Value(name=name, shape=value.shape, type=onnx_ir.TensorType(self._low))
         made.const_value = onnx_ir.LazyTensor(
-            lambda: reading(tensor, lambda array: _rounded(array, precision, name)),
+            lambda: map_tensor(tensor, lambda array: _rounded(array, precision, name)),
             dtype=self._low,
             shape=tensor.shape,
             name=name,
@@ -196,7 +190,7 @@ class _Lowering:
                 del self._graph.initializers[name]
 
 
-def rounded(array: Any, precision: Precision) -> Any:
+def round_to(array: Any, precision: Precision) -> Any:
     """A float32 array in the lower type. What stands for infinity becomes the largest finite value, as it must add."""
     import ml_dtypes
 
@@ -211,7 +205,7 @@ def rounded(array: Any, precision: Precision) -> Any:
 def _rounded(array: Any, precision: Precision, name: str) -> Any:
     import onnx_ir
 
-    return onnx_ir.tensor(rounded(array, precision), name=name)
+    return onnx_ir.tensor(round_to(array, precision), name=name)
 
 
 def _cast(value: Any, to: Any, name: str, kind: str = CAST) -> Any:

@@ -1,4 +1,4 @@
-"""Typed and emulated graphs, ranges and losses, on small graphs made here."""
+"""Converted and emulated graphs, ranges and losses, on small graphs made here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from diffoundry.calibration import PRECISIONS, typed
-from diffoundry.calibration.graph import form, key, read, version_for
-from diffoundry.calibration.islands import Islands
+from diffoundry.calibration import PRECISIONS, rewrite
+from diffoundry.calibration.fp32_nodes import Fp32Nodes
+from diffoundry.calibration.graph import castable, key, read, version_for
 from diffoundry.calibration.losses import Trial, decibels, measure
 from diffoundry.calibration.ranges import Ranges
 from diffoundry.calibration.sessions import start
@@ -38,20 +38,20 @@ def save(path, nodes, inputs, outputs, weights=(), opset=20):
 
 def all_low(path, precision):
     model = read(path)
-    return {key(node): form(node, version_for(model, precision), precision) is not None for node in model.graph}
+    return {key(node): bool(castable(node, version_for(model, precision), precision).outputs) for node in model.graph}
 
 
 def emulate(path, precision, feeds, low=None):
-    """What the typed model gives where a GPU computes it."""
-    written = typed.write(path, "c", precision, low or all_low(path, precision))
+    """What the converted model gives where a GPU computes it."""
+    written = rewrite.write(path, "c", precision, low or all_low(path, precision))
     onnx.checker.check_model(str(written[0]), full_check=True)
-    return start(typed.emulated(written[0], precision), path.parent, "c")(feeds)
+    return start(rewrite.emulated(written[0], precision), path.parent, "c")(feeds)
 
 
-def islands(path, precision, feeds, threshold=None, limit=None):
+def fp32_nodes(path, precision, feeds, threshold=None, limit=None):
     ranges = Ranges(path, "c")
     ranges.engine(lambda *_: None)(feeds)
-    found = Islands(path, "c", precision, ranges.largest(), [feeds])
+    found = Fp32Nodes(path, "c", precision, ranges.largest(), [feeds])
     return found, found.find(threshold or precision.threshold, limit or precision.limit)
 
 
@@ -82,7 +82,7 @@ def test_masks_need_no_float32(masked, mask, precision):
     ranges = Ranges(path, "c")
     ranges.engine(lambda *_: None)(feeds)
     assert max(ranges.largest().values()) < 100
-    measured, found = islands(path, precision, feeds)
+    measured, found = fp32_nodes(path, precision, feeds)
     assert found == []
     made = emulate(path, precision, feeds, measured.types(found))["y"]
     exact = OnnxRuntimeEngine.load(path)(feeds)["y"]
@@ -112,11 +112,11 @@ def test_a_value_above_half_of_the_largest_stays_in_float32(tmp_path):
     path = save(tmp_path / "model.onnx", nodes, [("x", FLOAT, [2, 2])], [("y", FLOAT, [2, 2])], weights)
     for largest, expected in ((300, []), (330, ["b", "c", "d"])):
         feeds = {"x": np.float32([[largest, 1], [2, 3]])}
-        measured, found = islands(path, FP16, feeds)
+        measured, found = fp32_nodes(path, FP16, feeds)
         assert [each.node for each in found if each.reason == "range"] == expected
     assert all(each.measured == pytest.approx(33000, rel=1e-3) for each in found if each.reason == "range")
-    assert [each.node for each in found if each.reason == "joins"] == ["a", "y"]
-    assert islands(path, BF16, feeds)[1] == []
+    assert [each.node for each in found if each.reason == "isolated"] == ["a", "y"]
+    assert fp32_nodes(path, BF16, feeds)[1] == []
     feeds = {"x": np.float32([[700, 1], [2, 3]])}
     assert not np.isfinite(emulate(path, FP16, feeds)["y"]).all()
     np.testing.assert_allclose(emulate(path, FP16, feeds, measured.types(found))["y"], feeds["x"].T, rtol=1e-3)
@@ -128,9 +128,9 @@ def test_weights_that_vanish_are_a_loss(tmp_path):
     nodes = [node("MatMul", "x w", "a"), node("Mul", "a s", "b"), node("MatMul", "b b", "y")]
     path = save(tmp_path / "model.onnx", nodes, [("x", FLOAT, [8, 8])], [("y", FLOAT, [8, 8])], weights)
     feeds = {"x": rng.standard_normal((8, 8)).astype(np.float32)}
-    measured, found = islands(path, FP16, feeds)
+    measured, found = fp32_nodes(path, FP16, feeds)
     assert {each.node: each.reason for each in found} == {"a": "loss", "b": "range"}
-    assert islands(path, BF16, feeds)[1] == []
+    assert fp32_nodes(path, BF16, feeds)[1] == []
     exact = OnnxRuntimeEngine.load(path)(feeds)["y"]
     made = emulate(path, FP16, feeds, measured.types(found))["y"]
     assert np.abs(made - exact).max() < 0.01 * np.abs(exact).max()
@@ -153,10 +153,12 @@ def wave(tmp_path):
 @pytest.mark.parametrize("precision", [FP16, BF16], ids=lambda precision: precision.name)
 def test_what_a_lossy_node_reads_is_kept_as_far_back_as_it_matters(wave, precision):
     feeds = {"t": np.float32([999, 723.5, 481.25, 7])}
-    measured, found = islands(wave, precision, feeds)
+    measured, found = fp32_nodes(wave, precision, feeds)
     assert [each.node for each in found] == ["u", "m", "s"]
     assert found[-1].reason == "loss" and found[-1].measured < precision.threshold
-    assert [each.of for each in found[:2] if each.reason == "feeds"] == ["s"] * sum(e.reason == "feeds" for e in found)
+    assert [each.of for each in found[:2] if each.reason == "feeds_sensitive"] == ["s"] * sum(
+        e.reason == "feeds_sensitive" for e in found
+    )
     exact = OnnxRuntimeEngine.load(wave)(feeds)["y"]
     bare, kept = (
         np.square(emulate(wave, precision, feeds, low)["y"] - exact).sum() for low in (None, measured.types(found))
@@ -168,17 +170,17 @@ def test_an_island_grows_over_what_would_not_join_it(tmp_path):
     weights = [("f", (1000.0 ** -(np.arange(8) / 8)).astype(np.float32)[None]), ("w", np.eye(8, dtype=np.float32))]
     nodes = [node("Neg", "t", "u"), node("MatMul", "u f", "m"), node("Sin", "m", "s"), node("MatMul", "s w", "y")]
     path = save(tmp_path / "model.onnx", nodes, [("t", FLOAT, [4, 1])], [("y", FLOAT, [4, 8])], weights)
-    _, found = islands(path, FP16, {"t": np.float32([[999], [724], [481], [7]])})
-    assert {each.node: each.reason for each in found} == {"u": "joins", "m": "feeds", "s": "loss"}
+    _, found = fp32_nodes(path, FP16, {"t": np.float32([[999], [724], [481], [7]])})
+    assert {each.node: each.reason for each in found} == {"u": "isolated", "m": "feeds_sensitive", "s": "loss"}
     assert found[1].of == "s" and found[1].measured == found[2].measured < 50
-    _, found = islands(path, FP16, {"t": np.float32([[999.3], [723.5], [481.2], [7.1]])})
-    assert {each.node: each.reason for each in found} == {"u": "feeds", "m": "feeds", "s": "loss"}
+    _, found = fp32_nodes(path, FP16, {"t": np.float32([[999.3], [723.5], [481.2], [7.1]])})
+    assert {each.node: each.reason for each in found} == {"u": "feeds_sensitive", "m": "feeds_sensitive", "s": "loss"}
 
 
 def test_a_higher_threshold_keeps_more(wave):
     feeds = {"t": np.float32([999, 723.5, 481.25, 7])}
-    assert "y" in [each.node for each in islands(wave, FP16, feeds, threshold=90)[1]]
-    assert islands(wave, FP16, feeds, threshold=-100)[1] == []
+    assert "y" in [each.node for each in fp32_nodes(wave, FP16, feeds, threshold=90)[1]]
+    assert fp32_nodes(wave, FP16, feeds, threshold=-100)[1] == []
 
 
 def test_the_loss_is_that_of_numpy(tmp_path):
@@ -260,7 +262,7 @@ def test_every_kind_of_node_finds_its_types(mixed, precision):
 def test_a_comparison_reads_the_type_that_is_there(mixed):
     for low, casts in ((False, 1), (True, 5)):
         kinds = {name: low and possible for name, possible in all_low(mixed, FP16).items()}
-        (written,) = typed.write(mixed, "c", FP16, {**kinds, "a": False})
+        (written,) = rewrite.write(mixed, "c", FP16, {**kinds, "a": False})
         graph = onnx.load(written).graph
         assert sum(each.op_type == "Cast" for each in graph.node) == casts
         (less,) = [each for each in graph.node if each.op_type == "Less"]
@@ -272,10 +274,10 @@ def test_a_weight_that_both_types_read_is_kept_in_both(tmp_path):
     path = save(
         tmp_path / "model.onnx", nodes, [("x", FLOAT, [2])], [("y", FLOAT, [2])], [("w", np.float32([0.1, 0.2]))]
     )
-    (written,) = typed.write(path, "c", FP16, {"a": True, "y": False})
+    (written,) = rewrite.write(path, "c", FP16, {"a": True, "y": False})
     graph = onnx.load(written).graph
     assert sorted(tensor.data_type for tensor in graph.initializer) == [FLOAT, TensorProto.FLOAT16]
-    (written,) = typed.write(path, "c", FP16, {"a": True, "y": True})
+    (written,) = rewrite.write(path, "c", FP16, {"a": True, "y": True})
     assert [tensor.data_type for tensor in onnx.load(written).graph.initializer] == [TensorProto.FLOAT16]
 
 
@@ -283,7 +285,7 @@ def test_one_cast_serves_all_readers(tmp_path):
     nodes = [node("Mul", "x x", "a"), node("Add", "x a", "b"), node("Sub", "a b", "c"), node("Sub", "b a", "d")]
     outputs = [("c", FLOAT, [2]), ("d", FLOAT, [2])]
     path = save(tmp_path / "model.onnx", nodes, [("x", FLOAT, [2])], outputs)
-    (written,) = typed.write(path, "c", FP16, {"a": True, "b": True, "c": False, "d": False})
+    (written,) = rewrite.write(path, "c", FP16, {"a": True, "b": True, "c": False, "d": False})
     casts = [each.input[0] for each in onnx.load(written).graph.node if each.op_type == "Cast"]
     assert sorted(casts) == ["a", "b", "x"]
 
@@ -299,16 +301,16 @@ def test_large_weights_go_beside_the_graph(tmp_path, monkeypatch):
     )
     feeds = {"x": np.ones((1, 64), np.float32)}
     inline = emulate(path, FP16, feeds)["y"]
-    monkeypatch.setattr(typed, "_EXTERNAL_FROM_BYTES", 1024)
-    written = typed.write(path, "c", FP16, {"y": True})
+    monkeypatch.setattr(rewrite, "_EXTERNAL_FROM_BYTES", 1024)
+    written = rewrite.write(path, "c", FP16, {"y": True})
     assert [each.name for each in written] == ["fp16.onnx", "fp16.onnx_data"]
     assert written[1].stat().st_size >= 64 * 64 * 2
     assert written[0].stat().st_size < 4096
     before = [each.read_bytes() for each in written]
     np.testing.assert_array_equal(emulate(path, FP16, feeds)["y"], inline)
     assert [each.read_bytes() for each in written] == before
-    monkeypatch.setattr(typed, "_EXTERNAL_FROM_BYTES", 1 << 20)
-    assert [each.name for each in typed.write(path, "c", FP16, {"y": True})] == ["fp16.onnx"]
+    monkeypatch.setattr(rewrite, "_EXTERNAL_FROM_BYTES", 1 << 20)
+    assert [each.name for each in rewrite.write(path, "c", FP16, {"y": True})] == ["fp16.onnx"]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["fp16.onnx", "model.onnx"]
 
 
@@ -322,15 +324,15 @@ def test_a_source_with_weights_beside_it_is_read(tmp_path):
         [("w", weight)],
     )
     feeds = {"x": np.ones((1, 64), np.float32)}
-    inline = emulate(path, BF16, feeds)["y"], islands(path, BF16, feeds, threshold=90)[1]
+    inline = emulate(path, BF16, feeds)["y"], fp32_nodes(path, BF16, feeds, threshold=90)[1]
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
     assert path.stat().st_size < 4096
     np.testing.assert_array_equal(emulate(path, BF16, feeds)["y"], inline[0])
-    assert islands(path, BF16, feeds, threshold=90)[1] == inline[1] != []
+    assert fp32_nodes(path, BF16, feeds, threshold=90)[1] == inline[1] != []
 
 
 def test_a_full_disk_leaves_what_was_there(wave, monkeypatch):
-    (written,) = typed.write(wave, "c", FP16, all_low(wave, FP16))
+    (written,) = rewrite.write(wave, "c", FP16, all_low(wave, FP16))
     before = written.read_bytes()
 
     def full(model, path, external_data=None):
@@ -339,7 +341,7 @@ def test_a_full_disk_leaves_what_was_there(wave, monkeypatch):
 
     monkeypatch.setattr("onnx_ir.save", full)
     with pytest.raises(DiffoundryError, match="no space left to write"):
-        typed.write(wave, "c", FP16, dict.fromkeys(all_low(wave, FP16), False))
+        rewrite.write(wave, "c", FP16, dict.fromkeys(all_low(wave, FP16), False))
     assert written.read_bytes() == before
     assert sorted(each.name for each in wave.parent.iterdir()) == ["fp16.onnx", "model.onnx"]
 
@@ -350,8 +352,8 @@ def test_an_operator_that_changed_its_meaning_is_refused_in_bf16(tmp_path):
     shape = [1, 4, 2, 2]
     path = save(tmp_path / "model.onnx", nodes, [("x", FLOAT, shape)], [("y", FLOAT, shape)], weights)
     with pytest.raises(DiffoundryError, match="c: the operator GroupNormalization means something else in opset 22"):
-        typed.write(path, "c", BF16, {"y": True})
-    assert typed.write(path, "c", FP16, {"y": True})
+        rewrite.write(path, "c", BF16, {"y": True})
+    assert rewrite.write(path, "c", FP16, {"y": True})
 
 
 def test_control_flow_is_refused(tmp_path):
