@@ -165,7 +165,8 @@ def test_links_lead_somewhere(page):
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), target
         heads = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.M) if anchor else []
-        assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
+        anchors = {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
+        assert not anchor or anchor in anchors
 
 
 def test_headings_of_troubleshooting_are_messages():
