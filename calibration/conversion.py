@@ -17,12 +17,12 @@ from ..common.errors import OverflowedError
 from ..common.files import remove, sha256_file
 from ..engines import Engine
 from .fp32_nodes import Fp32Node, Fp32Nodes
-from .graph import read
+from .graph import CAST, read
 from .losses import LOSSLESS
 from .precision import MARGIN, Precision, precision_of
 from .quality import QualityError, compare, psnr
 from .ranges import Ranges
-from .rewrite import CAST, ConvertedModel, write
+from .rewrite import ConvertedModel, write
 from .scan import Progress, Scan, run_loop
 from .sessions import Recorder, emulated_engine
 

@@ -22,6 +22,8 @@ MOVES = frozenset(
 _CONTRACTIONS = frozenset(("Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"))
 MAKERS = frozenset(("Cast", "ConstantOfShape"))
 """Operators that make floats of something else, in a type that an attribute names."""
+CAST = "cast:"
+"""What the name of a cast between the types begins with."""
 _LARGEST_MASK = 1 << 16
 
 
@@ -157,6 +159,16 @@ def add_constant(graph: Any, name: str, number: Any) -> Any:
     value.const_value, value.dtype = onnx_ir.tensor(array, name=name), onnx_ir.DataType.FLOAT
     graph.register_initializer(value)
     return value
+
+
+def make_cast(value: Any, to: Any, name: str, kind: str = CAST) -> Any:
+    """A node that casts `value` to the type `to`."""
+    import onnx_ir
+
+    node = onnx_ir.node("Cast", [value], {"to": int(to)}, name=f"{kind}{name}")
+    made = node.outputs[0]
+    made.name, made.dtype, made.shape = name, to, value.shape
+    return node
 
 
 def _shape_of(schema: Any) -> tuple[Any, ...]:

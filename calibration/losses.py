@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..common.arrays import Array
-from .graph import add_constant, castable, holds_masks, is_float, key, read, version_for
+from .graph import add_constant, castable, holds_masks, is_float, key, make_cast, read, version_for
 from .precision import MASK, Precision
 from .rewrite import round_to
 from .sessions import start
@@ -138,7 +136,7 @@ class _Probe:
             elif is_float(value) and (low or not value.is_graph_input()):
                 constant = value.name in self._graph.initializers
                 if (low and place in taken) or (not low and not constant):
-                    value = self._round(value, node)
+                    value = self._round(value)
             inputs.append(value)
         clone = onnx_ir.Node(
             node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs)
@@ -148,28 +146,20 @@ class _Probe:
                 new.name, new.dtype = f"{old.name}:trial{i}", old.dtype
         return clone
 
-    def _round(self, value: Any, reader: Any) -> Any:
-        import onnx_ir
-
-        name = str(value.name)
+    def _round(self, value: Any) -> Any:
+        name, graph = str(value.name), self._graph
         if name not in self._rounded:
-            stored = value
-            if name in self._graph.initializers and value.const_value.size <= _SMALL:
-                tensor = round_to(value.const_value.numpy(), self._precision).astype(np.float32)
-                self._rounded[name] = add_constant(self._graph, f"{name}:rounded", tensor)
-                return self._rounded[name]
-            added = []
-            for to, suffix in ((self._low, "low"), (self._float, "rounded")):
-                cast = onnx_ir.node("Cast", [stored], {"to": int(to)})
-                stored = cast.outputs[0]
-                stored.name, stored.dtype = f"{name}:{suffix}", to
-                added.append(cast)
-            maker = value.producer()
-            if maker is None:
-                self._graph.insert_before(self._graph[0], added)
+            if name in graph.initializers and value.const_value.size <= _SMALL:
+                tensor = round_to(value.const_value.numpy(), self._precision)
+                self._rounded[name] = add_constant(graph, f"{name}:rounded", tensor)
             else:
-                self._graph.insert_after(maker, added)
-            self._rounded[name] = stored
+                down = make_cast(value, self._low, f"{name}:low")
+                up = make_cast(down.outputs[0], self._float, f"{name}:rounded")
+                if value.producer() is None:
+                    graph.insert_before(graph[0], [down, up])
+                else:
+                    graph.insert_after(value.producer(), [down, up])
+                self._rounded[name] = up.outputs[0]
         return self._rounded[name]
 
     def _compare(self, i: int, exact: Any, trial: Any, last: Any) -> list[Any]:

@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..common.files import disk_error, remove
-from .graph import MAKERS, MOVES, Castable, castable, is_float, key, map_tensor, opset, raise_opset, read
+from .graph import MAKERS, MOVES, Castable, castable, is_float, key, make_cast, map_tensor, opset, raise_opset, read
 from .precision import MASK, Precision
 
 _EXTERNAL_FROM_BYTES = 64 << 20
 """Models with more weights than this keep them beside the graph; a protobuf holds at most 2 GiB."""
-
-CAST = "cast:"
-"""What the name of a cast between the types begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +78,7 @@ def emulated(path: Path, precision: Precision) -> Any:
     low = onnx_ir.DataType[precision.dtype]
     for value in [value for value in graph.initializers.values() if value.dtype == low]:
         readers = list(value.uses())
-        raised = _cast(value, onnx_ir.DataType.FLOAT, f"{value.name}:float", "raise:")
+        raised = make_cast(value, onnx_ir.DataType.FLOAT, f"{value.name}:float", "raise:")
         graph.insert_before(graph[0], raised)
         for node, place in readers:
             node.replace_input_with(place, raised.outputs[0])
@@ -95,9 +92,9 @@ def emulated(path: Path, precision: Precision) -> Any:
                 made.name, stored = f"{name}:{precision.name}", made
             else:
                 made.name, made.dtype = f"{name}:exact", onnx_ir.DataType.FLOAT
-                casts.append(_cast(made, low, f"{name}:{precision.name}", "round:"))
+                casts.append(make_cast(made, low, f"{name}:{precision.name}", "round:"))
                 stored = casts[0].outputs[0]
-            up = _cast(stored, onnx_ir.DataType.FLOAT, str(name), "raise:")
+            up = make_cast(stored, onnx_ir.DataType.FLOAT, str(name), "raise:")
             graph.insert_after(node, [*casts, up])
             for reader, place in readers:
                 reader.replace_input_with(place, up.outputs[0])
@@ -149,7 +146,7 @@ class _Rewriter:
             if made.is_graph_output():
                 name, place = made.name, self._graph.outputs.index(made)
                 made.name = f"{name}:{self._precision.name}"
-                raised = _cast(made, self._float, name)
+                raised = make_cast(made, self._float, name)
                 self._graph.insert_after(node, raised)
                 self._graph.outputs[place] = raised.outputs[0]
                 self._made[made.name, self._float] = raised.outputs[0]
@@ -161,7 +158,7 @@ class _Rewriter:
             if value.name in self._graph.initializers:
                 made = self._weight(value, f"{value.name}:{suffix}")
             else:
-                cast = _cast(value, wanted, f"{value.name}:{suffix}")
+                cast = make_cast(value, wanted, f"{value.name}:{suffix}")
                 self._graph.insert_before(reader, cast)
                 made = cast.outputs[0]
             self._made[value.name, wanted] = made
@@ -206,12 +203,3 @@ def _rounded(array: Any, precision: Precision, name: str) -> Any:
     import onnx_ir
 
     return onnx_ir.tensor(round_to(array, precision), name=name)
-
-
-def _cast(value: Any, to: Any, name: str, kind: str = CAST) -> Any:
-    import onnx_ir
-
-    node = onnx_ir.node("Cast", [value], {"to": int(to)}, name=f"{kind}{name}")
-    made = node.outputs[0]
-    made.name, made.dtype, made.shape = name, to, value.shape
-    return node

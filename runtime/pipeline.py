@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,7 +47,7 @@ _GUIDANCE = {
 }
 _LOOPS = ("host", "device")
 _RUN = ("batch", "low_memory", "callback")
-_OPTIONS = tuple(name for name in Request.__dataclass_fields__ if name != "prompt")
+_OPTIONS = tuple(item.name for item in fields(Request) if item.name != "prompt")
 
 
 class Pipeline:

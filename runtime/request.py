@@ -7,7 +7,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -108,8 +108,12 @@ class Request:
     output: str = "image"
     decoder: str = "full"
     tiled: bool = False
+    # diffusers' names, which `_by_any_name` turns into ours; they stand here for editors and type checkers
+    guidance_scale: InitVar[float | None] = None
+    num_inference_steps: InitVar[int | None] = None
+    mask_image: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *_: Any) -> None:
         for name, low, high in _WHOLE:
             value = getattr(self, name)
             if value is not None or name == "count":
@@ -209,7 +213,7 @@ class Request:
                 raise RequestError(f"{pooled} goes with {name}: give both")
 
 
-_FIELDS = tuple(Request.__dataclass_fields__)
+_FIELDS = tuple(item.name for item in fields(Request))
 _set_fields = Request.__init__
 
 

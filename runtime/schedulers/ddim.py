@@ -21,7 +21,7 @@ def ddim(config: Config, steps: Steps) -> Table:
     eta = float(config.get("eta", 0.0))
     clipped = config.get("use_clipped_model_output", False)
     bar = alphas_cumprod(config)
-    timesteps = ddim_timesteps(config, steps, "leading")
+    timesteps = ddim_timesteps(config, steps)
     now = timesteps.astype(int)
     before = now - train_steps(config) // steps.count
     final = 1.0 if config.get("set_alpha_to_one", True) else bar[0]
@@ -46,7 +46,7 @@ def ddim_inverse(config: Config, steps: Steps) -> Table:
         raise RequestError("ddim-inverse goes from an image to noise, so it has no later start: leave the start at 0")
     bar, total = alphas_cumprod(config), train_steps(config)
     config.one_of("timestep_spacing", "leading", "trailing")
-    timesteps = ddim_timesteps(config, steps, "leading")[::-1]
+    timesteps = ddim_timesteps(config, steps)[::-1]
     after = timesteps.astype(int)
     now = after - total // steps.count
     initial = 1.0 if config.get("set_alpha_to_one", True) else bar[0]

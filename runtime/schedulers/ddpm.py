@@ -17,7 +17,7 @@ def ddpm(config: Config, steps: Steps) -> Table:
     config.one_of("prediction_type", "epsilon", "sample", "v_prediction")
     bar = alphas_cumprod(config, "sigmoid", "laplace")
     asked = whole_timesteps(config, steps)
-    timesteps = ddim_timesteps(config, steps, "leading") if asked is None else asked
+    timesteps = ddim_timesteps(config, steps) if asked is None else asked
     now = timesteps.astype(int)
     bar_now, bar_before = bar[now], np.append(bar[now[1:]], 1.0)
     alpha = bar_now / bar_before

@@ -32,7 +32,7 @@ def pndm(config: Config, steps: Steps) -> Table:
         raise RequestError(f"pndm needs more than {_RUNGE_KUTTA_STEPS} steps, found {steps.count}: use plms")
     transfer = _Transfer(config)
     stride = train_steps(config) // count_of(config, steps)
-    grid = ddim_timesteps(config, steps, "leading").astype(int)
+    grid = ddim_timesteps(config, steps).astype(int)
     calls = _plms_calls(grid) if skip else _pndm_calls(grid, stride // 2)
     calls = calls[steps.start :]
     levels = alpha_sigma_of(transfer.bar[calls])

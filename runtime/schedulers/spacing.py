@@ -74,52 +74,36 @@ def takes(steps: Steps, *names: str) -> None:
             raise RequestError(f"this sampler takes no {name}: leave them out or choose another --scheduler")
 
 
-def ddim_timesteps(config: Config, steps: Steps, default: str) -> Array:
+def ddim_timesteps(config: Config, steps: Steps) -> Array:
     """Descending whole timesteps (Lin et al. 2023, table 2), as the ancestral and DDIM samplers space them."""
     total, count = train_steps(config), count_of(config, steps)
-    spacing = config.one_of("timestep_spacing", default, "linspace", "leading", "trailing")
-    timesteps: Array
-    if spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, count).round()[::-1]
-    elif spacing == "leading":
-        timesteps = leading(config, total, count)
-    else:
-        timesteps = trailing(total, total / count)
-        if timesteps[-1] < 0:
-            raise RequestError(
-                f"timestep_spacing=trailing makes {len(timesteps)} timesteps of {count} steps, the last of them -1, of "
-                f"which this sampler knows no noise level: {trailing_remedy(total, count)}"
-            )
+    timesteps = _spaced(config, total, count, "leading").round()
+    if timesteps[-1] < 0 and config.get("timestep_spacing") == "trailing":
+        raise RequestError(
+            f"timestep_spacing=trailing makes {len(timesteps)} timesteps of {count} steps, the last of them -1, of "
+            f"which this sampler knows no noise level: {trailing_remedy(total, count)}"
+        )
     return check_range(timesteps, total)
 
 
-def sigma_timesteps(config: Config, steps: Steps, default: str) -> Array:
-    """Descending timesteps as the samplers that work in sigmas space them: linspace ones are not whole.
-
-    One that is out of the training range has the sigma of its end.
-    """
-    total, count = train_steps(config), count_of(config, steps)
-    spacing = config.one_of("timestep_spacing", default, "linspace", "leading", "trailing")
-    if spacing == "linspace":
-        return np.linspace(0, total - 1, count, dtype=np.float32)[::-1].astype(np.float64)
-    if spacing == "leading":
-        return leading(config, total, count)
-    return trailing(total, total / count)
-
-
-def dpm_timesteps(config: Config, steps: Steps, default: str = "linspace", last: int | None = None) -> Array:
+def dpm_timesteps(config: Config, steps: Steps, last: int | None = None) -> Array:
     """Descending whole timesteps as the DPM-Solver family spaces them: one more than asked for, without the 0.
 
     One that is out of the training range has the sigma of its end.
     last: one past the largest timestep, where the schedule is cut short.
     """
-    total, count = train_steps(config), count_of(config, steps)
+    return _spaced(config, last, count_of(config, steps), "linspace", more=1).round()
+
+
+def _spaced(config: Config, last: int | None, count: int, default: str, more: int = 0) -> Array:
+    """`count` timesteps down from `last`, of `count + more` that are even; `trailing` steps have their own length."""
+    total = train_steps(config)
     last = total if last is None else last
     spacing = config.one_of("timestep_spacing", default, "linspace", "leading", "trailing")
     if spacing == "linspace":
-        return np.asarray(np.linspace(0, last - 1, count + 1).round()[::-1][:-1])
+        return np.linspace(0, last - 1, count + more)[::-1][:count]
     if spacing == "leading":
-        return leading(config, last, count + 1)[:-1]
+        return leading(config, last, count + more)[:count]
     return trailing(last, total / count)
 
 
@@ -245,9 +229,14 @@ def sigma_schedule(config: Config, steps: Steps, train: Array) -> tuple[Array, A
 
 
 def chosen_timesteps(config: Config, steps: Steps) -> Array:
-    """The timesteps that were asked for, else those of `sigma_timesteps`."""
+    """The timesteps that were asked for, else even ones, of which linspace ones are not whole.
+
+    One that is out of the training range has the sigma of its end.
+    """
     asked = custom_timesteps(config, steps)
-    return sigma_timesteps(config, steps, "linspace") if asked is None else asked
+    if asked is not None:
+        return asked
+    return as_float32(_spaced(config, None, count_of(config, steps), "linspace"))
 
 
 def along_curve(config: Config, steps: Steps, timesteps: Array, sigmas: Array, train: Array) -> tuple[Array, Array]:
