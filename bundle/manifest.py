@@ -152,5 +152,6 @@ def from_json(value: dict[str, Any], where: str) -> Manifest:
             if not component.variants:
                 raise FieldError(f"components.{name}.variants is empty")
     except FieldError as error:
-        raise BundleError(f"{where}: {error}; compile the bundle again") from None
+        problem = " ".join(str(error).split())  # a key may hold anything
+        raise BundleError(f"{where}: {problem}; compile the bundle again") from None
     return manifest

@@ -18,7 +18,7 @@ from ..common.errors import RequestError
 from .conditioning import Conditioning
 from .loop.guidance import Guidance
 from .loop.noise import GENERATORS
-from .names import check_text, ours
+from .names import SAME, check_text, ours
 from .pictures.autoencoder import DECODERS
 from .pictures.preprocess import RESIZE_MODES
 from .text.prompt_syntax import parse
@@ -219,7 +219,8 @@ _set_fields = Request.__init__
 
 @functools.wraps(_set_fields)
 def _by_any_name(self: Request, *values: Any, **options: Any) -> None:
-    _set_fields(self, *values, **ours(options, _FIELDS))
+    given = {name: value for name, value in options.items() if value is not None or name not in SAME}
+    _set_fields(self, *values, **ours(given, _FIELDS))
 
 
 Request.__init__ = _by_any_name  # type: ignore[method-assign]

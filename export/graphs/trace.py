@@ -29,7 +29,7 @@ _CHATTY = ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", "t
 def trace(spec: ComponentSpec, module: Any, folder: Path, stored: Collection[str] = ()) -> None:
     """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large), and `weights.json`.
 
-    stored: the names of the weights in the checkpoint. The module has no weights after that.
+    stored: the names of the weights in the checkpoint, none where there is none. The module has no weights after that.
     Raises `CheckpointError` when the exporter fails or fixed an axis that the spec names.
     """
     import onnx_ir
@@ -64,7 +64,8 @@ def trace(spec: ComponentSpec, module: Any, folder: Path, stored: Collection[str
     model.producer_name, model.producer_version = "diffoundry", ""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = DATA_NAME if weights > _EXTERNAL_FROM_BYTES else None
-    write_json(folder / WEIGHTS_NAME, weight_sources(module, model, stored))
+    if stored:
+        write_json(folder / WEIGHTS_NAME, weight_sources(module, model, stored))
     onnx_ir.save(model, folder / MODEL_NAME, external_data=external)
     _empty(module, model)
 

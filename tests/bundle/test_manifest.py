@@ -171,6 +171,11 @@ def test_a_bundle_of_the_first_schema_runs(bundle_of, tmp_path):
     bundle = shutil.copytree(bundle_of("pico"), tmp_path / "old.bundle")
     manifest = json.loads((bundle / "bundle.json").read_text())
     old = json.loads((GOLDEN / "schema1.json").read_text())
+    for part in manifest["components"].values():
+        for variant in part["variants"].values():
+            if variant["per_prompt"]:  # as it was called then
+                (bundle / variant["per_prompt"]).rename(bundle / "unet/hoisted.onnx")
+                variant["files"]["unet/hoisted.onnx"] = variant["files"].pop(variant["per_prompt"])
     for name, part in old["components"].items():
         for path in part["files"]:
             part["files"][path] = found(manifest["components"][name], path)

@@ -48,8 +48,8 @@ def copy(built, tmp_path):
 def scans(monkeypatch):
     """How often the loop was run to convert a bundle."""
     made = []
-    real = stage.lower
-    monkeypatch.setattr(stage, "lower", lambda *args, **kwargs: (made.append(1), real(*args, **kwargs))[1])
+    real = stage.convert_models
+    monkeypatch.setattr(stage, "convert_models", lambda *args, **kwargs: (made.append(1), real(*args, **kwargs))[1])
     return made
 
 

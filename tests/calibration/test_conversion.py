@@ -217,7 +217,7 @@ def _leads_to(makers, name, wanted):
     return True
 
 
-@pytest.mark.parametrize("name", ["text_encoder", "unet"])
+@pytest.mark.parametrize("name", [pytest.param("text_encoder", marks=pytest.mark.slow), "unet"])
 def test_a_planted_overflow_is_found_and_kept_in_fp32(made, work, name):
     parts, report = made[1]["fp16"]
     region = planted(work.path(f"{name}/model.onnx"), 20)
@@ -271,7 +271,7 @@ def test_a_budget_that_is_not_met_tightens_and_then_fails_with_figures(made, wor
     assert not left, "what failed is not left for anyone to load"
 
 
-@pytest.mark.parametrize("name", ["text_encoder", "vae_encoder"])
+@pytest.mark.parametrize("name", ["text_encoder", pytest.param("vae_encoder", marks=pytest.mark.slow)])
 def test_infinity_has_its_own_words(made, work, name, monkeypatch):
     """No image comes of the one; no image shows the other."""
     planted(work.path(f"{name}/model.onnx"), 20)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -90,8 +92,13 @@ def test_batches_that_cannot_be_run_are_refused_before_anything_is_loaded(untouc
     assert not untouched.loaded
 
 
-def test_a_model_that_sees_the_masked_image_takes_no_latents(bundle_of):
-    pipe = load(bundle_of("sd15-inpaint-small"))
+def test_a_model_that_sees_the_masked_image_takes_no_latents(bundle_of, tmp_path):
+    copied = shutil.copytree(bundle_of("pico"), tmp_path / "b", copy_function=os.link)
+    manifest = json.loads((copied / "bundle.json").read_text())
+    manifest["wiring"]["inputs"]["sample"] = "latents.masked"
+    (copied / "bundle.json").unlink()
+    (copied / "bundle.json").write_text(json.dumps({**manifest, "tasks": ["inpaint"]}))
+    pipe = load(copied)
     latents = np.zeros((1, 4, 8, 8), np.float32)
     with pytest.raises(RequestError, match="give the image itself, not latents"):
         pipe(PROMPT, image=latents, mask=np.full((64, 64), 255, np.uint8))
