@@ -52,6 +52,7 @@ def test_the_same_again_scans_nothing_and_other_defaults_scan_again(copy, checkp
     Bundle.open(copy).check()
 
 
+@pytest.mark.slow
 def test_pictures_that_are_too_far_from_fp32_are_refused_unless_they_are_asked_for(copy, checkpoint_of):
     before = (copy / "bundle.json").read_bytes()
     scan = {"prompts": ("a small red ring",), "steps": 2}

@@ -93,6 +93,7 @@ def test_a_second_compile_builds_nothing_and_one_changed_weight_rebuilds_one_com
     assert gone == new == {"text_encoder"}
 
 
+@pytest.mark.slow
 def test_another_architecture_precision_and_shape_are_kept_beside(planned, tmp_path, checkpoint_of):
     bundle = shutil.copytree(planned[0], tmp_path / "pico.bundle")
     before = plans(bundle)

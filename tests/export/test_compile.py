@@ -144,7 +144,7 @@ def test_large_weights_lie_beside_the_graph(traced, tmp_path, monkeypatch):
     plan, cases, _ = traced
     monkeypatch.setattr(trace_module, "_EXTERNAL_FROM_BYTES", 1000)
     trace(plan, plan.load(), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx_data", "weights.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx_data"}
     validate.compare(plan.name, OnnxRuntimeEngine.load(tmp_path / "model.onnx"), cases)
     data = tmp_path / "model.onnx_data"
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])

@@ -333,6 +333,7 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_bundle_are_those_of_the_files_bit_for_bit(micro, tmp_path):
     """fp32 in .bin beside fp16, shards of a variant, and the names of wrappers, in one checkpoint."""
     checkpoint = Path(shutil.copytree(micro, tmp_path / "checkpoint"))

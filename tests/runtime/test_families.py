@@ -11,7 +11,7 @@ from diffoundry.parity import pipelines as parity
 from diffoundry.parity.pipelines import Case, Outcome, cases, compare, diffoundry_run, diffusers_run
 from diffoundry.runtime.schedulers import SAMPLERS
 
-QUICK = ("sd15-small", "sd15-inpaint-small", "sdxl-small", "sdxl-refiner-small")
+QUICK = ("sd15-small", "sdxl-small", "sdxl-refiner-small")
 """The checkpoints that a run compiles when the slow tests are left out; of LCM it has the distilled pico."""
 LABELS = (
     "clip_skip",

@@ -52,7 +52,7 @@ def test_trajectories_equal_those_of_diffusers(case, seed):
     assert verdict.passed, verdict
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(case=cases())
 def test_tables_equal_those_read_off_diffusers(case):
     try:
