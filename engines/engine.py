@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -99,7 +100,7 @@ class Engine(Protocol):
         """
 
 
-class EngineBase:
+class EngineBase(ABC):
     """The checks of an `Engine`, written once. A backend has `to_device`, `_run`, `_bind_host` and `_bind_device`."""
 
     def __init__(self, component: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -138,14 +139,17 @@ class EngineBase:
         """See `Engine`: the launches themselves."""
         return launches
 
+    @abstractmethod
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        raise NotImplementedError
+        """Run once on feeds that were checked."""
 
+    @abstractmethod
     def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
-        raise NotImplementedError
+        """Bind feeds that were checked."""
 
+    @abstractmethod
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
-        raise NotImplementedError
+        """Bind tensors that were checked."""
 
 
 def check_feeds(component: str, inputs: tuple[Tensor, ...], feeds: Mapping[str, Array]) -> None:
