@@ -66,7 +66,7 @@ class RecordedEngine(EngineBase):
         """See `engine.Engine`."""
         return self._engine.to_device(array)
 
-    def bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
+    def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
         """Raises `EngineError`: what stays on the device cannot be recorded."""
         raise EngineError("a recorded engine runs on host arrays: use the loop 'host'")
 

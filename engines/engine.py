@@ -101,7 +101,7 @@ class Engine(Protocol):
 
 
 class EngineBase(ABC):
-    """The checks of an `Engine`, written once. A backend has `_run`, `_bind_host` and, for a device, `_bind_device`."""
+    """The checks of an `Engine`, written once. A backend has `to_device`, `_run`, `_bind_host` and `_bind_device`."""
 
     def __init__(self, component: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         self.component = component
@@ -147,9 +147,9 @@ class EngineBase(ABC):
     def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
         """Bind feeds that were checked."""
 
+    @abstractmethod
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
         """Bind tensors that were checked."""
-        raise EngineError(f"{self.component}: this engine keeps no arrays on a device: use the loop 'host'")
 
 
 def check_feeds(component: str, inputs: tuple[Tensor, ...], feeds: Mapping[str, Array]) -> None:
