@@ -13,7 +13,6 @@ import pytest
 import diffoundry
 from diffoundry.bundle import Bundle
 from diffoundry.bundle.workspace import recover
-from diffoundry.calibration import stage
 from diffoundry.common.errors import BundleError
 from diffoundry.common.files import sha256_tree
 from diffoundry.engines import EngineStore
@@ -42,15 +41,6 @@ def built(bundle_of, tmp_path_factory):
 @pytest.fixture
 def copy(built, tmp_path):
     return Path(shutil.copytree(built[0], tmp_path / "home" / "pico.bundle"))
-
-
-@pytest.fixture
-def scans(monkeypatch):
-    """How often the loop was run to convert a bundle."""
-    made = []
-    real = stage.convert_models
-    monkeypatch.setattr(stage, "convert_models", lambda *args, **kwargs: (made.append(1), real(*args, **kwargs))[1])
-    return made
 
 
 def test_models_and_plans_are_made_without_torch_and_verify_takes_them(built):

@@ -28,15 +28,6 @@ def copy(lowered, tmp_path):
     return shutil.copytree(lowered, tmp_path / "pico.bundle")
 
 
-@pytest.fixture
-def scans(monkeypatch):
-    """How often the loop was run to lower a bundle."""
-    made = []
-    real = stage.convert_models
-    monkeypatch.setattr(stage, "convert_models", lambda *args, **kwargs: (made.append(1), real(*args, **kwargs))[1])
-    return made
-
-
 def quality(bundle):
     return json.loads((bundle / "reports/quality.json").read_text())
 
