@@ -19,6 +19,9 @@ from typing import Any
 import click
 import numpy as np
 
+from ..bundle import FULL, STANDARD
+from ..common.machine import resident_memory
+
 PROMPT = "a photograph of a harbour at dawn"
 
 
@@ -100,22 +103,15 @@ def _ort(bundle: str, side: int, steps: int) -> dict[str, float]:
     pipe = load(bundle)
     smallest = 8 * pipe.bundle.manifest.latents.downscale
     pipe.engine("unet")(_feeds(pipe, smallest))  # touches every weight, so that the next call adds activations alone
-    before = _resident()
+    before = resident_memory() or 0
     pipe.engine("unet")(_feeds(pipe, side))
-    activations = _resident() - before
+    activations = (resident_memory() or 0) - before
     weights = sum(
         (pipe.bundle.root / name).stat().st_size
         for part in ("text_encoder", "unet", "vae_decoder")
-        for name in pipe.bundle.component(part).files
+        for name in pipe.bundle.component(part).variants[f"{FULL}/{STANDARD}"].files
     )
     return {"weights": weights, "activations": activations}
-
-
-def _resident() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("the memory benchmark reads /proc, which this system has not")
 
 
 def _memory(bundle: str, side: int, steps: int) -> dict[str, float]:

@@ -58,7 +58,7 @@ def main(checkpoint: str, bundle: str, steps: int, rounds: int, as_json: bool) -
     def our_loop() -> float:
         time.sleep(_PAUSE)
         spent = ours(PROMPT, steps=steps, guidance=7.5, seed=7).seconds
-        return spent["loop"] + spent["vae_decoder"]
+        return spent["loop"] + spent["decoder"]
 
     def pairs(a: Callable[[], float], b: Callable[[], float]) -> list[tuple[float, float]]:
         return [(a(), b()) for _ in range(rounds + 2)][2:]

@@ -42,9 +42,14 @@ def available_memory() -> int | None:
     return _kibibytes(Path("/proc/meminfo"), "MemAvailable")
 
 
-def peak_memory(process: int | str = "self") -> int | None:
+def peak_memory(process: int) -> int | None:
     """The most bytes of memory that a process, given by its number, has had; None when it has ended."""
     return _kibibytes(Path(f"/proc/{process}/status"), "VmHWM")
+
+
+def resident_memory() -> int | None:
+    """The bytes of memory that this process has now, None where the system does not tell."""
+    return _kibibytes(Path("/proc/self/status"), "VmRSS")
 
 
 def _kibibytes(path: Path, key: str) -> int | None:
