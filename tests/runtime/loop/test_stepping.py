@@ -55,6 +55,9 @@ class OneByOne(EngineBase):
     def _bind_host(self, feeds):
         return lambda *changed: self._run(feeds)
 
+    def _bind_device(self, tensors):
+        raise EngineError("runs on the host alone")
+
 
 @pytest.fixture(scope="module")
 def pipe(bundle_of):
