@@ -11,6 +11,9 @@ PRECISIONS = {FULL: 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 
 That of fp32 is what `compile` allows; the others are about ten roundings of the type.
 """
+AS_STORED = "auto"
+STORAGE_DTYPES = (FULL, AS_STORED)
+"""In what type the weights of the models in float32 are kept: float32, or that of the checkpoint."""
 
 
 def check_precision(name: object) -> str:

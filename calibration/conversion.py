@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import FULL, Bundle
 from ..common.arrays import Array
 from ..common.errors import OverflowedError
 from ..common.files import remove, sha256_file
@@ -94,8 +94,9 @@ class _Conversion:
 
     def discard(self) -> None:
         """Remove what was written."""
-        for model in self._converted.values():
-            for path in model.files:
+        for name, model in self._converted.items():
+            exact = self._bundle.component(name).variant(FULL)
+            for path in model.files.keys() - (exact.files.keys() if exact else ()):
                 remove(self._bundle.root / path)
 
     def _model(self, name: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arrays import Array
-from .graph import MOVES, Castable, castable, is_cheap, is_float, key, read, version_for
+from .graph import MOVES, Castable, castable, is_cheap, is_float, key, read, version_for, weight_of
 from .losses import Trial, measure, regions_around
 from .precision import Precision
 
@@ -53,7 +53,11 @@ class Fp32Nodes:
         model = read(path)
         version = version_for(model, precision)
         self._castable: dict[str, Castable] = {key(node): castable(node, version, precision) for node in model.graph}
-        self._floats = [key(node) for node in model.graph if any(is_float(value) for value in node.outputs)]
+        self._floats = [
+            key(node)
+            for node in model.graph
+            if any(is_float(value) and weight_of(value) is None for value in node.outputs)
+        ]
         over = self._over(model, precision.limit)
         tried = [key(node) for node in model.graph if self._computes(node) and key(node) not in over]
         ratios = self._measured([Trial(name) for name in tried])

@@ -78,6 +78,14 @@ def is_float(value: Any) -> bool:
     return value is not None and value.dtype is not None and value.dtype.name == "FLOAT"
 
 
+def weight_of(value: Any) -> Any:
+    """The initializer that `value` is, or that a cast widens to it; None where other nodes make it."""
+    maker = None if value is None else value.producer()
+    if maker is not None and maker.op_type == "Cast":
+        value = maker.inputs[0]
+    return value if value is not None and value.is_initializer() else None
+
+
 def opset(model: Any) -> int:
     """The version of the standard's operators that a model uses."""
     return int(model.opset_imports.get("", 1))
@@ -95,6 +103,8 @@ def castable(node: Any, version: int, precision: Precision) -> Castable:
     """
     import onnx
 
+    if any(weight_of(made) is not None for made in node.outputs):
+        return Castable()  # its readers take the weight that it widens
     floats = [i for i, value in enumerate(node.inputs) if is_float(value)]
     made = [i for i, value in enumerate(node.outputs) if is_float(value)]
     try:

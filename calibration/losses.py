@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arrays import Array
-from .graph import add_constant, castable, holds_masks, is_float, key, make_cast, read, version_for
+from .graph import add_constant, castable, holds_masks, is_float, key, make_cast, read, version_for, weight_of
 from .precision import MASK, Precision
 from .rewrite import round_to
 from .sessions import start
@@ -134,7 +134,7 @@ class _Probe:
             if value is not None and value.name in made:
                 value = made[value.name]
             elif is_float(value) and (low or not value.is_graph_input()):
-                constant = value.name in self._graph.initializers
+                constant = weight_of(value) is not None
                 if (low and place in taken) or (not low and not constant):
                     value = self._round(value)
             inputs.append(value)

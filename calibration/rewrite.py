@@ -11,11 +11,25 @@ from typing import Any
 import numpy as np
 
 from ..common.files import disk_error, remove
-from .graph import MAKERS, MOVES, Castable, castable, is_float, key, make_cast, map_tensor, opset, raise_opset, read
+from .graph import (
+    MAKERS,
+    MOVES,
+    Castable,
+    castable,
+    key,
+    make_cast,
+    map_tensor,
+    opset,
+    raise_opset,
+    read,
+    weight_of,
+)
 from .precision import MASK, Precision
 
 _EXTERNAL_FROM_BYTES = 64 << 20
 """Models with more weights than this keep them beside the graph; a protobuf holds at most 2 GiB."""
+_EMBEDDED_BYTES = 256
+"""Weights up to this size stay in the graph all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +46,12 @@ class ConvertedModel:
 
 
 def write(source: Path, component: str, precision: Precision, low: Mapping[str, bool]) -> list[Path]:
-    """Write the model `source` in `precision` beside it; the graph and, where it is large, its weights.
+    """Write the model `source` in `precision` beside it.
 
     low: whether each node that makes floats, by `graph.key`, computes in the lower type; other nodes, such as
     comparisons, read the type that is there. The same input gives the same bytes.
-    Raises `DiffoundryError` when the disk is full; what stood there before then still stands.
+    Returns the files of the model: the graph, its weights where they are large, and the file of the weights of `source`
+    where it shares some. Raises `DiffoundryError` when the disk is full; what stood there before then still stands.
     """
     import onnx_ir
 
@@ -44,25 +59,32 @@ def write(source: Path, component: str, precision: Precision, low: Mapping[str, 
     raise_opset(model, precision.opset, component)
     _Rewriter(model, precision).run(low)
     model.producer_name, model.producer_version = "diffoundry", ""
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    weights = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    own = [value for value in weights if not isinstance(value.const_value, onnx_ir.ExternalTensor)]
+    shared = sorted({str(value.const_value.location) for value in weights if value not in own})
     names = [f"{precision.name}.onnx_data", f"{precision.name}.onnx"]
-    external = names[0] if weights > _EXTERNAL_FROM_BYTES else None
     folder = source.parent
     work = folder / f".{names[1]}.{os.getpid()}.part"
     remove(work)
     try:
         work.mkdir()
-        onnx_ir.save(model, work / names[1], external_data=external)
+        if sum(value.const_value.nbytes for value in own) > _EXTERNAL_FROM_BYTES:
+            large = [value for value in own if value.const_value.nbytes > _EMBEDDED_BYTES]
+            tensors = [value.const_value for value in large]
+            external = onnx_ir.external_data.convert_tensors_to_external(tensors, work, names[0])
+            for value, tensor in zip(large, external, strict=True):
+                value.const_value = tensor
+        onnx_ir.save(model, work / names[1])
         made = [name for name in names if (work / name).is_file()]
         for name in made:  # the graph last: where it is, its weights are
             (work / name).replace(folder / name)
-        if not external:
+        if len(made) == 1:
             remove(folder / names[0])
     except OSError as error:
         raise disk_error(error) from error
     finally:
         remove(work)
-    return [folder / name for name in reversed(made)]
+    return [folder / name for name in (*reversed(made), *shared)]
 
 
 def emulated(path: Path, precision: Precision) -> Any:
@@ -113,7 +135,8 @@ class _Rewriter:
         self._made: dict[tuple[str, Any], Any] = {}
 
     def run(self, low: Mapping[str, bool]) -> None:
-        nodes = [(node, castable(node, self._version, self._precision)) for node in self._graph]
+        widened = {node for node in self._graph if weight_of(node.outputs[0]) is not None}
+        nodes = [(node, castable(node, self._version, self._precision)) for node in self._graph if node not in widened]
         for node, taken in nodes:
             if not (low[key(node)] if taken.outputs else self._reads_low(node, taken)):
                 taken = Castable()
@@ -128,7 +151,7 @@ class _Rewriter:
 
     def _reads_low(self, node: Any, taken: Castable) -> bool:
         """Whether a node that makes no float finds the lower type in all that it reads of other nodes."""
-        read = [node.inputs[i] for i in taken.inputs if not node.inputs[i].is_initializer()]
+        read = [node.inputs[i] for i in taken.inputs if weight_of(node.inputs[i]) is None]
         return all(value.dtype == self._low for value in read)
 
     def _convert_outputs(self, node: Any, taken: Castable) -> None:
@@ -155,8 +178,9 @@ class _Rewriter:
         made = self._made.get((value.name, wanted))
         if made is None:
             suffix = self._precision.name if wanted == self._low else "float"
-            if value.name in self._graph.initializers:
-                made = self._weight(value, f"{value.name}:{suffix}")
+            weight = weight_of(value)
+            if weight is not None and wanted == self._low:
+                made = weight if weight.dtype == wanted else self._weight(weight, f"{weight.name}:{suffix}")
             else:
                 cast = make_cast(value, wanted, f"{value.name}:{suffix}")
                 self._graph.insert_before(reader, cast)
@@ -180,18 +204,21 @@ class _Rewriter:
         return made
 
     def _drop_unused(self) -> None:
-        """Leave out float32 weights that nobody reads any more."""
-        for name in [name for name, value in self._graph.initializers.items() if is_float(value)]:
-            value = self._graph.initializers[name]
-            if not value.uses() and not value.is_graph_output():
+        """Leave out weights, and casts of weights, that nobody reads any more."""
+        for node in list(self._graph):
+            if weight_of(node.outputs[0]) is not None and not node.outputs[0].uses():
+                self._graph.remove(node, safe=True)
+        for name, value in list(self._graph.initializers.items()):
+            if value.dtype.is_floating_point() and not value.uses() and not value.is_graph_output():
                 del self._graph.initializers[name]
 
 
 def round_to(array: Any, precision: Precision) -> Any:
-    """A float32 array in the lower type. What stands for infinity becomes the largest finite value, as it must add."""
+    """An array in the lower type. What stands for infinity becomes the largest finite value, as it must add."""
     import ml_dtypes
 
     kind = np.float16 if precision.name == "fp16" else ml_dtypes.bfloat16
+    array = array.astype(np.float32, copy=False)
     masks = np.isfinite(array) & (np.abs(array) >= MASK)
     if masks.any():
         array = np.where(masks, np.sign(array) * np.float32(precision.largest), array)

@@ -10,7 +10,7 @@ import click
 
 from ..families import FAMILIES
 from .goal import goal_options, scan_of, show_result, target_of
-from .options import COUNTS, ENGINES, PRECISIONS, json_option, read_list, read_pairs
+from .options import COUNTS, ENGINES, PRECISIONS, STORAGE_DTYPES, json_option, read_list, read_pairs
 from .progress import progress
 
 
@@ -30,6 +30,13 @@ from .progress import progress
     default="fp32",
     show_default=True,
     help="Of weights and activations. What the lower ones would spoil stays in fp32.",
+)
+@click.option(
+    "--storage-dtype",
+    type=click.Choice(STORAGE_DTYPES),
+    default="fp32",
+    show_default=True,
+    help="Of the weights in the fp32 models. auto: that of the checkpoint, for half the disk and memory.",
 )
 @goal_options
 @click.option(
@@ -73,6 +80,7 @@ def compile_command(
     output: str,
     engine: str,
     precision: str,
+    storage_dtype: str,
     family: str | None,
     tasks: str | None,
     components: tuple[str, ...],
@@ -106,6 +114,7 @@ def compile_command(
             output,
             engine=engine,
             precision=precision,
+            storage_dtype=storage_dtype,
             target=target,
             scan=scan,
             family=family,

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..bundle.precisions import PRECISIONS as _PRECISIONS
+from ..bundle.precisions import STORAGE_DTYPES as _STORAGE_DTYPES
 from ..common.errors import DiffoundryError
 from ..engines.names import ENGINES as _ENGINES
 
@@ -17,6 +18,7 @@ _GIB = 2**30
 _MOST_GIB = 100_000
 ENGINES = ", ".join(_ENGINES)
 PRECISIONS = list(_PRECISIONS)
+STORAGE_DTYPES = list(_STORAGE_DTYPES)
 
 engine_option = click.option(
     "--engine", metavar="ENGINE", help=f"{ENGINES}. [default: what the bundle was compiled for]"

@@ -10,7 +10,7 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ _OUT_OF_MEMORY = re.compile(
 NO_MEMORY_TO_LOAD = (
     "out of memory while it is loaded: end other programs that hold memory, or use a machine that has more"
 )
+_FOLDING = ("ConstantFolding",)
 _OPTIMIZED = "model.onnx"
 _OPTIMIZED_DATA = "model.onnx_data"
 _EXTERNAL_FROM_BYTES = 1024
@@ -116,23 +117,26 @@ class OnnxRuntimeEngine(EngineBase):
         threads: int | None = None,
         store: EngineStore | None = None,
         source: Mapping[str, str] | None = None,
+        fold_weights: bool = True,
     ) -> OnnxRuntimeEngine:
         """Load `model`.
 
         provider: a key of `PROVIDERS`. threads: of one operator, default all processors.
+        fold_weights: compute what depends on weights alone once, here. False: the half-precision weights of a large
+        model stay as they are in memory, and each call casts them.
         store, source: where to keep the graph that ONNX Runtime optimized for this machine, and the SHA-256 of
-        each file of the model; with both, the second load skips the optimization. Where it cannot be kept, or what is
-        kept does not load, the model is loaded without it.
+        each file of the model; with both, the second load of a small model skips the optimization, see `is_kept`. Where
+        it cannot be kept, or what is kept does not load, the model is loaded without it.
         Raises `EngineError` when the model cannot be read or the provider is not there.
         """
         component = component or model.parent.name
         require_provider(provider)
         threads = threads or default_threads()
         session = None
-        if store is not None and source and provider == "cpu":
+        if store is not None and source and provider == "cpu" and is_kept(source):
             session = _kept_session(store, model, component, threads, source)
         if session is None:
-            session = _session(model, _options(threads), provider, component)
+            session = _session(model, _options(threads), provider, component, () if fold_weights else _FOLDING)
         if provider != "cpu":
             _warn_of_nodes_elsewhere(session, component, provider)
         return cls(session, component, provider)
@@ -236,6 +240,14 @@ class OrtHostBinding:
         return self._outputs
 
 
+def is_kept(files: Iterable[str]) -> bool:
+    """Whether the optimized graph of a model of these files is kept: where its weights lie in the graph itself.
+
+    Large weights would be on the disk twice, and to read them is most of the time that a start takes.
+    """
+    return all(name.endswith(".onnx") for name in files)
+
+
 def load_variant(
     root: Path,
     name: str,
@@ -244,6 +256,7 @@ def load_variant(
     provider: str = "cpu",
     threads: int | None = None,
     store: EngineStore | None = None,
+    fold_weights: bool = True,
 ) -> Engine:
     """The engine of a variant of component `name`.
 
@@ -252,7 +265,13 @@ def load_variant(
 
     def load(graph: str) -> OnnxRuntimeEngine:
         return OnnxRuntimeEngine.load(
-            root / graph, component=name, provider=provider, threads=threads, store=store, source=variant.files
+            root / graph,
+            component=name,
+            provider=provider,
+            threads=threads,
+            store=store,
+            source=variant.files,
+            fold_weights=fold_weights,
         )
 
     per_step = load(variant.model)
@@ -358,11 +377,14 @@ def _kept_session(
     return session
 
 
-def _session(path: Path, options: ort.SessionOptions, provider: str, component: str) -> ort.InferenceSession:
+def _session(
+    path: Path, options: ort.SessionOptions, provider: str, component: str, without: Sequence[str] = ()
+) -> ort.InferenceSession:
+    """The session of the model in `path`, without the optimizers named."""
     if not path.is_file():
         raise EngineError(f"{component}: {path} is missing; compile the bundle again")
     try:
-        session = _new_session(str(path), options, provider)
+        session = _new_session(str(path), options, provider, without)
     except Exception as error:
         if lacks_memory(error):
             raise _OutOfMemoryError(f"{component}: {NO_MEMORY_TO_LOAD}") from None
@@ -378,13 +400,17 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
     return session
 
 
-def _new_session(model: str | bytes, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+def _new_session(
+    model: str | bytes, options: ort.SessionOptions, provider: str, without: Sequence[str] = ()
+) -> ort.InferenceSession:
     """A session that does not go on with other providers than those of `provider` when they fail."""
     if provider != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a provider did not start is an error of ours
-        session = ort.InferenceSession(model, options, providers=_CHOSEN[provider], enable_fallback=0)
+        session = ort.InferenceSession(
+            model, options, providers=_CHOSEN[provider], disabled_optimizers=list(without), enable_fallback=0
+        )
     session.disable_fallback()  # 1.22 does not know the argument
     return session
 

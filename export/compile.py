@@ -16,6 +16,7 @@ from pathlib import Path
 from .. import __version__
 from ..bundle import FULL, Bundle
 from ..bundle.ledger import Ledger
+from ..bundle.precisions import AS_STORED, STORAGE_DTYPES
 from ..bundle.workspace import UNPACKED, check_target, resolved, working
 from ..calibration import Scan
 from ..calibration.build import Goal, check_disk, later_stages, publish
@@ -44,6 +45,7 @@ def compile(
     *,
     engine: str = "onnxruntime",
     precision: str = FULL,
+    storage_dtype: str = FULL,
     target: Target | None = None,
     scan: Scan | None = None,
     family: str | None = None,
@@ -63,6 +65,8 @@ def compile(
     validated on its provider against torch, else on the CPU, and plans are built for `target`.
     precision: fp32, fp16 or bf16. The lower ones are written beside fp32, with what must stay in fp32 found by running
     the loop as `scan` says; `calibration.QualityError` is raised when the images are too far from fp32.
+    storage_dtype: of the weights of the fp32 models. `auto` keeps those of a component that the checkpoint stores in
+    fp16 or bf16 as they are, which takes half the disk and memory; the models compute in float32 all the same.
     family: overrides the family found by the pipeline class. progress: see `Progress`.
     tasks: of those that the checkpoint can do, the ones that the bundle is for (default: all); components that only
     the others need are left out. components: folders in place of components of the checkpoint, such as the U-Net of a
@@ -77,6 +81,8 @@ def compile(
     """
     if (trace_scheduler is None) != (not steps):
         raise DiffoundryError("a scheduler is traced for the step counts named: give both it and the counts")
+    if storage_dtype not in STORAGE_DTYPES:
+        raise DiffoundryError(f"unknown storage dtype {storage_dtype!r:.80}: choose one of {', '.join(STORAGE_DTYPES)}")
     goal = Goal.of(engine, precision, target, scan)
     require_modules("compile", _MODULES, "export")
     path, asked = resolved(out), Asked(family, tasks, components or {}, default_steps, default_guidance)
@@ -87,13 +93,14 @@ def compile(
         )
         reading = Reading.of(Checkpoint.open(single or checkpoint), asked, checkpoint)
         name = Path(checkpoint).stem if single is not None else reading.source.root.resolve().name
-        return _run(reading, name, goal, traced, Ledger(work, path), progress)
+        return _run(reading, name, goal, storage_dtype == AS_STORED, traced, Ledger(work, path), progress)
 
 
 def _run(
     reading: Reading,
     name: str,
     goal: Goal,
+    keep_half: bool,
     traced: tuple[str, tuple[int, ...]] | None,
     ledger: Ledger,
     progress: Progress | None,
@@ -111,7 +118,7 @@ def _run(
     store = EngineStore(ledger.work / "engines")
     store.take(EngineStore(ledger.old / "engines"))  # their keys decide whether they are ever used
     new = {spec.source for spec in specs if not ledger.knows(spec.name)}
-    sizes = sum(weights[folder].size * (2 if weights[folder].half else 1) for folder in new)
+    sizes = sum(weights[folder].size * (2 if weights[folder].half and not keep_half else 1) for folder in new)
     check_disk(ledger.old, (1.0 + goal.written()) * sizes)
     # of the modules that are loaded: several distributions serve one, such as onnxruntime-gpu
     tools = {tool: str(importlib.import_module(tool).__version__) for tool in _TOOLS}
@@ -123,7 +130,7 @@ def _run(
         versions=tools | {"diffoundry": __version__},
     )
     keeps = store if goal.engine.backend == ONNXRUNTIME else None
-    tracer = Tracer(source, ledger, goal.engine.provider or "cpu", keeps, tools)
+    tracer = Tracer(source, ledger, goal.engine.provider or "cpu", keeps, tools, keep_half)
     bundle = tracer.trace(replace(bundle, manifest=manifest), specs, hashes, meter)
     bundle = carry_over(bundle, ledger, goal.precision)
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)

@@ -70,6 +70,8 @@ def _split(proto: Any, per_prompt: set[str]) -> Any:
     made: set[str] = set()
     for node in graph.node:
         inputs = set(filter(None, node.input))
+        if inputs and inputs <= constants:  # the cast of a weight
+            constants.update(node.output)
         if inputs & (per_prompt | made) and inputs <= constants | per_prompt | made:
             made.update(node.output)
     rest = [node for node in graph.node if not made.intersection(node.output)]

@@ -26,10 +26,13 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 _CHATTY = ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", "torch.utils._sympy", "torch._dynamo")
 
 
-def trace(spec: ComponentSpec, module: Any, folder: Path, stored: Collection[str] = ()) -> None:
+def trace(
+    spec: ComponentSpec, module: Any, folder: Path, stored: Collection[str] = (), *, keep_half: bool = False
+) -> None:
     """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large), and `weights.json`.
 
     stored: the names of the weights in the checkpoint, none where there is none. The module has no weights after that.
+    keep_half: write weights that the module holds in half precision as they are, each with a cast to float32 after it.
     Raises `CheckpointError` when the exporter fails or fixed an axis that the spec names.
     """
     import onnx_ir
@@ -58,7 +61,7 @@ def trace(spec: ComponentSpec, module: Any, folder: Path, stored: Collection[str
     model = program.model
     simplify(model)
     _name_axes(spec, model)
-    _fold_weights(model)
+    _fold_weights(model, keep_half)
     if spec.repeat:
         _repeat(spec.repeat, model)
     model.producer_name, model.producer_version = "diffoundry", ""
@@ -113,14 +116,16 @@ def _renamed(size: Any, names: dict[str, str]) -> int | str | None:
     return None if size.value is None else _NAME.sub(lambda found: names.get(found[0], found[0]), size.value)
 
 
-def _fold_weights(model: Any) -> None:
-    """Let float32 weights take the place of half-precision ones and their casts and transpositions.
+def _fold_weights(model: Any, keep_half: bool) -> None:
+    """Let one float32 weight take the place of a half-precision one and of its casts and transpositions.
 
     The exporter folds small ones alone. Here each is made when it is written, so that one at a time is in memory.
+    keep_half: let it be a half-precision one with its axes in order, and one cast.
     """
     import onnx_ir
 
     graph = model.graph
+    half: dict[str, Any] = {}
     for node in [node for node in graph if node.op_type in ("Cast", "Transpose")]:
         stored, made = node.inputs[0], node.outputs[0]
         if stored is None or stored.name not in graph.initializers or stored.const_value is None:
@@ -129,7 +134,35 @@ def _fold_weights(model: Any) -> None:
             continue
         axes = list(node.attributes["perm"].as_ints() if node.op_type == "Transpose" else range(len(stored.shape)))
         name = "_".join([str(stored.name), "axes", *map(str, axes)])
+        half[name] = half.get(stored.name, stored.dtype)
         _replace(graph, node, _folded(stored.const_value, axes, name))
+    if keep_half:
+        order = {node: i for i, node in enumerate(graph)}
+        for name, dtype in half.items():
+            if name in graph.initializers and dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16):
+                reader = min(graph.initializers[name].consumers(), key=order.__getitem__)
+                _narrow(graph, name, dtype, reader)
+
+
+def _narrow(graph: Any, name: str, dtype: Any, reader: Any) -> None:
+    """Hold the float32 weight `name` in `dtype`, whose values it has, and cast it before its first `reader`."""
+    import onnx_ir
+
+    wide = graph.initializers.pop(name)
+    tensor = wide.const_value
+    value = onnx_ir.Value(name=name, shape=wide.shape, type=onnx_ir.TensorType(dtype))
+    value.const_value = onnx_ir.LazyTensor(
+        lambda: onnx_ir.tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=name),
+        dtype=dtype,
+        shape=tensor.shape,
+        name=name,
+    )
+    graph.register_initializer(value)
+    cast = onnx_ir.node("Cast", [value], {"to": int(onnx_ir.DataType.FLOAT)}, name=f"{name}_float")
+    wide.name, cast.outputs[0].name = None, f"{name}_float"
+    cast.outputs[0].dtype, cast.outputs[0].shape = onnx_ir.DataType.FLOAT, wide.shape
+    onnx_ir.convenience.replace_all_uses_with(wide, cast.outputs[0])
+    graph.insert_before(reader, cast)
 
 
 def _folded(tensor: Any, axes: list[int], name: str) -> Any:

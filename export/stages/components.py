@@ -16,7 +16,7 @@ from ...common.files import remove, sha256_file, sha256_json
 from ...common.progress import Meter
 from ...engines import EngineStore
 from ...engines.names import ONNXRUNTIME
-from ...engines.onnxruntime import OnnxRuntimeEngine, load_variant
+from ...engines.onnxruntime import OnnxRuntimeEngine, is_kept, load_variant
 from ...runtime.loop.step import STEP_NAME
 from ..checkpoint import Checkpoint
 from ..graphs import step
@@ -62,6 +62,7 @@ class Tracer:
 
     provider: of ONNX Runtime, that components are held against torch on. store: cache for optimized ONNX Runtime
     sessions, None to keep none. versions: of every tool that influences the traced graph; part of the key.
+    keep_half: whether weights that are stored in half precision stay in it.
     """
 
     source: Checkpoint
@@ -69,6 +70,7 @@ class Tracer:
     provider: str
     store: EngineStore | None
     versions: Mapping[str, str]
+    keep_half: bool = False
 
     def trace(self, bundle: Bundle, specs: Sequence[ComponentSpec], hashes: Mapping[str, str], meter: Meter) -> Bundle:
         """`bundle`, which lies in the ledger's working folder, with the variants of its components in fp32.
@@ -82,7 +84,7 @@ class Tracer:
             traced = self.ledger.find(spec.name, key, TRACED)
             if traced is None:
                 traced = self.ledger.keep(spec.name, key, self._traced(spec))
-            elif self.store is not None:
+            elif self.store is not None and is_kept(traced.variants[_STANDARD].files):
                 self._load(spec.name, traced.variants)  # the engine, if this machine has none yet
             made[spec.name] = traced, key
             meter.step()
@@ -109,7 +111,12 @@ class Tracer:
                 "opset": OPSET,
                 "device": self.provider,
             }
+            | ({"storage": self._kept(spec)} if self._kept(spec) else {})
         )
+
+    def _kept(self, spec: ComponentSpec) -> str | None:
+        """The type in which the weights of a component stay as they are stored, None where they become float32."""
+        return self.source.weights(spec.source).half if self.keep_half else None
 
     def _step(self) -> Traced:
         """The step of the loop as a graph, held against the host's step."""
@@ -128,7 +135,7 @@ class Tracer:
         from ..graphs.trace import trace
         from ..graphs.validate import compare, torch_cases
 
-        work, name = self.ledger.work, spec.name
+        work, name, kept = self.ledger.work, spec.name, self._kept(spec) is not None
         folder = work / name
         remove(folder)
         folder.mkdir()
@@ -138,7 +145,7 @@ class Tracer:
         with guarded(f"the {name} cannot be run in torch"):
             cases = torch_cases(spec, module)
         with guarded(f"the {name} cannot be traced to ONNX"):
-            trace(spec, module, folder, self.source.weights(spec.source).types)
+            trace(spec, module, folder, self.source.weights(spec.source).types, keep_half=kept)
         del module
         gc.collect()
         with guarded(f"the graph of the {name} cannot be fused"):
@@ -149,12 +156,12 @@ class Tracer:
         model, others = f"{name}/model.onnx", [f"{name}/{graph}" for graph in graphs or ()]
         variants = {_STANDARD: Variant(model, {path: files[path] for path in files if path not in others})}
         if graphs is not None:
-            plain = OnnxRuntimeEngine.load(work / model, component=name, provider=self.provider)
+            plain = OnnxRuntimeEngine.load(work / model, component=name, provider=self.provider, fold_weights=not kept)
             compare(name, plain, cases)
             del plain
             shared = {path: sha for path, sha in files.items() if path != model}
             variants[_FUSED] = Variant(others[0], shared, others[1] if graphs[1] else "")
-        parity = compare(name, self._load(name, variants), cases)
+        parity = compare(name, self._load(name, variants, fold_weights=not kept), cases)
         return Traced(variants, described, parity, self._reference(name, cases))
 
     def _reference(self, name: str, cases: Sequence[Any]) -> Files:
@@ -164,6 +171,8 @@ class Tracer:
         save_reference(self.ledger.work / path, cases[0])
         return {path: sha256_file(self.ledger.work / path)}
 
-    def _load(self, name: str, variants: dict[str, Variant]) -> Any:
+    def _load(self, name: str, variants: dict[str, Variant], *, fold_weights: bool = True) -> Any:
         variant = variants.get(f"{FULL}/{ONNXRUNTIME}:{self.provider}") or variants[_STANDARD]
-        return load_variant(self.ledger.work, name, variant, provider=self.provider, store=self.store)
+        return load_variant(
+            self.ledger.work, name, variant, provider=self.provider, store=self.store, fold_weights=fold_weights
+        )

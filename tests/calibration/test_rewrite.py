@@ -372,3 +372,31 @@ def test_types_that_the_file_does_not_tell_are_inferred(wave):
     del model.graph.value_info[:]
     onnx.save(model, wave)
     assert all_low(wave, FP16) == {"u": True, "m": True, "s": True, "y": True}
+
+
+def test_weights_stored_in_half_precision_are_read_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    half = {name: rng.standard_normal((64, 64)).astype(np.float16) for name in ("w", "v")}
+    products = [node("MatMul", "x w_float", "a"), node("MatMul", "a v_float", "y")]
+    casts = [node("Cast", name, f"{name}_float", to=FLOAT) for name in half]
+    ends = [("x", FLOAT, [1, 64])], [("y", FLOAT, [1, 64])]
+    path = save(tmp_path / "model.onnx", casts + products, *ends, half.items())
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    wide = [(f"{name}_float", array.astype(np.float32)) for name, array in half.items()]
+    (tmp_path / "wide").mkdir()
+    full = save(tmp_path / "wide/model.onnx", products, *ends, wide)
+    feeds = {"x": rng.standard_normal((1, 64)).astype(np.float32)}
+    for precision in (FP16, BF16):
+        assert all_low(path, precision) == {"w_float": False, "v_float": False} | all_low(full, precision)
+        found = [fp32_nodes(each, precision, feeds, threshold=90)[1] for each in (path, full)]
+        assert found[0] == found[1] != []
+        low = {"a": True, "y": False}
+        np.testing.assert_array_equal(
+            emulate(path, precision, feeds, low)["y"], emulate(full, precision, feeds, low)["y"]
+        )
+    written = rewrite.write(path, "c", FP16, {"a": True, "y": False})
+    assert [each.name for each in written] == ["fp16.onnx", "model.onnx_data"]
+    graph = onnx.load(written[0]).graph
+    assert [each.name for each in graph.initializer] == ["w", "v"]
+    weights = {each.input[1] for each in graph.node if each.op_type == "MatMul"}
+    assert weights == {"w", "v_float"}  # the one in float32 is cast as before
