@@ -2,10 +2,11 @@
 
     {"val_34": {"weights": ["layers.0.mlp.fc1.weight"], "axes": [1, 0], "dtype": "float16"}, …}
 
-The value of an initializer is the weight, as float32, with its axes in the order of `axes` (left out where that is its
-own), in the shape that the initializer has. dtype: of the weight in the checkpoint. Where several weights are named,
-such as biases that are all zero, their values are equal, and the exporter may have let one initializer stand for all.
-Initializers that no weight gives, such as constants of the code, are left out.
+The value of an initializer is the weight in the initializer's type (float32, or the weight's own where it is kept),
+with its axes in the order of `axes` (left out where that is its own), in the shape that the initializer has. dtype: of
+the weight in the checkpoint. Where several weights are named, such as biases that are all zero, their values are equal,
+and the exporter may have let one initializer stand for all. Initializers that no weight gives, such as constants of the
+code, are left out.
 """
 
 from __future__ import annotations

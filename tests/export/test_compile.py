@@ -16,6 +16,7 @@ import diffoundry
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import CheckpointError, DiffoundryError, EngineError
 from diffoundry.common.files import exclusive
+from diffoundry.engines import EngineStore
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.graphs import trace as trace_module
@@ -152,6 +153,60 @@ def test_large_weights_lie_beside_the_graph(traced, tmp_path, monkeypatch):
         OnnxRuntimeEngine.load(tmp_path / "model.onnx")
 
 
+def test_half_precision_weights_may_stay_as_they_are(checkpoint_of, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    plan = plan_of(checkpoint_of("pico"), "text_encoder")
+    (path,) = (checkpoint_of("pico") / plan.source).glob("*.safetensors")
+    cases = validate.torch_cases(plan, plan.load())
+    monkeypatch.setattr(trace_module, "_EXTERNAL_FROM_BYTES", 1000)
+    sizes, sources = {}, {}
+    for keep in (False, True):
+        folder = tmp_path / str(keep)
+        folder.mkdir()
+        trace(plan, plan.load(), folder, load_file(path), keep_half=keep)
+        sizes[keep] = (folder / "model.onnx_data").stat().st_size
+        sources[keep] = json.loads((folder / "weights.json").read_text())
+    assert sources[True] == sources[False]
+    assert sizes[True] < 0.6 * sizes[False]
+    model = tmp_path / "True/model.onnx"
+    onnx.checker.check_model(str(model), full_check=True)
+    matrices = [each for each in onnx.load(model).graph.initializer if len(each.dims) > 1 and min(each.dims) > 4]
+    assert {each.data_type for each in matrices} == {onnx.TensorProto.FLOAT16}
+    wide = OnnxRuntimeEngine.load(tmp_path / "False/model.onnx")
+    for fold in (True, False):
+        engine = OnnxRuntimeEngine.load(model, fold_weights=fold)
+        validate.compare(plan.name, engine, cases)
+        for name, array in engine(cases[0][0]).items():
+            np.testing.assert_allclose(array, wide(cases[0][0])[name], atol=1e-5)
+
+
+def test_an_unknown_storage_dtype_is_refused_first(tmp_path):
+    with pytest.raises(DiffoundryError, match=r"'fp8'.*fp32, auto"):
+        diffoundry.compile(tmp_path / "nowhere", tmp_path / "bundle", storage_dtype="fp8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_bundle_of_half_precision_weights_makes_the_same_picture(checkpoint_of, bundle_of, tmp_path, monkeypatch):
+    """Its fp16 models hold no large weights of their own, and no optimized graph is kept of what is large."""
+    monkeypatch.setattr(trace_module, "_EXTERNAL_FROM_BYTES", 1000)
+    path = tmp_path / "bundle"
+    bundle = diffoundry.compile(checkpoint_of("pico"), path, storage_dtype="auto", precision="fp16")
+    for name in ("text_encoder", "unet", "vae_decoder"):
+        files = bundle.component(name).variants["fp16/onnx"].files
+        assert set(files) == {f"{name}/fp16.onnx", f"{name}/model.onnx_data"}
+    assert [each["component"] for each in EngineStore(path / "engines").records()] == ["step"]
+    asked = {"seed": 3, "steps": 6, "output": "latent"}
+    found, wanted = (
+        diffoundry.load(each)("a small blue circle", **asked).latents for each in (path, bundle_of("pico"))
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    half = (path / "unet/model.onnx_data").stat().st_size
+    diffoundry.compile(checkpoint_of("pico"), path).check()
+    assert (path / "unet/model.onnx_data").stat().st_size > 1.8 * half
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (16, 7)])
 def test_the_unet_runs_at_sizes_that_do_not_halve(size, checkpoint_of, bundle_of):
     import torch
@@ -178,7 +233,9 @@ def test_a_second_compile_builds_nothing_and_one_changed_weight_rebuilds_one_com
     bundle = shutil.copytree(bundle_of("pico"), tmp_path / "bundle")
     traced = []
     real = trace_module.trace
-    monkeypatch.setattr(trace_module, "trace", lambda plan, *rest: (traced.append(plan.name), real(plan, *rest)))
+    monkeypatch.setattr(
+        trace_module, "trace", lambda plan, *rest, **options: (traced.append(plan.name), real(plan, *rest, **options))
+    )
     before = (bundle / "unet/model.onnx").read_bytes()
     diffoundry.compile(checkpoint, bundle)
     assert traced == []
