@@ -154,10 +154,12 @@ def test_large_weights_lie_beside_the_graph(traced, tmp_path, monkeypatch):
 
 
 def test_half_precision_weights_may_stay_as_they_are(checkpoint_of, tmp_path, monkeypatch):
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
-    plan = plan_of(checkpoint_of("pico"), "text_encoder")
-    (path,) = (checkpoint_of("pico") / plan.source).glob("*.safetensors")
+    checkpoint = shutil.copytree(checkpoint_of("pico"), tmp_path / "checkpoint")
+    path = checkpoint / "text_encoder/model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    plan = plan_of(checkpoint, "text_encoder")
     cases = validate.torch_cases(plan, plan.load())
     monkeypatch.setattr(trace_module, "_EXTERNAL_FROM_BYTES", 1000)
     sizes, sources = {}, {}
@@ -168,11 +170,11 @@ def test_half_precision_weights_may_stay_as_they_are(checkpoint_of, tmp_path, mo
         sizes[keep] = (folder / "model.onnx_data").stat().st_size
         sources[keep] = json.loads((folder / "weights.json").read_text())
     assert sources[True] == sources[False]
-    assert sizes[True] < 0.6 * sizes[False]
+    assert sizes[True] < 0.7 * sizes[False]
     model = tmp_path / "True/model.onnx"
     onnx.checker.check_model(str(model), full_check=True)
-    matrices = [each for each in onnx.load(model).graph.initializer if len(each.dims) > 1 and min(each.dims) > 4]
-    assert {each.data_type for each in matrices} == {onnx.TensorProto.FLOAT16}
+    large = [each for each in onnx.load(model).graph.initializer if np.prod(each.dims) > 8192]
+    assert {each.data_type for each in large} == {onnx.TensorProto.FLOAT16}  # smaller ones the exporter folds
     wide = OnnxRuntimeEngine.load(tmp_path / "False/model.onnx")
     for fold in (True, False):
         engine = OnnxRuntimeEngine.load(model, fold_weights=fold)
