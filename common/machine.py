@@ -5,26 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
-import platform
 import signal
 from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import DiffoundryError
-from .files import sha256_json
 
 _PR_SET_PDEATHSIG = 1
-
-
-def cpu_identity() -> str:
-    """What code that was optimized for this processor depends on: architecture and instruction sets, as a hash."""
-    flags = ""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                flags = line.partition(":")[2]
-                break
-    return sha256_json([platform.system(), platform.machine(), platform.processor(), sorted(flags.split())])[:16]
 
 
 def require_modules(verb: str, modules: Iterable[str], extra: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import shutil
@@ -53,7 +52,7 @@ class EngineStore:
 
     def drop(self, key: str) -> None:
         """Remove the engine `key`."""
-        if _KEY.fullmatch(key) and self._is_own():
+        if _KEY.fullmatch(key) and _is_folder(self.root):
             shutil.rmtree(self.root / key, ignore_errors=True)
 
     def take(self, other: EngineStore) -> None:
@@ -112,7 +111,7 @@ class EngineStore:
 
     def _unfinished(self) -> Iterator[Path]:
         """The folders of builds that have not ended."""
-        for folder in sorted(self.root.glob(".*")) if self._is_own() else ():
+        for folder in sorted(self.root.glob(".*")) if _is_folder(self.root) else ():
             if _WORK.fullmatch(folder.name) and is_marked(folder):
                 yield folder
 
@@ -120,7 +119,7 @@ class EngineStore:
         """Remove half-built engines, and those made of another model than one of `sources` (path → SHA-256)."""
         for folder in self._unfinished():
             shutil.rmtree(folder, ignore_errors=True)
-        for folder in sorted(self.root.iterdir()) if self._is_own() else ():
+        for folder in sorted(self.root.iterdir()) if _is_folder(self.root) else ():
             if _KEY.fullmatch(folder.name) and _is_folder(folder):
                 try:
                     source = read_json(folder / RECORD_NAME, "the engine record").get("source")
@@ -128,16 +127,6 @@ class EngineStore:
                     source = None
                 if source not in sources:
                     self.drop(folder.name)
-
-    def writable(self) -> bool:
-        """Whether an engine can be kept here (a bundle may lie on a read-only disk)."""
-        if os.path.lexists(self.root):
-            return self._is_own() and os.access(self.root, os.W_OK)
-        return _is_folder(self.root.parent) and os.access(self.root.parent, os.W_OK)
-
-    def _is_own(self) -> bool:
-        """Whether the store is a folder in its bundle, rather than a link to one elsewhere."""
-        return _is_folder(self.root)
 
 
 def _is_folder(path: Path) -> bool:

@@ -35,7 +35,6 @@ class EngineLoader:
             raise EngineError(f"{where}{error}") from None
         own = FULL if self.engine.on_cpu and manifest.precision != AS_EXPORTED else manifest.precision
         self.precision = own if precision is None else precision
-        self._store = None if bundle.foreign else EngineStore(bundle.root / "engines")
         if weight_budget is not None and not (is_whole(weight_budget) and weight_budget > 0):
             raise EngineError(f"the budget for weights must be a number of bytes above 0, found {weight_budget!r:.80}")
         self._budget = weight_budget
@@ -67,9 +66,7 @@ class EngineLoader:
             self._bundle.check({path for files in (component.files, *listed) for path in files})
         if self._gpu is not None:
             return self._load_plans(name, variant)
-        return load_variant(
-            self._bundle.root, name, variant, provider=self.engine.provider, threads=threads, store=self._store
-        )
+        return load_variant(self._bundle.root, name, variant, provider=self.engine.provider, threads=threads)
 
     def precision_of(self, name: str) -> str:
         """The precision that component `name` is loaded in."""

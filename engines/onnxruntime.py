@@ -10,7 +10,7 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ import numpy as np
 from ..bundle import Tensor, Variant
 from ..common.arrays import Array
 from ..common.errors import EngineError, reason
-from ..common.machine import cpu_identity
-from .cache import EngineStore
 from .engine import ONE_ENGINE, DeviceArray, Engine, EngineBase
 from .split import SplitEngine
 from .wheel import install, ort
@@ -73,9 +71,6 @@ NO_MEMORY_TO_LOAD = (
     "out of memory while it is loaded: end other programs that hold memory, or use a machine that has more"
 )
 _FOLDING = ("ConstantFolding",)
-_OPTIMIZED = "model.onnx"
-_OPTIMIZED_DATA = "model.onnx_data"
-_EXTERNAL_FROM_BYTES = 1024
 _SESSIONS: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
 
 
@@ -115,28 +110,19 @@ class OnnxRuntimeEngine(EngineBase):
         component: str = "",
         provider: str = "cpu",
         threads: int | None = None,
-        store: EngineStore | None = None,
-        source: Mapping[str, str] | None = None,
         fold_weights: bool = True,
     ) -> OnnxRuntimeEngine:
         """Load `model`.
 
         provider: a key of `PROVIDERS`. threads: of one operator, default all processors.
-        fold_weights: compute what depends on weights alone once, here. False: the half-precision weights of a large
-        model stay as they are in memory, and each call casts them.
-        store, source: where to keep the graph that ONNX Runtime optimized for this machine, and the SHA-256 of
-        each file of the model; with both, the second load of a small model skips the optimization, see `is_kept`. Where
-        it cannot be kept, or what is kept does not load, the model is loaded without it.
+        fold_weights: compute what depends on weights alone once, here. False: half-precision weights stay as they are
+        in memory, and each call casts them.
         Raises `EngineError` when the model cannot be read or the provider is not there.
         """
         component = component or model.parent.name
         require_provider(provider)
-        threads = threads or default_threads()
-        session = None
-        if store is not None and source and provider == "cpu" and is_kept(source):
-            session = _kept_session(store, model, component, threads, source)
-        if session is None:
-            session = _session(model, _options(threads), provider, component, () if fold_weights else _FOLDING)
+        without = () if fold_weights else _FOLDING
+        session = _session(model, _options(threads or default_threads()), provider, component, without)
         if provider != "cpu":
             _warn_of_nodes_elsewhere(session, component, provider)
         return cls(session, component, provider)
@@ -240,14 +226,6 @@ class OrtHostBinding:
         return self._outputs
 
 
-def is_kept(files: Iterable[str]) -> bool:
-    """Whether the optimized graph of a model of these files is kept: where its weights lie in the graph itself.
-
-    Large weights would be on the disk twice, and to read them is most of the time that a start takes.
-    """
-    return all(name.endswith(".onnx") for name in files)
-
-
 def load_variant(
     root: Path,
     name: str,
@@ -255,7 +233,6 @@ def load_variant(
     *,
     provider: str = "cpu",
     threads: int | None = None,
-    store: EngineStore | None = None,
     fold_weights: bool = True,
 ) -> Engine:
     """The engine of a variant of component `name`.
@@ -265,13 +242,7 @@ def load_variant(
 
     def load(graph: str) -> OnnxRuntimeEngine:
         return OnnxRuntimeEngine.load(
-            root / graph,
-            component=name,
-            provider=provider,
-            threads=threads,
-            store=store,
-            source=variant.files,
-            fold_weights=fold_weights,
+            root / graph, component=name, provider=provider, threads=threads, fold_weights=fold_weights
         )
 
     per_step = load(variant.model)
@@ -334,49 +305,6 @@ def _options(threads: int) -> ort.SessionOptions:
     return options
 
 
-def _kept_session(
-    store: EngineStore, model: Path, component: str, threads: int, source: Mapping[str, str]
-) -> ort.InferenceSession | None:
-    """The session of `model` on the CPU, of the optimized graph in `store`, which is kept there now if it was not.
-
-    None where it can be neither loaded nor kept: nobody needs it but to start faster.
-    """
-    built_from = {
-        "component": component,
-        "source": dict(source),
-        "backend": "onnxruntime",
-        "version": ort.__version__,
-        "provider": "cpu",
-        "device": cpu_identity(),
-        "precision": "as in the model",
-        "profile": "dynamic",
-        "optimization": "all",
-        "graph": model.name,
-    }
-    key = store.key(built_from)
-    found = store.find(key)
-    if found is not None:
-        options = _options(threads)
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            return _session(found / _OPTIMIZED, options, "cpu", component)
-        except _OutOfMemoryError:
-            raise
-        except EngineError:  # written by another build of the same version, or cut short by a full disk
-            store.drop(key)
-    session = None
-    if store.writable():
-        with contextlib.suppress(OSError, EngineError), store.building(key, built_from) as work:
-            options = _options(threads)
-            options.optimized_model_filepath = str(work / _OPTIMIZED)
-            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _OPTIMIZED_DATA)
-            options.add_session_config_entry(
-                "session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)
-            )
-            session = _session(model, options, "cpu", component)
-    return session
-
-
 def _session(
     path: Path, options: ort.SessionOptions, provider: str, component: str, without: Sequence[str] = ()
 ) -> ort.InferenceSession:
@@ -387,7 +315,7 @@ def _session(
         session = _new_session(str(path), options, provider, without)
     except Exception as error:
         if lacks_memory(error):
-            raise _OutOfMemoryError(f"{component}: {NO_MEMORY_TO_LOAD}") from None
+            raise EngineError(f"{component}: {NO_MEMORY_TO_LOAD}") from None
         # some versions (1.24) do not read weights through the links of the hub's cache
         otherwise = (
             "use a copy that holds the files instead of links (cp -rL)" if path.is_symlink() else "compile again"
@@ -432,10 +360,6 @@ def _warn_of_nodes_elsewhere(session: ort.InferenceSession, component: str, prov
         )
 
 
-class _OutOfMemoryError(EngineError):
-    """Memory is wanting: the same may work later."""
-
-
 @contextlib.contextmanager
 def _running(component: str) -> Iterator[None]:
     """Raise `EngineError` for what ONNX Runtime and NumPy raise: each has exceptions of its own."""
@@ -443,7 +367,7 @@ def _running(component: str) -> Iterator[None]:
         yield
     except Exception as error:
         if lacks_memory(error):
-            raise _OutOfMemoryError(
+            raise EngineError(
                 f"{component}: out of memory: ask for a smaller size or batch, split guidance or a tiled autoencoder"
             ) from None
         raise EngineError(f"{component}: ONNX Runtime failed: {reason(error)}") from None

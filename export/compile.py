@@ -26,7 +26,6 @@ from ..common.files import remove, sha256_file, sha256_json, sha256_tree
 from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
-from ..engines.names import ONNXRUNTIME
 from ..engines.tensorrt.target import Target
 from .checkpoint import Checkpoint
 from .fit import check_models, check_parts
@@ -115,8 +114,8 @@ def _run(
     meter.show("hash the checkpoint")
     hashes = {folder: each.sha256() for folder, each in weights.items()}
     meter.step()
-    store = EngineStore(ledger.work / "engines")
-    store.take(EngineStore(ledger.old / "engines"))  # their keys decide whether they are ever used
+    # their keys decide whether they are ever used
+    EngineStore(ledger.work / "engines").take(EngineStore(ledger.old / "engines"))
     new = {spec.source for spec in specs if not ledger.knows(spec.name)}
     sizes = sum(weights[folder].size * (2 if weights[folder].half and not keep_half else 1) for folder in new)
     check_disk(ledger.old, (1.0 + goal.written()) * sizes)
@@ -129,8 +128,7 @@ def _run(
         source=bundle.manifest.source | {"sha256": sha256_json(hashes)},
         versions=tools | {"diffoundry": __version__},
     )
-    keeps = store if goal.engine.backend == ONNXRUNTIME else None
-    tracer = Tracer(source, ledger, goal.engine.provider or "cpu", keeps, tools, keep_half)
+    tracer = Tracer(source, ledger, goal.engine.provider or "cpu", tools, keep_half)
     bundle = tracer.trace(replace(bundle, manifest=manifest), specs, hashes, meter)
     bundle = carry_over(bundle, ledger, goal.precision)
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)

@@ -14,9 +14,8 @@ from ...bundle.manifest import Files
 from ...bundle.reports import with_report
 from ...common.files import remove, sha256_file, sha256_json
 from ...common.progress import Meter
-from ...engines import EngineStore
 from ...engines.names import ONNXRUNTIME
-from ...engines.onnxruntime import OnnxRuntimeEngine, is_kept, load_variant
+from ...engines.onnxruntime import OnnxRuntimeEngine, load_variant
 from ...runtime.loop.step import STEP_NAME
 from ..checkpoint import Checkpoint
 from ..graphs import step
@@ -60,15 +59,14 @@ TRACED = Kind(Traced, Traced.all_files)
 class Tracer:
     """What components are traced with, and where what was done once is found.
 
-    provider: of ONNX Runtime, that components are held against torch on. store: cache for optimized ONNX Runtime
-    sessions, None to keep none. versions: of every tool that influences the traced graph; part of the key.
+    provider: of ONNX Runtime, that components are held against torch on. versions: of every tool that influences the
+    traced graph; part of the key.
     keep_half: whether weights that are stored in half precision stay in it.
     """
 
     source: Checkpoint
     ledger: Ledger
     provider: str
-    store: EngineStore | None
     versions: Mapping[str, str]
     keep_half: bool = False
 
@@ -84,8 +82,6 @@ class Tracer:
             traced = self.ledger.find(spec.name, key, TRACED)
             if traced is None:
                 traced = self.ledger.keep(spec.name, key, self._traced(spec))
-            elif self.store is not None and is_kept(traced.variants[_STANDARD].files):
-                self._load(spec.name, traced.variants)  # the engine, if this machine has none yet
             made[spec.name] = traced, key
             meter.step()
         meter.show(STEP_NAME)
@@ -173,6 +169,4 @@ class Tracer:
 
     def _load(self, name: str, variants: dict[str, Variant], *, fold_weights: bool = True) -> Any:
         variant = variants.get(f"{FULL}/{ONNXRUNTIME}:{self.provider}") or variants[_STANDARD]
-        return load_variant(
-            self.ledger.work, name, variant, provider=self.provider, store=self.store, fold_weights=fold_weights
-        )
+        return load_variant(self.ledger.work, name, variant, provider=self.provider, fold_weights=fold_weights)

@@ -391,14 +391,6 @@ def test_a_path_that_leaves_the_bundle(command, copied, where):
     fails(command("run", copied, "x"), "leaves the bundle")
 
 
-def test_a_damaged_engine_is_built_again(command, copied, tmp_path):
-    for path in (copied / "engines").glob("*/model.onnx*"):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    done = command("run", copied, "a red star", "--steps", "1", "-o", tmp_path / "o.png")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "o.png").exists()
-
-
 def test_memory_that_is_wanting_is_one_line():
     program = """
 import sys

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import resource
 import subprocess
 import sys
 import warnings
@@ -14,9 +12,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError
-from diffoundry.common.files import mark, sha256_file
+from diffoundry.common.files import mark
 from diffoundry.engines import EngineStore, onnxruntime
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 
@@ -129,98 +126,23 @@ def test_a_model_that_is_a_link_and_does_not_load_has_its_own_remedy(tmp_path):
         OnnxRuntimeEngine.load(tmp_path / "model.onnx")
 
 
-def test_the_optimized_graph_is_kept_and_used(unet_path, unet, tmp_path):
+def keep(store, source):
+    """An engine of `source` in `store`."""
+    built_from = {"source": source}
+    key = store.key(built_from)
+    with store.building(key, built_from) as work:
+        (work / "plan").write_bytes(b"plan")
+    return key
+
+
+def test_an_engine_of_another_source_is_another_and_a_damaged_one_is_removed(tmp_path):
     store = EngineStore(tmp_path / "engines")
-    source = Bundle.open(unet_path.parent.parent).component("unet").files
-    OnnxRuntimeEngine.load(unet_path, store=store, source=source)
-    (record,) = store.records()
-    assert record["component"] == "unet"
-    assert record["source"] == source
-    before = {path: path.stat().st_mtime_ns for path in store.root.glob("*/*")}
-    cached = OnnxRuntimeEngine.load(unet_path, store=store, source=source)
-    assert {path: path.stat().st_mtime_ns for path in store.root.glob("*/*")} == before
-    assert cached.inputs == unet.inputs
-    np.testing.assert_allclose(cached(feeds())["out_sample"], unet(feeds())["out_sample"], atol=1e-5)
-
-
-def kept_record(store):
-    """The folder of the only engine in `store`, and a function that vouches for what lies there now."""
-    (folder,) = store.root.iterdir()
-
-    def vouch():
-        record = json.loads((folder / "engine.json").read_text())
-        record["files"] = {name: sha256_file(folder / name) for name in record["files"]}
-        (folder / "engine.json").write_text(json.dumps(record))
-
-    return folder, vouch
-
-
-def test_the_cached_graph_is_what_runs(unet_path, unet, tmp_path):
-    """Served from the cache, the session reads the cached files: other weights there give other numbers."""
-    store = EngineStore(tmp_path / "engines")
-    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
-    folder, vouch = kept_record(store)
-    weights = np.fromfile(folder / "model.onnx_data", np.float32)
-    (weights * np.float32(0.5)).tofile(folder / "model.onnx_data")
-    vouch()
-    changed = OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})(feeds())["out_sample"]
-    assert np.abs(changed - unet(feeds())["out_sample"]).max() > 1e-2
-
-
-@pytest.mark.parametrize(
-    ("file", "content"), [("model.onnx", b"nonsense"), ("model.onnx", b""), ("model.onnx_data", b"short")]
-)
-def test_a_cached_graph_that_does_not_load_is_made_again(unet_path, unet, tmp_path, file, content):
-    """Its record is right: a full disk cut it short before it was hashed, or another build of ONNX Runtime made it."""
-    store = EngineStore(tmp_path / "engines")
-    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
-    folder, vouch = kept_record(store)
-    whole = (folder / file).read_bytes()
-    (folder / file).write_bytes(content)
-    vouch()
-    again = OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
-    np.testing.assert_array_equal(again(feeds())["out_sample"], unet(feeds())["out_sample"])
-    made = (folder / file).read_bytes()
-    assert abs(len(made) - len(whole)) < 100  # the names in it are counted on from before
-    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
-    assert (folder / file).read_bytes() == made
-    assert store.problems() == []
-
-
-@pytest.mark.parametrize("limit", [0, 1000, 200_000, 5_000_000])
-def test_a_cache_that_cannot_be_written_is_done_without(unet_path, unet, tmp_path, limit):
-    """A limit on the size of files stands in for the full disk. Nothing half-written is left, or used."""
-    store = EngineStore(tmp_path / "engines")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        made = OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    np.testing.assert_array_equal(made(feeds())["out_sample"], unet(feeds())["out_sample"])
-    assert not any(path.name.startswith(".") for path in store.root.iterdir())
-    again = OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
-    np.testing.assert_array_equal(again(feeds())["out_sample"], unet(feeds())["out_sample"])
-
-
-@pytest.mark.parametrize("kind", ["file", "link", "pipe"])
-def test_a_store_that_is_no_folder_is_done_without(unet_path, tmp_path, kind):
-    path = tmp_path / "engines"
-    (tmp_path / "outside").mkdir()
-    {"file": path.touch, "link": lambda: path.symlink_to("outside"), "pipe": lambda: os.mkfifo(path)}[kind]()
-    OnnxRuntimeEngine.load(unet_path, store=EngineStore(path), source={"a": "1"})
-    assert list((tmp_path / "outside").iterdir()) == []
-
-
-def test_another_source_or_a_damaged_plan_is_built_anew(unet_path, tmp_path):
-    store = EngineStore(tmp_path / "engines")
-    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
-    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "2"})
-    assert len(store.records()) == 2
-    folder = store.root / store.records()[0]["key"]
-    (folder / "model.onnx").write_bytes(b"x")
-    assert store.find(folder.name) is None
-    assert not folder.exists()
+    keys = [keep(store, {"a": each}) for each in "12"]
+    assert {record["key"] for record in store.records()} == set(keys)
+    assert store.find(keys[0]) == store.root / keys[0]
+    (store.root / keys[0] / "plan").write_bytes(b"x")
+    assert store.find(keys[0]) is None
+    assert not (store.root / keys[0]).exists()
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):
@@ -258,10 +180,10 @@ def test_a_model_cannot_read_files_outside_its_folder(tmp_path):
         OnnxRuntimeEngine.load(tmp_path / "bundle/model.onnx")
 
 
-def test_engines_of_other_models_are_pruned(unet_path, tmp_path):
+def test_engines_of_other_models_are_pruned(tmp_path):
     store = EngineStore(tmp_path / "engines")
-    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "1"})
-    OnnxRuntimeEngine.load(unet_path, store=store, source={"a": "2"})
+    for each in "12":
+        keep(store, {"a": each})
     (store.root / f".{'0' * 32}-01234567").mkdir()
     mark(store.root / f".{'0' * 32}-01234567")
     store.prune([{"a": "2"}])
