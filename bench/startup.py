@@ -1,4 +1,4 @@
-"""From process start to the first denoising step, on a bundle whose engines are built; and `import diffoundry`.
+"""From process start to the first denoising step; and `import diffoundry`.
 
 python -m diffoundry.bench.startup build/pico.bundle
 """

@@ -10,7 +10,7 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,6 @@ _OUT_OF_MEMORY = re.compile(
 NO_MEMORY_TO_LOAD = (
     "out of memory while it is loaded: end other programs that hold memory, or use a machine that has more"
 )
-_FOLDING = ("ConstantFolding",)
 _SESSIONS: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
 
 
@@ -110,19 +109,18 @@ class OnnxRuntimeEngine(EngineBase):
         component: str = "",
         provider: str = "cpu",
         threads: int | None = None,
-        fold_weights: bool = True,
+        low_memory: bool = False,
     ) -> OnnxRuntimeEngine:
         """Load `model`.
 
         provider: a key of `PROVIDERS`. threads: of one operator, default all processors.
-        fold_weights: compute what depends on weights alone once, here. False: half-precision weights stay as they are
-        in memory, and each call casts them.
+        low_memory: for a few calls: nothing is computed or packed ahead, weights are read from the file as they are
+        needed, and those in half precision are cast in each call.
         Raises `EngineError` when the model cannot be read or the provider is not there.
         """
         component = component or model.parent.name
         require_provider(provider)
-        without = () if fold_weights else _FOLDING
-        session = _session(model, _options(threads or default_threads()), provider, component, without)
+        session = _session(model, _options(threads or default_threads(), low_memory), provider, component)
         if provider != "cpu":
             _warn_of_nodes_elsewhere(session, component, provider)
         return cls(session, component, provider)
@@ -233,7 +231,7 @@ def load_variant(
     *,
     provider: str = "cpu",
     threads: int | None = None,
-    fold_weights: bool = True,
+    low_memory: bool = False,
 ) -> Engine:
     """The engine of a variant of component `name`.
 
@@ -242,7 +240,7 @@ def load_variant(
 
     def load(graph: str) -> OnnxRuntimeEngine:
         return OnnxRuntimeEngine.load(
-            root / graph, component=name, provider=provider, threads=threads, fold_weights=fold_weights
+            root / graph, component=name, provider=provider, threads=threads, low_memory=low_memory
         )
 
     per_step = load(variant.model)
@@ -293,7 +291,7 @@ def _remedy(provider: str, *steps: str) -> str:
     return ", ".join([*steps, *libraries, "or use the engine onnxruntime, on the CPU"])
 
 
-def _options(threads: int) -> ort.SessionOptions:
+def _options(threads: int, low_memory: bool = False) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -302,17 +300,20 @@ def _options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = 4
     # Threads that spin after a run would take the processors from the next component's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if low_memory:
+        # in the default order all casts of weights come first
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 
 
-def _session(
-    path: Path, options: ort.SessionOptions, provider: str, component: str, without: Sequence[str] = ()
-) -> ort.InferenceSession:
-    """The session of the model in `path`, without the optimizers named."""
+def _session(path: Path, options: ort.SessionOptions, provider: str, component: str) -> ort.InferenceSession:
     if not path.is_file():
         raise EngineError(f"{component}: {path} is missing; compile the bundle again")
     try:
-        session = _new_session(str(path), options, provider, without)
+        session = _new_session(str(path), options, provider)
     except Exception as error:
         if lacks_memory(error):
             raise EngineError(f"{component}: {NO_MEMORY_TO_LOAD}") from None
@@ -328,17 +329,13 @@ def _session(
     return session
 
 
-def _new_session(
-    model: str | bytes, options: ort.SessionOptions, provider: str, without: Sequence[str] = ()
-) -> ort.InferenceSession:
+def _new_session(model: str | bytes, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
     """A session that does not go on with other providers than those of `provider` when they fail."""
     if provider != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a provider did not start is an error of ours
-        session = ort.InferenceSession(
-            model, options, providers=_CHOSEN[provider], disabled_optimizers=list(without), enable_fallback=0
-        )
+        session = ort.InferenceSession(model, options, providers=_CHOSEN[provider], enable_fallback=0)
     session.disable_fallback()  # 1.22 does not know the argument
     return session
 

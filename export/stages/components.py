@@ -152,12 +152,12 @@ class Tracer:
         model, others = f"{name}/model.onnx", [f"{name}/{graph}" for graph in graphs or ()]
         variants = {_STANDARD: Variant(model, {path: files[path] for path in files if path not in others})}
         if graphs is not None:
-            plain = OnnxRuntimeEngine.load(work / model, component=name, provider=self.provider, fold_weights=not kept)
+            plain = OnnxRuntimeEngine.load(work / model, component=name, provider=self.provider, low_memory=kept)
             compare(name, plain, cases)
             del plain
             shared = {path: sha for path, sha in files.items() if path != model}
             variants[_FUSED] = Variant(others[0], shared, others[1] if graphs[1] else "")
-        parity = compare(name, self._load(name, variants, fold_weights=not kept), cases)
+        parity = compare(name, self._load(name, variants, low_memory=kept), cases)
         return Traced(variants, described, parity, self._reference(name, cases))
 
     def _reference(self, name: str, cases: Sequence[Any]) -> Files:
@@ -167,6 +167,6 @@ class Tracer:
         save_reference(self.ledger.work / path, cases[0])
         return {path: sha256_file(self.ledger.work / path)}
 
-    def _load(self, name: str, variants: dict[str, Variant], *, fold_weights: bool = True) -> Any:
+    def _load(self, name: str, variants: dict[str, Variant], *, low_memory: bool = False) -> Any:
         variant = variants.get(f"{FULL}/{ONNXRUNTIME}:{self.provider}") or variants[_STANDARD]
-        return load_variant(self.ledger.work, name, variant, provider=self.provider, fold_weights=fold_weights)
+        return load_variant(self.ledger.work, name, variant, provider=self.provider, low_memory=low_memory)

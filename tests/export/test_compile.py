@@ -175,8 +175,8 @@ def test_half_precision_weights_may_stay_as_they_are(checkpoint_of, tmp_path, mo
     large = [each for each in onnx.load(model).graph.initializer if np.prod(each.dims) > 8192]
     assert {each.data_type for each in large} == {onnx.TensorProto.FLOAT16}  # smaller ones the exporter folds
     wide = OnnxRuntimeEngine.load(tmp_path / "False/model.onnx")
-    for fold in (True, False):
-        engine = OnnxRuntimeEngine.load(model, fold_weights=fold)
+    for low_memory in (False, True):
+        engine = OnnxRuntimeEngine.load(model, low_memory=low_memory)
         validate.compare(plan.name, engine, cases)
         for name, array in engine(cases[0][0]).items():
             np.testing.assert_allclose(array, wide(cases[0][0])[name], atol=1e-5)
