@@ -15,9 +15,8 @@ from ..bundle import Bundle
 from ..common.checks import LARGEST_SIDE
 from ..common.errors import RequestError
 from .conditioning import Conditioning
-from .conditions import Conditions
+from .conditions import Conditions, Job
 from .conditions.condition import is_default, refuse_unheeded
-from .job import Job
 from .pictures.autoencoder import decoder_of
 from .pictures.picture import bring_to_size, open_originals
 from .request import Request

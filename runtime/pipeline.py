@@ -22,9 +22,8 @@ from ..engines import Engine
 from ..engines.loader import EngineLoader
 from ..engines.runnable import check_runnable
 from ..families import open_bundle
-from .conditions import Conditions, Fed
+from .conditions import Conditions, Fed, Job
 from .conditions.condition import merged
-from .job import Job
 from .jobs import Jobs, check_decoder
 from .loaded import LoadedEngines
 from .loop.batch import Batch

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 
 from ...bundle import Bundle
 from ...engines import Engine
-from ..job import Job
 from ..pictures.autoencoder import Autoencoder
-from .condition import Condition, Fed
+from .condition import Condition, Fed, Job
 from .guidance import GuidanceCondition
 from .mask import Mask
-from .picture import Noise, Picture
+from .picture import Picture
 from .sizes import Sizes
 from .text import Text
 
@@ -25,7 +24,7 @@ class Conditions:
         self.text = Text(bundle, engine)
         self.sizes = Sizes(manifest)
         self.guidance = GuidanceCondition(manifest)
-        starts = (Noise(autoencoder), Picture(autoencoder), Mask(manifest, autoencoder))
+        starts = (Picture(autoencoder), Mask(manifest, autoencoder))
         self.all: tuple[Condition, ...] = (self.text, self.sizes, self.guidance, *starts)
 
     def check(self, jobs: Sequence[Job]) -> None:
@@ -34,4 +33,4 @@ class Conditions:
             condition.check(jobs)
 
 
-__all__ = ["Condition", "Conditions", "Fed"]
+__all__ = ["Condition", "Conditions", "Fed", "Job"]

@@ -12,10 +12,12 @@ from PIL import Image
 from ...bundle import Role
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from ..job import Job
+from ..loop.guidance import Guidance
 from ..loop.noise import Generator
 from ..loop.sample import KeptRegion
+from ..pictures.picture import Picture
 from ..request import Request
+from ..schedulers import Table
 
 _NO_IMAGE = "without an image: give an image, or leave it out"
 _NO_GUIDANCE = "without guidance: leave it out, or set guidance above 1"
@@ -39,6 +41,24 @@ _WHY = {
     "negative_prompt_2": "on this model, which has no second text encoder: leave it out",
 }
 """What is missing where a field has no effect, if it is more than the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request checked against a bundle, with all that the loop needs.
+
+    guidance: classifier-free guidance of the loop. guidance_input: the scale that the model is given as an input, None
+    for other models. size: width and height in pixels. record: the request as JSON values, to ask for it again.
+    """
+
+    request: Request
+    table: Table
+    guidance: Guidance
+    guidance_input: float | None
+    picture: Picture | None
+    seeds: list[int]
+    size: tuple[int, int]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +105,7 @@ def merged(parts: Iterable[Fed]) -> Fed:
 class Condition(Protocol):
     """One thing that a denoiser can be given. loads: the role of the components that feeding it takes, if any."""
 
-    @property
-    def loads(self) -> Role | None: ...
+    loads: Role | None = None
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
         """The fields of `request` that change something, given all the others; of a field's own fields `field.name`.
@@ -96,6 +115,7 @@ class Condition(Protocol):
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Raise `RequestError` for what cannot be fed to the rows of these jobs in one batch. Nothing is loaded."""
+        return
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """What each job gets. Engines that make it are loaded here."""

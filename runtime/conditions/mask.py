@@ -9,17 +9,16 @@ import numpy as np
 from ...bundle import Manifest, Role
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from ..job import Job
 from ..loop.noise import Generator
 from ..loop.sample import KeptRegion
 from ..pictures.autoencoder import Autoencoder
 from ..pictures.preprocess import latent_mask
 from ..request import Request
-from .condition import Fed, Start, Starter
+from .condition import Condition, Fed, Job, Start, Starter
 from .picture import latents_of
 
 
-class Mask:
+class Mask(Condition):
     """Keeps what the mask leaves out, or shows it to a model that sees it; see `condition.Condition`."""
 
     loads: Role | None = "encoder"

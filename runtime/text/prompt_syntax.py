@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...common.errors import RequestError
@@ -41,7 +40,7 @@ _PLAIN = re.compile(rf"(?:{_UNIT}|{_POINT}|[+-])+|[\s,.]")
 _QUOTED = re.compile(rf'"((?:{_UNIT}|[\s(),.+-])*)"')
 _SIGNS = re.compile(r"\++|-+")
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
-_AFTER_QUOTES = re.compile(rf"(?:{_SIGNS.pattern}|{_NUMBER.pattern}){_BOUNDARY}")
+_WEIGHTED_QUOTES = re.compile(rf"{_QUOTED.pattern}(?=(?:{_SIGNS.pattern}|{_NUMBER.pattern}){_BOUNDARY})")
 _AFTER_WEIGHT = re.compile(r"[\w+-]|\.[0-9]")
 _COLON_WEIGHT = re.compile(r"(?<!\\):\s*[+-]?(?:[0-9]+|([0-9]*\.[0-9]+))\s*\Z")
 _COLON_REACH = 24
@@ -77,54 +76,35 @@ Fragments = tuple[Fragment, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Blend:
-    """The sum of the parts' embeddings, each times its weight; the weights sum to 1 unless `no_normalize` was asked."""
+class Prompt:
+    """The parts of a prompt, each its fragments in order, () for an empty one, and the weights of the parts.
+
+    Its embedding is the sum of the parts', each times its weight; the weights sum to 1 unless `no_normalize` was asked.
+    joined: `.and()`, the parts' embeddings one after the other, each times its weight as seen from the empty prompt.
+    """
 
     parts: tuple[Fragments, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] = (1.0,)
+    joined: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Conjunction:
-    """The parts' embeddings one after the other, each times its weight as seen from the empty prompt."""
-
-    parts: tuple[Fragments, ...]
-    weights: tuple[float, ...]
-
-
-def parse(text: str, name: str = "prompt") -> Fragments | Blend | Conjunction:
-    """The fragments of a prompt in order, () for an empty one, or the blend or conjunction that it is.
+def parse(text: str, name: str = "prompt") -> Prompt:
+    """What a prompt says. One without `.blend()` or `.and()` has one part.
 
     Neighbours of one weight are one fragment, so that text without syntax comes back as it is, less outer whitespace.
     Raises `RequestError` with the place in `name` for unbalanced parentheses, unclear or too large weights, operators
     that are not supported, and the syntax of other tools.
     """
     try:
-        return _parse(text)
-    except _SyntaxError as error:
+        _refuse_foreign(text)
+        match = _COMBINATION.match(text)
+        return Prompt((_fragments(text, 0, len(text)),)) if match is None else _combination(text, match)
+    except RequestError as error:
         raise RequestError(f"{name}{error}") from None
 
 
-def _parse(text: str) -> Fragments | Blend | Conjunction:
-    _refuse_foreign(text)
-    combination = _combination(text)
-    return _fragments(text, 0, len(text)) if combination is None else combination
-
-
-def escape(text: str) -> str:
-    """The prompt or part of one that `parse` reads as this very text, by backslashes."""
-    return re.sub(r'([\\()\[<"+:-]|\b(?:BREAK|AND)\b)', r"\\\1", text)
-
-
-def _unescape(text: str) -> str:
-    return _ESCAPED.sub(r"\1", text)
-
-
-def _combination(text: str) -> Blend | Conjunction | None:
-    """The `.blend()` or `.and()` that the text is; None where it does not begin as one."""
-    match = _COMBINATION.match(text)
-    if match is None:
-        return None
+def _combination(text: str, match: re.Match[str]) -> Prompt:
+    """The `.blend()` or `.and()` that the text begins as."""
     name, begin = f".{match['operator']}()", match.start("arguments") - 1
     if not match["close"]:
         raise _refusal(text, begin, f"is not closed: end {name} with )")
@@ -132,36 +112,39 @@ def _combination(text: str) -> Blend | Conjunction | None:
         raise _refusal(text, match.end(), f"follows {name}, which must be the whole prompt")
     parts = tuple(_fragments(text, *part.span(1)) for part in _QUOTED.finditer(text, *match.span("parts")))
     arguments = [argument.strip() for argument in match["arguments"].split(",")]
-    normalize = name == ".and()" or arguments[-1] != "no_normalize"
-    numbers = arguments if normalize else arguments[:-1]
-    weights = _numbers(text, begin, numbers) if any(numbers) else [1.0] * len(parts)
-    if len(weights) != len(parts):
-        raise _refusal(text, begin, f"gives {len(weights)} weights to {len(parts)} parts: give each one, or none")
-    if name == ".and()":
-        return Conjunction(parts, tuple(weights))
-    total = math.fsum(weights) if normalize else 1.0
-    if abs(total) < _SMALLEST_SUM:
-        raise _refusal(text, begin, "sums to 0: change a weight, or add no_normalize after the last one")
-    return Blend(parts, tuple(weight / total for weight in weights))
-
-
-def _numbers(text: str, begin: int, numbers: list[str]) -> list[float]:
-    """The weights that the parentheses at `begin` hold."""
+    joined = name == ".and()"
+    is_sum = not joined and arguments[-1] == "no_normalize"
+    numbers = arguments[:-1] if is_sum else arguments
+    if not any(numbers):
+        numbers = ["1"] * len(parts)
     for number in numbers:
         if not _ARGUMENT.match(number) or abs(float(number)) > LARGEST_WEIGHT:
-            raise _refusal(
-                text,
-                begin,
-                f"holds {_shown(number)}: write a number up to {LARGEST_WEIGHT:g} for each part, with commas",
-            )
-    return [float(number) for number in numbers]
+            remedy = f"write a number up to {LARGEST_WEIGHT:g} for each part, with commas"
+            raise _refusal(text, begin, f"holds {_shown(number)}: {remedy}")
+    if len(numbers) != len(parts):
+        raise _refusal(text, begin, f"gives {len(numbers)} weights to {len(parts)} parts: give each one, or none")
+    weights = [float(number) for number in numbers]
+    total = 1.0 if joined or is_sum else math.fsum(weights)
+    if abs(total) < _SMALLEST_SUM:
+        raise _refusal(text, begin, "sums to 0: change a weight, or add no_normalize after the last one")
+    return Prompt(parts, tuple(weight / total for weight in weights), joined)
 
 
 def _fragments(text: str, start: int, end: int) -> Fragments:
-    return _fused(_scan(text, start, end), text, start)
+    """The fragments of text[start:end], neighbours of one weight joined by a space."""
+    joined: list[Fragment] = []
+    for fragment in _spans(text, start, end):
+        words = fragment.text
+        if not fragment.weight <= LARGEST_WEIGHT:
+            found = f"holds a weight above {LARGEST_WEIGHT:g}, of {_shown(words)}: take a smaller one"
+            raise _refusal(text, start, found)
+        if joined and math.isclose(joined[-1].weight, fragment.weight):  # products of the same weights in any order
+            words = f"{joined.pop().text} {words}"
+        joined.append(Fragment(words, fragment.weight))
+    return tuple(joined)
 
 
-def _scan(text: str, start: int, end: int) -> list[Fragment]:
+def _spans(text: str, start: int, end: int) -> list[Fragment]:
     """The fragments of text[start:end], one for each change of syntax, times the weights of their groups."""
     groups: list[list[Fragment]] = [[]]
     opened: list[int] = []
@@ -171,7 +154,13 @@ def _scan(text: str, start: int, end: int) -> list[Fragment]:
 
     def flush() -> None:
         if words := text[plain:at].strip(_SPACE):
-            groups[-1].append(Fragment(_unescape(words), 1.0))
+            groups[-1].append(Fragment(_ESCAPED.sub(r"\1", words), 1.0))
+
+    def add(group: list[Fragment], closed: int) -> None:
+        nonlocal at, plain
+        weight, at = _weight(text, closed, end)
+        plain = at
+        groups[-1].extend(Fragment(fragment.text, fragment.weight * weight) for fragment in group)
 
     while at < end:
         if unsupported := _UNSUPPORTED.match(text, at, end):
@@ -186,27 +175,21 @@ def _scan(text: str, start: int, end: int) -> list[Fragment]:
         elif text[at] == ")":
             if not opened:
                 raise _refusal(text, at, r"closes a parenthesis that was never opened: write \) for a literal one")
-            begin, close = opened.pop(), at
             flush()
-            weight, at = _weight(text, close + 1, end)
-            plain = at
+            begin, close = opened.pop(), at
+            add(groups.pop(), close + 1)
             weighted = at > close + 1
             _refuse_colon_weight(text, begin, close, weighted)
             around = 0 if weighted else 1 + bare.get((begin + 1, close - 1), 0)
             if around > 1 and not (opened[-1:] == [begin - 1] and text[at : at + 1] == ")"):
                 raise _refusal(text, begin, _OURS["(("])
             bare[begin, close] = around
-            inner = groups.pop()
-            groups[-1].extend(_times(inner, weight))
-        elif quoted := _weighted_quotes(text, at, end):
+        elif quoted := _WEIGHTED_QUOTES.match(text, at, end):
             flush()
-            inner = _scan(text, *quoted.span(1))
-            weight, at = _weight(text, quoted.end(), end)
-            plain = at
-            groups[-1].extend(_times(inner, weight))
+            add(_spans(text, *quoted.span(1)), quoted.end())
         elif word := _WEIGHTED_WORD.match(text, at, end):
             flush()
-            groups[-1].append(Fragment(_unescape(word[1]), _of_signs(word[2])))
+            groups[-1].append(Fragment(_ESCAPED.sub(r"\1", word[1]), _of_signs(word[2])))
             at = plain = word.end()
         else:
             match = _PLAIN.match(text, at, end)
@@ -215,11 +198,6 @@ def _scan(text: str, start: int, end: int) -> list[Fragment]:
         raise _refusal(text, opened[-1], r"opens a parenthesis that is never closed: write \( for a literal one")
     flush()
     return groups[0]
-
-
-def _weighted_quotes(text: str, at: int, end: int) -> re.Match[str] | None:
-    quoted = _QUOTED.match(text, at, end)
-    return quoted if quoted and _AFTER_QUOTES.match(text, quoted.end(), end) else None
 
 
 def _weight(text: str, at: int, end: int) -> tuple[float, int]:
@@ -236,25 +214,6 @@ def _weight(text: str, at: int, end: int) -> tuple[float, int]:
 
 def _of_signs(signs: str) -> float:
     return (_PLUS if signs[0] == "+" else _MINUS) ** min(len(signs), _MOST_SIGNS)
-
-
-def _times(fragments: Iterable[Fragment], weight: float) -> Iterable[Fragment]:
-    return (Fragment(fragment.text, fragment.weight * weight) for fragment in fragments)
-
-
-def _fused(fragments: Iterable[Fragment], text: str, start: int) -> Fragments:
-    """With neighbours of one weight joined by a space."""
-    fused: list[Fragment] = []
-    for fragment in fragments:
-        words = fragment.text
-        if not fragment.weight <= LARGEST_WEIGHT:
-            raise _refusal(
-                text, start, f"holds a weight above {LARGEST_WEIGHT:g}, of {_shown(words)}: take a smaller one"
-            )
-        if fused and math.isclose(fused[-1].weight, fragment.weight):  # products of the same weights in any order
-            words = f"{fused.pop().text} {words}"
-        fused.append(Fragment(words, fragment.weight))
-    return tuple(fused)
 
 
 def _refuse_foreign(text: str) -> None:
@@ -280,12 +239,9 @@ def _why_unsupported(name: str) -> str:
     return f"is not supported: {remedy}, or write a backslash before the parenthesis if it is text"
 
 
-class _SyntaxError(Exception):
+def _refusal(text: str, at: int, reason: str) -> RequestError:
     """What is wrong, without the name of the prompt."""
-
-
-def _refusal(text: str, at: int, reason: str) -> _SyntaxError:
-    return _SyntaxError(f", character {at + 1}: {_shown(text[at:])} {reason}")
+    return RequestError(f", character {at + 1}: {_shown(text[at:])} {reason}")
 
 
 def _shown(text: str) -> str:
