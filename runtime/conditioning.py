@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..common.arrays import Array
-from ..common.checks import is_number
+from ..common.checks import is_number, is_whole
 from ..common.errors import RequestError
 
 _NEGATIVE_SCORE = 2.5
@@ -66,12 +65,7 @@ class Conditioning:
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
-    pair: tuple[int, ...] = ()
-    if isinstance(value, (tuple, list)) and not any(isinstance(part, bool) for part in value):
-        try:
-            pair = tuple(operator.index(part) for part in value)
-        except TypeError:
-            pair = ()
-    if len(pair) != 2 or not all(0 <= part <= _LARGEST_SIZE for part in pair):
+    whole = isinstance(value, (tuple, list)) and all(is_whole(part) and 0 <= part <= _LARGEST_SIZE for part in value)
+    if not whole or len(value) != 2:
         raise RequestError(f"{name} must be two whole numbers, height or top first, found {value!r}")
-    return pair[0], pair[1]
+    return int(value[0]), int(value[1])

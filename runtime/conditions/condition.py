@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,7 @@ from ...common.errors import RequestError
 from ..loop.guidance import Guidance
 from ..loop.noise import Generator
 from ..loop.sample import KeptRegion
-from ..pictures.picture import Picture
+from ..pictures.preprocess import Picture
 from ..request import Request
 from ..schedulers import Table
 
@@ -47,22 +47,20 @@ _WHY = {
 class Job:
     """A request checked against a bundle, with all that the loop needs.
 
-    guidance: classifier-free guidance of the loop. guidance_input: the scale that the model is given as an input, None
-    for other models. size: width and height in pixels. record: the request as JSON values, to ask for it again.
+    guidance: of the loop, off where the model is given its scale as an input. size: width and height in pixels.
+    record: the request as JSON values, to ask for it again.
     """
 
     request: Request
     table: Table
     guidance: Guidance
-    guidance_input: float | None
     picture: Picture | None
     seeds: list[int]
     size: tuple[int, int]
     record: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """What a row starts with; see `loop.sample.Sample`."""
 
     latents: Array
@@ -88,18 +86,14 @@ class Fed:
     truncated: Mapping[str, str] = field(default_factory=dict)
     start: Starter | None = None
 
-
-def merged(parts: Iterable[Fed]) -> Fed:
-    """What the conditions of one job give together."""
-    whole = Fed()
-    for part in parts:
-        whole = Fed(
-            {**whole.prompt, **part.prompt},
-            {**whole.negative, **part.negative},
-            {**whole.truncated, **part.truncated},
-            part.start or whole.start,
+    def __or__(self, other: Fed) -> Fed:
+        """What two conditions of one job give together."""
+        return Fed(
+            {**self.prompt, **other.prompt},
+            {**self.negative, **other.negative},
+            {**self.truncated, **other.truncated},
+            other.start or self.start,
         )
-    return whole
 
 
 class Condition(Protocol):
@@ -125,7 +119,8 @@ def asked(request: Request) -> Iterator[str]:
     """The fields of a request that are not at their default, and the fields of those that have some."""
     for item in fields(request):
         value = getattr(request, item.name)
-        if value is not None and not _is_empty(value) and not is_default(item, value):
+        is_empty = value is None or (isinstance(value, str) and not value)  # which asks for nothing
+        if not is_empty and not is_default(item, value):
             inner = [(each, getattr(value, each.name)) for each in fields(value)] if is_dataclass(value) else []
             yield from [f"{item.name}.{each.name}" for each, own in inner if not is_default(each, own)] or [item.name]
 
@@ -151,11 +146,6 @@ def _said(name: str) -> str:
     if outer == "guidance":
         return f"the guidance {inner}"
     return f"{inner} of the negative" if outer.startswith("negative") and inner else inner or outer
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether this is an empty text, which asks for nothing where nothing heeds it."""
-    return isinstance(value, str) and not value
 
 
 def is_default(item: Any, value: Any) -> bool:

@@ -32,11 +32,10 @@ class GuidanceCondition(Condition):
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """The scale, and its embedding."""
-        return [self._fed(job.guidance_input) for job in jobs]
+        return [self._fed(job.guidance.scale) if self.given else Fed() for job in jobs]
 
     def _fed(self, scale: float | None) -> Fed:
-        if scale is None:
-            return Fed()
+        scale = scale or 0.0
         made: dict[str, Array] = {"guidance": np.array(scale, np.float32)}
         if self._width:
             made[_SINUSOID] = guidance_embedding(scale, self._width)

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...bundle import Manifest, Role
-from ...common.arrays import Array
 from ...common.errors import RequestError
 from ..loop.noise import Generator
 from ..loop.sample import KeptRegion
 from ..pictures.autoencoder import Autoencoder
 from ..pictures.preprocess import latent_mask
 from ..request import Request
-from .condition import Condition, Fed, Job, Start, Starter
-from .picture import latents_of
+from .condition import Condition, Fed, Job, Start
 
 
 class Mask(Condition):
@@ -24,7 +22,7 @@ class Mask(Condition):
     loads: Role | None = "encoder"
 
     def __init__(self, manifest: Manifest, autoencoder: Autoencoder) -> None:
-        self._autoencoder, self._downscale = autoencoder, manifest.latents.downscale
+        self._autoencoder = autoencoder
         self._seen = bool(manifest.wiring.inputs_from("latents.masked"))
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
@@ -40,20 +38,29 @@ class Mask(Condition):
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """Encode the image and the masked image of each job that has a mask."""
-        return [Fed(start=self._start(job)) if job.request.task == "inpaint" else Fed() for job in jobs]
+        return [self._fed(job) for job in jobs]
 
-    def _start(self, job: Job) -> Starter:
+    def _fed(self, job: Job) -> Fed:
         """Noise is drawn in the order in which diffusers' pipelines draw it."""
-        request, table, sample = job.request, job.table, self._autoencoder.sample
-        shape = self._autoencoder.shape(job.size)
+        request, table, picture, autoencoder = job.request, job.table, job.picture, self._autoencoder
+        if picture is None or picture.mask is None:
+            return Fed()
+        shape = autoencoder.shape(job.size)
+        mask = latent_mask(picture.mask, *shape[1:])
         alpha, sigma = table.alpha_sigma[0].astype(np.float32)
         whole = request.denoising_start is None and request.strength in (None, 1.0)
-        encoded, masked, mask = self._encoded(job, whole)
+        encoded = masked = None
+        if picture.pixels is not None:
+            if not (self._seen and whole):  # a model that sees the image around the mask starts from noise alone
+                encoded = autoencoder.encode(picture.pixels, tiled=request.tiled)
+            masked = autoencoder.encode(picture.pixels * (picture.mask < 0.5), tiled=request.tiled)
 
         def start(i: int, generator: Generator) -> Start:
-            image = latents_of(request, i) if request.starts_from_latents else None
-            if encoded is not None:
-                image = sample(encoded, generator, inpaints=True)
+            image = None
+            if request.starts_from_latents:
+                image = np.asarray(request.image[i], np.float32)
+            elif encoded is not None:
+                image = autoencoder.sample(encoded, generator, inpaints=True)
             noise = generator.randn(1, *shape)[0]
             if request.denoising_start is not None and image is not None:
                 x = image
@@ -62,23 +69,9 @@ class Mask(Condition):
             else:
                 x = alpha * image + sigma * noise
             # diffusers draws from the masked image even where nothing reads it, and later noise depends on that
-            around = None if masked is None else sample(masked, generator, inpaints=True)
+            around = None if masked is None else autoencoder.sample(masked, generator, inpaints=True)
             if self._seen and around is not None:
                 return Start(x, channels=np.concatenate([mask, around]))
             return Start(x, kept=None if image is None else KeptRegion(mask, image, noise))
 
-        return start
-
-    def _encoded(self, job: Job, whole: bool) -> tuple[Array | None, Array | None, Array]:
-        """The image, the masked image, and the mask at the size of the latents, float32 (1, h, w).
-
-        A model that sees the masked image and starts from noise alone does not need the image itself.
-        """
-        if job.picture is None or job.picture.mask is None:
-            raise RequestError("a mask to inpaint is missing: give one")
-        pixels, mask, tiled = job.picture.pixels, job.picture.mask, job.request.tiled
-        small = latent_mask(mask, mask.shape[1] // self._downscale, mask.shape[2] // self._downscale)
-        if pixels is None:
-            return None, None, small
-        image = None if self._seen and whole else self._autoencoder.encode(pixels, tiled=tiled)
-        return image, self._autoencoder.encode(pixels * (mask < 0.5), tiled=tiled), small
+        return Fed(start=start)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...bundle import Role
-from ...common.arrays import Array
 from ..loop.noise import Generator
 from ..pictures.autoencoder import Autoencoder
 from ..request import Request
@@ -43,14 +42,12 @@ class Picture(Condition):
         def start(i: int, generator: Generator) -> Start:
             if request.image is None:
                 return Start(generator.randn(1, *shape)[0] * np.float32(job.table.init_scale))
-            image = latents_of(request, i) if encoded is None else self._autoencoder.sample(encoded, generator)
+            if encoded is None:
+                image = np.asarray(request.image[i], np.float32)
+            else:
+                image = self._autoencoder.sample(encoded, generator)
             if request.denoising_start is not None:
                 return Start(image)
             return Start(alpha * image + sigma * generator.randn(1, *shape)[0])
 
         return start
-
-
-def latents_of(request: Request, i: int) -> Array:
-    """The latents that image i of a request starts from, float32 (C, h, w)."""
-    return np.asarray(request.image[i], np.float32)

@@ -163,14 +163,12 @@ def _variants(window: _Tokens) -> list[tuple[float, _Tokens]]:
 
 def _weighted(variants: Sequence[tuple[float, _Tokens]], states: dict[_Ids, Array], empty: Array) -> Array:
     """One window's hidden states: the mean of its variants, each scaled by token."""
-    counts = [count for count, _ in variants]
-    return _sum([_scaled_tokens(tokens, states[_ids(tokens)], empty) for _, tokens in variants], counts) / sum(counts)
-
-
-def _scaled_tokens(window: _Tokens, states: Array, empty: Array) -> Array:
-    weights = np.ones((len(states), 1), states.dtype)
-    weights[1 : 1 + len(window), 0] = [token.weight for token in window]
-    return _scaled(states, weights, empty)
+    counts, scaled = [count for count, _ in variants], []
+    for _, tokens in variants:
+        weights = np.ones((len(empty), 1), empty.dtype)
+        weights[1 : 1 + len(tokens), 0] = [token.weight for token in tokens]
+        scaled.append(_scaled(states[_ids(tokens)], weights, empty))
+    return _sum(scaled, counts) / sum(counts)
 
 
 def _scaled(states: Array, weights: Array | float, empty: Array) -> Array:
