@@ -35,22 +35,26 @@ _ESCAPED = re.compile(rf"\\([{_SPECIAL}]|(?:BREAK|AND)\b)")
 _UNIT = rf'(?:\\[{_SPECIAL}]|\\(?![{_SPECIAL}])|[^\s()",.+\-\\])'
 _BOUNDARY = r'(?=[\s()",.;:!?\]}]|\Z)'
 _POINT = r"(?<=[0-9])\.(?=[0-9])"
-_WEIGHTED_WORD = re.compile(rf"({_UNIT}(?:{_UNIT}|{_POINT}|[+-]+(?![+-])(?!{_BOUNDARY}))*)(\++|-+){_BOUNDARY}")
-_PLAIN = re.compile(rf"(?:{_UNIT}|{_POINT}|[+-])+|[\s,.]")
-_QUOTED = re.compile(rf'"((?:{_UNIT}|[\s(),.+-])*)"')
-_SIGNS = re.compile(r"\++|-+")
-_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
-_WEIGHTED_QUOTES = re.compile(rf"{_QUOTED.pattern}(?=(?:{_SIGNS.pattern}|{_NUMBER.pattern}){_BOUNDARY})")
+_QUOTED = rf'"((?:{_UNIT}|[\s(),.+-])*)"'
+_SIGNS = r"\++|-+"
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+_TOKEN = re.compile(
+    r"(?P<unsupported>\.(?:swap|attend|blend|and)\(|withLora\(|useLora\()"
+    rf"|(?P<open>\()|(?P<close>\)(?P<weight>{_SIGNS}|{_NUMBER})?)"
+    rf"|(?P<quoted>{_QUOTED}(?=(?:{_SIGNS}|{_NUMBER}){_BOUNDARY})(?P<factor>{_SIGNS}|{_NUMBER}))"
+    rf"|(?P<weighted>(?P<word>{_UNIT}(?:{_UNIT}|{_POINT}|[+-]+(?![+-])(?!{_BOUNDARY}))*)(?P<signs>{_SIGNS}){_BOUNDARY})"
+    rf"|(?P<plain>(?:{_UNIT}|{_POINT}|[+-])+|.)|(?P<end>\Z)",
+    re.DOTALL,
+)
 _AFTER_WEIGHT = re.compile(r"[\w+-]|\.[0-9]")
 _COLON_WEIGHT = re.compile(r"(?<!\\):\s*[+-]?(?:[0-9]+|([0-9]*\.[0-9]+))\s*\Z")
 _COLON_REACH = 24
 """How many characters before ")" are searched for a weight like ":1.3"."""
 _COMBINATION = re.compile(
-    rf"\s*\((?P<parts>\s*{_QUOTED.pattern}\s*(?:,\s*{_QUOTED.pattern}\s*)*)\)"
+    rf"\s*\((?P<parts>\s*{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*)\)"
     r"\s*\.(?P<operator>blend|and)\s*\((?P<arguments>[^()]*)(?P<close>\)?)"
 )
-_ARGUMENT = re.compile(rf"[+-]?(?:{_NUMBER.pattern})\Z")
-_UNSUPPORTED = re.compile(r"\.(swap|attend|blend|and)\(|(withLora|useLora)\(")
+_ARGUMENT = re.compile(rf"[+-]?(?:{_NUMBER})\Z")
 _FOREIGN = re.compile(r"\\.|(\[|<(?i:lora|lyco|hypernet):|\b(?:BREAK|AND)\b)", re.DOTALL)
 """What stable-diffusion-webui reads as syntax, and a backslash with what it makes literal."""
 _OURS = {
@@ -110,7 +114,7 @@ def _combination(text: str, match: re.Match[str]) -> Prompt:
         raise _refusal(text, begin, f"is not closed: end {name} with )")
     if text[match.end() :].strip():
         raise _refusal(text, match.end(), f"follows {name}, which must be the whole prompt")
-    parts = tuple(_fragments(text, *part.span(1)) for part in _QUOTED.finditer(text, *match.span("parts")))
+    parts = tuple(_fragments(text, *part.span(1)) for part in re.compile(_QUOTED).finditer(text, *match.span("parts")))
     arguments = [argument.strip() for argument in match["arguments"].split(",")]
     joined = name == ".and()"
     is_sum = not joined and arguments[-1] == "no_normalize"
@@ -146,70 +150,57 @@ def _fragments(text: str, start: int, end: int) -> Fragments:
 
 def _spans(text: str, start: int, end: int) -> list[Fragment]:
     """The fragments of text[start:end], one for each change of syntax, times the weights of their groups."""
-    groups: list[list[Fragment]] = [[]]
-    opened: list[int] = []
+    groups: list[tuple[int, list[Fragment]]] = [(-2, [])]  # where each open one begins, and its fragments
     bare: dict[tuple[int, int], int] = {}  # by where a group begins and ends: how deep it is nested without a weight
     plain = start  # where the text that is not yet in a fragment began
-    at = start
-
-    def flush() -> None:
+    for token in _TOKEN.finditer(text, start, end):
+        kind, at, inner = token.lastgroup, token.start(), []
+        if kind == "plain":
+            continue
         if words := text[plain:at].strip(_SPACE):
-            groups[-1].append(Fragment(_ESCAPED.sub(r"\1", words), 1.0))
-
-    def add(group: list[Fragment], closed: int) -> None:
-        nonlocal at, plain
-        weight, at = _weight(text, closed, end)
-        plain = at
-        groups[-1].extend(Fragment(fragment.text, fragment.weight * weight) for fragment in group)
-
-    while at < end:
-        if unsupported := _UNSUPPORTED.match(text, at, end):
-            raise _refusal(text, at, _why_unsupported(unsupported[1] or unsupported[2]))
-        if text[at] == "(":
-            if len(opened) == _DEEPEST:
+            groups[-1][1].append(Fragment(_unescaped(words), 1.0))
+        plain, weight = token.end(), 1.0
+        if kind == "unsupported":
+            raise _refusal(text, at, _why_unsupported(token[0].strip(".(")))
+        if kind == "open":
+            if len(groups) > _DEEPEST:
                 raise _refusal(text, at, f"is more than {_DEEPEST} parentheses deep: leave some out")
-            flush()
-            groups.append([])
-            opened.append(at)
-            at = plain = at + 1
-        elif text[at] == ")":
-            if not opened:
+            groups.append((at, []))
+        elif kind == "close":
+            if len(groups) == 1:
                 raise _refusal(text, at, r"closes a parenthesis that was never opened: write \) for a literal one")
-            flush()
-            begin, close = opened.pop(), at
-            add(groups.pop(), close + 1)
-            weighted = at > close + 1
-            _refuse_colon_weight(text, begin, close, weighted)
-            around = 0 if weighted else 1 + bare.get((begin + 1, close - 1), 0)
-            if around > 1 and not (opened[-1:] == [begin - 1] and text[at : at + 1] == ")"):
+            begin, inner = groups.pop()
+            weight = _weight(text, token, "weight")
+            _refuse_colon_weight(text, begin, at, weighted=bool(token["weight"]))
+            around = 0 if token["weight"] else 1 + bare.get((begin + 1, at - 1), 0)
+            if around > 1 and not (groups[-1][0] == begin - 1 and text[plain : plain + 1] == ")"):
                 raise _refusal(text, begin, _OURS["(("])
-            bare[begin, close] = around
-        elif quoted := _WEIGHTED_QUOTES.match(text, at, end):
-            flush()
-            add(_spans(text, *quoted.span(1)), quoted.end())
-        elif word := _WEIGHTED_WORD.match(text, at, end):
-            flush()
-            groups[-1].append(Fragment(_ESCAPED.sub(r"\1", word[1]), _of_signs(word[2])))
-            at = plain = word.end()
-        else:
-            match = _PLAIN.match(text, at, end)
-            at = match.end() if match else at + 1
-    if opened:
-        raise _refusal(text, opened[-1], r"opens a parenthesis that is never closed: write \( for a literal one")
-    flush()
-    return groups[0]
+            bare[begin, at] = around
+        elif kind == "quoted":
+            inner = _spans(text, at + 1, token.start("factor") - 1)
+            weight = _weight(text, token, "factor")
+        elif kind == "weighted":
+            inner, weight = [Fragment(_unescaped(token["word"]), 1.0)], _of_signs(token["signs"])
+        groups[-1][1].extend(Fragment(fragment.text, fragment.weight * weight) for fragment in inner)
+    if len(groups) > 1:
+        raise _refusal(text, groups[-1][0], r"opens a parenthesis that is never closed: write \( for a literal one")
+    return groups[0][1]
 
 
-def _weight(text: str, at: int, end: int) -> tuple[float, int]:
-    """The weight written at `at`, 1 if there is none, and where the text goes on."""
-    signs, number = _SIGNS.match(text, at, end), _NUMBER.match(text, at, end)
-    match = signs or number
-    if match is None:
-        return 1.0, at
-    after = _AFTER_WEIGHT.match(text, match.end(), end)
-    if after and not (signs and after[0].isalpha()):
-        raise _refusal(text, at, "is an unclear weight: write a number like 1.3, or + or - signs, then a space")
-    return (_of_signs(match[0]) if signs else float(match[0])), match.end()
+def _unescaped(text: str) -> str:
+    return _ESCAPED.sub(r"\1", text)
+
+
+def _weight(text: str, token: re.Match[str], group: str) -> float:
+    """The weight that a group of the token holds, 1 if there is none."""
+    weight = token[group]
+    if not weight:
+        return 1.0
+    after = _AFTER_WEIGHT.match(text, token.end(), token.endpos)
+    if after and not (weight[0] in "+-" and after[0].isalpha()):
+        remedy = "write a number like 1.3, or + or - signs, then a space"
+        raise _refusal(text, token.start(group), f"is an unclear weight: {remedy}")
+    return _of_signs(weight) if weight[0] in "+-" else float(weight)
 
 
 def _of_signs(signs: str) -> float:
