@@ -154,12 +154,14 @@ def _spans(text: str, start: int, end: int) -> list[Fragment]:
     bare: dict[tuple[int, int], int] = {}  # by where a group begins and ends: how deep it is nested without a weight
     plain = start  # where the text that is not yet in a fragment began
     for token in _TOKEN.finditer(text, start, end):
-        kind, at, inner = token.lastgroup, token.start(), []
+        kind, at = token.lastgroup, token.start()
         if kind == "plain":
             continue
         if words := text[plain:at].strip(_SPACE):
             groups[-1][1].append(Fragment(_unescaped(words), 1.0))
-        plain, weight = token.end(), 1.0
+        plain = token.end()
+        inner: list[Fragment] = []
+        weight = 1.0
         if kind == "unsupported":
             raise _refusal(text, at, _why_unsupported(token[0].strip(".(")))
         if kind == "open":
