@@ -19,7 +19,6 @@ from ..engines import Engine
 from .conditioning import Conditioning
 from .conditions.condition import Condition, Job, is_default, refuse_unheeded
 from .conditions.guidance import GuidanceCondition
-from .conditions.mask import Mask
 from .conditions.picture import Picture
 from .conditions.sizes import Sizes
 from .conditions.text import Text
@@ -43,8 +42,8 @@ class Jobs:
         manifest = bundle.manifest
         self._bundle, self._schedules = bundle, Schedules(bundle)
         self.text, self._sizes, self._guidance = Text(bundle, engine), Sizes(manifest), GuidanceCondition(manifest)
-        starts = (Picture(autoencoder), Mask(manifest, autoencoder))
-        self.conditions: tuple[Condition, ...] = (self.text, self._sizes, self._guidance, *starts)
+        picture = Picture(manifest, autoencoder)
+        self.conditions: tuple[Condition, ...] = (self.text, self._sizes, self._guidance, picture)
 
     def make(self, request: Request) -> Job:
         """Hold `request` against the bundle, before anything is loaded. Raises `RequestError` for what it cannot do."""

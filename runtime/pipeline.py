@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -219,10 +218,10 @@ class Pipeline:
         """What the conditions give each job."""
         fed = [Fed() for _ in jobs]
         loaded = {"text", *(role for job in jobs for role in TASKS[job.request.task])}
-        for role, conditions in itertools.groupby(self._jobs.conditions, key=lambda condition: condition.loads):
+        for condition in self._jobs.conditions:
+            role = condition.loads
             with _timed(seconds, role) if role in loaded else nullcontext():
-                for condition in conditions:
-                    fed = [before | more for before, more in zip(fed, condition.feed(jobs), strict=True)]
+                fed = [before | more for before, more in zip(fed, condition.feed(jobs), strict=True)]
             if low_memory and role is not None:
                 for name in self.bundle.manifest.with_role(role):
                     self.release(name)

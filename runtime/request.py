@@ -66,7 +66,7 @@ class Request:
     clip_skip: layers of the text encoder to skip. weights: the prompt holds weights, see `prompt_syntax`. windows:
     a prompt that is too long takes several windows of the text encoder. prompt_embeds and the like: embeddings in
     place of the text, float32 (tokens, width), and pooled (width,).
-    conditioning, negative_conditioning: what SDXL is told of sizes; the negative is the same by default.
+    conditioning, negative_conditioning: what SDXL is given of sizes; the negative is the same by default.
     guidance_scale, num_inference_steps and mask_image, as diffusers calls them, stand for guidance, steps and mask.
     output: `image`, or `latent` to leave out the decoder. decoder: `full`, or `tiny` where the bundle has it. tiled:
     work through large images in tiles, in the memory that one takes.

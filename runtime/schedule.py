@@ -58,7 +58,7 @@ class Schedules:
 
     @property
     def train_steps(self) -> int:
-        """The timesteps that the model was trained with. Raises `BundleError` when the configuration tells none."""
+        """The timesteps that the model was trained with. Raises `BundleError` when the configuration has none."""
         try:
             return train_steps(Config({name: self.config[name] for name in self.config if name == _TRAIN_STEPS}))
         except RequestError as error:

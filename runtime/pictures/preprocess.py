@@ -52,8 +52,11 @@ def open_originals(request: Request) -> tuple[Image.Image | None, Image.Image | 
         return None, None
     image = None if request.starts_from_latents else open_image(request.image)
     mask = None if request.mask is None else open_image(request.mask, "mask")
-    if image is not None and mask is not None:
-        check_same_size(image, mask)
+    if image is not None and mask is not None and image.size != mask.size:
+        raise RequestError(
+            f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height}: "
+            f"draw the mask over the image, or resize it to {image.width}x{image.height}"
+        )
     return image, mask
 
 
@@ -141,15 +144,6 @@ def _from_array(array: Array, name: str) -> Image.Image:
     elif array.dtype != np.uint8:
         raise RequestError(f"the array of the {name} must be uint8, bool or float, found {array.dtype}")
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
-
-
-def check_same_size(image: Image.Image, mask: Image.Image) -> None:
-    """Raises `RequestError` when the mask is not of the image's size."""
-    if image.size != mask.size:
-        raise RequestError(
-            f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height}: "
-            f"draw the mask over the image, or resize it to {image.width}x{image.height}"
-        )
 
 
 def image_pixels(

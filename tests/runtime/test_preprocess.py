@@ -19,14 +19,15 @@ from PIL import Image
 
 from diffoundry.common.errors import RequestError
 from diffoundry.runtime.pictures.preprocess import (
-    check_same_size,
     crop_region,
     image_pixels,
     latent_mask,
     mask_pixels,
     open_image,
+    open_originals,
     overlay,
 )
+from diffoundry.runtime.request import Request
 
 RESIZE_MODES = ("default", "fill", "crop")
 IMAGES = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=True)
@@ -149,9 +150,10 @@ def test_overlay(mode, crop):
 
 
 def test_a_mask_of_another_size():
-    check_same_size(Image.new("RGB", (20, 10)), Image.new("L", (20, 10)))
+    image = Image.new("RGB", (20, 10))
+    assert open_originals(Request(image=image, mask=Image.new("L", (20, 10))))[1].size == (20, 10)
     with pytest.raises(RequestError, match=r"mask is 10x20 and the image 20x10.*resize it to 20x10"):
-        check_same_size(Image.new("RGB", (20, 10)), Image.new("L", (10, 20)))
+        open_originals(Request(image=image, mask=Image.new("L", (10, 20))))
 
 
 def same_as_load_image(value: str | Image.Image) -> Image.Image:
