@@ -206,10 +206,8 @@ class Pipeline:
         latents = yield from self._loop_over(samples, min(batch, self._most_images(jobs)), at_once, seconds)
         if low_memory:
             self.release(self._denoiser)
-        results, at = [], 0
-        for job, given in zip(jobs, fed, strict=True):
-            own = latents[at : at + job.request.count]
-            at += job.request.count
+        results, ends = [], np.cumsum([job.request.count for job in jobs])
+        for job, given, own in zip(jobs, fed, np.split(latents, ends[:-1]), strict=True):
             images = [] if job.request.output == "latent" else self._images(job, own, seconds)
             results.append(Result(images, job.seeds, job.record, dict(given.truncated), seconds, own))
         return results

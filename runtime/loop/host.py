@@ -26,7 +26,7 @@ class HostStepper:
     ) -> None:
         """workers: threads of the pool."""
         self._denoiser, self._ports = denoiser, ports or Ports()
-        self._pool, self._at_once = pool, 1 if pool is None else workers + 1
+        self._pool, self._at_once = pool, workers + 1
         self._rows: list[Row] = []
         self._calls: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Call]] = {}
 
