@@ -196,7 +196,7 @@ def run_command(
     The PNG records how it was made, in its text chunk `diffoundry`.
     """
     from .. import __version__
-    from ..runtime.jobs import check_decoder
+    from ..runtime.pictures.autoencoder import check_decoder
     from ..runtime.pictures.images import output_paths, save_png
     from ..runtime.pipeline import load
     from ..runtime.refine import generate_refined

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..common.arrays import Array
-from ..common.checks import is_number
+from ..common.checks import is_number, is_whole
 from ..common.errors import RequestError
 
 _NEGATIVE_SCORE = 2.5
@@ -22,7 +21,7 @@ class Conditioning:
 
     original_size: of the picture before it was scaled (default: the size asked for). crop: its upper left corner
     (default: 0, 0). target_size: of the picture (default: the size asked for). aesthetic_score: what the refiner is
-    told in its place (default: 6, and 2.5 for the negative).
+    given in its place (default: 6, and 2.5 for the negative).
     """
 
     original_size: tuple[int, int] | None = None
@@ -42,14 +41,14 @@ class Conditioning:
             object.__setattr__(self, "aesthetic_score", float(score))
 
     def time_ids(self, height: int, width: int, *, scored: bool) -> Array:
-        """The numbers that the U-Net is told of a picture of this size, float32 (6,), or (5,) where it is scored."""
+        """The numbers that the U-Net is given of a picture of this size, float32 (6,), or (5,) where it is scored."""
         size = (height, width)
         score = 6.0 if self.aesthetic_score is None else self.aesthetic_score
         last = (score,) if scored else self.target_size or size
         return np.array([*(self.original_size or size), *(self.crop or (0, 0)), *last], np.float32)
 
     def negative(self, given: Conditioning | None, *, scored: bool, from_image: bool) -> Conditioning:
-        """What the negative prompt's rows are told, where `given` was asked for them.
+        """What the negative prompt's rows are given, where `given` was asked for them.
 
         As diffusers: the sizes are those of the prompt where none are given. A score goes without the prompt's crop; a
         model without scores that starts from an image takes the prompt's crop, whatever is given.
@@ -66,12 +65,7 @@ class Conditioning:
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
-    pair: tuple[int, ...] = ()
-    if isinstance(value, (tuple, list)) and not any(isinstance(part, bool) for part in value):
-        try:
-            pair = tuple(operator.index(part) for part in value)
-        except TypeError:
-            pair = ()
-    if len(pair) != 2 or not all(0 <= part <= _LARGEST_SIZE for part in pair):
+    whole = isinstance(value, (tuple, list)) and all(is_whole(part) and 0 <= part <= _LARGEST_SIZE for part in value)
+    if not whole or len(value) != 2:
         raise RequestError(f"{name} must be two whole numbers, height or top first, found {value!r}")
-    return pair[0], pair[1]
+    return int(value[0]), int(value[1])

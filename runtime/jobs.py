@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from PIL import Image
 from ..bundle import Bundle
 from ..common.checks import LARGEST_SIDE
 from ..common.errors import RequestError
+from ..engines import Engine
 from .conditioning import Conditioning
-from .conditions import Conditions
-from .conditions.condition import is_default, refuse_unheeded
-from .job import Job
-from .pictures.autoencoder import decoder_of
-from .pictures.picture import bring_to_size, open_originals
+from .conditions.condition import Condition, Job, is_default, refuse_unheeded
+from .conditions.guidance import GuidanceCondition
+from .conditions.picture import Picture
+from .conditions.sizes import Sizes
+from .conditions.text import Text
+from .pictures.autoencoder import Autoencoder, check_decoder
+from .pictures.preprocess import bring_to_size, open_originals
 from .request import Request
 from .schedule import Schedules
 
@@ -28,18 +32,26 @@ _RECORDED = ("prompt", "negative_prompt", "seed", "count", "timesteps", "sigmas"
 
 
 class Jobs:
-    """Makes jobs of requests for one bundle."""
+    """Makes jobs of requests for one bundle. conditions: those that feed them, in the order in which they are fed."""
 
-    def __init__(self, bundle: Bundle, conditions: Conditions) -> None:
-        """Raises `BundleError` when the scheduler's configuration cannot be read or was changed."""
-        self._bundle, self._conditions = bundle, conditions
-        self._schedules = Schedules(bundle)
+    def __init__(self, bundle: Bundle, engine: Callable[[str], Engine], autoencoder: Autoencoder) -> None:
+        """engine: loads a component by its name.
+
+        Raises `BundleError` when the scheduler's configuration cannot be read or was changed.
+        """
+        manifest = bundle.manifest
+        self._bundle, self._schedules = bundle, Schedules(bundle)
+        self.text, self._sizes, self._guidance = Text(bundle, engine), Sizes(manifest), GuidanceCondition(manifest)
+        picture = Picture(manifest, autoencoder)
+        self.conditions: tuple[Condition, ...] = (self.text, self._sizes, self._guidance, picture)
 
     def make(self, request: Request) -> Job:
         """Hold `request` against the bundle, before anything is loaded. Raises `RequestError` for what it cannot do."""
-        guidance = request.guidance.or_default(self._bundle.manifest.default_guidance)
-        guided = guidance.active and not self._conditions.guidance.given
-        refuse_unheeded(request, self._conditions.all, guided=guided, given=self._conditions.guidance.given)
+        guidance = request.guidance
+        if guidance.scale is None:
+            guidance = replace(guidance, scale=self._bundle.manifest.default_guidance)
+        given = self._guidance.given
+        refuse_unheeded(request, self.conditions, guided=guidance.active and not given, given=given)
         self._check_task(request)
         check_decoder(self._bundle, request.decoder)
         image, mask = open_originals(request)
@@ -60,17 +72,20 @@ class Jobs:
             "seed": first,
             **({} if request.starts_from_latents else {"width": size[0], "height": size[1]}),
         }
-        given = self._conditions.guidance.given
         return Job(
             request,
             table,
             replace(guidance, mode="off") if given else guidance,
-            guidance.scale if given else None,
             None if request.image is None else bring_to_size(request, image, mask, size),
             [first + i for i in range(request.count)],
             size,
             record,
         )
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Raise `RequestError` for what cannot be fed to these jobs in one batch. Nothing is loaded."""
+        for condition in self.conditions:
+            condition.check(jobs)
 
     def _check_task(self, request: Request) -> None:
         root, known = self._bundle.root, self._bundle.manifest.tasks
@@ -78,7 +93,7 @@ class Jobs:
             return
         if known == ("inpaint",):
             raise RequestError(f"{root} is an inpainting model: give an image and a mask")
-        if request.task == "txt2img" and self._conditions.sizes.scored:
+        if request.task == "txt2img" and self._sizes.scored:
             raise RequestError(f"{root} refines images: give one, or the latents of the model that it refines")
         raise RequestError(
             f"{root} does not hold the task {request.task}, only {', '.join(known)}: "
@@ -109,15 +124,6 @@ class Jobs:
                     f"{name} must be a multiple of {unit} from {unit} to {LARGEST_SIDE}, found {value}: try {near}"
                 )
         return width, height
-
-
-def check_decoder(bundle: Bundle, decoder: str) -> None:
-    """Raise `RequestError` when the bundle lacks this decoder."""
-    if not decoder_of(bundle.manifest, decoder):
-        raise RequestError(
-            f"{bundle.root} has no {decoder} decoder: compile the checkpoint again with "
-            "--component vae_tiny=FOLDER, the folder of an AutoencoderTiny"
-        )
 
 
 def _record(request: Request) -> dict[str, Any]:

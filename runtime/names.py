@@ -57,16 +57,3 @@ def ours(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
             instead = f"did you mean {near[0]!r}?" if near else "help(diffoundry.Request) lists all"
         raise RequestError(f"unknown option {name!r}: {instead}")
     return named
-
-
-def check_text(name: str, text: Any) -> None:
-    """Raise `RequestError` for a prompt that is no text; for a list, with the way to run several."""
-    if isinstance(text, (list, tuple)):
-        if len(text) == 1:
-            raise RequestError(f"{name} must be one text, found a list of 1: give the text that is in it")
-        raise RequestError(
-            f"{name} must be one text, found a list of {len(text)}: run several in one batch with "
-            "pipe.generate_many([diffoundry.Request('a ring', seed=1), diffoundry.Request('a star', seed=2)])"
-        )
-    if not isinstance(text, str):
-        raise RequestError(f"{name} must be a string of text, found {type(text).__name__}")

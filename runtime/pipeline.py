@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,15 +16,13 @@ from ..bundle import Bundle
 from ..bundle.wiring import TASKS
 from ..common.arrays import Array
 from ..common.checks import MOST_IMAGES, MOST_THREADS, whole_number
-from ..common.errors import BundleError, EngineError, RequestError
+from ..common.errors import BundleError, EngineError, RequestError, StoppedError
 from ..engines import Engine
 from ..engines.loader import EngineLoader
 from ..engines.runnable import check_runnable
 from ..families import open_bundle
-from .conditions import Conditions, Fed
-from .conditions.condition import merged
-from .job import Job
-from .jobs import Jobs, check_decoder
+from .conditions.condition import Fed, Job
+from .jobs import Jobs
 from .loaded import LoadedEngines
 from .loop.batch import Batch
 from .loop.device import HOST_ONLY, DeviceStepper
@@ -34,7 +31,7 @@ from .loop.host import HostStepper
 from .loop.noise import GENERATORS
 from .loop.sample import Sample
 from .names import ours
-from .pictures.autoencoder import DECODERS, Autoencoder
+from .pictures.autoencoder import DECODERS, Autoencoder, check_decoder
 from .pictures.images import to_image
 from .request import Request
 from .run import Callback, Progress, Result, Run
@@ -45,7 +42,6 @@ _GUIDANCE = {
     "guidance_interval": "interval",
     "guidance_rescale": "rescale",
 }
-_LOOPS = ("host", "device")
 _RUN = ("batch", "low_memory", "callback")
 _OPTIONS = tuple(item.name for item in fields(Request) if item.name != "prompt")
 
@@ -81,8 +77,8 @@ class Pipeline:
         check_runnable(bundle)
         if threads is not None:
             threads = whole_number("threads", threads, 1, MOST_THREADS)
-        if loop not in (None, *_LOOPS):
-            raise RequestError(f"unknown loop {loop!r}: choose one of {', '.join(_LOOPS)}")
+        if loop not in (None, "host", "device"):
+            raise RequestError(f"unknown loop {loop!r}: choose one of host, device")
         self.bundle = bundle
         self._loader = EngineLoader(bundle, engine, precision, weight_budget)
         self._denoiser, steps = bundle.manifest.named("denoiser"), bool(bundle.manifest.with_role("step"))
@@ -92,8 +88,7 @@ class Pipeline:
         self._loop = loop or ("device" if steps and not self._loader.engine.on_cpu else "host")
         self._engines = LoadedEngines(bundle, self._loader, threads or default_threads(), engines or {})
         self._autoencoder = Autoencoder(bundle, self.engine)
-        self._conditions = Conditions(bundle, self.engine, self._autoencoder)
-        self._jobs = Jobs(bundle, self._conditions)
+        self._jobs = Jobs(bundle, self.engine, self._autoencoder)
 
     def engine(self, name: str) -> Engine:
         """The engine of component `name`, loaded on first use.
@@ -127,7 +122,7 @@ class Pipeline:
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""
         self._engines.check_process()
-        return self._conditions.text.embeddings(prompts)
+        return self._jobs.text.embeddings(prompts)
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
         """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale); one image at a time."""
@@ -141,7 +136,7 @@ class Pipeline:
     def check(self, request: Request) -> tuple[int, int]:
         """The width and height that `request` makes. Raises `RequestError` for what the bundle cannot do."""
         job = self._jobs.make(request)
-        self._conditions.check([job])
+        self._jobs.check([job])
         return job.size
 
     def generate(
@@ -168,11 +163,11 @@ class Pipeline:
         jobs, most = self._check(requests, batch)
         if callback is not None and not callable(callback):
             raise RequestError(f"callback must be callable, found {type(callback).__name__}")
-        at_once = None if callback is None else 1
-        with closing(Run(self._run(jobs, most, low_memory, at_once))) as run:
+        with closing(Run(self._run(jobs, most, low_memory, at_once=None if callback is None else 1))) as run:
             for progress in run:
-                if callback is not None:
-                    progress.report(callback)
+                answer = None if callback is None else callback(progress.step, progress.total, progress.latents)
+                if isinstance(answer, (bool, np.bool_)) and not answer:
+                    raise StoppedError(f"stopped by the callback after step {progress.step} of {progress.total}")
         return run.results
 
     def steps(self, request: Request, *, batch: int | None = None, low_memory: bool = False) -> Run:
@@ -196,7 +191,7 @@ class Pipeline:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
         if self._loop_asked == "device" and any(job.request.mask is not None or job.guidance.split for job in jobs):
             raise RequestError(HOST_ONLY)
-        self._conditions.check(jobs)
+        self._jobs.check(jobs)
         return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
 
     def _run(
@@ -211,27 +206,24 @@ class Pipeline:
         latents = yield from self._loop_over(samples, min(batch, self._most_images(jobs)), at_once, seconds)
         if low_memory:
             self.release(self._denoiser)
-        results, at = [], 0
-        for job, given in zip(jobs, fed, strict=True):
-            own = latents[at : at + job.request.count]
-            at += job.request.count
-            images = self._finish(job, own, seconds)
+        results, ends = [], np.cumsum([job.request.count for job in jobs])
+        for job, given, own in zip(jobs, fed, np.split(latents, ends[:-1]), strict=True):
+            images = [] if job.request.output == "latent" else self._images(job, own, seconds)
             results.append(Result(images, job.seeds, job.record, dict(given.truncated), seconds, own))
         return results
 
     def _feed(self, jobs: Sequence[Job], low_memory: bool, seconds: dict[str, float]) -> list[Fed]:
         """What the conditions give each job."""
-        parts: list[list[Fed]] = [[] for _ in jobs]
+        fed = [Fed() for _ in jobs]
         loaded = {"text", *(role for job in jobs for role in TASKS[job.request.task])}
-        for role, conditions in itertools.groupby(self._conditions.all, key=lambda condition: condition.loads):
+        for condition in self._jobs.conditions:
+            role = condition.loads
             with _timed(seconds, role) if role in loaded else nullcontext():
-                for condition in conditions:
-                    for gathered, made in zip(parts, condition.feed(jobs), strict=True):
-                        gathered.append(made)
+                fed = [before | more for before, more in zip(fed, condition.feed(jobs), strict=True)]
             if low_memory and role is not None:
                 for name in self.bundle.manifest.with_role(role):
                     self.release(name)
-        return [merged(each) for each in parts]
+        return fed
 
     def _loop_over(
         self, samples: Sequence[Sample], most: int, at_once: int | None, seconds: dict[str, float]
@@ -266,12 +258,9 @@ class Pipeline:
         joint = any(job.guidance.active and job.guidance.mode == "joint" for job in jobs)
         return MOST_IMAGES if rows is None else max(1, rows // (2 if joint else 1))
 
-    def _finish(self, job: Job, latents: Array, seconds: dict[str, float]) -> list[Image.Image]:
-        request = job.request
-        if request.output == "latent":
-            return []
-        with _timed(seconds, DECODERS[request.decoder]):
-            pixels = self._autoencoder.decode(latents, request.decoder, tiled=request.tiled)
+    def _images(self, job: Job, latents: Array, seconds: dict[str, float]) -> list[Image.Image]:
+        with _timed(seconds, DECODERS[job.request.decoder]):
+            pixels = self._autoencoder.decode(latents, job.request.decoder, tiled=job.request.tiled)
             images = [to_image(sample) for sample in pixels]
         return images if job.picture is None else [job.picture.finish(image) for image in images]
 
@@ -284,15 +273,12 @@ class Pipeline:
         )
         if fed.start is None:
             raise RequestError(f"{self.bundle.root} cannot start the task {job.request.task}: compile it again")
-        samples = []
-        for i, seed in enumerate(job.seeds):
-            generator = GENERATORS[job.request.rng](seed)
-            own = fed.start(i, generator)
-            others = negative if job.guidance.active else None
-            samples.append(
-                Sample(job.table, job.guidance, generator, prompt, others, own.latents, own.kept, own.channels)
-            )
-        return samples
+        generators = [GENERATORS[job.request.rng](seed) for seed in job.seeds]
+        others = negative if job.guidance.active else None
+        return [
+            Sample(job.table, job.guidance, generator, prompt, others, *fed.start(i, generator))
+            for i, generator in enumerate(generators)
+        ]
 
     def __call__(self, prompt: str = "", **options: Any) -> Result:
         """`generate` with plain keywords.
@@ -303,12 +289,10 @@ class Pipeline:
         options = ours(options, (*_OPTIONS, *_GUIDANCE, *_RUN))
         run = {key: options.pop(key) for key in _RUN if key in options}
         guidance = {field_name: options.pop(key) for key, field_name in _GUIDANCE.items() if key in options}
-        if isinstance(guidance.get("scale"), Guidance):
-            if len(guidance) > 1:
-                raise RequestError("give the guidance as one Guidance, or as numbers")
-            options["guidance"] = guidance.pop("scale")
-        else:
-            options["guidance"] = Guidance(**guidance)
+        whole = guidance.get("scale")
+        if isinstance(whole, Guidance) and len(guidance) > 1:
+            raise RequestError("give the guidance as one Guidance, or as numbers")
+        options["guidance"] = whole if isinstance(whole, Guidance) else Guidance(**guidance)
         return self.generate(Request(prompt, **options), **run)
 
 
@@ -333,14 +317,9 @@ def load(
     )
 
 
-class _timed:
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Adds the seconds of its block to `seconds[name]`."""
-
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self._seconds, self._name = seconds, name
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

@@ -64,7 +64,7 @@ def generate_refined(
         name: begun.seconds.get(name, 0.0) + refined.seconds.get(name, 0.0)
         for name in {**begun.seconds, **refined.seconds}
     }
-    told = {**begun.request, "output": request.output, "refined_from": part}
-    told.pop("denoising_end")
-    record = {**told, "refiner": dict(refiner.bundle.manifest.source)}
+    source = dict(refiner.bundle.manifest.source)
+    record = {**begun.request, "output": request.output, "refined_from": part, "refiner": source}
+    del record["denoising_end"]
     return replace(refined, request=record, truncated=begun.truncated | refined.truncated, seconds=seconds)

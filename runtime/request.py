@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -18,35 +18,33 @@ from ..common.errors import RequestError
 from .conditioning import Conditioning
 from .loop.guidance import Guidance
 from .loop.noise import GENERATORS
-from .names import SAME, check_text, ours
+from .names import SAME, ours
 from .pictures.autoencoder import DECODERS
-from .pictures.preprocess import RESIZE_MODES
 from .text.prompt_syntax import parse
 
-OUTPUTS = ("image", "latent")
-EMBEDS = (
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-)
 _SMALLEST_SEED, _LARGEST_SEED = -(2**63), 2**64 - 1
 """The seeds that `torch.Generator().manual_seed` takes."""
-_MOST_STEPS = 1_000_000
-_MOST_SKIPPED = 1000
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_WHOLE = (
-    ("steps", 1, _MOST_STEPS),
-    ("count", 1, MOST_IMAGES),
-    ("seed", _SMALLEST_SEED, _LARGEST_SEED),
-    ("width", 1, LARGEST_SIDE),
-    ("height", 1, LARGEST_SIDE),
-    ("padding_mask_crop", 0, LARGEST_SIDE),
-    ("clip_skip", 0, _MOST_SKIPPED),
-)
 _TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
-_CHOICES = {"rng": tuple(GENERATORS), "output": OUTPUTS, "decoder": tuple(DECODERS), "resize": RESIZE_MODES}
-_FLAGS = ("tiled", "weights", "windows")
+_CHOICES = {
+    "rng": tuple(GENERATORS),
+    "output": ("image", "latent"),
+    "decoder": tuple(DECODERS),
+    "resize": ("default", "fill", "crop"),
+}
+_ONE_OF = (
+    (("timesteps",), "sigmas", "are two ways to say the same"),
+    (("strength",), "denoising_start", "both say where to start"),
+    (("prompt", "prompt_2"), "prompt_embeds", "say the same"),
+    (("negative_prompt", "negative_prompt_2"), "negative_prompt_embeds", "say the same"),
+)
+"""Fields, one that does not go with any of them, and why."""
+_TOGETHER = {
+    "negative_prompt_2": "negative_prompt",
+    "pooled_prompt_embeds": "prompt_embeds",
+    "negative_pooled_prompt_embeds": "negative_prompt_embeds",
+}
+"""Fields that go with another one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +66,7 @@ class Request:
     clip_skip: layers of the text encoder to skip. weights: the prompt holds weights, see `prompt_syntax`. windows:
     a prompt that is too long takes several windows of the text encoder. prompt_embeds and the like: embeddings in
     place of the text, float32 (tokens, width), and pooled (width,).
-    conditioning, negative_conditioning: what SDXL is told of sizes; the negative is the same by default.
+    conditioning, negative_conditioning: what SDXL is given of sizes; the negative is the same by default.
     guidance_scale, num_inference_steps and mask_image, as diffusers calls them, stand for guidance, steps and mask.
     output: `image`, or `latent` to leave out the decoder. decoder: `full`, or `tiny` where the bundle has it. tiled:
     work through large images in tiles, in the memory that one takes.
@@ -114,43 +112,24 @@ class Request:
     mask_image: InitVar[Any] = None
 
     def __post_init__(self, *_: Any) -> None:
-        for name, low, high in _WHOLE:
-            value = getattr(self, name)
-            if value is not None or name == "count":
-                self._set(name, whole_number(name, value, low, high))
-        for name in _TEXTS:
-            _check_text(name, getattr(self, name), optional=name != "prompt")
-            if self.weights is True:
-                parse(getattr(self, name) or "", name)
-        if not isinstance(self.guidance, Guidance):
-            self._set("guidance", Guidance(self.guidance))
-        self._set("scheduler_options", _plain(self.scheduler_options))
-        if self.scheduler is not None and not isinstance(self.scheduler, str):
-            raise RequestError(f"unknown scheduler {self.scheduler!r}: give the name of one")
-        for name in ("timesteps", "sigmas"):
-            self._set(name, _numbers(name, getattr(self, name)))
-        if self.timesteps is not None and self.sigmas is not None:
-            raise RequestError("timesteps and sigmas are two ways to say the same: give one of them")
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in known:
-                raise RequestError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} must be true or false, found {getattr(self, name)!r}")
-        for name in EMBEDS:
-            self._set(name, _embedding(name, getattr(self, name)))
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in _READ and (value is not None or item.default is not None):
+                self._set(item.name, _READ[item.name](item.name, value))
+        for name in _TEXTS if self.weights else ():
+            parse(getattr(self, name) or "", name)
+        for names, other, why in _ONE_OF:
+            if getattr(self, other) is not None and any(getattr(self, name) not in (None, "") for name in names):
+                raise RequestError(f"{names[0]} and {other} {why}: give one of them")
+        for name, other in _TOGETHER.items():
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                raise RequestError(f"{name} goes with {other}: give both")
         self._check_image()
-        self._check_embeddings()
         if self.seed is not None and self.seed + self.count - 1 > _LARGEST_SEED:
             raise RequestError(
                 f"image i has seed + i, and that of the last would be above {_LARGEST_SEED}: "
                 f"choose a smaller seed, {_LARGEST_SEED - self.count + 1} at most"
             )
-        for name in ("conditioning", "negative_conditioning"):
-            value = getattr(self, name)
-            if not isinstance(value, Conditioning) and (value is not None or name == "conditioning"):
-                raise RequestError(f"{name} must be a Conditioning, found {type(value).__name__}")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -168,23 +147,13 @@ class Request:
         return isinstance(self.image, np.ndarray) and self.image.ndim == 4
 
     def _check_image(self) -> None:
-        for name in ("strength", "denoising_start", "denoising_end"):
-            value = getattr(self, name)
-            if value is not None:
-                self._set(name, _fraction(name, value))
         if self.padding_mask_crop is not None and (self.output == "latent" or self.starts_from_latents):
             raise RequestError("padding_mask_crop lays a picture over a picture: it takes no latents and gives none")
         if self.padding_mask_crop is not None and self.resize != "default":
             raise RequestError("padding_mask_crop chooses how the image is resized: leave resize out")
-        if self.denoising_start is not None and self.strength is not None:
-            raise RequestError("strength and denoising_start both say where to start: give one of them")
-        if (
-            self.denoising_start is not None
-            and self.denoising_end is not None
-            and self.denoising_start >= self.denoising_end
-        ):
-            both = f"{self.denoising_start:g} and {self.denoising_end:g}"
-            raise RequestError(f"denoising_start must be below denoising_end, found {both}")
+        start, end = self.denoising_start, self.denoising_end
+        if start is not None and end is not None and start >= end:
+            raise RequestError(f"denoising_start must be below denoising_end, found {start:g} and {end:g}")
         if self.starts_from_latents:
             self._check_latents()
 
@@ -200,24 +169,12 @@ class Request:
         if self.count != len(self.image):
             raise RequestError(f"{len(self.image)} latents make as many images, not {self.count}: leave count out")
 
-    def _check_embeddings(self) -> None:
-        if self.prompt_embeds is not None and (self.prompt or self.prompt_2):
-            raise RequestError("prompt and prompt_embeds say the same: give one of them")
-        if self.negative_prompt_embeds is not None and (self.negative_prompt or self.negative_prompt_2):
-            raise RequestError("negative_prompt and negative_prompt_embeds say the same: give one of them")
-        if self.negative_prompt_2 is not None and self.negative_prompt is None:
-            raise RequestError("negative_prompt_2 goes with negative_prompt: give both")
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            pooled = f"negative_pooled_{name[9:]}" if name.startswith("negative") else f"pooled_{name}"
-            if getattr(self, pooled) is not None and getattr(self, name) is None:
-                raise RequestError(f"{pooled} goes with {name}: give both")
-
 
 _FIELDS = tuple(item.name for item in fields(Request))
 _set_fields = Request.__init__
 
 
-@functools.wraps(_set_fields)
+@wraps(_set_fields)
 def _by_any_name(self: Request, *values: Any, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None or name not in SAME}
     _set_fields(self, *values, **ours(given, _FIELDS))
@@ -226,30 +183,50 @@ def _by_any_name(self: Request, *values: Any, **options: Any) -> None:
 Request.__init__ = _by_any_name  # type: ignore[method-assign]
 
 
-def _fraction(name: str, value: Any) -> float:
-    """`value` as a float above 0 and at most 1 (below 1 for a denoising part). Raises `RequestError`."""
-    if name == "strength":
-        if not is_number(value) or not 0 < value <= 1:
-            raise RequestError(
-                f"strength must be above 0 and at most 1, found {value!r}: 0 would leave the image as it is"
-            )
-    elif not is_number(value) or not 0 < value < 1:
-        raise RequestError(f"{name} must be between 0 and 1, found {value!r}: leave it out to run the whole schedule")
-    return float(value)
-
-
-def _check_text(name: str, text: Any, optional: bool) -> None:
-    if text is None and optional:
-        return
-    check_text(name, text)
+def _text(name: str, text: Any) -> str:
+    """A prompt. Raises `RequestError` for what is no text; for a list, with the way to run several."""
+    if isinstance(text, (list, tuple)):
+        if len(text) == 1:
+            raise RequestError(f"{name} must be one text, found a list of 1: give the text that is in it")
+        raise RequestError(
+            f"{name} must be one text, found a list of {len(text)}: run several in one batch with "
+            "pipe.generate_many([diffoundry.Request('a ring', seed=1), diffoundry.Request('a star', seed=2)])"
+        )
+    if not isinstance(text, str):
+        raise RequestError(f"{name} must be a string of text, found {type(text).__name__}")
     if _SURROGATE.search(text):
         raise RequestError(f"{name} must be a string of text, found bytes that are not UTF-8")
+    return text
 
 
-def _embedding(name: str, value: Any) -> Array | None:
-    """A float32 copy of an embedding. Raises `RequestError`."""
-    if value is None:
-        return None
+def _kind(kind: type, refusal: str) -> Callable[[str, Any], Any]:
+    """A reader of values of this kind."""
+
+    def read(name: str, value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise RequestError(refusal.format(name=name, value=value, type=type(value).__name__))
+        return value
+
+    return read
+
+
+def _choice(name: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in _CHOICES[name]:
+        raise RequestError(f"unknown {name} {value!r}: choose one of {', '.join(_CHOICES[name])}")
+    return value
+
+
+def _fraction(name: str, value: Any) -> float:
+    """`value` as a float above 0 and at most 1 (below 1 for a denoising part)."""
+    if is_number(value) and (0 < value < 1 or (value == 1 and name == "strength")):
+        return float(value)
+    if name == "strength":
+        raise RequestError(f"strength must be above 0 and at most 1, found {value!r}: 0 would leave the image as it is")
+    raise RequestError(f"{name} must be between 0 and 1, found {value!r}: leave it out to run the whole schedule")
+
+
+def _embedding(name: str, value: Any) -> Array:
+    """A float32 copy of an embedding."""
     rank = 1 if "pooled" in name else 2
     array: Array = np.zeros(())
     with contextlib.suppress(TypeError, ValueError), np.errstate(over="ignore"):
@@ -260,26 +237,46 @@ def _embedding(name: str, value: Any) -> Array | None:
     return array
 
 
-def _plain(options: Any) -> dict[str, Any]:
-    """A copy of `options` as plain JSON values. Raises `RequestError` for what JSON cannot hold."""
+def _options(name: str, options: Any) -> dict[str, Any]:
+    """A copy of `options` as plain JSON values."""
     if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
-        raise RequestError(f"scheduler_options must map names to values, found {options!r}")
+        raise RequestError(f"{name} must map names to values, found {options!r}")
     try:
         text = json.dumps(dict(options), allow_nan=False, default=lambda value: value.tolist())
         return dict(json.loads(text))
     except (TypeError, ValueError, AttributeError, RecursionError):
-        raise RequestError("scheduler_options must hold finite numbers, texts, true, false, null and lists") from None
+        raise RequestError(f"{name} must hold finite numbers, texts, true, false, null and lists") from None
 
 
-def _numbers(name: str, values: Any) -> tuple[float, ...] | None:
-    """`values` as finite floats. Raises `RequestError` when they are none, or none are given."""
-    if values is None:
-        return None
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    """`values` as finite floats, one at least."""
     numbers: tuple[float, ...] = ()
-    if isinstance(values, (list, tuple, np.ndarray)):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            numbers = tuple(float(value) for value in values if not isinstance(value, (bool, str)))
-        numbers = numbers if len(numbers) == len(values) else ()
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if isinstance(values, (list, tuple, np.ndarray)) and not any(isinstance(each, (bool, str)) for each in values):
+            numbers = tuple(float(each) for each in values)
     if not numbers or not np.isfinite(numbers).all():
         raise RequestError(f"{name} must be a list of numbers, found {values!r}")
     return numbers
+
+
+_READ: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(_TEXTS, _text),
+    **dict.fromkeys(_CHOICES, _choice),
+    **dict.fromkeys(("tiled", "weights", "windows"), _kind(bool, "{name} must be true or false, found {value!r}")),
+    **dict.fromkeys(("timesteps", "sigmas"), _numbers),
+    **dict.fromkeys(("strength", "denoising_start", "denoising_end"), _fraction),
+    **{f"{prefix}prompt_embeds": _embedding for prefix in ("", "negative_", "pooled_", "negative_pooled_")},
+    **dict.fromkeys(
+        ("conditioning", "negative_conditioning"), _kind(Conditioning, "{name} must be a Conditioning, found {type}")
+    ),
+    **dict.fromkeys(("width", "height"), partial(whole_number, low=1, high=LARGEST_SIDE)),
+    "steps": partial(whole_number, low=1, high=1_000_000),
+    "count": partial(whole_number, low=1, high=MOST_IMAGES),
+    "seed": partial(whole_number, low=_SMALLEST_SEED, high=_LARGEST_SEED),
+    "padding_mask_crop": partial(whole_number, low=0, high=LARGEST_SIDE),
+    "clip_skip": partial(whole_number, low=0, high=1000),
+    "scheduler": _kind(str, "unknown {name} {value!r}: give the name of one"),
+    "scheduler_options": _options,
+    "guidance": lambda _, value: value if isinstance(value, Guidance) else Guidance(value),
+}
+"""What reads a field that was given: its value as it is kept. All raise `RequestError`."""

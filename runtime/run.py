@@ -6,11 +6,10 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ..common.arrays import Array
-from ..common.errors import RequestError, StoppedError
+from ..common.errors import RequestError
 
 Callback = Callable[[int, int, Array], object]
 """`callback(step, total, latents)` after each step; returning False stops the run."""
@@ -43,12 +42,6 @@ class Progress:
     step: int
     total: int
     latents: Array
-
-    def report(self, callback: Callback) -> None:
-        """Call `callback`. Raises `StoppedError` when it returns False."""
-        answer = callback(self.step, self.total, self.latents)
-        if isinstance(answer, (bool, np.bool_)) and not answer:
-            raise StoppedError(f"stopped by the callback after step {self.step} of {self.total}")
 
 
 class Run(Iterator[Progress]):

@@ -6,7 +6,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from ..bundle import Bundle
@@ -33,7 +34,7 @@ class Schedules:
         bundle.check({_CONFIG} & set(bundle.manifest.files))
         self._bundle = bundle
         self.config = bundle.scheduler_config()
-        self._tables: dict[str, Table] = {}
+        self._made = lru_cache(_MOST_TABLES)(self._make)
         self.traced: dict[str, dict[int, str]] = {}
         for path in bundle.manifest.files:
             found = _TRACED.fullmatch(path)
@@ -57,30 +58,29 @@ class Schedules:
 
     @property
     def train_steps(self) -> int:
-        """The timesteps that the model was trained with. Raises `BundleError` when the configuration tells none."""
+        """The timesteps that the model was trained with. Raises `BundleError` when the configuration has none."""
         try:
             return train_steps(Config({name: self.config[name] for name in self.config if name == _TRAIN_STEPS}))
         except RequestError as error:
             raise BundleError(f"{error}: compile the bundle again") from None
 
-    def is_consistency(self, name: str | None) -> bool:
-        """Whether the scheduler `name` spreads its steps over the strength of an image itself."""
-        known = self.named(name)
-        return is_known(known) and find_sampler(self.config, name)[1].table in (lcm, tcd)
-
     def of(self, request: Request) -> tuple[Table, int]:
         """The calls that a request makes, and the steps of the whole schedule. Raises `RequestError`."""
-        manifest = self._bundle.manifest
+        manifest, name = self._bundle.manifest, request.scheduler
         count = manifest.default_steps if request.steps is None else request.steps
         asked = Steps(count, timesteps=request.timesteps, sigmas=request.sigmas)
 
         def make(steps: Steps) -> Table:
-            return self.table(steps, request.task, request.scheduler, request.scheduler_options)
+            return self.table(steps, request.task, name, request.scheduler_options)
 
         if request.timesteps is not None or request.sigmas is not None:
             asked = replace(asked, count=make(asked).steps)
-        consistency = manifest.wiring.strength_by_sampler and self.is_consistency(request.scheduler)
-        return _part(request, asked, make, self.train_steps, by_strength=consistency), asked.count
+        by_strength = (
+            manifest.wiring.strength_by_sampler
+            and is_known(self.named(name))
+            and find_sampler(self.config, name)[1].table in (lcm, tcd)
+        )
+        return _part(request, asked, make, self.train_steps, by_strength=by_strength), asked.count
 
     def table(
         self, steps: Steps, task: str, name: str | None = None, options: Mapping[str, Any] | None = None
@@ -89,14 +89,7 @@ class Schedules:
 
         options: plain JSON values.
         """
-        asked = json.dumps([asdict(steps), task, name, options or {}], sort_keys=True)
-        table = self._tables.get(asked)
-        if table is None:
-            table = self._table(steps, task, name, options)
-            if len(self._tables) >= _MOST_TABLES:
-                self._tables.clear()
-            self._tables[asked] = table
-        return table
+        return self._made(steps, task, name, json.dumps(options or {}, sort_keys=True))
 
     def _config(self, task: str, name: str | None) -> dict[str, Any]:
         """The configuration as the pipeline class of `task` changes it.
@@ -108,8 +101,8 @@ class Schedules:
         stated = set(self.config) - set(absent if isinstance(absent, list) else ())
         return {**self.config, **{key: value for key, value in changes.items() if name is None or key in stated}}
 
-    def _table(self, steps: Steps, task: str, name: str | None, options: Mapping[str, Any] | None) -> Table:
-        known = self.named(name)
+    def _make(self, steps: Steps, task: str, name: str | None, options_json: str) -> Table:
+        known, options = self.named(name), json.loads(options_json)
         if is_known(known):
             return make_table(self._config(task, name), steps, name, options)
         counts = self.traced[known]
@@ -133,8 +126,20 @@ def _part(
     by_strength: the model's sampler takes the strength itself and makes all the steps asked for (consistency models).
     """
     table = make(steps)
+
+    def calls_before(part: float) -> int:
+        """The calls whose timesteps lie before this part of the schedule."""
+        return int((table.timesteps >= round(train_steps - part * train_steps)).sum())
+
     if request.denoising_start is not None:
-        table = _from_part(request.denoising_start, steps, table, make, train_steps)
+        before = calls_before(request.denoising_start)
+        if before == table.steps:
+            raise RequestError(
+                f"denoising_start {request.denoising_start:g} leaves no step of {steps.count}: add steps"
+            )
+        of_first = table.steps - make(replace(steps, start=1)).steps if before else 1
+        if before >= of_first:  # of a step of two calls, both or none
+            table = make(replace(steps, start=before // of_first))
     elif request.image is not None:
         strength = _STRENGTH[request.task] if request.strength is None else request.strength
         kept = min(int(steps.count * strength), steps.count)
@@ -148,23 +153,8 @@ def _part(
         elif kept < steps.count:
             table = make(replace(steps, start=steps.count - kept))
     if request.denoising_end is not None:
-        calls = int((table.timesteps >= _cut(request.denoising_end, train_steps)).sum())
+        calls = calls_before(request.denoising_end)
         if not calls:
             raise RequestError(f"denoising_end {request.denoising_end:g} leaves no step of {steps.count}: add steps")
         table = table.until(calls)
     return table
-
-
-def _from_part(part: float, steps: Steps, full: Table, make: Callable[[Steps], Table], train_steps: int) -> Table:
-    """The calls whose timesteps lie below the cut; of a step of two calls, both or none."""
-    before = int((full.timesteps >= _cut(part, train_steps)).sum())
-    if before == full.steps:
-        raise RequestError(f"denoising_start {part:g} leaves no step of {steps.count}: add steps")
-    if not before:
-        return full
-    calls_of_first = full.steps - make(replace(steps, start=1)).steps
-    return make(replace(steps, start=before // calls_of_first)) if before >= calls_of_first else full
-
-
-def _cut(part: float, train_steps: int) -> int:
-    return round(train_steps - part * train_steps)

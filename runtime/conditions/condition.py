@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -12,10 +12,12 @@ from PIL import Image
 from ...bundle import Role
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from ..job import Job
+from ..loop.guidance import Guidance
 from ..loop.noise import Generator
 from ..loop.sample import KeptRegion
+from ..pictures.preprocess import Picture
 from ..request import Request
+from ..schedulers import Table
 
 _NO_IMAGE = "without an image: give an image, or leave it out"
 _NO_GUIDANCE = "without guidance: leave it out, or set guidance above 1"
@@ -42,7 +44,23 @@ _WHY = {
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class Job:
+    """A request checked against a bundle, with all that the loop needs.
+
+    guidance: of the loop, off where the model is given its scale as an input. size: width and height in pixels.
+    record: the request as JSON values, to ask for it again.
+    """
+
+    request: Request
+    table: Table
+    guidance: Guidance
+    picture: Picture | None
+    seeds: list[int]
+    size: tuple[int, int]
+    record: dict[str, Any]
+
+
+class Start(NamedTuple):
     """What a row starts with; see `loop.sample.Sample`."""
 
     latents: Array
@@ -68,25 +86,20 @@ class Fed:
     truncated: Mapping[str, str] = field(default_factory=dict)
     start: Starter | None = None
 
-
-def merged(parts: Iterable[Fed]) -> Fed:
-    """What the conditions of one job give together."""
-    whole = Fed()
-    for part in parts:
-        whole = Fed(
-            {**whole.prompt, **part.prompt},
-            {**whole.negative, **part.negative},
-            {**whole.truncated, **part.truncated},
-            part.start or whole.start,
+    def __or__(self, other: Fed) -> Fed:
+        """What two conditions of one job give together."""
+        return Fed(
+            {**self.prompt, **other.prompt},
+            {**self.negative, **other.negative},
+            {**self.truncated, **other.truncated},
+            other.start or self.start,
         )
-    return whole
 
 
 class Condition(Protocol):
     """One thing that a denoiser can be given. loads: the role of the components that feeding it takes, if any."""
 
-    @property
-    def loads(self) -> Role | None: ...
+    loads: Role | None = None
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
         """The fields of `request` that change something, given all the others; of a field's own fields `field.name`.
@@ -96,6 +109,7 @@ class Condition(Protocol):
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Raise `RequestError` for what cannot be fed to the rows of these jobs in one batch. Nothing is loaded."""
+        return
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """What each job gets. Engines that make it are loaded here."""
@@ -105,7 +119,8 @@ def asked(request: Request) -> Iterator[str]:
     """The fields of a request that are not at their default, and the fields of those that have some."""
     for item in fields(request):
         value = getattr(request, item.name)
-        if value is not None and not _is_empty(value) and not is_default(item, value):
+        is_empty = value is None or (isinstance(value, str) and not value)  # which asks for nothing
+        if not is_empty and not is_default(item, value):
             inner = [(each, getattr(value, each.name)) for each in fields(value)] if is_dataclass(value) else []
             yield from [f"{item.name}.{each.name}" for each, own in inner if not is_default(each, own)] or [item.name]
 
@@ -131,11 +146,6 @@ def _said(name: str) -> str:
     if outer == "guidance":
         return f"the guidance {inner}"
     return f"{inner} of the negative" if outer.startswith("negative") and inner else inner or outer
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether this is an empty text, which asks for nothing where nothing heeds it."""
-    return isinstance(value, str) and not value
 
 
 def is_default(item: Any, value: Any) -> bool:

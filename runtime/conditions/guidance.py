@@ -7,19 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...bundle import Manifest, Role
+from ...bundle import Manifest
 from ...common.arrays import Array
-from ..job import Job
 from ..request import Request
-from .condition import Fed
+from .condition import Condition, Fed, Job
 
 _SINUSOID = "guidance.sinusoid"
 
 
-class GuidanceCondition:
+class GuidanceCondition(Condition):
     """Classifier-free guidance of the loop, or the scale given to the model; see `condition.Condition`."""
-
-    loads: Role | None = None
 
     def __init__(self, manifest: Manifest) -> None:
         wiring = manifest.wiring
@@ -33,16 +30,12 @@ class GuidanceCondition:
         always = frozenset({"guidance.scale", "guidance.mode"})
         return always | {"guidance.rescale", "guidance.interval"} if guided else always
 
-    def check(self, jobs: Sequence[Job]) -> None:
-        """Any scale can be fed."""
-
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """The scale, and its embedding."""
-        return [self._fed(job.guidance_input) for job in jobs]
+        return [self._fed(job.guidance.scale) if self.given else Fed() for job in jobs]
 
     def _fed(self, scale: float | None) -> Fed:
-        if scale is None:
-            return Fed()
+        scale = scale or 0.0
         made: dict[str, Array] = {"guidance": np.array(scale, np.float32)}
         if self._width:
             made[_SINUSOID] = guidance_embedding(scale, self._width)

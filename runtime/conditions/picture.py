@@ -1,4 +1,4 @@
-"""What a row starts from: noise, an image with noise, or the latents that another model has begun."""
+"""What a row starts from: noise, an image or latents with noise, or an image whose masked part is drawn anew."""
 
 from __future__ import annotations
 
@@ -6,79 +6,80 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...bundle import Role
-from ...common.arrays import Array
-from ..job import Job
+from ...bundle import Manifest, Role
+from ...common.errors import RequestError
 from ..loop.noise import Generator
+from ..loop.sample import KeptRegion
 from ..pictures.autoencoder import Autoencoder
+from ..pictures.preprocess import latent_mask
 from ..request import Request
-from .condition import Fed, Start, Starter
+from .condition import Condition, Fed, Job, Start
 
 
-class Noise:
-    """Text to image starts from noise; see `condition.Condition`."""
+class Picture(Condition):
+    """An encoded image has as much noise as the schedule has there; see `condition.Condition`.
 
-    loads: Role | None = None
-
-    def __init__(self, autoencoder: Autoencoder) -> None:
-        self._autoencoder = autoencoder
-
-    def heeds(self, request: Request, guided: bool) -> frozenset[str]:
-        """The decoder, where pixels are asked for."""
-        return frozenset() if request.output == "latent" else frozenset({"decoder", "tiled"})
-
-    def check(self, jobs: Sequence[Job]) -> None:
-        """Noise can always be drawn."""
-
-    def feed(self, jobs: Sequence[Job]) -> list[Fed]:
-        """A start for each job without an image."""
-        return [Fed(start=self._start(job)) if job.request.task == "txt2img" else Fed() for job in jobs]
-
-    def _start(self, job: Job) -> Starter:
-        shape = self._autoencoder.shape(job.size)
-
-        def start(_: int, generator: Generator) -> Start:
-            return Start(generator.randn(1, *shape)[0] * np.float32(job.table.init_scale))
-
-        return start
-
-
-class Picture:
-    """Image to image starts from the encoded image, with as much noise as the schedule has there."""
+    What a mask leaves out is kept, or shown to a model that sees it.
+    """
 
     loads: Role | None = "encoder"
 
-    def __init__(self, autoencoder: Autoencoder) -> None:
+    def __init__(self, manifest: Manifest, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder
+        self._seen = bool(manifest.wiring.inputs_from("latents.masked"))
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
-        """Latents have a size of their own and are not encoded."""
-        if request.image is None:
-            return frozenset()
-        names = {"image", "strength", "denoising_start"}
-        return frozenset(names if request.starts_from_latents else names | {"resize", "tiled"})
+        """The decoder, where pixels are asked for. Latents have a size of their own and are not encoded."""
+        names = set() if request.output == "latent" else {"decoder", "tiled"}
+        if request.image is not None:
+            names |= {"image", "strength", "denoising_start"}
+            names |= set() if request.starts_from_latents else {"resize", "tiled"}
+            names |= set() if request.mask is None else {"mask", "padding_mask_crop", "resize"}
+        return frozenset(names)
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """An image was opened and brought to size when the job was made."""
+        """A model that sees the image around the mask must be given its pixels."""
+        if self._seen and any(job.request.starts_from_latents for job in jobs):
+            raise RequestError("this model sees the image around the mask: give the image itself, not latents")
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
-        """Encode the image of each job that has one and no mask."""
-        return [Fed(start=self._start(job)) if job.request.task == "img2img" else Fed() for job in jobs]
+        """What each job starts from; images are encoded."""
+        return [self._fed(job) for job in jobs]
 
-    def _start(self, job: Job) -> Starter:
-        request, pixels = job.request, None if job.picture is None else job.picture.pixels
-        encoded = None if pixels is None else self._autoencoder.encode(pixels, tiled=request.tiled)
-        alpha, sigma = job.table.alpha_sigma[0].astype(np.float32)
+    def _fed(self, job: Job) -> Fed:
+        """Noise is drawn in the order in which diffusers' pipelines draw it."""
+        request, table, autoencoder = job.request, job.table, self._autoencoder
+        pixels, mask = (None, None) if job.picture is None else (job.picture.pixels, job.picture.mask)
+        shape, tiled = autoencoder.shape(job.size), request.tiled
+        alpha, sigma = table.alpha_sigma[0].astype(np.float32)
+        inpaints = mask is not None
+        from_noise = inpaints and request.denoising_start is None and request.strength in (None, 1.0)
+        encoded = masked = None
+        if pixels is not None and not (from_noise and self._seen):  # which needs what is around the mask alone
+            encoded = autoencoder.encode(pixels, tiled=tiled)
+        if pixels is not None and mask is not None:
+            masked = autoencoder.encode(pixels * (mask < 0.5), tiled=tiled)
 
         def start(i: int, generator: Generator) -> Start:
-            image = latents_of(request, i) if encoded is None else self._autoencoder.sample(encoded, generator)
-            if request.denoising_start is not None:
-                return Start(image)
-            return Start(alpha * image + sigma * generator.randn(1, *image.shape)[0])
+            image = None
+            if request.starts_from_latents:
+                image = np.asarray(request.image[i], np.float32)
+            elif encoded is not None:
+                image = autoencoder.sample(encoded, generator, inpaints=inpaints)
+            if image is not None and mask is None and request.denoising_start is not None:
+                return Start(image)  # nothing is drawn
+            noise = generator.randn(1, *shape)[0]
+            if image is None or from_noise:
+                x = noise * np.float32(table.init_scale)
+            else:
+                x = image if request.denoising_start is not None else alpha * image + sigma * noise
+            if mask is None:
+                return Start(x)
+            small = latent_mask(mask, *shape[1:])
+            # diffusers draws from the masked image even where nothing reads it, and later noise depends on that
+            around = None if masked is None else autoencoder.sample(masked, generator, inpaints=True)
+            if self._seen and around is not None:
+                return Start(x, channels=np.concatenate([small, around]))
+            return Start(x, kept=None if image is None else KeptRegion(small, image, noise))
 
-        return start
-
-
-def latents_of(request: Request, i: int) -> Array:
-    """The latents that image i of a request starts from, float32 (C, h, w)."""
-    return np.asarray(request.image[i], np.float32)
+        return Fed(start=start)

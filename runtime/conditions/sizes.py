@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...bundle import Manifest, Role
-from ..job import Job
+from ...bundle import Manifest
 from ..request import Request
-from .condition import Fed
+from .condition import Condition, Fed, Job
 
 
-class Sizes:
+class Sizes(Condition):
     """Sizes and crop of the picture, or sizes, crop and aesthetic score; see `condition.Condition`."""
-
-    loads: Role | None = None
 
     def __init__(self, manifest: Manifest) -> None:
         self._sized = any(source.startswith("sizes") for source in manifest.wiring.inputs.values())
@@ -29,9 +26,6 @@ class Sizes:
         if guided:
             both += ["negative_conditioning", *(f"negative_conditioning.{name}" for name in negative)]
         return frozenset(both)
-
-    def check(self, jobs: Sequence[Job]) -> None:
-        """Any sizes can be fed."""
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """The numbers for the prompt, and for the negative prompt."""

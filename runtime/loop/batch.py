@@ -121,13 +121,12 @@ class Batch:
             raise RequestError("a prompt and its negative must be of one size: give embeddings of one length")
         for row in self._running[:1]:
             others = _shapes(row.sample, row.sample.prompt)
-            wrong = [name for name in {**others, **own} if others.get(name) != own.get(name)]
-            if wrong:
-                name = wrong[0]
-                raise RequestError(
-                    f"the rows of one batch must be of one size: {name} is {others.get(name)} in the batch and "
-                    f"{own.get(name)} in the new row: run it in a batch of its own"
-                )
+            for name in {**others, **own}:
+                if others.get(name) != own.get(name):
+                    raise RequestError(
+                        f"the rows of one batch must be of one size: {name} is {others.get(name)} in the batch and "
+                        f"{own.get(name)} in the new row: run it in a batch of its own"
+                    )
 
 
 def _shapes(sample: Sample, text: Mapping[str, Array]) -> dict[str, tuple[int, ...] | None]:

@@ -99,9 +99,8 @@ class Phases:
         """
         inputs = {tensor.name: tensor for tensor in self._denoiser.inputs}
         ports, output = self._ports, self._denoiser.outputs[0]
-        if sample.guidance.split or sample.kept is not None or sample.channels is not None:
-            return False
-        if set(inputs) != {ports.sample, ports.timestep, *sample.prompt}:
+        is_plain = not sample.guidance.split and sample.kept is None and sample.channels is None
+        if not is_plain or set(inputs) != {ports.sample, ports.timestep, *sample.prompt}:
             return False
         latents, timestep = inputs[ports.sample], inputs[ports.timestep]
         return timestep.shape == latents.shape[:1] and {latents.dtype, timestep.dtype, output.dtype} == {"float32"}

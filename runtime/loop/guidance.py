@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -58,25 +57,17 @@ class Guidance:
         """Whether the two halves are two calls."""
         return self.active and self.mode == "split"
 
-    def or_default(self, scale: float) -> Guidance:
-        """This guidance, with `scale` where none was asked for."""
-        return replace(self, scale=scale) if self.scale is None else self
-
     def at(self, k: int, steps: int) -> bool:
         """Whether step k of `steps` is guided."""
         low, high = self.interval
         return self.active and low * steps - _ROUNDING <= k < high * steps - _ROUNDING
 
 
-def per_row(values: Sequence[float | None], x: Array) -> Array:
-    """`values`, one for each row of `x`, float32 of axes that broadcast over it."""
-    return np.array(values, np.float32).reshape(-1, *(1,) * (x.ndim - 1))
-
-
 def combine(prompt: Array, negative: Array, guidances: list[Guidance]) -> Array:
     """The guided model output of n rows, float32 (n, …), from both halves and the guidance of each row."""
     guided: Array = np.subtract(prompt, negative, dtype=np.float32)
-    guided *= per_row([guidance.scale for guidance in guidances], guided)
+    scales = np.array([guidance.scale for guidance in guidances], np.float32)
+    guided *= scales.reshape(-1, *(1,) * (guided.ndim - 1))
     guided += negative
     for row, (wanted, guidance) in enumerate(zip(prompt, guidances, strict=True)):
         if guidance.rescale:

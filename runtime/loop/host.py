@@ -26,7 +26,7 @@ class HostStepper:
     ) -> None:
         """workers: threads of the pool."""
         self._denoiser, self._ports = denoiser, ports or Ports()
-        self._pool, self._at_once = pool, 1 if pool is None else workers + 1
+        self._pool, self._at_once = pool, workers + 1
         self._rows: list[Row] = []
         self._calls: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Call]] = {}
 
@@ -66,18 +66,15 @@ class HostStepper:
         """Rows with their negative prompt, then rows with their prompt; the next call may overwrite the outputs."""
         key = tuple(row.handle for row in negative), tuple(row.handle for row in prompt)
         if key not in self._calls:
-            self._calls[key] = self._bind(negative, prompt)
+            texts = [row.sample.negative or {} for row in negative] + [row.sample.prompt for row in prompt]
+            rows = list(zip([*negative, *prompt], texts, strict=True))
+            parts = np.array_split(np.arange(len(rows)), min(self._at_once, len(rows)))
+            self._calls[key] = [_Call(self._denoiser, self._ports, [rows[i] for i in part]) for part in parts]
         first, *others = self._calls[key]
         if not others or self._pool is None:
             return first()
         waiting = [self._pool.submit(call) for call in others]
         return np.concatenate([first(), *(future.result() for future in waiting)])
-
-    def _bind(self, negative: Sequence[Row], prompt: Sequence[Row]) -> list[_Call]:
-        texts = [row.sample.negative or {} for row in negative] + [row.sample.prompt for row in prompt]
-        rows = [*negative, *prompt]
-        parts = np.array_split(np.arange(len(rows)), min(self._at_once, len(rows)))
-        return [_Call(self._denoiser, self._ports, [(rows[i], texts[i]) for i in part]) for part in parts]
 
 
 class _Call:

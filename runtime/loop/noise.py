@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
@@ -20,13 +19,6 @@ _WORD = 0xFFFFFFFF
 _HALF = np.uint64(32)
 
 
-class Generator(Protocol):
-    """A stream of standard normal noise."""
-
-    def randn(self, *shape: int) -> Array:
-        """Standard normal float32 of `shape`; two calls go on in the same stream."""
-
-
 class TorchGenerator:
     """The stream of `torch.Generator("cpu").manual_seed(seed)`.
 
@@ -36,7 +28,7 @@ class TorchGenerator:
 
     def __init__(self, seed: int) -> None:
         self._state = np.random.RandomState(seed & 0xFFFFFFFF)
-        self._cached: float | None = None
+        self._left: list[float] = []
 
     def randn(self, *shape: int) -> Array:
         """Standard normal float32 of `shape`; two calls go on in the same stream, as in torch."""
@@ -59,16 +51,13 @@ class TorchGenerator:
         return data
 
     def _one_by_one(self, count: int) -> Array:
-        return np.array([self._next_double() for _ in range(count)], np.float32)
-
-    def _next_double(self) -> float:
-        if self._cached is not None:
-            value, self._cached = self._cached, None
-            return value
-        u1, u2 = (self._uniform53() for _ in range(2))
-        radius = math.sqrt(-2.0 * math.log1p(-u2))
-        self._cached = radius * math.sin(2.0 * math.pi * u1)
-        return radius * math.cos(2.0 * math.pi * u1)
+        values = self._left
+        while len(values) < count:
+            u1, u2 = (self._uniform53() for _ in range(2))
+            radius, angle = math.sqrt(-2.0 * math.log1p(-u2)), 2.0 * math.pi * u1
+            values = [*values, radius * math.cos(angle), radius * math.sin(angle)]
+        self._left = values[count:]
+        return np.array(values[:count], np.float32)
 
     def _uniform53(self) -> float:
         high, low = (int(value) for value in self._raw(2))
@@ -143,5 +132,7 @@ def _curand_normal(words: tuple[Array, ...], lane: int) -> Array:
     return np.asarray(np.sqrt(np.float32(-2.0) * np.log(uniform)) * wave)
 
 
+Generator = TorchGenerator | PhiloxGenerator
+"""A stream of standard normal noise."""
 GENERATORS: dict[str, Callable[[int], Generator]] = {"cpu": TorchGenerator, "cuda": PhiloxGenerator}
 """From a seed to its noise, by the device of the torch generator that is meant."""

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...bundle import Bundle, Manifest, Role
+from ...bundle import Bundle, Role
 from ...common.arrays import Array
+from ...common.errors import RequestError
 from ...engines import Engine
 from ..loop.noise import Generator
-from .tiling import tiled_decode, tiled_decode_tiny, tiled_encode, tiled_encode_tiny
+from .tiling import Tiles, run_tiled
 
 DECODERS: dict[str, Role] = {"full": "decoder", "tiny": "preview"}
 """The role of the component behind each choice of decoder."""
@@ -19,9 +20,13 @@ _TINY_SIDE = 512
 _LOGVAR_RANGE = -30.0, 20.0
 
 
-def decoder_of(manifest: Manifest, choice: str) -> str:
-    """The component that is the decoder `choice`, "" where the bundle has none."""
-    return manifest.named(DECODERS[choice]) if choice in DECODERS else ""
+def check_decoder(bundle: Bundle, choice: str) -> None:
+    """Raise `RequestError` when the bundle lacks the decoder `choice`."""
+    if choice not in DECODERS or not bundle.manifest.named(DECODERS[choice]):
+        raise RequestError(
+            f"{bundle.root} has no {choice} decoder: compile the checkpoint again with "
+            "--component vae_tiny=FOLDER, the folder of an AutoencoderTiny"
+        )
 
 
 class Autoencoder:
@@ -30,8 +35,11 @@ class Autoencoder:
     def __init__(self, bundle: Bundle, engine: Callable[[str], Engine]) -> None:
         self._latents, self._engine = bundle.manifest.latents, engine
         self._tiny = self._latents.encoded == "sample"
+        mean, std = (np.array(part, np.float32)[:, None, None] for part in (self._latents.mean, self._latents.std))
+        shifted = np.array(self._latents.shift_factor, np.float32), np.array(1, np.float32)
+        self._mean, self._std = (mean, std) if self._latents.mean else shifted
         self._encoder = bundle.manifest.named("encoder")
-        self._decoders = {name: decoder_of(bundle.manifest, name) for name in DECODERS}
+        self._decoders = {name: bundle.manifest.named(role) for name, role in DECODERS.items()}
 
     def shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """The shape of the latents of one picture, (C, h, w). size: width and height in pixels."""
@@ -40,43 +48,17 @@ class Autoencoder:
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
         """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale)."""
-        engine = self._engine(self._decoders[decoder])
-        name, output, dtype = engine.inputs[0].name, engine.outputs[0].name, engine.inputs[0].dtype
-
-        def run(part: Array) -> Array:
-            made: Array = engine({name: part})[output]
-            return made
-
-        unscaled = self._unscaled(latents)
-        parts = [np.asarray(unscaled[i : i + 1], dtype, order="C") for i in range(len(unscaled))]
-        down = self._latents.downscale
-        if tiled and (decoder == "tiny" or self._tiny):
-            decoded = [tiled_decode_tiny(run, part, tile=_TINY_SIDE // down, downscale=down) for part in parts]
-        elif tiled:
-            decoded = [tiled_decode(run, part, tile=self._latents.tile, downscale=down) for part in parts]
-        else:
-            decoded = [run(part) for part in parts]
-        return decoded[0] if len(decoded) == 1 else np.concatenate(decoded)
+        name, tiny, down = self._decoders[decoder], decoder == "tiny" or self._tiny, self._latents.downscale
+        latents = latents * self._std / np.float32(self._latents.scaling_factor) + self._mean
+        tiles = Tiles(self._tile(tiny), 1, down, tiny) if tiled else None
+        parts = [self._run(name, latents[i : i + 1], tiles) for i in range(len(latents))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def encode(self, pixels: Array, *, tiled: bool = False) -> Array:
         """What the encoder gives for pixels in [-1, 1], float32 (3, H, W): see `sample`."""
-        engine = self._engine(self._encoder)
-        name, output, dtype = engine.inputs[0].name, engine.outputs[0].name, engine.inputs[0].dtype
-
-        def run(part: Array) -> Array:
-            made: Array = engine({name: part})[output]
-            return made
-
-        part = np.asarray(pixels[None], dtype, order="C")
-        down = self._latents.downscale
-        if not tiled:
-            encoded = run(part)
-        elif self._tiny:
-            encoded = tiled_encode_tiny(run, part, tile=_TINY_SIDE // down, downscale=down)
-        else:
-            encoded = tiled_encode(run, part, tile=self._latents.tile, downscale=down)
-        first: Array = encoded[0]
-        return first
+        tiles = Tiles(self._tile(self._tiny), self._latents.downscale, 1, self._tiny) if tiled else None
+        encoded: Array = self._run(self._encoder, pixels[None], tiles)[0]
+        return encoded
 
     def sample(self, encoded: Array, generator: Generator, *, inpaints: bool = False) -> Array:
         """Scaled latents, float32 (C, h, w), drawn from mean and log variance (2C, h, w).
@@ -84,23 +66,27 @@ class Autoencoder:
         Where the encoder gives latents themselves, nothing is drawn. inpaints: whether the picture is inpainted, for
         which some pipelines of diffusers scale in another way.
         """
-        by_factor = inpaints and self._latents.inpaint_by_factor
         if self._tiny:
-            return self._scaled(encoded.astype(np.float32), by_factor)
-        mean, logvar = np.split(encoded.astype(np.float32), 2)
-        deviation = np.exp(np.float32(0.5) * np.clip(logvar, *_LOGVAR_RANGE))
-        return self._scaled(mean + deviation * generator.randn(1, *mean.shape)[0], by_factor)
+            latents = encoded.astype(np.float32)
+        else:
+            mean, logvar = np.split(encoded.astype(np.float32), 2)
+            deviation = np.exp(np.float32(0.5) * np.clip(logvar, *_LOGVAR_RANGE))
+            latents = mean + deviation * generator.randn(1, *mean.shape)[0]
+        factor = np.float32(self._latents.scaling_factor)
+        if inpaints and self._latents.inpaint_by_factor:
+            return (latents - np.float32(self._latents.shift_factor)) * factor
+        return (latents - self._mean) * factor / self._std
 
-    def _unscaled(self, latents: Array) -> Array:
-        settings = self._latents
-        if settings.mean:
-            mean, std = (np.array(part, np.float32)[:, None, None] for part in (settings.mean, settings.std))
-            return latents * std / np.float32(settings.scaling_factor) + mean
-        return latents / np.float32(settings.scaling_factor) + np.float32(settings.shift_factor)
+    def _tile(self, tiny: bool) -> int:
+        """The side of a tile, in latents."""
+        return max(_TINY_SIDE // self._latents.downscale, 1) if tiny else self._latents.tile
 
-    def _scaled(self, latents: Array, by_factor: bool) -> Array:
-        settings = self._latents
-        if settings.mean and not by_factor:
-            mean, std = (np.array(part, np.float32)[:, None, None] for part in (settings.mean, settings.std))
-            return (latents - mean) * np.float32(settings.scaling_factor) / std
-        return (latents - np.float32(settings.shift_factor)) * np.float32(settings.scaling_factor)
+    def _run(self, component: str, source: Array, tiles: Tiles | None) -> Array:
+        engine = self._engine(component)
+        name, output, dtype = engine.inputs[0].name, engine.outputs[0].name, engine.inputs[0].dtype
+
+        def call(part: Array) -> Array:
+            return engine({name: part})[output]
+
+        source = np.asarray(source, dtype, order="C")
+        return call(source) if tiles is None else run_tiled(call, source, tiles)

@@ -17,7 +17,7 @@ from ...common.errors import OverflowedError, RequestError
 from ...common.files import replacing
 
 _LONGEST_NAME = 200
-METADATA_KEY = "diffoundry"
+_METADATA_KEY = "diffoundry"
 """The PNG text chunk that holds, as JSON, everything needed to make the picture again."""
 
 
@@ -56,20 +56,6 @@ def output_paths(path: Path, count: int) -> list[Path]:
 def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write `image` beside `path` with its metadata, then rename it into place."""
     info = PngInfo()
-    info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+    info.add_itxt(_METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
     with replacing(path) as beside:
         image.save(beside, format="PNG", pnginfo=info)
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The record that `save_png` wrote into `path`. Raises `RequestError` when there is none."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise RequestError(f"{path} is no file: give the path of a picture")
-    try:
-        with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(METADATA_KEY)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path} cannot be read as a picture: {error}") from None
-    if not text:
-        raise RequestError(f"{path} holds no diffoundry record")
-    return dict(json.loads(text))

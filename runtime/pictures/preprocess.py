@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +12,72 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...common.arrays import Array
 from ...common.errors import RequestError
+from ..request import Request
 
-Picture = str | os.PathLike[str] | Image.Image | Array
+ImageLike = str | os.PathLike[str] | Image.Image | Array
 """A path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4): uint8, bool, or float from 0 to 1."""
 Box = tuple[int, int, int, int]
 """x1, y1, x2, y2 in pixels; x2 and y2 lie outside."""
 
-RESIZE_MODES = ("default", "fill", "crop")
 _CHANNELS = (1, 3, 4)
 _MOST_PIXELS = 1 << 30
 """More than any picture that may be asked for needs on its way."""
 _LANCZOS = Image.Resampling.LANCZOS
 
 
-def open_image(value: Picture, name: str = "image") -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The image and the mask of a request, opened and brought to size.
+
+    pixels: float32 (3, H, W) in [-1, 1], or None where the request brings latents. mask: float32 (1, H, W) of 0 and 1.
+    crop: the part of the original that is drawn, where only a part is.
+    """
+
+    original: Image.Image | None
+    pixels: Array | None
+    mask_image: Image.Image | None = None
+    mask: Array | None = None
+    crop: Box | None = None
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        """The drawn part laid over the original where only a part was drawn."""
+        if self.crop is None or self.original is None or self.mask_image is None:
+            return image
+        return overlay(self.mask_image, self.original, image, self.crop)
+
+
+def open_originals(request: Request) -> tuple[Image.Image | None, Image.Image | None]:
+    """The image and the mask of a request. Raises `RequestError` when one cannot be read or their sizes differ."""
+    if request.image is None:
+        return None, None
+    image = None if request.starts_from_latents else open_image(request.image)
+    mask = None if request.mask is None else open_image(request.mask, "mask")
+    if image is not None and mask is not None and image.size != mask.size:
+        raise RequestError(
+            f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height}: "
+            f"draw the mask over the image, or resize it to {image.width}x{image.height}"
+        )
+    return image, mask
+
+
+def bring_to_size(
+    request: Request, image: Image.Image | None, mask: Image.Image | None, size: tuple[int, int]
+) -> Picture:
+    """The picture at (width, height)."""
+    width, height = size
+    crop, mode = None, request.resize
+    if request.padding_mask_crop is not None and mask is not None:
+        crop, mode = crop_region(mask, width, height, request.padding_mask_crop), "fill"
+    return Picture(
+        original=image,
+        pixels=None if image is None else image_pixels(image, width, height, crop=crop, resize_mode=mode),
+        mask_image=mask,
+        mask=None if mask is None else mask_pixels(mask, width, height, crop=crop, resize_mode=mode),
+        crop=crop,
+    )
+
+
+def open_image(value: ImageLike, name: str = "image") -> Image.Image:
     """The picture upright and in RGB, as diffusers' `load_image` gives it.
 
     The orientation in its EXIF data is applied. Like `convert("RGB")`, it leaves the alpha channel out rather than
@@ -33,23 +86,28 @@ def open_image(value: Picture, name: str = "image") -> Image.Image:
     """
     if isinstance(value, np.ndarray):
         return _from_array(value, name).convert("RGB")
-    if isinstance(value, Image.Image):
-        return _upright_rgb(value, f"the {name}")
-    if not isinstance(value, (str, os.PathLike)):
-        raise RequestError(f"the {name} must be a path, a PIL image or an array, found {type(value).__name__}")
-    what = f"the {name} {os.fspath(value)!r}"
-    if _is_special(os.fspath(value)):
-        raise RequestError(f"{what} is no file: give the path of a picture")
+    what = f"the {name}"
+    if not isinstance(value, Image.Image):
+        if not isinstance(value, (str, os.PathLike)):
+            raise RequestError(f"{what} must be a path, a PIL image or an array, found {type(value).__name__}")
+        what = f"{what} {os.fspath(value)!r}"
+        if _is_special(os.fspath(value)):
+            raise RequestError(f"{what} is no file: give the path of a picture")
     try:
-        opened = Image.open(value)
+        with contextlib.nullcontext(value) if isinstance(value, Image.Image) else Image.open(value) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode == "P" and "transparency" in upright.info:
+                upright = upright.convert("RGBA")  # the same colours, without Pillow's warning
+            upright = upright.convert("RGB")
     except FileNotFoundError:
         raise RequestError(f"{what} does not exist: give the path of a picture") from None
     except UnidentifiedImageError:
         raise RequestError(f"{what} is no picture of a known format: give a PNG or JPEG file") from None
     except Exception as error:  # Pillow raises whatever a damaged file leads its readers to
         raise _unreadable(what, error) from None
-    with opened:
-        return _upright_rgb(opened, what)
+    if not upright.width or not upright.height:
+        raise RequestError(f"{what} has no pixels: it is {upright.width}x{upright.height}")
+    return upright
 
 
 def _is_special(path: str) -> bool:
@@ -57,19 +115,6 @@ def _is_special(path: str) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return bool(path) and Path(path).exists() and not Path(path).is_file()
     return False
-
-
-def _upright_rgb(image: Image.Image, what: str) -> Image.Image:
-    try:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode == "P" and "transparency" in upright.info:
-            upright = upright.convert("RGBA")  # the same colours, without Pillow's warning
-        upright = upright.convert("RGB")
-    except Exception as error:  # as above: the pixels are read here
-        raise _unreadable(what, error) from None
-    if not upright.width or not upright.height:
-        raise RequestError(f"{what} has no pixels: it is {upright.width}x{upright.height}")
-    return upright
 
 
 def _unreadable(what: str, error: Exception) -> RequestError:
@@ -101,15 +146,6 @@ def _from_array(array: Array, name: str) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
-def check_same_size(image: Image.Image, mask: Image.Image) -> None:
-    """Raises `RequestError` when the mask is not of the image's size."""
-    if image.size != mask.size:
-        raise RequestError(
-            f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height}: "
-            f"draw the mask over the image, or resize it to {image.width}x{image.height}"
-        )
-
-
 def image_pixels(
     image: Image.Image, width: int, height: int, *, crop: Box | None = None, resize_mode: str = "default"
 ) -> Array:
@@ -118,7 +154,7 @@ def image_pixels(
     As diffusers' `VaeImageProcessor.preprocess`, which first rounds the size down to multiples of the autoencoder's
     downscale; here it is taken as it is. resize_mode: `default` stretches, `fill` keeps the aspect ratio and repeats
     the edges around it, `crop` keeps it and cuts the rest off.
-    Raises `RequestError` for another mode, and for a picture so narrow that nothing of it is left.
+    Raises `RequestError` for a picture so narrow that nothing of it is left.
     """
     fitted = _fit(image, width, height, crop, resize_mode).convert("RGB")
     unit = np.asarray(fitted).astype(np.float32) / np.float32(255)
@@ -156,23 +192,17 @@ def crop_region(mask_image: Image.Image, width: int, height: int, pad: int) -> B
     It is widened along one axis to have that ratio, as far as the picture goes. As `VaeImageProcessor.get_crop_region`.
     Raises `RequestError` for a mask that is black throughout.
     """
-    covered = np.asarray(mask_image.convert("L")) != 0
-    if not covered.any():
+    covered = mask_image.convert("L").getbbox()
+    if covered is None:
         raise RequestError("the mask is black throughout, so nothing would be repainted: paint that part white")
-    x1, x2 = _padded(covered.any(axis=0), pad)
-    y1, y2 = _padded(covered.any(axis=1), pad)
+    x1, y1 = (max(low - pad, 0) for low in covered[:2])
+    x2, y2 = (min(high + pad, side) for high, side in zip(covered[2:], mask_image.size, strict=True))
     wanted = width / height
     if (x2 - x1) / (y2 - y1) > wanted:
         y1, y2 = _widened(y1, y2, (x2 - x1) / wanted, mask_image.height)
     else:
         x1, x2 = _widened(x1, x2, (y2 - y1) * wanted, mask_image.width)
     return x1, y1, x2, y2
-
-
-def _padded(covered: Array, pad: int) -> tuple[int, int]:
-    """First and past-last index of what is true, `pad` further out."""
-    indices = np.flatnonzero(covered)
-    return max(int(indices[0]) - pad, 0), min(int(indices[-1]) + 1 + pad, len(covered))
 
 
 def _widened(low: int, high: int, length: float, limit: int) -> tuple[int, int]:
@@ -190,9 +220,8 @@ def overlay(
     """`original` with `generated` where the mask is white, blended where it is grey, in RGB.
 
     generated: of the size of `original`, or, with `crop`, of any size: it is fitted into that part.
-    As `VaeImageProcessor.apply_overlay`. Raises `RequestError` when the mask is not of the original's size.
+    As `VaeImageProcessor.apply_overlay`.
     """
-    check_same_size(original, mask_image)
     # premultiplied alpha (RGBa), or the colour of what is cut out would bleed into the soft edge
     kept = Image.new("RGBa", original.size)
     kept.paste(original.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask_image.convert("L")))
@@ -207,10 +236,7 @@ def overlay(
 
 
 def _fit(image: Image.Image, width: int, height: int, crop: Box | None, resize_mode: str) -> Image.Image:
-    if resize_mode not in RESIZE_MODES:
-        raise RequestError(f"unknown resize mode {resize_mode!r}: choose one of {', '.join(RESIZE_MODES)}")
-    if crop is not None:
-        image = image.crop(crop)
+    image = image if crop is None else image.crop(crop)
     if resize_mode == "default":
         return image.resize((width, height), _LANCZOS)
     return (_fit_within if resize_mode == "fill" else _fit_over)(image, width, height)

@@ -12,24 +12,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...common.arrays import Array
-from ...common.errors import RequestError
 
 Call = Callable[[Array], Array]
 
 
 @dataclass(frozen=True, slots=True)
-class _Grid:
+class Tiles:
     """Where the tiles lie, in latents: a tile every `stride`, `blend` of which lies over the next.
 
     before, after: pixels a latent in what is worked through and in what comes out, one of them 1.
+    tiny: as `AutoencoderTiny` does it: with less overlap and other weights, and always in tiles.
     diffusers rounds the overlap of pixels and that of latents down apart; where these differ (a tile of 6, of which
     1.5 latents overlap) its tiles do not meet, so here whole latents overlap. Elsewhere it is the same.
     """
 
     tile: int
-    blend: int
     before: int
     after: int
+    tiny: bool = False
+
+    @property
+    def blend(self) -> int:
+        return self.tile // (8 if self.tiny else 4)
 
     @property
     def stride(self) -> int:
@@ -43,98 +47,48 @@ class _Grid:
         rows, columns = (slice(start * self.before, (start + self.tile) * self.before) for start in (top, left))
         return np.asarray(source[..., rows, columns], order="C")
 
-    def shape(self, source: Array) -> tuple[int, int]:
-        """Height and width of the whole result."""
-        height, width = source.shape[-2:]
-        return height // self.before * self.after, width // self.before * self.after
+    def result(self, source: Array, piece: Array) -> Array:
+        """Room for the whole result, of which `piece` is one tile."""
+        sides = (side // self.before * self.after for side in source.shape[-2:])
+        return np.zeros((*piece.shape[:-2], *sides), piece.dtype)
 
 
-def tiled_decode(decode: Call, latents: Array, *, tile: int, downscale: int, overlap: float = 0.25) -> Array:
-    """Pixels (1, 3, H · downscale, W · downscale) of `latents` (1, C, H, W), as `AutoencoderKL.tiled_decode`.
+def run_tiled(call: Call, source: Array, tiles: Tiles) -> Array:
+    """What an autoencoder makes of `source`, latents or pixels (1, C, H, W), as `AutoencoderKL` and `AutoencoderTiny`.
 
-    decode: (1, C, h, w) to (1, 3, h · downscale, w · downscale), for h and w up to `tile` and ragged at the far edges.
-    Latents that are no larger than a tile are decoded in one call.
+    call: the encoder or decoder, for sides up to a tile's and ragged ones at the far edges. What is no larger than a
+    tile goes through in one call, unless the autoencoder is tiny.
 
-    Memory beyond the result: what `decode` takes for one tile, twice its output, and the lower edges of one row of
-    tiles, about overlap / (1 − overlap) · tile · downscale rows of the result (at the defaults, a third of a tile).
-    Raises `RequestError` when `tile` is less than 1 or `overlap` not from 0 to below 1.
+    Memory beyond the result: what `call` takes for one tile, twice its output, and the lower edges of one row of tiles,
+    a third of a tile high; with a tiny one what `call` takes for one tile, and less than five times its output.
     """
-    return _faded(decode, latents, _grid(tile, overlap, before=1, after=downscale))
+    if tiles.tiny:
+        return _laid_over(call, source, tiles)
+    return call(source) if max(source.shape[-2:]) <= tiles.tile * tiles.before else _faded(call, source, tiles)
 
 
-def tiled_encode(encode: Call, pixels: Array, *, tile: int, downscale: int, overlap: float = 0.25) -> Array:
-    """Moments (1, 2C, H / downscale, W / downscale) of `pixels` (1, 3, H, W), as `AutoencoderKL._tiled_encode`.
-
-    encode: (1, 3, h, w) to (1, 2C, h / downscale, w / downscale). tile: in latents, as for `tiled_decode`, which says
-    what it takes in memory. Raises `RequestError` as that does, and when H or W is no multiple of `downscale`.
-    """
-    _check_multiple(pixels, downscale)
-    return _faded(encode, pixels, _grid(tile, overlap, before=downscale, after=1))
-
-
-def tiled_decode_tiny(decode: Call, latents: Array, *, tile: int, downscale: int, overlap: float = 0.125) -> Array:
-    """What `tiled_decode` does, as `AutoencoderTiny` does it: other weights, and always in tiles.
-
-    Memory beyond the result: what `decode` takes for one tile, and less than five times its output.
-    """
-    return _laid_over(decode, latents, _grid(tile, overlap, before=1, after=downscale))
-
-
-def tiled_encode_tiny(encode: Call, pixels: Array, *, tile: int, downscale: int, overlap: float = 0.125) -> Array:
-    """What `tiled_encode` does, as `AutoencoderTiny` does it, which gives latents: (1, C, …)."""
-    _check_multiple(pixels, downscale)
-    return _laid_over(encode, pixels, _grid(tile, overlap, before=downscale, after=1))
-
-
-def _grid(tile: int, overlap: float, *, before: int, after: int) -> _Grid:
-    if tile < 1:
-        raise RequestError(f"a tile must be at least 1 latent a side, found {tile}")
-    if not 0 <= overlap < 1:
-        raise RequestError(f"the overlap of tiles must be from 0 to below 1, found {overlap!r}")
-    return _Grid(tile, int(tile * overlap), before, after)
-
-
-def _check_multiple(pixels: Array, downscale: int) -> None:
-    height, width = pixels.shape[-2:]
-    if height % downscale or width % downscale:
-        raise RequestError(f"pixels of {width}x{height} cannot be encoded: both must be multiples of {downscale}")
-
-
-def _faded(call: Call, source: Array, grid: _Grid) -> Array:
+def _faded(call: Call, source: Array, tiles: Tiles) -> Array:
     """Each tile fades from the tile above, which was already faded into its own neighbours, then from that at its left.
 
     A tile's lower and right edges are therefore kept apart: in the result, the tile after it overwrites them.
     """
-    if max(source.shape[-2:]) <= grid.tile * grid.before:
-        return call(source)
-    lefts = grid.starts(source.shape[-1])
     above: dict[int, Array] = {}
-    result: Array | None = None
-    step, edge = grid.stride * grid.after, grid.blend * grid.after
-    for i, top in enumerate(grid.starts(source.shape[-2])):
+    step, edge = tiles.stride * tiles.after, tiles.blend * tiles.after
+    for i, top in enumerate(tiles.starts(source.shape[-2])):
         beside: Array | None = None
-        for j, left in enumerate(lefts):
-            piece = np.array(call(grid.cut(source, top, left)))
+        for j, left in enumerate(tiles.starts(source.shape[-1])):
+            piece = np.array(call(tiles.cut(source, top, left)))
+            if not i and not j:
+                result = tiles.result(source, piece)
             if i:
                 _fade(above[j], piece)
             if beside is not None:
-                _fade(_transposed(beside), _transposed(piece))
-            above[j] = _last_rows(piece, edge)
-            beside = _transposed(_last_rows(_transposed(piece), edge))
-            if result is None:
-                result = np.empty((*piece.shape[:-2], *grid.shape(source)), piece.dtype)
+                _fade(beside.swapaxes(-1, -2), piece.swapaxes(-1, -2))
+            height, width = piece.shape[-2:]
+            above[j] = piece[..., max(height - edge, 0) :, :].copy()
+            beside = piece[..., max(width - edge, 0) :].copy()
             result[..., i * step : (i + 1) * step, j * step : (j + 1) * step] = piece[..., :step, :step]
-    assert result is not None
     return result
-
-
-def _transposed(piece: Array) -> Array:
-    """A view with rows and columns exchanged."""
-    return piece.swapaxes(-1, -2)
-
-
-def _last_rows(piece: Array, rows: int) -> Array:
-    return piece[..., max(piece.shape[-2] - rows, 0) :, :].copy()
 
 
 def _fade(above: Array, piece: Array) -> None:
@@ -145,27 +99,25 @@ def _fade(above: Array, piece: Array) -> None:
     piece[..., :rows, :] = above[..., above.shape[-2] - rows :, :] * other + piece[..., :rows, :] * own
 
 
-def _laid_over(call: Call, source: Array, grid: _Grid) -> Array:
+def _laid_over(call: Call, source: Array, tiles: Tiles) -> Array:
     """Each tile is laid over the result of those before it, with weights that rise along its upper and left edges."""
-    result: Array | None = None
-    after = grid.after
-    for top in grid.starts(source.shape[-2]):
-        for left in grid.starts(source.shape[-1]):
-            piece = call(grid.cut(source, top, left))
-            if result is None:
-                result = np.zeros((*piece.shape[:-2], *grid.shape(source)), piece.dtype)
+    after = tiles.after
+    for top in tiles.starts(source.shape[-2]):
+        for left in tiles.starts(source.shape[-1]):
+            piece = call(tiles.cut(source, top, left))
+            if not top and not left:
+                result = tiles.result(source, piece)
             height, width = piece.shape[-2:]
-            weight = _rising(height, top, grid)[:, None] * _rising(width, left, grid)
-            place = result[..., top * after : top * after + height, left * after : left * after + width]
-            place[...] = weight * piece + (1 - weight) * place
-    assert result is not None
+            weight = _rising(height, top, tiles)[:, None] * _rising(width, left, tiles)
+            beneath = result[..., top * after : top * after + height, left * after : left * after + width]
+            beneath[...] = weight * piece + (1 - weight) * beneath
     return result
 
 
-def _rising(length: int, start: int, grid: _Grid) -> Array:
+def _rising(length: int, start: int, tiles: Tiles) -> Array:
     """0 to 1 over the overlap and 1 beyond it; 1 throughout at the edge of the picture."""
     weight = np.ones(length, np.float32)
-    edge = grid.blend * grid.after
+    edge = tiles.blend * tiles.after
     if start and edge > 1:
         ramp = np.arange(min(edge, length), dtype=np.float32) / np.float32(edge - 1)
         weight[: len(ramp)] = ramp

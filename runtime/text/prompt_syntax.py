@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...common.errors import RequestError
@@ -36,22 +35,26 @@ _ESCAPED = re.compile(rf"\\([{_SPECIAL}]|(?:BREAK|AND)\b)")
 _UNIT = rf'(?:\\[{_SPECIAL}]|\\(?![{_SPECIAL}])|[^\s()",.+\-\\])'
 _BOUNDARY = r'(?=[\s()",.;:!?\]}]|\Z)'
 _POINT = r"(?<=[0-9])\.(?=[0-9])"
-_WEIGHTED_WORD = re.compile(rf"({_UNIT}(?:{_UNIT}|{_POINT}|[+-]+(?![+-])(?!{_BOUNDARY}))*)(\++|-+){_BOUNDARY}")
-_PLAIN = re.compile(rf"(?:{_UNIT}|{_POINT}|[+-])+|[\s,.]")
-_QUOTED = re.compile(rf'"((?:{_UNIT}|[\s(),.+-])*)"')
-_SIGNS = re.compile(r"\++|-+")
-_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
-_AFTER_QUOTES = re.compile(rf"(?:{_SIGNS.pattern}|{_NUMBER.pattern}){_BOUNDARY}")
+_QUOTED = rf'"((?:{_UNIT}|[\s(),.+-])*)"'
+_SIGNS = r"\++|-+"
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+_TOKEN = re.compile(
+    r"(?P<unsupported>\.(?:swap|attend|blend|and)\(|withLora\(|useLora\()"
+    rf"|(?P<open>\()|(?P<close>\)(?P<weight>{_SIGNS}|{_NUMBER})?)"
+    rf"|(?P<quoted>{_QUOTED}(?=(?:{_SIGNS}|{_NUMBER}){_BOUNDARY})(?P<factor>{_SIGNS}|{_NUMBER}))"
+    rf"|(?P<weighted>(?P<word>{_UNIT}(?:{_UNIT}|{_POINT}|[+-]+(?![+-])(?!{_BOUNDARY}))*)(?P<signs>{_SIGNS}){_BOUNDARY})"
+    rf"|(?P<plain>(?:{_UNIT}|{_POINT}|[+-])+|.)|(?P<end>\Z)",
+    re.DOTALL,
+)
 _AFTER_WEIGHT = re.compile(r"[\w+-]|\.[0-9]")
 _COLON_WEIGHT = re.compile(r"(?<!\\):\s*[+-]?(?:[0-9]+|([0-9]*\.[0-9]+))\s*\Z")
 _COLON_REACH = 24
 """How many characters before ")" are searched for a weight like ":1.3"."""
 _COMBINATION = re.compile(
-    rf"\s*\((?P<parts>\s*{_QUOTED.pattern}\s*(?:,\s*{_QUOTED.pattern}\s*)*)\)"
+    rf"\s*\((?P<parts>\s*{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*)\)"
     r"\s*\.(?P<operator>blend|and)\s*\((?P<arguments>[^()]*)(?P<close>\)?)"
 )
-_ARGUMENT = re.compile(rf"[+-]?(?:{_NUMBER.pattern})\Z")
-_UNSUPPORTED = re.compile(r"\.(swap|attend|blend|and)\(|(withLora|useLora)\(")
+_ARGUMENT = re.compile(rf"[+-]?(?:{_NUMBER})\Z")
 _FOREIGN = re.compile(r"\\.|(\[|<(?i:lora|lyco|hypernet):|\b(?:BREAK|AND)\b)", re.DOTALL)
 """What stable-diffusion-webui reads as syntax, and a backslash with what it makes literal."""
 _OURS = {
@@ -77,184 +80,133 @@ Fragments = tuple[Fragment, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Blend:
-    """The sum of the parts' embeddings, each times its weight; the weights sum to 1 unless `no_normalize` was asked."""
+class Prompt:
+    """The parts of a prompt, each its fragments in order, () for an empty one, and the weights of the parts.
+
+    Its embedding is the sum of the parts', each times its weight; the weights sum to 1 unless `no_normalize` was asked.
+    joined: `.and()`, the parts' embeddings one after the other, each times its weight as seen from the empty prompt.
+    """
 
     parts: tuple[Fragments, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] = (1.0,)
+    joined: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Conjunction:
-    """The parts' embeddings one after the other, each times its weight as seen from the empty prompt."""
-
-    parts: tuple[Fragments, ...]
-    weights: tuple[float, ...]
-
-
-def parse(text: str, name: str = "prompt") -> Fragments | Blend | Conjunction:
-    """The fragments of a prompt in order, () for an empty one, or the blend or conjunction that it is.
+def parse(text: str, name: str = "prompt") -> Prompt:
+    """What a prompt says. One without `.blend()` or `.and()` has one part.
 
     Neighbours of one weight are one fragment, so that text without syntax comes back as it is, less outer whitespace.
     Raises `RequestError` with the place in `name` for unbalanced parentheses, unclear or too large weights, operators
     that are not supported, and the syntax of other tools.
     """
     try:
-        return _parse(text)
-    except _SyntaxError as error:
+        _refuse_foreign(text)
+        match = _COMBINATION.match(text)
+        return Prompt((_fragments(text, 0, len(text)),)) if match is None else _combination(text, match)
+    except RequestError as error:
         raise RequestError(f"{name}{error}") from None
 
 
-def _parse(text: str) -> Fragments | Blend | Conjunction:
-    _refuse_foreign(text)
-    combination = _combination(text)
-    return _fragments(text, 0, len(text)) if combination is None else combination
-
-
-def escape(text: str) -> str:
-    """The prompt or part of one that `parse` reads as this very text, by backslashes."""
-    return re.sub(r'([\\()\[<"+:-]|\b(?:BREAK|AND)\b)', r"\\\1", text)
-
-
-def _unescape(text: str) -> str:
-    return _ESCAPED.sub(r"\1", text)
-
-
-def _combination(text: str) -> Blend | Conjunction | None:
-    """The `.blend()` or `.and()` that the text is; None where it does not begin as one."""
-    match = _COMBINATION.match(text)
-    if match is None:
-        return None
+def _combination(text: str, match: re.Match[str]) -> Prompt:
+    """The `.blend()` or `.and()` that the text begins as."""
     name, begin = f".{match['operator']}()", match.start("arguments") - 1
     if not match["close"]:
         raise _refusal(text, begin, f"is not closed: end {name} with )")
     if text[match.end() :].strip():
         raise _refusal(text, match.end(), f"follows {name}, which must be the whole prompt")
-    parts = tuple(_fragments(text, *part.span(1)) for part in _QUOTED.finditer(text, *match.span("parts")))
+    parts = tuple(_fragments(text, *part.span(1)) for part in re.compile(_QUOTED).finditer(text, *match.span("parts")))
     arguments = [argument.strip() for argument in match["arguments"].split(",")]
-    normalize = name == ".and()" or arguments[-1] != "no_normalize"
-    numbers = arguments if normalize else arguments[:-1]
-    weights = _numbers(text, begin, numbers) if any(numbers) else [1.0] * len(parts)
-    if len(weights) != len(parts):
-        raise _refusal(text, begin, f"gives {len(weights)} weights to {len(parts)} parts: give each one, or none")
-    if name == ".and()":
-        return Conjunction(parts, tuple(weights))
-    total = math.fsum(weights) if normalize else 1.0
-    if abs(total) < _SMALLEST_SUM:
-        raise _refusal(text, begin, "sums to 0: change a weight, or add no_normalize after the last one")
-    return Blend(parts, tuple(weight / total for weight in weights))
-
-
-def _numbers(text: str, begin: int, numbers: list[str]) -> list[float]:
-    """The weights that the parentheses at `begin` hold."""
+    joined = name == ".and()"
+    is_sum = not joined and arguments[-1] == "no_normalize"
+    numbers = arguments[:-1] if is_sum else arguments
+    if not any(numbers):
+        numbers = ["1"] * len(parts)
     for number in numbers:
         if not _ARGUMENT.match(number) or abs(float(number)) > LARGEST_WEIGHT:
-            raise _refusal(
-                text,
-                begin,
-                f"holds {_shown(number)}: write a number up to {LARGEST_WEIGHT:g} for each part, with commas",
-            )
-    return [float(number) for number in numbers]
+            remedy = f"write a number up to {LARGEST_WEIGHT:g} for each part, with commas"
+            raise _refusal(text, begin, f"holds {_shown(number)}: {remedy}")
+    if len(numbers) != len(parts):
+        raise _refusal(text, begin, f"gives {len(numbers)} weights to {len(parts)} parts: give each one, or none")
+    weights = [float(number) for number in numbers]
+    total = 1.0 if joined or is_sum else math.fsum(weights)
+    if abs(total) < _SMALLEST_SUM:
+        raise _refusal(text, begin, "sums to 0: change a weight, or add no_normalize after the last one")
+    return Prompt(parts, tuple(weight / total for weight in weights), joined)
 
 
 def _fragments(text: str, start: int, end: int) -> Fragments:
-    return _fused(_scan(text, start, end), text, start)
+    """The fragments of text[start:end], neighbours of one weight joined by a space."""
+    joined: list[Fragment] = []
+    for fragment in _spans(text, start, end):
+        words = fragment.text
+        if not fragment.weight <= LARGEST_WEIGHT:
+            found = f"holds a weight above {LARGEST_WEIGHT:g}, of {_shown(words)}: take a smaller one"
+            raise _refusal(text, start, found)
+        if joined and math.isclose(joined[-1].weight, fragment.weight):  # products of the same weights in any order
+            words = f"{joined.pop().text} {words}"
+        joined.append(Fragment(words, fragment.weight))
+    return tuple(joined)
 
 
-def _scan(text: str, start: int, end: int) -> list[Fragment]:
+def _spans(text: str, start: int, end: int) -> list[Fragment]:
     """The fragments of text[start:end], one for each change of syntax, times the weights of their groups."""
-    groups: list[list[Fragment]] = [[]]
-    opened: list[int] = []
+    groups: list[tuple[int, list[Fragment]]] = [(-2, [])]  # where each open one begins, and its fragments
     bare: dict[tuple[int, int], int] = {}  # by where a group begins and ends: how deep it is nested without a weight
     plain = start  # where the text that is not yet in a fragment began
-    at = start
-
-    def flush() -> None:
+    for token in _TOKEN.finditer(text, start, end):
+        kind, at = token.lastgroup, token.start()
+        if kind == "plain":
+            continue
         if words := text[plain:at].strip(_SPACE):
-            groups[-1].append(Fragment(_unescape(words), 1.0))
-
-    while at < end:
-        if unsupported := _UNSUPPORTED.match(text, at, end):
-            raise _refusal(text, at, _why_unsupported(unsupported[1] or unsupported[2]))
-        if text[at] == "(":
-            if len(opened) == _DEEPEST:
+            groups[-1][1].append(Fragment(_unescaped(words), 1.0))
+        plain = token.end()
+        inner: list[Fragment] = []
+        weight = 1.0
+        if kind == "unsupported":
+            raise _refusal(text, at, _why_unsupported(token[0].strip(".(")))
+        if kind == "open":
+            if len(groups) > _DEEPEST:
                 raise _refusal(text, at, f"is more than {_DEEPEST} parentheses deep: leave some out")
-            flush()
-            groups.append([])
-            opened.append(at)
-            at = plain = at + 1
-        elif text[at] == ")":
-            if not opened:
+            groups.append((at, []))
+        elif kind == "close":
+            if len(groups) == 1:
                 raise _refusal(text, at, r"closes a parenthesis that was never opened: write \) for a literal one")
-            begin, close = opened.pop(), at
-            flush()
-            weight, at = _weight(text, close + 1, end)
-            plain = at
-            weighted = at > close + 1
-            _refuse_colon_weight(text, begin, close, weighted)
-            around = 0 if weighted else 1 + bare.get((begin + 1, close - 1), 0)
-            if around > 1 and not (opened[-1:] == [begin - 1] and text[at : at + 1] == ")"):
+            begin, inner = groups.pop()
+            weight = _weight(text, token, "weight")
+            _refuse_colon_weight(text, begin, at, weighted=bool(token["weight"]))
+            around = 0 if token["weight"] else 1 + bare.get((begin + 1, at - 1), 0)
+            if around > 1 and not (groups[-1][0] == begin - 1 and text[plain : plain + 1] == ")"):
                 raise _refusal(text, begin, _OURS["(("])
-            bare[begin, close] = around
-            inner = groups.pop()
-            groups[-1].extend(_times(inner, weight))
-        elif quoted := _weighted_quotes(text, at, end):
-            flush()
-            inner = _scan(text, *quoted.span(1))
-            weight, at = _weight(text, quoted.end(), end)
-            plain = at
-            groups[-1].extend(_times(inner, weight))
-        elif word := _WEIGHTED_WORD.match(text, at, end):
-            flush()
-            groups[-1].append(Fragment(_unescape(word[1]), _of_signs(word[2])))
-            at = plain = word.end()
-        else:
-            match = _PLAIN.match(text, at, end)
-            at = match.end() if match else at + 1
-    if opened:
-        raise _refusal(text, opened[-1], r"opens a parenthesis that is never closed: write \( for a literal one")
-    flush()
-    return groups[0]
+            bare[begin, at] = around
+        elif kind == "quoted":
+            inner = _spans(text, at + 1, token.start("factor") - 1)
+            weight = _weight(text, token, "factor")
+        elif kind == "weighted":
+            inner, weight = [Fragment(_unescaped(token["word"]), 1.0)], _of_signs(token["signs"])
+        groups[-1][1].extend(Fragment(fragment.text, fragment.weight * weight) for fragment in inner)
+    if len(groups) > 1:
+        raise _refusal(text, groups[-1][0], r"opens a parenthesis that is never closed: write \( for a literal one")
+    return groups[0][1]
 
 
-def _weighted_quotes(text: str, at: int, end: int) -> re.Match[str] | None:
-    quoted = _QUOTED.match(text, at, end)
-    return quoted if quoted and _AFTER_QUOTES.match(text, quoted.end(), end) else None
+def _unescaped(text: str) -> str:
+    return _ESCAPED.sub(r"\1", text)
 
 
-def _weight(text: str, at: int, end: int) -> tuple[float, int]:
-    """The weight written at `at`, 1 if there is none, and where the text goes on."""
-    signs, number = _SIGNS.match(text, at, end), _NUMBER.match(text, at, end)
-    match = signs or number
-    if match is None:
-        return 1.0, at
-    after = _AFTER_WEIGHT.match(text, match.end(), end)
-    if after and not (signs and after[0].isalpha()):
-        raise _refusal(text, at, "is an unclear weight: write a number like 1.3, or + or - signs, then a space")
-    return (_of_signs(match[0]) if signs else float(match[0])), match.end()
+def _weight(text: str, token: re.Match[str], group: str) -> float:
+    """The weight that a group of the token holds, 1 if there is none."""
+    weight = token[group]
+    if not weight:
+        return 1.0
+    after = _AFTER_WEIGHT.match(text, token.end(), token.endpos)
+    if after and not (weight[0] in "+-" and after[0].isalpha()):
+        remedy = "write a number like 1.3, or + or - signs, then a space"
+        raise _refusal(text, token.start(group), f"is an unclear weight: {remedy}")
+    return _of_signs(weight) if weight[0] in "+-" else float(weight)
 
 
 def _of_signs(signs: str) -> float:
     return (_PLUS if signs[0] == "+" else _MINUS) ** min(len(signs), _MOST_SIGNS)
-
-
-def _times(fragments: Iterable[Fragment], weight: float) -> Iterable[Fragment]:
-    return (Fragment(fragment.text, fragment.weight * weight) for fragment in fragments)
-
-
-def _fused(fragments: Iterable[Fragment], text: str, start: int) -> Fragments:
-    """With neighbours of one weight joined by a space."""
-    fused: list[Fragment] = []
-    for fragment in fragments:
-        words = fragment.text
-        if not fragment.weight <= LARGEST_WEIGHT:
-            raise _refusal(
-                text, start, f"holds a weight above {LARGEST_WEIGHT:g}, of {_shown(words)}: take a smaller one"
-            )
-        if fused and math.isclose(fused[-1].weight, fragment.weight):  # products of the same weights in any order
-            words = f"{fused.pop().text} {words}"
-        fused.append(Fragment(words, fragment.weight))
-    return tuple(fused)
 
 
 def _refuse_foreign(text: str) -> None:
@@ -280,12 +232,9 @@ def _why_unsupported(name: str) -> str:
     return f"is not supported: {remedy}, or write a backslash before the parenthesis if it is text"
 
 
-class _SyntaxError(Exception):
+def _refusal(text: str, at: int, reason: str) -> RequestError:
     """What is wrong, without the name of the prompt."""
-
-
-def _refusal(text: str, at: int, reason: str) -> _SyntaxError:
-    return _SyntaxError(f", character {at + 1}: {_shown(text[at:])} {reason}")
+    return RequestError(f", character {at + 1}: {_shown(text[at:])} {reason}")
 
 
 def _shown(text: str) -> str:

@@ -20,11 +20,15 @@ _CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{
 
 
 class PromptTokenizer:
-    """One text encoder's tokenizer: a window of `spec.max_length` tokens with start, end and padding."""
+    """One text encoder's tokenizer: windows of tokens with start, end and padding.
+
+    window: how many tokens one window has, start and end included. room: how many it holds between these.
+    """
 
     def __init__(self, folder: Path, spec: Spec) -> None:
         """Raises `BundleError` when the tokenizer's files are missing or damaged."""
         self._spec = spec
+        self.window, self.room = spec.max_length, spec.max_length - 2
         self._tokenizer = _load(folder)
         self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
@@ -33,16 +37,6 @@ class PromptTokenizer:
         tokens = self.tokens(texts)
         rows = np.array([self.row(ids[: self.room]) for ids in tokens], np.int64)
         return rows, [self.text(ids[self.room :]) for ids in tokens]
-
-    @property
-    def window(self) -> int:
-        """How many tokens one window has, start and end included."""
-        return self._spec.max_length
-
-    @property
-    def room(self) -> int:
-        """How many tokens one window holds between its start and its end."""
-        return self._spec.max_length - 2
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """All token ids of each text, without start, end and padding.
@@ -66,10 +60,9 @@ class PromptTokenizer:
         return text
 
     def row(self, tokens: Sequence[int]) -> list[int]:
-        """The window, `max_length` ids, of at most `room` tokens."""
-        spec = self._spec
-        row = [spec.bos_token_id, *tokens, spec.eos_token_id]
-        return row + [spec.pad_token_id] * (spec.max_length - len(row))
+        """The ids of a window of at most `room` tokens."""
+        padding = [self._spec.pad_token_id] * (self.room - len(tokens))
+        return [self._spec.bos_token_id, *tokens, self._spec.eos_token_id, *padding]
 
     def text(self, tokens: Sequence[int]) -> str:
         """What the tokens say."""

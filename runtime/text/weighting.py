@@ -7,17 +7,18 @@ its window, and nothing moves between windows.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from .prompt_syntax import Blend, Conjunction, Fragment, Fragments, parse
+from .prompt_syntax import Fragment, Prompt, parse
 from .tokenizer import PromptTokenizer
 
 Run = Callable[[Array], tuple[Array, Array | None]]
@@ -30,12 +31,20 @@ _WORD_END = "</w>"
 
 
 @dataclass(frozen=True, slots=True)
-class PromptEmbeddings:
+class Embedding:
     """One prompt, encoded: hidden (k * max_length, width) for k windows, pooled (p,) or None, what was truncated."""
 
     hidden: Array
-    pooled: Array | None
-    truncated: str
+    pooled: Array | None = None
+    truncated: str = ""
+
+    def zeros(self) -> Embedding:
+        """Nothing at all, of the same shape."""
+        return Embedding(np.zeros_like(self.hidden), None if self.pooled is None else np.zeros_like(self.pooled))
+
+    def sources(self) -> dict[str, Array]:
+        """By the sources of the wiring."""
+        return {"text.hidden": self.hidden, **({} if self.pooled is None else {"text.pooled": self.pooled})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +58,9 @@ _Ids = tuple[int, ...]
 _Tokens = tuple[_Token, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """What the encoder made of each window, by the token ids in it: hidden (max_length, width), pooled (p,)."""
-
-    hidden: dict[_Ids, Array]
-    pooled: dict[_Ids, Array] | None
-    dtype: np.dtype[Any]
-
-
 def weighted_embeddings(
     text: str, tokenizer: PromptTokenizer, run: Run, *, weights: bool = True, windows: bool = True
-) -> PromptEmbeddings:
+) -> Embedding:
     """Encode one prompt with one call of `run`, to which each different row is given once.
 
     weights: read the syntax of `prompt_syntax`; without it the text is taken literally.
@@ -70,36 +70,34 @@ def weighted_embeddings(
     A prompt of one window without weights is, bit for bit, what `run` makes of `tokenizer.encode`.
     Raises `RequestError` for syntax that `parse` refuses, and for `.and()` where `windows` is False.
     """
-    prompt = _parsed(text, weights=weights, windows=windows)
-    joined = isinstance(prompt, Conjunction)
+    prompt, tokens, parts = _windows(text, tokenizer, weights=weights, windows=windows)
     room = tokenizer.room
-    tokens = [_tokens(part, tokenizer) for part in prompt.parts]
     truncated = [] if windows else [tokenizer.text(_ids(part[room:])) for part in tokens]
-    parts = [_windows(part, tokenizer) if windows else [part[:room]] for part in tokens]
-    summaries = [_ids(part[:room]) for part in ([tuple(chain(*tokens))] if joined else tokens)]
-    plain = not joined and len(parts) == 1 and all(token.weight == 1 for token in tokens[0])
-    wanted = [*chain(*(_rows(window) for window in chain(*parts))), *summaries, *([] if plain else [()])]
-    encoded = _encode(wanted, tokenizer, run)
-    states = [np.concatenate([_weighted(window, encoded.hidden) for window in part]) for part in parts]
-    return PromptEmbeddings(
-        hidden=_combined(prompt, states, encoded.hidden).astype(encoded.dtype, copy=False),
-        pooled=_pooled(summaries, (1.0,) if joined else prompt.weights, encoded),
-        truncated=" ".join(filter(None, truncated)),
-    )
+    summaries = [_ids(part[:room]) for part in ([tuple(chain(*tokens))] if prompt.joined else tokens)]
+    variants = [[_variants(window) for window in part] for part in parts]
+    is_plain = not prompt.joined and len(parts) == 1 and all(token.weight == 1 for token in tokens[0])
+    wanted = [_ids(part) for _, part in chain(*chain(*variants))] + summaries + ([] if is_plain else [()])
+    rows = list(dict.fromkeys(wanted))
+    hidden, pooled = run(np.array([tokenizer.row(row) for row in rows], np.int64))
+    # float16 is too coarse for the differences that weights scale
+    wide = hidden.astype(np.promote_types(hidden.dtype, np.float32), copy=False)
+    states = dict(zip(rows, wide, strict=True))
+    empty = states.get((), wide[0])  # of a plain prompt, where it changes nothing
+    embedded = [np.concatenate([_weighted(window, states, empty) for window in part]) for part in variants]
+    if prompt.joined:
+        whole = np.concatenate([_scaled(*each, empty) for each in zip(embedded, prompt.weights, strict=True)])
+    else:
+        whole = _sum(pad_to_longest(embedded, empty), prompt.weights)
+    of_summaries = (1.0,) if prompt.joined else prompt.weights
+    summary = None if pooled is None else _sum([pooled[rows.index(ids)] for ids in summaries], of_summaries)
+    return Embedding(whole.astype(hidden.dtype, copy=False), summary, " ".join(filter(None, truncated)))
 
 
 def count_windows(text: str, tokenizer: PromptTokenizer, *, weights: bool = True, windows: bool = True) -> int:
     """How many windows `weighted_embeddings` gives for a prompt, and the same errors, without an encoder."""
-    prompt = _parsed(text, weights=weights, windows=windows)
-    counts = [len(_windows(_tokens(part, tokenizer), tokenizer)) if windows else 1 for part in prompt.parts]
-    return sum(counts) if isinstance(prompt, Conjunction) else max(counts)
-
-
-def _parsed(text: str, *, weights: bool, windows: bool) -> Blend | Conjunction:
-    prompt = parse(text) if weights else (Fragment(text, 1.0),)
-    if isinstance(prompt, Conjunction) and not windows:
-        raise RequestError("prompt: .and() makes a window of each part: allow prompts longer than one window")
-    return Blend((prompt,), (1.0,)) if isinstance(prompt, tuple) else prompt
+    prompt, _, parts = _windows(text, tokenizer, weights=weights, windows=windows)
+    counts = [len(part) for part in parts]
+    return sum(counts) if prompt.joined else max(counts)
 
 
 def pad_to_longest(embeddings: Sequence[Array], empty: Array) -> list[Array]:
@@ -113,18 +111,25 @@ def pad_to_longest(embeddings: Sequence[Array], empty: Array) -> list[Array]:
     ]
 
 
-def _tokens(fragments: Fragments, tokenizer: PromptTokenizer) -> _Tokens:
-    ids = tokenizer.tokens([fragment.text for fragment in fragments])
-    return tuple(
-        _Token(token, fragment.weight, index) for index, fragment in enumerate(fragments) for token in ids[index]
-    )
+def _windows(
+    text: str, tokenizer: PromptTokenizer, *, weights: bool, windows: bool
+) -> tuple[Prompt, list[_Tokens], list[list[_Tokens]]]:
+    """The prompt, and of each part all tokens, and the windows that they are split into."""
+    prompt = parse(text) if weights else Prompt(((Fragment(text, 1.0),),), (1.0,))
+    if prompt.joined and not windows:
+        raise RequestError("prompt: .and() makes a window of each part: allow prompts longer than one window")
+    tokens = []
+    for fragments in prompt.parts:
+        ids = tokenizer.tokens([fragment.text for fragment in fragments])
+        tokens.append(tuple(_Token(token, f.weight, i) for i, f in enumerate(fragments) for token in ids[i]))
+    return prompt, tokens, [_split(part, tokenizer) if windows else [part[: tokenizer.room]] for part in tokens]
 
 
 def _ids(tokens: Iterable[_Token]) -> _Ids:
     return tuple(token.id for token in tokens)
 
 
-def _windows(tokens: _Tokens, tokenizer: PromptTokenizer) -> list[_Tokens]:
+def _split(tokens: _Tokens, tokenizer: PromptTokenizer) -> list[_Tokens]:
     """At least one window, each of at most `tokenizer.room` tokens."""
     pieces = tokenizer.pieces(_ids(tokens))
     windows, start = [], 0
@@ -137,66 +142,33 @@ def _windows(tokens: _Tokens, tokenizer: PromptTokenizer) -> list[_Tokens]:
 
 def _best_split(pieces: Sequence[str]) -> int:
     """How many of these tokens go into a window that more follow, as compel's `SplitLongTextMode.SENTENCES`."""
-    ends: tuple[Callable[[str], bool], ...] = (
-        _SENTENCE_ENDS.__contains__,
-        _PHRASE_ENDS.__contains__,
-        lambda piece: piece.endswith(_WORD_END),
-    )
-    for is_end in ends:
-        for count in range(len(pieces), 0, -1):
-            if is_end(pieces[count - 1]):
-                return count
-    return len(pieces)
+    sentences = [count for count, piece in enumerate(pieces, 1) if piece in _SENTENCE_ENDS]
+    phrases = [count for count, piece in enumerate(pieces, 1) if piece in _PHRASE_ENDS]
+    words = [count for count, piece in enumerate(pieces, 1) if piece.endswith(_WORD_END)]
+    return (sentences or phrases or words or [len(pieces)])[-1]
 
 
-def _lowered(window: _Tokens) -> dict[int, float]:
-    """The fragments of a window whose weight is below 1, and that weight."""
-    return {token.fragment: token.weight for token in window if token.weight < 1}
+def _variants(window: _Tokens) -> list[tuple[float, _Tokens]]:
+    """The window, and the window without each fragment of a weight below 1; before each, how much it counts.
 
-
-def _without(window: _Tokens, fragment: int) -> _Tokens:
-    return tuple(token for token in window if token.fragment != fragment)
-
-
-def _rows(window: _Tokens) -> Iterator[_Ids]:
-    """The token ids that `_weighted` asks for, but for the empty window."""
-    yield _ids(window)
-    for fragment in _lowered(window):
-        yield _ids(_without(window, fragment))
-
-
-def _encode(wanted: Iterable[_Ids], tokenizer: PromptTokenizer, run: Run) -> _Encoded:
-    rows = list(dict.fromkeys(wanted))
-    hidden, pooled = run(np.array([tokenizer.row(row) for row in rows], np.int64))
-    # float16 is too coarse for the differences that weights scale
-    wide = hidden.astype(np.promote_types(hidden.dtype, np.float32), copy=False)
-    return _Encoded(
-        hidden=dict(zip(rows, wide, strict=True)),
-        pooled=None if pooled is None else dict(zip(rows, pooled, strict=True)),
-        dtype=hidden.dtype,
-    )
-
-
-def _weighted(window: _Tokens, hidden: dict[_Ids, Array]) -> Array:
-    """One window's hidden states: scaled by token, and for each lowered fragment drawn to the window without it.
-
-    The window without a fragment of weight w counts tan((1 - w) π / 2) against 1 of the whole one: as much at w = 0.5.
+    That without a fragment of weight w counts tan((1 - w) π / 2) against 1 of the whole one: as much at w = 0.5.
     """
-    total, sum_of_pulls = _scaled_tokens(window, hidden), 1.0
-    for fragment, weight in _lowered(window).items():
-        pull = math.tan((1 - max(weight, _SMALLEST_WEIGHT)) * math.pi / 2)
-        total = total + pull * _scaled_tokens(_without(window, fragment), hidden)
-        sum_of_pulls += pull
-    return total / sum_of_pulls
+    lowered = {token.fragment: max(token.weight, _SMALLEST_WEIGHT) for token in window if token.weight < 1}
+    without = [
+        (math.tan((1 - weight) * math.pi / 2), tuple(token for token in window if token.fragment != fragment))
+        for fragment, weight in lowered.items()
+    ]
+    return [(1.0, window), *without]
 
 
-def _scaled_tokens(window: _Tokens, hidden: dict[_Ids, Array]) -> Array:
-    states = hidden[_ids(window)]
-    if all(token.weight == 1 for token in window):
-        return states
-    weights = np.ones((len(states), 1), states.dtype)
-    weights[1 : 1 + len(window), 0] = [token.weight for token in window]
-    return _scaled(states, weights, hidden[()])
+def _weighted(variants: Sequence[tuple[float, _Tokens]], states: dict[_Ids, Array], empty: Array) -> Array:
+    """One window's hidden states: the mean of its variants, each scaled by token."""
+    counts, scaled = [count for count, _ in variants], []
+    for _, tokens in variants:
+        weights = np.ones((len(empty), 1), empty.dtype)
+        weights[1 : 1 + len(tokens), 0] = [token.weight for token in tokens]
+        scaled.append(_scaled(states[_ids(tokens)], weights, empty))
+    return _sum(scaled, counts) / sum(counts)
 
 
 def _scaled(states: Array, weights: Array | float, empty: Array) -> Array:
@@ -205,21 +177,5 @@ def _scaled(states: Array, weights: Array | float, empty: Array) -> Array:
     return np.where(np.equal(weights, 1), states, base + (states - base) * weights)
 
 
-def _combined(prompt: Blend | Conjunction, states: Sequence[Array], hidden: dict[_Ids, Array]) -> Array:
-    if isinstance(prompt, Conjunction):
-        weighted = zip(states, prompt.weights, strict=True)
-        return np.concatenate([_scaled(part, weight, hidden[()]) for part, weight in weighted])
-    return _sum(pad_to_longest(states, hidden[()]) if len(states) > 1 else states, prompt.weights)
-
-
-def _pooled(summaries: Sequence[_Ids], weights: Sequence[float], encoded: _Encoded) -> Array | None:
-    if encoded.pooled is None:
-        return None
-    return _sum([encoded.pooled[ids] for ids in summaries], weights)
-
-
 def _sum(values: Sequence[Array], weights: Sequence[float]) -> Array:
-    total = values[0] * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = total + value * weight
-    return total
+    return functools.reduce(operator.add, [value * weight for value, weight in zip(values, weights, strict=True)])

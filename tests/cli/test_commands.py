@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffoundry.runtime.pictures.images import read_metadata
-
 COMPONENTS = {"text_encoder", "unet", "vae_encoder", "vae_decoder", "step"}
 PROMPT = "a large red star at the left on a navy background"
 
@@ -30,7 +28,7 @@ def test_run_prints_one_json_object(command, bundle_of, tmp_path):
 def test_the_png_tells_how_to_make_it_again(command, bundle_of, tmp_path):
     options = ["--steps", 6, "--guidance", 4.5, "--scheduler", "ddpm", "--width", 72, "--count", 2, "-n", "a ring"]
     assert command("run", bundle_of("pico"), PROMPT, *options, "-o", tmp_path / "a.png").returncode == 0
-    made = read_metadata(tmp_path / "a-1.png")
+    made = json.loads(Image.open(tmp_path / "a-1.png").text["diffoundry"])
     again = ["--steps", made["steps"], "--guidance", made["guidance"]["scale"], "--scheduler", made["scheduler"]]
     again += [
         "--width",
@@ -58,7 +56,7 @@ def test_options_are_known_by_the_names_of_diffusers(command, bundle_of, tmp_pat
     ]
     assert told[0]["request"] == told[1]["request"]
     assert (told[0]["request"]["prompt"], told[0]["images"][0]["seed"]) == ("-a star", -1)
-    assert read_metadata(tmp_path / "a.png")["seed"] == -1
+    assert json.loads(Image.open(tmp_path / "a.png").text["diffoundry"])["seed"] == -1
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

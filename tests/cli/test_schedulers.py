@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from diffoundry.runtime.pictures.images import read_metadata
 from diffoundry.runtime.pipeline import load
 from diffoundry.runtime.schedule import Schedules
 from diffoundry.runtime.schedulers import SAMPLERS, make_table
@@ -138,7 +137,7 @@ def test_each_option_of_run_changes_the_image(command, bundle_of, tmp_path):
         ["--scheduler", "euler", "--sigmas", "14,5,1,0.1,0"],
     ):
         assert (pixels(*options) != plain).any(), options
-    made = read_metadata(tmp_path / "o.png")
+    made = json.loads(Image.open(tmp_path / "o.png").text["diffoundry"])
     assert made["sigmas"] == [14, 5, 1, 0.1, 0]
 
 

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 import diffoundry
-from diffoundry.runtime.pictures.images import read_metadata
 
 PROMPT = "a large red star at the left on a navy background"
 
@@ -36,7 +35,7 @@ def test_a_picture_is_inpainted_and_the_record_says_how(command, bundle_of, pict
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)["request"]
     assert (told["strength"], told["width"], told["height"]) == (0.5, 64, 48)
-    record = read_metadata(out)
+    record = json.loads(Image.open(out).text["diffoundry"])
     assert (record["image"], record["mask"]) == (str(image), str(mask))
     pipe = diffoundry.load(bundle_of("pico"))
     again = pipe(PROMPT, image=image, mask=mask, strength=0.5, steps=4, seed=3)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from diffoundry.common.errors import RequestError
-from diffoundry.runtime.text.prompt_syntax import Blend, Conjunction, Fragment, escape, parse
+from diffoundry.runtime.text.prompt_syntax import Fragment, Prompt, parse
 
 SYNTAX = st.lists(st.sampled_from([*' ab19\n()[]<|"+-.,:;=\\é', "BREAK", "AND", "<lora:"]), max_size=40).map("".join)
 SPACE = " \t\r\n"
@@ -17,6 +18,20 @@ SPACE = " \t\r\n"
 
 def plain(text):
     return (Fragment(text, 1.0),)
+
+
+def fragments(text):
+    """Those of a prompt of one part."""
+    prompt = parse(text)
+    assert not prompt.joined
+    assert prompt.weights == (1.0,)
+    (part,) = prompt.parts
+    return part
+
+
+def escape(text):
+    """The prompt or part of one that is this very text, by backslashes."""
+    return re.sub(r'([\\()\[<"+:-]|\b(?:BREAK|AND)\b)', r"\\\1", text)
 
 
 @pytest.mark.parametrize(
@@ -67,21 +82,21 @@ def plain(text):
     ],
 )
 def test_fragments(text, expected):
-    assert [(fragment.text, pytest.approx(fragment.weight)) for fragment in parse(text)] == expected
+    assert [(fragment.text, pytest.approx(fragment.weight)) for fragment in fragments(text)] == expected
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('("a", "b").blend(0.7, 0.3)', Blend((plain("a"), plain("b")), (0.7, 0.3))),
-        ('("a","b").blend(6,2)', Blend((plain("a"), plain("b")), (0.75, 0.25))),
-        ('("a","b").blend()', Blend((plain("a"), plain("b")), (0.5, 0.5))),
-        ('("a","b").blend(1, -.5)', Blend((plain("a"), plain("b")), (2.0, -1.0))),
-        ('("a","b").blend(1, -1, no_normalize)', Blend((plain("a"), plain("b")), (1.0, -1.0))),
-        ('("a","b").blend(no_normalize)', Blend((plain("a"), plain("b")), (1.0, 1.0))),
-        ('\n( "a, (b)2" ,\n"" )\n.and( )\n', Conjunction(((Fragment("a,", 1.0), Fragment("b", 2.0)), ()), (1.0, 1.0))),
-        (r'("say \"a\"").and(0.5)', Conjunction((plain('say "a"'),), (0.5,))),
-        ('("a+","b").and(1, 0.5)', Conjunction(((Fragment("a", 1.1),), plain("b")), (1.0, 0.5))),
+        ('("a", "b").blend(0.7, 0.3)', Prompt((plain("a"), plain("b")), (0.7, 0.3))),
+        ('("a","b").blend(6,2)', Prompt((plain("a"), plain("b")), (0.75, 0.25))),
+        ('("a","b").blend()', Prompt((plain("a"), plain("b")), (0.5, 0.5))),
+        ('("a","b").blend(1, -.5)', Prompt((plain("a"), plain("b")), (2.0, -1.0))),
+        ('("a","b").blend(1, -1, no_normalize)', Prompt((plain("a"), plain("b")), (1.0, -1.0))),
+        ('("a","b").blend(no_normalize)', Prompt((plain("a"), plain("b")), (1.0, 1.0))),
+        ('\n( "a, (b)2" ,\n"" )\n.and( )\n', Prompt(((Fragment("a,", 1.0), Fragment("b", 2.0)), ()), (1.0, 1.0), True)),
+        (r'("say \"a\"").and(0.5)', Prompt((plain('say "a"'),), (0.5,), True)),
+        ('("a+","b").and(1, 0.5)', Prompt(((Fragment("a", 1.1),), plain("b")), (1.0, 0.5), True)),
     ],
 )
 def test_blends_and_conjunctions(text, expected):
@@ -154,7 +169,7 @@ def test_refusals_say_where_and_why(text, character, reason):
 def test_any_text_is_read_or_refused_in_one_line(text):
     refusal = None
     try:
-        prompt = parse(text)
+        prompt = fragments(text)
     except RequestError as error:
         refusal = str(error)
     if refusal is None:
@@ -166,13 +181,13 @@ def test_any_text_is_read_or_refused_in_one_line(text):
 @settings(deadline=None)
 @given(SYNTAX | st.text(max_size=40))
 def test_escaped_text_is_itself(text):
-    assert parse(escape(text)) == (plain(text.strip(SPACE)) if text.strip(SPACE) else ())
+    assert fragments(escape(text)) == (plain(text.strip(SPACE)) if text.strip(SPACE) else ())
 
 
 @settings(deadline=None)
 @given(st.text(alphabet=st.characters(exclude_characters='()"+-\\[', exclude_categories=["Cs"]), max_size=40))
 def test_text_without_syntax_is_itself(text):
-    assert parse(text) == (plain(text.strip(SPACE)) if text.strip(SPACE) else ())
+    assert fragments(text) == (plain(text.strip(SPACE)) if text.strip(SPACE) else ())
 
 
 WORDS = st.text(alphabet='a1 ()"+-\\:.', min_size=1, max_size=6).filter(lambda text: text.strip())
@@ -207,7 +222,7 @@ def leaves(tree, weight=1.0):
 @given(TREES)
 def test_weights_are_the_products_of_their_groups(tree):
     try:
-        found = parse(written(tree))
+        found = fragments(written(tree))
     except RequestError as error:
         if "raises the weight in other tools" not in str(error):
             raise
