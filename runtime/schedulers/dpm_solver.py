@@ -9,10 +9,9 @@ import numpy as np
 
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from .config import Config, predicted_noise, predicted_x0
+from .config import Config, Line, predictions
 from .flow_match import even_flow_sigmas
 from .spacing import (
-    alpha_sigma,
     as_float32,
     at_timesteps,
     clipped_end,
@@ -44,28 +43,21 @@ class Transfer(NamedTuple):
     bend: float
     deviation: float
 
+    def apply(self, rows: TableBuilder, x: Array, *points: tuple[float, Array], midpoint: bool, part: float) -> Array:
+        """x_t from x_s and the polynomial through one to three points (λ, f), the first of them at s.
 
-def transfer(algorithm: str, alpha: Array, sigma: Array, log_snr: Array) -> Transfer:
-    """From the first to the second of two noise levels, (2,) each, under one of four algorithms.
-
-    dpmsolver++: f predicts the image (Lu et al. 2022, "DPM-Solver++", equation 8). dpmsolver: f predicts the noise
-    (Lu et al. 2022, "DPM-Solver", equation 3.4). sde-dpmsolver++, sde-dpmsolver: their SDEs ("DPM-Solver++", appendix).
-    """
-    h = log_snr[1] - log_snr[0]
-    stochastic = algorithm.startswith("sde")
-    if algorithm.endswith("++"):
-        rate = 2.0 if stochastic else 1.0
-        keep = sigma[1] / sigma[0] * (np.exp(-h) if stochastic else 1.0)
-        scale, variance = alpha[1], -np.expm1(-2 * h)
-    else:
-        rate, keep = -1.0, alpha[1] / alpha[0]
-        scale, variance = sigma[1] * (2.0 if stochastic else 1.0), np.expm1(2 * h)
-    phi = -np.expm1(-rate * h)
-    slope = scale * (h - phi / rate)
-    # the SDE's quadratic term has its sign turned in diffusers
-    square = scale * h**2 / 2 * (-1 if stochastic else 1)
-    deviation = sigma[1] * np.sqrt(max(variance, 0.0) if same(log_snr) else variance) if stochastic else 0.0
-    return Transfer(keep, scale * phi, scale * phi * h / 2, slope, square - slope / rate, deviation)
+        midpoint: whether the slope of two points is taken by that rule. part: how much of f″ is taken.
+        """
+        (at, f), *others = points
+        new = np.asarray(self.keep * x + self.value * f + self.deviation * rows.noise)
+        chords = [(g - f) / (other - at) for other, g in others]
+        if len(chords) == 1:
+            new = new + (self.middle if midpoint else self.slope) * chords[0]
+        elif len(chords) == 2:
+            (near, _), (far, _) = others
+            half = (chords[0] - chords[1]) / (near - far)
+            new = new + self.slope * (chords[0] - (near - at) * half) + part * self.bend * 2 * half
+        return new
 
 
 def same(log_snr: Array) -> bool:
@@ -73,28 +65,18 @@ def same(log_snr: Array) -> bool:
     return not np.ptp(np.float32(log_snr))
 
 
-def derivatives(*points: tuple[float, Array]) -> tuple[Array, Array]:
-    """f′ and f″ at the first of two or three points (λ, f), of the polynomial through them."""
-    (at, f), (first, _), *_ = points
-    chords = [(g - f) / (other - at) for other, g in points[1:]]
-    if len(chords) == 1:
-        return chords[0], np.zeros_like(f)
-    half = (chords[0] - chords[1]) / (first - points[2][0])
-    return chords[0] - (first - at) * half, 2 * half
-
-
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """timesteps: (S,). alpha, sigma, log_snr: (S + 1,), the last after all steps. x0 = p · x + q · m, (S,) each.
+    """timesteps: (S,). alpha, sigma, log_snr: (S + 1,), the last after all steps. x0: see `predictions`.
 
-    noise: u and v of u · x + v · m, (S,) each, which the solver integrates; where it is None that is x0.
+    noise: likewise, for a solver that integrates the predicted noise; None for one that integrates x0.
     """
 
     timesteps: Array
     alpha: Array
     sigma: Array
-    x0: tuple[Array, Array]
-    noise: tuple[Array, Array] | None = None
+    x0: Line
+    noise: Line | None = None
     log_snr: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,22 +91,40 @@ class Schedule:
         x0 = rows.predicted(k)
         return x0 if self.noise is None else self.noise[0][k] * rows.x + self.noise[1][k] * rows.m
 
-    def transfer(self, algorithm: str, s: int, t: int) -> Transfer:
-        """`transfer` from time s to time t."""
-        pair = [s, t]
-        return transfer(algorithm, self.alpha[pair], self.sigma[pair], self.log_snr[pair])
-
     def of_noise(self, config: Config) -> Schedule:
         """The same for a solver that integrates the predicted noise."""
-        return replace(self, noise=predicted_noise(config, self.alpha[:-1], self.sigma[:-1]))
+        return replace(self, noise=predictions(config, self.alpha[:-1], self.sigma[:-1])[1])
+
+    def transfer(self, algorithm: str, s: int, t: int) -> Transfer:
+        """From time s to time t under one of four algorithms.
+
+        dpmsolver++: f predicts the image (Lu et al. 2022, "DPM-Solver++", equation 8). dpmsolver: f predicts the noise
+        (Lu et al. 2022, "DPM-Solver", equation 3.4). sde-dpmsolver++, sde-dpmsolver: their SDEs ("DPM-Solver++",
+        appendix).
+        """
+        alpha, sigma, log_snr = (levels[[s, t]] for levels in (self.alpha, self.sigma, self.log_snr))
+        h = log_snr[1] - log_snr[0]
+        stochastic = algorithm.startswith("sde")
+        if algorithm.endswith("++"):
+            rate = 2.0 if stochastic else 1.0
+            keep = sigma[1] / sigma[0] * (np.exp(-h) if stochastic else 1.0)
+            scale, variance = alpha[1], -np.expm1(-2 * h)
+        else:
+            rate, keep = -1.0, alpha[1] / alpha[0]
+            scale, variance = sigma[1] * (2.0 if stochastic else 1.0), np.expm1(2 * h)
+        phi = -np.expm1(-rate * h)
+        slope = scale * (h - phi / rate)
+        # the SDE's quadratic term has its sign turned in diffusers
+        square = scale * h**2 / 2 * (-1 if stochastic else 1)
+        deviation = sigma[1] * np.sqrt(max(variance, 0.0) if same(log_snr) else variance) if stochastic else 0.0
+        return Transfer(keep, scale * phi, scale * phi * h / 2, slope, square - slope / rate, deviation)
 
 
 def dpm_multistep(config: Config, steps: Steps) -> Table:
     """Lu et al. 2022, "DPM-Solver++", algorithm 2 (2M) and its kin, of order 1 to 3."""
     takes(steps, "timesteps", "mu")
-    algorithm = _algorithm(config, "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
-    schedule = solver_schedule(config, steps, rounds=config.get("beta_schedule") != "squaredcos_cap_v2")
-    schedule = _for_algorithm(config, schedule, algorithm)
+    rounds = config.get("beta_schedule") != "squaredcos_cap_v2"
+    algorithm, schedule = _algorithm(config, steps, rounds, "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
     euler_last = bool(config.get("euler_at_final", False)) or schedule.sigma[-1] == 0
     third = algorithm != "sde-dpmsolver"
     return multistep(config, steps, schedule, algorithm, midpoint_or_heun(config), euler_last, third)
@@ -157,30 +157,23 @@ def multistep(
     few = bool(config.get("lower_order_final", True)) and count < _FEW_STEPS
     rows = schedule.builder(highest, steps.start)
     for k in rows.calls:
-        order = min(highest, k - steps.start + 1)
-        if few:
-            order = min(order, count - k)
+        order = min(highest, k - steps.start + 1, count - k if few else highest)
         if euler_last and k == count - 1:
             order = 1
         history = (schedule.predicted(rows, k), *rows.registers[1:])
         points = [(schedule.log_snr[k - i], history[i]) for i in range(order)]
-        step = schedule.transfer(algorithm, k, k + 1)
-        new = step.keep * rows.x + step.value * history[0] + step.deviation * rows.noise
-        if order == 2:
-            slope, _ = derivatives(*points)
-            new = new + (step.middle if solver_type == "midpoint" else step.slope) * slope
-        elif order == 3:
-            if not third:
-                raise RequestError(f"algorithm_type={algorithm} has no third order here: set solver_order to 2")
-            slope, bend = derivatives(*points)
-            # DPM-Solver's own code halves the second derivative
-            new = new + step.slope * slope + (step.bend if solver_type == "logrho" else step.bend / 2) * bend
+        if order == 3 and not third:
+            raise RequestError(f"algorithm_type={algorithm} has no third order here: set solver_order to 2")
         divides = solver_type != "logrho" and (order == 3 or (order == 2 and solver_type == "heun"))
         if divides and same(schedule.log_snr[k : k + 2]):
             raise RequestError(
                 f"two noise levels of the schedule are equal, where order {order} divides by zero: set euler_at_final, "
                 "or final_sigmas_type to zero"
             )
+        step = schedule.transfer(algorithm, k, k + 1)
+        # DPM-Solver's own code halves the second derivative
+        part = 1 if solver_type == "logrho" else 1 / 2
+        new = step.apply(rows, rows.x, *points, midpoint=solver_type == "midpoint", part=part)
         rows.set(k, new, *history[: highest - 1], draws=algorithm.startswith("sde"))
     return rows.table()
 
@@ -192,10 +185,9 @@ def dpm_singlestep(config: Config, steps: Steps) -> Table:
     """
     takes(steps, "timesteps", "mu")
     config.lacks("rescale_betas_zero_snr", "timestep_spacing", "use_lu_lambdas")
-    algorithm = _algorithm(config, "dpmsolver++", "dpmsolver", "sde-dpmsolver++")
-    solver_type = midpoint_or_heun(config)
+    algorithm, schedule = _algorithm(config, steps, True, "dpmsolver", "sde-dpmsolver++")
+    midpoint = midpoint_or_heun(config) == "midpoint"
     highest = config.one_of("solver_order", 2, 1, 3)
-    schedule = _for_algorithm(config, solver_schedule(config, steps, rounds=True), algorithm)
     count = len(schedule.timesteps)
     orders = [1 + k % highest for k in range(count)]
     if schedule.sigma[-1] == 0 or (config.get("lower_order_final", False) and count % highest == 0):
@@ -207,34 +199,26 @@ def dpm_singlestep(config: Config, steps: Steps) -> Table:
         base = rows.x if order == 1 else rows.registers[1]
         history = (schedule.predicted(rows, k), *rows.registers[2:])
         points = [(schedule.log_snr[k - i], history[i]) for i in reversed(range(order))]
+        if midpoint and order == 3:
+            points.pop(1)
         step = schedule.transfer(algorithm, k + 1 - order, k + 1)
-        new = step.keep * base + step.value * points[0][1] + step.deviation * rows.noise
-        if order == 2:
-            slope, _ = derivatives(*points)
-            new = new + (step.middle if solver_type == "midpoint" else step.slope) * slope
-        elif order == 3 and solver_type == "midpoint":
-            slope, _ = derivatives(points[0], points[2])
-            new = new + step.slope * slope
-        elif order == 3:
-            slope, bend = derivatives(*points)
-            new = new + step.slope * slope + step.bend * bend
+        new = step.apply(rows, base, *points, midpoint=midpoint and order == 2, part=1)
         rows.set(k, *(new, base, *history)[:registers], draws=algorithm.startswith("sde"))
     return rows.table()
 
 
-def _algorithm(config: Config, *known: str) -> str:
-    algorithm = config.one_of("algorithm_type", *known, "deis")
+def _algorithm(config: Config, steps: Steps, rounds: bool, *more: str) -> tuple[str, Schedule]:
+    """The algorithm, dpmsolver++ or one of `more`, and the schedule of what it integrates."""
+    algorithm = str(config.one_of("algorithm_type", "dpmsolver++", *more, "deis"))
     if not algorithm.endswith("++") and config.get("final_sigmas_type", "zero") == "zero":
         raise RequestError(f"algorithm_type={algorithm} cannot end at sigma 0: set final_sigmas_type to sigma_min")
-    return "dpmsolver++" if algorithm == "deis" else str(algorithm)
-
-
-def _for_algorithm(config: Config, schedule: Schedule, algorithm: str) -> Schedule:
+    algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
+    schedule = solver_schedule(config, steps, rounds)
     if algorithm.endswith("++"):
-        return schedule
+        return algorithm, schedule
     if config.get("prediction_type") == "flow_prediction":
         raise RequestError(f"algorithm_type={algorithm} takes no flow_prediction: set algorithm_type to dpmsolver++")
-    return schedule.of_noise(config)
+    return algorithm, schedule.of_noise(config)
 
 
 def midpoint_or_heun(config: Config) -> str:
@@ -260,9 +244,14 @@ def schedule_of(config: Config, steps: Steps, timesteps: Array, sigmas: Array) -
     """The schedule over `timesteps` with `sigmas`, (S + 1,): ratios σ/α, or with `use_flow_sigmas` σ = 1 − α itself."""
     if steps.start >= len(timesteps):
         raise RequestError(f"the first step must be between 0 and {len(timesteps) - 1}, found {steps.start}")
-    alpha, sigma = alpha_sigma(config, sigmas)
+    if config.get("use_flow_sigmas", False):
+        alpha, sigma = 1 - sigmas, sigmas
+    else:
+        alpha = 1 / np.sqrt(sigmas**2 + 1)
+        sigma = sigmas * alpha
     flow = config.get("prediction_type") == "flow_prediction"
-    return Schedule(timesteps, alpha, sigma, predicted_x0(config, alpha[:-1], (sigmas if flow else sigma)[:-1]))
+    x0, _ = predictions(config, alpha[:-1], (sigmas if flow else sigma)[:-1], "flow_prediction")
+    return Schedule(timesteps, alpha, sigma, x0)
 
 
 def integrating(config: Config, schedule: Schedule, image: bool) -> Schedule:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import factorial
 
 import numpy as np
@@ -14,14 +13,15 @@ from .config import Config, train_steps
 from .dpm_solver import Schedule, integrating, schedule_of
 from .flow_match import dynamically_shifted, shifted, stretched
 from .spacing import (
+    as_float32,
     at_timesteps,
     count_of,
     curve,
     dpm_timesteps,
+    final_sigma,
     takes,
     timesteps_of,
     training_sigmas,
-    with_final,
 )
 from .table import Steps, Table
 
@@ -42,7 +42,6 @@ def unipc(config: Config, steps: Steps) -> Table:
     if not isinstance(uncorrected, (list, tuple)):
         raise RequestError("the scheduler option disable_corrector must be a list of steps, like [0, 1]")
     schedule = _schedule(config, steps)
-    solver = _Solver(schedule, bh1)
     count = len(schedule.timesteps)
     rows = schedule.builder(highest + 2, steps.start)
     before, *past = rows.registers[1:]
@@ -50,10 +49,8 @@ def unipc(config: Config, steps: Steps) -> Table:
     for k in rows.calls:
         prediction = schedule.predicted(rows, k)
         corrects = k > steps.start and k - 1 not in uncorrected
-        x = solver.step(before, k - 1, past[:order], prediction) if corrects else rows.x
-        order = min(highest, k - steps.start + 1)
-        if config.get("lower_order_final", True):
-            order = min(order, count - k)
+        x = _step(schedule, bh1, before, k - 1, past[:order], prediction) if corrects else rows.x
+        order = min(highest, k - steps.start + 1, count - k if config.get("lower_order_final", True) else highest)
         if schedule.sigma[k + 1] == 0 and (bh1 or schedule.noise is not None or order > 1):
             raise RequestError(
                 "solver_type=bh1, predict_x0=false and lower_order_final=false cannot end at sigma 0: "
@@ -62,35 +59,31 @@ def unipc(config: Config, steps: Steps) -> Table:
         if schedule.log_snr[k + 1] == schedule.log_snr[k] and order > 2:
             raise RequestError("two noise levels are equal, where order 3 divides by zero: set solver_order to 2")
         history = [prediction, *past]
-        rows.set(k, solver.step(x, k, history[:order]), x, *history[:highest])
+        rows.set(k, _step(schedule, bh1, x, k, history[:order]), x, *history[:highest])
     return rows.table()
 
 
-@dataclass(frozen=True, slots=True)
-class _Solver:
-    """bh1: whether B(h) is h, else it is e^h − 1."""
+def _step(schedule: Schedule, bh1: bool, x: Array, s: int, history: Sequence[Array], end: Array | None = None) -> Array:
+    """x at time s + 1 from x at time s and the predictions at s, s − 1, … (UniP), and at s + 1 (UniC) as `end`.
 
-    schedule: Schedule
-    bh1: bool
-
-    def step(self, x: Array, s: int, history: Sequence[Array], end: Array | None = None) -> Array:
-        """x at time s + 1 from x at time s and the predictions at s, s − 1, … (UniP), and at s + 1 (UniC) as `end`."""
-        alpha, sigma, log_snr = self.schedule.alpha, self.schedule.sigma, self.schedule.log_snr
-        h = log_snr[s + 1] - log_snr[s]
-        ratios = [(log_snr[s - i] - log_snr[s]) / h for i in range(1, len(history))]
-        chords = [(old - history[0]) / ratio for old, ratio in zip(history[1:], ratios, strict=True)]
-        if end is not None:
-            ratios, chords = [*ratios, 1.0], [*chords, end - history[0]]
-        if self.schedule.noise is None:
-            keep, scale, h = sigma[s + 1] / sigma[s], alpha[s + 1], -h
-        else:
-            keep, scale = alpha[s + 1] / alpha[s], sigma[s + 1]
-        growth = np.expm1(h)
-        bent = growth * history[0]
-        if chords:
-            b = h if self.bh1 else growth
-            bent = bent + b * (_rho(h, b, np.array(ratios)) @ np.array(chords))
-        return np.asarray(keep * x - scale * bent)
+    bh1: whether B(h) is h, else it is e^h − 1.
+    """
+    alpha, sigma, log_snr = schedule.alpha, schedule.sigma, schedule.log_snr
+    h = log_snr[s + 1] - log_snr[s]
+    ratios = [(log_snr[s - i] - log_snr[s]) / h for i in range(1, len(history))]
+    chords = [(old - history[0]) / ratio for old, ratio in zip(history[1:], ratios, strict=True)]
+    if end is not None:
+        ratios, chords = [*ratios, 1.0], [*chords, end - history[0]]
+    if schedule.noise is None:
+        keep, scale, h = sigma[s + 1] / sigma[s], alpha[s + 1], -h
+    else:
+        keep, scale = alpha[s + 1] / alpha[s], sigma[s + 1]
+    growth = np.expm1(h)
+    bent = growth * history[0]
+    if chords:
+        b = h if bh1 else growth
+        bent = bent + b * (_rho(h, b, np.array(ratios)) @ np.array(chords))
+    return np.asarray(keep * x - scale * bent)
 
 
 def _rho(h: float, b: float, ratios: Array) -> Array:
@@ -125,7 +118,7 @@ def _schedule(config: Config, steps: Steps) -> Schedule:
         timesteps = dpm_timesteps(config, steps)
         sigmas = at_timesteps(timesteps, train)
     spaced = curved is None and not flow
-    sigmas = with_final(config, sigmas, train if spaced else sigmas[::-1])
+    sigmas = as_float32(np.append(sigmas, final_sigma(config, train if spaced else sigmas[::-1])))
     schedule = schedule_of(config, steps, np.trunc(timesteps), sigmas)
     return integrating(config, schedule, bool(config.get("predict_x0", True)))
 
