@@ -63,7 +63,8 @@ def read_tokens(folder: Path) -> ClipTokens:
         if listed is not None:
             decoder = {int(place): _token(value) for place, value in listed.items()}
         else:
-            config |= {name: _as_special(value) for name, value in _read(folder / "special_tokens_map.json").items()}
+            for name, value in _read(folder / "special_tokens_map.json").items():
+                config[name] = _token({**value, "special": True}) if isinstance(value, dict) else value
             decoder = _older(folder, config)
         return _joined(config, decoder)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -120,7 +121,3 @@ def _token(value: Any) -> AddedToken:
     flags = {name: bool(value[name]) for name in _FLAGS if name in value}
     special = flags.setdefault("special", False)
     return AddedToken(value["content"], **{"normalized": not special, **flags})
-
-
-def _as_special(value: Any) -> Any:
-    return _token({**value, "special": True}) if isinstance(value, dict) else value

@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..bundle.wiring import Wiring
 from . import parts
-from .family import Configs, Family, Part, Pipeline
+from .family import Configs, Family, Pipeline
 
 _OLD = (0, 9)
 _OLD_SIDE = 64
@@ -38,25 +37,8 @@ def _describe(configs: Configs) -> Pipeline:
 
 def describe(configs: Configs, side: int, *, strength_by_sampler: bool = False) -> Pipeline:
     """The pipeline of a checkpoint that draws `side` latents by default; see `Wiring.strength_by_sampler`."""
-    latents = parts.latents_of(configs.config(parts.VAE))
-    inputs = parts.unet_inputs(configs.config("unet"))
-    return Pipeline(
-        tasks=("inpaint",) if parts.inpaints(inputs, latents) else parts.ALL_TASKS,
-        parts={
-            "text_encoder": Part("text", "text_encoder"),
-            **parts.autoencoders(configs),
-            "unet": Part("denoiser", "unet"),
-        },
-        wiring=Wiring(
-            text=(parts.skipping(configs, "text_encoder"),),
-            inputs=parts.sources(inputs, latents),
-            strength_by_sampler=strength_by_sampler,
-        ),
-        latents=latents,
-        inputs=inputs,
-        width=side * latents.downscale,
-        height=side * latents.downscale,
-    )
+    text, latents = [parts.skipping(configs, "text_encoder")], parts.latents_of(configs.config(parts.VAE))
+    return parts.pipeline(configs, text, latents, side, strength_by_sampler=strength_by_sampler)
 
 
 FAMILY = Family(
