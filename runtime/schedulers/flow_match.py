@@ -72,7 +72,7 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
     The model is given the timesteps that were asked for as they are; only their sigmas are shifted.
     """
     dynamic, shift = config.get("use_dynamic_shifting", False), float(config.get("shift", 1.0))
-    kind = config.one_of("time_shift_type", "exponential", "linear")
+    config.one_of("time_shift_type", "exponential", "linear")  # a wrong one is refused where it has no effect too
     # what was asked for is shifted in float32, as diffusers does
     if steps.sigmas is not None:
         if steps.timesteps is not None and len(steps.timesteps) != len(steps.sigmas):
@@ -82,8 +82,7 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
         sigmas = np.asarray(steps.timesteps, np.float32) / np.float32(train_steps(config))
     else:
         sigmas = _even(config, steps, 1.0 if dynamic else shift)
-    sigmas = dynamically_shifted(sigmas, steps.mu, kind) if dynamic else shifted(sigmas, shift)
-    sigmas = stretched(config, sigmas)
+    sigmas = time_shifted(config, sigmas, steps.mu, "shift")
     curved = curve(config, sigmas[[0, -1]], len(sigmas))
     if curved is not None and sigmas[0] < sigmas[-1]:
         raise RequestError("a sigma curve goes down: ask for sigmas or timesteps that descend")
@@ -109,25 +108,26 @@ def shifted(sigmas: Array, shift: float) -> Array:
     return np.asarray(shift * sigmas / (1 + (shift - 1) * sigmas))
 
 
-def even_flow_sigmas(count: int, train: int, shift: float) -> Array:
-    """`count` even sigmas below 1, shifted, as the solvers of diffusion models space them for flow models."""
-    return shifted(1 - np.linspace(1, 1 / train, count + 1), shift)[:0:-1]
-
-
-def dynamically_shifted(sigmas: Array, mu: float | None, kind: str) -> Array:
-    """The same equation, with a shift of e^mu or mu."""
-    if mu is None:
-        raise RequestError("this schedule shifts with the size of the image: set mu, or use_dynamic_shifting to false")
-    shift = float(np.exp(mu)) if kind == "exponential" else mu
-    return np.asarray(shift / (shift + (1 / sigmas - 1)))
-
-
-def stretched(config: Config, sigmas: Array) -> Array:
-    """The sigmas stretched so that the last is `shift_terminal`."""
-    terminal = config.get("shift_terminal")
+def time_shifted(config: Config, sigmas: Array, mu: float | None, option: str) -> Array:
+    """The same by the option of that name, or by e^mu or mu; then stretched to end at `shift_terminal`."""
+    if config.get("use_dynamic_shifting", False):
+        if mu is None:
+            raise RequestError(
+                "this schedule shifts with the size of the image: set mu, or use_dynamic_shifting to false"
+            )
+        if config.one_of("time_shift_type", "exponential", "linear") == "exponential":
+            mu = float(np.exp(mu))
+        sigmas = np.asarray(mu / (mu + (1 / sigmas - 1)))
+    else:
+        sigmas = shifted(sigmas, float(config.get(option, 1.0)))
+    terminal, rest = config.get("shift_terminal"), 1 - sigmas
     if not terminal:
         return sigmas
-    rest = 1 - sigmas
     if rest[-1] == 0:
         raise RequestError("shift_terminal needs a schedule that leaves pure noise: ask for two steps or more")
     return np.asarray(1 - rest / (rest[-1] / (1 - terminal)))
+
+
+def even_flow_sigmas(count: int, train: int, shift: float) -> Array:
+    """`count` even sigmas below 1, shifted, as the solvers of diffusion models space them for flow models."""
+    return shifted(1 - np.linspace(1, 1 / train, count + 1), shift)[:0:-1]

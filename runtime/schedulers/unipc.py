@@ -11,7 +11,7 @@ from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, train_steps
 from .dpm_solver import Schedule, integrating, schedule_of
-from .flow_match import dynamically_shifted, shifted, stretched
+from .flow_match import time_shifted
 from .spacing import (
     as_float32,
     at_timesteps,
@@ -127,11 +127,7 @@ def _flow_sigmas(config: Config, steps: Steps) -> Array:
     """Sigmas of x = (1 − σ) · image + σ · noise, shifted towards noise."""
     even = np.linspace(1, 1 / train_steps(config), steps.count + 1)[:-1]
     sigmas = even if steps.sigmas is None else np.asarray(steps.sigmas, np.float64)
-    if config.get("use_dynamic_shifting", False):
-        sigmas = dynamically_shifted(sigmas, steps.mu, config.one_of("time_shift_type", "exponential", "linear"))
-    else:
-        sigmas = shifted(sigmas, float(config.get("flow_shift", 1.0)))
-    sigmas = stretched(config, sigmas)
+    sigmas = time_shifted(config, sigmas, steps.mu, "flow_shift")
     if abs(sigmas[0] - 1) < _BELOW_ONE:
         sigmas[0] -= _BELOW_ONE
     return sigmas
