@@ -8,7 +8,7 @@ from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, alphas_cumprod, train_steps
 from .dpm_solver import Schedule, integrating, solver_schedule
-from .spacing import alpha_sigma_of, takes
+from .spacing import alpha_sigma_of, quadrature, takes
 from .table import Steps, Table, TableBuilder
 
 _ORDERS = (1, 2, 3, 4)
@@ -75,13 +75,7 @@ def _integrals(nodes: Array, h: float, rate: float, simple: bool) -> Array:
         moments.append((h**power - power * moments[-1]) / rate)
     if simple and len(nodes) == 2:
         moments[1] = h**2 / 2
-    others = [np.delete(nodes, i) for i in range(len(nodes))]
-    return np.array(
-        [
-            np.atleast_1d(np.poly(rest)) @ moments[::-1] / np.prod(node - rest)
-            for node, rest in zip(nodes, others, strict=True)
-        ]
-    )
+    return quadrature(nodes, np.array(moments))
 
 
 def _schedule(config: Config, steps: Steps) -> Schedule:

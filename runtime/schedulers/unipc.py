@@ -19,6 +19,7 @@ from .spacing import (
     curve,
     dpm_timesteps,
     final_sigma,
+    quadrature,
     takes,
     timesteps_of,
     training_sigmas,
@@ -94,7 +95,7 @@ def _rho(h: float, b: float, ratios: Array) -> Array:
     for order in range(1, len(ratios) + 1):
         moments.append(phi * factorial(order) / b)
         phi = phi / h - 1 / factorial(order + 1)
-    return np.linalg.solve(np.vander(ratios, increasing=True).T, np.array(moments))
+    return quadrature(ratios, np.array(moments))
 
 
 def _schedule(config: Config, steps: Steps) -> Schedule:
