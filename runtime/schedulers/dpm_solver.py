@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -234,8 +236,9 @@ def solver_schedule(config: Config, steps: Steps, rounds: bool, repeats: bool = 
     config.refuse(thresholding=False)
     if config.get("variance_type") in ("learned", "learned_range"):
         raise RequestError("variance_type=learned is not supported: the model must predict the mean alone")
-    train = training_sigmas(config)
-    timesteps, sigmas, curved = _spaced(config, steps, train, rounds)
+    train, shift = training_sigmas(config), _flow_shift(config, steps)
+    flow = partial(even_flow_sigmas, steps.count, len(train), shift)
+    timesteps, sigmas, curved = spaced(config, steps, train, rounds, flow)
     last = (sigmas[-1] if curved else train[0]) if repeats else final_sigma(config, train)
     return schedule_of(config, steps, timesteps, as_float32(np.append(sigmas, last)))
 
@@ -263,9 +266,14 @@ def integrating(config: Config, schedule: Schedule, image: bool) -> Schedule:
     return schedule if image else schedule.of_noise(config)
 
 
-def _spaced(config: Config, steps: Steps, train: Array, rounds: bool) -> tuple[Array, Array, bool]:
-    """The whole timesteps, their sigmas, and whether the sigmas came first."""
-    flow, shift = config.get("use_flow_sigmas", False), _flow_shift(config, steps)
+def spaced(
+    config: Config, steps: Steps, train: Array, rounds: bool, flow_sigmas: Callable[[], Array]
+) -> tuple[Array, Array, bool]:
+    """The whole timesteps, their sigmas, and whether the sigmas came first.
+
+    flow_sigmas: makes those of `use_flow_sigmas` where no sigma curve is asked for.
+    """
+    flow = config.get("use_flow_sigmas", False)
     timesteps = custom_timesteps(config, steps)
     if timesteps is not None and not flow:
         timesteps = np.trunc(timesteps)
@@ -282,7 +290,7 @@ def _spaced(config: Config, steps: Steps, train: Array, rounds: bool) -> tuple[A
         timesteps = timesteps_of(sigmas, train)
         return np.trunc(timesteps.round() if rounds and nearest else timesteps), sigmas, True
     if flow:
-        sigmas = even_flow_sigmas(count, len(train), shift)
+        sigmas = flow_sigmas()
         return np.trunc(sigmas * len(train)), sigmas, True
     timesteps = dpm_timesteps(config, steps, last=clipped_end(config, train))
     return timesteps, at_timesteps(timesteps, train), False

@@ -18,7 +18,7 @@ _RHO = 7.0
 _BETA = 0.6
 _BETA_TERMS, _HALVINGS = 60, 60
 """That many terms of the series at 1/2, and halvings of an interval, reach the precision of float64."""
-_CURVES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+CURVES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def count_of(config: Config, steps: Steps) -> int:
@@ -41,7 +41,7 @@ def custom_timesteps(config: Config, steps: Steps, *, whole: bool = False) -> Ar
         raise RequestError(f"timesteps must descend, found {short(list(steps.timesteps))}")
     if whole and (asked % 1).any():
         raise RequestError(f"timesteps of this sampler must be whole, found {short(list(steps.timesteps))}")
-    on = [] if whole else [name for name in (*_CURVES, "use_lu_lambdas") if config.get(name)]
+    on = [] if whole else [name for name in (*CURVES, "use_lu_lambdas") if config.get(name)]
     if on:
         raise RequestError(f"timesteps cannot be chosen with {on[0]}: the sigmas choose them")
     return _checked(asked, train_steps(config))
@@ -179,7 +179,7 @@ def curve(config: Config, sigmas: Array, count: int) -> Array | None:
     Karras et al. 2022, equation 5; exponential: even steps of log σ; Lee et al. 2024, "Beta sampling is all you need".
     sigma_min and sigma_max of the config, where they are set, replace the ends.
     """
-    on = [name for name in _CURVES if config.get(name)]
+    on = [name for name in CURVES if config.get(name)]
     if len(on) > 1:
         raise RequestError(f"{on[0]} and {on[1]} cannot both be set: choose one sigma curve")
     if not on:

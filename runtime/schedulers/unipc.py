@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import factorial
 
 import numpy as np
@@ -10,20 +11,9 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, train_steps
-from .dpm_solver import Schedule, integrating, schedule_of
+from .dpm_solver import Schedule, integrating, schedule_of, spaced
 from .flow_match import time_shifted
-from .spacing import (
-    as_float32,
-    at_timesteps,
-    count_of,
-    curve,
-    dpm_timesteps,
-    final_sigma,
-    quadrature,
-    takes,
-    timesteps_of,
-    training_sigmas,
-)
+from .spacing import CURVES, as_float32, final_sigma, quadrature, takes, training_sigmas
 from .table import Steps, Table
 
 _BELOW_ONE = 1e-6
@@ -100,27 +90,21 @@ def _rho(h: float, b: float, ratios: Array) -> Array:
 
 def _schedule(config: Config, steps: Steps) -> Schedule:
     takes(steps, "sigmas", "mu")
-    flow, karras = bool(config.get("use_flow_sigmas", False)), bool(config.get("use_karras_sigmas", False))
+    flow = bool(config.get("use_flow_sigmas", False))
     if config.get("use_dynamic_shifting", False) and steps.mu is None:
         raise RequestError("this schedule shifts with the size of the image: set mu, or use_dynamic_shifting to false")
     if not flow and (steps.sigmas is not None or config.get("shift_terminal") is not None):
         raise RequestError("sigmas of your own and shift_terminal need use_flow_sigmas: set it, or leave them out")
     train = training_sigmas(config)
-    curved = curve(config, train[::-1], count_of(config, steps))
-    if curved is not None and steps.sigmas is not None:
+    if steps.sigmas is not None and any(map(config.get, CURVES)):
         raise RequestError("sigmas cannot be chosen with a sigma curve: set one of them")
-    if flow and (karras or curved is None):
-        sigmas = _flow_sigmas(config, steps) if curved is None else curved / (curved + 1)
-        timesteps = sigmas * len(train)
-    elif curved is not None:
-        sigmas, timesteps = curved, timesteps_of(curved, train)
-        timesteps = timesteps.round() if karras else timesteps
-    else:
-        timesteps = dpm_timesteps(config, steps)
-        sigmas = at_timesteps(timesteps, train)
-    spaced = curved is None and not flow
-    sigmas = as_float32(np.append(sigmas, final_sigma(config, train if spaced else sigmas[::-1])))
-    schedule = schedule_of(config, steps, np.trunc(timesteps), sigmas)
+    config.lacks("use_lu_lambdas", "lambda_min_clipped")
+    timesteps, sigmas, curved = spaced(config, steps, train, True, partial(_flow_sigmas, config, steps))
+    if flow and config.get("use_karras_sigmas", False):
+        sigmas = sigmas / (sigmas + 1)
+        timesteps = np.trunc(sigmas * len(train))
+    sigmas = as_float32(np.append(sigmas, final_sigma(config, sigmas[::-1] if curved else train)))
+    schedule = schedule_of(config, steps, timesteps, sigmas)
     return integrating(config, schedule, bool(config.get("predict_x0", True)))
 
 
