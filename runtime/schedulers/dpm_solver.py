@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +11,14 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, Line, predictions
-from .flow_match import even_flow_sigmas
+from .flow_match import shifted
 from .spacing import (
     as_float32,
     at_timesteps,
-    clipped_end,
     count_of,
     curve,
     custom_timesteps,
-    dpm_timesteps,
+    even_timesteps,
     final_sigma,
     takes,
     timesteps_of,
@@ -237,8 +235,11 @@ def solver_schedule(config: Config, steps: Steps, rounds: bool, repeats: bool = 
     if config.get("variance_type") in ("learned", "learned_range"):
         raise RequestError("variance_type=learned is not supported: the model must predict the mean alone")
     train, shift = training_sigmas(config), _flow_shift(config, steps)
-    flow = partial(even_flow_sigmas, steps.count, len(train), shift)
-    timesteps, sigmas, curved = spaced(config, steps, train, rounds, flow)
+
+    def flow_sigmas() -> Array:
+        return shifted(1 - np.linspace(1, 1 / len(train), steps.count + 1), shift)[:0:-1]
+
+    timesteps, sigmas, curved = spaced(config, steps, train, rounds, flow_sigmas)
     last = (sigmas[-1] if curved else train[0]) if repeats else final_sigma(config, train)
     return schedule_of(config, steps, timesteps, as_float32(np.append(sigmas, last)))
 
@@ -292,7 +293,10 @@ def spaced(
     if flow:
         sigmas = flow_sigmas()
         return np.trunc(sigmas * len(train)), sigmas, True
-    timesteps = dpm_timesteps(config, steps, last=clipped_end(config, train))
+    # one past the last timestep whose λ = −log σ is at least this, searched as diffusers does
+    lowest = config.get("lambda_min_clipped")
+    last = None if lowest is None else len(train) - int(np.searchsorted(-np.log(train[::-1]), float(lowest)))
+    timesteps = even_timesteps(config, count, "linspace", last, more=1).round()
     return timesteps, at_timesteps(timesteps, train), False
 
 

@@ -126,8 +126,3 @@ def time_shifted(config: Config, sigmas: Array, mu: float | None, option: str) -
     if rest[-1] == 0:
         raise RequestError("shift_terminal needs a schedule that leaves pure noise: ask for two steps or more")
     return np.asarray(1 - rest / (rest[-1] / (1 - terminal)))
-
-
-def even_flow_sigmas(count: int, train: int, shift: float) -> Array:
-    """`count` even sigmas below 1, shifted, as the solvers of diffusion models space them for flow models."""
-    return shifted(1 - np.linspace(1, 1 / train, count + 1), shift)[:0:-1]

@@ -11,6 +11,7 @@ from .config import Config, Line, clip_range, linspace32
 from .spacing import (
     as_float32,
     at_timesteps,
+    count_of,
     curve,
     custom_sigmas,
     custom_timesteps,
@@ -152,7 +153,11 @@ def _kdpm2(config: Config, steps: Steps, *, ancestral: bool) -> Table:
         up = np.sqrt(then32**2 * (now32**2 - then32**2) / now32**2)
         down, up = (values.astype(np.float64) for values in (np.sqrt(then32**2 - up**2), up))
     # diffusers' KDPM2 takes the middle from the far end
-    middles = _between(now, down) if ancestral else _between(down, now)
+    first, second = (now, down) if ancestral else (down, now)
+    # √(first · second), the middle of their logarithms, in the float32 steps in which diffusers takes it
+    low, high = (np.log(ends).astype(np.float32) for ends in (first, second))
+    middles = as_float32(np.exp((high - (high - low) * np.float32(0.5)).astype(np.float64)))
+    middles = np.where(first * second > 0, middles, 0.0)
     calls = np.stack([timesteps, timesteps_of(middles, train)], 1).ravel()[:-1]
     seen = np.stack([now, middles], 1).ravel()[:-1]
     x0, levels = _x0(config, seen), np.repeat(now, 2)[1:]
@@ -167,13 +172,6 @@ def _kdpm2(config: Config, steps: Steps, *, ancestral: bool) -> Table:
     return rows.table(_first_scale(config, sigmas))
 
 
-def _between(first: Array, second: Array) -> Array:
-    """√(first · second), the middle of their logarithms, in the float32 steps in which diffusers takes it."""
-    low, high = (np.log(ends).astype(np.float32) for ends in (first, second))
-    middles = as_float32(np.exp((high - (high - low) * np.float32(0.5)).astype(np.float64)))
-    return np.where(first * second > 0, middles, 0.0)
-
-
 def _schedule(
     config: Config, steps: Steps, train: Array, *, final: float = 0.0, log_linear: bool = False
 ) -> tuple[Array, Array]:
@@ -182,8 +180,8 @@ def _schedule(
     log_linear: even steps of log σ between the ends of training, one more than there are timesteps.
     """
     asked = custom_timesteps(config, steps)
-    timesteps = even_timesteps(config, steps) if asked is None else asked
-    count = steps.count if asked is None else len(asked)
+    count = count_of(config, steps) if asked is None else len(asked)
+    timesteps = as_float32(even_timesteps(config, count, "linspace")) if asked is None else asked
     sigmas = at_timesteps(timesteps, train)
     if log_linear:
         high, low = np.log(train[[-1, 0]].astype(np.float32))

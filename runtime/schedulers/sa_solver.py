@@ -7,7 +7,7 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, alphas_cumprod, train_steps
-from .dpm_solver import Schedule, integrating, solver_schedule
+from .dpm_solver import integrating, solver_schedule
 from .spacing import alpha_sigma_of, quadrature, takes
 from .table import Steps, Table, TableBuilder
 
@@ -23,10 +23,13 @@ def sa_solver(config: Config, steps: Steps) -> Table:
     noise. Registers: x, the corrected x before, the noise added to it, the predictions before, newest first.
     """
     takes(steps)
-    config.lacks("rescale_betas_zero_snr")
+    config.lacks("rescale_betas_zero_snr", "use_lu_lambdas", "use_dynamic_shifting", "time_shift_type")
     config.refuse(tau_func=None)
     predictor, corrector = (config.one_of(name, 2, *_ORDERS) for name in ("predictor_order", "corrector_order"))
-    schedule = _schedule(config, steps)
+    if not config.get("use_flow_sigmas", False):
+        config.lacks("flow_shift")
+    image = config.one_of("algorithm_type", "data_prediction", "noise_prediction") == "data_prediction"
+    schedule = integrating(config, solver_schedule(config, steps, rounds=True, repeats=True), image)
     count, start = len(schedule.timesteps), steps.start
     now = schedule.timesteps.astype(int)
     if now.max() >= train_steps(config):
@@ -35,7 +38,6 @@ def sa_solver(config: Config, steps: Steps) -> Table:
     tau = (schedule.timesteps >= _NOISY[0]) & (schedule.timesteps <= _NOISY[1])
     rows = TableBuilder(schedule.timesteps, *levels, schedule.x0, max(predictor, corrector) + 2, start=start)
     before, last_noise, *past = rows.registers[1:]
-    image = schedule.noise is None
     final = bool(config.get("lower_order_final", True))
 
     def advance(x: Array, s: int, newest: int, history: list[Array], noise: Array) -> Array:
@@ -76,11 +78,3 @@ def _integrals(nodes: Array, h: float, rate: float, simple: bool) -> Array:
     if simple and len(nodes) == 2:
         moments[1] = h**2 / 2
     return quadrature(nodes, np.array(moments))
-
-
-def _schedule(config: Config, steps: Steps) -> Schedule:
-    config.lacks("use_lu_lambdas", "use_dynamic_shifting", "time_shift_type")
-    if not config.get("use_flow_sigmas", False):
-        config.lacks("flow_shift")
-    image = config.one_of("algorithm_type", "data_prediction", "noise_prediction") == "data_prediction"
-    return integrating(config, solver_schedule(config, steps, rounds=True, repeats=True), image)

@@ -74,7 +74,7 @@ def takes(steps: Steps, *names: str) -> None:
 def ddim_timesteps(config: Config, steps: Steps) -> Array:
     """Descending whole timesteps (Lin et al. 2023, table 2), as the ancestral and DDIM samplers space them."""
     total, count = train_steps(config), count_of(config, steps)
-    timesteps = _spaced(config, total, count, "leading").round()
+    timesteps = even_timesteps(config, count, "leading").round()
     if timesteps[-1] < 0 and config.get("timestep_spacing") == "trailing":
         raise RequestError(
             f"timestep_spacing=trailing makes {len(timesteps)} timesteps of {count} steps, the last of them -1, of "
@@ -83,27 +83,12 @@ def ddim_timesteps(config: Config, steps: Steps) -> Array:
     return _checked(timesteps, total)
 
 
-def dpm_timesteps(config: Config, steps: Steps, last: int | None = None) -> Array:
-    """Descending whole timesteps as the DPM-Solver family spaces them: one more than asked for, without the 0.
+def even_timesteps(config: Config, count: int, default: str, last: int | None = None, more: int = 0) -> Array:
+    """`count` descending timesteps by `timestep_spacing`; the DPM-Solvers take them of one more, without the 0.
 
-    One that is out of the training range has the sigma of its end.
-    last: one past the largest timestep, where the schedule is cut short.
-    """
-    return _spaced(config, last, count_of(config, steps), "linspace", more=1).round()
-
-
-def even_timesteps(config: Config, steps: Steps) -> Array:
-    """Descending timesteps as the samplers in sigma space them, of which linspace ones are not whole.
-
-    One that is out of the training range has the sigma of its end.
-    """
-    return as_float32(_spaced(config, None, count_of(config, steps), "linspace"))
-
-
-def _spaced(config: Config, last: int | None, count: int, default: str, more: int = 0) -> Array:
-    """`count` timesteps down from `last`, of `count + more` that are even; `trailing` steps have their own length.
-
-    Where the rounding of trailing steps adds up, as for 61 of 1000, diffusers' `arange` makes one more, timestep -1.
+    last: one past the largest, where that is not the last of training. more: how many more there are of even steps;
+    trailing steps have a length of their own. Where their rounding adds up, as for 61 of 1000, diffusers' `arange`
+    makes one more, timestep -1. One that is out of the training range has the sigma of its end.
     """
     total = train_steps(config)
     last = total if last is None else last
@@ -114,12 +99,6 @@ def _spaced(config: Config, last: int | None, count: int, default: str, more: in
         even = np.arange(count + more)[::-1] * float(last // (count + more))
         return np.asarray(even + int(config.get("steps_offset", 0)))[:count]
     return np.asarray(np.round(np.arange(last, 0, -total / count)) - 1)
-
-
-def clipped_end(config: Config, train: Array) -> int:
-    """One past the last timestep whose λ = −log σ is at least `lambda_min_clipped`, searched as diffusers does."""
-    lowest = config.get("lambda_min_clipped", -np.inf)
-    return len(train) - int(np.searchsorted(-np.log(train[::-1]), -np.inf if lowest is None else float(lowest)))
 
 
 def trailing_remedy(total: int, count: int) -> str:
