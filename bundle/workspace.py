@@ -119,26 +119,22 @@ def check_replaceable(target: Path) -> None:
             )
     elif target.is_dir():
         check_tree(target)
-        _check_strangers(target)
+        manifest = target / MANIFEST_NAME
+        try:
+            listed = from_json(read_json(manifest, "the manifest"), str(manifest)).all_files()
+        except BundleError as error:
+            raise DiffoundryError(
+                f"{target} exists, and what belongs to it is not known ({error}): choose another --output, or remove "
+                "it first"
+            ) from None
+        strangers = sorted(name for name in _unlisted(target, listed) if not name.startswith(f"{_INSIDE}/"))
+        if strangers:
+            raise DiffoundryError(
+                f"{target} holds {', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''}, which the bundle "
+                "there does not list and which would be lost: move it away, or choose another --output"
+            )
     elif os.path.lexists(target):
         raise DiffoundryError(f"{target} exists and is no bundle: choose another --output, or remove it first")
-
-
-def _check_strangers(target: Path) -> None:
-    """Raise `DiffoundryError` when the bundle folder `target` holds files that are not the bundle's."""
-    try:
-        listed = from_json(read_json(target / MANIFEST_NAME, "the manifest"), str(target / MANIFEST_NAME)).all_files()
-    except BundleError as error:
-        raise DiffoundryError(
-            f"{target} exists, and what belongs to it is not known ({error}): choose another --output, or remove it "
-            "first"
-        ) from None
-    strangers = sorted(name for name in _unlisted(target, listed) if not name.startswith(f"{_INSIDE}/"))
-    if strangers:
-        raise DiffoundryError(
-            f"{target} holds {', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''}, which the bundle there "
-            "does not list and which would be lost: move it away, or choose another --output"
-        )
 
 
 def sweep(work: Path, listed: Files) -> None:

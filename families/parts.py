@@ -115,30 +115,6 @@ def latents_of(config: Mapping[str, Any], *, deviations: bool = False) -> Latent
     )
 
 
-def skipping(configs: Configs, component: str) -> TextEncoder:
-    """An encoder whose last hidden state is read, or that of an earlier layer with the final norm applied."""
-    layers = int(configs.config(component)["num_hidden_layers"])
-    return TextEncoder(component, _tokenizer_of(component), skips=tuple(f"clip_skip.{i}" for i in range(1, layers)))
-
-
-def penultimate(configs: Configs, component: str) -> TextEncoder:
-    """An encoder of which the input of the last layer is read, and of the second encoder the pooled embedding too."""
-    last, second = int(configs.config(component)["num_hidden_layers"]) - 1, component.endswith("_2")
-    return TextEncoder(
-        component,
-        _tokenizer_of(component),
-        text=1 if second else 0,
-        hidden=f"hidden_states.{last}",
-        skips=tuple(f"hidden_states.{i}" for i in reversed(range(last))),
-        pooled="text_embeds" if second else "",
-    )
-
-
-def _tokenizer_of(encoder: str) -> str:
-    """The folder of the tokenizer of a text encoder."""
-    return encoder.replace("text_encoder", "tokenizer")
-
-
 def _unet_inputs(unet: Mapping[str, Any], pooled: int) -> tuple[Tensor, ...]:
     inputs = [
         Tensor("sample", "float32", ("batch_size", int(unet["in_channels"]), "height", "width")),

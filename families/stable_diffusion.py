@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..bundle.wiring import TextEncoder
 from . import parts
 from .family import Configs, Family, Pipeline
 
@@ -37,8 +38,11 @@ def _describe(configs: Configs) -> Pipeline:
 
 def describe(configs: Configs, side: int, *, strength_by_sampler: bool = False) -> Pipeline:
     """The pipeline of a checkpoint that draws `side` latents by default; see `Wiring.strength_by_sampler`."""
-    text, latents = [parts.skipping(configs, "text_encoder")], parts.latents_of(configs.config(parts.VAE))
-    return parts.pipeline(configs, text, latents, side, strength_by_sampler=strength_by_sampler)
+    layers = int(configs.config("text_encoder")["num_hidden_layers"])
+    # where layers are skipped, the final norm is applied to an earlier one
+    text = TextEncoder("text_encoder", "tokenizer", skips=tuple(f"clip_skip.{i}" for i in range(1, layers)))
+    latents = parts.latents_of(configs.config(parts.VAE))
+    return parts.pipeline(configs, [text], latents, side, strength_by_sampler=strength_by_sampler)
 
 
 FAMILY = Family(
