@@ -73,15 +73,13 @@ def read_tokens(folder: Path) -> ClipTokens:
 
 def _joined(config: Mapping[str, Any], decoder: Mapping[int, AddedToken]) -> ClipTokens:
     """The tokens listed, by id, then the named ones and further special ones that are not listed."""
-    named = {name: config.get(name, default) for name, default in _NAMED.items()}
-    named |= {name: value for name, value in config.items() if name.endswith("_token") and name not in _NAMED}
+    named = _NAMED | {name: value for name, value in config.items() if name.endswith("_token")}
     chosen = {name: _token(value) for name, value in named.items() if isinstance(value, (str, dict, AddedToken))}
     contents = {token.content for token in chosen.values()}
-    added = {token.content: token for _, token in sorted(decoder.items())}
-    listed = set(added)
-    for token in dict.fromkeys((*chosen.values(), *map(_token, _further(config)))):
-        if token.content not in listed:
-            added[token.content] = token  # of two with the same text, the flags of the later count
+    listed = {token.content: token for _, token in sorted(decoder.items())}
+    others = dict.fromkeys((*chosen.values(), *map(_token, _further(config))))
+    # of two with the same text, the flags of the later count
+    added = listed | {token.content: token for token in others if token.content not in listed}
     return ClipTokens(
         added=tuple(replace(token, special=token.special or token.content in contents) for token in added.values()),
         named={name: chosen[name].content for name, default in _NAMED.items() if default and name in chosen},

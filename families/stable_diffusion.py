@@ -53,9 +53,5 @@ FAMILY = Family(
     steps=20,
     guidance=7.5,
     # these classes correct configurations that early versions wrote, those of the other families do not
-    scheduler={
-        "txt2img": _FROM_TEXT,
-        "img2img": _FROM_TEXT,
-        "inpaint": {"steps_offset": 1, "skip_prk_steps": True},
-    },
+    scheduler={"txt2img": _FROM_TEXT, "img2img": _FROM_TEXT, "inpaint": {"steps_offset": 1, "skip_prk_steps": True}},
 )

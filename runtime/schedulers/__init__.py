@@ -17,7 +17,7 @@ from .ddpm import ddim, ddim_inverse, ddpm
 from .dpm_solver import deis, dpm_multistep, dpm_singlestep
 from .edm import edm_dpm_solver, edm_euler
 from .flow_match import flow_euler, flow_heun, flow_lcm
-from .karras import euler, euler_ancestral, heun, kdpm2, kdpm2_ancestral, lms
+from .karras import euler, euler_ancestral, heun, kdpm2, lms
 from .pndm import ipndm, pndm
 from .sa_solver import sa_solver
 from .spacing import trailing_remedy
@@ -56,7 +56,7 @@ _EULER = partial(Sampler, euler, "EulerDiscreteScheduler", "Karras et al. 2022")
 _HEUN = partial(Sampler, heun, "HeunDiscreteScheduler", "Karras et al. 2022")
 _LMS = partial(Sampler, lms, "LMSDiscreteScheduler", "Bashforth and Adams 1883")
 _KDPM2 = partial(Sampler, kdpm2, "KDPM2DiscreteScheduler", "Lu et al. 2022")
-_KDPM2_A = partial(Sampler, kdpm2_ancestral, "KDPM2AncestralDiscreteScheduler", "Lu et al. 2022")
+_KDPM2_A = partial(Sampler, partial(kdpm2, ancestral=True), "KDPM2AncestralDiscreteScheduler", "Lu et al. 2022")
 _MULTISTEP = partial(Sampler, dpm_multistep, "DPMSolverMultistepScheduler", "Lu et al. 2022")
 _SINGLESTEP = partial(Sampler, dpm_singlestep, "DPMSolverSinglestepScheduler", "Lu et al. 2022")
 _PNDM = partial(Sampler, pndm, "PNDMScheduler", "Liu et al. 2022")
@@ -141,10 +141,7 @@ def find_sampler(config: Mapping[str, Any], name: str | None) -> tuple[str, Samp
 
 
 def make_table(
-    config: Mapping[str, Any],
-    steps: int | Steps,
-    name: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any], steps: int | Steps, name: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Table:
     """The table of the sampler `name` (default: the config's own) under `config` with `options` laid over it.
 

@@ -301,12 +301,10 @@ def spaced(
 
 
 def _flow_shift(config: Config, steps: Steps) -> float:
-    dynamic = (
-        config.get("use_dynamic_shifting", False) and config.get("time_shift_type", "exponential") == "exponential"
-    )
+    kind = config.get("time_shift_type", "exponential") if config.get("use_dynamic_shifting", False) else ""
     shift = float(config.get("flow_shift", 1.0))
     if steps.mu is None:
         return shift
-    if not dynamic:
+    if kind != "exponential":
         raise RequestError("mu needs use_dynamic_shifting and time_shift_type=exponential: set them, or give no mu")
     return float(np.exp(steps.mu))

@@ -126,20 +126,12 @@ def _integrals(nodes: Array, end: float) -> Array:
     return np.asarray(length * np.array(areas))
 
 
-def kdpm2(config: Config, steps: Steps) -> Table:
+def kdpm2(config: Config, steps: Steps, *, ancestral: bool = False) -> Table:
     """Lu et al. 2022, "DPM-Solver", DPM-Solver-2 in the variables of Karras et al. 2022: the slope at √(σ · σ_next).
 
     Two calls a step; the last step, to σ = 0, is Euler's and makes one.
+    ancestral: down to σ_down, and noise of deviation σ_up back up, drawn at every second call.
     """
-    return _kdpm2(config, steps, ancestral=False)
-
-
-def kdpm2_ancestral(config: Config, steps: Steps) -> Table:
-    """`kdpm2` down to σ_down and noise of deviation σ_up back up, drawn at every second call."""
-    return _kdpm2(config, steps, ancestral=True)
-
-
-def _kdpm2(config: Config, steps: Steps, *, ancestral: bool) -> Table:
     takes(steps)
     config.lacks("rescale_betas_zero_snr")
     config.defaults(beta_start=0.00085, beta_end=0.012)
