@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -26,43 +25,10 @@ from .spacing import (
 )
 from .table import Steps, Table, TableBuilder
 
+_Point = tuple[int, Array]
+"""A time and what is integrated there."""
 _FEW_STEPS = 15
 """Below this many steps `lower_order_final` lowers the order of the last two."""
-
-
-class Transfer(NamedTuple):
-    """x_t = keep·x_s + value·f + slope·f′ + bend·f″ + deviation·noise, with f and its derivatives by λ at s.
-
-    middle: the weight of f′ in place of slope, by the midpoint rule.
-    """
-
-    keep: float
-    value: float
-    middle: float
-    slope: float
-    bend: float
-    deviation: float
-
-    def apply(self, rows: TableBuilder, x: Array, *points: tuple[float, Array], midpoint: bool, part: float) -> Array:
-        """x_t from x_s and the polynomial through one to three points (λ, f), the first of them at s.
-
-        midpoint: whether the slope of two points is taken by that rule. part: how much of f″ is taken.
-        """
-        (at, f), *others = points
-        new = np.asarray(self.keep * x + self.value * f + self.deviation * rows.noise)
-        chords = [(g - f) / (other - at) for other, g in others]
-        if len(chords) == 1:
-            new = new + (self.middle if midpoint else self.slope) * chords[0]
-        elif len(chords) == 2:
-            (near, _), (far, _) = others
-            half = (chords[0] - chords[1]) / (near - far)
-            new = new + self.slope * (chords[0] - (near - at) * half) + part * self.bend * 2 * half
-        return new
-
-
-def same(log_snr: Array) -> bool:
-    """Whether two noise levels, (2,), are one in float32, in which diffusers has them."""
-    return not np.ptp(np.float32(log_snr))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,33 +57,49 @@ class Schedule:
         x0 = rows.predicted(k)
         return x0 if self.noise is None else self.noise[0][k] * rows.x + self.noise[1][k] * rows.m
 
+    def repeats(self, s: int, t: int) -> bool:
+        """Whether two noise levels are one in float32, in which diffusers has them."""
+        return bool(np.float32(self.log_snr[s]) == np.float32(self.log_snr[t]))
+
     def of_noise(self, config: Config) -> Schedule:
         """The same for a solver that integrates the predicted noise."""
         return replace(self, noise=predictions(config, self.alpha[:-1], self.sigma[:-1])[1])
 
-    def transfer(self, algorithm: str, s: int, t: int) -> Transfer:
-        """From time s to time t under one of four algorithms.
+    def advance(
+        self, rows: TableBuilder, algorithm: str, x: Array, t: int, *points: _Point, midpoint: bool, bend: float
+    ) -> Array:
+        """x at time t from x at time s, with the polynomial in λ through one to three points, the first at s.
 
         dpmsolver++: f predicts the image (Lu et al. 2022, "DPM-Solver++", equation 8). dpmsolver: f predicts the noise
         (Lu et al. 2022, "DPM-Solver", equation 3.4). sde-dpmsolver++, sde-dpmsolver: their SDEs ("DPM-Solver++",
-        appendix).
+        appendix). midpoint: whether f′ of two points is weighted by that rule. bend: how much of f″ is taken.
         """
-        alpha, sigma, log_snr = (levels[[s, t]] for levels in (self.alpha, self.sigma, self.log_snr))
-        h = log_snr[1] - log_snr[0]
+        (s, f), *others = points
+        alpha, sigma, log_snr = self.alpha, self.sigma, self.log_snr
+        h = log_snr[t] - log_snr[s]
         stochastic = algorithm.startswith("sde")
         if algorithm.endswith("++"):
             rate = 2.0 if stochastic else 1.0
-            keep = sigma[1] / sigma[0] * (np.exp(-h) if stochastic else 1.0)
-            scale, variance = alpha[1], -np.expm1(-2 * h)
+            keep = sigma[t] / sigma[s] * (np.exp(-h) if stochastic else 1.0)
+            scale, variance = alpha[t], -np.expm1(-2 * h)
         else:
-            rate, keep = -1.0, alpha[1] / alpha[0]
-            scale, variance = sigma[1] * (2.0 if stochastic else 1.0), np.expm1(2 * h)
+            rate, keep = -1.0, alpha[t] / alpha[s]
+            scale, variance = sigma[t] * (2.0 if stochastic else 1.0), np.expm1(2 * h)
         phi = -np.expm1(-rate * h)
+        new = np.asarray(keep * x + scale * phi * f)
+        if stochastic:
+            new = new + sigma[t] * np.sqrt(max(variance, 0.0) if self.repeats(s, t) else variance) * rows.noise
+        chords = [(g - f) / (log_snr[other] - log_snr[s]) for other, g in others]
         slope = scale * (h - phi / rate)
-        # the SDE's quadratic term has its sign turned in diffusers
-        square = scale * h**2 / 2 * (-1 if stochastic else 1)
-        deviation = sigma[1] * np.sqrt(max(variance, 0.0) if same(log_snr) else variance) if stochastic else 0.0
-        return Transfer(keep, scale * phi, scale * phi * h / 2, slope, square - slope / rate, deviation)
+        if len(chords) == 1:
+            new = new + (scale * phi * h / 2 if midpoint else slope) * chords[0]
+        elif len(chords) == 2:
+            (near, _), (far, _) = others
+            half = (chords[0] - chords[1]) / (log_snr[near] - log_snr[far])
+            # the SDE's quadratic term has its sign turned in diffusers
+            quadratic = scale * h**2 / 2 * (-1 if stochastic else 1) - slope / rate
+            new = new + slope * (chords[0] - (log_snr[near] - log_snr[s]) * half) + bend * quadratic * 2 * half
+        return new
 
 
 def dpm_multistep(config: Config, steps: Steps) -> Table:
@@ -154,6 +136,7 @@ def multistep(
     """
     highest = config.one_of("solver_order", 2, 1, 3)
     count = len(schedule.timesteps)
+    midpoint = solver_type == "midpoint"
     few = bool(config.get("lower_order_final", True)) and count < _FEW_STEPS
     rows = schedule.builder(highest, steps.start)
     for k in rows.calls:
@@ -161,19 +144,18 @@ def multistep(
         if euler_last and k == count - 1:
             order = 1
         history = (schedule.predicted(rows, k), *rows.registers[1:])
-        points = [(schedule.log_snr[k - i], history[i]) for i in range(order)]
+        points = [(k - i, history[i]) for i in range(order)]
         if order == 3 and not third:
             raise RequestError(f"algorithm_type={algorithm} has no third order here: set solver_order to 2")
         divides = solver_type != "logrho" and (order == 3 or (order == 2 and solver_type == "heun"))
-        if divides and same(schedule.log_snr[k : k + 2]):
+        if divides and schedule.repeats(k, k + 1):
             raise RequestError(
                 f"two noise levels of the schedule are equal, where order {order} divides by zero: set euler_at_final, "
                 "or final_sigmas_type to zero"
             )
-        step = schedule.transfer(algorithm, k, k + 1)
         # DPM-Solver's own code halves the second derivative
-        part = 1 if solver_type == "logrho" else 1 / 2
-        new = step.apply(rows, rows.x, *points, midpoint=solver_type == "midpoint", part=part)
+        bend = 1 if solver_type == "logrho" else 1 / 2
+        new = schedule.advance(rows, algorithm, rows.x, k + 1, *points, midpoint=midpoint, bend=bend)
         rows.set(k, new, *history[: highest - 1], draws=algorithm.startswith("sde"))
     return rows.table()
 
@@ -198,11 +180,10 @@ def dpm_singlestep(config: Config, steps: Steps) -> Table:
         order = min(orders[k], k - steps.start + 1)
         base = rows.x if order == 1 else rows.registers[1]
         history = (schedule.predicted(rows, k), *rows.registers[2:])
-        points = [(schedule.log_snr[k - i], history[i]) for i in reversed(range(order))]
+        points = [(k - i, history[i]) for i in reversed(range(order))]
         if midpoint and order == 3:
             points.pop(1)
-        step = schedule.transfer(algorithm, k + 1 - order, k + 1)
-        new = step.apply(rows, base, *points, midpoint=midpoint and order == 2, part=1)
+        new = schedule.advance(rows, algorithm, base, k + 1, *points, midpoint=midpoint and order == 2, bend=1)
         rows.set(k, *(new, base, *history)[:registers], draws=algorithm.startswith("sde"))
     return rows.table()
 
