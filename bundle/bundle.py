@@ -50,10 +50,8 @@ class Bundle:
         else:
             _refuse_headless(root)
             bundle = cls(root, describe(root), foreign=True)
-        for name in bundle.manifest.all_files():
+        for name in (*bundle.manifest.all_files(), *bundle.manifest.tokenizers):
             inside(root, name)
-        for folder in bundle.manifest.tokenizers:
-            inside(root, folder)
         return bundle
 
     def path(self, relative: str) -> Path:

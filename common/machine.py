@@ -20,10 +20,8 @@ def cpu_identity() -> str:
     """What code that was optimized for this processor depends on: architecture and instruction sets, as a hash."""
     flags = ""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                flags = line.partition(":")[2]
-                break
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
     return sha256_json([platform.system(), platform.machine(), platform.processor(), sorted(flags.split())])[:16]
 
 

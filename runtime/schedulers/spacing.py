@@ -113,11 +113,11 @@ def trailing_remedy(total: int, count: int) -> str:
 
 def _checked(timesteps: Array, total: int) -> Array:
     """`timesteps` as they are. Raises `RequestError` when one is out of the training range."""
-    if len(timesteps) and timesteps.min() < 0:
+    if timesteps.min() < 0:
         raise RequestError(
             f"timestep {timesteps.min():.0f} is negative: mend steps_offset in the scheduler configuration"
         )
-    if len(timesteps) and timesteps.max() >= total:
+    if timesteps.max() >= total:
         raise RequestError(
             f"timestep {timesteps.max():.0f} is past the {total} that the model was trained with: ask for fewer steps, "
             "or mend steps_offset"
