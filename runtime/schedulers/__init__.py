@@ -19,10 +19,9 @@ from .edm import edm_dpm_solver, edm_euler
 from .flow_match import flow_euler, flow_heun, flow_lcm
 from .karras import euler, euler_ancestral, heun, kdpm2, lms
 from .pndm import ipndm, pndm
-from .sa_solver import sa_solver
+from .predictor_corrector import sa_solver, unipc
 from .spacing import trailing_remedy
 from .table import ARRAYS, Steps, Table
-from .unipc import unipc
 
 __all__ = ["SAMPLERS", "STEP_ARGUMENTS", "Sampler", "Steps", "Table", "find_sampler", "is_known", "make_table"]
 

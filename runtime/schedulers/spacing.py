@@ -206,10 +206,3 @@ def timesteps_of(sigmas: Array, train: Array) -> Array:
     low = np.minimum(below, len(log_train) - 2)
     weight = np.clip((log_train[low] - log_sigmas) / (log_train[low] - log_train[low + 1]), 0, 1)
     return np.asarray((1 - weight) * low + weight * (low + 1))
-
-
-def quadrature(nodes: Array, moments: Array) -> Array:
-    """The weight of each node in a sum that integrates polynomials exactly; moments: the integrals of v⁰, v¹, …"""
-    if len(np.unique(nodes)) < len(nodes):
-        return np.full(len(nodes), np.inf)
-    return np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
