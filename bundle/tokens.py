@@ -61,7 +61,7 @@ def read_tokens(folder: Path) -> ClipTokens:
     listed = config.get("added_tokens_decoder")
     try:
         if listed is not None:
-            decoder = {int(place): _token(value) for place, value in listed.items()}
+            decoder = {int(token_id): _token(value) for token_id, value in listed.items()}
         else:
             for name, value in _read(folder / "special_tokens_map.json").items():
                 config[name] = _token({**value, "special": True}) if isinstance(value, dict) else value
@@ -97,8 +97,8 @@ def _older(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
     values = (*(config.get(name) for name in _NAMED), *_further(config))
     special = {value.content if isinstance(value, AddedToken) else str(value) for value in values}
     decoder = {}
-    for content, place in _read(folder / "added_tokens.json").items():
-        decoder[int(place)] = AddedToken(content, normalized=content not in special, special=content in special)
+    for content, token_id in _read(folder / "added_tokens.json").items():
+        decoder[int(token_id)] = AddedToken(content, normalized=content not in special, special=content in special)
     for value in _read(folder / "tokenizer.json").get("added_tokens", ()):
         decoder[int(value["id"])] = _token(value)
     return decoder

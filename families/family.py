@@ -39,7 +39,7 @@ class Part:
 class Pipeline:
     """What a pipeline is. parts: by the names of components, smallest first, of all tasks.
 
-    inputs: of the denoiser, as its configuration tells them. width, height: in pixels, what is drawn by default.
+    inputs: of the denoiser, as its configuration says. width, height: in pixels, what is drawn by default.
     """
 
     tasks: tuple[str, ...]

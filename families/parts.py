@@ -1,4 +1,4 @@
-"""What families share: CLIP text encoders, the conditional U-Net, autoencoders, as their configurations tell."""
+"""What families share: CLIP text encoders, the conditional U-Net, autoencoders, as their configurations say."""
 
 from __future__ import annotations
 
