@@ -1,16 +1,7 @@
 """The artifact that both halves share: layout, manifest, hashes."""
 
 from .bundle import Bundle
-from .manifest import (
-    AS_EXPORTED,
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    STANDARD,
-    Component,
-    Manifest,
-    Tensor,
-    Variant,
-)
+from .manifest import AS_EXPORTED, MANIFEST_NAME, SCHEMA_VERSION, STANDARD, Component, Manifest, Tensor, Variant
 from .precisions import FULL, PRECISIONS
 from .wiring import Latents, Role, TextEncoder, Tokenizer, Wiring
 

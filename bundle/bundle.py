@@ -50,10 +50,8 @@ class Bundle:
         else:
             _refuse_headless(root)
             bundle = cls(root, describe(root), foreign=True)
-        for name in bundle.manifest.all_files():
+        for name in (*bundle.manifest.all_files(), *bundle.manifest.tokenizers):
             inside(root, name)
-        for folder in bundle.manifest.tokenizers:
-            inside(root, folder)
         return bundle
 
     def path(self, relative: str) -> Path:
@@ -62,11 +60,10 @@ class Bundle:
 
     def component(self, name: str) -> Component:
         """The component called `name`. Raises `BundleError` listing what there is."""
-        try:
-            return self.manifest.components[name]
-        except KeyError:
-            have = ", ".join(self.manifest.components)
-            raise BundleError(f"{self.root} has no component {name!r}, only {have}: compile it again") from None
+        components = self.manifest.components
+        if name not in components:
+            raise BundleError(f"{self.root} has no component {name!r}, only {', '.join(components)}: compile it again")
+        return components[name]
 
     def scheduler_config(self) -> dict[str, Any]:
         """The contents of `scheduler/scheduler_config.json`, of the class that the pipeline index names."""

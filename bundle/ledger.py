@@ -43,11 +43,11 @@ class Ledger:
         found = self.find(name, key, kind)
         return self.keep(name, key, make()) if found is None else found
 
-    def keep(self, name: str, key: str, made: T) -> T:
+    def keep(self, name: str, key: str, result: T) -> T:
         """Record what was made; its files are in place."""
         (self.work / STAGES).mkdir(exist_ok=True)
-        write_json(self._new(name), {"key": key, **asdict(made)})  # type: ignore[call-overload]
-        return made
+        write_json(self._new(name), {"key": key, **asdict(result)})  # type: ignore[call-overload]
+        return result
 
     def find(self, name: str, key: str, kind: Kind[T]) -> T | None:
         """What was made, from the working folder, else linked into it from the old bundle."""

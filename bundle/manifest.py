@@ -119,10 +119,8 @@ class Manifest:
 
     def all_files(self) -> Files:
         """Every file that the manifest vouches for, with its hash."""
-        files = dict(self.files)
-        for component in self.components.values():
-            files.update(component.all_files())
-        return files
+        parts = self.components.values()
+        return {**self.files, **{path: sha for part in parts for path, sha in part.all_files().items()}}
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:

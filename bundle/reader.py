@@ -56,10 +56,10 @@ def _read(kind: Any, value: Any, path: str) -> Any:
     if kind is Any:
         return value
     if origin is Annotated:
-        made = _read(parts[0], value, path)
+        result = _read(parts[0], value, path)
         for rule in parts[1:]:
-            _need(rule.holds(made), path, rule.says, value)
-        return made
+            _need(rule.holds(result), path, rule.says, value)
+        return result
     if origin in (Union, types.UnionType):
         return _read_union(parts, value, path)
     if origin is Literal:

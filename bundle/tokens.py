@@ -61,9 +61,10 @@ def read_tokens(folder: Path) -> ClipTokens:
     listed = config.get("added_tokens_decoder")
     try:
         if listed is not None:
-            decoder = {int(place): _token(value) for place, value in listed.items()}
+            decoder = {int(token_id): _token(value) for token_id, value in listed.items()}
         else:
-            config |= {name: _as_special(value) for name, value in _read(folder / "special_tokens_map.json").items()}
+            for name, value in _read(folder / "special_tokens_map.json").items():
+                config[name] = _token({**value, "special": True}) if isinstance(value, dict) else value
             decoder = _older(folder, config)
         return _joined(config, decoder)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -72,15 +73,13 @@ def read_tokens(folder: Path) -> ClipTokens:
 
 def _joined(config: Mapping[str, Any], decoder: Mapping[int, AddedToken]) -> ClipTokens:
     """The tokens listed, by id, then the named ones and further special ones that are not listed."""
-    named = {name: config.get(name, default) for name, default in _NAMED.items()}
-    named |= {name: value for name, value in config.items() if name.endswith("_token") and name not in _NAMED}
+    named = _NAMED | {name: value for name, value in config.items() if name.endswith("_token")}
     chosen = {name: _token(value) for name, value in named.items() if isinstance(value, (str, dict, AddedToken))}
     contents = {token.content for token in chosen.values()}
-    added = {token.content: token for _, token in sorted(decoder.items())}
-    listed = set(added)
-    for token in dict.fromkeys((*chosen.values(), *map(_token, _further(config)))):
-        if token.content not in listed:
-            added[token.content] = token  # of two with the same text, the flags of the later count
+    listed = {token.content: token for _, token in sorted(decoder.items())}
+    others = dict.fromkeys((*chosen.values(), *map(_token, _further(config))))
+    # of two with the same text, the flags of the later count
+    added = listed | {token.content: token for token in others if token.content not in listed}
     return ClipTokens(
         added=tuple(replace(token, special=token.special or token.content in contents) for token in added.values()),
         named={name: chosen[name].content for name, default in _NAMED.items() if default and name in chosen},
@@ -98,8 +97,8 @@ def _older(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
     values = (*(config.get(name) for name in _NAMED), *_further(config))
     special = {value.content if isinstance(value, AddedToken) else str(value) for value in values}
     decoder = {}
-    for content, place in _read(folder / "added_tokens.json").items():
-        decoder[int(place)] = AddedToken(content, normalized=content not in special, special=content in special)
+    for content, token_id in _read(folder / "added_tokens.json").items():
+        decoder[int(token_id)] = AddedToken(content, normalized=content not in special, special=content in special)
     for value in _read(folder / "tokenizer.json").get("added_tokens", ()):
         decoder[int(value["id"])] = _token(value)
     return decoder
@@ -120,7 +119,3 @@ def _token(value: Any) -> AddedToken:
     flags = {name: bool(value[name]) for name in _FLAGS if name in value}
     special = flags.setdefault("special", False)
     return AddedToken(value["content"], **{"normalized": not special, **flags})
-
-
-def _as_special(value: Any) -> Any:
-    return _token({**value, "special": True}) if isinstance(value, dict) else value

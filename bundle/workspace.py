@@ -119,28 +119,22 @@ def check_replaceable(target: Path) -> None:
             )
     elif target.is_dir():
         check_tree(target)
-        _check_strangers(target)
+        manifest = target / MANIFEST_NAME
+        try:
+            listed = from_json(read_json(manifest, "the manifest"), str(manifest)).all_files()
+        except BundleError as error:
+            raise DiffoundryError(
+                f"{target} exists, and what belongs to it is not known ({error}): choose another --output, or remove "
+                "it first"
+            ) from None
+        strangers = sorted(name for name in _unlisted(target, listed) if not name.startswith(f"{_INSIDE}/"))
+        if strangers:
+            raise DiffoundryError(
+                f"{target} holds {', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''}, which the bundle "
+                "there does not list and which would be lost: move it away, or choose another --output"
+            )
     elif os.path.lexists(target):
         raise DiffoundryError(f"{target} exists and is no bundle: choose another --output, or remove it first")
-
-
-def _check_strangers(target: Path) -> None:
-    """Raise `DiffoundryError` when the bundle folder `target` holds files that are not the bundle's."""
-    if not os.path.lexists(target / MANIFEST_NAME):
-        return
-    try:
-        listed = from_json(read_json(target / MANIFEST_NAME, "the manifest"), str(target / MANIFEST_NAME)).all_files()
-    except BundleError as error:
-        raise DiffoundryError(
-            f"{target} exists, and what belongs to it is not known ({error}): choose another --output, or remove it "
-            "first"
-        ) from None
-    strangers = sorted(name for name in _unlisted(target, listed) if not name.startswith(f"{_INSIDE}/"))
-    if strangers:
-        raise DiffoundryError(
-            f"{target} holds {', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''}, which the bundle there "
-            "does not list and which would be lost: move it away, or choose another --output"
-        )
 
 
 def sweep(work: Path, listed: Files) -> None:
@@ -206,17 +200,14 @@ def recover(target: Path) -> None:
         _change_places(target)
     old = old_folder(target)
     if os.path.lexists(old):
-        bundle = (
-            not old.is_symlink() and old.is_dir() and (os.path.lexists(old / MANIFEST_NAME) or not any(old.iterdir()))
-        )
-        if not bundle:
+        folder = old.is_dir() and not old.is_symlink()
+        if not folder or not (os.path.lexists(old / MANIFEST_NAME) or not any(old.iterdir())):
             raise DiffoundryError(f"{old} is there and is no bundle: move it away, or choose another --output")
-        if not os.path.lexists(target):
-            old.rename(target)
-        else:
-            check_tree(old)
-            _check_strangers(old)
+        if os.path.lexists(target):
+            check_replaceable(old)
             remove(old)
+        else:
+            old.rename(target)
     if is_marked(target) and os.path.lexists(target / MANIFEST_NAME):
         _finish(target)
 

@@ -10,11 +10,12 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from .errors import BundleError, DiffoundryError
 
@@ -85,28 +86,27 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         check_regular(path, what)
         value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict) and _is_deep(value):
+            raise RecursionError
     except FileNotFoundError:
         raise BundleError(f"{what} is missing: {path}") from None
     except RecursionError:
-        raise _too_deep(path, what) from None
+        deep = f"{path} is nested more than {_DEEPEST_JSON} levels deep"
+        raise BundleError(f"{what} cannot be read as JSON: {deep}") from None
     except (ValueError, OSError) as error:
         raise BundleError(f"{what} cannot be read as JSON: {path} ({error})") from None
     if not isinstance(value, dict):
         raise BundleError(f"{what} must hold a JSON object: {path}")
-    level: list[Any] = [value]
-    for _ in range(_DEEPEST_JSON):  # what is read is written again, which needs a bound too
-        level = [inner for part in level for inner in _parts(part) if isinstance(inner, (dict, list))]
-    if level:
-        raise _too_deep(path, what)
     return value
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    return iter(value.values() if isinstance(value, dict) else value)
-
-
-def _too_deep(path: Path, what: str) -> BundleError:
-    return BundleError(f"{what} cannot be read as JSON: {path} is nested more than {_DEEPEST_JSON} levels deep")
+def _is_deep(value: Any) -> bool:
+    """Whether more than `_DEEPEST_JSON` objects and lists lie in one another: what is read is written again."""
+    level = [value]
+    for _ in range(_DEEPEST_JSON):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
+    return bool(level)
 
 
 def check_regular(path: Path, what: str, most: int = LARGEST_JSON) -> None:
@@ -254,14 +254,6 @@ def disk_error(error: OSError) -> DiffoundryError:
     return DiffoundryError(f"{error.strerror or error}{where}: check the path")
 
 
-def _opened_lock(path: Path) -> IO[bytes]:
-    """The lock file `path`, made if need be; anybody may have put something else in its place."""
-    how = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-        raise DiffoundryError(f"{path} is in the way of a lock: remove it")
-    return os.fdopen(os.open(path, how, 0o600), "r+b")
-
-
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Keep other processes of this machine from working on `path`, until the block or this process ends.
@@ -269,23 +261,26 @@ def exclusive(path: Path) -> Iterator[None]:
     The lock lies in the folder for temporary files, so that nothing is left beside `path`.
     Raises `DiffoundryError` at once when another process holds it.
     """
-    what = str(path)
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # in a container the number may have no name
-    lock_path = Path(tempfile.gettempdir()) / f"diffoundry-{sha256_json([user, what])[:24]}.lock"
-    with _opened_lock(lock_path) as file:
+    lock = Path(tempfile.gettempdir()) / f"diffoundry-{sha256_json([user, str(path)])[:24]}.lock"
+    if os.path.lexists(lock) and not stat.S_ISREG(lock.lstat().st_mode):  # anybody may have put it there
+        raise DiffoundryError(f"{lock} is in the way of a lock: remove it")
+    how = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with os.fdopen(os.open(lock, how, 0o600), "r+b") as file:
         try:
-            import fcntl
-        except ImportError:  # Windows has no flock
-            import msvcrt
-
-            lock = getattr(msvcrt, "locking")  # noqa: B009 (mypy checks on Linux, where msvcrt is empty)
-            try:
-                lock(file.fileno(), getattr(msvcrt, "LK_NBLCK"), 1)  # noqa: B009
-            except OSError:
-                raise DiffoundryError(f"another process is working on {what}: wait for it to end") from None
-        else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise DiffoundryError(f"another process is working on {what}: wait for it to end") from None
+            _lock(file.fileno())
+        except OSError:
+            raise DiffoundryError(f"another process is working on {path}: wait for it to end") from None
         yield
+
+
+def _lock(file: int) -> None:
+    """Lock an open file. Raises `OSError` when another process has locked it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

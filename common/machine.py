@@ -1,4 +1,4 @@
-"""What the operating system tells of this machine and its processes; where it does not tell, a neutral answer."""
+"""What the operating system says of this machine and its processes; where it does not say, a neutral answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def require_modules(verb: str, modules: Iterable[str], extra: str) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that programs can still have, None where the system does not tell."""
+    """Bytes of memory that programs can still have, None where the system does not say."""
     return _kibibytes(Path("/proc/meminfo"), "MemAvailable")
 
 
@@ -35,7 +35,7 @@ def peak_memory(process: int) -> int | None:
 
 
 def resident_memory() -> int | None:
-    """The bytes of memory that this process has now, None where the system does not tell."""
+    """The bytes of memory that this process has now, None where the system does not say."""
     return _kibibytes(Path("/proc/self/status"), "VmRSS")
 
 

@@ -39,7 +39,7 @@ class Part:
 class Pipeline:
     """What a pipeline is. parts: by the names of components, smallest first, of all tasks.
 
-    inputs: of the denoiser, as its configuration tells them. width, height: in pixels, what is drawn by default.
+    inputs: of the denoiser, as its configuration says. width, height: in pixels, what is drawn by default.
     """
 
     tasks: tuple[str, ...]
@@ -73,12 +73,10 @@ class Family:
 
     def scheduler_changes(self, tasks: Iterable[str], config: Mapping[str, Any]) -> dict[str, Changes]:
         """For each task what its pipeline class changes of a scheduler with all the options in `config`."""
-        found = {
-            task: {
-                name: value
-                for name, value in self.scheduler.get(task, {}).items()
-                if name in config and config[name] != value
-            }
-            for task in tasks
-        }
-        return {task: changes for task, changes in found.items() if changes}
+        found = {}
+        for task in tasks:
+            changes = self.scheduler.get(task, {}).items()
+            different = {name: value for name, value in changes if name in config and config[name] != value}
+            if different:
+                found[task] = different
+        return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from . import parts
 from .family import Family
 from .known import FAMILIES, family_of
 
-_ORT_CLASS = re.compile(r"(?:ORT)?(\w+)")
 _HIDDEN = "hidden_states."
 _CLIP_TOKENS = 49408
 """The vocabulary of a text encoder whose configuration does not say."""
@@ -68,11 +66,13 @@ def _describe(root: Path) -> Manifest:
             f"{root} has no ONNX model for {', '.join(missing)}: it is a checkpoint or an incomplete export; "
             "make a bundle of it with `diffoundry compile`"
         )
-    made = family.describe(folder)
-    present = {name: part for name, part in made.parts.items() if (root / name / "model.onnx").is_file()}
+    pipeline = family.describe(folder)
+    present = {name: part for name, part in pipeline.parts.items() if (root / name / "model.onnx").is_file()}
     encodes = any(part.role == "encoder" for part in present.values())
-    tasks = tuple(task for task in made.tasks if encodes or task == "txt2img")
-    text = tuple(replace(encoder, skips=_exported(encoder.skips)) for encoder in made.wiring.text)
+    tasks = tuple(task for task in pipeline.tasks if encodes or task == "txt2img")
+    # an export of another tool has no `clip_skip` outputs
+    skips = [tuple(name for name in encoder.skips if name.startswith(_HIDDEN)) for encoder in pipeline.wiring.text]
+    text = tuple(replace(encoder, skips=each) for encoder, each in zip(pipeline.wiring.text, skips, strict=True))
     scheduler = read_json(root / "scheduler" / "scheduler_config.json", "the scheduler configuration")
     return Manifest(
         family=family.name,
@@ -81,20 +81,20 @@ def _describe(root: Path) -> Manifest:
         components={
             name: Component(
                 part.role,
-                made.inputs if part.role == "denoiser" else (),
+                pipeline.inputs if part.role == "denoiser" else (),
                 variants={f"{AS_EXPORTED}/{STANDARD}": Variant(f"{name}/model.onnx", {})},
             )
             for name, part in present.items()
         },
-        wiring=replace(made.wiring, text=text),
-        latents=made.latents,
+        wiring=replace(pipeline.wiring, text=text),
+        latents=pipeline.latents,
         tokenizers={
             encoder.tokenizer: read_tokenizer(root / encoder.tokenizer, folder.config(encoder.component))
             for encoder in text
         },
         files={},
-        default_width=made.width,
-        default_height=made.height,
+        default_width=pipeline.width,
+        default_height=pipeline.height,
         default_steps=family.steps,
         default_guidance=family.guidance,
         scheduler=family.scheduler_changes(tasks, scheduler),
@@ -103,17 +103,11 @@ def _describe(root: Path) -> Manifest:
 
 def _family(folder: _Folder) -> Family:
     name = str(folder.index.get("_class_name"))
-    found = _ORT_CLASS.fullmatch(name)
-    family = None if found is None else family_of(found[1])
+    family = family_of(name.removeprefix("ORT"))
     if family is None:
         known = ", ".join(each for family in FAMILIES.values() for each in family.pipelines)
         raise BundleError(f"{folder.root} holds a {name}; without a bundle.json only {known} can be run")
     return family
-
-
-def _exported(skips: tuple[str, ...]) -> tuple[str, ...]:
-    """Of the outputs read when layers are skipped, those that an export of another tool has."""
-    return tuple(name for name in skips if name.startswith(_HIDDEN))
 
 
 def read_tokenizer(path: Path, text: Mapping[str, Any]) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""What families share: CLIP text encoders, the conditional U-Net, autoencoders, as their configurations tell."""
+"""What families share: CLIP text encoders, the conditional U-Net, autoencoders, as their configurations say."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..bundle import Tensor
-from ..bundle.wiring import TASKS, Latents, TextEncoder
+from ..bundle.wiring import TASKS, Latents, TextEncoder, Wiring
 from ..common.checks import is_finite
 from ..common.errors import CheckpointError
-from .family import Configs, Part
+from .family import Configs, Part, Pipeline
 
 UNET = "UNet2DConditionModel"
 KL = "AutoencoderKL"
@@ -20,13 +20,50 @@ VAE_TINY = "vae_tiny"
 """A second, small autoencoder, whose decoder is an alternative and a preview."""
 _SCALING_FACTOR = 0.18215
 _TILE_PIXELS = 512
-ALL_TASKS = tuple(TASKS)
 
 
-def autoencoders(configs: Configs) -> dict[str, Part]:
-    """The components that are made of autoencoders."""
-    tiny = {"vae_tiny_decoder": Part("preview", VAE_TINY)} if configs.has(VAE_TINY) else {}
-    return {**tiny, "vae_encoder": Part("encoder", VAE), "vae_decoder": Part("decoder", VAE)}
+def pipeline(
+    configs: Configs,
+    text: list[TextEncoder],
+    latents: Latents,
+    side: int,
+    *,
+    pooled: int = 0,
+    scored: bool = False,
+    **wiring: bool,
+) -> Pipeline:
+    """The pipeline of text encoders, a conditional U-Net and autoencoders.
+
+    side: what is drawn by default, in latents. pooled: the width of the pooled embedding, 0 where the U-Net takes none.
+    scored: whether it is given an aesthetic score. wiring: see `Wiring`.
+    """
+    inputs = _unet_inputs(configs.config("unet"), pooled)
+    # a U-Net that sees the mask and the masked image beside the latents can only inpaint
+    inpaints = inputs[0].shape[1] == 2 * latents.channels + 1
+    tasks = tuple(TASKS)[1:] if scored else tuple(TASKS)  # what is given a score refines an image
+    sources = {
+        "sample": "latents.masked" if inpaints else "latents",
+        "timestep": "timestep",
+        "encoder_hidden_states": "text.hidden",
+        "text_embeds": "text.pooled",
+        "time_ids": "sizes.scored" if scored else "sizes",
+        "timestep_cond": "guidance.sinusoid",
+    }
+    return Pipeline(
+        tasks=("inpaint",) if inpaints else tasks,
+        parts={
+            **{encoder.component: Part("text", encoder.component) for encoder in text},
+            **({"vae_tiny_decoder": Part("preview", VAE_TINY)} if configs.has(VAE_TINY) else {}),
+            "vae_encoder": Part("encoder", VAE),
+            "vae_decoder": Part("decoder", VAE),
+            "unet": Part("denoiser", "unet"),
+        },
+        wiring=Wiring(tuple(text), {tensor.name: sources[tensor.name] for tensor in inputs}, **wiring),
+        latents=latents,
+        inputs=inputs,
+        width=side * latents.downscale,
+        height=side * latents.downscale,
+    )
 
 
 def is_tiny(config: Mapping[str, Any]) -> bool:
@@ -78,32 +115,7 @@ def latents_of(config: Mapping[str, Any], *, deviations: bool = False) -> Latent
     )
 
 
-def skipping(configs: Configs, component: str) -> TextEncoder:
-    """An encoder whose last hidden state is read, or that of an earlier layer with the final norm applied."""
-    layers = int(configs.config(component)["num_hidden_layers"])
-    return TextEncoder(component, tokenizer_of(component), skips=tuple(f"clip_skip.{i}" for i in range(1, layers)))
-
-
-def penultimate(configs: Configs, component: str, *, pooled: bool) -> TextEncoder:
-    """An encoder of which the input of the last layer is read. pooled: whether its pooled embedding is read too."""
-    last = int(configs.config(component)["num_hidden_layers"]) - 1
-    return TextEncoder(
-        component,
-        tokenizer_of(component),
-        text=int(component.endswith("_2")),  # type: ignore[arg-type]
-        hidden=f"hidden_states.{last}",
-        skips=tuple(f"hidden_states.{i}" for i in reversed(range(last))),
-        pooled="text_embeds" if pooled else "",
-    )
-
-
-def tokenizer_of(encoder: str) -> str:
-    """The folder of the tokenizer of a text encoder."""
-    return encoder.replace("text_encoder", "tokenizer")
-
-
-def unet_inputs(unet: Mapping[str, Any], pooled: int = 0) -> tuple[Tensor, ...]:
-    """The inputs of a conditional U-Net. pooled: the width of the pooled embedding, 0 where it takes none."""
+def _unet_inputs(unet: Mapping[str, Any], pooled: int) -> tuple[Tensor, ...]:
     inputs = [
         Tensor("sample", "float32", ("batch_size", int(unet["in_channels"]), "height", "width")),
         Tensor("timestep", "float32", ("batch_size",)),
@@ -115,24 +127,6 @@ def unet_inputs(unet: Mapping[str, Any], pooled: int = 0) -> tuple[Tensor, ...]:
     if unet.get("time_cond_proj_dim") is not None:
         inputs.append(Tensor("timestep_cond", "float32", ("batch_size", int(unet["time_cond_proj_dim"]))))
     return tuple(inputs)
-
-
-def sources(inputs: tuple[Tensor, ...], latents: Latents, *, scored: bool = False) -> dict[str, str]:
-    """What feeds each input of a U-Net. scored: whether an aesthetic score stands among the sizes of the picture."""
-    known = {
-        "sample": "latents.masked" if inpaints(inputs, latents) else "latents",
-        "timestep": "timestep",
-        "encoder_hidden_states": "text.hidden",
-        "text_embeds": "text.pooled",
-        "time_ids": "sizes.scored" if scored else "sizes",
-        "timestep_cond": "guidance.sinusoid",
-    }
-    return {tensor.name: known[tensor.name] for tensor in inputs}
-
-
-def inpaints(inputs: tuple[Tensor, ...], latents: Latents) -> bool:
-    """Whether the denoiser sees the mask and the masked image beside the latents, and so can only inpaint."""
-    return inputs[0].shape[1] == 2 * latents.channels + 1
 
 
 def side_of(unet: Mapping[str, Any]) -> int:

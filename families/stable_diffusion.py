@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..bundle.wiring import Wiring
+from ..bundle.wiring import TextEncoder
 from . import parts
-from .family import Configs, Family, Part, Pipeline
+from .family import Configs, Family, Pipeline
 
 _OLD = (0, 9)
 _OLD_SIDE = 64
@@ -38,25 +38,11 @@ def _describe(configs: Configs) -> Pipeline:
 
 def describe(configs: Configs, side: int, *, strength_by_sampler: bool = False) -> Pipeline:
     """The pipeline of a checkpoint that draws `side` latents by default; see `Wiring.strength_by_sampler`."""
+    layers = int(configs.config("text_encoder")["num_hidden_layers"])
+    # where layers are skipped, the final norm is applied to an earlier one
+    text = TextEncoder("text_encoder", "tokenizer", skips=tuple(f"clip_skip.{i}" for i in range(1, layers)))
     latents = parts.latents_of(configs.config(parts.VAE))
-    inputs = parts.unet_inputs(configs.config("unet"))
-    return Pipeline(
-        tasks=("inpaint",) if parts.inpaints(inputs, latents) else parts.ALL_TASKS,
-        parts={
-            "text_encoder": Part("text", "text_encoder"),
-            **parts.autoencoders(configs),
-            "unet": Part("denoiser", "unet"),
-        },
-        wiring=Wiring(
-            text=(parts.skipping(configs, "text_encoder"),),
-            inputs=parts.sources(inputs, latents),
-            strength_by_sampler=strength_by_sampler,
-        ),
-        latents=latents,
-        inputs=inputs,
-        width=side * latents.downscale,
-        height=side * latents.downscale,
-    )
+    return parts.pipeline(configs, [text], latents, side, strength_by_sampler=strength_by_sampler)
 
 
 FAMILY = Family(
@@ -67,9 +53,5 @@ FAMILY = Family(
     steps=20,
     guidance=7.5,
     # these classes correct configurations that early versions wrote, those of the other families do not
-    scheduler={
-        "txt2img": _FROM_TEXT,
-        "img2img": _FROM_TEXT,
-        "inpaint": {"steps_offset": 1, "skip_prk_steps": True},
-    },
+    scheduler={"txt2img": _FROM_TEXT, "img2img": _FROM_TEXT, "inpaint": {"steps_offset": 1, "skip_prk_steps": True}},
 )

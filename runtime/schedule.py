@@ -15,9 +15,8 @@ from ..common.errors import BundleError, RequestError
 from .request import Request
 from .schedulers import Steps, Table, find_sampler, is_known, make_table
 from .schedulers.config import Config, train_steps
-from .schedulers.lcm import lcm
+from .schedulers.consistency import lcm, tcd
 from .schedulers.stored import TRACED, load_table
-from .schedulers.tcd import tcd
 
 _TRACED = re.compile(rf"scheduler/{TRACED}/(?P<name>\w+)/(?P<count>\d+)\.json")
 _CONFIG = "scheduler/scheduler_config.json"

@@ -12,23 +12,16 @@ import numpy as np
 
 from ...common.errors import RequestError, reason
 from .config import Config, short, train_steps
-from .ddim import ddim, ddim_inverse
-from .ddpm import ddpm
+from .consistency import lcm, tcd
+from .ddpm import ddim, ddim_inverse, ddpm
 from .dpm_solver import deis, dpm_multistep, dpm_singlestep
 from .edm import edm_dpm_solver, edm_euler
-from .euler import euler, euler_ancestral
 from .flow_match import flow_euler, flow_heun, flow_lcm
-from .heun import heun
-from .ipndm import ipndm
-from .kdpm2 import kdpm2, kdpm2_ancestral
-from .lcm import lcm
-from .lms import lms
-from .pndm import pndm
-from .sa_solver import sa_solver
+from .karras import euler, euler_ancestral, heun, kdpm2, lms
+from .pndm import ipndm, pndm
+from .predictor_corrector import sa_solver, unipc
 from .spacing import trailing_remedy
-from .table import Steps, Table
-from .tcd import tcd
-from .unipc import unipc
+from .table import ARRAYS, Steps, Table
 
 __all__ = ["SAMPLERS", "STEP_ARGUMENTS", "Sampler", "Steps", "Table", "find_sampler", "is_known", "make_table"]
 
@@ -62,7 +55,7 @@ _EULER = partial(Sampler, euler, "EulerDiscreteScheduler", "Karras et al. 2022")
 _HEUN = partial(Sampler, heun, "HeunDiscreteScheduler", "Karras et al. 2022")
 _LMS = partial(Sampler, lms, "LMSDiscreteScheduler", "Bashforth and Adams 1883")
 _KDPM2 = partial(Sampler, kdpm2, "KDPM2DiscreteScheduler", "Lu et al. 2022")
-_KDPM2_A = partial(Sampler, kdpm2_ancestral, "KDPM2AncestralDiscreteScheduler", "Lu et al. 2022")
+_KDPM2_A = partial(Sampler, partial(kdpm2, ancestral=True), "KDPM2AncestralDiscreteScheduler", "Lu et al. 2022")
 _MULTISTEP = partial(Sampler, dpm_multistep, "DPMSolverMultistepScheduler", "Lu et al. 2022")
 _SINGLESTEP = partial(Sampler, dpm_singlestep, "DPMSolverSinglestepScheduler", "Lu et al. 2022")
 _PNDM = partial(Sampler, pndm, "PNDMScheduler", "Liu et al. 2022")
@@ -147,10 +140,7 @@ def find_sampler(config: Mapping[str, Any], name: str | None) -> tuple[str, Samp
 
 
 def make_table(
-    config: Mapping[str, Any],
-    steps: int | Steps,
-    name: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any], steps: int | Steps, name: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Table:
     """The table of the sampler `name` (default: the config's own) under `config` with `options` laid over it.
 
@@ -163,37 +153,34 @@ def make_table(
     absent = {str(option) for option in by_default} if isinstance(by_default, list) else set()
     absent |= STEP_ARGUMENTS  # diffusers' pipelines heed none of them in a configuration
     own = {option: value for option, value in config.items() if option not in absent and not option.startswith("_")}
-    if options and options.get("mu") is not None:
-        options = dict(options)
-        asked = replace(asked, mu=Config({"mu": options["mu"]}).get("mu"))
-        del options["mu"]
-    fixed = sampler.fixed if key in SAMPLERS else {}
-    read = Config({**own, **fixed, **(options or {})})
+    options = dict(options or {})
+    if options.get("mu") is not None:
+        asked = replace(asked, mu=Config({"mu": options.pop("mu")}).get("mu"))
+    read = Config({**own, **(sampler.fixed if key in SAMPLERS else {}), **options})
     if not 0 <= asked.start < max(asked.count, 1):
         raise RequestError(f"the first step must be between 0 and {asked.count - 1}, found {asked.start}")
     try:
         with np.errstate(all="ignore"):
             table = sampler.table(read, asked)
     except (TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
-        remedy = "mend the scheduler options, or the scheduler_config.json"
         raise RequestError(
-            f"the scheduler configuration is damaged ({reason(error, _LONGEST_REASON)}): {remedy}"
+            f"the scheduler configuration is damaged ({reason(error, _LONGEST_REASON)}): mend the scheduler options, "
+            "or the scheduler_config.json"
         ) from None
-    for option in options or {}:
+    for option in options:
         if option not in read.read:
             near = difflib.get_close_matches(option, sorted(read.read), n=1)
             hint = f", did you mean {near[0]!r}?" if near else ": leave it out"
             raise RequestError(
                 f"{key} has no scheduler option {short(option)}, or it has no effect with the others{hint}"
             )
-    parts = (table.timesteps, table.weights, table.x0, table.input_scale, table.alpha_sigma, table.init_scale)
     with np.errstate(over="ignore"):
+        parts = (getattr(table, part) for part in (*ARRAYS, "init_scale"))
         finite = all(np.isfinite(np.float32(part)).all() for part in parts)
     if not finite and len(table.timesteps) and table.timesteps.min() == -1:
-        remedy = trailing_remedy(train_steps(read), asked.count)
         raise RequestError(
             f"timestep_spacing=trailing makes {asked.count + 1} timesteps of {asked.count} steps, "
-            f"where {key} divides by zero: {remedy}"
+            f"where {key} divides by zero: {trailing_remedy(train_steps(read), asked.count)}"
         )
     if not finite:
         raise RequestError(

@@ -12,6 +12,8 @@ from ...common.arrays import Array
 from ...common.checks import is_number
 from ...common.errors import RequestError
 
+Line = tuple[Array, Array]
+"""The weights of x and of the model output m in a sum of both, (S,) each."""
 _MOST_TRAINING_STEPS = 1_000_000
 _LARGE = 1e30
 _LONGEST = 60
@@ -22,14 +24,14 @@ _FLAGS = (
     | {"invert_sigmas", "stochastic_sampling"}
 )
 _HIGHEST_ORDER = 20
-_WHOLE = {
+_TINY = 1e-12
+_WHOLE: dict[str, tuple[float, float]] = {
     "steps_offset": (-_MOST_TRAINING_STEPS, _MOST_TRAINING_STEPS),
     **dict.fromkeys(("num_train_timesteps", "original_inference_steps"), (1, _MOST_TRAINING_STEPS)),
     **dict.fromkeys(("solver_order", "order", "predictor_order", "corrector_order"), (1, _HIGHEST_ORDER)),
 }
 """Options that are whole numbers, and what they may be."""
-_TINY = 1e-12
-_NUMBERS = {
+_RANGES = _WHOLE | {
     "rho": (0.1, 1000.0),
     "mu": (-50.0, 50.0),
     **dict.fromkeys(("beta_start", "beta_end", "eta"), (0.0, 1.0)),
@@ -38,7 +40,7 @@ _NUMBERS = {
     **dict.fromkeys(("shift", "s_tmin", "s_tmax"), (0.0, _LARGE)),
     **dict.fromkeys(("s_churn", "s_noise"), (0.0, 1e6)),
 }
-"""Options that are numbers, and what they may be."""
+"""Options that are numbers, whole ones among them, and what they may be."""
 
 
 class Config:
@@ -62,9 +64,8 @@ class Config:
     def one_of(self, name: str, *choices: Any) -> Any:
         """The option `name`, the first of `choices` when absent. Raises `RequestError` when it is none of them."""
         value = self.get(name, choices[0])
-        for choice in choices:
-            if value == choice:
-                return choice
+        if value in choices:
+            return choices[choices.index(value)]
         known = ", ".join(map(str, dict.fromkeys(choices)))
         raise RequestError(f"the scheduler option {name}={short(value)} is not supported: use one of {known}")
 
@@ -93,12 +94,11 @@ def _check(name: str, value: Any) -> None:
     if name in _FLAGS:
         if not isinstance(value, bool):
             raise RequestError(f"the scheduler option {name} must be true or false, found {short(value)}")
-    elif name in _NUMBERS or name in _WHOLE:
-        whole = name in _WHOLE
-        low, high = {**_NUMBERS, **_WHOLE}[name]
+    elif name in _RANGES:
+        low, high = _RANGES[name]
         # compared before it is converted: an integer may be beyond float64
-        if not is_number(value) or not low <= value <= high or (whole and value != int(value)):
-            kind = "a whole number" if whole else "a number"
+        if not is_number(value) or not low <= value <= high or (name in _WHOLE and value != int(value)):
+            kind = "a whole number" if name in _WHOLE else "a number"
             raise RequestError(
                 f"the scheduler option {name} must be {kind} from {low:g} to {high:g}, found {short(value)}"
             )
@@ -184,33 +184,25 @@ def _zero_terminal_snr(betas: Array) -> Array:
 def train_steps(config: Config) -> int:
     """The number of training timesteps."""
     total = config.get("num_train_timesteps", 1000)
-    if total is None or not 1 <= total <= _MOST_TRAINING_STEPS:
-        raise RequestError(f"num_train_timesteps must be between 1 and {_MOST_TRAINING_STEPS}, found {total}")
+    if total is None:
+        raise RequestError(f"num_train_timesteps must be between 1 and {_MOST_TRAINING_STEPS}, found None")
     return int(total)
 
 
-def predicted_x0(config: Config, alpha: Array, sigma: Array) -> tuple[Array, Array]:
-    """x0 = p·x + q·m for x = alpha·image + sigma·noise, by what the model predicts."""
-    prediction = config.one_of("prediction_type", "epsilon", "sample", "v_prediction", "flow_prediction")
-    if prediction == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    if prediction == "sample":
-        return np.zeros_like(alpha), np.ones_like(alpha)
-    if prediction == "v_prediction":
-        return alpha, -sigma
-    return np.ones_like(alpha), -sigma
+def predictions(config: Config, alpha: Array, sigma: Array, *more: str) -> tuple[Line, Line]:
+    """x0 = p·x + q·m and noise = u·x + v·m for x = alpha·image + sigma·noise, by what the model predicts.
 
-
-def predicted_noise(config: Config, alpha: Array, sigma: Array) -> tuple[Array, Array]:
-    """noise = u·x + v·m for x = alpha·image + sigma·noise, by what the model predicts."""
-    prediction = config.one_of("prediction_type", "epsilon", "sample", "v_prediction", "flow_prediction")
+    more: the predictions that a sampler takes beside the three that all take.
+    """
+    zero, one = np.zeros_like(alpha), np.ones_like(alpha)
+    prediction = config.one_of("prediction_type", "epsilon", "sample", "v_prediction", *more)
     if prediction == "epsilon":
-        return np.zeros_like(alpha), np.ones_like(alpha)
+        return (1 / alpha, -sigma / alpha), (zero, one)
     if prediction == "sample":
-        return 1 / sigma, -alpha / sigma
+        return (zero, one), (1 / sigma, -alpha / sigma)
     if prediction == "v_prediction":
-        return sigma, alpha
-    return np.ones_like(alpha), alpha
+        return (alpha, -sigma), (sigma, alpha)
+    return (one, -sigma), (one, alpha)
 
 
 def clip_range(config: Config, default: bool) -> float:

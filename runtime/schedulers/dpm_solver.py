@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from .config import Config, predicted_noise, predicted_x0
-from .flow_match import even_flow_sigmas
+from .config import Config, Line, predictions
+from .flow_match import shifted
 from .spacing import (
-    alpha_sigma,
     as_float32,
     at_timesteps,
-    clipped_end,
     count_of,
     curve,
     custom_timesteps,
-    dpm_timesteps,
+    even_timesteps,
     final_sigma,
     takes,
     timesteps_of,
@@ -27,74 +25,24 @@ from .spacing import (
 )
 from .table import Steps, Table, TableBuilder
 
+_Point = tuple[int, Array]
+"""A time and what is integrated there."""
 _FEW_STEPS = 15
 """Below this many steps `lower_order_final` lowers the order of the last two."""
 
 
-class Transfer(NamedTuple):
-    """x_t = keep·x_s + value·f + slope·f′ + bend·f″ + deviation·noise, with f and its derivatives by λ at s.
-
-    middle: the weight of f′ in place of slope, by the midpoint rule.
-    """
-
-    keep: float
-    value: float
-    middle: float
-    slope: float
-    bend: float
-    deviation: float
-
-
-def transfer(algorithm: str, alpha: Array, sigma: Array, log_snr: Array) -> Transfer:
-    """From the first to the second of two noise levels, (2,) each, under one of four algorithms.
-
-    dpmsolver++: f predicts the image (Lu et al. 2022, "DPM-Solver++", equation 8). dpmsolver: f predicts the noise
-    (Lu et al. 2022, "DPM-Solver", equation 3.4). sde-dpmsolver++, sde-dpmsolver: their SDEs ("DPM-Solver++", appendix).
-    """
-    h = log_snr[1] - log_snr[0]
-    stochastic = algorithm.startswith("sde")
-    if algorithm.endswith("++"):
-        rate = 2.0 if stochastic else 1.0
-        keep = sigma[1] / sigma[0] * (np.exp(-h) if stochastic else 1.0)
-        scale, variance = alpha[1], -np.expm1(-2 * h)
-    else:
-        rate, keep = -1.0, alpha[1] / alpha[0]
-        scale, variance = sigma[1] * (2.0 if stochastic else 1.0), np.expm1(2 * h)
-    phi = -np.expm1(-rate * h)
-    slope = scale * (h - phi / rate)
-    # the SDE's quadratic term has its sign turned in diffusers
-    square = scale * h**2 / 2 * (-1 if stochastic else 1)
-    deviation = sigma[1] * np.sqrt(max(variance, 0.0) if same(log_snr) else variance) if stochastic else 0.0
-    return Transfer(keep, scale * phi, scale * phi * h / 2, slope, square - slope / rate, deviation)
-
-
-def same(log_snr: Array) -> bool:
-    """Whether two noise levels, (2,), are one in float32, in which diffusers has them."""
-    return not np.ptp(np.float32(log_snr))
-
-
-def derivatives(*points: tuple[float, Array]) -> tuple[Array, Array]:
-    """f′ and f″ at the first of two or three points (λ, f), of the polynomial through them."""
-    (at, f), (first, _), *_ = points
-    chords = [(g - f) / (other - at) for other, g in points[1:]]
-    if len(chords) == 1:
-        return chords[0], np.zeros_like(f)
-    half = (chords[0] - chords[1]) / (first - points[2][0])
-    return chords[0] - (first - at) * half, 2 * half
-
-
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """timesteps: (S,). alpha, sigma, log_snr: (S + 1,), the last after all steps. x0 = p · x + q · m, (S,) each.
+    """timesteps: (S,). alpha, sigma, log_snr: (S + 1,), the last after all steps. x0: see `predictions`.
 
-    noise: u and v of u · x + v · m, (S,) each, which the solver integrates; where it is None that is x0.
+    noise: likewise, for a solver that integrates the predicted noise; None for one that integrates x0.
     """
 
     timesteps: Array
     alpha: Array
     sigma: Array
-    x0: tuple[Array, Array]
-    noise: tuple[Array, Array] | None = None
+    x0: Line
+    noise: Line | None = None
     log_snr: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,22 +57,56 @@ class Schedule:
         x0 = rows.predicted(k)
         return x0 if self.noise is None else self.noise[0][k] * rows.x + self.noise[1][k] * rows.m
 
-    def transfer(self, algorithm: str, s: int, t: int) -> Transfer:
-        """`transfer` from time s to time t."""
-        pair = [s, t]
-        return transfer(algorithm, self.alpha[pair], self.sigma[pair], self.log_snr[pair])
+    def repeats(self, s: int, t: int) -> bool:
+        """Whether two noise levels are one in float32, in which diffusers has them."""
+        return bool(np.float32(self.log_snr[s]) == np.float32(self.log_snr[t]))
 
     def of_noise(self, config: Config) -> Schedule:
         """The same for a solver that integrates the predicted noise."""
-        return replace(self, noise=predicted_noise(config, self.alpha[:-1], self.sigma[:-1]))
+        return replace(self, noise=predictions(config, self.alpha[:-1], self.sigma[:-1])[1])
+
+    def advance(
+        self, rows: TableBuilder, algorithm: str, x: Array, t: int, *points: _Point, midpoint: bool, bend: float
+    ) -> Array:
+        """x at time t from x at time s, with the polynomial in λ through one to three points, the first at s.
+
+        dpmsolver++: f predicts the image (Lu et al. 2022, "DPM-Solver++", equation 8). dpmsolver: f predicts the noise
+        (Lu et al. 2022, "DPM-Solver", equation 3.4). sde-dpmsolver++, sde-dpmsolver: their SDEs ("DPM-Solver++",
+        appendix). midpoint: whether f′ of two points is weighted by that rule. bend: how much of f″ is taken.
+        """
+        (s, f), *others = points
+        alpha, sigma, log_snr = self.alpha, self.sigma, self.log_snr
+        h = log_snr[t] - log_snr[s]
+        stochastic = algorithm.startswith("sde")
+        if algorithm.endswith("++"):
+            rate = 2.0 if stochastic else 1.0
+            keep = sigma[t] / sigma[s] * (np.exp(-h) if stochastic else 1.0)
+            scale, variance = alpha[t], -np.expm1(-2 * h)
+        else:
+            rate, keep = -1.0, alpha[t] / alpha[s]
+            scale, variance = sigma[t] * (2.0 if stochastic else 1.0), np.expm1(2 * h)
+        phi = -np.expm1(-rate * h)
+        new = np.asarray(keep * x + scale * phi * f)
+        if stochastic:
+            new = new + sigma[t] * np.sqrt(max(variance, 0.0) if self.repeats(s, t) else variance) * rows.noise
+        chords = [(g - f) / (log_snr[other] - log_snr[s]) for other, g in others]
+        slope = scale * (h - phi / rate)
+        if len(chords) == 1:
+            new = new + (scale * phi * h / 2 if midpoint else slope) * chords[0]
+        elif len(chords) == 2:
+            (near, _), (far, _) = others
+            half = (chords[0] - chords[1]) / (log_snr[near] - log_snr[far])
+            # the SDE's quadratic term has its sign turned in diffusers
+            quadratic = scale * h**2 / 2 * (-1 if stochastic else 1) - slope / rate
+            new = new + slope * (chords[0] - (log_snr[near] - log_snr[s]) * half) + bend * quadratic * 2 * half
+        return new
 
 
 def dpm_multistep(config: Config, steps: Steps) -> Table:
     """Lu et al. 2022, "DPM-Solver++", algorithm 2 (2M) and its kin, of order 1 to 3."""
     takes(steps, "timesteps", "mu")
-    algorithm = _algorithm(config, "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
-    schedule = solver_schedule(config, steps, rounds=config.get("beta_schedule") != "squaredcos_cap_v2")
-    schedule = _for_algorithm(config, schedule, algorithm)
+    rounds = config.get("beta_schedule") != "squaredcos_cap_v2"
+    algorithm, schedule = _algorithm(config, steps, rounds, "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
     euler_last = bool(config.get("euler_at_final", False)) or schedule.sigma[-1] == 0
     third = algorithm != "sde-dpmsolver"
     return multistep(config, steps, schedule, algorithm, midpoint_or_heun(config), euler_last, third)
@@ -154,33 +136,26 @@ def multistep(
     """
     highest = config.one_of("solver_order", 2, 1, 3)
     count = len(schedule.timesteps)
+    midpoint = solver_type == "midpoint"
     few = bool(config.get("lower_order_final", True)) and count < _FEW_STEPS
     rows = schedule.builder(highest, steps.start)
     for k in rows.calls:
-        order = min(highest, k - steps.start + 1)
-        if few:
-            order = min(order, count - k)
+        order = min(highest, k - steps.start + 1, count - k if few else highest)
         if euler_last and k == count - 1:
             order = 1
         history = (schedule.predicted(rows, k), *rows.registers[1:])
-        points = [(schedule.log_snr[k - i], history[i]) for i in range(order)]
-        step = schedule.transfer(algorithm, k, k + 1)
-        new = step.keep * rows.x + step.value * history[0] + step.deviation * rows.noise
-        if order == 2:
-            slope, _ = derivatives(*points)
-            new = new + (step.middle if solver_type == "midpoint" else step.slope) * slope
-        elif order == 3:
-            if not third:
-                raise RequestError(f"algorithm_type={algorithm} has no third order here: set solver_order to 2")
-            slope, bend = derivatives(*points)
-            # DPM-Solver's own code halves the second derivative
-            new = new + step.slope * slope + (step.bend if solver_type == "logrho" else step.bend / 2) * bend
+        points = [(k - i, history[i]) for i in range(order)]
+        if order == 3 and not third:
+            raise RequestError(f"algorithm_type={algorithm} has no third order here: set solver_order to 2")
         divides = solver_type != "logrho" and (order == 3 or (order == 2 and solver_type == "heun"))
-        if divides and same(schedule.log_snr[k : k + 2]):
+        if divides and schedule.repeats(k, k + 1):
             raise RequestError(
                 f"two noise levels of the schedule are equal, where order {order} divides by zero: set euler_at_final, "
                 "or final_sigmas_type to zero"
             )
+        # DPM-Solver's own code halves the second derivative
+        bend = 1 if solver_type == "logrho" else 1 / 2
+        new = schedule.advance(rows, algorithm, rows.x, k + 1, *points, midpoint=midpoint, bend=bend)
         rows.set(k, new, *history[: highest - 1], draws=algorithm.startswith("sde"))
     return rows.table()
 
@@ -192,10 +167,9 @@ def dpm_singlestep(config: Config, steps: Steps) -> Table:
     """
     takes(steps, "timesteps", "mu")
     config.lacks("rescale_betas_zero_snr", "timestep_spacing", "use_lu_lambdas")
-    algorithm = _algorithm(config, "dpmsolver++", "dpmsolver", "sde-dpmsolver++")
-    solver_type = midpoint_or_heun(config)
+    algorithm, schedule = _algorithm(config, steps, True, "dpmsolver", "sde-dpmsolver++")
+    midpoint = midpoint_or_heun(config) == "midpoint"
     highest = config.one_of("solver_order", 2, 1, 3)
-    schedule = _for_algorithm(config, solver_schedule(config, steps, rounds=True), algorithm)
     count = len(schedule.timesteps)
     orders = [1 + k % highest for k in range(count)]
     if schedule.sigma[-1] == 0 or (config.get("lower_order_final", False) and count % highest == 0):
@@ -206,35 +180,26 @@ def dpm_singlestep(config: Config, steps: Steps) -> Table:
         order = min(orders[k], k - steps.start + 1)
         base = rows.x if order == 1 else rows.registers[1]
         history = (schedule.predicted(rows, k), *rows.registers[2:])
-        points = [(schedule.log_snr[k - i], history[i]) for i in reversed(range(order))]
-        step = schedule.transfer(algorithm, k + 1 - order, k + 1)
-        new = step.keep * base + step.value * points[0][1] + step.deviation * rows.noise
-        if order == 2:
-            slope, _ = derivatives(*points)
-            new = new + (step.middle if solver_type == "midpoint" else step.slope) * slope
-        elif order == 3 and solver_type == "midpoint":
-            slope, _ = derivatives(points[0], points[2])
-            new = new + step.slope * slope
-        elif order == 3:
-            slope, bend = derivatives(*points)
-            new = new + step.slope * slope + step.bend * bend
+        points = [(k - i, history[i]) for i in reversed(range(order))]
+        if midpoint and order == 3:
+            points.pop(1)
+        new = schedule.advance(rows, algorithm, base, k + 1, *points, midpoint=midpoint and order == 2, bend=1)
         rows.set(k, *(new, base, *history)[:registers], draws=algorithm.startswith("sde"))
     return rows.table()
 
 
-def _algorithm(config: Config, *known: str) -> str:
-    algorithm = config.one_of("algorithm_type", *known, "deis")
+def _algorithm(config: Config, steps: Steps, rounds: bool, *more: str) -> tuple[str, Schedule]:
+    """The algorithm, dpmsolver++ or one of `more`, and the schedule of what it integrates."""
+    algorithm = str(config.one_of("algorithm_type", "dpmsolver++", *more, "deis"))
     if not algorithm.endswith("++") and config.get("final_sigmas_type", "zero") == "zero":
         raise RequestError(f"algorithm_type={algorithm} cannot end at sigma 0: set final_sigmas_type to sigma_min")
-    return "dpmsolver++" if algorithm == "deis" else str(algorithm)
-
-
-def _for_algorithm(config: Config, schedule: Schedule, algorithm: str) -> Schedule:
+    algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
+    schedule = solver_schedule(config, steps, rounds)
     if algorithm.endswith("++"):
-        return schedule
+        return algorithm, schedule
     if config.get("prediction_type") == "flow_prediction":
         raise RequestError(f"algorithm_type={algorithm} takes no flow_prediction: set algorithm_type to dpmsolver++")
-    return schedule.of_noise(config)
+    return algorithm, schedule.of_noise(config)
 
 
 def midpoint_or_heun(config: Config) -> str:
@@ -250,8 +215,12 @@ def solver_schedule(config: Config, steps: Steps, rounds: bool, repeats: bool = 
     config.refuse(thresholding=False)
     if config.get("variance_type") in ("learned", "learned_range"):
         raise RequestError("variance_type=learned is not supported: the model must predict the mean alone")
-    train = training_sigmas(config)
-    timesteps, sigmas, curved = _spaced(config, steps, train, rounds)
+    train, shift = training_sigmas(config), _flow_shift(config, steps)
+
+    def flow_sigmas() -> Array:
+        return shifted(1 - np.linspace(1, 1 / len(train), steps.count + 1), shift)[:0:-1]
+
+    timesteps, sigmas, curved = spaced(config, steps, train, rounds, flow_sigmas)
     last = (sigmas[-1] if curved else train[0]) if repeats else final_sigma(config, train)
     return schedule_of(config, steps, timesteps, as_float32(np.append(sigmas, last)))
 
@@ -260,9 +229,14 @@ def schedule_of(config: Config, steps: Steps, timesteps: Array, sigmas: Array) -
     """The schedule over `timesteps` with `sigmas`, (S + 1,): ratios σ/α, or with `use_flow_sigmas` σ = 1 − α itself."""
     if steps.start >= len(timesteps):
         raise RequestError(f"the first step must be between 0 and {len(timesteps) - 1}, found {steps.start}")
-    alpha, sigma = alpha_sigma(config, sigmas)
+    if config.get("use_flow_sigmas", False):
+        alpha, sigma = 1 - sigmas, sigmas
+    else:
+        alpha = 1 / np.sqrt(sigmas**2 + 1)
+        sigma = sigmas * alpha
     flow = config.get("prediction_type") == "flow_prediction"
-    return Schedule(timesteps, alpha, sigma, predicted_x0(config, alpha[:-1], (sigmas if flow else sigma)[:-1]))
+    x0, _ = predictions(config, alpha[:-1], (sigmas if flow else sigma)[:-1], "flow_prediction")
+    return Schedule(timesteps, alpha, sigma, x0)
 
 
 def integrating(config: Config, schedule: Schedule, image: bool) -> Schedule:
@@ -274,9 +248,14 @@ def integrating(config: Config, schedule: Schedule, image: bool) -> Schedule:
     return schedule if image else schedule.of_noise(config)
 
 
-def _spaced(config: Config, steps: Steps, train: Array, rounds: bool) -> tuple[Array, Array, bool]:
-    """The whole timesteps, their sigmas, and whether the sigmas came first."""
-    flow, shift = config.get("use_flow_sigmas", False), _flow_shift(config, steps)
+def spaced(
+    config: Config, steps: Steps, train: Array, rounds: bool, flow_sigmas: Callable[[], Array]
+) -> tuple[Array, Array, bool]:
+    """The whole timesteps, their sigmas, and whether the sigmas came first.
+
+    flow_sigmas: makes those of `use_flow_sigmas` where no sigma curve is asked for.
+    """
+    flow = config.get("use_flow_sigmas", False)
     timesteps = custom_timesteps(config, steps)
     if timesteps is not None and not flow:
         timesteps = np.trunc(timesteps)
@@ -293,19 +272,20 @@ def _spaced(config: Config, steps: Steps, train: Array, rounds: bool) -> tuple[A
         timesteps = timesteps_of(sigmas, train)
         return np.trunc(timesteps.round() if rounds and nearest else timesteps), sigmas, True
     if flow:
-        sigmas = even_flow_sigmas(count, len(train), shift)
+        sigmas = flow_sigmas()
         return np.trunc(sigmas * len(train)), sigmas, True
-    timesteps = dpm_timesteps(config, steps, last=clipped_end(config, train))
+    # one past the last timestep whose λ = −log σ is at least this, searched as diffusers does
+    lowest = config.get("lambda_min_clipped")
+    last = None if lowest is None else len(train) - int(np.searchsorted(-np.log(train[::-1]), float(lowest)))
+    timesteps = even_timesteps(config, count, "linspace", last, more=1).round()
     return timesteps, at_timesteps(timesteps, train), False
 
 
 def _flow_shift(config: Config, steps: Steps) -> float:
-    dynamic = (
-        config.get("use_dynamic_shifting", False) and config.get("time_shift_type", "exponential") == "exponential"
-    )
+    kind = config.get("time_shift_type", "exponential") if config.get("use_dynamic_shifting", False) else ""
     shift = float(config.get("flow_shift", 1.0))
     if steps.mu is None:
         return shift
-    if not dynamic:
+    if kind != "exponential":
         raise RequestError("mu needs use_dynamic_shifting and time_shift_type=exponential: set them, or give no mu")
     return float(np.exp(steps.mu))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, train_steps
+from .karras import churned
 from .spacing import as_float32, count_of, curve
 from .table import Steps, Table, TableBuilder
 
@@ -51,20 +50,15 @@ def flow_heun(config: Config, steps: Steps) -> Table:
         raise RequestError("flow-heun takes no timesteps, sigmas or mu: ask for a number of --steps, or for flow-euler")
     shift = float(config.get("shift", 1.0))
     sigmas = np.append(as_float32(shifted(_even(config, steps, shift), shift)), 0.0)
-    churn, noise_scale = float(config.get("s_churn", 0.0)), float(config.get("s_noise", 1.0))
-    low, high = float(config.get("s_tmin", 0.0)), float(config.get("s_tmax", math.inf))
-    calls = 2 * steps.count - 1
+    hat, deviation = churned(config, sigmas[:-1], 2 * steps.count - 1)
     called = np.append(sigmas[:1], np.repeat(sigmas[1:-1], 2))
     rows = TableBuilder(_timesteps(config, called), 1 - called, called, registers=2, start=2 * steps.start)
     for k in range(steps.start, steps.count):
-        now, then = sigmas[k], sigmas[k + 1]
-        gamma = min(churn / calls, math.sqrt(2) - 1) if low <= now <= high else 0.0
-        hat = now * (1 + gamma)
-        x = rows.x + noise_scale * np.sqrt(hat**2 - now**2) * rows.noise
-        slope, step = now / hat * rows.m, then - hat
-        rows.set(2 * k, x + step * slope, x + step / 2 * slope, draws=gamma > 0)
+        slope, step = sigmas[k] / hat[k] * rows.m, sigmas[k + 1] - hat[k]
+        x, noisy = rows.x + deviation[k] * rows.noise, bool(hat[k] > sigmas[k])
+        rows.set(2 * k, x + step * slope, x + step / 2 * slope, draws=noisy)
         if k < steps.count - 1:
-            rows.set(2 * k + 1, rows.registers[1] + step / 2 * rows.m, draws=gamma > 0)
+            rows.set(2 * k + 1, rows.registers[1] + step / 2 * rows.m, draws=noisy)
     return rows.table()
 
 
@@ -78,12 +72,17 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
     The model is given the timesteps that were asked for as they are; only their sigmas are shifted.
     """
     dynamic, shift = config.get("use_dynamic_shifting", False), float(config.get("shift", 1.0))
-    kind = config.one_of("time_shift_type", "exponential", "linear")
-    sigmas = _asked(config, steps)
-    if sigmas is None:
+    config.one_of("time_shift_type", "exponential", "linear")  # a wrong one is refused where it has no effect too
+    # what was asked for is shifted in float32, as diffusers does
+    if steps.sigmas is not None:
+        if steps.timesteps is not None and len(steps.timesteps) != len(steps.sigmas):
+            raise RequestError(f"{len(steps.timesteps)} timesteps and {len(steps.sigmas)} sigmas: give as many of both")
+        sigmas = np.asarray(steps.sigmas, np.float32)
+    elif steps.timesteps is not None:
+        sigmas = np.asarray(steps.timesteps, np.float32) / np.float32(train_steps(config))
+    else:
         sigmas = _even(config, steps, 1.0 if dynamic else shift)
-    sigmas = dynamically_shifted(sigmas, steps.mu, kind) if dynamic else shifted(sigmas, shift)
-    sigmas = stretched(config, sigmas)
+    sigmas = time_shifted(config, sigmas, steps.mu, "shift")
     curved = curve(config, sigmas[[0, -1]], len(sigmas))
     if curved is not None and sigmas[0] < sigmas[-1]:
         raise RequestError("a sigma curve goes down: ask for sigmas or timesteps that descend")
@@ -95,16 +94,6 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
         sigmas = as_float32(1 - sigmas)
         return _timesteps(config, sigmas), np.append(sigmas, 1.0)
     return timesteps, np.append(sigmas, 0.0)
-
-
-def _asked(config: Config, steps: Steps) -> Array | None:
-    """The sigmas that were asked for, themselves or as timesteps, in float32 as diffusers shifts them, or None."""
-    if steps.sigmas is None:
-        asked = steps.timesteps
-        return None if asked is None else np.asarray(asked, np.float32) / np.float32(train_steps(config))
-    if steps.timesteps is not None and len(steps.timesteps) != len(steps.sigmas):
-        raise RequestError(f"{len(steps.timesteps)} timesteps and {len(steps.sigmas)} sigmas: give as many of both")
-    return np.asarray(steps.sigmas, np.float32)
 
 
 def _even(config: Config, steps: Steps, shift: float) -> Array:
@@ -119,25 +108,21 @@ def shifted(sigmas: Array, shift: float) -> Array:
     return np.asarray(shift * sigmas / (1 + (shift - 1) * sigmas))
 
 
-def even_flow_sigmas(count: int, train: int, shift: float) -> Array:
-    """`count` even sigmas below 1, shifted, as the solvers of diffusion models space them for flow models."""
-    return shifted(1 - np.linspace(1, 1 / train, count + 1), shift)[:0:-1]
-
-
-def dynamically_shifted(sigmas: Array, mu: float | None, kind: str) -> Array:
-    """The same equation, with a shift of e^mu or mu."""
-    if mu is None:
-        raise RequestError("this schedule shifts with the size of the image: set mu, or use_dynamic_shifting to false")
-    shift = float(np.exp(mu)) if kind == "exponential" else mu
-    return np.asarray(shift / (shift + (1 / sigmas - 1)))
-
-
-def stretched(config: Config, sigmas: Array) -> Array:
-    """The sigmas stretched so that the last is `shift_terminal`."""
-    terminal = config.get("shift_terminal")
+def time_shifted(config: Config, sigmas: Array, mu: float | None, option: str) -> Array:
+    """The same by the option of that name, or by e^mu or mu; then stretched to end at `shift_terminal`."""
+    if config.get("use_dynamic_shifting", False):
+        if mu is None:
+            raise RequestError(
+                "this schedule shifts with the size of the image: set mu, or use_dynamic_shifting to false"
+            )
+        if config.one_of("time_shift_type", "exponential", "linear") == "exponential":
+            mu = float(np.exp(mu))
+        sigmas = np.asarray(mu / (mu + (1 / sigmas - 1)))
+    else:
+        sigmas = shifted(sigmas, float(config.get(option, 1.0)))
+    terminal, rest = config.get("shift_terminal"), 1 - sigmas
     if not terminal:
         return sigmas
-    rest = 1 - sigmas
     if rest[-1] == 0:
         raise RequestError("shift_terminal needs a schedule that leaves pure noise: ask for two steps or more")
     return np.asarray(1 - rest / (rest[-1] / (1 - terminal)))

@@ -10,14 +10,15 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from .config import Config, alphas_cumprod, short, train_steps
-from .incomplete_beta import beta_quantile
 from .table import Steps
 
 _SMALLEST_BAR = 2.0**-24
 """ᾱ at the last timestep of a zero-terminal-SNR schedule, so that sigma stays finite; diffusers' value."""
 _RHO = 7.0
 _BETA = 0.6
-_CURVES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+_BETA_TERMS, _HALVINGS = 60, 60
+"""That many terms of the series at 1/2, and halvings of an interval, reach the precision of float64."""
+CURVES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def count_of(config: Config, steps: Steps) -> int:
@@ -28,26 +29,22 @@ def count_of(config: Config, steps: Steps) -> int:
     return steps.count
 
 
-def custom_timesteps(config: Config, steps: Steps) -> Array | None:
-    """The timesteps that were asked for, descending, or None. Raises `RequestError` for ones that cannot be."""
+def custom_timesteps(config: Config, steps: Steps, *, whole: bool = False) -> Array | None:
+    """The timesteps that were asked for, descending, or None. Raises `RequestError` for ones that cannot be.
+
+    whole: for a sampler that has no sigmas, and so neither fractions nor a sigma curve.
+    """
     if steps.timesteps is None:
         return None
     asked = as_float32(np.asarray(steps.timesteps, np.float64))
     if not len(asked) or (np.diff(asked) >= 0).any():
         raise RequestError(f"timesteps must descend, found {short(list(steps.timesteps))}")
-    on = [name for name in (*_CURVES, "use_lu_lambdas") if config.get(name)]
+    if whole and (asked % 1).any():
+        raise RequestError(f"timesteps of this sampler must be whole, found {short(list(steps.timesteps))}")
+    on = [] if whole else [name for name in (*CURVES, "use_lu_lambdas") if config.get(name)]
     if on:
         raise RequestError(f"timesteps cannot be chosen with {on[0]}: the sigmas choose them")
-    return check_range(asked, train_steps(config))
-
-
-def whole_timesteps(config: Config, steps: Steps) -> Array | None:
-    """`custom_timesteps` of a sampler that has no sigmas. Raises `RequestError` for fractions too."""
-    config.lacks(*_CURVES, "use_lu_lambdas")
-    asked = custom_timesteps(config, steps)
-    if asked is not None and (asked % 1).any():
-        raise RequestError(f"timesteps of this sampler must be whole, found {short(list(steps.timesteps or ()))}")
-    return asked
+    return _checked(asked, train_steps(config))
 
 
 def custom_sigmas(steps: Steps) -> Array | None:
@@ -77,53 +74,31 @@ def takes(steps: Steps, *names: str) -> None:
 def ddim_timesteps(config: Config, steps: Steps) -> Array:
     """Descending whole timesteps (Lin et al. 2023, table 2), as the ancestral and DDIM samplers space them."""
     total, count = train_steps(config), count_of(config, steps)
-    timesteps = _spaced(config, total, count, "leading").round()
+    timesteps = even_timesteps(config, count, "leading").round()
     if timesteps[-1] < 0 and config.get("timestep_spacing") == "trailing":
         raise RequestError(
             f"timestep_spacing=trailing makes {len(timesteps)} timesteps of {count} steps, the last of them -1, of "
             f"which this sampler knows no noise level: {trailing_remedy(total, count)}"
         )
-    return check_range(timesteps, total)
+    return _checked(timesteps, total)
 
 
-def dpm_timesteps(config: Config, steps: Steps, last: int | None = None) -> Array:
-    """Descending whole timesteps as the DPM-Solver family spaces them: one more than asked for, without the 0.
+def even_timesteps(config: Config, count: int, default: str, last: int | None = None, more: int = 0) -> Array:
+    """`count` descending timesteps by `timestep_spacing`; the DPM-Solvers take them of one more, without the 0.
 
-    One that is out of the training range has the sigma of its end.
-    last: one past the largest timestep, where the schedule is cut short.
+    last: one past the largest, where that is not the last of training. more: how many more there are of even steps;
+    trailing steps have a length of their own. Where their rounding adds up, as for 61 of 1000, diffusers' `arange`
+    makes one more, timestep -1. One that is out of the training range has the sigma of its end.
     """
-    return _spaced(config, last, count_of(config, steps), "linspace", more=1).round()
-
-
-def _spaced(config: Config, last: int | None, count: int, default: str, more: int = 0) -> Array:
-    """`count` timesteps down from `last`, of `count + more` that are even; `trailing` steps have their own length."""
     total = train_steps(config)
     last = total if last is None else last
     spacing = config.one_of("timestep_spacing", default, "linspace", "leading", "trailing")
     if spacing == "linspace":
         return np.linspace(0, last - 1, count + more)[::-1][:count]
     if spacing == "leading":
-        return leading(config, last, count + more)[:count]
-    return trailing(last, total / count)
-
-
-def clipped_end(config: Config, train: Array) -> int:
-    """One past the last timestep whose λ = −log σ is at least `lambda_min_clipped`, searched as diffusers does."""
-    lowest = config.get("lambda_min_clipped", -np.inf)
-    return len(train) - int(np.searchsorted(-np.log(train[::-1]), -np.inf if lowest is None else float(lowest)))
-
-
-def leading(config: Config, last: int, count: int) -> Array:
-    """Even whole steps up from `steps_offset`, descending."""
-    return np.asarray(np.arange(count)[::-1] * float(last // count) + int(config.get("steps_offset", 0)))
-
-
-def trailing(last: int, step: float) -> Array:
-    """The last timestep and even steps down from it.
-
-    Where the rounding of the steps adds up, as for 61 of 1000, diffusers' `arange` makes one more, timestep -1.
-    """
-    return np.asarray(np.round(np.arange(last, 0, -step)) - 1)
+        even = np.arange(count + more)[::-1] * float(last // (count + more))
+        return np.asarray(even + int(config.get("steps_offset", 0)))[:count]
+    return np.asarray(np.round(np.arange(last, 0, -total / count)) - 1)
 
 
 def trailing_remedy(total: int, count: int) -> str:
@@ -136,13 +111,13 @@ def trailing_remedy(total: int, count: int) -> str:
     return f"ask for {' or '.join(map(str, near))} steps, or for another timestep_spacing"
 
 
-def check_range(timesteps: Array, total: int) -> Array:
+def _checked(timesteps: Array, total: int) -> Array:
     """`timesteps` as they are. Raises `RequestError` when one is out of the training range."""
-    if len(timesteps) and timesteps.min() < 0:
+    if timesteps.min() < 0:
         raise RequestError(
             f"timestep {timesteps.min():.0f} is negative: mend steps_offset in the scheduler configuration"
         )
-    if len(timesteps) and timesteps.max() >= total:
+    if timesteps.max() >= total:
         raise RequestError(
             f"timestep {timesteps.max():.0f} is past the {total} that the model was trained with: ask for fewer steps, "
             "or mend steps_offset"
@@ -172,11 +147,6 @@ def final_sigma(config: Config, train: Array) -> float:
     return 0.0 if config.one_of("final_sigmas_type", "zero", "sigma_min") == "zero" else float(train[0])
 
 
-def with_final(config: Config, sigmas: Array, train: Array) -> Array:
-    """`sigmas` and the one after them, rounded to float32 as diffusers keeps them."""
-    return as_float32(np.append(sigmas, final_sigma(config, train)))
-
-
 def as_float32(values: Array) -> Array:
     """float64 values of float32 precision."""
     return np.asarray(values, np.float32).astype(np.float64)
@@ -188,7 +158,7 @@ def curve(config: Config, sigmas: Array, count: int) -> Array | None:
     Karras et al. 2022, equation 5; exponential: even steps of log σ; Lee et al. 2024, "Beta sampling is all you need".
     sigma_min and sigma_max of the config, where they are set, replace the ends.
     """
-    on = [name for name in _CURVES if config.get(name)]
+    on = [name for name in CURVES if config.get(name)]
     if len(on) > 1:
         raise RequestError(f"{on[0]} and {on[1]} cannot both be set: choose one sigma curve")
     if not on:
@@ -205,7 +175,21 @@ def curve(config: Config, sigmas: Array, count: int) -> Array | None:
         return np.asarray((ends[0] + np.linspace(0, 1, count) * (ends[1] - ends[0])) ** _RHO)
     if on == ["use_exponential_sigmas"]:
         return np.exp(np.linspace(np.log(high), np.log(low), count))
-    return np.array([low + beta_quantile(t, _BETA, _BETA) * (high - low) for t in 1 - np.linspace(0, 1, count)])
+    return low + beta_quantile(1 - np.linspace(0, 1, count)) * (high - low)
+
+
+def beta_quantile(q: Array) -> Array:
+    """For each probability the x that a Beta(0.6, 0.6) variable is below with it, by the series of DLMF 8.17.7."""
+    n = np.arange(1, _BETA_TERMS)
+    series = np.append(1, np.cumprod((n - _BETA) / n) * _BETA / (_BETA + n))
+    scale = math.gamma(2 * _BETA) / (_BETA * math.gamma(_BETA) ** 2)
+    smaller = np.minimum(q, 1 - q)  # the density is symmetric about 1/2, and the series quick below it
+    low, high = np.zeros_like(q), np.full_like(q, 0.5)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        below = middle**_BETA * np.polynomial.polynomial.polyval(middle, series) * scale < smaller
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(q > 0.5, 1 - low, low)
 
 
 def alpha_sigma_of(bar: Array) -> tuple[Array, Array]:
@@ -213,46 +197,12 @@ def alpha_sigma_of(bar: Array) -> tuple[Array, Array]:
     return np.sqrt(bar), np.sqrt(1 - bar)
 
 
-def alpha_sigma(config: Config, sigmas: Array) -> tuple[Array, Array]:
-    """α and σ of x = α · image + σ · noise for ratios σ/α, or with `use_flow_sigmas` for σ = 1 − α itself."""
-    if config.get("use_flow_sigmas", False):
-        return 1 - sigmas, sigmas
-    alpha = 1 / np.sqrt(sigmas**2 + 1)
-    return alpha, sigmas * alpha
-
-
-def sigma_schedule(config: Config, steps: Steps, train: Array) -> tuple[Array, Array]:
-    """Timesteps and sigmas, chosen, spaced as the config says, or along its sigma curve; after the last comes 0."""
-    timesteps = chosen_timesteps(config, steps)
-    timesteps, sigmas = along_curve(config, steps, timesteps, at_timesteps(timesteps, train), train)
-    return timesteps, as_float32(np.append(sigmas, 0.0))
-
-
-def chosen_timesteps(config: Config, steps: Steps) -> Array:
-    """The timesteps that were asked for, else even ones, of which linspace ones are not whole.
-
-    One that is out of the training range has the sigma of its end.
-    """
-    asked = custom_timesteps(config, steps)
-    if asked is not None:
-        return asked
-    return as_float32(_spaced(config, None, count_of(config, steps), "linspace"))
-
-
-def along_curve(config: Config, steps: Steps, timesteps: Array, sigmas: Array, train: Array) -> tuple[Array, Array]:
-    """The timesteps and sigmas, or as many as asked for on the sigma curve between their ends if the config has one."""
-    curved = curve(config, sigmas, len(timesteps) if steps.timesteps is not None else steps.count)
-    return (timesteps, sigmas) if curved is None else (timesteps_of(curved, train), curved)
-
-
 def timesteps_of(sigmas: Array, train: Array) -> Array:
     """The (fractional) timestep of each sigma: log σ interpolated between those of the training timesteps."""
     log_train = np.log(train.astype(np.float32))
     log_sigmas = np.log(np.maximum(sigmas, 1e-10))
-    found = []
-    for log_sigma in log_sigmas:
-        # the last one below: after `rescale_betas_zero_snr` they need not ascend
-        low = min(int(np.flatnonzero(log_train <= log_sigma).max(initial=0)), len(log_train) - 2)
-        weight = np.clip((log_train[low] - log_sigma) / (log_train[low] - log_train[low + 1]), 0, 1)
-        found.append((1 - weight) * low + weight * (low + 1))
-    return np.array(found)
+    # the last one below: after `rescale_betas_zero_snr` they need not ascend
+    below = [int(np.flatnonzero(log_train <= log_sigma).max(initial=0)) for log_sigma in log_sigmas]
+    low = np.minimum(below, len(log_train) - 2)
+    weight = np.clip((log_train[low] - log_sigmas) / (log_train[low] - log_train[low + 1]), 0, 1)
+    return np.asarray((1 - weight) * low + weight * (low + 1))

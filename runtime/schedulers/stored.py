@@ -43,38 +43,26 @@ def from_json(value: dict[str, Any], where: str) -> Table:
     """The table that `to_json` wrote. Raises `BundleError` naming `where` when a field is not what a table holds."""
     if set(value) != {*_KEYS.values(), "init_scale", "clip"}:
         raise BundleError(f"{where} is no scheduler table: compile the bundle again")
-    weights = _numbers(value, "weights", where, 3)
-    steps, registers = weights.shape[:2]
-    shapes = {"timesteps": (), "input_scale": (), "weights": (registers, registers + 3), "x0": (2,), "levels": (2,)}
-    arrays = {name: _numbers(value, name, where, 1 + len(shape)) for name, shape in shapes.items()}
-    arrays["draws"] = _array(value, "draws", where)
-    for name, array in arrays.items():
-        if array.shape != (steps, *shapes.get(name, ())) or not array.size:
-            raise _damaged(where, name)
-    if arrays["draws"].dtype != bool:
-        raise _damaged(where, "draws")
-    clip = np.inf if value["clip"] is None else float(_numbers(value, "clip", where, 0))
-    if clip <= 0:
-        raise _damaged(where, "clip")
-    fields = {name: arrays[key] for name, key in _KEYS.items()}
-    return Table(**fields, init_scale=float(_numbers(value, "init_scale", where, 0)), clip=clip)
+    clips = value["clip"] is not None
+    found = {key: _array(each) for key, each in {**value, "clip": value["clip"] if clips else 1.0}.items()}
+    steps, registers = (*found["weights"].shape, 0, 0)[:2]
+    entries = {"weights": (registers, registers + 3), "timesteps": (), "input_scale": (), "x0": (2,), "levels": (2,)}
+    shapes = {key: (steps, *shape) for key, shape in (entries | {"draws": ()}).items()}
+    for key, shape in {**shapes, "init_scale": (), "clip": ()}.items():
+        array, kinds = found[key], "b" if key == "draws" else "if"
+        fits = array.shape == shape and array.size and array.dtype.kind in kinds
+        with np.errstate(over="ignore"):
+            if not fits or not np.isfinite(array.astype(np.float32)).all() or (key == "clip" and array <= 0):
+                raise BundleError(
+                    f"{where} is damaged: {key} is not what a scheduler table holds; compile the bundle again"
+                )
+    arrays = {name: found[key] if key == "draws" else found[key].astype(np.float64) for name, key in _KEYS.items()}
+    return Table(**arrays, init_scale=float(found["init_scale"]), clip=float(found["clip"]) if clips else np.inf)
 
 
-def _numbers(value: dict[str, Any], name: str, where: str, axes: int) -> Array:
-    array = _array(value, name, where)
-    with np.errstate(over="ignore"):
-        finite = array.dtype.kind in "if" and bool(np.isfinite(array.astype(np.float32)).all())
-    if array.ndim != axes or not finite:
-        raise _damaged(where, name)
-    return array.astype(np.float64)
-
-
-def _array(value: dict[str, Any], name: str, where: str) -> Array:
+def _array(value: Any) -> Array:
+    """`value` as an array, one of no type that a table has where its lists are of different lengths."""
     try:
-        return np.array(value[name])
+        return np.array(value)
     except (ValueError, OverflowError):
-        raise _damaged(where, name) from None
-
-
-def _damaged(where: str, name: str) -> BundleError:
-    return BundleError(f"{where} is damaged: {name} is not what a scheduler table holds; compile the bundle again")
+        return np.array(None)

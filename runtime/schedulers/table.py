@@ -38,7 +38,7 @@ class Table:
     Row k:  model_in = input_scale[k] · R[0],  m = guided model output at timesteps[k],
             R' = weights[k] · [R, m, noise, x0],  x0 = x0[k, 0] · R[0] + x0[k, 1] · m clamped to ±clip.
 
-    timesteps: (S,), what the model is told. input_scale: (S,). weights: (S, K, K + 3), whose last three columns
+    timesteps: (S,), what the model is given. input_scale: (S,). weights: (S, K, K + 3), whose last three columns
     belong to m, noise and x0. x0: (S, 2). draws: (S,), whether noise is drawn at that row, even if its weight is 0.
     alpha_sigma: (S, 2), the α and σ of x = α · image + σ · noise at each row: what an image is noised to at the first.
     init_scale: what standard normal noise is multiplied with to become the first x of a run without an image.
@@ -93,7 +93,7 @@ class TableBuilder:
     ) -> None:
         """timesteps, alpha, sigma: (S,), see `Table`; x0: p and q of x0 = p · x + q · m, (S,) each, where it is used.
 
-        start: the first row that will be set and kept.
+        start: the first row that will be set.
         """
         rows, unit = len(timesteps), np.eye(registers + 3)
         self.registers, self.m, self.noise, self._clipped = unit[:registers], unit[-3], unit[-2], unit[-1]

@@ -29,6 +29,7 @@ def filled(target: Path, bundle: Path, word: str = "new") -> Path:
     shutil.copytree(bundle, work, dirs_exist_ok=True, copy_function=os.link)
     (work / STAGES).mkdir()
     (work / STAGES / "unet.json").write_text("{}")
+    (work / "engines").mkdir()
     (work / "engines" / "timing.cache").write_text(word)
     return work
 
@@ -173,7 +174,7 @@ def test_files_that_came_while_a_bundle_was_made_are_not_lost(bundle_of, tmp_pat
 
 @pytest.mark.parametrize("name", ["unet/thesis.txt", "reports/notes.md", "engines/mine/x", "tokenizer/.x"])
 def test_files_in_the_folders_of_a_bundle_are_not_lost_either(called, checkpoint_of, copied, name):
-    (copied / name).parent.mkdir(exist_ok=True)
+    (copied / name).parent.mkdir(parents=True, exist_ok=True)
     (copied / name).write_text("years of work")
     done = called("compile", checkpoint_of("pico"), "-o", copied)
     assert done.returncode == 1 and name in done.stderr and "would be lost" in done.stderr

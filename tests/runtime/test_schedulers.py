@@ -22,7 +22,7 @@ from diffoundry.parity.samplers import SD, TABLE_LIMIT, judge, table_error, vari
 from diffoundry.runtime.schedule import Schedules
 from diffoundry.runtime.schedulers import SAMPLERS, STEP_ARGUMENTS, Steps, find_sampler, make_table
 from diffoundry.runtime.schedulers.config import Config, alphas_cumprod
-from diffoundry.runtime.schedulers.incomplete_beta import beta_quantile
+from diffoundry.runtime.schedulers.spacing import beta_quantile
 
 CLASSES = sorted({sampler.class_name for sampler in SAMPLERS.values()})
 CONFIGURATIONS = {name: list(variants(sampler.class_name)) for name, sampler in SAMPLERS.items()}
@@ -104,10 +104,9 @@ def test_trained_betas_are_taken():
         make_table({"trained_betas": betas}, 5, "ddim")
 
 
-@pytest.mark.parametrize(("a", "b"), [(0.6, 0.6), (2.0, 5.0), (1.0, 1.0), (0.5, 3.0)])
-def test_the_beta_quantile_is_that_of_scipy(a, b):
-    for q in (0.0, 1e-9, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0):
-        assert beta_quantile(q, a, b) == pytest.approx(scipy.stats.beta.ppf(q, a, b), rel=1e-10, abs=1e-14)
+def test_the_beta_quantile_is_that_of_scipy():
+    q = np.array([0.0, 1e-9, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0])
+    np.testing.assert_allclose(beta_quantile(q), scipy.stats.beta.ppf(q, 0.6, 0.6), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "euler", "heun", "dpm++2m", "dpm++2s", "lcm", "tcd", "flow-euler"])
