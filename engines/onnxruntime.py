@@ -21,7 +21,7 @@ from ..common.arrays import Array
 from ..common.errors import EngineError, reason
 from ..common.machine import cpu_identity
 from .cache import EngineStore
-from .engine import ONE_ENGINE, DeviceArray, Engine, EngineBase
+from .engine import ONE_ENGINE, DeviceArray, Engine
 from .split import SplitEngine
 from .wheel import install, ort
 
@@ -96,7 +96,7 @@ def default_threads() -> int:
         return os.cpu_count() or 1
 
 
-class OnnxRuntimeEngine(EngineBase):
+class OnnxRuntimeEngine(Engine):
     """One ONNX model in one session; see `engine.Engine` for the contract."""
 
     def __init__(self, session: ort.InferenceSession, component: str, provider: str) -> None:

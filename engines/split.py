@@ -8,10 +8,10 @@ import numpy as np
 
 from ..common.arrays import Array
 from ..common.errors import EngineError
-from .engine import DeviceArray, DeviceBinding, Engine, EngineBase, HostBinding
+from .engine import DeviceArray, DeviceBinding, Engine, HostBinding
 
 
-class SplitEngine(EngineBase):
+class SplitEngine(Engine):
     """`per_prompt` makes some inputs of `per_step`; together they have the inputs of the whole model."""
 
     def __init__(self, component: str, per_prompt: Engine, per_step: Engine) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
-from ..engine import ONE_ENGINE, DeviceArray, EngineBase
+from ..engine import ONE_ENGINE, DeviceArray, Engine
 from ..profiles import Shape
 from .context import Buffers, ShapedContext
 from .gpu import DeviceTensor, Gpu
@@ -22,7 +22,7 @@ _MOST_CONTEXTS = 8
 """Sets of shapes of a component that are kept ready. A context holds some MB, and takes up to seconds to be made."""
 
 
-class TensorRTEngine(EngineBase):
+class TensorRTEngine(Engine):
     """One component; see `engine.Engine` for the contract. Plans are loaded when shapes ask for them first.
 
     chosen: the plan that served last, None before. Rows are the first axis of the first input.
