@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..common.errors import DiffoundryError
 from .options import GIB, NAMES, Parsed
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from ..calibration import Scan
     from ..engines.tensorrt.target import Target
 
+Size = tuple[int, int]
 F = TypeVar("F", bound=Callable[..., Any])
 _LARGEST_PROMPTS = 1 << 20
 _FLAGS = {
@@ -27,26 +30,32 @@ _FLAGS = {
 }
 
 
-def _size(text: str) -> Any:
-    from ..engines.tensorrt.target import parse_size
-
-    return parse_size(text)
-
-
-def _sizes(text: str) -> Any:
-    return [_size(part) for part in NAMES.convert(text, None, None)]
+def parse_size(text: str) -> Size:
+    """Read `512x768`, width and height. Raises `DiffoundryError`."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip())
+    if found is None:
+        raise DiffoundryError(f"a shape is WIDTHxHEIGHT, such as 512x768, found {text!r}")
+    return int(found[1]), int(found[2])
 
 
-def _range(text: str) -> Any:
-    from ..engines.tensorrt.target import parse_range
+def parse_range(text: str) -> tuple[Size, Size]:
+    """Read `256x256-1024x1024`. Raises `DiffoundryError`."""
+    low, dash, high = text.partition("-")
+    if not dash:
+        raise DiffoundryError(f"dynamic sizes are MIN-MAX, such as 256x256-1024x1024, found {text!r}")
+    return parse_size(low), parse_size(high)
 
-    return parse_range(text)
+
+def parse_batch(text: str) -> tuple[int, int]:
+    """Read `4` or `1-4`. Raises `DiffoundryError`."""
+    found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text.strip())
+    if found is None:
+        raise DiffoundryError(f"a batch is a number or a range, such as 4 or 1-4, found {text!r}")
+    return int(found[1]), int(found[2] or found[1])
 
 
-def _batch(text: str) -> Any:
-    from ..engines.tensorrt.target import parse_batch
-
-    return parse_batch(text)
+def _sizes(text: str) -> list[Size]:
+    return [parse_size(part) for part in NAMES.convert(text, None, None)]
 
 
 _OPTIONS = (
@@ -67,11 +76,11 @@ _OPTIONS = (
     ),
     click.option(
         "--dynamic",
-        type=Parsed("WxH-WxH", _range),
+        type=Parsed("WxH-WxH", parse_range),
         help="TensorRT: one more plan for all sizes between two; slower than static ones.",
     ),
     click.option(
-        "--batch", type=Parsed("N[-M]", _batch), help="TensorRT: images in one call of the U-Net. [default: 1]"
+        "--batch", type=Parsed("N[-M]", parse_batch), help="TensorRT: images in one call of the U-Net. [default: 1]"
     ),
     *(click.option(f"--{name}", is_flag=True, help=text) for name, text in _FLAGS.items()),
     click.option("--build-memory", type=GIB, help="TensorRT: stop a builder that takes more than this."),
@@ -81,7 +90,7 @@ _OPTIONS = (
     click.option("--scan-steps", type=int, metavar="N", help="fp16, bf16: steps of the scan. [default: the bundle's]"),
     click.option(
         "--scan-size",
-        type=Parsed("WxH", _size),
+        type=Parsed("WxH", parse_size),
         help="fp16, bf16: size of its pictures. [default: the checkpoint's]",
     ),
     click.option(
@@ -132,8 +141,6 @@ def scan_of(options: dict[str, Any]) -> Scan | None:
 
 
 def _prompts(path: str) -> tuple[str, ...]:
-    from ..common.errors import DiffoundryError
-
     try:
         if not Path(path).is_file() or Path(path).stat().st_size > _LARGEST_PROMPTS:
             raise OSError(f"it is no file of up to {_LARGEST_PROMPTS >> 10} KiB")

@@ -110,9 +110,10 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
 
 def _plan_line(record: dict[str, Any]) -> str:
     """What a plan is for, how big it is, what it is made of, and what it took to build it."""
-    from ..engines.tensorrt.plan import is_measured
+    from ..bundle.reader import fits
+    from ..engines.tensorrt.plan import Measured
 
-    if not is_measured(record):
+    if not fits(Measured, record):
         return f"engines/{str(record.get('key'))[:32]}: its record is damaged; compile the bundle again"
     made, memory, peak = record["made_of"], record["memory"], record["peak_bytes"]
     layers = ", ".join(f"{count} {precision}" for precision, count in made["layers"].items())

@@ -11,7 +11,6 @@ from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
 from ..profiles import Shape
-from .cuda import contiguous
 from .gpu import DeviceTensor, Gpu
 from .loaded import LoadedPlan
 
@@ -27,7 +26,7 @@ class ShapedContext:
         self._generation = -1
         self._addresses: Mapping[str, int] | None = None
         self._ran = False
-        loaded.log.clear()
+        loaded.log.errors.clear()
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
                 raise loaded.failed(f"its plan does not take the shape {shape} for {name!r}")
@@ -61,18 +60,18 @@ class ShapedContext:
             self.loaded.keep_cache()
 
     def _lend_memory(self) -> None:
-        arena, log = self._gpu.arena, self.loaded.log
-        log.clear()
+        arena, errors = self._gpu.arena, self.loaded.log.errors
+        errors.clear()
         arena.grow(self._need, self._component)
         if self._generation == arena.generation:
             return
         self._context.set_device_memory(arena.address, arena.size)
-        if log.said_errors and arena.size < self._largest_need():
-            log.clear()
+        if errors and arena.size < self._largest_need():
+            errors.clear()
             self._need = self._largest_need()
             arena.grow(self._need, self._component)
             self._context.set_device_memory(arena.address, arena.size)
-        if log.said_errors:
+        if errors:
             raise self.loaded.failed(f"TensorRT did not take {arena.size} bytes for its activations")
         self._generation = arena.generation
 
@@ -109,7 +108,9 @@ class Buffers:
         """
         made = dict(outputs or {name: np.empty(t.shape, t.dtype) for name, t in self._outputs.items()})
         with self._gpu.work() as device:
-            sent = {name: contiguous(fill_rows(array, self._inputs[name].shape)) for name, array in feeds.items()}
+            sent = {
+                name: np.asarray(fill_rows(array, self._inputs[name].shape), order="C") for name, array in feeds.items()
+            }
             for name, array in sent.items():
                 device.upload(self._addresses[name], array)
             context.enqueue(self._addresses)

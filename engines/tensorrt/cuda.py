@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from ...common.arrays import Array
 from ...common.errors import EngineError, reason
 
@@ -66,11 +64,6 @@ class Device:
         """The handle of the stream."""
         return int(self._stream)
 
-    @property
-    def free_bytes(self) -> int:
-        """The bytes of its memory that nobody holds."""
-        return int(self.call("cudaMemGetInfo")[0])
-
     def use(self) -> None:
         """Make this the GPU of the calling thread."""
         self.call("cudaSetDevice", self.index)
@@ -97,14 +90,6 @@ class Device:
     def download(self, array: Array, address: int) -> None:
         """Enqueue a copy from `address` into contiguous `array`, which holds it after `synchronize`."""
         self._copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost")
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        """Enqueue a copy of `size` bytes from `source` to `target`, both on the GPU."""
-        self._copy(target, source, size, "cudaMemcpyDeviceToDevice")
-
-    def fill(self, address: int, byte: int, size: int) -> None:
-        """Enqueue the setting of `size` bytes at `address` to `byte`."""
-        self.call("cudaMemsetAsync", address, byte, size, self._stream)
 
     def synchronize(self) -> None:
         """Wait for all that was enqueued."""
@@ -216,11 +201,6 @@ class Graph:
     def __init__(self, device: Device, handle: Any) -> None:
         self.handle = handle
         self.close = weakref.finalize(self, device.release, "cudaGraphExecDestroy", handle)
-
-
-def contiguous(array: Array) -> Array:
-    """`array`, or a copy that can be uploaded as it lies."""
-    return array if array.flags.c_contiguous else np.asarray(array, order="C")
 
 
 def _quietly(function: Callable[[Any], object], handle: Any) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import EngineError
 from .backend import Log
-from .cuda import Device, Graph, Memory, contiguous
+from .cuda import Device, Graph, Memory
 
 _LEAST = 256
 """An engine without activations is still given an address."""
@@ -136,7 +136,7 @@ class DeviceTensor:
                 f"a tensor of {self.dtype} {self.shape} on the GPU cannot hold {array.dtype} {array.shape}"
             )
         with self.gpu.work() as device:
-            device.upload(self.address, contiguous(array))
+            device.upload(self.address, np.asarray(array, order="C"))
             device.synchronize()  # the caller may write to the array from here on
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,8 @@ import numpy as np
 
 from ...bundle import Tensor
 from ...common.errors import EngineError
-from .backend import BACKENDS, Log
+from ...common.files import replacing
+from .backend import BACKENDS
 from .cuda import REMEDY
 from .gpu import Gpu
 from .plan import CACHE_NAME, Plan
@@ -71,7 +70,7 @@ class LoadedPlan:
 
     def context(self) -> Any:
         """A new execution context, without memory for activations. Raises `EngineError`."""
-        self.log.clear()
+        self.log.errors.clear()
         how = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED if self._config is None else self._config
         context = self.engine.create_execution_context(how)
         if context is None:
@@ -79,10 +78,13 @@ class LoadedPlan:
         return context
 
     def refit(self, onnx: Path) -> None:
-        """Take over the weights of `onnx`. Raises `EngineError`; the plan is then to be loaded anew."""
+        """Take over the weights of `onnx`, a model of the same graph. Contexts stay as they are.
+
+        Raises `EngineError` naming what does not fit. A part of the weights may be changed then: load the plan anew.
+        """
         with self._gpu.work() as device:
-            device.synchronize()
-            _refit(self.trt, self.engine, self.log, onnx, self.plan.component)
+            device.synchronize()  # nothing may be running in it
+            self._refit(onnx)
             self._gpu.invalidate_graphs()
 
     def spoil(self) -> None:
@@ -99,14 +101,8 @@ class LoadedPlan:
         if digest == self._written:
             return
         self._written = digest
-        with contextlib.suppress(OSError):
-            number, name = tempfile.mkstemp(prefix=f".{CACHE_NAME}-", dir=self.plan.folder)
-            try:
-                with os.fdopen(number, "wb") as file:
-                    file.write(made)
-                Path(name).replace(self.plan.folder / CACHE_NAME)
-            finally:
-                Path(name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError), replacing(self.plan.folder / CACHE_NAME) as beside:
+            beside.write_bytes(made)
 
     def failed(self, what: str) -> EngineError:
         """The error to raise when TensorRT could not do something, with the reason it gave."""
@@ -114,10 +110,31 @@ class LoadedPlan:
         memory = f": {REMEDY}" if _OUT_OF_MEMORY.search(why) else ""
         return EngineError(f"{self.plan.component}: {what}: {why}{memory}")
 
+    def _refit(self, onnx: Path) -> None:
+        component, trt, log = self.plan.component, self.trt, self.log
+        if not onnx.is_file():
+            raise EngineError(
+                f"{component}: {onnx}, whose weights its plan is to have, is missing; compile the bundle again"
+            )
+        log.errors.clear()
+        refitter = trt.Refitter(self.engine, log.logger)
+        parser = trt.OnnxParserRefitter(refitter, log.logger)
+        fits = parser.refit_from_file(str(onnx))
+        missing = sorted(name for name in refitter.get_missing_weights() if name)
+        if missing:
+            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+            named = ", ".join(missing[:_MOST_NAMED]) + more
+            raise EngineError(f"{component}: {onnx} lacks weights that its plan has: {named}; is it another model?")
+        if not fits:
+            reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise EngineError(f"{component}: the weights of {onnx} do not fit its plan: {log.why(*reasons)}")
+        if not refitter.refit_cuda_engine():
+            raise EngineError(f"{component}: TensorRT did not take the weights of {onnx}: {log.why()}")
+
     def _deserialize(self) -> Any:
         plan = self.plan
         plan.check()
-        self.log.clear()
+        self.log.errors.clear()
         try:
             with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 engine = self._runtime.deserialize_cuda_engine(data)
@@ -151,7 +168,7 @@ class LoadedPlan:
         engine = self.engine
         budget = engine.get_weight_streaming_automatic_budget() if budget is None else budget
         budget = min(budget, engine.streamable_weights_size)
-        self.log.clear()
+        self.log.errors.clear()
         engine.weight_streaming_budget_v2 = budget
         if engine.weight_streaming_budget_v2 != budget:
             raise self.failed(f"{budget} bytes cannot be the budget of its weights")
@@ -178,29 +195,3 @@ class LoadedPlan:
                 self._written = hashlib.sha256(kept).digest() if self.cache_taken else b""
             config.set_runtime_cache(cache)  # it does not own the cache: this object does
         return config, cache
-
-
-def _refit(trt: Any, engine: Any, log: Log, onnx: Path, component: str) -> None:
-    """Give `engine` the weights of `onnx`. Nothing may be running in it; its contexts stay as they are.
-
-    Raises `EngineError` naming what does not fit. Part of the weights may be changed then: load the engine anew.
-    """
-    if not onnx.is_file():
-        raise EngineError(
-            f"{component}: {onnx}, whose weights its plan is to have, is missing; compile the bundle again"
-        )
-    log.clear()
-    refitter = trt.Refitter(engine, log.logger)
-    parser = trt.OnnxParserRefitter(refitter, log.logger)
-    fits = parser.refit_from_file(str(onnx))
-    missing = sorted(name for name in refitter.get_missing_weights() if name)
-    if missing:
-        named = ", ".join(missing[:_MOST_NAMED]) + (
-            f" and {len(missing) - _MOST_NAMED} more" * (len(missing) > _MOST_NAMED)
-        )
-        raise EngineError(f"{component}: {onnx} lacks weights that its plan has: {named}; is it another model?")
-    if not fits:
-        reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise EngineError(f"{component}: the weights of {onnx} do not fit its plan: {log.why(*reasons)}")
-    if not refitter.refit_cuda_engine():
-        raise EngineError(f"{component}: TensorRT did not take the weights of {onnx}: {log.why()}")

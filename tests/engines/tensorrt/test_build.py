@@ -216,14 +216,6 @@ def test_a_builder_beyond_its_memory_is_stopped_and_leaves_nothing(store, model)
     assert list(store.root.iterdir()) == []
 
 
-def worker(code):
-    """A worker in place of ours, that ends as `code` does."""
-    return lambda line, words, environment: build_module_started([line[0], "-c", code], words, environment)
-
-
-build_module_started = build_module._started
-
-
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -234,7 +226,7 @@ build_module_started = build_module._started
     ],
 )
 def test_a_builder_that_dies_is_an_error_message(store, model, monkeypatch, code, message):
-    monkeypatch.setattr(build_module, "_started", worker(code))
+    monkeypatch.setattr(build_module, "_WORKER", [sys.executable, "-c", code])
     with pytest.raises(EngineError, match=f"vae_decoder, 64x64: {message}"):
         build(store, RECIPE, model)
     assert list(store.root.iterdir()) == []
