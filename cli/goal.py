@@ -15,8 +15,6 @@ from .options import GIB, NAMES, Parsed
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
-    from ..calibration import Scan
-    from ..engines.tensorrt.target import Target
 
 Size = tuple[int, int]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -103,41 +101,39 @@ _OPTIONS = (
 
 
 def goal_options(command: F) -> F:
-    """The options of plans and of the calibration run; `target_of` and `scan_of` read their values."""
+    """The options of plans and of the calibration run; `take_goal` reads their values."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
-def target_of(options: dict[str, Any]) -> Target | None:
-    """What plans are built for; None when nothing was said of them."""
+def take_goal(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the values of `goal_options` out of `options`; the `target` and the `scan`, None where nothing is said."""
+    from ..calibration import Scan
     from ..engines.tensorrt.target import Target
 
-    said: dict[str, Any] = {
-        "archs": tuple(arch for archs in options["archs"] for arch in archs),
-        "sizes": tuple(size for sizes in options["shapes"] for size in sizes),
-        "dynamic": options["dynamic"],
-        "batch": options["batch"],
-        "flags": tuple(name for name in _FLAGS if options[name.replace("-", "_")]),
-        "memory_limit": options["build_memory"],
+    archs, shapes, path = options.pop("archs"), options.pop("shapes"), options.pop("scan_prompts")
+    target: dict[str, Any] = {
+        "archs": tuple(arch for part in archs for arch in part),
+        "sizes": tuple(size for part in shapes for size in part),
+        "dynamic": options.pop("dynamic"),
+        "batch": options.pop("batch"),
+        "flags": tuple(name for name in _FLAGS if options.pop(name.replace("-", "_"))),
+        "memory_limit": options.pop("build_memory"),
     }
-    said = {name: value for name, value in said.items() if value not in (None, ())}
-    return Target(**said) if said else None
-
-
-def scan_of(options: dict[str, Any]) -> Scan | None:
-    """What the loop is run with to find what stays in fp32; None when nothing was said of it."""
-    from ..calibration import Scan
-
-    path = options["scan_prompts"]
-    said: dict[str, Any] = {
+    scan: dict[str, Any] = {
         "prompts": None if path is None else _prompts(path),
-        "steps": options["scan_steps"],
-        "size": options["scan_size"],
-        "budget_db": options["min_psnr"],
+        "steps": options.pop("scan_steps"),
+        "size": options.pop("scan_size"),
+        "budget_db": options.pop("min_psnr"),
     }
-    said = {name: value for name, value in said.items() if value is not None}
-    return Scan(**said) if said else None
+    return {"target": _said(Target, target), "scan": _said(Scan, scan)}
+
+
+def _said(kind: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """A `kind` of the values that were given, None where none was."""
+    given = {name: value for name, value in values.items() if value not in (None, ())}
+    return kind(**given) if given else None
 
 
 def _prompts(path: str) -> tuple[str, ...]:

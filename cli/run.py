@@ -54,7 +54,6 @@ class _Run(click.Command):
     "-o",
     "--output",
     default="out.png",
-    show_default=True,
     type=click.Path(),
     help="PNG file to write; with --count NAME-0.png, NAME-1.png and so on.",
 )
@@ -74,7 +73,6 @@ class _Run(click.Command):
 @click.option(
     "--resize",
     default="default",
-    show_default=True,
     type=click.Choice(["default", "fill", "crop"]),
     help="How --image comes to --width and --height: stretched, with borders, or cut.",
 )
@@ -115,7 +113,6 @@ class _Run(click.Command):
 @click.option(
     "--guidance-mode",
     default="joint",
-    show_default=True,
     type=click.Choice(["joint", "split", "off"]),
     help="Both halves in one call, in two calls of half the memory, or none.",
 )
@@ -125,12 +122,9 @@ class _Run(click.Command):
     type=float,
     metavar="START END",
     default=(0.0, 1.0),
-    show_default=True,
     help="The part of the steps, from 0 to 1, that is guided.",
 )
-@click.option(
-    "--guidance-rescale", default=0.0, show_default=True, type=float, help="0 to 1, against overexposure (Lin 2023)."
-)
+@click.option("--guidance-rescale", default=0.0, type=float, help="0 to 1, against overexposure (Lin 2023).")
 @click.option("--weights", is_flag=True, help="The prompt holds weights: (a red star)1.3, ring++, heart-.")
 @click.option("--windows", is_flag=True, help="A prompt that is too long takes several windows of the text encoder.")
 @click.option("--clip-skip", type=int, metavar="LAYERS", help="Leave out the last layers of the text encoder.")
@@ -151,18 +145,16 @@ class _Run(click.Command):
 @click.option(
     "--rng",
     default="cpu",
-    show_default=True,
     type=click.Choice(["cpu", "cuda"]),
     help="Whose noise the seed means: torch's generator on the CPU, or on an NVIDIA GPU.",
 )
-@click.option("--count", default=1, show_default=True, type=int, help="Number of images.")
-@click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Most images in one U-Net call.")
+@click.option("--count", default=1, type=int, help="Number of images.")
+@click.option("--batch", default=4, type=click.IntRange(1), help="Most images in one U-Net call.")
 @click.option("--width", type=int, help="In pixels, a multiple of 8. [default: the picture's, else the checkpoint's]")
 @click.option("--height", type=int, help="In pixels, a multiple of 8. [default: the picture's or the checkpoint's]")
 @click.option(
     "--decoder",
     default="full",
-    show_default=True,
     type=click.Choice(["full", "tiny"]),
     help="The checkpoint's own, or the small one that it was compiled with.",
 )

@@ -27,7 +27,7 @@ _STABLE_DIFFUSION = {
 @click.command("schedulers")
 @click.argument("name", required=False)
 @click.option("--steps", type=int, help="Show the table of this many steps. [default: 20]")
-@click.option("--start", default=0, show_default=True, type=int, help="The first step to make, as image-to-image does.")
+@click.option("--start", default=0, type=int, help="The first step to make, as image-to-image does.")
 @click.option("--bundle", type=click.Path(), help="Take the noise schedule of this bundle, not Stable Diffusion's.")
 @click.option(
     "--scheduler-option", "options", multiple=True, metavar="KEY=VALUE", help="As in a scheduler_config.json."

@@ -15,7 +15,6 @@ from .options import ENGINES, PRECISIONS, json_option
 @click.option(
     "--engine",
     default="onnxruntime",
-    show_default=True,
     metavar="ENGINE",
     help=f"{ENGINES}.",
 )
