@@ -10,10 +10,9 @@ from ..common.errors import EngineError
 from .cache import EngineStore
 from .engine import Engine
 from .names import ONNXRUNTIME, EngineName
-from .profiles import Shape
 
 if TYPE_CHECKING:
-    from .tensorrt.plan import Plan
+    from .tensorrt.plan import Plan, Shape
 
 
 class EngineLoader:

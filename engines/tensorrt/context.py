@@ -10,9 +10,9 @@ import numpy as np
 from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
-from ..profiles import Shape
 from .gpu import DeviceTensor, Gpu
 from .loaded import LoadedPlan
+from .plan import Shape
 
 
 class ShapedContext:

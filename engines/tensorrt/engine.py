@@ -11,12 +11,11 @@ import numpy as np
 from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
-from ..engine import ONE_ENGINE, DeviceArray, Engine
-from ..profiles import Shape
+from ..engine import ONE_ENGINE, DeviceArray, Engine, HostBinding
 from .context import Buffers, ShapedContext
 from .gpu import DeviceTensor, Gpu
 from .loaded import LoadedPlan
-from .plan import Plan, closest
+from .plan import Plan, Shape, closest
 
 _MOST_CONTEXTS = 8
 """Sets of shapes of a component that are kept ready. A context holds some MB, and takes up to seconds to be made."""
@@ -124,14 +123,23 @@ class TensorRTEngine(Engine):
                 context.buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
             return self._without_padding(context.buffers.run(context, feeds), rows)
 
-    def _bind_host(self, feeds: Mapping[str, Array]) -> TensorRTHostBinding:
+    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
         """What changed is uploaded, what did not is left on the GPU."""
         with self.gpu.work():
             shapes, rows = self._padded(feeds)
             context = self._context(shapes)
             buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
-            outputs = {t.name: np.empty(context.outputs[t.name], t.dtype) for t in self.outputs}
-            return TensorRTHostBinding(context, buffers, feeds, outputs, self._without_padding(outputs, rows))
+        arrays = dict(feeds)
+        outputs = {t.name: np.empty(context.outputs[t.name], t.dtype) for t in self.outputs}
+        asked_for = self._without_padding(outputs, rows)
+        fresh = set(arrays)
+
+        def run(*changed: str) -> dict[str, Array]:
+            buffers.run(context, {name: arrays[name] for name in fresh.union(changed)}, outputs)
+            fresh.clear()
+            return asked_for
+
+        return run
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> TensorRTDeviceBinding:
         """The inputs must have as many rows as `padded_rows` says."""
@@ -194,15 +202,8 @@ class TensorRTEngine(Engine):
 
     def _most_rows(self, shapes: Mapping[str, Shape]) -> int:
         """The most rows that a plan takes which takes the other axes of `shapes`; 0 when none does."""
-        if not self._by_row:
-            return 0
-        most = [plan.profile.shapes[self._by_row[0]][2][0] for plan in self._plans]
-        fitting = (
-            rows
-            for rows, plan in zip(most, self._plans, strict=True)
-            if plan.profile.takes(self._with_rows(shapes, rows))
-        )
-        return max(fitting, default=0)
+        largest = ((plan.profile.shapes[self._by_row[0]][2][0], plan) for plan in self._plans if self._by_row)
+        return max((rows for rows, plan in largest if plan.profile.takes(self._with_rows(shapes, rows))), default=0)
 
     def _part(self, feeds: Mapping[str, Array], rows: slice) -> dict[str, Array]:
         """Some rows of `feeds`; a vector of one entry stands for all of them."""
@@ -215,30 +216,6 @@ class TensorRTEngine(Engine):
 
     def _without_padding(self, outputs: Mapping[str, Array], rows: int | None) -> dict[str, Array]:
         return {name: array[:rows] if name in self._rows_out else array for name, array in outputs.items()}
-
-
-class TensorRTHostBinding:
-    """Arrays of the host bound to an engine; see `engine.HostBinding`."""
-
-    def __init__(
-        self,
-        context: ShapedContext,
-        buffers: Buffers,
-        feeds: Mapping[str, Array],
-        outputs: dict[str, Array],
-        shown: dict[str, Array],
-    ) -> None:
-        """outputs: the arrays that a run writes; shown: those rows of them that were asked for."""
-        self._context, self._buffers = context, buffers
-        self._feeds, self._outputs, self._shown = dict(feeds), outputs, shown
-        self._fresh = set(feeds)
-
-    def __call__(self, *changed: str) -> dict[str, Array]:
-        """See `engine.HostBinding`."""
-        sent = {name: self._feeds[name] for name in self._fresh.union(changed)}
-        self._buffers.run(self._context, sent, self._outputs)
-        self._fresh = set()
-        return self._shown
 
 
 class TensorRTDeviceBinding:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import le
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,6 @@ from ...bundle.reader import Rule, fits, read
 from ...common.errors import EngineError
 from ...common.files import holds
 from ..cache import EngineStore
-from ..profiles import Profile, Shape
 from .cuda import Device
 
 FLAGS = ("refit", "strip", "weight-streaming", "version-compatible", "hardware-compatible")
@@ -27,6 +28,43 @@ _LARGEST_FIGURE = 1e15
 """No plan has as many bytes, seconds or layers."""
 _OLDEST_COMPATIBLE = 80
 """Hardware-compatible plans run on this compute capability (times ten) and newer ones."""
+
+_LARGEST_AXIS = 1 << 31
+Shape = tuple[Annotated[int, Rule(lambda size: 1 <= size < _LARGEST_AXIS, f"be from 1 to {_LARGEST_AXIS - 1}")], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """For each input of a component the least, usual and largest shape. `name` says it to people."""
+
+    name: str
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+    def __post_init__(self) -> None:
+        for name, (least, usual, largest) in self.shapes.items():
+            if not all(a <= b <= c for a, b, c in zip(least, usual, largest, strict=True)):
+                raise ValueError(f"the shapes of {name} must be the least, the usual and the largest")
+
+    @property
+    def static(self) -> bool:
+        """Whether it takes one shape of each input and no other."""
+        return all(least == largest for least, _, largest in self.shapes.values())
+
+    def takes(self, shapes: Mapping[str, Shape]) -> bool:
+        """Whether inputs of these shapes, every one of them named, can be run."""
+        return shapes.keys() == self.shapes.keys() and all(
+            len(shape) == len(least) and all(map(le, least, shape)) and all(map(le, shape, largest))
+            for shape, (least, _, largest) in ((shapes[name], self.shapes[name]) for name in shapes)
+        )
+
+    def distance(self, shapes: Mapping[str, Shape]) -> float:
+        """How far from the usual shapes these are: the sum of |log ratio| over all axes; a static profile is at 0."""
+        return sum(
+            abs(math.log(size / usual))
+            for name, shape in shapes.items()
+            for size, usual in zip(shape, self.shapes[name][1], strict=True)
+        )
+
 
 Figure = Annotated[float, Rule(lambda value: 0 <= value < _LARGEST_FIGURE, "be a figure that a plan can have")]
 

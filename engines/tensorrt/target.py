@@ -9,8 +9,7 @@ from ...bundle import Manifest
 from ...bundle.reader import fits
 from ...common.checks import LARGEST_SIDE, MOST_IMAGES, is_whole
 from ...common.errors import DiffoundryError
-from ..profiles import Profile, Shape
-from .plan import FLAGS
+from .plan import FLAGS, Profile, Shape
 
 Size = tuple[int, int]
 """Width and height, in pixels."""

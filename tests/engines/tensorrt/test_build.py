@@ -17,12 +17,11 @@ import pytest
 from diffoundry.bundle import Variant
 from diffoundry.common.errors import EngineError
 from diffoundry.engines import EngineStore
-from diffoundry.engines.profiles import Profile
 from diffoundry.engines.tensorrt import build as build_module
 from diffoundry.engines.tensorrt.backend import BACKENDS, Backend
 from diffoundry.engines.tensorrt.build import build, clean, find
 from diffoundry.engines.tensorrt.layers import Layer, summary
-from diffoundry.engines.tensorrt.plan import Recipe, usable
+from diffoundry.engines.tensorrt.plan import Profile, Recipe, usable
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 GIB = 2**30
