@@ -13,6 +13,7 @@ from ...common.errors import EngineError, reason
 
 REMEDY = "ask for a smaller size or batch, split guidance or a tiled autoencoder"
 """What helps against a lack of GPU memory."""
+_INDEX = 0
 _OTHERWISE = "run with `--engine onnxruntime`"
 _INSTALL = "run `pip install 'diffoundry[rtx]'` or `pip install 'diffoundry[tensorrt]'`"
 
@@ -31,30 +32,24 @@ def bindings() -> Any:
 
 
 class Device:
-    """One GPU: its memory and one stream, in which all that is asked of it happens in order.
+    """The first GPU that CUDA sees: its memory and one stream, in which all that is asked of it happens in order.
 
     name: of the GPU. arch: its compute capability as `sm89`. driver, runtime: CUDA versions as `13.0`.
     """
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self) -> None:
         """Raises `EngineError` without a GPU, with a driver that is too old, or when cuda-python is missing."""
         self._cuda = bindings()
-        self.index = index
-        self.name = f"GPU {index}"
+        self.name = f"GPU {_INDEX}"
         self.capturing = False
         self._later: deque[Callable[[], object]] = deque()
         self._check_driver()
         self.use()
-        major, minor = (
-            self.call(
-                "cudaDeviceGetAttribute",
-                getattr(self._cuda.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}"),
-                index,
-            )
-            for part in ("Major", "Minor")
-        )
+        attributes = self._cuda.cudaDeviceAttr
+        capability = attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor
+        major, minor = (self.call("cudaDeviceGetAttribute", part, _INDEX) for part in capability)
         self.arch = f"sm{major}{minor}"
-        name = self.call("cudaGetDeviceProperties", index).name
+        name = self.call("cudaGetDeviceProperties", _INDEX).name
         self.name = (name.decode(errors="replace") if isinstance(name, bytes) else str(name)).rstrip("\0")
         self._stream = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self.close = weakref.finalize(self, _quietly, self._cuda.cudaStreamDestroy, self._stream)
@@ -66,7 +61,7 @@ class Device:
 
     def use(self) -> None:
         """Make this the GPU of the calling thread."""
-        self.call("cudaSetDevice", self.index)
+        self.call("cudaSetDevice", _INDEX)
 
     def allocate(self, size: int, purpose: str) -> Memory:
         """`size` bytes, aligned to 256. Raises `EngineError` when they are not there, naming `purpose`."""
@@ -174,8 +169,6 @@ class Device:
             )
         if error != errors.cudaSuccess:
             raise EngineError(f"the GPU cannot be used: {self._says(error)}: {_OTHERWISE}")
-        if not 0 <= self.index < count:
-            raise EngineError(f"there is no GPU {self.index}: this machine has {count}, counted from 0")
 
     def _version(self, function: str) -> str:
         error, number = getattr(self._cuda, function)()

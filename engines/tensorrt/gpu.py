@@ -57,11 +57,11 @@ class Arena:
 
 
 class Gpu:
-    """One GPU of this machine; see `shared` for the one that all engines of a process use."""
+    """The GPU of this machine; see `shared` for the one that all engines of a process use."""
 
-    def __init__(self, index: int = 0) -> None:
-        """index: as CUDA counts them. Raises `EngineError` when there is none or it cannot be used."""
-        self.device = Device(index)
+    def __init__(self) -> None:
+        """Raises `EngineError` when there is none or it cannot be used."""
+        self.device = Device()
         self.arena = Arena(self.device)
         self._lock = threading.RLock()
         self._invalidations = 0
@@ -182,17 +182,16 @@ class CapturedLaunches:
             )
 
 
-_OPEN: weakref.WeakValueDictionary[int, Gpu] = weakref.WeakValueDictionary()
+_OPEN: weakref.WeakSet[Gpu] = weakref.WeakSet()
 _OPENING = threading.Lock()
 
 
-def shared(index: int = 0) -> Gpu:
-    """The GPU `index` as all of this process share it; it is closed when nothing refers to it.
+def shared() -> Gpu:
+    """The GPU as all of this process share it; it is closed when nothing refers to it.
 
     Raises `EngineError` when there is none or it cannot be used.
     """
     with _OPENING:
-        gpu = _OPEN.get(index)
-        if gpu is None:
-            gpu = _OPEN[index] = Gpu(index)
+        gpu = next(iter(_OPEN), None) or Gpu()
+        _OPEN.add(gpu)
         return gpu
