@@ -41,7 +41,7 @@ def read(path: Path) -> Any:
     Raises `DiffoundryError` when it is no ONNX model or has control flow or functions of its own.
     """
     import onnx_ir
-    from onnx_ir.passes.common import LiftConstantsToInitializersPass
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
     try:
         model = onnx_ir.load(path)
@@ -51,13 +51,19 @@ def read(path: Path) -> Any:
         raise DiffoundryError(f"{path} is not an ONNX model: compile the checkpoint again") from error
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     graph = model.graph
-    inner = any(a.type in _graph_attributes() for node in graph for a in node.attributes.values())
-    if not len(graph) or inner or model.functions:
+    if not len(graph) or list(graph.subgraphs()) or model.functions:
         what = "no nodes" if not len(graph) else "control flow or functions of its own"
         raise DiffoundryError(f"{path} has {what} and cannot be calibrated: use --precision fp32")
-    if any(value.dtype is None for node in graph for value in node.outputs if value.name):
-        _infer(model, path)
+    if _untyped(graph):
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    if _untyped(graph):
+        raise DiffoundryError(f"{path}: the type of {_untyped(graph)[0]!r} is not known: compile it again")
     return model
+
+
+def _untyped(graph: Any) -> list[str]:
+    """The values whose type the file does not tell."""
+    return [value.name for node in graph for value in node.outputs if value.name and value.dtype is None]
 
 
 def map_tensor(tensor: Any, what: Callable[[Array], Value]) -> Value:
@@ -154,9 +160,7 @@ def add_constant(graph: Any, name: str, number: Any) -> Any:
     """A new float32 initializer of `graph`."""
     import onnx_ir
 
-    array = np.asarray(number, np.float32)
-    value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(list(array.shape)))
-    value.const_value, value.dtype = onnx_ir.tensor(array, name=name), onnx_ir.DataType.FLOAT
+    value = onnx_ir.val(name, const_value=onnx_ir.tensor(np.asarray(number, np.float32), name=name))
     graph.register_initializer(value)
     return value
 
@@ -165,10 +169,8 @@ def make_cast(value: Any, to: Any, name: str, kind: str = CAST) -> Any:
     """A node that casts `value` to the type `to`."""
     import onnx_ir
 
-    node = onnx_ir.node("Cast", [value], {"to": int(to)}, name=f"{kind}{name}")
-    made = node.outputs[0]
-    made.name, made.dtype, made.shape = name, to, value.shape
-    return node
+    made = onnx_ir.val(name, to, value.shape)
+    return onnx_ir.node("Cast", [value], {"to": int(to)}, outputs=[made], name=f"{kind}{name}")
 
 
 def _shape_of(schema: Any) -> tuple[Any, ...]:
@@ -178,24 +180,3 @@ def _shape_of(schema: Any) -> tuple[Any, ...]:
         [(p.name, p.type_str, p.option) for p in schema.outputs],
         sorted((a.name, str(a.type), a.required, str(a.default_value)) for a in schema.attributes.values()),
     )
-
-
-def _graph_attributes() -> tuple[Any, ...]:
-    import onnx_ir
-
-    return (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS)
-
-
-def _infer(model: Any, path: Path) -> None:
-    """Fill in the types that the file does not tell. Raises `DiffoundryError` when they cannot be inferred."""
-    import onnx
-    import onnx_ir
-
-    proto = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
-    known = {info.name: info.type.tensor_type.elem_type for info in proto.graph.value_info}
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name and value.dtype is None:
-                if not known.get(value.name):
-                    raise DiffoundryError(f"{path}: the type of {value.name!r} is not known: compile it again")
-                value.dtype = onnx_ir.DataType(known[value.name])

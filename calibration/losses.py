@@ -166,21 +166,13 @@ class _Probe:
         """Outputs `signal:i` and `noise:i`. Infinity, and what stands for it, is left out where there are masks."""
         import onnx_ir
 
-        def step(op: str, *inputs: Any, **attributes: Any) -> Any:
-            added.append(onnx_ir.node(op, list(inputs), attributes))
-            made = added[-1].outputs[0]
-            made.name = f"compare{len(added)}:{i}"
-            return made
-
-        added: list[Any] = []
-        error = step("Sub", exact, trial)
+        tape = onnx_ir.tape.Tape()
+        error = tape.op("Sub", [exact, trial])
         if self._masked:
-            finite = step("Less", step("Abs", exact), self._bound)
-            exact, error = (step("Where", finite, each, self._zero) for each in (exact, error))
-        outputs = []
-        for name, value in (("signal", exact), ("noise", error)):
-            output = step("ReduceSumSquare", value, keepdims=0)
-            output.name, output.dtype, output.shape = f"{name}:{i}", self._float, onnx_ir.Shape([])
-            outputs.append(output)
-        self._graph.insert_after(last, added)
+            finite = tape.op("Less", [tape.op("Abs", [exact]), self._bound])
+            exact, error = (tape.op("Where", [finite, each, self._zero]) for each in (exact, error))
+        outputs = [onnx_ir.val(f"{name}:{i}", self._float, []) for name in ("signal", "noise")]
+        for value, output in zip((exact, error), outputs, strict=True):
+            tape.op("ReduceSumSquare", [value], {"keepdims": 0}, output=output)
+        self._graph.insert_after(last, tape.nodes)
         return outputs

@@ -12,6 +12,7 @@ from ..bundle import Bundle
 from ..common.arrays import Array
 from ..common.checks import LARGEST_SIDE, is_number, whole_number
 from ..common.errors import RequestError
+from ..common.progress import Progress
 from ..engines import Engine
 from ..runtime.pipeline import Pipeline
 from ..runtime.request import Request
@@ -28,8 +29,6 @@ _MOST_PROMPTS = 1024
 _SIDE_UNIT = 8
 _LARGEST_SEED = 2**62
 _LARGEST_BUDGET = 120
-Progress = Callable[[str, int, int], None]
-"""`progress(text, done, total)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ def _counted(prompts: object) -> str:
 
 
 def run_loop(
-    bundle: Bundle, engines: Mapping[str, Callable[[], Engine]], scan: Scan, text: str, progress: Progress | None
+    bundle: Bundle, engines: Mapping[str, Callable[[], Engine]], scan: Scan, text: str, progress: Progress
 ) -> list[Array]:
     """Run the loop on every prompt and return the images, uint8 (H, W, 3); each component runs at least once.
 
@@ -99,11 +98,9 @@ def run_loop(
     pipeline = Pipeline(bundle, threads=1, loop="host", engines=engines)
 
     def report(done: int, total: int, _: Array) -> None:
-        if progress is not None:
-            progress(text, done, total)
+        progress(text, done, total)
 
-    requests = _requests(bundle, scan)
-    results = pipeline.generate_many(requests, batch=1, low_memory=True, callback=report)
+    results = pipeline.generate_many(_requests(bundle, scan), batch=1, low_memory=True, callback=report)
     pipeline.release_all()
     images = [np.asarray(image) for result in results for image in result.images]
     if bundle.manifest.with_role("preview"):
