@@ -12,9 +12,8 @@ from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
 from ..engine import ONE_ENGINE, DeviceArray, Engine, HostBinding
-from .context import Buffers, ShapedContext
 from .gpu import DeviceTensor, Gpu
-from .loaded import LoadedPlan
+from .loaded import Buffers, LoadedPlan, ShapedContext
 from .plan import Plan, Shape, closest
 
 _MOST_CONTEXTS = 8
@@ -120,17 +119,18 @@ class TensorRTEngine(Engine):
                 return {name: np.concatenate([part[name] for part in parts]) for name in self._rows_out}
             context = self._context(shapes)
             if context.buffers is None:
-                context.buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
-            return self._without_padding(context.buffers.run(context, feeds), rows)
+                context.buffers = Buffers(context)
+            outputs = context.empty_outputs()
+            context.buffers.run(context, feeds, outputs)
+            return self._without_padding(outputs, rows)
 
     def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
         """What changed is uploaded, what did not is left on the GPU."""
         with self.gpu.work():
             shapes, rows = self._padded(feeds)
             context = self._context(shapes)
-            buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
-        arrays = dict(feeds)
-        outputs = {t.name: np.empty(context.outputs[t.name], t.dtype) for t in self.outputs}
+            buffers = Buffers(context)
+        arrays, outputs = dict(feeds), context.empty_outputs()
         asked_for = self._without_padding(outputs, rows)
         fresh = set(arrays)
 
@@ -172,7 +172,7 @@ class TensorRTEngine(Engine):
             return self._contexts[key]
         if plan.key not in self._loaded:
             self._loaded[plan.key] = self._load(plan)
-        context = ShapedContext(self._loaded[plan.key], self.gpu, shapes, self.outputs)
+        context = ShapedContext(self._loaded[plan.key], shapes)
         self._contexts[key] = context
         if len(self._contexts) > _MOST_CONTEXTS:
             self._contexts.popitem(last=False)
@@ -182,7 +182,8 @@ class TensorRTEngine(Engine):
         loaded = LoadedPlan(
             plan,
             self.gpu,
-            (*self.inputs, *self.outputs),
+            self.inputs,
+            self.outputs,
             onnx=self._refitted or self._onnx,
             weight_budget=self._weight_budget,
         )

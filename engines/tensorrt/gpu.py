@@ -92,10 +92,6 @@ class Gpu:
             self.device.use()
             yield self.device
 
-    def tensor(self, shape: tuple[int, ...], dtype: str, purpose: str = "a tensor") -> DeviceTensor:
-        """A tensor whose content is not set yet. Raises `EngineError` when the GPU has no memory for it."""
-        return DeviceTensor(self, shape, np.dtype(dtype), purpose)
-
     def to_device(self, array: Array) -> DeviceTensor:
         """A copy of `array`; see `engine.Engine`."""
         tensor = DeviceTensor(self, array.shape, array.dtype, "a tensor")
@@ -111,6 +107,7 @@ class DeviceTensor:
     """A tensor in the memory of a GPU; see `engine.DeviceArray`."""
 
     def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: np.dtype[np.generic], purpose: str) -> None:
+        """Its content is not set yet. Raises `EngineError` when the GPU has no memory for it."""
         self.gpu, self.shape, self.dtype = gpu, shape, dtype
         self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         with gpu.work() as device:
