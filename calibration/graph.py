@@ -41,7 +41,7 @@ def read(path: Path) -> Any:
     Raises `DiffoundryError` when it is no ONNX model or has control flow or functions of its own.
     """
     import onnx_ir
-    from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
     try:
         model = onnx_ir.load(path)
@@ -54,16 +54,23 @@ def read(path: Path) -> Any:
     if not len(graph) or list(graph.subgraphs()) or model.functions:
         what = "no nodes" if not len(graph) else "control flow or functions of its own"
         raise DiffoundryError(f"{path} has {what} and cannot be calibrated: use --precision fp32")
-    if _untyped(graph):
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
-    if _untyped(graph):
-        raise DiffoundryError(f"{path}: the type of {_untyped(graph)[0]!r} is not known: compile it again")
+    untyped = [value for node in graph for value in node.outputs if value.name and value.dtype is None]
+    if untyped:
+        _infer(untyped, path)
     return model
 
 
-def _untyped(graph: Any) -> list[str]:
-    """The values whose type the file does not tell."""
-    return [value.name for node in graph for value in node.outputs if value.name and value.dtype is None]
+def _infer(untyped: list[Any], path: Path) -> None:
+    """Fill in the types that the file does not tell. Raises `DiffoundryError` when they cannot be inferred."""
+    import onnx
+    import onnx_ir
+
+    proto = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
+    known = {info.name: info.type.tensor_type.elem_type for info in proto.graph.value_info}
+    for value in untyped:
+        if not known.get(value.name):
+            raise DiffoundryError(f"{path}: the type of {value.name!r} is not known: compile it again")
+        value.dtype = onnx_ir.DataType(known[value.name])
 
 
 def map_tensor(tensor: Any, what: Callable[[Array], Value]) -> Value:
