@@ -7,18 +7,14 @@ from typing import Any
 import click
 
 from .goal import goal_options, show_result, take_goal
-from .options import PRECISIONS, engine_option, json_option
+from .options import ENGINES, engine_option, json_option, precision_option
 from .progress import progress
 
 
 @click.command("build")
 @click.argument("bundle", type=click.Path())
-@engine_option
-@click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    help="Of weights and activations; what the lower ones would spoil stays in fp32. [default: the bundle's]",
-)
+@engine_option(f"{ENGINES}. [default: what the bundle was compiled for]")
+@precision_option("Of weights and activations; what the lower ones would spoil stays in fp32. [default: the bundle's]")
 @goal_options
 @json_option
 def build_command(bundle: str, as_json: bool, **options: Any) -> None:

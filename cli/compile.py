@@ -10,25 +10,15 @@ import click
 
 from ..families import FAMILIES
 from .goal import goal_options, show_result, take_goal
-from .options import COUNTS, ENGINES, PRECISIONS, json_option, read_list, read_pairs
+from .options import COUNTS, ENGINES, engine_option, json_option, precision_option, read_list, read_pairs
 from .progress import progress
 
 
 @click.command("compile")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The bundle folder to make.")
-@click.option(
-    "--engine",
-    default="onnxruntime",
-    metavar="ENGINE",
-    help=f"What runs the models: {ENGINES}.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    default="fp32",
-    help="Of weights and activations. What the lower ones would spoil stays in fp32.",
-)
+@engine_option(f"What runs the models: {ENGINES}.", default="onnxruntime")
+@precision_option("Of weights and activations. What the lower ones would spoil stays in fp32.", default="fp32")
 @goal_options
 @click.option(
     "--family",

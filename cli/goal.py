@@ -6,18 +6,17 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..common.errors import DiffoundryError
-from .options import GIB, NAMES, Parsed
+from .options import GIB, NAMES, F, Parsed
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
 Size = tuple[int, int]
-F = TypeVar("F", bound=Callable[..., Any])
 _LARGEST_PROMPTS = 1 << 20
 _FLAGS = {
     "refit": "TensorRT: plans whose weights can be replaced; needs the GPU.",

@@ -11,7 +11,16 @@ from typing import Any
 import click
 
 from ..common.errors import RequestError
-from .options import GIB, NUMBERS, engine_option, json_option, precision_option, read_options
+from .options import (
+    ENGINES,
+    GIB,
+    NUMBERS,
+    engine_option,
+    json_option,
+    precision_option,
+    read_options,
+    threads_option,
+)
 from .progress import progress
 
 _LONGEST_SHOWN = 200
@@ -157,14 +166,14 @@ class _Run(click.Command):
 )
 @click.option("--tiled", is_flag=True, help="Encode and decode in tiles: the memory of one, however large the picture.")
 @click.option("--preview", type=click.Path(), help="PNG file that shows the first image after each step.")
-@engine_option
-@precision_option
+@engine_option(f"{ENGINES}. [default: what the bundle was compiled for]")
+@precision_option("Of the models. [default: what the bundle was compiled for; fp32 on the CPU]")
 @click.option(
     "--weight-budget",
     type=GIB,
     help="Of plans that stream their weights: what stays on the GPU. [default: TensorRT's choice]",
 )
-@click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
+@threads_option
 @json_option
 def run_command(
     bundle: str,
