@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arrays import Array
-from .graph import MOVES, Castable, castable, is_cheap, is_float, key, read, version_for
+from .graph import CONTRACTIONS, MOVES, Castable, castable, is_float, key, read, version_for
 from .losses import Trial, measure, regions_around
 from .precision import Precision
 
@@ -125,7 +125,7 @@ class Fp32Nodes:
         """Cheap nodes all whose float neighbours are in float32: a cast costs as much as they do."""
         low = {key(node): node for node in model.graph if self._castable[key(node)].outputs and key(node) not in found}
         isolated = {}
-        for group in _connected({name: node for name, node in low.items() if is_cheap(node)}):
+        for group in _connected({name: node for name, node in low.items() if node.op_type not in CONTRACTIONS}):
             near = {key(near) for node in group.values() for near in _neighbours(node)}
             if not near & low.keys() - group.keys():
                 isolated.update({name: Fp32Node(name, node.op_type, "isolated") for name, node in group.items()})

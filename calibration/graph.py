@@ -19,7 +19,8 @@ MOVES = frozenset(
     ("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose")
 ) | {"Unsqueeze", "DepthToSpace", "SpaceToDepth"}
 """Operators whose output holds values of their inputs and no others."""
-_CONTRACTIONS = frozenset(("Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"))
+CONTRACTIONS = frozenset(("Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"))
+"""Operators that take time for their arithmetic rather than for the bytes they move."""
 MAKERS = frozenset(("Cast", "ConstantOfShape"))
 """Operators that make floats of something else, in a type that an attribute names."""
 CAST = "cast:"
@@ -125,11 +126,6 @@ def castable(node: Any, version: int, precision: Precision) -> Castable:
     shared = set(outs.values())
     taken = tuple(i for i, kind in ins.items() if kind in shared)
     return Castable(taken, tuple(outs)) if taken or node.op_type in MAKERS else Castable()
-
-
-def is_cheap(node: Any) -> bool:
-    """Whether a node takes time for the bytes it moves rather than for its arithmetic."""
-    return node.op_type not in _CONTRACTIONS
 
 
 def raise_opset(model: Any, version: int, component: str) -> None:

@@ -12,7 +12,7 @@ from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
 from ..engine import ONE_ENGINE, DeviceArray, Engine, HostBinding
-from .gpu import DeviceTensor, Gpu
+from .gpu import CapturedLaunches, DeviceTensor, Gpu
 from .loaded import Buffers, LoadedPlan, ShapedContext
 from .plan import Plan, Shape, closest
 
@@ -72,7 +72,7 @@ class TensorRTEngine(Engine):
 
     def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
         """See `engine.Engine`: a CUDA graph, from the second call on."""
-        return self.gpu.capture(launches)
+        return CapturedLaunches(self.gpu, launches)
 
     def padded_rows(self, shapes: Mapping[str, Shape]) -> int:
         """See `engine.Engine`: a plan for two rows takes one row with a second one beside it."""

@@ -98,10 +98,6 @@ class Gpu:
         tensor.update_inplace(array)
         return tensor
 
-    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
-        """See `engine.Engine`."""
-        return CapturedLaunches(self, launches)
-
 
 class DeviceTensor:
     """A tensor in the memory of a GPU; see `engine.DeviceArray`."""

@@ -47,9 +47,7 @@ class LoadedPlan:
         weight_budget: bytes of weights to be held on the GPU, for a plan with the flag `weight-streaming`; by default
         TensorRT chooses. Raises `EngineError` when the plan does not load or is not of these tensors.
         """
-        backend = BACKENDS.get(plan.recipe.backend)
-        if backend is None:
-            raise EngineError(f"{plan.component}: a plan of {plan.recipe.backend!r} cannot be run by this version")
+        backend = BACKENDS[plan.recipe.backend]
         self.plan, self.gpu = plan, gpu
         self.dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in (*inputs, *outputs)}
         self.outputs = [tensor.name for tensor in outputs]

@@ -12,7 +12,7 @@ import pytest
 from diffoundry.common.errors import EngineError
 from diffoundry.engines.tensorrt import cuda
 from diffoundry.engines.tensorrt.cuda import Device
-from diffoundry.engines.tensorrt.gpu import Arena, Gpu, shared
+from diffoundry.engines.tensorrt.gpu import Arena, CapturedLaunches, Gpu, shared
 from diffoundry.tests.engines.tensorrt.simulated import SimulatedCuda
 
 SOURCES = sorted(Path(cuda.__file__).parent.glob("*.py"))
@@ -186,7 +186,7 @@ def test_recorded_launches_are_plain_at_first_then_one_graph(simulated_cuda):
         turns.append(len(turns))
         fill(gpu.device, tensor.address, 10 + len(turns), 4)
 
-    recorded = gpu.capture(launches)
+    recorded = CapturedLaunches(gpu, launches)
     recorded()
     assert (tensor.numpy()[0], turns, simulated_cuda.calls["cudaGraphLaunch"]) == (11, [0], 0)
     for launched in (1, 2):
@@ -203,7 +203,7 @@ def test_recorded_launches_are_plain_at_first_then_one_graph(simulated_cuda):
 
 def test_launches_that_move_the_arena_are_not_captured_before_it_rests(simulated_cuda):
     gpu, needs = Gpu(), [1000] * 4
-    recorded = gpu.capture(lambda: gpu.arena.grow(needs.pop(0), "a test"))
+    recorded = CapturedLaunches(gpu, lambda: gpu.arena.grow(needs.pop(0), "a test"))
     for captures in (0, 0, 1):
         recorded()
         assert simulated_cuda.calls["cudaStreamBeginCapture"] == captures
@@ -217,7 +217,7 @@ def test_launches_that_cannot_be_captured_are_made_one_by_one_and_it_is_said(sim
         gpu.device.synchronize()
         done.append(1)
 
-    recorded = gpu.capture(launches)
+    recorded = CapturedLaunches(gpu, launches)
     recorded()
     with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph and are launched one by one: cudaStr"):
         recorded()
