@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,15 @@ class Fp32Nodes:
 
         tick: called after each call of the model.
         """
-        self._path, self._component, self._precision = path, component, precision
-        self._ranges, self._calls, self._tick = ranges, calls, tick
+        self._path, self._ranges = path, ranges
+        self._measure = partial(measure, path, component, precision, calls=calls, tick=tick)
         model = read(path)
         version = version_for(model, precision)
         self._castable: dict[str, Castable] = {key(node): castable(node, version, precision) for node in model.graph}
         self._floats = [key(node) for node in model.graph if any(is_float(value) for value in node.outputs)]
         over = self._over(model, precision.limit)
         tried = [key(node) for node in model.graph if self._computes(node) and key(node) not in over]
-        ratios = self._measured([Trial(name) for name in tried])
+        ratios = self._measure([Trial(name) for name in tried])
         self._losses = dict(zip(tried, ratios, strict=True))
         self._grown: dict[str, list[tuple[frozenset[str], float]]] = {}
 
@@ -115,11 +116,8 @@ class Fp32Nodes:
         """Measure ever larger regions around each node that was not measured so far."""
         fresh = [name for name in names if name not in self._grown]
         trials = [Trial(name, region) for name in fresh for region in regions_around(model, name)]
-        for trial, ratio in zip(trials, self._measured(trials), strict=True):
+        for trial, ratio in zip(trials, self._measure(trials), strict=True):
             self._grown.setdefault(trial.target, []).append((trial.region, ratio))
-
-    def _measured(self, trials: Sequence[Trial]) -> list[float]:
-        return measure(self._path, self._component, self._precision, trials, self._calls, self._tick)
 
     def _isolated(self, model: Any, found: Mapping[str, Fp32Node]) -> dict[str, Fp32Node]:
         """Cheap nodes all whose float neighbours are in float32: a cast costs as much as they do."""

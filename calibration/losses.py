@@ -88,9 +88,7 @@ def _probe(model: Any, precision: Precision, trials: Sequence[Trial]) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     probe = _Probe(model, precision)
-    outputs = []
-    for i, trial in enumerate(trials):
-        outputs += probe.add(i, trial)
+    outputs = [output for i, trial in enumerate(trials) for output in probe.add(i, trial)]
     model.graph.outputs.clear()
     model.graph.outputs.extend(outputs)
     RemoveUnusedNodesPass()(model)
@@ -133,10 +131,8 @@ class _Probe:
         for place, value in enumerate(node.inputs):
             if value is not None and value.name in made:
                 value = made[value.name]
-            elif is_float(value) and (low or not value.is_graph_input()):
-                constant = value.name in self._graph.initializers
-                if (low and place in taken) or (not low and not constant):
-                    value = self._round(value)
+            elif is_float(value) and (place in taken if low else value.producer() is not None):
+                value = self._round(value)
             inputs.append(value)
         clone = onnx_ir.Node(
             node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs)

@@ -34,7 +34,8 @@ def bindings() -> Any:
 class Device:
     """The first GPU that CUDA sees: its memory and one stream, in which all that is asked of it happens in order.
 
-    name: of the GPU. arch: its compute capability as `sm89`. driver, runtime: CUDA versions as `13.0`.
+    name: of the GPU. arch: its compute capability as `sm89`. driver, runtime: CUDA versions as `13.0`. stream: its
+    handle.
     """
 
     def __init__(self) -> None:
@@ -52,12 +53,8 @@ class Device:
         name = self.call("cudaGetDeviceProperties", _INDEX).name
         self.name = (name.decode(errors="replace") if isinstance(name, bytes) else str(name)).rstrip("\0")
         self._stream = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        self.stream = int(self._stream)
         self.close = weakref.finalize(self, _quietly, self._cuda.cudaStreamDestroy, self._stream)
-
-    @property
-    def stream(self) -> int:
-        """The handle of the stream."""
-        return int(self._stream)
 
     def use(self) -> None:
         """Make this the GPU of the calling thread."""
@@ -102,9 +99,13 @@ class Device:
         try:
             launches()
         except BaseException:
-            self._end_capture(destroy=True)
+            error, graph = self._end_capture()
+            if error == self._cuda.cudaError_t.cudaSuccess:
+                self._cuda.cudaGraphDestroy(graph)
+            self._cuda.cudaGetLastError()
             raise
-        graph = self._end_capture()
+        error, graph = self._end_capture()
+        self._check("cudaStreamEndCapture", error)
         try:
             return Graph(self, self.call("cudaGraphInstantiate", graph, 0))
         finally:
@@ -130,18 +131,12 @@ class Device:
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
         self.call("cudaMemcpyAsync", target, source, size, getattr(self._cuda.cudaMemcpyKind, kind), self._stream)
 
-    def _end_capture(self, *, destroy: bool = False) -> Any:
+    def _end_capture(self) -> tuple[Any, Any]:
         error, graph = self._cuda.cudaStreamEndCapture(self._stream)
         self.capturing = False
         while self._later:
             self._later.popleft()()
-        if not destroy:
-            self._check("cudaStreamEndCapture", error)
-            return graph
-        if error == self._cuda.cudaError_t.cudaSuccess:
-            self._cuda.cudaGraphDestroy(graph)
-        self._cuda.cudaGetLastError()
-        return None
+        return error, graph
 
     def _check(self, name: str, error: Any) -> None:
         if error == self._cuda.cudaError_t.cudaSuccess:

@@ -23,6 +23,8 @@ _LEAST = 256
 class Arena:
     """One block, as large as the largest need so far. Growing moves it, and `generation` counts how often.
 
+    address, size: where it lies and its bytes, 0 while nothing was asked for.
+
     What runs one after another in one stream may share it; a captured graph holds its address, and is captured anew
     when the generation has changed.
     """
@@ -30,17 +32,7 @@ class Arena:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._memory: Memory | None = None
-        self.generation = 0
-
-    @property
-    def address(self) -> int:
-        """Where it lies, 0 while nothing was asked for."""
-        return 0 if self._memory is None else self._memory.address
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return 0 if self._memory is None else self._memory.size
+        self.address = self.size = self.generation = 0
 
     def grow(self, size: int, component: str) -> None:
         """Hold at least `size` bytes. Raises `EngineError` when the GPU has not as much; it is then empty."""
@@ -51,9 +43,10 @@ class Arena:
             raise EngineError(f"{component}: its activations have outgrown their memory while launches are captured")
         if self._memory is not None:
             self._memory.close()  # first, so that both need not fit; it waits for what runs in it
-            self._memory = None
+        self.address = self.size = 0
         self.generation += 1
         self._memory = self._device.allocate(size, f"the activations of {component}")
+        self.address, self.size = self._memory.address, size
 
 
 class Gpu:
@@ -100,19 +93,15 @@ class Gpu:
 
 
 class DeviceTensor:
-    """A tensor in the memory of a GPU; see `engine.DeviceArray`."""
+    """A tensor in the memory of a GPU; see `engine.DeviceArray`. address: where it lies there."""
 
     def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: np.dtype[np.generic], purpose: str) -> None:
         """Its content is not set yet. Raises `EngineError` when the GPU has no memory for it."""
         self.gpu, self.shape, self.dtype = gpu, shape, dtype
-        self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         with gpu.work() as device:
-            self._memory = device.allocate(self.nbytes, purpose)
-
-    @property
-    def address(self) -> int:
-        """Where it lies on the GPU."""
-        return self._memory.address
+            self._memory = device.allocate(size, purpose)
+        self.address = self._memory.address
 
     def numpy(self) -> Array:
         """See `engine.DeviceArray`."""
