@@ -35,7 +35,7 @@ class Trial:
 
 def decibels(signal: float, noise: float) -> float:
     """The ratio of two powers in dB, within ±`LOSSLESS`."""
-    if math.isnan(noise) or math.isinf(noise):
+    if not math.isfinite(noise):
         return -LOSSLESS
     if noise <= 0:
         return LOSSLESS

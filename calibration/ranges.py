@@ -26,7 +26,7 @@ class Ranges:
         self._largest: dict[str, float] = {}
 
     def engine(self, on_call: Any) -> RecordedEngine:
-        """An engine of the component that gathers as it runs, and tells `on_call` of each call.
+        """An engine of the component that gathers as it runs, and calls `on_call` after each call.
 
         The largest values are computed inside the graph, so that no activation outlives its reader.
         """

@@ -48,8 +48,10 @@ class Scan:
 
     def __post_init__(self) -> None:
         prompts = self.prompts
-        if not isinstance(prompts, (tuple, list)) or not 1 <= len(prompts) <= _MOST_PROMPTS:
-            raise RequestError(f"a scan needs from 1 to {_MOST_PROMPTS} prompts in a list, found {_counted(prompts)}")
+        count = len(prompts) if isinstance(prompts, (tuple, list)) else -1
+        if not 1 <= count <= _MOST_PROMPTS:
+            found = f"{prompts!r:.80}" if count < 0 else str(count)
+            raise RequestError(f"a scan needs from 1 to {_MOST_PROMPTS} prompts in a list, found {found}")
         empty = [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt.strip()]
         if empty:
             raise RequestError(f"each prompt of a scan must be a text that is not empty, found {empty[0]!r:.80}")
@@ -81,10 +83,6 @@ class Scan:
             "seed": self.seed,
             "guidance": manifest.default_guidance,
         }
-
-
-def _counted(prompts: object) -> str:
-    return f"{len(prompts)}" if isinstance(prompts, (tuple, list)) else f"{prompts!r:.80}"
 
 
 def run_loop(

@@ -24,7 +24,6 @@ from .options import (
 from .progress import progress
 
 _LONGEST_SHOWN = 200
-_PARTS = {"denoising_start": "--refine-from", "denoising_end": "--refine-from"}
 
 
 class _Run(click.Command):
@@ -41,9 +40,8 @@ class _Run(click.Command):
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
-        options = {
-            str(param.name): max(param.opts, key=len) for param in self.params if "_" in str(param.name)
-        } | _PARTS
+        options = dict.fromkeys(("denoising_start", "denoising_end"), "--refine-from")
+        options |= {str(param.name): max(param.opts, key=len) for param in self.params if "_" in str(param.name)}
         fields = re.compile(r"'[^']*'|\"[^\"]*\"|\b(" + "|".join(options) + r")\b")
         try:
             return super().invoke(ctx)

@@ -81,8 +81,7 @@ class TensorRTEngine(Engine):
             return 1
         least = {plan.profile.shapes[self._by_row[0]][0][0] for plan in self._plans}
         for rows in sorted({asked, *(count for count in least if count > asked)}):
-            wanted = self._with_rows(shapes, rows)
-            if any(plan.profile.takes(wanted) for plan in self._plans):
+            if any(plan.profile.takes(self._with_rows(shapes, rows)) for plan in self._plans):
                 return rows
         return asked
 
