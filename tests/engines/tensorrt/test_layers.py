@@ -83,7 +83,7 @@ def test_each_layer_has_the_precision_of_its_first_float_input(layers):
 
 
 def test_the_summary_names_what_did_not_get_the_precision(layers):
-    told = summary(layers, "fp16", attentions=2, kept=["node_linear_4"])
+    told = summary(layers, "fp16", attentions=2, fp32_nodes=["node_linear_4"])
     assert told["layers"] == {"bf16": 1, "fp16": 2, "fp32": 2, "other": 2}
     assert told["heavy"] == {"bf16": 1, "fp16": 2, "fp32": 1}
     assert told["attention"] == {"fused": 1, "of": 2}
