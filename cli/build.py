@@ -7,13 +7,13 @@ from typing import Any
 import click
 
 from .goal import goal_options, show_result, take_goal
-from .options import ENGINES, engine_option, json_option, precision_option
+from .options import engine_option, json_option, precision_option
 from .progress import progress
 
 
 @click.command("build")
 @click.argument("bundle", type=click.Path())
-@engine_option(f"{ENGINES}. [default: what the bundle was compiled for]")
+@engine_option()
 @precision_option("Of weights and activations; what the lower ones would spoil stays in fp32. [default: the bundle's]")
 @goal_options
 @json_option

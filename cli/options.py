@@ -22,7 +22,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 threads_option = click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
 
 
-def engine_option(text: str, default: str | None = None) -> Callable[[F], F]:
+def engine_option(
+    text: str = f"{ENGINES}. [default: what the bundle was compiled for]", default: str | None = None
+) -> Callable[[F], F]:
     """The option `--engine`; `text` is its help."""
     return click.option("--engine", metavar="ENGINE", default=default, help=text)
 

@@ -11,16 +11,7 @@ from typing import Any
 import click
 
 from ..common.errors import RequestError
-from .options import (
-    ENGINES,
-    GIB,
-    NUMBERS,
-    engine_option,
-    json_option,
-    precision_option,
-    read_options,
-    threads_option,
-)
+from .options import GIB, NUMBERS, engine_option, json_option, precision_option, read_options, threads_option
 from .progress import progress
 
 _LONGEST_SHOWN = 200
@@ -164,7 +155,7 @@ class _Run(click.Command):
 )
 @click.option("--tiled", is_flag=True, help="Encode and decode in tiles: the memory of one, however large the picture.")
 @click.option("--preview", type=click.Path(), help="PNG file that shows the first image after each step.")
-@engine_option(f"{ENGINES}. [default: what the bundle was compiled for]")
+@engine_option()
 @precision_option("Of the models. [default: what the bundle was compiled for; fp32 on the CPU]")
 @click.option(
     "--weight-budget",
