@@ -1,21 +1,9 @@
 """Lower precisions whose exceptions are found by measurement."""
 
-from .conversion import RULE, convert_models
-from .precision import PRECISIONS, Precision
+from .conversion import convert_models
+from .precision import PRECISIONS
 from .quality import QualityError
-from .rewrite import ConvertedModel
-from .scan import BUDGET_DB, DEFAULT_PROMPTS, Scan
+from .scan import Scan
 from .sessions import emulation
 
-__all__ = [
-    "BUDGET_DB",
-    "DEFAULT_PROMPTS",
-    "PRECISIONS",
-    "RULE",
-    "ConvertedModel",
-    "Precision",
-    "QualityError",
-    "Scan",
-    "convert_models",
-    "emulation",
-]
+__all__ = ["PRECISIONS", "QualityError", "Scan", "convert_models", "emulation"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..bundle import FULL, Bundle
 from ..common.arrays import Array
 from ..common.errors import OverflowedError
 from ..common.files import remove, sha256_file
+from ..common.progress import Progress
 from ..engines import Engine
 from .fp32_nodes import Fp32Node, Fp32Nodes
 from .graph import CAST, read
@@ -23,7 +24,7 @@ from .precision import MARGIN, Precision, precision_of
 from .quality import QualityError, compare, psnr
 from .ranges import Ranges
 from .rewrite import ConvertedModel, write
-from .scan import Progress, Scan, run_loop
+from .scan import Scan, run_loop
 from .sessions import Recorder, emulated_engine
 
 RULE = 2
@@ -38,7 +39,7 @@ def convert_models(
     precision: str,
     *,
     scan: Scan | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda text, done, total: None,
 ) -> tuple[dict[str, ConvertedModel], dict[str, Any]]:
     """All components of the float32 `bundle` but `step` in a lower precision, and the quality report.
 
@@ -57,7 +58,7 @@ def convert_models(
 
 
 class _Conversion:
-    def __init__(self, bundle: Bundle, precision: Precision, scan: Scan, progress: Progress | None) -> None:
+    def __init__(self, bundle: Bundle, precision: Precision, scan: Scan, progress: Progress) -> None:
         self._bundle, self._precision, self._scan, self._progress = bundle, precision, scan, progress
         names = [name for name, part in bundle.manifest.components.items() if part.role != "step"]
         self._calls = {name: Recorder(_MOST_CALLS) for name in names}
@@ -109,8 +110,7 @@ class _Conversion:
         def tick() -> None:
             nonlocal done
             done += 1
-            if self._progress is not None:
-                self._progress(f"losses of {name}", min(done, len(feeds)), len(feeds))
+            self._progress(f"losses of {name}", min(done, len(feeds)), len(feeds))
 
         found = Fp32Nodes(self._model(name), name, self._precision, ranges, feeds, tick)
         gc.collect()
@@ -122,15 +122,16 @@ class _Conversion:
     def _write(self, name: str, measured: Fp32Nodes, found: list[Fp32Node], settings: Mapping[str, Any]) -> None:
         low = measured.types(found)
         written = write(self._model(name), name, self._precision, low)
+        casts = sum(str(node.name).startswith(CAST) for node in read(written[0]).graph)
         files = {path.relative_to(self._bundle.root).as_posix(): sha256_file(path) for path in written}
         report = {
             "precision": self._precision.name,
             "rule": RULE,
             **settings,
             "scan": self._scan.record(self._bundle),
-            "islands": [_record(node) for node in found],
+            "islands": [{k: v for k, v in asdict(node).items() if v not in (None, "")} for node in found],
             "reasons": dict(sorted(Counter(node.reason for node in found).items())),
-            "nodes": _counts(written[0], low),
+            "nodes": {"low": sum(low.values()), "kept": len(low) - sum(low.values()), "casts": casts},
             "lowest_loss_db": measured.lowest(found),
         }
         self._converted[name] = ConvertedModel(next(iter(files)), files, report)
@@ -142,16 +143,13 @@ class _Conversion:
         """
         ratios: dict[str, dict[str, float]] = {}
 
-        def loader(name: str, model: str) -> Callable[[], Engine]:
-            def load() -> Engine:
-                engine = emulated_engine(self._bundle.path(model), name, self._precision)
-                if name not in ratios:
-                    ratios[name] = compare(engine, self._sample(name))
-                return engine
+        def load(name: str, model: str) -> Engine:
+            engine = emulated_engine(self._bundle.path(model), name, self._precision)
+            if name not in ratios:
+                ratios[name] = compare(engine, self._sample(name))
+            return engine
 
-            return load
-
-        engines = {name: loader(name, model.model) for name, model in self._converted.items()}
+        engines = {name: partial(load, name, model.model) for name, model in self._converted.items()}
         figures: dict[str, Any] = {"psnr_db": None, "prompts": [], "components": ratios}
         try:
             images = run_loop(self._bundle, engines, self._scan, "quality", self._progress)
@@ -183,14 +181,3 @@ class _Conversion:
             f"fp32 (tries: {len(tries)}): {worst[0]} loses most, {min(worst[1].values()):.1f} dB against fp32; "
             f"{remedy}, take what is left with a lower --min-psnr, or scan other prompts and more steps"
         )
-
-
-def _record(node: Fp32Node) -> dict[str, Any]:
-    """What is known of it, as JSON."""
-    return {name: value for name, value in asdict(node).items() if value not in (None, "")}
-
-
-def _counts(path: Path, low: Mapping[str, bool]) -> dict[str, int]:
-    """How many nodes make floats in each type, and how many casts lie between."""
-    casts = sum(str(node.name).startswith(CAST) for node in read(path).graph)
-    return {"low": sum(low.values()), "kept": len(low) - sum(low.values()), "casts": casts}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..common.arrays import Array
-from .graph import MOVES, Castable, castable, is_cheap, is_float, key, read, version_for, weight_of
+from .graph import CONTRACTIONS, MOVES, Castable, castable, is_float, key, read, version_for, weight_of
 from .losses import Trial, measure, regions_around
 from .precision import Precision
 
@@ -48,8 +49,8 @@ class Fp32Nodes:
 
         tick: called after each call of the model.
         """
-        self._path, self._component, self._precision = path, component, precision
-        self._ranges, self._calls, self._tick = ranges, calls, tick
+        self._path, self._ranges = path, ranges
+        self._measure = partial(measure, path, component, precision, calls=calls, tick=tick)
         model = read(path)
         version = version_for(model, precision)
         self._castable: dict[str, Castable] = {key(node): castable(node, version, precision) for node in model.graph}
@@ -60,7 +61,7 @@ class Fp32Nodes:
         ]
         over = self._over(model, precision.limit)
         tried = [key(node) for node in model.graph if self._computes(node) and key(node) not in over]
-        ratios = self._measured([Trial(name) for name in tried])
+        ratios = self._measure([Trial(name) for name in tried])
         self._losses = dict(zip(tried, ratios, strict=True))
         self._grown: dict[str, list[tuple[frozenset[str], float]]] = {}
 
@@ -119,17 +120,14 @@ class Fp32Nodes:
         """Measure ever larger regions around each node that was not measured so far."""
         fresh = [name for name in names if name not in self._grown]
         trials = [Trial(name, region) for name in fresh for region in regions_around(model, name)]
-        for trial, ratio in zip(trials, self._measured(trials), strict=True):
+        for trial, ratio in zip(trials, self._measure(trials), strict=True):
             self._grown.setdefault(trial.target, []).append((trial.region, ratio))
-
-    def _measured(self, trials: Sequence[Trial]) -> list[float]:
-        return measure(self._path, self._component, self._precision, trials, self._calls, self._tick)
 
     def _isolated(self, model: Any, found: Mapping[str, Fp32Node]) -> dict[str, Fp32Node]:
         """Cheap nodes all whose float neighbours are in float32: a cast costs as much as they do."""
         low = {key(node): node for node in model.graph if self._castable[key(node)].outputs and key(node) not in found}
         isolated = {}
-        for group in _connected({name: node for name, node in low.items() if is_cheap(node)}):
+        for group in _connected({name: node for name, node in low.items() if node.op_type not in CONTRACTIONS}):
             near = {key(near) for node in group.values() for near in _neighbours(node)}
             if not near & low.keys() - group.keys():
                 isolated.update({name: Fp32Node(name, node.op_type, "isolated") for name, node in group.items()})

@@ -19,7 +19,8 @@ MOVES = frozenset(
     ("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose")
 ) | {"Unsqueeze", "DepthToSpace", "SpaceToDepth"}
 """Operators whose output holds values of their inputs and no others."""
-_CONTRACTIONS = frozenset(("Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"))
+CONTRACTIONS = frozenset(("Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"))
+"""Operators that take time for their arithmetic rather than for the bytes they move."""
 MAKERS = frozenset(("Cast", "ConstantOfShape"))
 """Operators that make floats of something else, in a type that an attribute names."""
 CAST = "cast:"
@@ -51,13 +52,26 @@ def read(path: Path) -> Any:
         raise DiffoundryError(f"{path} is not an ONNX model: compile the checkpoint again") from error
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     graph = model.graph
-    inner = any(a.type in _graph_attributes() for node in graph for a in node.attributes.values())
-    if not len(graph) or inner or model.functions:
+    if not len(graph) or list(graph.subgraphs()) or model.functions:
         what = "no nodes" if not len(graph) else "control flow or functions of its own"
         raise DiffoundryError(f"{path} has {what} and cannot be calibrated: use --precision fp32")
-    if any(value.dtype is None for node in graph for value in node.outputs if value.name):
-        _infer(model, path)
+    untyped = [value for node in graph for value in node.outputs if value.name and value.dtype is None]
+    if untyped:
+        _infer(untyped, path)
     return model
+
+
+def _infer(untyped: list[Any], path: Path) -> None:
+    """Fill in the types that the file does not tell. Raises `DiffoundryError` when they cannot be inferred."""
+    import onnx
+    import onnx_ir
+
+    proto = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
+    known = {info.name: info.type.tensor_type.elem_type for info in proto.graph.value_info}
+    for value in untyped:
+        if not known.get(value.name):
+            raise DiffoundryError(f"{path}: the type of {value.name!r} is not known: compile it again")
+        value.dtype = onnx_ir.DataType(known[value.name])
 
 
 def map_tensor(tensor: Any, what: Callable[[Array], Value]) -> Value:
@@ -124,11 +138,6 @@ def castable(node: Any, version: int, precision: Precision) -> Castable:
     return Castable(taken, tuple(outs)) if taken or node.op_type in MAKERS else Castable()
 
 
-def is_cheap(node: Any) -> bool:
-    """Whether a node takes time for the bytes it moves rather than for its arithmetic."""
-    return node.op_type not in _CONTRACTIONS
-
-
 def raise_opset(model: Any, version: int, component: str) -> None:
     """Let `model` use the operators of opset `version`, when each differs from its old self in admitted types alone.
 
@@ -164,9 +173,7 @@ def add_constant(graph: Any, name: str, number: Any) -> Any:
     """A new float32 initializer of `graph`."""
     import onnx_ir
 
-    array = np.asarray(number, np.float32)
-    value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(list(array.shape)))
-    value.const_value, value.dtype = onnx_ir.tensor(array, name=name), onnx_ir.DataType.FLOAT
+    value = onnx_ir.val(name, const_value=onnx_ir.tensor(np.asarray(number, np.float32), name=name))
     graph.register_initializer(value)
     return value
 
@@ -175,10 +182,8 @@ def make_cast(value: Any, to: Any, name: str, kind: str = CAST) -> Any:
     """A node that casts `value` to the type `to`."""
     import onnx_ir
 
-    node = onnx_ir.node("Cast", [value], {"to": int(to)}, name=f"{kind}{name}")
-    made = node.outputs[0]
-    made.name, made.dtype, made.shape = name, to, value.shape
-    return node
+    made = onnx_ir.val(name, to, value.shape)
+    return onnx_ir.node("Cast", [value], {"to": int(to)}, outputs=[made], name=f"{kind}{name}")
 
 
 def _shape_of(schema: Any) -> tuple[Any, ...]:
@@ -188,24 +193,3 @@ def _shape_of(schema: Any) -> tuple[Any, ...]:
         [(p.name, p.type_str, p.option) for p in schema.outputs],
         sorted((a.name, str(a.type), a.required, str(a.default_value)) for a in schema.attributes.values()),
     )
-
-
-def _graph_attributes() -> tuple[Any, ...]:
-    import onnx_ir
-
-    return (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS)
-
-
-def _infer(model: Any, path: Path) -> None:
-    """Fill in the types that the file does not tell. Raises `DiffoundryError` when they cannot be inferred."""
-    import onnx
-    import onnx_ir
-
-    proto = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
-    known = {info.name: info.type.tensor_type.elem_type for info in proto.graph.value_info}
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name and value.dtype is None:
-                if not known.get(value.name):
-                    raise DiffoundryError(f"{path}: the type of {value.name!r} is not known: compile it again")
-                value.dtype = onnx_ir.DataType(known[value.name])

@@ -35,7 +35,7 @@ class Trial:
 
 def decibels(signal: float, noise: float) -> float:
     """The ratio of two powers in dB, within ±`LOSSLESS`."""
-    if math.isnan(noise) or math.isinf(noise):
+    if not math.isfinite(noise):
         return -LOSSLESS
     if noise <= 0:
         return LOSSLESS
@@ -88,9 +88,7 @@ def _probe(model: Any, precision: Precision, trials: Sequence[Trial]) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     probe = _Probe(model, precision)
-    outputs = []
-    for i, trial in enumerate(trials):
-        outputs += probe.add(i, trial)
+    outputs = [output for i, trial in enumerate(trials) for output in probe.add(i, trial)]
     model.graph.outputs.clear()
     model.graph.outputs.extend(outputs)
     RemoveUnusedNodesPass()(model)
@@ -133,10 +131,8 @@ class _Probe:
         for place, value in enumerate(node.inputs):
             if value is not None and value.name in made:
                 value = made[value.name]
-            elif is_float(value) and (low or not value.is_graph_input()):
-                constant = weight_of(value) is not None
-                if (low and place in taken) or (not low and not constant):
-                    value = self._round(value)
+            elif is_float(value) and (place in taken if low else value.producer() and weight_of(value) is None):
+                value = self._round(value)
             inputs.append(value)
         clone = onnx_ir.Node(
             node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs)
@@ -166,21 +162,13 @@ class _Probe:
         """Outputs `signal:i` and `noise:i`. Infinity, and what stands for it, is left out where there are masks."""
         import onnx_ir
 
-        def step(op: str, *inputs: Any, **attributes: Any) -> Any:
-            added.append(onnx_ir.node(op, list(inputs), attributes))
-            made = added[-1].outputs[0]
-            made.name = f"compare{len(added)}:{i}"
-            return made
-
-        added: list[Any] = []
-        error = step("Sub", exact, trial)
+        tape = onnx_ir.tape.Tape()
+        error = tape.op("Sub", [exact, trial])
         if self._masked:
-            finite = step("Less", step("Abs", exact), self._bound)
-            exact, error = (step("Where", finite, each, self._zero) for each in (exact, error))
-        outputs = []
-        for name, value in (("signal", exact), ("noise", error)):
-            output = step("ReduceSumSquare", value, keepdims=0)
-            output.name, output.dtype, output.shape = f"{name}:{i}", self._float, onnx_ir.Shape([])
-            outputs.append(output)
-        self._graph.insert_after(last, added)
+            finite = tape.op("Less", [tape.op("Abs", [exact]), self._bound])
+            exact, error = (tape.op("Where", [finite, each, self._zero]) for each in (exact, error))
+        outputs = [onnx_ir.val(f"{name}:{i}", self._float, []) for name in ("signal", "noise")]
+        for value, output in zip((exact, error), outputs, strict=True):
+            tape.op("ReduceSumSquare", [value], {"keepdims": 0}, output=output)
+        self._graph.insert_after(last, tape.nodes)
         return outputs

@@ -26,7 +26,7 @@ class Ranges:
         self._largest: dict[str, float] = {}
 
     def engine(self, on_call: Any) -> RecordedEngine:
-        """An engine of the component that gathers as it runs, and tells `on_call` of each call.
+        """An engine of the component that gathers as it runs, and calls `on_call` after each call.
 
         The largest values are computed inside the graph, so that no activation outlives its reader.
         """
@@ -80,19 +80,11 @@ def _probe(model: Any, *, masked: bool) -> None:
         for made in node.outputs:
             if not is_float(made) or not made.name:
                 continue
-            seen, added = made, []
+            tape, seen = onnx_ir.tape.Tape(), made
             if masked:
-                absolute = onnx_ir.node("Abs", [made])
-                finite = onnx_ir.node("Less", [absolute.outputs[0], bound])
-                kept = onnx_ir.node("Where", [finite.outputs[0], absolute.outputs[0], zero])
-                for i, each in enumerate((absolute, finite, kept)):
-                    each.outputs[0].name = f"{made.name}:finite{i}"
-                added, seen = [absolute, finite, kept], kept.outputs[0]
+                absolute = tape.op("Abs", [made])
+                seen = tape.op("Where", [tape.op("Less", [absolute, bound]), absolute, zero])
             for op, suffix in [("ReduceMax", _HIGH), ("ReduceMin", _LOW)][: 1 if masked else 2]:
-                reduce = onnx_ir.node(op, [seen], {"keepdims": 0})
-                output = reduce.outputs[0]
-                output.name, output.shape = f"{made.name}{suffix}", onnx_ir.Shape([])
-                output.dtype = onnx_ir.DataType.FLOAT
-                added.append(reduce)
-                graph.outputs.append(output)
-            graph.insert_after(node, added)
+                output = onnx_ir.val(f"{made.name}{suffix}", onnx_ir.DataType.FLOAT, [])
+                graph.outputs.append(tape.op(op, [seen], {"keepdims": 0}, output=output))
+            graph.insert_after(node, tape.nodes)

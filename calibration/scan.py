@@ -12,6 +12,7 @@ from ..bundle import Bundle
 from ..common.arrays import Array
 from ..common.checks import LARGEST_SIDE, is_number, whole_number
 from ..common.errors import RequestError
+from ..common.progress import Progress
 from ..engines import Engine
 from ..runtime.pipeline import Pipeline
 from ..runtime.request import Request
@@ -28,8 +29,6 @@ _MOST_PROMPTS = 1024
 _SIDE_UNIT = 8
 _LARGEST_SEED = 2**62
 _LARGEST_BUDGET = 120
-Progress = Callable[[str, int, int], None]
-"""`progress(text, done, total)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +48,10 @@ class Scan:
 
     def __post_init__(self) -> None:
         prompts = self.prompts
-        if not isinstance(prompts, (tuple, list)) or not 1 <= len(prompts) <= _MOST_PROMPTS:
-            raise RequestError(f"a scan needs from 1 to {_MOST_PROMPTS} prompts in a list, found {_counted(prompts)}")
+        count = len(prompts) if isinstance(prompts, (tuple, list)) else -1
+        if not 1 <= count <= _MOST_PROMPTS:
+            found = f"{prompts!r:.80}" if count < 0 else str(count)
+            raise RequestError(f"a scan needs from 1 to {_MOST_PROMPTS} prompts in a list, found {found}")
         empty = [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt.strip()]
         if empty:
             raise RequestError(f"each prompt of a scan must be a text that is not empty, found {empty[0]!r:.80}")
@@ -84,12 +85,8 @@ class Scan:
         }
 
 
-def _counted(prompts: object) -> str:
-    return f"{len(prompts)}" if isinstance(prompts, (tuple, list)) else f"{prompts!r:.80}"
-
-
 def run_loop(
-    bundle: Bundle, engines: Mapping[str, Callable[[], Engine]], scan: Scan, text: str, progress: Progress | None
+    bundle: Bundle, engines: Mapping[str, Callable[[], Engine]], scan: Scan, text: str, progress: Progress
 ) -> list[Array]:
     """Run the loop on every prompt and return the images, uint8 (H, W, 3); each component runs at least once.
 
@@ -99,11 +96,9 @@ def run_loop(
     pipeline = Pipeline(bundle, threads=1, loop="host", engines=engines)
 
     def report(done: int, total: int, _: Array) -> None:
-        if progress is not None:
-            progress(text, done, total)
+        progress(text, done, total)
 
-    requests = _requests(bundle, scan)
-    results = pipeline.generate_many(requests, batch=1, low_memory=True, callback=report)
+    results = pipeline.generate_many(_requests(bundle, scan), batch=1, low_memory=True, callback=report)
     pipeline.release_all()
     images = [np.asarray(image) for result in results for image in result.images]
     if bundle.manifest.with_role("preview"):

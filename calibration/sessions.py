@@ -14,7 +14,6 @@ from ..bundle import STANDARD, Bundle
 from ..common.arrays import Array
 from ..common.errors import EngineError, reason
 from ..engines import DeviceArray, DeviceBinding, Engine, HostBinding
-from ..engines.engine import EngineBase
 from ..engines.onnxruntime import NO_MEMORY_TO_LOAD, OnnxRuntimeEngine, default_threads, lacks_memory
 from ..engines.wheel import ort
 from .precision import Precision, precision_of
@@ -54,7 +53,7 @@ def start(model: Any, folder: Path, component: str, *, fast: bool = True) -> Onn
     return OnnxRuntimeEngine(session, component, "cpu")
 
 
-class RecordedEngine(EngineBase):
+class RecordedEngine(Engine):
     """An engine that reports to `on_call` of each call. It shows the first `shown` outputs of the engine within."""
 
     def __init__(self, engine: Engine, on_call: OnCall, shown: int | None = None) -> None:

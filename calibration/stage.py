@@ -54,7 +54,7 @@ def convert(bundle: Bundle, ledger: Ledger, precision: str, scan: Scan, meter: M
     """
     plain = replace(bundle, manifest=replace(bundle.manifest, engine=ONNXRUNTIME, precision=FULL))
 
-    def progress(text: str, done: int, total: int) -> None:
+    def progress(text: str, done: float, total: int) -> None:
         meter.show(f"{precision}, {text} {done}/{total}")
 
     def make() -> Converted:

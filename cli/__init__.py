@@ -25,7 +25,7 @@ from .verify import verify_command
 _INTERRUPTED = "interrupted; what was finished is kept, run the same command again to go on"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Compile diffusers checkpoints into engines and run them without PyTorch."""

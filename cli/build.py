@@ -6,22 +6,18 @@ from typing import Any
 
 import click
 
-from .goal import goal_options, scan_of, show_result, target_of
-from .options import PRECISIONS, engine_option, json_option
+from .goal import goal_options, show_result, take_goal
+from .options import engine_option, json_option, precision_option
 from .progress import progress
 
 
 @click.command("build")
 @click.argument("bundle", type=click.Path())
-@engine_option
-@click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    help="Of weights and activations; what the lower ones would spoil stays in fp32. [default: the bundle's]",
-)
+@engine_option()
+@precision_option("Of weights and activations; what the lower ones would spoil stays in fp32. [default: the bundle's]")
 @goal_options
 @json_option
-def build_command(bundle: str, engine: str | None, precision: str | None, as_json: bool, **options: Any) -> None:
+def build_command(bundle: str, as_json: bool, **options: Any) -> None:
     """Make a lower precision and TensorRT plans of BUNDLE, where it will run.
 
     Neither torch nor the checkpoint is needed. What is named here is what the bundle is run with by default from then
@@ -29,8 +25,8 @@ def build_command(bundle: str, engine: str | None, precision: str | None, as_jso
     """
     from ..calibration.build import build
 
-    target, scan = target_of(options), scan_of(options)
+    goal = take_goal(options)
     with progress("build", shown=not as_json) as report:
-        made = build(bundle, engine=engine, precision=precision, target=target, scan=scan, progress=report)
+        made = build(bundle, progress=report, **goal, **options)
     held = f"{made.manifest.precision} for {made.manifest.engine}"
     show_result(made, f"{bundle} is ready: {held}", as_json, engine=made.manifest.engine)

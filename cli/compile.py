@@ -8,34 +8,22 @@ from typing import Any
 
 import click
 
+from ..bundle.precisions import STORAGE_DTYPES
 from ..families import FAMILIES
-from .goal import goal_options, scan_of, show_result, target_of
-from .options import COUNTS, ENGINES, PRECISIONS, STORAGE_DTYPES, json_option, read_list, read_pairs
+from .goal import goal_options, show_result, take_goal
+from .options import COUNTS, ENGINES, engine_option, json_option, precision_option, read_list, read_pairs
 from .progress import progress
 
 
 @click.command("compile")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The bundle folder to make.")
-@click.option(
-    "--engine",
-    default="onnxruntime",
-    show_default=True,
-    metavar="ENGINE",
-    help=f"What runs the models: {ENGINES}.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    default="fp32",
-    show_default=True,
-    help="Of weights and activations. What the lower ones would spoil stays in fp32.",
-)
+@engine_option(f"What runs the models: {ENGINES}.", default="onnxruntime")
+@precision_option("Of weights and activations. What the lower ones would spoil stays in fp32.", default="fp32")
 @click.option(
     "--storage-dtype",
     type=click.Choice(STORAGE_DTYPES),
     default="fp32",
-    show_default=True,
     help="Of the weights in the fp32 models. auto: that of the checkpoint, for half the disk and memory.",
 )
 @goal_options
@@ -76,57 +64,32 @@ from .progress import progress
 @click.option("--steps", type=COUNTS, default=(), help="Step counts of --trace-scheduler.")
 @json_option
 def compile_command(
-    checkpoint: str,
-    output: str,
-    engine: str,
-    precision: str,
-    storage_dtype: str,
-    family: str | None,
-    tasks: str | None,
-    components: tuple[str, ...],
-    config: str | None,
-    prediction_type: str | None,
-    default_steps: int | None,
-    default_guidance: float | None,
-    trace_scheduler: str | None,
-    steps: tuple[int, ...],
-    as_json: bool,
-    **options: Any,
+    checkpoint: str, output: str, tasks: str | None, components: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
     """Compile CHECKPOINT into a bundle.
 
     CHECKPOINT is a folder in the diffusers layout, a single file (.safetensors, .ckpt) in the layout of the original
-    authors, or a hub id (owner/name) when online. Each component is traced to
-    ONNX, held against torch on three random shapes, and built for this machine. A compile that was stopped goes on
-    where it was; a finished stage is not done twice.
+    authors, or a hub id (owner/name) when online. Each component is traced to ONNX, held against torch on three random
+    shapes, and built for this machine. A compile that was stopped goes on where it was; a finished stage is not done
+    twice.
     """
     from ..bundle.reports import read_report
     from ..common.errors import DiffoundryError
     from ..export import compile
     from ..runtime.schedule import Schedules
 
-    if ":" in (trace_scheduler or ""):
+    if ":" in (options["trace_scheduler"] or ""):
         sys.path.insert(0, str(Path.cwd()))  # a module of one's own lies where one stands
-    target, scan = target_of(options), scan_of(options)
+    goal = take_goal(options)
     with progress("compile", shown=not as_json) as report:
         bundle = compile(
             checkpoint,
             output,
-            engine=engine,
-            precision=precision,
-            storage_dtype=storage_dtype,
-            target=target,
-            scan=scan,
-            family=family,
             tasks=None if tasks is None else read_list([tasks]),
             components=read_pairs("--component", components, "NAME=FOLDER"),
-            config=config,
-            prediction_type=prediction_type,
-            default_steps=default_steps,
-            default_guidance=default_guidance,
-            trace_scheduler=trace_scheduler,
-            steps=steps,
             progress=report,
+            **goal,
+            **options,
         )
     parity, step = read_report(bundle, "parity"), bundle.manifest.named("step")
     worst = {

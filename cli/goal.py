@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import GIB, NAMES, Parsed
+from ..common.errors import DiffoundryError
+from .options import GIB, NAMES, F, Parsed
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
-    from ..calibration import Scan
-    from ..engines.tensorrt.target import Target
 
-F = TypeVar("F", bound=Callable[..., Any])
+Size = tuple[int, int]
 _LARGEST_PROMPTS = 1 << 20
 _FLAGS = {
     "refit": "TensorRT: plans whose weights can be replaced; needs the GPU.",
@@ -27,26 +27,32 @@ _FLAGS = {
 }
 
 
-def _size(text: str) -> Any:
-    from ..engines.tensorrt.target import parse_size
-
-    return parse_size(text)
-
-
-def _sizes(text: str) -> Any:
-    return [_size(part) for part in NAMES.convert(text, None, None)]
+def parse_size(text: str) -> Size:
+    """Read `512x768`, width and height. Raises `DiffoundryError`."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip())
+    if found is None:
+        raise DiffoundryError(f"a shape is WIDTHxHEIGHT, such as 512x768, found {text!r}")
+    return int(found[1]), int(found[2])
 
 
-def _range(text: str) -> Any:
-    from ..engines.tensorrt.target import parse_range
+def parse_range(text: str) -> tuple[Size, Size]:
+    """Read `256x256-1024x1024`. Raises `DiffoundryError`."""
+    low, dash, high = text.partition("-")
+    if not dash:
+        raise DiffoundryError(f"dynamic sizes are MIN-MAX, such as 256x256-1024x1024, found {text!r}")
+    return parse_size(low), parse_size(high)
 
-    return parse_range(text)
+
+def parse_batch(text: str) -> tuple[int, int]:
+    """Read `4` or `1-4`. Raises `DiffoundryError`."""
+    found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text.strip())
+    if found is None:
+        raise DiffoundryError(f"a batch is a number or a range, such as 4 or 1-4, found {text!r}")
+    return int(found[1]), int(found[2] or found[1])
 
 
-def _batch(text: str) -> Any:
-    from ..engines.tensorrt.target import parse_batch
-
-    return parse_batch(text)
+def _sizes(text: str) -> list[Size]:
+    return [parse_size(part) for part in NAMES.convert(text, None, None)]
 
 
 _OPTIONS = (
@@ -67,11 +73,11 @@ _OPTIONS = (
     ),
     click.option(
         "--dynamic",
-        type=Parsed("WxH-WxH", _range),
+        type=Parsed("WxH-WxH", parse_range),
         help="TensorRT: one more plan for all sizes between two; slower than static ones.",
     ),
     click.option(
-        "--batch", type=Parsed("N[-M]", _batch), help="TensorRT: images in one call of the U-Net. [default: 1]"
+        "--batch", type=Parsed("N[-M]", parse_batch), help="TensorRT: images in one call of the U-Net. [default: 1]"
     ),
     *(click.option(f"--{name}", is_flag=True, help=text) for name, text in _FLAGS.items()),
     click.option("--build-memory", type=GIB, help="TensorRT: stop a builder that takes more than this."),
@@ -81,7 +87,7 @@ _OPTIONS = (
     click.option("--scan-steps", type=int, metavar="N", help="fp16, bf16: steps of the scan. [default: the bundle's]"),
     click.option(
         "--scan-size",
-        type=Parsed("WxH", _size),
+        type=Parsed("WxH", parse_size),
         help="fp16, bf16: size of its pictures. [default: the checkpoint's]",
     ),
     click.option(
@@ -94,46 +100,42 @@ _OPTIONS = (
 
 
 def goal_options(command: F) -> F:
-    """The options of plans and of the calibration run; `target_of` and `scan_of` read their values."""
+    """The options of plans and of the calibration run; `take_goal` reads their values."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
-def target_of(options: dict[str, Any]) -> Target | None:
-    """What plans are built for; None when nothing was said of them."""
+def take_goal(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the values of `goal_options` out of `options`; the `target` and the `scan`, None where nothing is said."""
+    from ..calibration import Scan
     from ..engines.tensorrt.target import Target
 
-    said: dict[str, Any] = {
-        "archs": tuple(arch for archs in options["archs"] for arch in archs),
-        "sizes": tuple(size for sizes in options["shapes"] for size in sizes),
-        "dynamic": options["dynamic"],
-        "batch": options["batch"],
-        "flags": tuple(name for name in _FLAGS if options[name.replace("-", "_")]),
-        "memory_limit": options["build_memory"],
+    archs, shapes, path = options.pop("archs"), options.pop("shapes"), options.pop("scan_prompts")
+    target: dict[str, Any] = {
+        "archs": tuple(arch for part in archs for arch in part),
+        "sizes": tuple(size for part in shapes for size in part),
+        "dynamic": options.pop("dynamic"),
+        "batch": options.pop("batch"),
+        "flags": tuple(name for name in _FLAGS if options.pop(name.replace("-", "_"))),
+        "memory_limit": options.pop("build_memory"),
     }
-    said = {name: value for name, value in said.items() if value not in (None, ())}
-    return Target(**said) if said else None
-
-
-def scan_of(options: dict[str, Any]) -> Scan | None:
-    """What the loop is run with to find what stays in fp32; None when nothing was said of it."""
-    from ..calibration import Scan
-
-    path = options["scan_prompts"]
-    said: dict[str, Any] = {
+    scan: dict[str, Any] = {
         "prompts": None if path is None else _prompts(path),
-        "steps": options["scan_steps"],
-        "size": options["scan_size"],
-        "budget_db": options["min_psnr"],
+        "steps": options.pop("scan_steps"),
+        "size": options.pop("scan_size"),
+        "budget_db": options.pop("min_psnr"),
     }
-    said = {name: value for name, value in said.items() if value is not None}
-    return Scan(**said) if said else None
+    return {"target": _said(Target, target), "scan": _said(Scan, scan)}
+
+
+def _said(kind: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """A `kind` of the values that were given, None where none was."""
+    given = {name: value for name, value in values.items() if value not in (None, ())}
+    return kind(**given) if given else None
 
 
 def _prompts(path: str) -> tuple[str, ...]:
-    from ..common.errors import DiffoundryError
-
     try:
         if not Path(path).is_file() or Path(path).stat().st_size > _LARGEST_PROMPTS:
             raise OSError(f"it is no file of up to {_LARGEST_PROMPTS >> 10} KiB")

@@ -78,17 +78,13 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
             for names, tensor in _grouped(tensors):
                 shape = ", ".join(str(axis) for axis in tensor.shape)
                 console.print(f"{name} {arrow} {names} {tensor.dtype}[{shape}]", soft_wrap=True)
-    traced = Schedules(opened).traced
-    for name, counts in traced.items():
+    for name, counts in Schedules(opened).traced.items():
         console.print(f"scheduler {name}: read off its code for {', '.join(map(str, sorted(counts)))} steps")
     for line in _precision_lines(reports):
         console.print(line, soft_wrap=True)
     for record in engines:
-        if "profile" in record and isinstance(record["profile"], dict):
-            console.print(_plan_line(record), soft_wrap=True)
-            continue
-        made = " ".join(str(record.get(name, "?"))[:32] for name in ("component", "backend", "version", "provider"))
-        console.print(f"engines/{str(record.get('key'))[:32]}: {made}, {_size(record['bytes'])}", soft_wrap=True)
+        line = _plan_line(record) if isinstance(record.get("profile"), dict) else _session_line(record)
+        console.print(f"engines/{record['key']}: {line}", soft_wrap=True)
     if manifest.versions:
         console.print("built with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
 
@@ -110,10 +106,11 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
 
 def _plan_line(record: dict[str, Any]) -> str:
     """What a plan is for, how big it is, what it is made of, and what it took to build it."""
-    from ..engines.tensorrt.plan import is_measured
+    from ..bundle.reader import fits
+    from ..engines.tensorrt.plan import Measured
 
-    if not is_measured(record):
-        return f"engines/{str(record.get('key'))[:32]}: its record is damaged; compile the bundle again"
+    if not fits(Measured, record):
+        return "its record is damaged; compile the bundle again"
     made, memory, peak = record["made_of"], record["memory"], record["peak_bytes"]
     layers = ", ".join(f"{count} {precision}" for precision, count in made["layers"].items())
     attention = made["attention"]
@@ -123,11 +120,17 @@ def _plan_line(record: dict[str, Any]) -> str:
     flags = "".join(f", {flag}" for flag in record.get("flags") or ())
     weights = _size(memory["weights"]) if memory.get("weights") else "none"
     return (
-        f"engines/{record['key'][:32]}: {record.get('component')} {record.get('precision')}, "
+        f"{record.get('component')} {record.get('precision')}, "
         f"{record['profile'].get('name')}{flags}, for {place} ({record.get('backend')} {record.get('version')}); "
         f"{_size(record['bytes'])}, weights {weights}; layers: {layers}{fused}; "
         f"built in {record['seconds']:.0f} s" + (f" with {peak / 2**30:.1f} GiB" if peak else "")
     )
+
+
+def _session_line(record: dict[str, Any]) -> str:
+    """What ONNX Runtime's optimized graph is of, and how big it is."""
+    made = " ".join(str(record.get(name, "?"))[:32] for name in ("component", "backend", "version", "provider"))
+    return f"{made}, {_size(record['bytes'])}"
 
 
 def _grouped(tensors: Iterable[Any]) -> Iterator[tuple[str, Any]]:

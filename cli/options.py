@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from ..bundle.precisions import PRECISIONS as _PRECISIONS
-from ..bundle.precisions import STORAGE_DTYPES as _STORAGE_DTYPES
+from ..bundle.precisions import PRECISIONS
 from ..common.errors import DiffoundryError
 from ..engines.names import ENGINES as _ENGINES
 
@@ -17,18 +16,22 @@ _MOST_STEPS = 1_000_000
 _GIB = 2**30
 _MOST_GIB = 100_000
 ENGINES = ", ".join(_ENGINES)
-PRECISIONS = list(_PRECISIONS)
-STORAGE_DTYPES = list(_STORAGE_DTYPES)
+F = TypeVar("F", bound=Callable[..., Any])
 
-engine_option = click.option(
-    "--engine", metavar="ENGINE", help=f"{ENGINES}. [default: what the bundle was compiled for]"
-)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-precision_option = click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    help="Of the models. [default: what the bundle was compiled for; fp32 on the CPU]",
-)
+threads_option = click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
+
+
+def engine_option(
+    text: str = f"{ENGINES}. [default: what the bundle was compiled for]", default: str | None = None
+) -> Callable[[F], F]:
+    """The option `--engine`; `text` is its help."""
+    return click.option("--engine", metavar="ENGINE", default=default, help=text)
+
+
+def precision_option(text: str, default: str | None = None) -> Callable[[F], F]:
+    """The option `--precision`; `text` is its help."""
+    return click.option("--precision", type=click.Choice(list(PRECISIONS)), default=default, help=text)
 
 
 def read_pairs(name: str, pairs: Iterable[str], form: str = "KEY=VALUE") -> dict[str, str]:
@@ -107,9 +110,5 @@ def _names(text: str) -> list[str]:
     return found
 
 
-NUMBERS, COUNTS, GIB, NAMES = (
-    Parsed("N,N,…", _numbers),
-    Parsed("N,N,…", _counts),
-    Parsed("GIB", _gib),
-    Parsed("NAME,…", _names),
-)
+NUMBERS, COUNTS = Parsed("N,N,…", _numbers), Parsed("N,N,…", _counts)
+GIB, NAMES = Parsed("GIB", _gib), Parsed("NAME,…", _names)

@@ -6,19 +6,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+
+from ..common.progress import Progress
 
 _COUNT = "0123456789/ "
 """A text that ends in a count says how far a stage is."""
 
 
-class Report(Protocol):
-    def __call__(self, text: str, done: float, total: int) -> None: ...
-
-
 @contextmanager
-def progress(title: str, *, shown: bool = True, every: float = 5.0) -> Iterator[Report]:
-    """Yield `report(text, done, total)`. Plain lines come every so many seconds, and when more than a count changes.
+def progress(title: str, *, shown: bool = True, every: float = 5.0) -> Iterator[Progress]:
+    """Yield a progress callback. Plain lines come every so many seconds, and when more than a count changes.
 
     done: whole stages, and the part of the one that is going on.
     """
@@ -26,10 +23,11 @@ def progress(title: str, *, shown: bool = True, every: float = 5.0) -> Iterator[
         yield lambda text, done, total: None
     elif sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=None)
             yield lambda text, done, total: bar.update(
                 task, description=f"{title}: {text}", completed=done, total=total

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..common.errors import RequestError
-from .options import GIB, NUMBERS, engine_option, json_option, precision_option, read_options
+from .options import GIB, NUMBERS, engine_option, json_option, precision_option, read_options, threads_option
 from .progress import progress
 
-_LONGEST_TOLD = 200
-
-
-_PARTS = {"denoising_start": "--refine-from", "denoising_end": "--refine-from"}
+_LONGEST_SHOWN = 200
 
 
 class _Run(click.Command):
@@ -35,9 +31,8 @@ class _Run(click.Command):
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
-        options = {
-            str(param.name): max(param.opts, key=len) for param in self.params if "_" in str(param.name)
-        } | _PARTS
+        options = dict.fromkeys(("denoising_start", "denoising_end"), "--refine-from")
+        options |= {str(param.name): max(param.opts, key=len) for param in self.params if "_" in str(param.name)}
         fields = re.compile(r"'[^']*'|\"[^\"]*\"|\b(" + "|".join(options) + r")\b")
         try:
             return super().invoke(ctx)
@@ -54,7 +49,6 @@ class _Run(click.Command):
     "-o",
     "--output",
     default="out.png",
-    show_default=True,
     type=click.Path(),
     help="PNG file to write; with --count NAME-0.png, NAME-1.png and so on.",
 )
@@ -74,7 +68,6 @@ class _Run(click.Command):
 @click.option(
     "--resize",
     default="default",
-    show_default=True,
     type=click.Choice(["default", "fill", "crop"]),
     help="How --image comes to --width and --height: stretched, with borders, or cut.",
 )
@@ -115,7 +108,6 @@ class _Run(click.Command):
 @click.option(
     "--guidance-mode",
     default="joint",
-    show_default=True,
     type=click.Choice(["joint", "split", "off"]),
     help="Both halves in one call, in two calls of half the memory, or none.",
 )
@@ -125,12 +117,9 @@ class _Run(click.Command):
     type=float,
     metavar="START END",
     default=(0.0, 1.0),
-    show_default=True,
     help="The part of the steps, from 0 to 1, that is guided.",
 )
-@click.option(
-    "--guidance-rescale", default=0.0, show_default=True, type=float, help="0 to 1, against overexposure (Lin 2023)."
-)
+@click.option("--guidance-rescale", default=0.0, type=float, help="0 to 1, against overexposure (Lin 2023).")
 @click.option("--weights", is_flag=True, help="The prompt holds weights: (a red star)1.3, ring++, heart-.")
 @click.option("--windows", is_flag=True, help="A prompt that is too long takes several windows of the text encoder.")
 @click.option("--clip-skip", type=int, metavar="LAYERS", help="Leave out the last layers of the text encoder.")
@@ -151,40 +140,34 @@ class _Run(click.Command):
 @click.option(
     "--rng",
     default="cpu",
-    show_default=True,
     type=click.Choice(["cpu", "cuda"]),
     help="Whose noise the seed means: torch's generator on the CPU, or on an NVIDIA GPU.",
 )
-@click.option("--count", default=1, show_default=True, type=int, help="Number of images.")
-@click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Most images in one U-Net call.")
+@click.option("--count", default=1, type=int, help="Number of images.")
+@click.option("--batch", default=4, type=click.IntRange(1), help="Most images in one U-Net call.")
 @click.option("--width", type=int, help="In pixels, a multiple of 8. [default: the picture's, else the checkpoint's]")
 @click.option("--height", type=int, help="In pixels, a multiple of 8. [default: the picture's or the checkpoint's]")
 @click.option(
     "--decoder",
     default="full",
-    show_default=True,
     type=click.Choice(["full", "tiny"]),
     help="The checkpoint's own, or the small one that it was compiled with.",
 )
 @click.option("--tiled", is_flag=True, help="Encode and decode in tiles: the memory of one, however large the picture.")
 @click.option("--preview", type=click.Path(), help="PNG file that shows the first image after each step.")
-@engine_option
-@precision_option
+@engine_option()
+@precision_option("Of the models. [default: what the bundle was compiled for; fp32 on the CPU]")
 @click.option(
     "--weight-budget",
     type=GIB,
     help="Of plans that stream their weights: what stays on the GPU. [default: TensorRT's choice]",
 )
-@click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
+@threads_option
 @json_option
 def run_command(
     bundle: str,
     output: str,
     batch: int,
-    engine: str | None,
-    precision: str | None,
-    weight_budget: int | None,
-    threads: int | None,
     refiner: str | None,
     refine_from: float | None,
     preview: str | None,
@@ -203,17 +186,12 @@ def run_command(
 
     if refine_from is not None and refiner is None:
         raise click.UsageError("--refine-from goes with --refiner: give the refiner's bundle too, or leave it out")
+    how = {name: asked.pop(name) for name in ("engine", "precision", "threads", "weight_budget")}
     request = _request(asked)
     paths = output_paths(Path(output), request.count)
     shown = None if preview is None else output_paths(Path(preview), 1)[0]
     if shown in paths:
         raise click.UsageError("--preview and --output are one file: give another name to one of them")
-    how: dict[str, Any] = {
-        "engine": engine,
-        "precision": precision,
-        "threads": threads,
-        "weight_budget": weight_budget,
-    }
     pipeline = load(bundle, **how)
     if shown is not None:
         check_decoder(pipeline.bundle, "tiny")
@@ -224,42 +202,31 @@ def run_command(
             if shown is not None:
                 save_png(pipeline.preview(latents[:1])[0], shown, {"step": step, "steps": total})
 
+        options: dict[str, Any] = {"batch": batch, "low_memory": True, "callback": callback}
         if refiner is None:
-            result = pipeline.generate(request, batch=batch, low_memory=True, callback=callback)
+            result = pipeline.generate(request, **options)
         else:
-            second = load(refiner, **how)
-            part = {} if refine_from is None else {"part": refine_from}
-            result = generate_refined(
-                pipeline, second, request, **part, batch=batch, low_memory=True, callback=callback
-            )
-    manifest, told = pipeline.bundle.manifest, pipeline.info()
-    how_run = {name: told[name] for name in ("engine", "precision")}
+            if refine_from is not None:
+                options["part"] = refine_from
+            result = generate_refined(pipeline, load(refiner, **how), request, **options)
+    info = pipeline.info()
+    made = {**result.request, "count": 1, "source": pipeline.bundle.manifest.source, "diffoundry": __version__}
+    made |= {name: info[name] for name in ("engine", "precision")}
     for path, image, own in zip(paths, result.images, result.seeds, strict=True):
-        made = {
-            **result.request,
-            "seed": own,
-            "count": 1,
-            "source": manifest.source,
-            "diffoundry": __version__,
-            **how_run,
-        }
-        save_png(image, path, made)
+        save_png(image, path, made | {"seed": own})
     for name, text in result.truncated.items():
-        left = "".join(letter if letter.isprintable() else " " for letter in text[:_LONGEST_TOLD])
-        more = f" … ({len(text)} letters)" if len(text) > _LONGEST_TOLD else ""
+        left = "".join(letter if letter.isprintable() else " " for letter in text[:_LONGEST_SHOWN])
+        more = f" … ({len(text)} letters)" if len(text) > _LONGEST_SHOWN else ""
         print(f"Warning: {name} is too long, this was left out: {left}{more} (--windows takes it in)", file=sys.stderr)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "images": [{"path": str(path), "seed": own} for path, own in zip(paths, result.seeds, strict=True)],
-                    "request": result.request,
-                    **told,
-                    "truncated": result.truncated,
-                    "seconds": {name: round(value, 4) for name, value in result.seconds.items()},
-                },
-            )
-        )
+        described = {
+            "images": [{"path": str(path), "seed": own} for path, own in zip(paths, result.seeds, strict=True)],
+            "request": result.request,
+            **info,
+            "truncated": result.truncated,
+            "seconds": {name: round(value, 4) for name, value in result.seconds.items()},
+        }
+        print(json.dumps(described))
     else:
         for path, own in zip(paths, result.seeds, strict=True):
             click.echo(f"{path} (seed {own})")
@@ -273,16 +240,9 @@ def _request(asked: dict[str, Any]) -> Any:
 
     if asked["steps"] is not None and (asked["timesteps"] is not None or asked["sigmas"] is not None):
         raise click.UsageError("--timesteps and --sigmas take the place of --steps: leave --steps out")
-    guidance = Guidance(
-        asked.pop("guidance"),
-        asked.pop("guidance_mode"),
-        asked.pop("guidance_interval"),
-        asked.pop("guidance_rescale"),
-    )
-    told = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
-    read: dict[str, Callable[[Any], Any]] = {
-        "scheduler_options": read_options,
-    }
-    values = {name: read[name](value) if name in read else value for name, value in asked.items()}
-    conditioning = Conditioning(**{name: value for name, value in told.items() if value is not None})
-    return Request(guidance=guidance, conditioning=conditioning, **values)
+    guided = ("guidance", "guidance_mode", "guidance_interval", "guidance_rescale")
+    guidance = Guidance(*(asked.pop(name) for name in guided))
+    sizes = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
+    options = read_options(asked.pop("scheduler_options"))
+    conditioning = Conditioning(**{name: value for name, value in sizes.items() if value is not None})
+    return Request(guidance=guidance, conditioning=conditioning, scheduler_options=options, **asked)

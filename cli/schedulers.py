@@ -11,7 +11,7 @@ import click
 from .options import json_option, read_options
 
 if TYPE_CHECKING:
-    from ..runtime.schedulers import Table
+    from ..runtime.schedulers import Sampler, Table
 
 _STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -27,7 +27,7 @@ _STABLE_DIFFUSION = {
 @click.command("schedulers")
 @click.argument("name", required=False)
 @click.option("--steps", type=int, help="Show the table of this many steps. [default: 20]")
-@click.option("--start", default=0, show_default=True, type=int, help="The first step to make, as image-to-image does.")
+@click.option("--start", default=0, type=int, help="The first step to make, as image-to-image does.")
 @click.option("--bundle", type=click.Path(), help="Take the noise schedule of this bundle, not Stable Diffusion's.")
 @click.option(
     "--scheduler-option", "options", multiple=True, metavar="KEY=VALUE", help="As in a scheduler_config.json."
@@ -70,8 +70,7 @@ def schedulers_command(
     if plot:
         _plot(table, title, Path(plot))
     if as_json:
-        described = {"class": sampler.class_name, "paper": sampler.paper} if sampler else {}
-        print(json.dumps({"name": key, **described, **to_json(table)}))
+        print(json.dumps({"name": key, **(_described(sampler) if sampler else {}), **to_json(table)}))
     elif plot:
         click.echo(plot)
     else:
@@ -82,20 +81,19 @@ def _list(as_json: bool) -> None:
     from ..runtime.schedulers import SAMPLERS
 
     if as_json:
-        described = {
-            name: {"class": sampler.class_name, "paper": sampler.paper, "summary": sampler.summary}
-            for name, sampler in SAMPLERS.items()
-        }
-        print(json.dumps(described))
+        print(json.dumps({name: _described(each) | {"summary": each.summary} for name, each in SAMPLERS.items()}))
         return
-    width = max(len(name) for name in SAMPLERS)
+    width = max(map(len, SAMPLERS))
     for name, sampler in SAMPLERS.items():
         click.echo(f"{name:{width}}  {sampler.summary} ({sampler.paper}; {sampler.class_name})")
 
 
+def _described(sampler: Sampler) -> dict[str, str]:
+    return {"class": sampler.class_name, "paper": sampler.paper}
+
+
 def _columns(table: Table) -> list[str]:
-    kept = ["x", *(f"r{i}" for i in range(1, table.registers))]
-    return [*kept, "m", "noise", "x0"]
+    return ["x", *(f"r{i}" for i in range(1, table.registers)), "m", "noise", "x0"]
 
 
 def _show(table: Table, title: str) -> None:
@@ -127,25 +125,18 @@ def _plot(table: Table, title: str, path: Path) -> None:
     figure = Figure(figsize=(9, 7), layout="constrained")
     figure.suptitle(title)
     (sigmas, timesteps), (state, output) = figure.subplots(2, 2)
-    calls = range(table.steps)
-    sigmas.semilogy(calls, table.alpha_sigma[:, 1] / table.alpha_sigma[:, 0].clip(1e-12), "o-", markersize=3)
-    sigmas.set_ylabel("noise to signal, σ/α")
-    timesteps.plot(calls, table.timesteps, "o-", markersize=3)
-    timesteps.set_ylabel("timestep")
-    names = _columns(table)
-    for i, name in enumerate(names):
+    calls, dots = range(table.steps), {"marker": "o", "markersize": 3}
+    sigmas.semilogy(calls, table.alpha_sigma[:, 1] / table.alpha_sigma[:, 0].clip(1e-12), **dots)
+    timesteps.plot(calls, table.timesteps, **dots)
+    for i, name in enumerate(_columns(table)):
         if table.weights[:, 0, i].any():
-            (state if i < table.registers else output).plot(
-                calls, table.weights[:, 0, i], "o-", markersize=3, label=name
-            )
-    state.set_ylabel("weight of the registers in x'")
-    output.set_ylabel("weight of m, noise and x0 in x'")
-    for axes in (sigmas, timesteps, state, output):
-        axes.set_xlabel("call of the model")
+            axes = state if i < table.registers else output
+            axes.plot(calls, table.weights[:, 0, i], label=name, **dots)
+            axes.legend()
+    labels = ("noise to signal, σ/α", "timestep", "weight of the registers in x'", "weight of m, noise and x0 in x'")
+    for axes, label in zip((sigmas, timesteps, state, output), labels, strict=True):
+        axes.set(xlabel="call of the model", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    for axes in (state, output):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
     with replacing(path) as beside:
         figure.savefig(beside, dpi=110, format=path.suffix[1:].lower())

@@ -7,24 +7,14 @@ from dataclasses import asdict
 
 import click
 
-from .options import ENGINES, PRECISIONS, json_option
+from .options import ENGINES, engine_option, json_option, precision_option, threads_option
 
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path())
-@click.option(
-    "--engine",
-    default="onnxruntime",
-    show_default=True,
-    metavar="ENGINE",
-    help=f"{ENGINES}.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    help="Of the models. [default: all that the bundle has and the engine runs]",
-)
-@click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. [default: all]")
+@engine_option(f"{ENGINES}.", default="onnxruntime")
+@precision_option("Of the models. [default: all that the bundle has and the engine runs]")
+@threads_option
 @json_option
 def verify_command(bundle: str, engine: str, precision: str | None, threads: int | None, as_json: bool) -> None:
     """Check BUNDLE: every hash, then every output.

@@ -55,29 +55,30 @@ class DeviceArray(Protocol):
         """Overwrite it with `array`, of its own shape and dtype."""
 
 
-class Engine(Protocol):
-    """A component that runs. `inputs` and `outputs` carry names, dtypes and shapes with named axes."""
+class Engine(ABC):
+    """A component that runs. `inputs` and `outputs` carry names, dtypes and shapes with named axes.
 
-    @property
-    def component(self) -> str: ...
+    What all engines check is checked here; a backend has `to_device`, `_run`, `_bind_host` and `_bind_device`.
+    """
 
-    @property
-    def inputs(self) -> tuple[Tensor, ...]: ...
-
-    @property
-    def outputs(self) -> tuple[Tensor, ...]: ...
+    def __init__(self, component: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        self.component = component
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Raises `EngineError` naming the input that is wrong and what was allowed."""
+        check_feeds(self.component, self.inputs, feeds)
+        return self._run(feeds)
 
     def bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
         """Bind the contiguous arrays `feeds` for many runs of the same shapes; on the CPU nothing is copied.
 
         Raises `EngineError` as a call does, and for an array that is not contiguous.
         """
-
-    def to_device(self, array: Array) -> DeviceArray:
-        """A copy of `array` on this engine's device."""
+        check_feeds(self.component, self.inputs, feeds)
+        if not all(array.flags.c_contiguous for array in feeds.values()):
+            raise EngineError(f"{self.component}: arrays must be contiguous to be bound")
+        return self._bind_host(feeds)
 
     def bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
         """Bind every input and output to a tensor that `to_device` made: nothing crosses the bus in a call.
@@ -85,42 +86,6 @@ class Engine(Protocol):
         Names that the engine does not have are left alone. Raises `EngineError` when a name is missing or an input is
         not of the shape and dtype allowed.
         """
-
-    def padded_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The batch size to allocate for inputs of these shapes: their own, or the next larger one that it takes.
-
-        The batch is the first axis of the first input. An engine built for two rows alone runs one with another
-        beside it.
-        """
-
-    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
-        """`launches`, which calls device bindings of one device and nothing else, as something to be called many times.
-
-        On a GPU that is one CUDA graph, elsewhere `launches` itself.
-        """
-
-
-class EngineBase(ABC):
-    """The checks of an `Engine`, written once. A backend has `to_device`, `_run`, `_bind_host` and `_bind_device`."""
-
-    def __init__(self, component: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        self.component = component
-        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Engine`."""
-        check_feeds(self.component, self.inputs, feeds)
-        return self._run(feeds)
-
-    def bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
-        """See `Engine`."""
-        check_feeds(self.component, self.inputs, feeds)
-        if not all(array.flags.c_contiguous for array in feeds.values()):
-            raise EngineError(f"{self.component}: arrays must be contiguous to be bound")
-        return self._bind_host(feeds)
-
-    def bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
-        """See `Engine`."""
         missing = {tensor.name for tensor in (*self.inputs, *self.outputs)} - set(tensors)
         if missing:
             raise EngineError(f"{self.component}: nothing was bound to {', '.join(sorted(missing))}")
@@ -131,13 +96,24 @@ class EngineBase(ABC):
         return self._bind_device(tensors)
 
     def padded_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """See `Engine`: any number."""
+        """The batch size to allocate for inputs of these shapes: their own, or the next larger one that it takes.
+
+        The batch is the first axis of the first input. An engine built for two rows alone runs one with another
+        beside it.
+        """
         shape = shapes[self.inputs[0].name]
         return shape[0] if shape else 1
 
     def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
-        """See `Engine`: the launches themselves."""
+        """`launches`, which calls device bindings of one device and nothing else, as something to be called many times.
+
+        On a GPU that is one CUDA graph, elsewhere `launches` itself.
+        """
         return launches
+
+    @abstractmethod
+    def to_device(self, array: Array) -> DeviceArray:
+        """A copy of `array` on this engine's device."""
 
     @abstractmethod
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -10,10 +10,9 @@ from ..common.errors import EngineError
 from .cache import EngineStore
 from .engine import Engine
 from .names import ONNXRUNTIME, EngineName
-from .profiles import Shape
 
 if TYPE_CHECKING:
-    from .tensorrt.plan import Plan
+    from .tensorrt.plan import Plan, Shape
 
 
 class EngineLoader:
@@ -75,26 +74,16 @@ class EngineLoader:
 
     def plan_shapes(self, name: str) -> list[dict[str, Shape]]:
         """The usual shapes of the plans of component `name`; [] where it has none and takes any."""
-        if self._gpu is None:
-            return []
         return [{key: part[1] for key, part in plan.profile.shapes.items()} for plan in self._usable_plans(name)]
 
     def most_rows(self, height: int, width: int) -> int | None:
         """The most rows of latents of this size that a plan of the U-Net takes; None where nothing sets a limit."""
-        if self._gpu is None:
-            return None
         manifest = self._bundle.manifest
         name = manifest.named("denoiser")
         latents = next(key for key, source in manifest.wiring.inputs.items() if source.startswith("latents"))
         shapes = [plan.profile.shapes[latents] for plan in self._usable_plans(name)]
-        return max(
-            (
-                largest[0]
-                for least, _, largest in shapes
-                if least[2] <= height <= largest[2] and least[3] <= width <= largest[3]
-            ),
-            default=None,
-        )
+        fitting = [high[0] for low, _, high in shapes if low[2] <= height <= high[2] and low[3] <= width <= high[3]]
+        return max(fitting, default=None)
 
     def info(self) -> dict[str, Any]:
         """The engine, the precision, and where there are plans the one that served each component last."""
@@ -157,7 +146,9 @@ class EngineLoader:
         )
 
     def _usable_plans(self, name: str) -> list[Plan]:
-        """The plans of component `name` that run here, read and checked once."""
+        """The plans of component `name` that run here, read and checked once; [] for an engine without plans."""
+        if self._gpu is None:
+            return []
         from .tensorrt.plan import usable
 
         if name not in self._plans:

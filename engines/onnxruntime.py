@@ -19,7 +19,7 @@ import numpy as np
 from ..bundle import Tensor, Variant
 from ..common.arrays import Array
 from ..common.errors import EngineError, reason
-from .engine import ONE_ENGINE, DeviceArray, Engine, EngineBase
+from .engine import ONE_ENGINE, DeviceArray, Engine
 from .split import SplitEngine
 from .wheel import install, ort
 
@@ -91,7 +91,7 @@ def default_threads() -> int:
         return os.cpu_count() or 1
 
 
-class OnnxRuntimeEngine(EngineBase):
+class OnnxRuntimeEngine(Engine):
     """One ONNX model in one session; see `engine.Engine` for the contract."""
 
     def __init__(self, session: ort.InferenceSession, component: str, provider: str) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 
 from ..common.arrays import Array
 from ..common.errors import EngineError
-from .engine import DeviceArray, DeviceBinding, Engine, EngineBase, HostBinding
+from .engine import DeviceArray, DeviceBinding, Engine, HostBinding
 
 
-class SplitEngine(EngineBase):
+class SplitEngine(Engine):
     """`per_prompt` makes some inputs of `per_step`; together they have the inputs of the whole model."""
 
     def __init__(self, component: str, per_prompt: Engine, per_step: Engine) -> None:
@@ -43,7 +43,20 @@ class SplitEngine(EngineBase):
         return self._per_step(self._all_feeds(feeds))
 
     def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
-        return _SplitHostBinding(self._per_prompt, self._per_step, feeds, self._all_feeds(feeds))
+        """Both graphs bound; the first runs again only when an input of its own was changed."""
+        arrays = self._all_feeds(feeds)
+        own = {tensor.name: feeds[tensor.name] for tensor in self._per_prompt.inputs}
+        per_step = self._per_step.bind_host(arrays)
+
+        def run(*changed: str) -> dict[str, Array]:
+            if own.keys().isdisjoint(changed):
+                return per_step(*changed)
+            made = self._per_prompt(own)
+            for name, array in made.items():
+                arrays[name][...] = array
+            return per_step(*changed, *made)
+
+        return run
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
         return _SplitDeviceBinding(self._per_prompt, self._per_step, tensors)
@@ -52,25 +65,6 @@ class SplitEngine(EngineBase):
         made = self._per_prompt({tensor.name: feeds[tensor.name] for tensor in self._per_prompt.inputs})
         own = {tensor.name: feeds[tensor.name] for tensor in self._per_step.inputs if tensor.name in feeds}
         return {**own, **{name: np.asarray(array, order="C") for name, array in made.items()}}
-
-
-class _SplitHostBinding:
-    """Both graphs bound; the first runs again only when an input of its own was changed."""
-
-    def __init__(
-        self, per_prompt: Engine, per_step: Engine, feeds: Mapping[str, Array], all_feeds: dict[str, Array]
-    ) -> None:
-        self._per_prompt, self._per_step, self._arrays = per_prompt, per_step.bind_host(all_feeds), all_feeds
-        self._own = {tensor.name: feeds[tensor.name] for tensor in per_prompt.inputs}
-
-    def __call__(self, *changed: str) -> dict[str, Array]:
-        """See `engine.HostBinding`."""
-        if self._own.keys().isdisjoint(changed):
-            return self._per_step(*changed)
-        made = self._per_prompt(self._own)
-        for name, array in made.items():
-            self._arrays[name][...] = array
-        return self._per_step(*changed, *made)
 
 
 class _SplitDeviceBinding:

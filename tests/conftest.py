@@ -117,7 +117,7 @@ def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     simulated = SimulatedCuda()
     monkeypatch.setattr(cuda, "bindings", lambda: simulated)
-    monkeypatch.setattr(gpu, "_OPEN", weakref.WeakValueDictionary())
+    monkeypatch.setattr(gpu, "_OPEN", weakref.WeakSet())
     return simulated
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,40 +71,30 @@ BACKENDS = {
 
 
 class Log:
-    """The last errors of a TensorRT module, whose functions return None or False and log the reason.
+    """What a TensorRT module says: its functions return None or False and log the reason.
 
-    logger: what the module's objects are made with.
+    errors: the last ones, until they are cleared. logger: what the module's objects are made with.
     """
 
-    def __init__(self, trt: Any) -> None:
-        self._errors: deque[str] = deque(maxlen=_MOST_ERRORS)
-        self.logger = _logger(trt, self._errors)
+    def __init__(self, trt: Any, on_other: Callable[[Any, str], None] = lambda severity, message: None) -> None:
+        """on_other: called with what is no error, and how serious it is."""
+        self.errors: deque[str] = deque(maxlen=_MOST_ERRORS)
+        errors, severities = self.errors, trt.ILogger.Severity
 
-    def clear(self) -> None:
-        """Forget what was said before."""
-        self._errors.clear()
+        class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
 
-    @property
-    def said_errors(self) -> bool:
-        """Whether there was an error since `clear`."""
-        return bool(self._errors)
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (severities.INTERNAL_ERROR, severities.ERROR):
+                    errors.append(message)
+                else:
+                    on_other(severity, message)
+
+        self.logger = Logger()
 
     def why(self, *reasons: str) -> str:
-        """The errors since `clear`, `reasons` first, in one line; they are forgotten."""
-        said = "; ".join(dict.fromkeys(" ".join(text.split()) for text in (*reasons, *self._errors) if text.strip()))
-        self._errors.clear()
+        """`reasons` and the errors in one line; they are cleared."""
+        said = "; ".join(dict.fromkeys(" ".join(text.split()) for text in (*reasons, *self.errors) if text.strip()))
+        self.errors.clear()
         return said[:_LONGEST] or "it gave no reason"
-
-
-def _logger(trt: Any, errors: deque[str]) -> Any:
-    serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
-
-    class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in serious:
-                errors.append(message)
-
-    return Logger()

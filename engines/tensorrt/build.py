@@ -11,9 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,9 @@ from ...common.files import read_json
 from ...common.machine import available_memory, peak_memory
 from ..cache import RECORD_NAME, EngineStore
 from .backend import BACKENDS
-from .layers import Layer, summary
-from .plan import PLAN_NAME, Plan, Recipe
+from .plan import Plan, Recipe
 
-LAYERS_NAME = "layers.json"
+_WORKER = [sys.executable, "-m", f"{__package__}.worker"]
 _POLL_SECONDS = 0.05
 _GIB = 2**30
 
@@ -72,43 +69,23 @@ def build(
     measures any. memory_limit: bytes that the builder may take before it is stopped.
     Raises `EngineError` when the builder fails, crashes or is killed; nothing is left of it then.
     """
-    built_from = recipe.built_from()
-    key = store.key(built_from)
+    record = recipe.built_from()
+    job = {
+        **record,
+        "onnx": str(onnx),
+        "fp32_nodes": sorted(fp32_nodes),
+        "timing": None if timing is None or BACKENDS[recipe.backend].ahead_of_time else str(timing),
+    }
     started = time.monotonic()
-    record = dict(built_from)
-    with store.building(key, record) as work:
-        job = {
-            "backend": recipe.backend,
-            "onnx": str(onnx),
-            "archs": _capabilities(recipe),
-            "at_gpu": bool(recipe.device),
-            "profile": asdict(recipe.profile),
-            "flags": sorted(recipe.flags),
-            "timing": None if timing is None or BACKENDS[recipe.backend].ahead_of_time else str(timing),
-            "plan": str(work / PLAN_NAME),
-            "layers": str(work / LAYERS_NAME),
-        }
-        done, peak = _run(f"{recipe.component}, {recipe.profile.name}", job, memory_limit, progress)
-        described = json.loads((work / LAYERS_NAME).read_text(encoding="utf-8"))
-        layers = [Layer(d["name"], d["kind"], d["precision"], tuple(d["nodes"]), d["tactic"]) for d in described]
-        record.update(
-            seconds=round(time.monotonic() - started, 2),
-            peak_bytes=peak,
-            memory=done["memory"],
-            warnings=done["warnings"],
-            made_of=summary(layers, recipe.precision, done["attentions"], fp32_nodes),
+    with store.building(store.key(record), record) as work:
+        done, peak = _run(
+            f"{recipe.component}, {recipe.profile.name}", job | {"folder": str(work)}, memory_limit, progress
         )
+        record.update(seconds=round(time.monotonic() - started, 2), peak_bytes=peak, **done)
     plan = find(store, recipe)
     if plan is None:
         raise EngineError(f"{recipe.component}: the plan cannot be read back from {store.root}: check the disk")
     return plan
-
-
-def _capabilities(recipe: Recipe) -> list[str]:
-    """What the builder is told to build for: nothing where it knows no other GPU than the one that is here."""
-    if not BACKENDS[recipe.backend].ahead_of_time:
-        return []
-    return ["current"] if recipe.device else list(recipe.archs)
 
 
 def _run(
@@ -116,45 +93,30 @@ def _run(
 ) -> tuple[dict[str, Any], int]:
     """Run the worker; what it found, and its peak memory in bytes."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
-    module = f"{__package__}.worker"
-    with tempfile.TemporaryFile() as words, _started([sys.executable, "-m", module], words, environment) as process:
-        memory = _Memory(process, memory_limit)
-        last: dict[str, Any] = {}
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(job).encode())
-            process.stdin.close()
-        for line in process.stdout:
-            with contextlib.suppress(ValueError):
-                last = json.loads(line)
-            if progress is not None and "fraction" in last:
-                progress(last["phase"], last["fraction"])
-        code = process.wait()
-        memory.stop()
-        words.seek(0)
-        said = words.read().decode(errors="replace").strip().splitlines()
-    if code == 0 and "done" in last:
+    last: dict[str, Any] = {}
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as messages:
+        asked.write(json.dumps(job).encode())
+        asked.seek(0)
+        with subprocess.Popen(
+            _WORKER, stdin=asked, stdout=subprocess.PIPE, stderr=messages, env=environment, cwd=tempfile.gettempdir()
+        ) as process:
+            memory = _Memory(process, memory_limit)
+            try:
+                for line in process.stdout or ():
+                    with contextlib.suppress(ValueError):
+                        last = json.loads(line)
+                    if progress is not None and "fraction" in last:
+                        progress(last["phase"], last["fraction"])
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                memory.stop()
+        messages.seek(0)
+        said = messages.read().decode(errors="replace").strip().splitlines()
+    if process.returncode == 0 and "done" in last:
         return last["done"], memory.peak
-    raise EngineError(f"{what}: {_failure(code, last, said, memory)}")
-
-
-@contextmanager
-def _started(line: list[str], words: Any, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The worker, which does not outlive the block."""
-    process = subprocess.Popen(
-        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, env=environment, cwd=tempfile.gettempdir()
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+    raise EngineError(f"{what}: {_failure(process.returncode, last, said, memory)}")
 
 
 def _failure(code: int, last: dict[str, Any], said: list[str], memory: _Memory) -> str:

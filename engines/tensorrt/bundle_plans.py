@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from ...common.files import read_json
 from ...common.machine import trim_memory
 from ...common.progress import Meter
 from ..cache import RECORD_NAME, EngineStore
-from .backend import BACKENDS, ELSEWHERE
+from .backend import BACKENDS, ELSEWHERE, Backend
 from .build import build, find
+from .cuda import Device
 from .plan import Recipe
 from .target import Target, profiles
 
@@ -42,53 +43,58 @@ def resolve_machine(backend: str, precision: str, target: Target) -> BuildMachin
     Raises `EngineError` for an architecture that it does not know, a flag that it cannot build with, or when it needs
     a GPU and there is none.
     """
-    module = BACKENDS[backend].load()
-    flags = set(target.flags)
-    if BACKENDS[backend].ahead_of_time:
-        known = BACKENDS[backend].architectures()
-        unknown = [arch for arch in target.archs if arch not in known]
-        if unknown:
-            raise EngineError(
-                f"{backend} does not know the architecture {unknown[0]!r}: choose from {', '.join(known)}; "
-                f"other GPUs, such as Hopper's (sm90), take --engine {ELSEWHERE}"
-            )
-        wrong = [flag for flag in _CLASSIC_ONLY if flag in flags]
-        if wrong:
-            raise EngineError(f"{backend} builds no {wrong[0]} plans, --engine tensorrt does: leave the flag out")
-        if flags & set(_AT_THE_GPU) and target.archs:
-            raise EngineError(
-                f"{' and '.join(sorted(flags & set(_AT_THE_GPU)))} plans are built on the machine that has the GPU, "
-                "for that GPU: leave --arch out there"
-            )
-        if target.archs:
-            _check_types(precision, target.archs)
-            return BuildMachine(
-                backend, str(module.__version__), tuple(arch for arch in known if arch in target.archs), ""
-            )
+    chosen = BACKENDS[backend]
+    version = str(chosen.load().__version__)
+    if chosen.ahead_of_time:
+        _check_ahead_of_time(chosen, target)
     elif target.archs:
         raise EngineError(f"{backend} builds for the GPU of this machine: leave --arch out, or use tensorrt-rtx")
-    from .cuda import Device
+    if target.archs:
+        archs = tuple(arch for arch in chosen.architectures() if arch in target.archs)
+        machine = BuildMachine(backend, version, archs, "")
+    else:
+        gpu = _gpu_here(chosen, target)
+        machine = BuildMachine(backend, version, (gpu.arch,), gpu.name)
+    old = [arch for arch in machine.archs if arch in _NO_BF16]
+    if precision == "bf16" and old:
+        raise EngineError(f"{old[0]} has no bfloat16: use --precision fp16, or build for newer architectures")
+    return machine
 
+
+def _check_ahead_of_time(backend: Backend, target: Target) -> None:
+    """Raise `EngineError` for what a backend that builds for GPUs elsewhere cannot build."""
+    known = backend.architectures()
+    unknown = [arch for arch in target.archs if arch not in known]
+    if unknown:
+        raise EngineError(
+            f"{backend.name} does not know the architecture {unknown[0]!r}: choose from {', '.join(known)}; "
+            f"other GPUs, such as Hopper's (sm90), take --engine {ELSEWHERE}"
+        )
+    wrong = [flag for flag in _CLASSIC_ONLY if flag in target.flags]
+    if wrong:
+        raise EngineError(f"{backend.name} builds no {wrong[0]} plans, --engine tensorrt does: leave the flag out")
+    if target.archs and _needs_gpu(target):
+        raise EngineError(f"{_needs_gpu(target)}, for that GPU: leave --arch out there")
+
+
+def _needs_gpu(target: Target) -> str:
+    """Why the plans cannot be built elsewhere, "" when they can."""
+    flags = [flag for flag in _AT_THE_GPU if flag in target.flags]
+    return f"{' and '.join(flags)} plans are built on the machine that has the GPU" if flags else ""
+
+
+def _gpu_here(backend: Backend, target: Target) -> Device:
+    """The GPU of this machine. Raises `EngineError` when there is none, or plans of `backend` do not run on it."""
     try:
         gpu = Device()
     except EngineError as error:
-        at_the_gpu = [flag for flag in _AT_THE_GPU if flag in flags]
-        if at_the_gpu:
-            reason = f"{' and '.join(at_the_gpu)} plans are built on the machine that has the GPU"
-            raise EngineError(f"{str(error).partition(':')[0]}: {reason}") from None
-        if not BACKENDS[backend].ahead_of_time:
+        names = ",".join(backend.architectures())
+        remedy = _needs_gpu(target) or (f"name the GPUs to build for, of --arch {names}" if names else "")
+        if not remedy:
             raise
-        names = ",".join(BACKENDS[backend].architectures())
-        raise EngineError(f"{str(error).partition(':')[0]}: name the GPUs to build for, of --arch {names}") from None
-    BACKENDS[backend].check_gpu(gpu.name, gpu.arch)
-    _check_types(precision, (gpu.arch,))
-    return BuildMachine(backend, str(module.__version__), (gpu.arch,), gpu.name)
-
-
-def _check_types(precision: str, archs: tuple[str, ...]) -> None:
-    old = [arch for arch in archs if arch in _NO_BF16]
-    if precision == "bf16" and old:
-        raise EngineError(f"{old[0]} has no bfloat16: use --precision fp16, or build for newer architectures")
+        raise EngineError(f"{str(error).partition(':')[0]}: {remedy}") from None
+    backend.check_gpu(gpu.name, gpu.arch)
+    return gpu
 
 
 def build_plans(bundle: Bundle, machine: BuildMachine, precision: str, target: Target, meter: Meter) -> Bundle:
@@ -137,13 +143,10 @@ def _recipes(bundle: Bundle, machine: BuildMachine, precision: str, target: Targ
             recipe = Recipe(
                 component=name,
                 source=variant.files,
-                backend=machine.backend,
-                version=machine.version,
-                archs=machine.archs,
-                device=machine.device,
                 precision=own,
                 profile=profile,
                 flags=target.flags if component.role != "step" else (),
+                **asdict(machine),
             )
             yield recipe, bundle.path(variant.model)
 

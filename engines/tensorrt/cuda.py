@@ -8,13 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from ...common.arrays import Array
 from ...common.errors import EngineError, reason
 
 REMEDY = "ask for a smaller size or batch, split guidance or a tiled autoencoder"
 """What helps against a lack of GPU memory."""
+_INDEX = 0
 _OTHERWISE = "run with `--engine onnxruntime`"
 _INSTALL = "run `pip install 'diffoundry[rtx]'` or `pip install 'diffoundry[tensorrt]'`"
 
@@ -33,47 +32,33 @@ def bindings() -> Any:
 
 
 class Device:
-    """One GPU: its memory and one stream, in which all that is asked of it happens in order.
+    """The first GPU that CUDA sees: its memory and one stream, in which all that is asked of it happens in order.
 
-    name: of the GPU. arch: its compute capability as `sm89`. driver, runtime: CUDA versions as `13.0`.
+    name: of the GPU. arch: its compute capability as `sm89`. driver, runtime: CUDA versions as `13.0`. stream: its
+    handle.
     """
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self) -> None:
         """Raises `EngineError` without a GPU, with a driver that is too old, or when cuda-python is missing."""
         self._cuda = bindings()
-        self.index = index
-        self.name = f"GPU {index}"
+        self.name = f"GPU {_INDEX}"
         self.capturing = False
         self._later: deque[Callable[[], object]] = deque()
         self._check_driver()
         self.use()
-        major, minor = (
-            self.call(
-                "cudaDeviceGetAttribute",
-                getattr(self._cuda.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}"),
-                index,
-            )
-            for part in ("Major", "Minor")
-        )
+        attributes = self._cuda.cudaDeviceAttr
+        capability = attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor
+        major, minor = (self.call("cudaDeviceGetAttribute", part, _INDEX) for part in capability)
         self.arch = f"sm{major}{minor}"
-        name = self.call("cudaGetDeviceProperties", index).name
+        name = self.call("cudaGetDeviceProperties", _INDEX).name
         self.name = (name.decode(errors="replace") if isinstance(name, bytes) else str(name)).rstrip("\0")
         self._stream = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        self.stream = int(self._stream)
         self.close = weakref.finalize(self, _quietly, self._cuda.cudaStreamDestroy, self._stream)
-
-    @property
-    def stream(self) -> int:
-        """The handle of the stream."""
-        return int(self._stream)
-
-    @property
-    def free_bytes(self) -> int:
-        """The bytes of its memory that nobody holds."""
-        return int(self.call("cudaMemGetInfo")[0])
 
     def use(self) -> None:
         """Make this the GPU of the calling thread."""
-        self.call("cudaSetDevice", self.index)
+        self.call("cudaSetDevice", _INDEX)
 
     def allocate(self, size: int, purpose: str) -> Memory:
         """`size` bytes, aligned to 256. Raises `EngineError` when they are not there, naming `purpose`."""
@@ -98,14 +83,6 @@ class Device:
         """Enqueue a copy from `address` into contiguous `array`, which holds it after `synchronize`."""
         self._copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost")
 
-    def copy(self, target: int, source: int, size: int) -> None:
-        """Enqueue a copy of `size` bytes from `source` to `target`, both on the GPU."""
-        self._copy(target, source, size, "cudaMemcpyDeviceToDevice")
-
-    def fill(self, address: int, byte: int, size: int) -> None:
-        """Enqueue the setting of `size` bytes at `address` to `byte`."""
-        self.call("cudaMemsetAsync", address, byte, size, self._stream)
-
     def synchronize(self) -> None:
         """Wait for all that was enqueued."""
         self.call("cudaStreamSynchronize", self._stream)
@@ -122,9 +99,13 @@ class Device:
         try:
             launches()
         except BaseException:
-            self._end_capture(destroy=True)
+            error, graph = self._end_capture()
+            if error == self._cuda.cudaError_t.cudaSuccess:
+                self._cuda.cudaGraphDestroy(graph)
+            self._cuda.cudaGetLastError()
             raise
-        graph = self._end_capture()
+        error, graph = self._end_capture()
+        self._check("cudaStreamEndCapture", error)
         try:
             return Graph(self, self.call("cudaGraphInstantiate", graph, 0))
         finally:
@@ -150,18 +131,12 @@ class Device:
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
         self.call("cudaMemcpyAsync", target, source, size, getattr(self._cuda.cudaMemcpyKind, kind), self._stream)
 
-    def _end_capture(self, *, destroy: bool = False) -> Any:
+    def _end_capture(self) -> tuple[Any, Any]:
         error, graph = self._cuda.cudaStreamEndCapture(self._stream)
         self.capturing = False
         while self._later:
             self._later.popleft()()
-        if not destroy:
-            self._check("cudaStreamEndCapture", error)
-            return graph
-        if error == self._cuda.cudaError_t.cudaSuccess:
-            self._cuda.cudaGraphDestroy(graph)
-        self._cuda.cudaGetLastError()
-        return None
+        return error, graph
 
     def _check(self, name: str, error: Any) -> None:
         if error == self._cuda.cudaError_t.cudaSuccess:
@@ -189,8 +164,6 @@ class Device:
             )
         if error != errors.cudaSuccess:
             raise EngineError(f"the GPU cannot be used: {self._says(error)}: {_OTHERWISE}")
-        if not 0 <= self.index < count:
-            raise EngineError(f"there is no GPU {self.index}: this machine has {count}, counted from 0")
 
     def _version(self, function: str) -> str:
         error, number = getattr(self._cuda, function)()
@@ -216,11 +189,6 @@ class Graph:
     def __init__(self, device: Device, handle: Any) -> None:
         self.handle = handle
         self.close = weakref.finalize(self, device.release, "cudaGraphExecDestroy", handle)
-
-
-def contiguous(array: Array) -> Array:
-    """`array`, or a copy that can be uploaded as it lies."""
-    return array if array.flags.c_contiguous else np.asarray(array, order="C")
 
 
 def _quietly(function: Callable[[Any], object], handle: Any) -> None:

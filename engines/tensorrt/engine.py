@@ -11,18 +11,16 @@ import numpy as np
 from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
-from ..engine import ONE_ENGINE, DeviceArray, EngineBase
-from ..profiles import Shape
-from .context import Buffers, ShapedContext
-from .gpu import DeviceTensor, Gpu
-from .loaded import LoadedPlan
-from .plan import Plan, closest
+from ..engine import ONE_ENGINE, DeviceArray, Engine, HostBinding
+from .gpu import CapturedLaunches, DeviceTensor, Gpu
+from .loaded import Buffers, LoadedPlan, ShapedContext
+from .plan import Plan, Shape, closest
 
 _MOST_CONTEXTS = 8
 """Sets of shapes of a component that are kept ready. A context holds some MB, and takes up to seconds to be made."""
 
 
-class TensorRTEngine(EngineBase):
+class TensorRTEngine(Engine):
     """One component; see `engine.Engine` for the contract. Plans are loaded when shapes ask for them first.
 
     chosen: the plan that served last, None before. Rows are the first axis of the first input.
@@ -74,7 +72,7 @@ class TensorRTEngine(EngineBase):
 
     def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
         """See `engine.Engine`: a CUDA graph, from the second call on."""
-        return self.gpu.capture(launches)
+        return CapturedLaunches(self.gpu, launches)
 
     def padded_rows(self, shapes: Mapping[str, Shape]) -> int:
         """See `engine.Engine`: a plan for two rows takes one row with a second one beside it."""
@@ -83,8 +81,7 @@ class TensorRTEngine(EngineBase):
             return 1
         least = {plan.profile.shapes[self._by_row[0]][0][0] for plan in self._plans}
         for rows in sorted({asked, *(count for count in least if count > asked)}):
-            wanted = self._with_rows(shapes, rows)
-            if any(plan.profile.takes(wanted) for plan in self._plans):
+            if any(plan.profile.takes(self._with_rows(shapes, rows)) for plan in self._plans):
                 return rows
         return asked
 
@@ -121,17 +118,27 @@ class TensorRTEngine(EngineBase):
                 return {name: np.concatenate([part[name] for part in parts]) for name in self._rows_out}
             context = self._context(shapes)
             if context.buffers is None:
-                context.buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
-            return self._without_padding(context.buffers.run(context, feeds), rows)
+                context.buffers = Buffers(context)
+            outputs = context.empty_outputs()
+            context.buffers.run(context, feeds, outputs)
+            return self._without_padding(outputs, rows)
 
-    def _bind_host(self, feeds: Mapping[str, Array]) -> TensorRTHostBinding:
+    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
         """What changed is uploaded, what did not is left on the GPU."""
         with self.gpu.work():
             shapes, rows = self._padded(feeds)
             context = self._context(shapes)
-            buffers = Buffers(context, self.gpu, shapes, self.inputs, self.outputs)
-            outputs = {t.name: np.empty(context.outputs[t.name], t.dtype) for t in self.outputs}
-            return TensorRTHostBinding(context, buffers, feeds, outputs, self._without_padding(outputs, rows))
+            buffers = Buffers(context)
+        arrays, outputs = dict(feeds), context.empty_outputs()
+        asked_for = self._without_padding(outputs, rows)
+        fresh = set(arrays)
+
+        def run(*changed: str) -> dict[str, Array]:
+            buffers.run(context, {name: arrays[name] for name in fresh.union(changed)}, outputs)
+            fresh.clear()
+            return asked_for
+
+        return run
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> TensorRTDeviceBinding:
         """The inputs must have as many rows as `padded_rows` says."""
@@ -164,7 +171,7 @@ class TensorRTEngine(EngineBase):
             return self._contexts[key]
         if plan.key not in self._loaded:
             self._loaded[plan.key] = self._load(plan)
-        context = ShapedContext(self._loaded[plan.key], self.gpu, shapes, self.outputs)
+        context = ShapedContext(self._loaded[plan.key], shapes)
         self._contexts[key] = context
         if len(self._contexts) > _MOST_CONTEXTS:
             self._contexts.popitem(last=False)
@@ -174,7 +181,8 @@ class TensorRTEngine(EngineBase):
         loaded = LoadedPlan(
             plan,
             self.gpu,
-            (*self.inputs, *self.outputs),
+            self.inputs,
+            self.outputs,
             onnx=self._refitted or self._onnx,
             weight_budget=self._weight_budget,
         )
@@ -194,15 +202,8 @@ class TensorRTEngine(EngineBase):
 
     def _most_rows(self, shapes: Mapping[str, Shape]) -> int:
         """The most rows that a plan takes which takes the other axes of `shapes`; 0 when none does."""
-        if not self._by_row:
-            return 0
-        most = [plan.profile.shapes[self._by_row[0]][2][0] for plan in self._plans]
-        fitting = (
-            rows
-            for rows, plan in zip(most, self._plans, strict=True)
-            if plan.profile.takes(self._with_rows(shapes, rows))
-        )
-        return max(fitting, default=0)
+        largest = ((plan.profile.shapes[self._by_row[0]][2][0], plan) for plan in self._plans if self._by_row)
+        return max((rows for rows, plan in largest if plan.profile.takes(self._with_rows(shapes, rows))), default=0)
 
     def _part(self, feeds: Mapping[str, Array], rows: slice) -> dict[str, Array]:
         """Some rows of `feeds`; a vector of one entry stands for all of them."""
@@ -215,30 +216,6 @@ class TensorRTEngine(EngineBase):
 
     def _without_padding(self, outputs: Mapping[str, Array], rows: int | None) -> dict[str, Array]:
         return {name: array[:rows] if name in self._rows_out else array for name, array in outputs.items()}
-
-
-class TensorRTHostBinding:
-    """Arrays of the host bound to an engine; see `engine.HostBinding`."""
-
-    def __init__(
-        self,
-        context: ShapedContext,
-        buffers: Buffers,
-        feeds: Mapping[str, Array],
-        outputs: dict[str, Array],
-        shown: dict[str, Array],
-    ) -> None:
-        """outputs: the arrays that a run writes; shown: those rows of them that were asked for."""
-        self._context, self._buffers = context, buffers
-        self._feeds, self._outputs, self._shown = dict(feeds), outputs, shown
-        self._fresh = set(feeds)
-
-    def __call__(self, *changed: str) -> dict[str, Array]:
-        """See `engine.HostBinding`."""
-        sent = {name: self._feeds[name] for name in self._fresh.union(changed)}
-        self._buffers.run(self._context, sent, self._outputs)
-        self._fresh = set()
-        return self._shown
 
 
 class TensorRTDeviceBinding:

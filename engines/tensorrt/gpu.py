@@ -14,7 +14,7 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import EngineError
 from .backend import Log
-from .cuda import Device, Graph, Memory, contiguous
+from .cuda import Device, Graph, Memory
 
 _LEAST = 256
 """An engine without activations is still given an address."""
@@ -23,6 +23,8 @@ _LEAST = 256
 class Arena:
     """One block, as large as the largest need so far. Growing moves it, and `generation` counts how often.
 
+    address, size: where it lies and its bytes, 0 while nothing was asked for.
+
     What runs one after another in one stream may share it; a captured graph holds its address, and is captured anew
     when the generation has changed.
     """
@@ -30,17 +32,7 @@ class Arena:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._memory: Memory | None = None
-        self.generation = 0
-
-    @property
-    def address(self) -> int:
-        """Where it lies, 0 while nothing was asked for."""
-        return 0 if self._memory is None else self._memory.address
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return 0 if self._memory is None else self._memory.size
+        self.address = self.size = self.generation = 0
 
     def grow(self, size: int, component: str) -> None:
         """Hold at least `size` bytes. Raises `EngineError` when the GPU has not as much; it is then empty."""
@@ -51,17 +43,18 @@ class Arena:
             raise EngineError(f"{component}: its activations have outgrown their memory while launches are captured")
         if self._memory is not None:
             self._memory.close()  # first, so that both need not fit; it waits for what runs in it
-            self._memory = None
+        self.address = self.size = 0
         self.generation += 1
         self._memory = self._device.allocate(size, f"the activations of {component}")
+        self.address, self.size = self._memory.address, size
 
 
 class Gpu:
-    """One GPU of this machine; see `shared` for the one that all engines of a process use."""
+    """The GPU of this machine; see `shared` for the one that all engines of a process use."""
 
-    def __init__(self, index: int = 0) -> None:
-        """index: as CUDA counts them. Raises `EngineError` when there is none or it cannot be used."""
-        self.device = Device(index)
+    def __init__(self) -> None:
+        """Raises `EngineError` when there is none or it cannot be used."""
+        self.device = Device()
         self.arena = Arena(self.device)
         self._lock = threading.RLock()
         self._invalidations = 0
@@ -92,34 +85,23 @@ class Gpu:
             self.device.use()
             yield self.device
 
-    def tensor(self, shape: tuple[int, ...], dtype: str, purpose: str = "a tensor") -> DeviceTensor:
-        """A tensor whose content is not set yet. Raises `EngineError` when the GPU has no memory for it."""
-        return DeviceTensor(self, shape, np.dtype(dtype), purpose)
-
     def to_device(self, array: Array) -> DeviceTensor:
         """A copy of `array`; see `engine.Engine`."""
         tensor = DeviceTensor(self, array.shape, array.dtype, "a tensor")
         tensor.update_inplace(array)
         return tensor
 
-    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
-        """See `engine.Engine`."""
-        return CapturedLaunches(self, launches)
-
 
 class DeviceTensor:
-    """A tensor in the memory of a GPU; see `engine.DeviceArray`."""
+    """A tensor in the memory of a GPU; see `engine.DeviceArray`. address: where it lies there."""
 
     def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: np.dtype[np.generic], purpose: str) -> None:
+        """Its content is not set yet. Raises `EngineError` when the GPU has no memory for it."""
         self.gpu, self.shape, self.dtype = gpu, shape, dtype
-        self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         with gpu.work() as device:
-            self._memory = device.allocate(self.nbytes, purpose)
-
-    @property
-    def address(self) -> int:
-        """Where it lies on the GPU."""
-        return self._memory.address
+            self._memory = device.allocate(size, purpose)
+        self.address = self._memory.address
 
     def numpy(self) -> Array:
         """See `engine.DeviceArray`."""
@@ -136,7 +118,7 @@ class DeviceTensor:
                 f"a tensor of {self.dtype} {self.shape} on the GPU cannot hold {array.dtype} {array.shape}"
             )
         with self.gpu.work() as device:
-            device.upload(self.address, contiguous(array))
+            device.upload(self.address, np.asarray(array, order="C"))
             device.synchronize()  # the caller may write to the array from here on
 
 
@@ -182,17 +164,16 @@ class CapturedLaunches:
             )
 
 
-_OPEN: weakref.WeakValueDictionary[int, Gpu] = weakref.WeakValueDictionary()
+_OPEN: weakref.WeakSet[Gpu] = weakref.WeakSet()
 _OPENING = threading.Lock()
 
 
-def shared(index: int = 0) -> Gpu:
-    """The GPU `index` as all of this process share it; it is closed when nothing refers to it.
+def shared() -> Gpu:
+    """The GPU as all of this process share it; it is closed when nothing refers to it.
 
     Raises `EngineError` when there is none or it cannot be used.
     """
     with _OPENING:
-        gpu = _OPEN.get(index)
-        if gpu is None:
-            gpu = _OPEN[index] = Gpu(index)
+        gpu = next(iter(_OPEN), None) or Gpu()
+        _OPEN.add(gpu)
         return gpu

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ _DATATYPE = re.compile(r"Datatype: (\w+)")
 _PART = re.compile(r"(Inputs|Constants|Outputs): \[(.*?)\](?=, (?:Constants|Outputs|TacticName|[A-Z]\w+): |$)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _TACTIC = re.compile(r"TacticName: ([^,]*)")
-WEIGHTS_LINE = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
+_MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
 _PRECISIONS = {
     "Float": "fp32",
     "FP32": "fp32",
@@ -60,20 +60,10 @@ class Layer:
         """Whether it is a whole attention in one kernel."""
         return "mha" in self.name.lower() or "mha" in self.kind.lower()
 
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in `layers.json`."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "precision": self.precision,
-            "nodes": list(self.nodes),
-            "tactic": self.tactic,
-        }
 
-
-def layer_line(message: str) -> bool:
-    """Whether a line of the builder's log describes layers."""
-    return "LayerType: " in message
+def is_described(message: str) -> bool:
+    """Whether a line of the builder's log is one for `from_log` or `memory_of`."""
+    return "LayerType: " in message or _MEMORY.search(message) is not None
 
 
 def from_log(messages: Iterable[str]) -> list[Layer]:
@@ -126,25 +116,22 @@ def _precision(types: Sequence[str]) -> str:
 
 
 def memory_of(messages: Iterable[str]) -> dict[str, int]:
-    """Bytes of weights and activations that the builder's log tells: {"weights": …, "activation": …}."""
-    return {found[1].lower(): int(found[2]) for message in messages for found in WEIGHTS_LINE.finditer(message)}
+    """Bytes of weights and activations that the builder's log names: {"weights": …, "activation": …}."""
+    return {found[1].lower(): int(found[2]) for message in messages for found in _MEMORY.finditer(message)}
 
 
-def summary(layers: Sequence[Layer], precision: str, attentions: int, kept: Collection[str] = ()) -> dict[str, Any]:
+def summary(layers: Sequence[Layer], precision: str, attentions: int, fp32_nodes: Iterable[str] = ()) -> dict[str, Any]:
     """Layers by precision, attention in one kernel or not, and the heavy layers that did not get `precision`.
 
-    attentions: how many the model has. kept: ONNX nodes that are in fp32 on purpose.
+    attentions: how many the model has. fp32_nodes: ONNX nodes that are in fp32 on purpose.
     """
     fused = sum(layer.attention for layer in layers)
     heavy = [layer for layer in layers if layer.heavy and layer.precision]
-    missed = [
-        layer.name
-        for layer in heavy
-        if layer.precision != precision and not (layer.nodes and set(layer.nodes) & set(kept))
-    ]
+    other = [layer for layer in heavy if layer.precision != precision]
+    on_purpose = set(fp32_nodes)
     return {
         "layers": dict(sorted(Counter(layer.precision or "other" for layer in layers).items())),
         "heavy": dict(sorted(Counter(layer.precision for layer in heavy).items())),
         "attention": {"fused": min(fused, attentions), "of": attentions},
-        "not_in_precision": missed,
+        "not_in_precision": [layer.name for layer in other if on_purpose.isdisjoint(layer.nodes)],
     }

@@ -1,25 +1,25 @@
-"""A plan that is loaded on a GPU: its engine, and what its execution contexts are made with."""
+"""A plan that is loaded on a GPU: its engine, its execution contexts, and the buffers that feed one from the host."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import mmap
-import os
 import re
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...bundle import Tensor
+from ...common.arrays import Array
 from ...common.errors import EngineError
-from .backend import BACKENDS, Log
+from ...common.files import replacing
+from .backend import BACKENDS
 from .cuda import REMEDY
-from .gpu import Gpu
-from .plan import CACHE_NAME, Plan
+from .gpu import DeviceTensor, Gpu
+from .plan import CACHE_NAME, Plan, Shape
 
 _MOST_NAMED = 8
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|memory .*could not be allocated|not enough free memory", re.I)
@@ -36,20 +36,21 @@ class LoadedPlan:
         self,
         plan: Plan,
         gpu: Gpu,
-        tensors: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
         *,
         onnx: Path | None = None,
         weight_budget: int | None = None,
     ) -> None:
-        """tensors: the inputs and outputs that it must have. onnx: the weights of a plan that was stripped of them.
+        """inputs, outputs: those that it must have. onnx: the weights of a plan that was stripped of them.
 
         weight_budget: bytes of weights to be held on the GPU, for a plan with the flag `weight-streaming`; by default
         TensorRT chooses. Raises `EngineError` when the plan does not load or is not of these tensors.
         """
-        backend = BACKENDS.get(plan.recipe.backend)
-        if backend is None:
-            raise EngineError(f"{plan.component}: a plan of {plan.recipe.backend!r} cannot be run by this version")
-        self.plan, self._gpu = plan, gpu
+        backend = BACKENDS[plan.recipe.backend]
+        self.plan, self.gpu = plan, gpu
+        self.dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in (*inputs, *outputs)}
+        self.outputs = [tensor.name for tensor in outputs]
         self.spoiled = self.cache_taken = False
         self.trt = backend.load()
         self.log = gpu.log(backend.name, self.trt)
@@ -57,7 +58,7 @@ class LoadedPlan:
         if "version-compatible" in plan.recipe.flags:
             self._runtime.engine_host_code_allowed = True  # such plans bring their own runtime
         self.engine = self._deserialize()
-        self._check(tensors)
+        self._check_tensors()
         if "strip" in plan.recipe.flags:
             if onnx is None:
                 raise EngineError(
@@ -71,7 +72,7 @@ class LoadedPlan:
 
     def context(self) -> Any:
         """A new execution context, without memory for activations. Raises `EngineError`."""
-        self.log.clear()
+        self.log.errors.clear()
         how = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED if self._config is None else self._config
         context = self.engine.create_execution_context(how)
         if context is None:
@@ -79,16 +80,19 @@ class LoadedPlan:
         return context
 
     def refit(self, onnx: Path) -> None:
-        """Take over the weights of `onnx`. Raises `EngineError`; the plan is then to be loaded anew."""
-        with self._gpu.work() as device:
-            device.synchronize()
-            _refit(self.trt, self.engine, self.log, onnx, self.plan.component)
-            self._gpu.invalidate_graphs()
+        """Take over the weights of `onnx`, a model of the same graph. Contexts stay as they are.
+
+        Raises `EngineError` naming what does not fit. A part of the weights may be changed then: load the plan anew.
+        """
+        with self.gpu.work() as device:
+            device.synchronize()  # nothing may be running in it
+            self._refit(onnx)
+            self.gpu.invalidate_graphs()
 
     def spoil(self) -> None:
         """Let no context run it again: its weights may be those of two models."""
         self.spoiled = True
-        self._gpu.invalidate_graphs()
+        self.gpu.invalidate_graphs()
 
     def keep_cache(self) -> None:
         """Write what was compiled for this GPU beside the plan, if it is more than before; on a read-only disk not."""
@@ -99,14 +103,8 @@ class LoadedPlan:
         if digest == self._written:
             return
         self._written = digest
-        with contextlib.suppress(OSError):
-            number, name = tempfile.mkstemp(prefix=f".{CACHE_NAME}-", dir=self.plan.folder)
-            try:
-                with os.fdopen(number, "wb") as file:
-                    file.write(made)
-                Path(name).replace(self.plan.folder / CACHE_NAME)
-            finally:
-                Path(name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError), replacing(self.plan.folder / CACHE_NAME) as beside:
+            beside.write_bytes(made)
 
     def failed(self, what: str) -> EngineError:
         """The error to raise when TensorRT could not do something, with the reason it gave."""
@@ -114,10 +112,31 @@ class LoadedPlan:
         memory = f": {REMEDY}" if _OUT_OF_MEMORY.search(why) else ""
         return EngineError(f"{self.plan.component}: {what}: {why}{memory}")
 
+    def _refit(self, onnx: Path) -> None:
+        component, trt, log = self.plan.component, self.trt, self.log
+        if not onnx.is_file():
+            raise EngineError(
+                f"{component}: {onnx}, whose weights its plan is to have, is missing; compile the bundle again"
+            )
+        log.errors.clear()
+        refitter = trt.Refitter(self.engine, log.logger)
+        parser = trt.OnnxParserRefitter(refitter, log.logger)
+        fits = parser.refit_from_file(str(onnx))
+        missing = sorted(name for name in refitter.get_missing_weights() if name)
+        if missing:
+            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+            named = ", ".join(missing[:_MOST_NAMED]) + more
+            raise EngineError(f"{component}: {onnx} lacks weights that its plan has: {named}; is it another model?")
+        if not fits:
+            reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise EngineError(f"{component}: the weights of {onnx} do not fit its plan: {log.why(*reasons)}")
+        if not refitter.refit_cuda_engine():
+            raise EngineError(f"{component}: TensorRT did not take the weights of {onnx}: {log.why()}")
+
     def _deserialize(self) -> Any:
         plan = self.plan
         plan.check()
-        self.log.clear()
+        self.log.errors.clear()
         try:
             with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 engine = self._runtime.deserialize_cuda_engine(data)
@@ -129,19 +148,18 @@ class LoadedPlan:
         built_for = recipe.device or ", ".join(recipe.archs)
         raise self.failed(
             f"the plan {plan.key} does not load: it was built by {recipe.backend} {recipe.version} for {built_for}, "
-            f"this is {self.trt.__version__} on {self._gpu.device.name} ({self._gpu.device.arch}): "
+            f"this is {self.trt.__version__} on {self.gpu.device.name} ({self.gpu.device.arch}): "
             f"remove {plan.folder} and compile the bundle again"
         )
 
-    def _check(self, tensors: Sequence[Tensor]) -> None:
+    def _check_tensors(self) -> None:
         found: dict[str, np.dtype[np.generic]] = {}
         for i in range(self.engine.num_io_tensors):
             name = self.engine.get_tensor_name(i)
             with contextlib.suppress(TypeError):  # a type that NumPy has not is in no bundle
                 found[name] = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
-        wanted = {tensor.name: np.dtype(tensor.dtype) for tensor in tensors}
-        if found != wanted:
-            wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        if found != self.dtypes:
+            wrong = sorted(name for name in {*found, *self.dtypes} if found.get(name) != self.dtypes.get(name))
             raise EngineError(
                 f"{self.plan.component}: the plan {self.plan.key} and the model do not agree on "
                 f"{', '.join(wrong)}: remove {self.plan.folder} and compile the bundle again"
@@ -151,7 +169,7 @@ class LoadedPlan:
         engine = self.engine
         budget = engine.get_weight_streaming_automatic_budget() if budget is None else budget
         budget = min(budget, engine.streamable_weights_size)
-        self.log.clear()
+        self.log.errors.clear()
         engine.weight_streaming_budget_v2 = budget
         if engine.weight_streaming_budget_v2 != budget:
             raise self.failed(f"{budget} bytes cannot be the budget of its weights")
@@ -163,9 +181,8 @@ class LoadedPlan:
         trt, config, cache = self.trt, self.engine.create_runtime_config(), None
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(trt, "CudaGraphStrategy"):
-            config.cuda_graph_strategy = (
-                trt.CudaGraphStrategy.DISABLED
-            )  # launches are captured here, whole loops at once
+            # launches are captured here, whole loops at once
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
             # a context keeps its shapes here; kernels that come later would not be in what was captured
             strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -180,27 +197,105 @@ class LoadedPlan:
         return config, cache
 
 
-def _refit(trt: Any, engine: Any, log: Log, onnx: Path, component: str) -> None:
-    """Give `engine` the weights of `onnx`. Nothing may be running in it; its contexts stay as they are.
+class ShapedContext:
+    """A context whose input shapes stay, so that what was captured of it stays true. outputs: the shapes it makes."""
 
-    Raises `EngineError` naming what does not fit. Part of the weights may be changed then: load the engine anew.
-    """
-    if not onnx.is_file():
-        raise EngineError(
-            f"{component}: {onnx}, whose weights its plan is to have, is missing; compile the bundle again"
-        )
-    log.clear()
-    refitter = trt.Refitter(engine, log.logger)
-    parser = trt.OnnxParserRefitter(refitter, log.logger)
-    fits = parser.refit_from_file(str(onnx))
-    missing = sorted(name for name in refitter.get_missing_weights() if name)
-    if missing:
-        named = ", ".join(missing[:_MOST_NAMED]) + (
-            f" and {len(missing) - _MOST_NAMED} more" * (len(missing) > _MOST_NAMED)
-        )
-        raise EngineError(f"{component}: {onnx} lacks weights that its plan has: {named}; is it another model?")
-    if not fits:
-        reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise EngineError(f"{component}: the weights of {onnx} do not fit its plan: {log.why(*reasons)}")
-    if not refitter.refit_cuda_engine():
-        raise EngineError(f"{component}: TensorRT did not take the weights of {onnx}: {log.why()}")
+    def __init__(self, loaded: LoadedPlan, shapes: Mapping[str, Shape]) -> None:
+        """Raises `EngineError` when the plan does not take `shapes` or the GPU has no memory for it."""
+        self.loaded, self.inputs = loaded, dict(shapes)
+        self._context = loaded.context()
+        self._generation = -1
+        self._addresses: Mapping[str, int] | None = None
+        self._ran = False
+        loaded.log.errors.clear()
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise loaded.failed(f"its plan does not take the shape {shape} for {name!r}")
+        unknown = self._context.infer_shapes()
+        self.outputs = {name: tuple(self._context.get_tensor_shape(name)) for name in loaded.outputs}
+        if unknown or any(axis < 0 for shape in self.outputs.values() for axis in shape):
+            raise loaded.failed("the shapes of its outputs do not follow from those of its inputs")
+        # of these shapes; where TensorRT cannot tell, of the largest that the plan takes
+        self._need = self._context.update_device_memory_size_for_shapes() or self._largest_need()
+        self.buffers: Buffers | None = None
+        self._lend_memory()
+
+    def empty_outputs(self) -> dict[str, Array]:
+        """Arrays of the host for its outputs."""
+        return {name: np.empty(shape, self.loaded.dtypes[name]) for name, shape in self.outputs.items()}
+
+    def enqueue(self, addresses: Mapping[str, int]) -> None:
+        """Enqueue a run that reads and writes at `addresses`, a mapping that is not changed later.
+
+        Call it inside `Gpu.work`. Raises `EngineError` when TensorRT refuses.
+        """
+        if self.loaded.spoiled:
+            component = self.loaded.plan.component
+            raise EngineError(f"{component}: other weights were taken over in part: run it again to load its own")
+        self._lend_memory()
+        if addresses is not self._addresses:
+            self._addresses = None
+            for name, address in addresses.items():
+                if not self._context.set_tensor_address(name, address):
+                    raise self.loaded.failed(f"no address can be given to {name!r}")
+            self._addresses = addresses
+        if not self._context.execute_async_v3(self.loaded.gpu.device.stream):
+            raise self.loaded.failed("TensorRT did not run it")
+        if not self._ran:
+            self._ran = True
+            self.loaded.keep_cache()
+
+    def _lend_memory(self) -> None:
+        loaded = self.loaded
+        arena, errors, component = loaded.gpu.arena, loaded.log.errors, loaded.plan.component
+        errors.clear()
+        arena.grow(self._need, component)
+        if self._generation == arena.generation:
+            return
+        self._context.set_device_memory(arena.address, arena.size)
+        if errors and arena.size < self._largest_need():
+            errors.clear()
+            self._need = self._largest_need()
+            arena.grow(self._need, component)
+            self._context.set_device_memory(arena.address, arena.size)
+        if errors:
+            raise loaded.failed(f"TensorRT did not take {arena.size} bytes for its activations")
+        self._generation = arena.generation
+
+    def _largest_need(self) -> int:
+        return int(self.loaded.engine.get_device_memory_size_for_profile_v2(0))
+
+
+class Buffers:
+    """Tensors on the GPU for the inputs and outputs of a context that is fed from the host and read there."""
+
+    def __init__(self, context: ShapedContext) -> None:
+        """Raises `EngineError` when there is no memory for them."""
+        loaded = context.loaded
+        purpose = f"the inputs and outputs of {loaded.plan.component}"
+        self._tensors = {
+            name: DeviceTensor(loaded.gpu, shape, loaded.dtypes[name], purpose)
+            for name, shape in (context.inputs | context.outputs).items()
+        }
+        self._addresses = {name: tensor.address for name, tensor in self._tensors.items()}
+
+    def run(self, context: ShapedContext, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Upload `feeds`, run `context`, and write its outputs into the arrays `outputs`.
+
+        A feed with fewer rows than its input, one row for all included, is filled up with its last row.
+        """
+        with context.loaded.gpu.work() as device:
+            sent = {name: _filled(array, context.inputs[name]) for name, array in feeds.items()}
+            for name, array in sent.items():
+                device.upload(self._addresses[name], array)
+            context.enqueue(self._addresses)
+            for name, array in outputs.items():
+                device.download(array, self._addresses[name])
+            device.synchronize()
+
+
+def _filled(array: Array, shape: Shape) -> Array:
+    """`array`, contiguous, its last row repeated until it has `shape`."""
+    if array.shape == shape:
+        return np.asarray(array, order="C")
+    return np.concatenate([array, np.repeat(array[-1:], shape[0] - len(array), axis=0)])

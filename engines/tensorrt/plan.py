@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import le
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from ...bundle import Variant
 from ...bundle.manifest import Files
-from ...bundle.reader import FieldError, Rule, fits, read
+from ...bundle.reader import Rule, fits, read
 from ...common.errors import EngineError
-from ...common.files import sha256_file
+from ...common.files import holds
 from ..cache import EngineStore
-from ..profiles import Profile, Shape
+from .cuda import Device
 
 FLAGS = ("refit", "strip", "weight-streaming", "version-compatible", "hardware-compatible")
 _REVISION = 1
@@ -26,6 +28,42 @@ _LARGEST_FIGURE = 1e15
 """No plan has as many bytes, seconds or layers."""
 _OLDEST_COMPATIBLE = 80
 """Hardware-compatible plans run on this compute capability (times ten) and newer ones."""
+
+_LARGEST_AXIS = 1 << 31
+Shape = tuple[Annotated[int, Rule(lambda size: 1 <= size < _LARGEST_AXIS, f"be from 1 to {_LARGEST_AXIS - 1}")], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """For each input of a component the least, usual and largest shape. `name` says it to people."""
+
+    name: str
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+    def __post_init__(self) -> None:
+        for name, (least, usual, largest) in self.shapes.items():
+            if not all(a <= b <= c for a, b, c in zip(least, usual, largest, strict=True)):
+                raise ValueError(f"the shapes of {name} must be the least, the usual and the largest")
+
+    @property
+    def static(self) -> bool:
+        """Whether it takes one shape of each input and no other."""
+        return all(least == largest for least, _, largest in self.shapes.values())
+
+    def takes(self, shapes: Mapping[str, Shape]) -> bool:
+        """Whether inputs of these shapes, every one of them named, can be run."""
+        return shapes.keys() == self.shapes.keys() and all(
+            len(shape) == len(least) and all(map(le, least, shape)) and all(map(le, shape, largest))
+            for shape, (least, _, largest) in ((shapes[name], self.shapes[name]) for name in shapes)
+        )
+
+    def distance(self, shapes: Mapping[str, Shape]) -> float:
+        """How far from the usual shapes these are: the sum of |log ratio| over all axes; a static profile is at 0."""
+        return sum(
+            abs(math.log(size / usual))
+            for name, shape in shapes.items()
+            for size, usual in zip(shape, self.shapes[name][1], strict=True)
+        )
 
 
 Figure = Annotated[float, Rule(lambda value: 0 <= value < _LARGEST_FIGURE, "be a figure that a plan can have")]
@@ -60,21 +98,6 @@ class Measured:
     warnings: tuple[str, ...]
 
 
-def is_measured(record: Mapping[str, Any]) -> bool:
-    """Whether the record has what was measured when the plan was built."""
-    return fits(Measured, record)
-
-
-class GpuName(Protocol):
-    """A GPU as plans name it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def arch(self) -> str: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """source: path in the bundle → SHA-256 of the ONNX model and its data. version: of the module.
@@ -97,18 +120,6 @@ class Recipe:
         """As JSON, for the key and the record."""
         return {**asdict(self), "flags": sorted(self.flags), "revision": _REVISION}
 
-    @classmethod
-    def from_record(cls, store: EngineStore, record: Mapping[str, Any]) -> Recipe:
-        """What the record of a plan says. Raises `EngineError` when that is not what its key was made of."""
-        try:
-            recipe = read(cls, record)
-            if store.key(recipe.built_from()) == record["key"]:
-                return recipe
-        except (FieldError, KeyError):
-            pass
-        key = str(record.get("key"))[:32]
-        raise EngineError(f"the record of the plan {key} was changed after it was built: compile the bundle again")
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -122,11 +133,13 @@ class Plan:
     @classmethod
     def read(cls, store: EngineStore, record: Mapping[str, Any]) -> Plan:
         """The plan of an engine record. Raises `EngineError` when the record is damaged or not that of its key."""
-        recipe = Recipe.from_record(store, record)
-        files = record.get("files")
-        if not isinstance(files, dict) or PLAN_NAME not in files or not is_measured(record):
-            raise EngineError(f"the record of the plan {record['key']} is damaged: compile the bundle again")
-        return cls(recipe, store.root / record["key"], record["key"], files)
+        key, files = str(record.get("key"))[:32], record.get("files")
+        recipe = read(Recipe, record) if fits(Recipe, record) else None
+        if recipe is None or store.key(recipe.built_from()) != key:
+            raise EngineError(f"the record of the plan {key} was changed after it was built: compile the bundle again")
+        if not isinstance(files, dict) or PLAN_NAME not in files or not fits(Measured, record):
+            raise EngineError(f"the record of the plan {key} is damaged: compile the bundle again")
+        return cls(recipe, store.root / key, key, files)
 
     @property
     def component(self) -> str:
@@ -145,11 +158,7 @@ class Plan:
 
     def check(self) -> None:
         """Raise `EngineError` when the plan's file is missing or was changed since it was built."""
-        try:
-            whole = sha256_file(self.path) == self.files.get(PLAN_NAME)
-        except OSError:
-            whole = False
-        if not whole:
+        if not holds(self.folder, {PLAN_NAME: self.files[PLAN_NAME]}):
             raise EngineError(
                 f"{self.component}: the plan {self.path} is missing or was changed after it was built: "
                 "compile the bundle again"
@@ -157,18 +166,14 @@ class Plan:
 
 
 def usable(
-    store: EngineStore, component: str, variant: Variant, precision: str, backend: str, version: str, gpu: GpuName
+    store: EngineStore, component: str, variant: Variant, precision: str, backend: str, version: str, gpu: Device
 ) -> list[Plan]:
     """The plans in `store` that this backend and GPU can run and that were built from this very model.
 
     Raises `EngineError` saying why there is none.
     """
     again = f"run `diffoundry build {store.root.parent} --engine {backend}"
-    records = [
-        record
-        for record in store.records()
-        if record.get("component") == component and record.get("backend") == backend
-    ]
+    records = [each for each in store.records() if (each.get("component"), each.get("backend")) == (component, backend)]
     if not records:
         raise EngineError(f"{component}: the bundle holds no {backend} plan: {again}`")
     plans, damage = [], ""
@@ -190,7 +195,7 @@ def usable(
 _NO_OBSTACLE = 4
 
 
-def _obstacle(plan: Plan, variant: Variant, precision: str, version: str, gpu: GpuName) -> tuple[int, str]:
+def _obstacle(plan: Plan, variant: Variant, precision: str, version: str, gpu: Device) -> tuple[int, str]:
     """The first condition that `plan` does not meet, and why; `_NO_OBSTACLE` when it can be run."""
     recipe = plan.recipe
     if recipe.source != variant.files:
@@ -210,7 +215,7 @@ def _same_version(recipe: Recipe, version: str) -> bool:
     return recipe.version == version
 
 
-def _same_gpu(recipe: Recipe, gpu: GpuName) -> bool:
+def _same_gpu(recipe: Recipe, gpu: Device) -> bool:
     if "hardware-compatible" in recipe.flags:
         return int(gpu.arch[2:]) >= _OLDEST_COMPATIBLE
     return gpu.arch in recipe.archs and recipe.device in ("", gpu.name)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...bundle import Manifest
+from ...bundle.reader import fits
 from ...common.checks import LARGEST_SIDE, MOST_IMAGES, is_whole
 from ...common.errors import DiffoundryError
-from ..profiles import Profile, Shape
-from .plan import FLAGS
+from .plan import FLAGS, Profile, Shape
 
 Size = tuple[int, int]
 """Width and height, in pixels."""
 
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
-_BATCH = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 _MOST_PROMPTS = 8
 """Prompts that a plan of a text encoder takes at once, at least."""
 _REGISTERS = 1, 2, 8
@@ -40,35 +37,31 @@ class Target:
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("archs", "flags"):
-            if not _is_tuple(getattr(self, name), str):
-                raise DiffoundryError(f"{name} must be a tuple of names, found {getattr(self, name)!r:.80}")
-        unknown = [flag for flag in self.flags if flag not in FLAGS]
-        if unknown:
-            raise DiffoundryError(f"unknown flag {unknown[0]!r} of a plan: choose from {', '.join(FLAGS)}")
+        for name, value in (("archs", self.archs), ("flags", self.flags)):
+            _need(fits(tuple[str, ...], value), f"{name} must be a tuple of names, found {value!r:.80}")
+        for flag in self.flags:
+            _need(flag in FLAGS, f"unknown flag {flag!r} of a plan: choose from {', '.join(FLAGS)}")
         for size in self.sizes if isinstance(self.sizes, (tuple, list)) else (self.sizes,):
             _check_size(size)
-        self._check_dynamic()
-        if not _is_pair(self.batch):
-            raise DiffoundryError(f"batch must be the fewest and the most images, found {self.batch!r:.80}")
+        if self.dynamic is not None:
+            two = isinstance(self.dynamic, (tuple, list)) and len(self.dynamic) == 2
+            _need(two, f"dynamic must be the smallest and the largest size, found {self.dynamic!r:.80}")
+            for size in self.dynamic:
+                _check_size(size)
+            ordered = all(low <= high for low, high in zip(*self.dynamic, strict=True))
+            _need(ordered, "the dynamic sizes must be given as MIN-MAX, such as 256x256-1024x1024")
+        pair = fits(tuple[int, int], self.batch)
+        _need(pair, f"batch must be the fewest and the most images, found {self.batch!r:.80}")
         low, high = self.batch
-        if not 1 <= low <= high <= MOST_IMAGES:
-            raise DiffoundryError(
-                f"the batch must be from 1 to {MOST_IMAGES} images, the smaller number first, found {low}-{high}"
-            )
+        _need(
+            1 <= low <= high <= MOST_IMAGES,
+            f"the batch must be from 1 to {MOST_IMAGES} images, the smaller number first, found {low}-{high}",
+        )
         limit = self.memory_limit
-        if limit is not None and not (is_whole(limit) and limit > 0):
-            raise DiffoundryError(f"the memory of the builder must be a number of bytes above 0, found {limit!r:.80}")
-
-    def _check_dynamic(self) -> None:
-        if self.dynamic is None:
-            return
-        if not isinstance(self.dynamic, (tuple, list)) or len(self.dynamic) != 2:
-            raise DiffoundryError(f"dynamic must be the smallest and the largest size, found {self.dynamic!r:.80}")
-        for size in self.dynamic:
-            _check_size(size)
-        if any(low > high for low, high in zip(*self.dynamic, strict=True)):
-            raise DiffoundryError("the dynamic sizes must be given as MIN-MAX, such as 256x256-1024x1024")
+        _need(
+            limit is None or (is_whole(limit) and limit > 0),
+            f"the memory of the builder must be a number of bytes above 0, found {limit!r:.80}",
+        )
 
     def count(self) -> int:
         """How many plans a component has whose shapes follow the size of the picture."""
@@ -88,50 +81,20 @@ class Target:
             ranges.append((low, (usual[0], usual[1]), high))
         unit = manifest.latents.unit
         for side in (side for part in ranges for size in part for side in size):
-            if side < unit or side % unit or side > LARGEST_SIDE:
-                raise DiffoundryError(
-                    f"the sides of a shape must be multiples of {unit} from {unit} to {LARGEST_SIDE}, found {side}"
-                )
+            _need(
+                unit <= side <= LARGEST_SIDE and side % unit == 0,
+                f"the sides of a shape must be multiples of {unit} from {unit} to {LARGEST_SIDE}, found {side}",
+            )
         return ranges
 
 
-def _is_tuple(value: object, kind: type) -> bool:
-    return isinstance(value, (tuple, list)) and all(
-        isinstance(item, kind) and not isinstance(item, bool) for item in value
-    )
-
-
-def _is_pair(value: object) -> bool:
-    return _is_tuple(value, int) and len(value) == 2  # type: ignore[arg-type]
+def _need(holds: bool, message: str) -> None:
+    if not holds:
+        raise DiffoundryError(message)
 
 
 def _check_size(size: object) -> None:
-    if not _is_pair(size):
-        raise DiffoundryError(f"a size must be a width and a height, such as (512, 768), found {size!r:.80}")
-
-
-def parse_size(text: str) -> Size:
-    """Read `512x768`, width and height. Raises `DiffoundryError`."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise DiffoundryError(f"a shape is WIDTHxHEIGHT, such as 512x768, found {text!r}")
-    return int(found[1]), int(found[2])
-
-
-def parse_range(text: str) -> tuple[Size, Size]:
-    """Read `256x256-1024x1024`. Raises `DiffoundryError`."""
-    low, dash, high = text.partition("-")
-    if not dash:
-        raise DiffoundryError(f"dynamic sizes are MIN-MAX, such as 256x256-1024x1024, found {text!r}")
-    return parse_size(low), parse_size(high)
-
-
-def parse_batch(text: str) -> tuple[int, int]:
-    """Read `4` or `1-4`. Raises `DiffoundryError`."""
-    found = _BATCH.fullmatch(text.strip())
-    if found is None:
-        raise DiffoundryError(f"a batch is a number or a range, such as 4 or 1-4, found {text!r}")
-    return int(found[1]), int(found[2] or found[1])
+    _need(fits(tuple[int, int], size), f"a size must be a width and a height, such as (512, 768), found {size!r:.80}")
 
 
 def profiles(manifest: Manifest, component: str, target: Target) -> list[Profile]:
@@ -175,7 +138,7 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
     }
     name = "-".join("x".join(map(str, size)) for size in dict.fromkeys((sizes[0], sizes[2])))
     if denoises:
-        name += f", batch {_shown(target.batch)}"
+        name += f", batch {'-'.join(map(str, dict.fromkeys(target.batch)))}"
     return _profile(manifest, component, name, axes)
 
 
@@ -197,10 +160,6 @@ def _step_profile(manifest: Manifest, component: str, target: Target, ranges: li
         "steps_and_end": tuple(count + 1 for count in _STEPS),
     }
     return _profile(manifest, component, f"any of the sizes, 1-{rows[2]} rows", axes)
-
-
-def _shown(batch: tuple[int, int]) -> str:
-    return "-".join(map(str, dict.fromkeys(batch)))
 
 
 def _profile(manifest: Manifest, component: str, name: str, axes: Mapping[str, tuple[int, ...]]) -> Profile:

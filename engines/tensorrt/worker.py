@@ -1,6 +1,6 @@
 """The builder, in a process of its own: a job as JSON on standard input, events as JSON lines on standard output.
 
-A job is `build.job`'s; an event is {"fraction": …, "phase": …}, and at the end {"done": …} or {"error": …}.
+A job is `build.build`'s; an event is {"fraction": …, "phase": …}, and at the end {"done": …} or {"error": …}.
 """
 
 from __future__ import annotations
@@ -10,19 +10,26 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from ...common.errors import EngineError
 from ...common.files import disk_error, replacing
 from ...common.machine import die_with_parent
-from .backend import BACKENDS
-from .layers import WEIGHTS_LINE, from_inspector, from_log, layer_line, memory_of
+from .backend import BACKENDS, Log
+from .layers import from_inspector, from_log, is_described, memory_of, summary
+from .plan import PLAN_NAME
 
 _EVERY_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
-_PLAN_CHUNK = 64 << 20
+_MOST_WARNINGS = 20
+_FLAGS = {
+    "refit": ("REFIT",),
+    "strip": ("STRIP_PLAN", "REFIT_IDENTICAL"),
+    "weight-streaming": ("WEIGHT_STREAMING",),
+    "version-compatible": ("VERSION_COMPATIBLE",),
+}
 
 
 def main() -> None:
@@ -31,18 +38,17 @@ def main() -> None:
     # the library may print: its words must not come among the events
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    event: dict[str, Any]
     try:
-        done = _build(json.load(sys.stdin), _sender(events))
+        event = {"done": _build(json.load(sys.stdin), _sender(events))}
     except EngineError as error:
-        _send(events, {"error": str(error)})
-        sys.exit(1)
+        event = {"error": str(error)}
     except MemoryError:
-        _send(events, {"error": "out of memory"})
-        sys.exit(1)
+        event = {"error": "out of memory"}
     except OSError as error:
-        _send(events, {"error": str(disk_error(error))})
-        sys.exit(1)
-    _send(events, {"done": done})
+        event = {"error": str(disk_error(error))}
+    _send(events, event)
+    sys.exit("error" in event)
 
 
 def _send(events: TextIO, event: dict[str, Any]) -> None:
@@ -52,15 +58,16 @@ def _send(events: TextIO, event: dict[str, Any]) -> None:
 
 def _sender(events: TextIO) -> Callable[[str, float], bool]:
     """Sends progress, not too often; False once nobody listens any more."""
-    last = [0.0]
+    last = 0.0
 
     def send(phase: str, fraction: float) -> bool:
+        nonlocal last
         now = time.monotonic()
-        if now - last[0] >= _EVERY_SECONDS:
-            last[0] = now
+        if now - last >= _EVERY_SECONDS:
+            last = now
             try:
                 _send(events, {"phase": phase, "fraction": round(fraction, 4)})
-            except (BrokenPipeError, OSError):
+            except OSError:
                 return False
         return True
 
@@ -68,43 +75,52 @@ def _sender(events: TextIO) -> Callable[[str, float], bool]:
 
 
 def _build(job: dict[str, Any], report: Callable[[str, float], bool]) -> dict[str, Any]:
+    """Build the plan, and say what it is made of."""
     trt = BACKENDS[job["backend"]].load()
-    logger = _logger(trt)
-    builder = trt.Builder(logger)
+    warnings: list[str] = []
+    described: list[str] = []
+
+    def hear(severity: Any, message: str) -> None:
+        if severity == trt.ILogger.Severity.WARNING:
+            warnings.append(message)
+        elif is_described(message):
+            described.append(message)
+
+    log, folder = Log(trt, hear), Path(job["folder"])
+    builder = trt.Builder(log.logger)
     if builder is None:
-        raise EngineError(_why(logger, "the builder does not start"))
+        raise EngineError(_why(log, "the builder does not start"))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, log.logger)
     if not parser.parse_from_file(job["onnx"]):
         first = parser.get_error(0) if parser.num_errors else None
         reason = "no reason given" if first is None else f"{first.desc()} (node {first.node_name()})"
         raise EngineError(f"the parser refuses {Path(job['onnx']).name}: {reason[:300]}")
     config = _config(trt, builder, network, job)
     config.progress_monitor = _monitor(trt, report)
-    timing = _load_timing(config, job["timing"])
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise EngineError(_why(logger, "no plan was made"))
-    with Path(job["plan"]).open("wb") as file:
-        view = memoryview(plan)
-        for at in range(0, len(view), _PLAN_CHUNK):
-            file.write(view[at : at + _PLAN_CHUNK])
-    if timing is not None:
-        with contextlib.suppress(OSError):  # the plan is made; the next one only takes longer
-            _save_timing(timing.serialize(), Path(job["timing"]))
-    softmaxes = sum(network.get_layer(i).type == trt.LayerType.SOFTMAX for i in range(network.num_layers))
-    layers = from_log(logger.layers)
-    if job["at_gpu"]:  # the plan loads here and can be asked
-        layers = from_inspector(_inspect(trt, logger, plan)) or layers
-    Path(job["layers"]).write_text(json.dumps([layer.to_json() for layer in layers], indent=1), encoding="utf-8")
-    return {"attentions": softmaxes, "memory": memory_of(logger.memory), "warnings": logger.warnings[:20]}
+    with _timings(config, job["timing"]):
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise EngineError(_why(log, "no plan was made"))
+        (folder / PLAN_NAME).write_bytes(memoryview(plan))
+    attentions = sum(network.get_layer(i).type == trt.LayerType.SOFTMAX for i in range(network.num_layers))
+    layers = from_log(described)
+    if job["device"]:  # the plan loads here and can be asked
+        layers = from_inspector(_inspect(trt, log, plan)) or layers
+    (folder / "layers.json").write_text(json.dumps([asdict(layer) for layer in layers], indent=1), encoding="utf-8")
+    return {
+        "memory": memory_of(described),
+        "warnings": warnings[:_MOST_WARNINGS],
+        "made_of": summary(layers, job["precision"], attentions, job["fp32_nodes"]),
+    }
 
 
 def _config(trt: Any, builder: Any, network: Any, job: dict[str, Any]) -> Any:
     config = builder.create_builder_config()
-    if job["archs"]:
-        config.num_compute_capabilities = len(job["archs"])  # before the capabilities themselves
-        for i, arch in enumerate(job["archs"]):
+    if BACKENDS[job["backend"]].ahead_of_time:  # the other knows no GPU but the one that is here
+        archs = ["current"] if job["device"] else job["archs"]
+        config.num_compute_capabilities = len(archs)  # before the capabilities themselves
+        for i, arch in enumerate(archs):
             config.set_compute_capability(getattr(trt.ComputeCapability, arch.upper()), i)
     for flag in job["flags"]:
         _set_flag(trt, config, flag, job["backend"])
@@ -125,14 +141,6 @@ def _config(trt: Any, builder: Any, network: Any, job: dict[str, Any]) -> Any:
     return config
 
 
-_FLAGS = {
-    "refit": ("REFIT",),
-    "strip": ("STRIP_PLAN", "REFIT_IDENTICAL"),
-    "weight-streaming": ("WEIGHT_STREAMING",),
-    "version-compatible": ("VERSION_COMPATIBLE",),
-}
-
-
 def _set_flag(trt: Any, config: Any, flag: str, backend: str) -> None:
     if flag == "hardware-compatible":
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
@@ -143,55 +151,31 @@ def _set_flag(trt: Any, config: Any, flag: str, backend: str) -> None:
         config.set_flag(getattr(trt.BuilderFlag, name))
 
 
-def _load_timing(config: Any, path: str | None) -> Any:
+@contextlib.contextmanager
+def _timings(config: Any, path: str | None) -> Iterator[None]:
+    """Let a build take the timings of kernels in the file `path`, and keep those that it makes there."""
     if path is None:
-        return None
-    known = Path(path).read_bytes() if Path(path).is_file() else b""
-    cache = config.create_timing_cache(known)
+        yield
+        return
+    file = Path(path)
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
     if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another version or GPU
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+    yield
+    with contextlib.suppress(OSError), replacing(file) as beside:  # the plan is made; the next one only takes longer
+        beside.write_bytes(memoryview(cache.serialize()))
 
 
-def _save_timing(cache: Any, path: Path) -> None:
-    with replacing(path) as beside:
-        beside.write_bytes(memoryview(cache))
-
-
-def _inspect(trt: Any, logger: Any, plan: Any) -> str:
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+def _inspect(trt: Any, log: Log, plan: Any) -> str:
+    engine = trt.Runtime(log.logger).deserialize_cuda_engine(plan)
     if engine is None:
         return ""
     return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _why(logger: Any, otherwise: str) -> str:
-    return (logger.errors[-1] if logger.errors else otherwise)[:400]
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
-        """Keeps what is asked for later: errors, warnings, the layers of the finished engine and its memory."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-            self.layers: list[str] = []
-            self.memory: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-            elif severity == trt.ILogger.Severity.WARNING:
-                self.warnings.append(message)
-            elif layer_line(message):
-                self.layers.append(message)
-            elif WEIGHTS_LINE.search(message):
-                self.memory.append(message)
-
-    return Logger()
+def _why(log: Log, otherwise: str) -> str:
+    return (log.errors[-1] if log.errors else otherwise)[:400]
 
 
 def _monitor(trt: Any, report: Callable[[str, float], bool]) -> Any:

@@ -30,8 +30,7 @@ import onnxruntime as ort
 
 from diffoundry.bundle.reader import read
 from diffoundry.common.files import sha256_file
-from diffoundry.engines.profiles import Profile
-from diffoundry.engines.tensorrt.plan import PLAN_NAME, Plan, Recipe
+from diffoundry.engines.tensorrt.plan import PLAN_NAME, Plan, Profile, Recipe
 
 ALIGNMENT = 256
 VERSION = "1.7.0"

@@ -17,12 +17,11 @@ import pytest
 from diffoundry.bundle import Variant
 from diffoundry.common.errors import EngineError
 from diffoundry.engines import EngineStore
-from diffoundry.engines.profiles import Profile
 from diffoundry.engines.tensorrt import build as build_module
 from diffoundry.engines.tensorrt.backend import BACKENDS, Backend
 from diffoundry.engines.tensorrt.build import build, clean, find
 from diffoundry.engines.tensorrt.layers import Layer, summary
-from diffoundry.engines.tensorrt.plan import Recipe, usable
+from diffoundry.engines.tensorrt.plan import Profile, Recipe, usable
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 GIB = 2**30
@@ -216,14 +215,6 @@ def test_a_builder_beyond_its_memory_is_stopped_and_leaves_nothing(store, model)
     assert list(store.root.iterdir()) == []
 
 
-def worker(code):
-    """A worker in place of ours, that ends as `code` does."""
-    return lambda line, words, environment: build_module_started([line[0], "-c", code], words, environment)
-
-
-build_module_started = build_module._started
-
-
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -234,7 +225,7 @@ build_module_started = build_module._started
     ],
 )
 def test_a_builder_that_dies_is_an_error_message(store, model, monkeypatch, code, message):
-    monkeypatch.setattr(build_module, "_started", worker(code))
+    monkeypatch.setattr(build_module, "_WORKER", [sys.executable, "-c", code])
     with pytest.raises(EngineError, match=f"vae_decoder, 64x64: {message}"):
         build(store, RECIPE, model)
     assert list(store.root.iterdir()) == []

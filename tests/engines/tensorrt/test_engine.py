@@ -331,7 +331,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(unet, reference, monkeypatch
     def refuse(*args, **options):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(loaded.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(loaded, "replacing", refuse)
     same(unet(shapes(2))(feeds()), reference(feeds()))
 
 

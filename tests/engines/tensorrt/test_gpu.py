@@ -12,12 +12,11 @@ from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError
 from diffoundry.engines import EngineStore
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
-from diffoundry.engines.profiles import Profile
 from diffoundry.engines.tensorrt.backend import BACKENDS, Backend
 from diffoundry.engines.tensorrt.build import build
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
 from diffoundry.engines.tensorrt.gpu import Gpu, shared
-from diffoundry.engines.tensorrt.plan import CACHE_NAME, Plan, Recipe
+from diffoundry.engines.tensorrt.plan import CACHE_NAME, Plan, Profile, Recipe
 from diffoundry.runtime.pipeline import load
 
 pytestmark = pytest.mark.gpu

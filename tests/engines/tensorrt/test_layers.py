@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from diffoundry.engines.tensorrt.layers import Layer, from_inspector, from_log, layer_line, memory_of, summary
+from diffoundry.engines.tensorrt.layers import from_inspector, from_log, is_described, memory_of, summary
 
 TENSOR = (
     "{{ Name: {name}, Dimensions: [2,4,8,8], Strides: [256,1,32,4], StrideOrder: [3,0,2,1], Datatype: {kind}, "
@@ -39,7 +39,7 @@ LOG = [
 @pytest.fixture(params=["log", "one message", "inspector", "older inspector"])
 def layers(request):
     if request.param == "log":
-        return from_log(text for text in LOG if layer_line(text))
+        return from_log(text for text in LOG if is_described(text))
     if request.param == "one message":
         return from_log(["\n".join(LOG)])
     key = "Datatype" if request.param == "inspector" else "Format/Datatype"
@@ -83,7 +83,7 @@ def test_each_layer_has_the_precision_of_its_first_float_input(layers):
 
 
 def test_the_summary_names_what_did_not_get_the_precision(layers):
-    told = summary(layers, "fp16", attentions=2, kept=["node_linear_4"])
+    told = summary(layers, "fp16", attentions=2, fp32_nodes=["node_linear_4"])
     assert told["layers"] == {"bf16": 1, "fp16": 2, "fp32": 2, "other": 2}
     assert told["heavy"] == {"bf16": 1, "fp16": 2, "fp32": 1}
     assert told["attention"] == {"fused": 1, "of": 2}
@@ -102,8 +102,3 @@ def test_the_memory_is_read_from_the_log():
         "Total Host Memory: 1 bytes",
     ]
     assert memory_of(log) == {"weights": 7147520, "activation": 8988160}
-
-
-def test_a_layer_is_written_whole():
-    layer = Layer("a", "gemm", "fp16", ("x",), "t")
-    assert Layer(**{**layer.to_json(), "nodes": tuple(layer.to_json()["nodes"])}) == layer

@@ -9,7 +9,7 @@ import pytest
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import DiffoundryError, EngineError
 from diffoundry.engines.tensorrt.bundle_plans import resolve_machine
-from diffoundry.engines.tensorrt.target import Target, parse_batch, parse_range, parse_size, profiles, rows_of_denoiser
+from diffoundry.engines.tensorrt.target import Target, profiles, rows_of_denoiser
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,6 @@ def test_every_sampler_fits_the_plan_of_the_step(manifest, bundle_of):
         (lambda: Target(batch=(True, True)), "the fewest and the most images"),
         (lambda: Target(memory_limit=float("nan")), "a number of bytes above 0"),
         (lambda: Target(memory_limit="5"), "a number of bytes above 0"),
-        (lambda: parse_size("64"), "WIDTHxHEIGHT"),
-        (lambda: parse_size("64x64x64"), "WIDTHxHEIGHT"),
-        (lambda: parse_size("-64x64"), "WIDTHxHEIGHT"),
-        (lambda: parse_range("64x64"), "MIN-MAX"),
-        (lambda: parse_batch("many"), "such as 4 or 1-4"),
-        (lambda: parse_batch("1-"), "such as 4 or 1-4"),
     ],
 )
 def test_what_cannot_be_built_is_refused(make, message):
@@ -118,12 +112,6 @@ def test_what_cannot_be_built_is_refused(make, message):
 def test_a_side_that_the_checkpoint_cannot_do_is_refused(manifest, size):
     with pytest.raises(DiffoundryError, match="multiples of 8 from 8 to 16384"):
         profiles(manifest, "unet", Target(sizes=(size,)))
-
-
-def test_values_are_read_as_they_are_written():
-    assert parse_size("512x768") == (512, 768)
-    assert parse_range("256x256-1024x512") == ((256, 256), (1024, 512))
-    assert (parse_batch("4"), parse_batch("1-4")) == ((4, 4), (1, 4))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from onnxruntime import InferenceSession
 
 from diffoundry.common.errors import EngineError, RequestError
-from diffoundry.engines.engine import EngineBase
+from diffoundry.engines.engine import Engine
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
 from diffoundry.engines.tensorrt.gpu import Gpu
@@ -41,12 +41,15 @@ SHORT = [
 ]
 
 
-class OneByOne(EngineBase):
+class OneByOne(Engine):
     """An engine that runs each row of a call by itself."""
 
     def __init__(self, engine):
         super().__init__(engine.component, engine.inputs, engine.outputs)
         self._engine = engine
+
+    def to_device(self, array):
+        return self._engine.to_device(array)
 
     def _run(self, feeds):
         made = [self._engine({n: a[i : i + 1] for n, a in feeds.items()}) for i in range(len(feeds["sample"]))]

@@ -10,8 +10,7 @@ import pytest
 
 from diffoundry.bundle.reader import FieldError, read
 from diffoundry.common.errors import EngineError
-from diffoundry.engines.profiles import Profile
-from diffoundry.engines.tensorrt.plan import Plan, Recipe, closest
+from diffoundry.engines.tensorrt.plan import Plan, Profile, Recipe, closest
 
 
 def profile(name, least, usual, largest):
