@@ -53,6 +53,11 @@ class Layout:
     text_encoders: tuple[TextEncoder, ...]
     sizes: int = 0
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The folders of its models."""
+        return (*(text.name for text in self.text_encoders), "unet", "vae")
+
     def published(self) -> dict[str, dict[str, Any]]:
         """What its configurations say that shapes do not: `model_index`, one entry a folder, and `forms`.
 
@@ -123,9 +128,9 @@ def recognise(weights: Weights) -> Layout:
     """The layout of a whole checkpoint. Raises `CheckpointError`, which says what another file looks like."""
     check_names(weights.path, weights.shapes)
     other = _look(weights, _OTHERS)
-    if not other and _has(weights, UNET):
+    if not other and weights.has(UNET):
         for layout in LAYOUTS:
-            if any(_has(weights, text.prefix) for text in layout.text_encoders):
+            if any(weights.has(text.prefix) for text in layout.text_encoders):
                 _check_parts(weights, layout)
                 return layout
     like = other or _look(weights, _PARTS)
@@ -135,17 +140,13 @@ def recognise(weights: Weights) -> Layout:
     )
 
 
-def _has(weights: Weights, prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in weights.shapes)
-
-
 def _look(weights: Weights, table: Mapping[str, str]) -> str | None:
     names = "\n".join(weights.shapes)
     return next((what for pattern, what in table.items() if re.search(pattern, names, re.MULTILINE)), None)
 
 
 def _check_parts(weights: Weights, layout: Layout) -> None:
-    absent = [prefix for prefix in (VAE, *(text.prefix for text in layout.text_encoders)) if not _has(weights, prefix)]
+    absent = [prefix for prefix in (VAE, *(text.prefix for text in layout.text_encoders)) if not weights.has(prefix)]
     if absent:
         raise CheckpointError(
             f"{weights.path} is a {layout.title} checkpoint without {' and '.join(f'{name}*' for name in absent)}: "
