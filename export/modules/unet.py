@@ -64,7 +64,7 @@ def unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec
 
     largest = 2 ** (len(config["block_out_channels"]) - 1)
     with guarded("the unet cannot be built from its configuration"):
-        unit = multiple_of(without_weights(), {each.name: each.shape for each in inputs}, largest)
+        unit = multiple_of(without_weights(), inputs, largest)
     return ComponentSpec(
         name=name,
         source="unet",
