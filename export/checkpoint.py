@@ -14,7 +14,7 @@ from .weight_files import WeightFiles, find, other_kind, read_stated
 _ADDED = ("vae_tiny",)
 """Components that no checkpoint holds, and that may be given one."""
 _CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
-"""What a replaced text encoder is read as: its own configuration tells whether it is one."""
+"""What a replaced text encoder is read as: its own configuration shows whether it is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,9 @@ class Checkpoint:
         if not root.exists():
             root = _fetch(str(source))
         if root.is_file():
-            kind = other_kind(root)
-            raise CheckpointError(
-                f"{root} {kind}"
-                if kind
-                else f"{root} is a file of an unknown kind: give a folder in the diffusers layout (with "
-                "model_index.json), or a .safetensors or .ckpt file"
+            raise other_kind(root) or CheckpointError(
+                f"{root} is a file of an unknown kind: give a folder in the diffusers layout (with model_index.json), "
+                "or a .safetensors or .ckpt file"
             )
         if not (root / "model_index.json").is_file():
             raise CheckpointError(f"{root} holds no model_index.json: {_in_place_of_it(root)}")

@@ -1,4 +1,4 @@
-"""What the configurations already tell: whether the models can be built and run, and whether they fit each other.
+"""What the configurations already show: whether the models can be built and run, and whether they fit each other.
 
 All of it is found without weights, before any work is done.
 """

@@ -28,14 +28,17 @@ _TOPS = ("text_model", "encoder", "decoder")
 """Parts that all names of a sound model may begin with."""
 
 _ORIGINAL = "give the checkpoint that it was made from"
+_PICKLE = "give it the suffix .ckpt, or .bin in the folder of a model"
+_ARCHIVE = "is an archive: unpack it and give what is in it"
 _SAFETENSORS = "is a safetensors file: give it the suffix .safetensors"
 _STARTS = (
+    (rb"\Z", "is truncated to nothing (0 bytes): download it again"),
     (rb"(?s).{5}\0{3}\{", _SAFETENSORS),  # the length of a header is a number of eight bytes
     (rb"version https://git-lfs", "is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"),
     (rb"\s*<(?i:!doctype|html|\?xml)", "is a web page, not weights: download it again, logged in where its host asks"),
     (rb"\s*[\[{]\s*[\"}\]]", "is a JSON text, not weights: download it again"),
     (rb"GGUF", f"is a GGUF file, whose weights are quantized: {_ORIGINAL}"),
-    (rb"7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ", "is an archive: unpack it and give what is in it"),
+    (rb"7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ", _ARCHIVE),
     (rb"\x08[\x03-\x14]\x12", f"is an ONNX model: {_ORIGINAL}"),
 )
 """How files of other kinds begin, and what to do with them."""
@@ -58,7 +61,7 @@ FOREIGN = {
     r"^(online_model|ema_model|shadow_params)\.": "a moving average as its trainer keeps it: save the averaged model "
     "itself, with `save_pretrained`",
 }
-"""Names of tensors that no sound checkpoint has: what they tell, and the remedy."""
+"""Names of tensors that no sound checkpoint has: what they show, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ class WeightFiles:
     def library_options(self) -> dict[str, Any]:
         """What makes `from_pretrained` of either library read these files.
 
-        Told to read .bin, diffusers takes shards before a single file; told nothing, it finds the single file.
+        Asked for .bin, diffusers takes shards before a single file; asked for nothing, it finds the single file.
         """
         shards = self.index is None and self.folder.joinpath(f"{self.files[0].name}.index.json").is_file()
         return {"variant": self.variant, "use_safetensors": self.safetensors or (None if shards else False)}
@@ -313,7 +316,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise _other_kind(path) or CheckpointError(
+        raise other_kind(path) or CheckpointError(
             f"{path} is truncated or damaged, {path.stat().st_size} bytes ({reason(error)}): download it again"
         ) from None
 
@@ -330,7 +333,7 @@ def read_pickle(path: Path, headers: bool = False) -> Mapping[str, Any]:
     with path.open("rb") as file:
         start = file.read(2)
     if not start.startswith((b"PK", b"\x80")) or (zipped and not _is_torch(path)):
-        raise _other_kind(path) or CheckpointError(damaged)
+        raise other_kind(path) or CheckpointError(damaged)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript, which is refused below
@@ -348,24 +351,17 @@ def read_pickle(path: Path, headers: bool = False) -> Mapping[str, Any]:
     return content
 
 
-def other_kind(path: Path) -> str | None:
+def other_kind(path: Path) -> CheckpointError | None:
     """What `path` is by its first bytes, and the remedy; None for a kind that is not known here."""
-    if not path.stat().st_size:
-        return "is truncated to nothing (0 bytes): download it again"
     with path.open("rb") as file:
         start = file.read(64)
+    what = next((what for pattern, what in _STARTS if re.match(pattern, start)), None)
     if start.startswith(b"PK") and zipfile.is_zipfile(path):
-        if _is_torch(path):
-            return "is a pickle of torch: give it the suffix .ckpt, or .bin in the folder of a model"
-        return "is an archive: unpack it and give what is in it"
-    if start.startswith(b"\x80") and path.suffix == ".safetensors":
-        return "is a pickle: give it the suffix .ckpt, or .bin in the folder of a model"
-    found = next((what for pattern, what in _STARTS if re.match(pattern, start)), None)
-    return None if found == _SAFETENSORS and path.suffix == ".safetensors" else found
-
-
-def _other_kind(path: Path) -> CheckpointError | None:
-    what = other_kind(path)
+        what = f"is a pickle of torch: {_PICKLE}" if _is_torch(path) else _ARCHIVE
+    elif path.suffix == ".safetensors" and start.startswith(b"\x80"):
+        what = f"is a pickle: {_PICKLE}"
+    elif path.suffix == ".safetensors" and what == _SAFETENSORS:
+        return None
     return CheckpointError(f"{path} {what}") if what else None
 
 
@@ -374,4 +370,4 @@ def _is_torch(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError):
-        return True  # truncated: torch tells
+        return True  # truncated: torch says so

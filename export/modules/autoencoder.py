@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import torch
 
 from ...bundle import Tensor
@@ -44,14 +45,15 @@ class Decoder(torch.nn.Module):
 def encoder(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> ComponentSpec:
     """The component. Its output is `latent_parameters`, or `latent_sample` where nothing is left to be drawn."""
     config = vae_config(checkpoint)
+    kind = getattr(diffusers, config["_class_name"])
     down, tiny = downscale(config), is_tiny(config)
     channels = int(config["latent_channels"])
     shape = ("batch_size", channels if tiny else 2 * channels, "latent_height", "latent_width")
     return ComponentSpec(
         name=component,
         source=VAE,
-        load=lambda: Encoder(_load(checkpoint, VAE)).eval(),
-        hollow=lambda: Encoder(_hollow(checkpoint, VAE)),
+        load=lambda: Encoder(load_pretrained(kind, checkpoint.folder(VAE))).eval(),
+        hollow=lambda: Encoder(hollow(kind, checkpoint.config(VAE))),
         inputs=(Tensor("sample", "float32", ("batch_size", config["in_channels"], "sample_height", "sample_width")),),
         outputs=(Tensor("latent_sample" if tiny else "latent_parameters", "float32", shape),),
         axes={
@@ -82,27 +84,14 @@ def preview(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> Compo
 
 def _decoder(checkpoint: Checkpoint, name: str, source: str, scale: float = 1.0) -> ComponentSpec:
     config = vae_config(checkpoint, source)
+    kind = getattr(diffusers, config["_class_name"])
     shape = ("batch_size", int(config["latent_channels"]), "latent_height", "latent_width")
     return ComponentSpec(
         name=name,
         source=source,
-        load=lambda: Decoder(_load(checkpoint, source), scale).eval(),
-        hollow=lambda: Decoder(_hollow(checkpoint, source), scale),
+        load=lambda: Decoder(load_pretrained(kind, checkpoint.folder(source)), scale).eval(),
+        hollow=lambda: Decoder(hollow(kind, checkpoint.config(source)), scale),
         inputs=(Tensor("latent_sample", "float32", shape),),
         outputs=(Tensor("sample", "float32", ("batch_size", config["out_channels"], "height", "width")),),
         axes={"batch_size": Axis(1, 3), "latent_height": Axis(4, 12), "latent_width": Axis(4, 12)},
     )
-
-
-def _load(checkpoint: Checkpoint, source: str) -> Any:
-    return load_pretrained(_class(checkpoint, source), checkpoint.folder(source))
-
-
-def _hollow(checkpoint: Checkpoint, source: str) -> Any:
-    return hollow(_class(checkpoint, source), checkpoint.config(source))
-
-
-def _class(checkpoint: Checkpoint, source: str) -> Any:
-    import diffusers
-
-    return getattr(diffusers, checkpoint.kind(source)[1])

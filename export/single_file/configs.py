@@ -101,7 +101,7 @@ def built_in(weights: Weights, layout: Layout, predicts: str | None) -> dict[str
     for text in layout.text_encoders:
         setup[text.name].update(_text_sizes(weights, layout, text, setup[text.name]))
     inpaints = _inpaints(weights, layout, unet["in_channels"], vae["latent_channels"], "inpainting" in forms)
-    predicts = predicts or prediction_type(weights, layout) or _taken_for(weights, layout, inpaints)
+    predicts = predicts or prediction_type(weights, layout) or _assumed_prediction(weights, layout, inpaints)
     for form in ["inpainting"] * inpaints + [predicts] + ["zero_snr"] * zero_snr(weights):
         for folder, changes in forms.get(form, {}).items():
             setup[folder].update(changes)
@@ -277,7 +277,7 @@ def _inpaints(weights: Weights, layout: Layout, channels: int, latents: int, can
     return channels != latents
 
 
-def _taken_for(weights: Weights, layout: Layout, inpaints: bool) -> str:
+def _assumed_prediction(weights: Weights, layout: Layout, inpaints: bool) -> str:
     """What diffusers takes a U-Net to predict whose file does not say it.
 
     Stable Diffusion 2 is 768-v, unless it is for inpainting or was stored at the training step of the base model.

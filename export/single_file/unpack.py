@@ -19,7 +19,7 @@ from ..fit import hollow
 from ..loading import quiet
 from .configs import Config, built_in, setup_of
 from .layouts import UNET, VAE, Layout, TextEncoder, recognise
-from .names import clip_names, taken, unet_names, vae_names
+from .names import clip_names, convert, unet_names, vae_names
 from .tokenizer import write_clip_tokenizer
 from .weights import SUFFIXES, Weights, open_weights
 
@@ -46,9 +46,9 @@ class _Model:
     shapes: dict[str, tuple[int, ...]]
     originals: dict[str, str]
 
-    def taken(self, name: str, tensor: Any) -> Any:
+    def convert(self, name: str, tensor: Any) -> Any:
         """The weight `name` out of the tensor that the file has for it."""
-        return taken(name, tensor, self.text is not None and self.text.open_clip)
+        return convert(name, tensor, self.text is not None and self.text.open_clip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +159,12 @@ def _check(weights: Weights, where: str, models: tuple[_Model, ...], config: Pat
     """Raise `CheckpointError` unless the file has each weight of `models`, as floats of the right shape."""
     another = f"{_ANOTHER}, not {config}" if config else _ANOTHER
     remedy = f"where the file is whole, {another}" if config else "it is incomplete, download it again"
-    stored = {name for model in models for name in model.originals.values()}
     due = [name for model in models for name in model.originals.values()]
+    known = set(due)
     _refuse((name for name in due if name not in weights.shapes), f"{where} lacks", remedy)
     odd = (f"{name} ({weights.dtypes[name]})" for name in due if weights.dtypes[name] not in _FLOATS)
     _refuse(odd, f"{where} holds types other than {', '.join(_FLOATS)}:", "use a version of it in one of these")
-    extra = (name for name in weights.shapes if name.startswith(UNET) and name not in stored)
+    extra = (name for name in weights.shapes if name.startswith(UNET) and name not in known)
     _refuse(extra, f"{where} has parts in its U-Net that its configuration does not name:", another)
     wrong = (text for model in models for text in _misfits(weights, model))
     _refuse(wrong, f"{where} does not fit its configuration:", another)
@@ -176,11 +176,11 @@ def _misfits(weights: Weights, model: _Model) -> Iterable[str]:
 
     for name, due in model.shapes.items():
         original = model.originals[name]
-        hollow = torch.empty(weights.shapes[original], device="meta")
+        empty = torch.empty(weights.shapes[original], device="meta")
         try:
-            found = list(model.taken(name, hollow).shape)
+            found = list(model.convert(name, empty).shape)
         except (RuntimeError, ValueError, IndexError):  # whatever torch raises for a tensor of the wrong rank
-            found = list(hollow.shape)
+            found = list(empty.shape)
         if found != list(due):
             yield f"{original} gives {found} where {list(due)} is due"
 
@@ -197,7 +197,7 @@ def _write_weights(root: Path, weights: Weights, model: _Model) -> None:
     from safetensors.torch import save_file
 
     stored = weights.read(dict.fromkeys(model.originals.values()))
-    tensors = {name: model.taken(name, stored[old]).contiguous() for name, old in model.originals.items()}
+    tensors = {name: model.convert(name, stored[old]).contiguous() for name, old in model.originals.items()}
     path = root / model.folder / f"{'model' if model.text else 'diffusion_pytorch_model'}.safetensors"
     try:
         save_file(tensors, path, metadata={"format": "pt"})
