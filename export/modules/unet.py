@@ -19,7 +19,7 @@ from ..guard import guarded
 from ..loading import load_pretrained
 
 _UPSAMPLERS_OF_ANY_SIZE = 40
-"""2^40 divides no latent size, so the U-Net is traced with upsamplers that are given the size to reach: any size runs."""
+"""2^40 divides no latent size, so the U-Net is traced with upsamplers that are given the size to reach: any runs."""
 
 
 class UNet(torch.nn.Module):

@@ -44,12 +44,11 @@ class TextEncoder:
 class Layout:
     """A kind of single file.
 
-    data: the file of its published configurations. sizes: how many numbers (picture size, crop, aesthetic score) the
-    U-Net reads beside the pooled text.
+    title: also the name of the file of its published configurations. sizes: how many numbers (picture size, crop,
+    aesthetic score) the U-Net reads beside the pooled text.
     """
 
     title: str
-    data: str
     text_encoders: tuple[TextEncoder, ...]
     sizes: int = 0
 
@@ -63,23 +62,20 @@ class Layout:
 
         A form is what inpainting, another prediction or a last step of pure noise change in the others.
         """
-        text = (files(__package__) / "data" / f"{self.data}.json").read_text(encoding="utf-8")
-        return dict(json.loads(text))
+        name = self.title.lower().replace(" ", "-")
+        return dict(json.loads((files(__package__) / "data" / f"{name}.json").read_text(encoding="utf-8")))
 
 
 SD1 = Layout(
     "Stable Diffusion 1",
-    "stable-diffusion-1",
     (TextEncoder("text_encoder", "cond_stage_model.transformer.", open_clip=False),),
 )
 SD2 = Layout(
     "Stable Diffusion 2",
-    "stable-diffusion-2",
     (TextEncoder("text_encoder", "cond_stage_model.model.", open_clip=True),),
 )
 SDXL = Layout(
     "Stable Diffusion XL",
-    "stable-diffusion-xl",
     (
         TextEncoder("text_encoder", "conditioner.embedders.0.transformer.", open_clip=False),
         TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", open_clip=True),
@@ -88,7 +84,6 @@ SDXL = Layout(
 )
 REFINER = Layout(
     "Stable Diffusion XL refiner",
-    "stable-diffusion-xl-refiner",
     (TextEncoder("text_encoder_2", "conditioner.embedders.0.model.", open_clip=True),),
     sizes=5,
 )
