@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import MANIFEST_NAME
-from ..common.errors import BundleError, CheckpointError, reason
-from ..common.files import read_json
-from .weight_files import WeightFiles, find, other_kind
+from ..common.errors import CheckpointError, reason
+from .weight_files import WeightFiles, find, other_kind, read_stated
 
 _ADDED = ("vae_tiny",)
 """Components that no checkpoint holds, and that may be given one."""
 _CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
-"""What a replaced text encoder is read as: its own configuration tells whether it is one."""
+"""What a replaced text encoder is read as: its own configuration shows whether it is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +37,9 @@ class Checkpoint:
         if not root.exists():
             root = _fetch(str(source))
         if root.is_file():
-            kind = other_kind(root)
-            raise CheckpointError(
-                f"{root} {kind}"
-                if kind
-                else f"{root} is a file of an unknown kind: give a folder in the diffusers layout (with "
-                "model_index.json), or a .safetensors or .ckpt file"
+            raise other_kind(root) or CheckpointError(
+                f"{root} is a file of an unknown kind: give a folder in the diffusers layout (with model_index.json), "
+                "or a .safetensors or .ckpt file"
             )
         if not (root / "model_index.json").is_file():
             raise CheckpointError(f"{root} holds no model_index.json: {_in_place_of_it(root)}")
@@ -53,11 +49,7 @@ class Checkpoint:
                 f"{root} holds ONNX models that were made of a checkpoint: give the checkpoint itself; "
                 f"`diffoundry run {root}` draws with what is there"
             )
-        try:
-            index = read_json(root / "model_index.json", "the pipeline index")
-        except BundleError as error:
-            raise CheckpointError(f"{error}: download the checkpoint again") from None
-        return cls(root, index)
+        return cls(root, read_stated(root / "model_index.json", "the pipeline index"))
 
     @property
     def class_name(self) -> str:
@@ -116,10 +108,7 @@ class Checkpoint:
 
     def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
         """The JSON configuration of component `name`. Raises `CheckpointError`."""
-        try:
-            return read_json(self.folder(name) / file, f"the {name} configuration")
-        except BundleError as error:
-            raise CheckpointError(f"{error}: download the checkpoint again") from None
+        return read_stated(self.folder(name) / file, f"the {name} configuration")
 
 
 def _in_place_of_it(root: Path) -> str:

@@ -39,22 +39,19 @@ def check_classes(checkpoint: Checkpoint, family: Family) -> None:
         if name in family.optional and not checkpoint.has(family.optional[0]):
             continue
         if not checkpoint.has(name):
+            home = "transformers" if classes[0].startswith("CLIP") else "diffusers"
             raise CheckpointError(
                 f"the model_index.json of {checkpoint.root} has no {name}, which a {checkpoint.class_name} needs: "
-                f'add "{name}": ["{_library(classes)}", "{classes[0]}"] to it, and the folder'
+                f'add "{name}": ["{home}", "{classes[0]}"] to it, and the folder'
             )
         library, kind = checkpoint.kind(name)
         if kind in classes and library in _LIBRARIES:
             continue
-        told = kind if library in _LIBRARIES else f"{library}.{kind}"
-        remedy = f": give one of these with --component {name}=FOLDER"
+        found = kind if library in _LIBRARIES else f"{library}.{kind}"
         raise CheckpointError(
-            f"the {name} of {checkpoint.root} is a {told}, which is not supported; {' or '.join(classes)} is{remedy}"
+            f"the {name} of {checkpoint.root} is a {found}, which is not supported; {' or '.join(classes)} is: "
+            f"give one of these with --component {name}=FOLDER"
         )
-
-
-def _library(classes: tuple[str, ...]) -> str:
-    return "transformers" if classes[0].startswith("CLIP") else "diffusers"
 
 
 def unet_config(checkpoint: Checkpoint) -> dict[str, Any]:

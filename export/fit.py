@@ -1,4 +1,4 @@
-"""What the configurations already tell: whether the models can be built and run, and whether they fit each other.
+"""What the configurations already show: whether the models can be built and run, and whether they fit each other.
 
 All of it is found without weights, before any work is done.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..bundle import Tensor
 from ..common.errors import CheckpointError, reason
 from ..families import Pipeline
 from .graphs.spec import ComponentSpec
@@ -29,10 +30,10 @@ def hollow(kind: Any, config: Any) -> Any:
         return (kind.from_config(config) if isinstance(config, Mapping) else kind(config)).eval()
 
 
-def multiple_of(module: Any, inputs: Mapping[str, tuple[int | str, ...]], largest: int) -> int:
-    """What the sides of the first input must be multiples of, a power of two up to `largest`.
+def multiple_of(module: Any, inputs: Sequence[Tensor], largest: int) -> int:
+    """What the sides of the first of `inputs` must be multiples of, a power of two up to `largest`.
 
-    module: on the meta device; its output has the sides of the input. inputs: their shapes, axes by name.
+    module: on the meta device; its output has the sides of the input.
     Raises `CheckpointError` when the model takes no such sides.
     """
     unit, refusal = 1, ""
@@ -48,22 +49,13 @@ def multiple_of(module: Any, inputs: Mapping[str, tuple[int | str, ...]], larges
     raise CheckpointError(f"a U-Net of this configuration cannot be run ({refusal}): it is damaged, or not supported")
 
 
-def _run(
-    module: Any,
-    inputs: Mapping[str, tuple[int | str, ...]],
-    sizes: Mapping[str, int],
-    integers: Sequence[str] = (),
-) -> tuple[Any, ...]:
+def _run(module: Any, inputs: Sequence[Tensor], sizes: Mapping[str, int]) -> tuple[Any, ...]:
     import torch
 
-    feeds = {
-        name: torch.empty(
-            [sizes[axis] if isinstance(axis, str) else axis for axis in shape],
-            device="meta",
-            dtype=torch.int64 if name in integers else torch.float32,
-        )
-        for name, shape in inputs.items()
-    }
+    feeds = {}
+    for each in inputs:
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in each.shape]
+        feeds[each.name] = torch.empty(shape, device="meta", dtype=getattr(torch, each.dtype))
     with torch.no_grad(), quiet():
         result = module(**feeds)
     return result if isinstance(result, tuple) else (result,)
@@ -76,7 +68,7 @@ def check_models(specs: Sequence[ComponentSpec]) -> None:
             module = spec.hollow()
         sizes = {name: axis.unit * -(-axis.low // axis.unit) for name, axis in spec.axes.items()}
         with guarded(f"the {spec.name} cannot be run as the {spec.source} configuration describes it"):
-            made = _run(module, {each.name: each.shape for each in spec.inputs}, sizes, tuple(spec.integers))
+            made = _run(module, spec.inputs, sizes)
         for tensor, value in zip(spec.outputs, made, strict=False):
             fixed = {i: size for i, size in enumerate(tensor.shape) if isinstance(size, int)}
             if len(made) != len(spec.outputs) or any(value.shape[i] != size for i, size in fixed.items()):

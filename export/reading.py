@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +16,8 @@ from ..runtime.loop.guidance import Guidance
 from ..runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
 from ..runtime.request import Request
 from .checkpoint import Checkpoint
+from .configs import Complete, check_classes
 from .graphs.spec import ComponentSpec
-
-_DAMAGED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
-"""What a damaged configuration may make of the code that reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +92,9 @@ class Reading:
 
 def described(source: Checkpoint, family: Family) -> Pipeline:
     """What the family makes of the configurations. Raises `CheckpointError` for a model that it does not take."""
-    from .configs import Complete, check_classes
-
     check_classes(source, family)
-    try:
+    with _undamaged(source):
         return family.describe(Complete(source))
-    except _DAMAGED as error:
-        raise _damaged(source, error) from None
 
 
 def _family(source: Checkpoint, name: str | None) -> Family:
@@ -114,12 +109,17 @@ def _family(source: Checkpoint, name: str | None) -> Family:
     return found
 
 
-def _damaged(source: Checkpoint, error: Exception) -> CheckpointError:
-    replaced = "".join(f" or {folder}" for folder in source.replaced.values())
-    return CheckpointError(
-        f"a config.json in {source.root}{replaced} is damaged or of another kind "
-        f"({type(error).__name__}: {error}): give the configuration that the part was saved with"
-    )
+@contextmanager
+def _undamaged(source: Checkpoint) -> Iterator[None]:
+    """Raise `CheckpointError` for what a damaged configuration makes of the code that reads it."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        replaced = "".join(f" or {folder}" for folder in source.replaced.values())
+        raise CheckpointError(
+            f"a config.json in {source.root}{replaced} is damaged or of another kind "
+            f"({type(error).__name__}: {error}): give the configuration that the part was saved with"
+        ) from None
 
 
 def _specs(source: Checkpoint, pipeline: Pipeline, tasks: tuple[str, ...]) -> list[ComponentSpec]:
@@ -127,10 +127,8 @@ def _specs(source: Checkpoint, pipeline: Pipeline, tasks: tuple[str, ...]) -> li
     from .modules import component_specs
 
     needed = {"text", "denoiser", "preview", *(role for task in tasks for role in TASKS[task])}
-    try:
+    with _undamaged(source):
         return [spec for spec in component_specs(source, pipeline) if pipeline.parts[spec.name].role in needed]
-    except _DAMAGED as error:
-        raise _damaged(source, error) from None
 
 
 def _chosen_tasks(checkpoint: str | Path, known: tuple[str, ...], asked: Sequence[str] | None) -> tuple[str, ...]:

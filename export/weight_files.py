@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
-import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import BundleError, CheckpointError
+from ..common.errors import BundleError, CheckpointError, reason
 from ..common.files import read_json, sha256_file, sha256_json
 
 _NAMES = {
@@ -21,8 +20,6 @@ _NAMES = {
     "transformers": ("model.safetensors", "pytorch_model.bin"),
 }
 """By library, the names of its weights in the order in which it looks for them."""
-_MAX_HEADER = 100 << 20
-"""safetensors' own limit for the JSON header."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 """What torch.compile, FSDP, activation checkpointing and Lightning put into names; no model has such a part."""
@@ -31,12 +28,17 @@ _TOPS = ("text_model", "encoder", "decoder")
 """Parts that all names of a sound model may begin with."""
 
 _ORIGINAL = "give the checkpoint that it was made from"
+_PICKLE = "give it the suffix .ckpt, or .bin in the folder of a model"
+_ARCHIVE = "is an archive: unpack it and give what is in it"
+_SAFETENSORS = "is a safetensors file: give it the suffix .safetensors"
 _STARTS = (
+    (rb"\Z", "is truncated to nothing (0 bytes): download it again"),
+    (rb"(?s).{5}\0{3}\{", _SAFETENSORS),  # the length of a header is a number of eight bytes
     (rb"version https://git-lfs", "is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"),
     (rb"\s*<(?i:!doctype|html|\?xml)", "is a web page, not weights: download it again, logged in where its host asks"),
     (rb"\s*[\[{]\s*[\"}\]]", "is a JSON text, not weights: download it again"),
     (rb"GGUF", f"is a GGUF file, whose weights are quantized: {_ORIGINAL}"),
-    (rb"7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ", "is an archive: unpack it and give what is in it"),
+    (rb"7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ", _ARCHIVE),
     (rb"\x08[\x03-\x14]\x12", f"is an ONNX model: {_ORIGINAL}"),
 )
 """How files of other kinds begin, and what to do with them."""
@@ -59,7 +61,7 @@ FOREIGN = {
     r"^(online_model|ema_model|shadow_params)\.": "a moving average as its trainer keeps it: save the averaged model "
     "itself, with `save_pretrained`",
 }
-"""Names of tensors that no sound checkpoint has: what they tell, and the remedy."""
+"""Names of tensors that no sound checkpoint has: what they show, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class WeightFiles:
     def library_options(self) -> dict[str, Any]:
         """What makes `from_pretrained` of either library read these files.
 
-        Told to read .bin, diffusers takes shards before a single file; told nothing, it finds the single file.
+        Asked for .bin, diffusers takes shards before a single file; asked for nothing, it finds the single file.
         """
         shards = self.index is None and self.folder.joinpath(f"{self.files[0].name}.index.json").is_file()
         return {"variant": self.variant, "use_safetensors": self.safetensors or (None if shards else False)}
@@ -137,15 +139,8 @@ def find(folder: Path, library: str) -> WeightFiles:
     Raises `CheckpointError`.
     """
     config = _config(folder)
-    found = _plain(folder, library, config) or _variant(folder, library)
-    if found is None:
-        raise _no_weights(folder, library)
-    variant, path = found
-    if path.suffix == ".json":
-        types, files = _shards(path), tuple(sorted({path.with_name(shard) for shard in _weight_map(path).values()}))
-    else:
-        types, files = stored_types(path), (path,)
-    _check_config(folder, config)
+    variant, path = _chosen(folder, library, config)
+    types, files = _shards(path) if path.suffix == ".json" else (stored_types(path), (path,))
     check_names(path, types)
     odd = [
         f"{name} ({kind})" for name, kind in types.items() if name.endswith((".weight", ".bias")) and "F" not in kind
@@ -177,33 +172,26 @@ def _candidates(library: str, variant: str | None = None) -> list[str]:
     return order
 
 
-def _plain(folder: Path, library: str, config: Mapping[str, Any]) -> tuple[None, Path] | None:
-    names = _candidates(library)
+def _chosen(folder: Path, library: str, config: Mapping[str, Any]) -> tuple[str | None, Path]:
+    """The variant that is read, and its file or index of shards."""
+    plain = _candidates(library)
     if library == "transformers" and isinstance(config.get("transformers_weights"), str):
-        names = [Path(config["transformers_weights"]).name]
-    return next(((None, folder / name) for name in names if (folder / name).is_file()), None)
-
-
-def _variant(folder: Path, library: str) -> tuple[str, Path] | None:
-    patterns = []
-    for name in _NAMES[library]:
-        stem, _, suffix = name.rpartition(".")
-        patterns.append(re.compile(rf"{re.escape(stem)}\.(.+)\.{suffix}"))
-        patterns.append(re.compile(rf"{re.escape(name)}\.index\.(.+)\.json"))
-        patterns.append(re.compile(rf"{re.escape(name)}\.(.+)\.index\.json"))
-    matches = [pattern.fullmatch(path.name) for path in sorted(folder.iterdir()) for pattern in patterns]
+        plain = [Path(config["transformers_weights"]).name]
+    patterns = [re.escape(name).replace("VARIANT", "(.+)") for name in _candidates(library, "VARIANT")]
+    matches = [re.fullmatch(pattern, path.name) for path in folder.iterdir() for pattern in patterns]
     variants = sorted({match[1] for match in matches if match and not _SHARD.search(match[1])})
-    chosen = variants if len(variants) < 2 or "fp32" not in variants else ["fp32"]
-    if len(chosen) > 1:
+    chosen = ["fp32"] if "fp32" in variants else variants
+    of_variants = ((variant, name) for variant in chosen for name in _candidates(library, variant))
+    named = (*((None, name) for name in plain), *of_variants)
+    found = next(((variant, folder / name) for variant, name in named if (folder / name).is_file()), None)
+    if found is None:
+        raise _no_weights(folder, library)
+    if found[0] and len(chosen) > 1:
         raise CheckpointError(
             f"{folder} holds the variants {', '.join(variants)} and no weights without a variant: "
             "give a copy of it that holds one of them"
         )
-    for variant in chosen:
-        for name in _candidates(library, variant):
-            if (folder / name).is_file():
-                return variant, folder / name
-    return None
+    return found
 
 
 def _no_weights(folder: Path, library: str) -> CheckpointError:
@@ -223,14 +211,17 @@ def _no_weights(folder: Path, library: str) -> CheckpointError:
     return CheckpointError(f"{folder} holds no weights ({wanted}): the checkpoint is incomplete, download it again")
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_stated(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint. Raises `CheckpointError`. what: the name of the file in messages."""
     try:
-        return read_json(folder / "config.json", "the configuration")
+        return read_json(path, what)
     except BundleError as error:
         raise CheckpointError(f"{error}: download the checkpoint again") from None
 
 
-def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration of the model in `folder`, whose weights must be neither quantized nor an adapter's."""
+    config = read_stated(folder / "config.json", "the configuration")
     stated = config.get("quantization_config")
     if stated:
         method = stated.get("quant_method", "an unknown method") if isinstance(stated, Mapping) else stated
@@ -240,30 +231,23 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder} holds an adapter beside its weights (adapter_config.json): merge it into them, with "
             "`merge_and_unload()` of PEFT, and save the model alone"
         )
+    return config
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Shard by tensor. Raises `CheckpointError`."""
-    try:
-        mapped = read_json(index, "the index of shards").get("weight_map")
-    except BundleError as error:
-        raise CheckpointError(f"{error}: download it again") from None
+def _shards(index: Path) -> tuple[dict[str, str], tuple[Path, ...]]:
+    """The types of all tensors of the shards of `index`, which must be of one save with it, and the shards."""
+    mapped = read_stated(index, "the index of shards").get("weight_map")
     if not isinstance(mapped, dict) or not mapped or not all(isinstance(shard, str) for shard in mapped.values()):
         raise CheckpointError(f"{index} names no shards (weight_map): download it again")
-    outside = sorted(shard for shard in set(mapped.values()) if Path(shard).name != shard)
+    shards = sorted(set(mapped.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
         raise CheckpointError(f"{index} names the shard {outside[0]!r}, which is no file beside it: do not use it")
-    return mapped
-
-
-def _shards(index: Path) -> dict[str, str]:
-    """The types of all tensors of the shards of `index`, which must be of one save with it."""
-    mapped = _weight_map(index)
     plain = index.name.replace(".index.json", "")
     beside = index.with_name(plain).is_file() and plain != index.name
     remedy = f"remove the index if {plain} holds the weights" if beside else "download it and its shards again"
     types: dict[str, str] = {}
-    for shard in sorted(set(mapped.values())):
+    for shard in shards:
         path = index.with_name(shard)
         if not path.is_file():
             raise CheckpointError(f"{index} names the shard {shard}, which is not there: {remedy}")
@@ -274,7 +258,7 @@ def _shards(index: Path) -> dict[str, str]:
             what = f"{absent[0]} is not in {shard}" if absent else f"{twice[0]} is in two shards"
             raise CheckpointError(f"{index} and its shards are not of one save ({what}): {remedy}")
         types.update(held)
-    return types
+    return types, tuple(index.with_name(shard) for shard in shards)
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
@@ -304,7 +288,9 @@ def stored_types(path: Path) -> dict[str, str]:
     Only headers are read. Raises `CheckpointError` for a file that is damaged, of another kind or holds code.
     """
     if path.suffix == ".safetensors":
-        return {name: str(entry["dtype"]) for name, entry in check_safetensors(path).items() if name != "__metadata__"}
+        with open_safetensors(path) as file:
+            names = file.keys()
+            return {name: file.get_slice(name).get_dtype() for name in names}
     content = read_pickle(path, headers=True)
     tensors = {str(name): type_name(value) for name, value in content.items() if hasattr(value, "dtype")}
     if not tensors:
@@ -317,42 +303,22 @@ def stored_types(path: Path) -> dict[str, str]:
 
 
 def type_name(tensor: Any) -> str:
-    """The type of a torch tensor, spelt as safetensors spells it where it has a name for it."""
-    import torch
-
-    names = {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.float8_e4m3fn: "F8_E4M3",
-        torch.float8_e5m2: "F8_E5M2",
-    }
-    return names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    """The type of a torch tensor, its floats spelt as safetensors spells them."""
+    return str(tensor.dtype).removeprefix("torch.").removesuffix("fn").upper().replace("FLOAT", "F")
 
 
-def check_safetensors(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file. Raises `CheckpointError` when it is truncated or another kind of file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no file: download it again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, _MAX_HEADER):
-            raise _other_kind(path) or CheckpointError(
-                f"{path} is truncated or no safetensors file ({size} bytes): download it again"
-            )
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            ends = [int(entry["data_offsets"][1]) for entry in entries if entry["dtype"]]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise _other_kind(path) or CheckpointError(f"{path} has a damaged header: download it again") from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise CheckpointError(f"{path} is truncated: {size} bytes of {expected}; download it again")
-    return header
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, mapped. Raises `CheckpointError` when it is truncated, damaged or another kind of file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise other_kind(path) or CheckpointError(
+            f"{path} is truncated or damaged, {path.stat().st_size} bytes ({reason(error)}): download it again"
+        ) from None
 
 
 def read_pickle(path: Path, headers: bool = False) -> Mapping[str, Any]:
@@ -367,7 +333,7 @@ def read_pickle(path: Path, headers: bool = False) -> Mapping[str, Any]:
     with path.open("rb") as file:
         start = file.read(2)
     if not start.startswith((b"PK", b"\x80")) or (zipped and not _is_torch(path)):
-        raise _other_kind(path) or CheckpointError(damaged)
+        raise other_kind(path) or CheckpointError(damaged)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript, which is refused below
@@ -385,26 +351,17 @@ def read_pickle(path: Path, headers: bool = False) -> Mapping[str, Any]:
     return content
 
 
-def other_kind(path: Path) -> str | None:
+def other_kind(path: Path) -> CheckpointError | None:
     """What `path` is by its first bytes, and the remedy; None for a kind that is not known here."""
-    size = path.stat().st_size
-    if not size:
-        return "is truncated to nothing (0 bytes): download it again"
     with path.open("rb") as file:
         start = file.read(64)
+    what = next((what for pattern, what in _STARTS if re.match(pattern, start)), None)
     if start.startswith(b"PK") and zipfile.is_zipfile(path):
-        if _is_torch(path):
-            return "is a pickle of torch: give it the suffix .ckpt, or .bin in the folder of a model"
-        return "is an archive: unpack it and give what is in it"
-    if start.startswith(b"\x80") and path.suffix == ".safetensors":
-        return "is a pickle: give it the suffix .ckpt, or .bin in the folder of a model"
-    if len(start) > 9 and start[8:9] == b"{" and 2 <= struct.unpack("<Q", start[:8])[0] <= min(size - 8, _MAX_HEADER):
-        return None if path.suffix == ".safetensors" else "is a safetensors file: give it the suffix .safetensors"
-    return next((what for pattern, what in _STARTS if re.match(pattern, start)), None)
-
-
-def _other_kind(path: Path) -> CheckpointError | None:
-    what = other_kind(path)
+        what = f"is a pickle of torch: {_PICKLE}" if _is_torch(path) else _ARCHIVE
+    elif path.suffix == ".safetensors" and start.startswith(b"\x80"):
+        what = f"is a pickle: {_PICKLE}"
+    elif path.suffix == ".safetensors" and what == _SAFETENSORS:
+        return None
     return CheckpointError(f"{path} {what}") if what else None
 
 
@@ -413,4 +370,4 @@ def _is_torch(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError):
-        return True  # truncated: torch tells
+        return True  # truncated: torch says so

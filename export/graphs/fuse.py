@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from ...common.arrays import Array
 
 _FUSED, _PER_PROMPT = "fused.onnx", "per_prompt.onnx"
 _DOMAIN = "com.microsoft"
 _ON_THE_WAY = ("Mul", "Transpose", "Reshape")
 """What lies between the projections, (B, S, H·D), and the product of queries and keys."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Attention:
-    query: str
-    key: str
-    value: str
-    output: str
-    heads: int
-    scale: float
 
 
 def fuse(model: Path, per_prompt: Sequence[str]) -> tuple[str, str] | None:
@@ -35,167 +28,117 @@ def fuse(model: Path, per_prompt: Sequence[str]) -> tuple[str, str] | None:
     `per_prompt.onnx`, whose outputs are inputs of the fused graph. Returns the names of the two graphs, "" for the
     second where there is nothing to cut off. All graphs share the external weights.
     """
-    import onnx
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    proto = onnx.load(model, load_external_data=False)
-    graph = _Graph(proto.graph)
-    found = [attention for attention in map(graph.attention, list(proto.graph.node)) if attention]
-    if not found:
+    loaded = onnx_ir.load(model)
+    fused = [node for node in list(loaded.graph) if _fuse_attention(loaded.graph, node)]
+    if not fused:
         return None
-    for attention in found:
-        node = onnx.helper.make_node(
-            "MultiHeadAttention",
-            [attention.query, attention.key, attention.value],
-            [attention.output],
-            domain=_DOMAIN,
-            num_heads=attention.heads,
-            scale=attention.scale,
-        )
-        graph.replace(attention.output, node)
-    graph.prune()
-    proto.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
-    part = _split(proto, set(per_prompt))
+    loaded.graph.opset_imports[_DOMAIN] = 1
+    RemoveUnusedNodesPass()(loaded)
+    part = _split(loaded, per_prompt)
     if part is not None:
-        onnx.save(part, model.with_name(_PER_PROMPT))
-    onnx.save(proto, model.with_name(_FUSED))
+        onnx_ir.save(part, model.with_name(_PER_PROMPT))
+    onnx_ir.save(loaded, model.with_name(_FUSED))
     return _FUSED, "" if part is None else _PER_PROMPT
 
 
-def _split(proto: Any, per_prompt: set[str]) -> Any:
-    """Cut off what depends on the inputs `per_prompt` alone, as a model of its own; None when that is nothing."""
-    import onnx
+def _split(model: Any, per_prompt: Sequence[str]) -> Any:
+    """Cut off what depends on the inputs `per_prompt` alone, as a model of its own; None when that is nothing.
 
-    graph = proto.graph
-    constants = {constant.name for constant in graph.initializer}
-    made: set[str] = set()
-    for node in graph.node:
-        inputs = set(filter(None, node.input))
-        if inputs and inputs <= constants:  # the cast of a weight
-            constants.update(node.output)
-        if inputs & (per_prompt | made) and inputs <= constants | per_prompt | made:
-            made.update(node.output)
-    rest = [node for node in graph.node if not made.intersection(node.output)]
-    cut = sorted(made & {name for node in rest for name in node.input})
-    known = {info.name: info for info in graph.value_info}
-    if not cut or not known.keys() >= set(cut):
+    What it makes becomes inputs of `model`.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    graph = model.graph
+    inputs = [value for value in graph.inputs if value.name in per_prompt]
+    alone, constants, rest = set(inputs), set(graph.initializers.values()), []
+    for node in graph:
+        read = set(node.inputs) - {None}
+        if read and read <= constants:  # the cast of a weight
+            constants.update(node.outputs)
+        if read & alone and all(value in alone or value in constants for value in read):
+            alone.update(node.outputs)
+        else:
+            rest.append(node)
+    crossing = {value.name: value for node in rest for value in node.inputs if value in alone and value not in inputs}
+    if not crossing or any(value.shape is None for value in crossing.values()):
         return None
-    boundary = [known[name] for name in cut]
-    part = onnx.ModelProto()
-    part.CopyFrom(proto)
-    _set(part.graph.output, boundary)
-    _set(graph.node, rest)
-    graph.input.extend(boundary)
-    for each in (proto.graph, part.graph):
-        _Graph(each).prune()
-        read = {name for node in each.node for name in node.input}
-        _set(each.input, [value for value in each.input if value.name in read])
+    part = onnx_ir.Model(
+        onnx_ir.convenience.extract(graph, inputs, sorted(crossing)),
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+    )
+    for name, value in sorted(crossing.items()):
+        given = onnx_ir.Value(name=name, type=value.type, shape=value.shape)
+        onnx_ir.convenience.replace_all_uses_with(value, given)
+        graph.inputs.append(given)
+    RemoveUnusedNodesPass()(model)
+    for each in (graph, part.graph):
+        each.inputs[:] = [value for value in each.inputs if value.uses()]
     return part
 
 
-def _set(field: Any, items: Sequence[Any]) -> None:
-    """Let a repeated field hold `items`."""
-    kept = [type(item).FromString(item.SerializeToString()) for item in items]
-    del field[:]
-    field.extend(kept)
+def _fuse_attention(graph: Any, softmax: Any) -> bool:
+    """Let one operator take the place of the attention around `softmax`; False when it is none or is masked."""
+    import onnx_ir
+
+    scores = softmax.inputs[0].producer() if softmax.op_type == "Softmax" else None
+    product = _reader(softmax.outputs[0], "MatMul")
+    if scores is None or scores.op_type != "MatMul" or product is None or product.inputs[0] is not softmax.outputs[0]:
+        return False
+    query, key, value = (_source(each) for each in (*scores.inputs, product.inputs[1]))
+    merged = _reader(product.outputs[0], "Transpose")
+    output = None if merged is None else _reader(merged.outputs[0], "Reshape")
+    if query is None or key is None or value is None or output is None:
+        return False
+    heads, scale = query[2], query[1] * key[1]
+    if heads < 1 or value[1] != 1 or not heads == key[2] == value[2] or not math.isfinite(scale):
+        return False
+    fused = onnx_ir.node(
+        "MultiHeadAttention",
+        [query[0], key[0], value[0]],
+        {"num_heads": heads, "scale": scale},
+        domain=_DOMAIN,
+    )
+    onnx_ir.convenience.replace_nodes_and_values(graph, output, [output], [fused], output.outputs, fused.outputs)
+    return True
 
 
-class _Graph:
-    """An ONNX graph with its edges: who makes a tensor and who reads it."""
+def _reader(value: Any, kind: str) -> Any:
+    """The only reader of a tensor, if it is of this kind."""
+    readers = [node for node, _ in value.uses()]
+    return readers[0] if len(readers) == 1 and readers[0].op_type == kind else None
 
-    def __init__(self, graph: Any) -> None:
-        self._graph = graph
-        self._maker = {name: node for node in graph.node for name in node.output}
-        self._readers: dict[str, list[Any]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
-        self._constants = {constant.name: constant for constant in graph.initializer}
 
-    def attention(self, softmax: Any) -> _Attention | None:
-        """The attention whose weights `softmax` makes, or None when it is none or is masked."""
-        if softmax.op_type != "Softmax":
-            return None
-        scores = self._maker.get(softmax.input[0])
-        product = self._reader(softmax.output[0], "MatMul")
-        if scores is None or scores.op_type != "MatMul" or product is None or product.input[0] != softmax.output[0]:
-            return None
-        query, key, value = (self._source(name) for name in (*scores.input, product.input[1]))
-        merged = self._reader(product.output[0], "Transpose")
-        output = None if merged is None else self._reader(merged.output[0], "Reshape")
-        if query is None or key is None or value is None or output is None:
-            return None
-        heads = query[2] or 0
-        scale = query[1] * key[1]
-        if heads < 1 or value[1] != 1 or (query[2], key[2]) != (key[2], value[2]) or not math.isfinite(scale):
-            return None
-        return _Attention(query[0], key[0], value[0], output.output[0], heads, scale)
+def _source(value: Any) -> tuple[Any, float, int] | None:
+    """The projection that `value` was split from, the scale on the way, and the number of heads."""
+    scale, heads = 1.0, 0
+    while (node := value.producer()) is not None and node.op_type in _ON_THE_WAY:
+        if node.op_type == "Mul":
+            factor = _constant(node.inputs[1], 1)
+            if factor is None:
+                return None
+            scale *= float(factor[0])
+        elif node.op_type == "Reshape":
+            heads = _heads(node.inputs[1])
+        value = node.inputs[0]
+    return (value, scale, heads) if heads else None
 
-    def _reader(self, name: str, kind: str) -> Any:
-        """The only reader of a tensor, if it is of this kind."""
-        readers = self._readers.get(name, [])
-        return readers[0] if len(readers) == 1 and readers[0].op_type == kind else None
 
-    def _source(self, name: str) -> tuple[str, float, int | None] | None:
-        """The projection that `name` was split from, the scale on the way, and the number of heads."""
-        scale, heads = 1.0, None
-        while True:
-            node = self._maker.get(name)
-            if node is None or node.op_type not in _ON_THE_WAY:
-                return None if heads is None else (name, scale, heads)
-            if node.op_type == "Mul":
-                factor = self._scalar(node.input[1])
-                if factor is None:
-                    return None
-                scale *= factor
-            elif node.op_type == "Reshape":
-                heads = self._heads(node.input[1])
-            name = node.input[0]
+def _heads(shape: Any) -> int:
+    """The third of four sizes that a Reshape makes, (B, S, H, D), where it is a constant; else 0."""
+    concat = shape.producer()
+    if concat is None:
+        sizes = _constant(shape, 4)
+        return 0 if sizes is None else int(sizes[2])
+    third = _constant(concat.inputs[2], 1) if concat.op_type == "Concat" and len(concat.inputs) == 4 else None
+    return 0 if third is None else int(third[0])
 
-    def _heads(self, shape: str) -> int | None:
-        """The third of four sizes that a Reshape makes, (B, S, H, D), where it is a constant."""
-        node = self._maker.get(shape)
-        if node is None:
-            values = self._values(shape)
-            return values[2] if values is not None and len(values) == 4 else None
-        if node.op_type != "Concat" or len(node.input) != 4:
-            return None
-        values = self._values(node.input[2])
-        return values[0] if values is not None and len(values) == 1 else None
 
-    def _values(self, name: str) -> list[int] | None:
-        from onnx import numpy_helper
-
-        constant = self._constants.get(name)
-        if constant is None or constant.external_data:
-            return None
-        return [int(value) for value in numpy_helper.to_array(constant).reshape(-1)]
-
-    def _scalar(self, name: str) -> float | None:
-        from onnx import numpy_helper
-
-        constant = self._constants.get(name)
-        if constant is None or constant.external_data or math.prod(constant.dims) != 1:
-            return None
-        return float(numpy_helper.to_array(constant).reshape(-1)[0])
-
-    def replace(self, output: str, node: Any) -> None:
-        """Let `node` make the tensor `output`, in the place of what made it."""
-        place = list(self._graph.node).index(self._maker[output])
-        del self._graph.node[place]
-        self._graph.node.insert(place, node)
-        self._maker[output] = node
-
-    def prune(self) -> None:
-        """Drop the nodes and constants that no output needs."""
-        wanted, kept = [value.name for value in self._graph.output], set()
-        needed = set(wanted)
-        while wanted:
-            node = self._maker.get(wanted.pop())
-            if node is not None and id(node) not in kept:
-                kept.add(id(node))
-                wanted.extend(node.input)
-                needed.update(node.input)
-        made = {name for node in self._maker.values() if id(node) in kept for name in node.output}
-        _set(self._graph.node, [node for node in self._graph.node if made.intersection(node.output)])
-        _set(self._graph.initializer, [constant for constant in self._graph.initializer if constant.name in needed])
-        _set(self._graph.value_info, [info for info in self._graph.value_info if info.name in made])
+def _constant(value: Any, size: int) -> Array | None:
+    """The numbers of an initializer of `size` numbers; None for any other value."""
+    tensor = value.const_value
+    return None if tensor is None or tensor.size != size else np.asarray(tensor.numpy()).reshape(-1)

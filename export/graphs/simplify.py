@@ -1,4 +1,4 @@
-"""A traced graph without what does nothing and what tells of the machine that it was traced on."""
+"""A traced graph without what does nothing and what names the machine that it was traced on."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def simplify(model: Any) -> None:
 
 
 def _forget(model: Any) -> None:
-    """Drop what the exporter tells of the program that was traced: paths of its files, half the size of a graph."""
+    """Drop what the exporter notes of the program that was traced: paths of its files, half the size of a graph."""
     graph = model.graph
     values = (*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs))
     for part in (model, graph, *graph, *values):

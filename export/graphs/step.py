@@ -6,101 +6,74 @@ from pathlib import Path
 
 import numpy as np
 
-from ...bundle import Tensor
 from ...common.arrays import Array
-from ...runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS, State
-from .spec import OPSET
+from ...runtime.loop.step import STEP_INPUTS, STEP_OUTPUTS, State
 from .validate import Case
-
-_BODY = """
-    # guidance; a row that is not guided has its prompt row as negative row, and so a difference of zero
-    one = Constant<value_ints = [1]>()
-    pixels = Constant<value_ints = [1, 2, 3]>()
-    prompt = Gather<axis = 0>(model_output, prompt_row)
-    negative = Gather<axis = 0>(model_output, negative_row)
-    difference = Sub(prompt, negative)
-    scale = Unsqueeze(guidance, pixels)
-    scaled = Mul(difference, scale)
-    plain = Add(scaled, negative)
-
-    # guidance rescale: the part phi of the output gets the deviation of the prompt's half
-    prompt_mean = ReduceMean(prompt, pixels)
-    prompt_centred = Sub(prompt, prompt_mean)
-    prompt_square = ReduceSumSquare(prompt_centred, pixels)
-    plain_mean = ReduceMean(plain, pixels)
-    plain_centred = Sub(plain, plain_mean)
-    plain_square = ReduceSumSquare(plain_centred, pixels)
-    quotient = Div(prompt_square, plain_square)
-    ratio = Sqrt(quotient)
-    phi = Unsqueeze(rescale, pixels)
-    unit = Constant<value_float = 1.0>()
-    zero = Constant<value_float = 0.0>()
-    rest = Sub(unit, phi)
-    part = Mul(phi, ratio)
-    mixed = Add(part, rest)
-    on = Greater(phi, zero)
-    factor = Where(on, mixed, unit)
-    guided = Mul(plain, factor)
-
-    # row `position` of each row's own table
-    last = Constant<value_ints = [-1]>()
-    index = Unsqueeze(position, last)
-    row = GatherND<batch_dims = 1>(weights, index)
-    x0_row = GatherND<batch_dims = 1>(x0, index)
-    first = Constant<value_int = 0>()
-    second = Constant<value_int = 1>()
-    p_row = Gather<axis = 1>(x0_row, first)
-    q_row = Gather<axis = 1>(x0_row, second)
-    x = Gather<axis = 1>(registers, first)
-    p = Unsqueeze(p_row, pixels)
-    q = Unsqueeze(q_row, pixels)
-    from_x = Mul(p, x)
-    from_m = Mul(q, guided)
-    predicted = Add(from_x, from_m)
-    high = Unsqueeze(clip, pixels)
-    low = Neg(high)
-    above = Max(predicted, low)
-    clipped = Min(above, high)
-
-    # R' = weights * [R, m, noise, x0], as products and a sum: matrix products are rounded to TF32 on some devices
-    m_term = Unsqueeze(guided, one)
-    noise_term = Unsqueeze(noise, one)
-    x0_term = Unsqueeze(clipped, one)
-    terms = Concat<axis = 1>(registers, m_term, noise_term, x0_term)
-    terms_of_each = Unsqueeze(terms, one)
-    latent_axes = Constant<value_ints = [3, 4, 5]>()
-    row_of_each = Unsqueeze(row, latent_axes)
-    products = Mul(row_of_each, terms_of_each)
-    term_axis = Constant<value_ints = [2]>()
-    next_registers = ReduceSum<keepdims = 0>(products, term_axis)
-
-    # the next model input, one row for each row of the next call
-    increment = Constant<value_int = 1>()
-    next_position = Add(position, increment)
-    next_index = Unsqueeze(next_position, last)
-    input_row = GatherND<batch_dims = 1>(input_scale, next_index)
-    input_of_each = Unsqueeze(input_row, pixels)
-    next_x = Gather<axis = 1>(next_registers, first)
-    model_input = Mul(next_x, input_of_each)
-    sample = Gather<axis = 0>(model_input, source)
-    told = GatherND<batch_dims = 1>(timesteps, next_index)
-    timestep = Gather<axis = 0>(told, source)
-"""
 
 
 def write_step(path: Path) -> None:
     """Write the step graph to `path`: the numbers of `runtime.loop.step.State`, for any batch, size and sampler."""
     import onnx
-    from onnx import parser
+    from onnxscript import FLOAT, INT64, script
+    from onnxscript import opset20 as op
 
-    def declared(tensors: tuple[Tensor, ...]) -> str:
-        kinds = {"float32": "float", "int64": "int64"}
-        return ", ".join(f"{kinds[t.dtype]}[{', '.join(map(str, t.shape))}] {t.name}" for t in tensors)
+    @script(default_opset=op)
+    def step(  # type: ignore[no-untyped-def]
+        model_output,
+        registers,
+        noise,
+        position,
+        prompt_row,
+        negative_row,
+        source,
+        guidance,
+        rescale,
+        clip,
+        weights,
+        x0,
+        input_scale,
+        timesteps,
+    ):
+        zero, unit = op.Constant(value_float=0.0), op.Constant(value_float=1.0)
+        first, second = op.Constant(value_int=0), op.Constant(value_int=1)
+        pixels = op.Constant(value_ints=[1, 2, 3])
+        # guidance; a row that is not guided has its prompt row as negative row, and so a difference of zero
+        prompt = op.Gather(model_output, prompt_row, axis=0)
+        negative = op.Gather(model_output, negative_row, axis=0)
+        plain = (prompt - negative) * op.Unsqueeze(guidance, pixels) + negative
 
-    lines = (line for line in _BODY.splitlines() if not line.strip().startswith("#"))
-    header = f'<ir_version: 10, opset_import: ["" : {OPSET}], producer_name: "diffoundry">'
-    text = f"{header} {STEP_NAME} ({declared(STEP_INPUTS)}) => ({declared(STEP_OUTPUTS)}) {{ {chr(10).join(lines)} }}"
-    model = parser.parse_model(text)
+        # guidance rescale: the part phi of the output gets the deviation of the prompt's half
+        prompt_square = op.ReduceSumSquare(prompt - op.ReduceMean(prompt, pixels), pixels)
+        plain_square = op.ReduceSumSquare(plain - op.ReduceMean(plain, pixels), pixels)
+        phi = op.Unsqueeze(rescale, pixels)
+        mixed = phi * op.Sqrt(prompt_square / plain_square) + (unit - phi)
+        guided = plain * op.Where(phi > zero, mixed, unit)
+
+        # row `position` of each row's own table
+        index = op.Unsqueeze(position, [-1])
+        p_and_q = op.Unsqueeze(op.GatherND(x0, index, batch_dims=1), [2, 3, 4])
+        x = op.Gather(registers, first, axis=1)
+        predicted = op.Gather(p_and_q, first, axis=1) * x + op.Gather(p_and_q, second, axis=1) * guided
+        limit = op.Unsqueeze(clip, pixels)
+        clipped = op.Min(op.Max(predicted, -limit), limit)
+
+        # R' = weights * [R, m, noise, x0], as products and a sum: matrix products are rounded to TF32 on some devices
+        m_term, noise_term, x0_term = op.Unsqueeze(guided, [1]), op.Unsqueeze(noise, [1]), op.Unsqueeze(clipped, [1])
+        terms = op.Concat(registers, m_term, noise_term, x0_term, axis=1)
+        row = op.Unsqueeze(op.GatherND(weights, index, batch_dims=1), [3, 4, 5])
+        next_registers = op.ReduceSum(row * op.Unsqueeze(terms, [1]), [2], keepdims=0)
+
+        # the next model input, one row for each row of the next call
+        next_position = position + second
+        next_index = op.Unsqueeze(next_position, [-1])
+        scale = op.Unsqueeze(op.GatherND(input_scale, next_index, batch_dims=1), pixels)
+        sample = op.Gather(op.Gather(next_registers, first, axis=1) * scale, source, axis=0)
+        timestep = op.Gather(op.GatherND(timesteps, next_index, batch_dims=1), source, axis=0)
+        return next_registers, sample, timestep, next_position
+
+    kinds = {"float32": FLOAT, "int64": INT64}
+    inputs, outputs = ([kinds[tensor.dtype][tensor.shape] for tensor in each] for each in (STEP_INPUTS, STEP_OUTPUTS))
+    model = step.to_model_proto(input_types=inputs, output_types=outputs, ir_version=10, producer_name="diffoundry")
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 

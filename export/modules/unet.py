@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from ...bundle import Tensor
 from ...common.errors import CheckpointError
@@ -18,7 +19,7 @@ from ..guard import guarded
 from ..loading import load_pretrained
 
 _UPSAMPLERS_OF_ANY_SIZE = 40
-"""2^40 divides no latent size, so the U-Net is traced with its upsamplers told the size to reach: any size runs."""
+"""2^40 divides no latent size, so the U-Net is traced with upsamplers that are given the size to reach: any runs."""
 
 
 class UNet(torch.nn.Module):
@@ -52,8 +53,6 @@ class UNet(torch.nn.Module):
 
 def unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The component `name`. Raises `CheckpointError` for inputs that no family knows."""
-    from diffusers import UNet2DConditionModel
-
     config = unet_config(checkpoint)
     inputs, sources = pipeline.inputs, pipeline.wiring.inputs
     _check(config, pipeline)
@@ -64,7 +63,7 @@ def unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec
 
     largest = 2 ** (len(config["block_out_channels"]) - 1)
     with guarded("the unet cannot be built from its configuration"):
-        unit = multiple_of(without_weights(), {each.name: each.shape for each in inputs}, largest)
+        unit = multiple_of(without_weights(), inputs, largest)
     return ComponentSpec(
         name=name,
         source="unet",
@@ -85,27 +84,21 @@ def unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec
 
 
 def _check(config: Mapping[str, Any], pipeline: Pipeline) -> None:
+    channels, width = config.get("in_channels"), config.get("cross_attention_dim")
+    masked = 2 * pipeline.latents.channels + 1
     unsupported = {
-        "class_embed_type": "class embeddings",
-        "encoder_hid_dim": "projected text embeddings",
-        "num_class_embeds": "class embeddings",
+        "takes class embeddings (class_embed_type)": config.get("class_embed_type") is not None,
+        "takes class embeddings (num_class_embeds)": config.get("num_class_embeds") is not None,
+        "takes projected text embeddings (encoder_hid_dim)": config.get("encoder_hid_dim") is not None,
+        "has dual_cross_attention (text and image)": bool(config.get("dual_cross_attention")),
+        f"has cross_attention_dim {width!r}": not isinstance(width, int),
+        f"takes {channels} channels (a depth or edit model)": channels not in (config.get("out_channels"), masked),
     }
-    for name, meaning in unsupported.items():
-        if config.get(name) is not None:
-            raise CheckpointError(f"the U-Net takes {meaning} ({name}), which is not supported")
-    if config.get("dual_cross_attention"):
-        raise CheckpointError("the U-Net has dual_cross_attention (text and image), which is not supported")
+    for what, found in unsupported.items():
+        if found:
+            raise CheckpointError(f"the U-Net {what}, which is not supported")
     if config.get("addition_embed_type") != ("text_time" if pipeline.wiring.inputs_from("text.pooled") else None):
         raise CheckpointError(
             f"the U-Net takes the added embeddings {config.get('addition_embed_type')!r}, which this family does not: "
             "choose another --family"
-        )
-    if not isinstance(config.get("cross_attention_dim"), int):
-        raise CheckpointError(
-            f"the U-Net has cross_attention_dim {config.get('cross_attention_dim')!r}, which is not supported"
-        )
-    masked = 2 * pipeline.latents.channels + 1
-    if config.get("in_channels") not in (config.get("out_channels"), masked):
-        raise CheckpointError(
-            f"the U-Net takes {config.get('in_channels')} channels (a depth or edit model), which is not supported"
         )

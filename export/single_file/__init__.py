@@ -1,5 +1,5 @@
 """Checkpoints in one file, in the layout of the original authors: Stable Diffusion 1, 2, XL and its refiner."""
 
-from .unpack import SingleFile, is_single_file, unpack
+from .unpack import SingleFile, is_single_file
 
-__all__ = ["SingleFile", "is_single_file", "unpack"]
+__all__ = ["SingleFile", "is_single_file"]

@@ -49,10 +49,6 @@ class Part:
         names = (name for name in weights.shapes if name.startswith(prefix))
         return cls(weights.path, prefix, {name.removeprefix(prefix): weights.shapes[name] for name in names})
 
-    def has(self, prefix: str) -> bool:
-        """Whether a name begins with `prefix`."""
-        return any(name.startswith(prefix) for name in self.shapes)
-
     def size(self, axis: int, *names: str) -> int:
         """The size along `axis` of the first of `names` that is there. Raises `CheckpointError` for none."""
         shape = next((self.shapes[name] for name in names if name in self.shapes), None)
@@ -88,51 +84,41 @@ class Part:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """All that a diffusers folder says beside its weights and tokenizers.
-
-    index: model_index.json. models: the configuration of each model by its folder.
-    """
-
-    index: Config
-    models: dict[str, Config]
-    scheduler: Config
-
-
-def built_in(weights: Weights, layout: Layout, predicts: str | None) -> Setup:
-    """The published setup of `layout` in the sizes of `weights`. Raises `CheckpointError` where they do not say it.
+def built_in(weights: Weights, layout: Layout, predicts: str | None) -> dict[str, Config]:
+    """What `layout` was published with, in the sizes of `weights`: `model_index`, `scheduler` and each model's folder.
 
     predicts: the prediction type, instead of what the file says or is taken for.
+    Raises `CheckpointError` where the weights do not say their sizes.
     """
     check_architecture(weights, layout)
-    published = layout.published()
-    forms = published.pop("forms")
-    unet, vae = published["unet"], published["vae"]
-    vae.update(_vae_sizes(Part.of(weights, VAE), vae))
-    unet.update(_unet_sizes(Part.of(weights, UNET), unet))
+    setup = layout.published()
+    forms = setup.pop("forms")
+    unet, vae = setup["unet"], setup["vae"]
+    vae.update(_vae_sizes(weights, vae))
+    unet.update(_unet_sizes(weights, unet))
     if layout.sizes:
         unet.update(_embedded_sizes(weights, layout))
     for text in layout.text_encoders:
-        config = published[text.name]
-        config.update(_text_sizes(Part.of(weights, text.prefix), layout, text, config))
+        setup[text.name].update(_text_sizes(weights, layout, text, setup[text.name]))
     inpaints = _inpaints(weights, layout, unet["in_channels"], vae["latent_channels"], "inpainting" in forms)
-    predicts = predicts or prediction_type(weights, layout) or _taken_for(weights, layout, inpaints)
+    predicts = predicts or prediction_type(weights, layout) or _assumed_prediction(weights, layout, inpaints)
     for form in ["inpainting"] * inpaints + [predicts] + ["zero_snr"] * zero_snr(weights):
         for folder, changes in forms.get(form, {}).items():
-            published[folder].update(changes)
+            setup[folder].update(changes)
     unet["sample_size"] = vae["sample_size"] // 2 ** (len(vae["block_out_channels"]) - 1)
-    return _setup(published.pop("model_index"), published, published.pop("scheduler"), predicts)
+    return _predicting(setup, predicts)
 
 
-def _setup(index: Config, models: dict[str, Config], scheduler: Config, predicts: str | None) -> Setup:
+def _predicting(setup: dict[str, Config], predicts: str | None) -> dict[str, Config]:
+    scheduler = setup["scheduler"]
     if predicts:
         scheduler["prediction_type"] = predicts
-    return Setup({**index, "scheduler": ["diffusers", scheduler["_class_name"]]}, models, scheduler)
+    setup["model_index"]["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    return setup
 
 
-def setup_of(folder: Path, layout: Layout, predicts: str | None) -> Setup:
-    """The setup of the diffusers folder `folder`. Raises `CheckpointError` when it is not of `layout`.
+def setup_of(folder: Path, layout: Layout, predicts: str | None) -> dict[str, Config]:
+    """The setup of the diffusers folder `folder`, see `built_in`. Raises `CheckpointError` when it is not of `layout`.
 
     predicts: the prediction type, instead of the scheduler's.
     """
@@ -147,7 +133,7 @@ def setup_of(folder: Path, layout: Layout, predicts: str | None) -> Setup:
             f"the configuration {folder} has {' and '.join(named) or 'no text encoder'}, the weights are of "
             f"{layout.title}, which has {' and '.join(texts)}: give a folder of that family"
         )
-    for name in (*texts, "unet", "vae"):
+    for name in layout.models:
         stated = (index.get(name) or [None, None])[1]
         if stated != due[name][1]:
             raise CheckpointError(
@@ -161,12 +147,14 @@ def setup_of(folder: Path, layout: Layout, predicts: str | None) -> Setup:
     flags = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
     if "requires_safety_checker" in flags:
         flags["requires_safety_checker"] = False
-    models = {name: checkpoint.config(name) for name in (*texts, "unet", "vae")}
-    return _setup({"_class_name": checkpoint.class_name, **flags, **parts}, models, scheduler, predicts)
+    setup = {name: checkpoint.config(name) for name in layout.models}
+    setup |= {"model_index": {"_class_name": checkpoint.class_name, **flags, **parts}, "scheduler": scheduler}
+    return _predicting(setup, predicts)
 
 
-def _unet_sizes(part: Part, published: Config) -> Config:
+def _unet_sizes(weights: Weights, published: Config) -> Config:
     """What the shapes say of a `UNet2DConditionModel`."""
+    part = Part.of(weights, UNET)
     count = part.count(r"input_blocks\.(\d+)\.")
     every = gcd(*part.indices(r"input_blocks\.(\d+)\.0\.op\.")) or count or 1  # blocks a level, the downsampler counted
     starts = range(1, count + 1, every)
@@ -238,8 +226,9 @@ def _embedded_sizes(weights: Weights, layout: Layout) -> Config:
     return {"addition_time_embed_dim": rest // layout.sizes, "projection_class_embeddings_input_dim": width}
 
 
-def _vae_sizes(part: Part, published: Config) -> Config:
+def _vae_sizes(weights: Weights, published: Config) -> Config:
     """What the shapes say of an `AutoencoderKL`."""
+    part = Part.of(weights, VAE)
     levels = part.count(r"encoder\.down\.(\d+)\.")
     blocks = [f"encoder.down.{level}.block.0" for level in range(levels)]
     widths = [part.size(0, f"{block}.conv1.weight", f"{block}.conv2.weight") for block in blocks]
@@ -251,13 +240,14 @@ def _vae_sizes(part: Part, published: Config) -> Config:
         "layers_per_block": part.count(r"encoder\.down\.0\.block\.(\d+)\."),
         "out_channels": part.size(0, "decoder.conv_out.weight"),
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_quant_conv": part.has("quant_conv."),
-        "use_post_quant_conv": part.has("post_quant_conv."),
+        "use_quant_conv": weights.has(f"{VAE}quant_conv."),
+        "use_post_quant_conv": weights.has(f"{VAE}post_quant_conv."),
     }
 
 
-def _text_sizes(part: Part, layout: Layout, text: TextEncoder, published: Config) -> Config:
+def _text_sizes(weights: Weights, layout: Layout, text: TextEncoder, published: Config) -> Config:
     """What the shapes say of a `CLIPTextConfig`."""
+    part = Part.of(weights, text.prefix)
     names = clip_names((name for name, _ in _CLIP_SIZES.values()), text.open_clip)
     sizes = {key: part.size(axis, names[name]) for key, (name, axis) in _CLIP_SIZES.items()}
     if sizes["vocab_size"] < TOKENS:
@@ -287,7 +277,7 @@ def _inpaints(weights: Weights, layout: Layout, channels: int, latents: int, can
     return channels != latents
 
 
-def _taken_for(weights: Weights, layout: Layout, inpaints: bool) -> str:
+def _assumed_prediction(weights: Weights, layout: Layout, inpaints: bool) -> str:
     """What diffusers takes a U-Net to predict whose file does not say it.
 
     Stable Diffusion 2 is 768-v, unless it is for inpainting or was stored at the training step of the base model.

@@ -44,37 +44,38 @@ class TextEncoder:
 class Layout:
     """A kind of single file.
 
-    data: the file of its published configurations. sizes: how many numbers (picture size, crop, aesthetic score) the
-    U-Net reads beside the pooled text.
+    title: also the name of the file of its published configurations. sizes: how many numbers (picture size, crop,
+    aesthetic score) the U-Net reads beside the pooled text.
     """
 
     title: str
-    data: str
     text_encoders: tuple[TextEncoder, ...]
     sizes: int = 0
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The folders of its models."""
+        return (*(text.name for text in self.text_encoders), "unet", "vae")
 
     def published(self) -> dict[str, dict[str, Any]]:
         """What its configurations say that shapes do not: `model_index`, one entry a folder, and `forms`.
 
         A form is what inpainting, another prediction or a last step of pure noise change in the others.
         """
-        text = (files(__package__) / "data" / f"{self.data}.json").read_text(encoding="utf-8")
-        return dict(json.loads(text))
+        name = self.title.lower().replace(" ", "-")
+        return dict(json.loads((files(__package__) / "data" / f"{name}.json").read_text(encoding="utf-8")))
 
 
 SD1 = Layout(
     "Stable Diffusion 1",
-    "stable-diffusion-1",
     (TextEncoder("text_encoder", "cond_stage_model.transformer.", open_clip=False),),
 )
 SD2 = Layout(
     "Stable Diffusion 2",
-    "stable-diffusion-2",
     (TextEncoder("text_encoder", "cond_stage_model.model.", open_clip=True),),
 )
 SDXL = Layout(
     "Stable Diffusion XL",
-    "stable-diffusion-xl",
     (
         TextEncoder("text_encoder", "conditioner.embedders.0.transformer.", open_clip=False),
         TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", open_clip=True),
@@ -83,7 +84,6 @@ SDXL = Layout(
 )
 REFINER = Layout(
     "Stable Diffusion XL refiner",
-    "stable-diffusion-xl-refiner",
     (TextEncoder("text_encoder_2", "conditioner.embedders.0.model.", open_clip=True),),
     sizes=5,
 )
@@ -123,9 +123,9 @@ def recognise(weights: Weights) -> Layout:
     """The layout of a whole checkpoint. Raises `CheckpointError`, which says what another file looks like."""
     check_names(weights.path, weights.shapes)
     other = _look(weights, _OTHERS)
-    if not other and _has(weights, UNET):
+    if not other and weights.has(UNET):
         for layout in LAYOUTS:
-            if any(_has(weights, text.prefix) for text in layout.text_encoders):
+            if any(weights.has(text.prefix) for text in layout.text_encoders):
                 _check_parts(weights, layout)
                 return layout
     like = other or _look(weights, _PARTS)
@@ -135,17 +135,13 @@ def recognise(weights: Weights) -> Layout:
     )
 
 
-def _has(weights: Weights, prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in weights.shapes)
-
-
 def _look(weights: Weights, table: Mapping[str, str]) -> str | None:
     names = "\n".join(weights.shapes)
     return next((what for pattern, what in table.items() if re.search(pattern, names, re.MULTILINE)), None)
 
 
 def _check_parts(weights: Weights, layout: Layout) -> None:
-    absent = [prefix for prefix in (VAE, *(text.prefix for text in layout.text_encoders)) if not _has(weights, prefix)]
+    absent = [prefix for prefix in (VAE, *(text.prefix for text in layout.text_encoders)) if not weights.has(prefix)]
     if absent:
         raise CheckpointError(
             f"{weights.path} is a {layout.title} checkpoint without {' and '.join(f'{name}*' for name in absent)}: "

@@ -98,7 +98,7 @@ def _renamed(name: str, rules: dict[str, str]) -> str:
     return name
 
 
-def taken(name: str, tensor: Any, open_clip: bool) -> Any:
+def convert(name: str, tensor: Any, open_clip: bool) -> Any:
     """Weight `name` of a diffusers model out of the `tensor` that the original layout has for it.
 
     Raises what torch raises for a tensor of the wrong rank.

@@ -6,17 +6,22 @@ understood, or said in two ways, is an error: the file is then not what it is ta
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from ...common.errors import CheckpointError
 from .layouts import REFINER, SD1, SD2, SDXL, Layout
 from .weights import Weights
 
 _PREDICTIONS = {
-    "epsilon": ("epsilon", "eps", "noise"),
-    "v_prediction": ("v", "v_prediction", "v_pred", "vpred", "velocity", "v_parameterization", "v_parametrization"),
-    "sample": ("sample", "x0", "x_0", "x_start"),
+    **dict.fromkeys(("epsilon", "eps", "noise"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "v_pred", "vpred", "velocity"), "v_prediction"),
+    **dict.fromkeys(("v_parameterization", "v_parametrization"), "v_prediction"),
+    **dict.fromkeys(("sample", "x0", "x_0", "x_start"), "sample"),
 }
 _NAMED = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
-_YES_OR_NO = ("ss_v_parameterization", "v_pred")
+_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_V_PREDICTION = ("ss_v_parameterization", "v_pred")
 _ZERO_SNR = ("ss_zero_terminal_snr", "ztsnr")
 _UNSAID = ("", "none", "null")
 _ARCHITECTURE = "modelspec.architecture"
@@ -48,16 +53,12 @@ def prediction_type(weights: Weights, layout: Layout) -> str | None:
             f"{weights.path} says that it was trained for the process {process!r} (modelspec.noise_process), "
             f"{layout.title} by ddpm: where it is drawn by ddpm, {_SAY}"
         )
-    said = {key: _prediction(weights, key) for key in _NAMED if _value(weights, key)}
-    for key in _YES_OR_NO:
-        flag = _flag(weights, key, _SAY)
-        if flag is not None:
-            said[key] = "v_prediction" if flag else "epsilon"
+    said = _said(weights, _NAMED, _PREDICTIONS, "says that it predicts {value!r} ({key}), unknown here", _SAY)
+    flags = _flags(weights, _V_PREDICTION, _SAY)
+    said |= {key: "v_prediction" if flag else "epsilon" for key, flag in flags.items()}
     architecture = _value(weights, _ARCHITECTURE)
     if layout is SD2 and architecture.startswith(("stable_diffusion_v2_512", "stable_diffusion_v2_768_v")):
         said[_ARCHITECTURE] = "epsilon" if "_512" in architecture else "v_prediction"
-    if "v_pred" in weights.shapes:
-        said["the tensor v_pred"] = "v_prediction"
     if len(set(said.values())) > 1:
         raise CheckpointError(
             f"{weights.path} contradicts itself: it predicts "
@@ -68,13 +69,10 @@ def prediction_type(weights: Weights, layout: Layout) -> str | None:
 
 def zero_snr(weights: Weights) -> bool:
     """Whether it was trained with a last step of pure noise (Lin et al. 2023). Raises `CheckpointError`."""
-    flags = {key: _flag(weights, key, _BY_CONFIG) for key in _ZERO_SNR}
-    if "ztsnr" in weights.shapes:
-        flags["the tensor ztsnr"] = True
-    said = {key: flag for key, flag in flags.items() if flag is not None}
-    if len(set(said.values())) > 1:
-        raise CheckpointError(f"{weights.path} contradicts itself in {' and '.join(said)}: {_BY_CONFIG}")
-    return any(said.values())
+    flags = _flags(weights, _ZERO_SNR, _BY_CONFIG)
+    if len(set(flags.values())) > 1:
+        raise CheckpointError(f"{weights.path} contradicts itself in {' and '.join(flags)}: {_BY_CONFIG}")
+    return any(flags.values())
 
 
 def check_architecture(weights: Weights, layout: Layout) -> None:
@@ -95,22 +93,19 @@ def _value(weights: Weights, key: str) -> str:
     return "" if value in _UNSAID else value
 
 
-def _prediction(weights: Weights, key: str) -> str:
-    value = _value(weights, key)
-    for name, spellings in _PREDICTIONS.items():
-        if value in spellings:
-            return name
-    raise CheckpointError(
-        f"{weights.path} says that it predicts {weights.metadata[key]!r} ({key}), unknown here: {_SAY}"
-    )
+def _said(
+    weights: Weights, keys: Iterable[str], meanings: Mapping[str, Any], problem: str, remedy: str
+) -> dict[str, Any]:
+    """What the metadata of these keys mean. problem: of a value without a meaning."""
+    values = {key: value for key in keys if (value := _value(weights, key))}
+    for key, value in values.items():
+        if value not in meanings:
+            found = problem.format(key=key, value=weights.metadata[key])
+            raise CheckpointError(f"{weights.path} {found}: {remedy}")
+    return {key: meanings[value] for key, value in values.items()}
 
 
-def _flag(weights: Weights, key: str, remedy: str) -> bool | None:
-    value = _value(weights, key)
-    if value in ("true", "1", "yes", "false", "0", "no"):
-        return value in ("true", "1", "yes")
-    if value:
-        raise CheckpointError(
-            f"{weights.path} says {weights.metadata[key]!r} of {key}, neither true nor false: {remedy}"
-        )
-    return None
+def _flags(weights: Weights, keys: tuple[str, str], remedy: str) -> dict[str, bool]:
+    """What the metadata of these keys say, true or false, and an empty tensor of the name of the last one."""
+    flags = _said(weights, keys, _FLAGS, "says {value!r} of {key}, neither true nor false", remedy)
+    return flags | ({f"the tensor {keys[-1]}": True} if keys[-1] in weights.shapes else {})

@@ -18,7 +18,7 @@ def write_clip_tokenizer(folder: Path, pad_token: str, max_length: int) -> None:
     pad_token: what fills a window, `<|endoftext|>` for CLIP-L and `!` (id 0) for OpenCLIP. max_length: tokens a window.
     """
     folder.mkdir(parents=True)
-    merges = _merges()
+    merges = lzma.decompress((files(__package__) / "data" / "clip_merges.txt.xz").read_bytes()).decode().splitlines()
     vocabulary = {token: i for i, token in enumerate(_tokens(merges))}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
@@ -33,11 +33,6 @@ def write_clip_tokenizer(folder: Path, pad_token: str, max_length: int) -> None:
     }
     for name, value in (("special_tokens_map.json", special), ("tokenizer_config.json", config)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _merges() -> list[str]:
-    packed = (files(__package__) / "data" / "clip_merges.txt.xz").read_bytes()
-    return lzma.decompress(packed).decode().splitlines()
 
 
 def _tokens(merges: list[str]) -> list[str]:

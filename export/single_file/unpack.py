@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import CheckpointError, DiffoundryError, reason
-from ...common.files import disk_error, write_json
+from ...common.files import write_json
+from ..fit import hollow
 from ..loading import quiet
-from .configs import Config, Setup, built_in, setup_of
+from .configs import Config, built_in, setup_of
 from .layouts import UNET, VAE, Layout, TextEncoder, recognise
-from .names import clip_names, taken, unet_names, vae_names
+from .names import clip_names, convert, unet_names, vae_names
 from .tokenizer import write_clip_tokenizer
 from .weights import SUFFIXES, Weights, open_weights
 
@@ -35,41 +36,49 @@ def is_single_file(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model of the target. shapes: of its weights. originals: what the file calls each of them."""
+    """A model of the target. shapes: of its weights. originals: what the file calls each of them.
+
+    text: None for the U-Net and the autoencoder.
+    """
 
     folder: str
     text: TextEncoder | None
-    config: Config
     shapes: dict[str, tuple[int, ...]]
     originals: dict[str, str]
 
-    def taken(self, name: str, tensor: Any) -> Any:
+    def convert(self, name: str, tensor: Any) -> Any:
         """The weight `name` out of the tensor that the file has for it."""
-        return taken(name, tensor, self.text is not None and self.text.open_clip)
+        return convert(name, tensor, self.text is not None and self.text.open_clip)
 
 
 @dataclass(frozen=True, slots=True)
 class SingleFile:
-    """A single-file checkpoint whose header, names and shapes were found to be a whole model of its layout."""
+    """A single-file checkpoint whose header, names and shapes were found to be a whole model of its layout.
+
+    setup: see `configs.built_in`. config: the folder that the setup was read from, None for the built-in one.
+    """
 
     weights: Weights
     layout: Layout
-    setup: Setup
+    setup: dict[str, Config]
     models: tuple[_Model, ...]
     config: Path | None
 
     @classmethod
     def open(cls, source: Path, *, config: Path | None = None, prediction_type: str | None = None) -> SingleFile:
-        """Check `source`, of which no weight is read. The arguments and errors are those of `unpack`."""
+        """Check `source`, of which no weight is read.
+
+        config: a diffusers folder whose configurations, scheduler and tokenizer are taken instead of the built-in ones.
+        prediction_type: `epsilon`, `v_prediction` or `sample`, instead of what the file says or is taken for.
+        Raises `CheckpointError` when it is damaged, incomplete, of no known layout or has shapes that do not fit.
+        """
         if prediction_type not in (None, *PREDICTION_TYPES):
             known = ", ".join(PREDICTION_TYPES)
             raise DiffoundryError(f"unknown prediction type {prediction_type!r}: choose one of {known}")
-        if not is_single_file(source):
-            raise CheckpointError(f"{source} is no single-file checkpoint ({', '.join(SUFFIXES)}): check the path")
         weights = open_weights(source)
         layout = recognise(weights)
         setup = setup_of(config, layout, prediction_type) if config else built_in(weights, layout, prediction_type)
-        models = tuple(_model(name, setup, layout) for name in setup.models)
+        models = tuple(_model(name, setup, layout) for name in layout.models)
         _check(weights, f"{source}, a {layout.title} checkpoint,", models, config)
         return cls(weights, layout, setup, models, config)
 
@@ -79,11 +88,14 @@ class SingleFile:
 
         for text in self.layout.text_encoders:
             self._write_tokenizer(root, text)
-        write_json(root / "model_index.json", {**self.setup.index, "_diffusers_version": diffusers.__version__})
+        write_json(
+            root / "model_index.json", {**self.setup["model_index"], "_diffusers_version": diffusers.__version__}
+        )
         (root / "scheduler").mkdir()
-        write_json(root / "scheduler" / "scheduler_config.json", self.setup.scheduler)
+        write_json(root / "scheduler" / "scheduler_config.json", self.setup["scheduler"])
         for model in self.models:
-            config = {key: value for key, value in model.config.items() if key not in ("torch_dtype", "_name_or_path")}
+            stated = self.setup[model.folder]
+            config = {key: value for key, value in stated.items() if key not in ("torch_dtype", "_name_or_path")}
             if model.text:  # transformers 5 loads in the type that is stated here
                 config["dtype"] = _FLOATS[self.weights.dtypes[next(iter(model.originals.values()))]]
             (root / model.folder).mkdir()
@@ -91,7 +103,7 @@ class SingleFile:
 
     def _write_tokenizer(self, root: Path, text: TextEncoder) -> None:
         if self.config is None:
-            window = self.setup.models[text.name]["max_position_embeddings"]
+            window = self.setup[text.name]["max_position_embeddings"]
             write_clip_tokenizer(root / text.tokenizer, text.pad_token, window)
         elif not (self.config / text.tokenizer).is_dir():
             raise CheckpointError(f"{self.config} has no folder {text.tokenizer!r}: give a complete diffusers folder")
@@ -99,37 +111,19 @@ class SingleFile:
             shutil.copytree(self.config / text.tokenizer, root / text.tokenizer)
 
     def write(self, target: Path) -> None:
-        """Write the folder `target`, which is not there or empty. Raises `DiffoundryError`, then nothing is left."""
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise DiffoundryError(f"{target} exists: choose another folder, or remove it first")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as beside:
-                folder = Path(beside, target.name)
-                folder.mkdir()
-                self.write_outline(folder)
-                for model in self.models:
-                    _write_weights(folder, self.weights, model)
-                folder.replace(target)
-        except OSError as error:
-            raise disk_error(error) from error
+        """Write the diffusers folder `target`, which is not there, whole or not at all, in the stored types."""
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as beside:
+            folder = Path(beside, target.name)
+            folder.mkdir()
+            self.write_outline(folder)
+            for model in self.models:
+                _write_weights(folder, self.weights, model)
+            folder.replace(target)
 
 
-def unpack(source: Path, target: Path, *, config: Path | None = None, prediction_type: str | None = None) -> None:
-    """Write the single-file checkpoint `source` as the diffusers folder `target`, in the types that it is stored in.
-
-    config: a diffusers folder whose configurations, scheduler and tokenizer are taken instead of the built-in ones.
-    prediction_type: `epsilon`, `v_prediction` or `sample`, instead of what the file says or is taken for.
-    Raises `CheckpointError` when the file is damaged, incomplete, of no known layout or has shapes that do not fit, and
-    `DiffoundryError` when `target` cannot be written; then nothing is left there.
-    """
-    SingleFile.open(source, config=config, prediction_type=prediction_type).write(target)
-
-
-def _model(folder: str, setup: Setup, layout: Layout) -> _Model:
+def _model(folder: str, setup: dict[str, Config], layout: Layout) -> _Model:
     text = next((text for text in layout.text_encoders if text.name == folder), None)
-    config = setup.models[folder]
-    module = _module(folder, config, *setup.index[folder])
+    module = _module(folder, setup[folder], *setup["model_index"][folder])
     shapes = {_published(name, text): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if text:
         prefix, names = text.prefix, clip_names(shapes, text.open_clip)
@@ -142,19 +136,15 @@ def _model(folder: str, setup: Setup, layout: Layout) -> _Model:
             "the unet configuration has another number of layers in each block, which no "
             "single-file checkpoint has: give the configuration of a Stable Diffusion checkpoint"
         )
-    return _Model(folder, text, config, shapes, {name: prefix + original for name, original in names.items()})
+    return _Model(folder, text, shapes, {name: prefix + original for name, original in names.items()})
 
 
 def _module(folder: str, config: Config, library: str, kind: str) -> Any:
     """The model on the meta device: shapes without values."""
-    import torch
-
     found = getattr(importlib.import_module(library), kind)
     try:
-        with torch.device("meta"), quiet():
-            if folder.startswith("text"):  # a copy: transformers 4 adds to what it reads
-                return found(found.config_class.from_dict(dict(config)))
-            return found.from_config(config)
+        with quiet():  # of transformers a copy, because its version 4 adds to what it reads
+            return hollow(found, found.config_class.from_dict(dict(config)) if folder.startswith("text") else config)
     except Exception as error:  # each class has its own ways of refusing a configuration
         raise CheckpointError(f"the {folder} configuration describes no model: {reason(error)}") from None
 
@@ -169,12 +159,12 @@ def _check(weights: Weights, where: str, models: tuple[_Model, ...], config: Pat
     """Raise `CheckpointError` unless the file has each weight of `models`, as floats of the right shape."""
     another = f"{_ANOTHER}, not {config}" if config else _ANOTHER
     remedy = f"where the file is whole, {another}" if config else "it is incomplete, download it again"
-    stored = {name for model in models for name in model.originals.values()}
     due = [name for model in models for name in model.originals.values()]
+    known = set(due)
     _refuse((name for name in due if name not in weights.shapes), f"{where} lacks", remedy)
     odd = (f"{name} ({weights.dtypes[name]})" for name in due if weights.dtypes[name] not in _FLOATS)
     _refuse(odd, f"{where} holds types other than {', '.join(_FLOATS)}:", "use a version of it in one of these")
-    extra = (name for name in weights.shapes if name.startswith(UNET) and name not in stored)
+    extra = (name for name in weights.shapes if name.startswith(UNET) and name not in known)
     _refuse(extra, f"{where} has parts in its U-Net that its configuration does not name:", another)
     wrong = (text for model in models for text in _misfits(weights, model))
     _refuse(wrong, f"{where} does not fit its configuration:", another)
@@ -186,11 +176,11 @@ def _misfits(weights: Weights, model: _Model) -> Iterable[str]:
 
     for name, due in model.shapes.items():
         original = model.originals[name]
-        hollow = torch.empty(weights.shapes[original], device="meta")
+        empty = torch.empty(weights.shapes[original], device="meta")
         try:
-            found = list(model.taken(name, hollow).shape)
+            found = list(model.convert(name, empty).shape)
         except (RuntimeError, ValueError, IndexError):  # whatever torch raises for a tensor of the wrong rank
-            found = list(hollow.shape)
+            found = list(empty.shape)
         if found != list(due):
             yield f"{original} gives {found} where {list(due)} is due"
 
@@ -207,7 +197,7 @@ def _write_weights(root: Path, weights: Weights, model: _Model) -> None:
     from safetensors.torch import save_file
 
     stored = weights.read(dict.fromkeys(model.originals.values()))
-    tensors = {name: model.taken(name, stored[old]).contiguous() for name, old in model.originals.items()}
+    tensors = {name: model.convert(name, stored[old]).contiguous() for name, old in model.originals.items()}
     path = root / model.folder / f"{'model' if model.text else 'diffusion_pytorch_model'}.safetensors"
     try:
         save_file(tensors, path, metadata={"format": "pt"})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import CheckpointError
-from ..weight_files import check_safetensors, read_pickle, type_name, unwrapped
+from ..weight_files import open_safetensors, read_pickle, type_name, unwrapped
 
 PICKLES = (".ckpt", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLES)
@@ -33,6 +33,10 @@ class Weights:
     read: Callable[[Iterable[str]], dict[str, Any]]
     """The tensors of these names, in memory only while the caller holds them where the file can be mapped."""
 
+    def has(self, prefix: str) -> bool:
+        """Whether a name begins with `prefix`."""
+        return any(name.startswith(prefix) for name in self.shapes)
+
 
 def open_weights(path: Path) -> Weights:
     """Open a `.safetensors` file or a pickle. Raises `CheckpointError` when it is damaged or holds code."""
@@ -43,22 +47,17 @@ def open_weights(path: Path) -> Weights:
 
 
 def _open_safetensors(path: Path) -> Weights:
-    from safetensors import SafetensorError, safe_open
-
-    header = check_safetensors(path)
-    metadata = header.pop("__metadata__", None) or {}
-    stored = _canonical(path, header)
-    dtypes = {name: str(header[old]["dtype"]) for name, old in stored.items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(header[old]["shape"]) for name, old in stored.items()}
-            whole = dtypes.get("global_step", "").startswith("I") and shapes["global_step"] in ((), (1,))
-            step = int(file.get_tensor(stored["global_step"]).item()) if whole else None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} has a damaged header ({error}): download it again") from None
+    with open_safetensors(path) as file:
+        stored = _canonical(path, file.keys())
+        held = {name: file.get_slice(old) for name, old in stored.items()}
+        shapes = {name: tuple(each.get_shape()) for name, each in held.items()}
+        dtypes = {name: each.get_dtype() for name, each in held.items()}
+        whole = dtypes.get("global_step", "").startswith("I") and shapes["global_step"] in ((), (1,))
+        step = int(file.get_tensor(stored["global_step"]).item()) if whole else None
+        metadata = file.metadata() or {}
 
     def read(names: Iterable[str]) -> dict[str, Any]:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             return {name: file.get_tensor(stored[name]) for name in names}
 
     return Weights(path, shapes, dtypes, metadata, step, read)

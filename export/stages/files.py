@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...bundle import Bundle
 from ...common.errors import DiffoundryError
-from ...common.files import read_json, remove, sha256_file, write_json
+from ...common.files import remove, sha256_file, write_json
 from ..reading import Reading
 from .scheduler import changes, scheduler_config, write_traced
 
@@ -33,20 +33,18 @@ def write_files(reading: Reading, work: Path, name: str, traced: tuple[str, tupl
     }
     by_task = changes(source, reading.family, reading.tasks)
     (work / "scheduler").mkdir()
-    config = work / "scheduler" / "scheduler_config.json"
-    write_json(config, scheduler_config(source))
+    config = scheduler_config(source)
+    write_json(work / "scheduler" / "scheduler_config.json", config)
     if traced:
-        write_traced(work / "scheduler", by_task.get(reading.tasks[0], {}), *traced)
-    _check_default_steps(config, reading.steps)
+        write_traced(work / "scheduler", config, by_task.get(reading.tasks[0], {}), *traced)
+    most = config.get("num_train_timesteps", 1000)
+    if isinstance(most, int) and reading.steps > most:
+        raise DiffoundryError(
+            f"the model has {most} timesteps, {reading.steps} steps by default are more: ask for fewer"
+        )
     index = {key: [None, None] if key in _LEFT_OUT else value for key, value in source.index.items()}
     write_json(work / _INDEX, {**index, "requires_safety_checker": False})
     paths = [path for folder in folders for path in sorted((work / folder).rglob("*")) if path.is_file()]
     manifest = reading.draft(tokenizers, by_task, name)
     manifest.files.update({path.relative_to(work).as_posix(): sha256_file(path) for path in (work / _INDEX, *paths)})
     return Bundle(work, manifest)
-
-
-def _check_default_steps(config: Path, steps: int) -> None:
-    most = read_json(config, "the scheduler configuration").get("num_train_timesteps", 1000)
-    if isinstance(most, int) and steps > most:
-        raise DiffoundryError(f"the model has {most} timesteps, {steps} steps by default are more: ask for fewer")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import CheckpointError, DiffoundryError, RequestError, reason
-from ...common.files import read_json
 from ...families import Family
 from ..checkpoint import Checkpoint
 
@@ -30,23 +29,24 @@ def changes(checkpoint: Checkpoint, family: Family, tasks: Sequence[str]) -> dic
 
     config = scheduler_config(checkpoint)
     kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    full = dict(config)
     known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
     if known:
         try:
-            full = dict(kind.from_config(config).config)
+            config = dict(kind.from_config(config).config)
         except Exception as error:  # each scheduler has its own ways of refusing
             raise CheckpointError(
                 f"the scheduler configuration of {checkpoint.root} is damaged ({reason(error)}): download it again"
             ) from None
-    return family.scheduler_changes(tasks, full)
+    return family.scheduler_changes(tasks, config)
 
 
-def write_traced(folder: Path, changed: dict[str, bool | int], name: str, counts: Sequence[int]) -> None:
-    """Write the tables of the scheduler class `name` under the configuration in `folder`, one for each step count.
+def write_traced(
+    folder: Path, config: dict[str, Any], changed: dict[str, bool | int], name: str, counts: Sequence[int]
+) -> None:
+    """Write the tables of the scheduler class `name` below `folder`, one for each step count.
 
-    changed: what the pipeline class changes in the configuration. name: a diffusers class or
-    `module:Class`. Raises `RequestError` when it cannot be traced.
+    changed: what the pipeline class changes in `config`. name: a diffusers class or `module:Class`.
+    Raises `RequestError` when it cannot be traced.
     """
     from ...runtime.schedulers import is_known
     from ...runtime.schedulers.stored import save_table, traced_path
@@ -57,8 +57,7 @@ def write_traced(folder: Path, changed: dict[str, bool | int], name: str, counts
         raise RequestError(
             f"the scheduler {own} needs no tracing: diffoundry has it; a class of your own needs its own name"
         )
-    config = read_json(folder / "scheduler_config.json", "the scheduler configuration")
-    config |= {key: value for key, value in changed.items() if key in config}
+    config = {**config, **{key: value for key, value in changed.items() if key in config}}
     try:
         tables = trace_scheduler_class(name, config, counts)
     except DiffoundryError:

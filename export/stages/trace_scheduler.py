@@ -12,7 +12,6 @@ import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ...common.arrays import Array
 from ...common.errors import RequestError, reason
 from ...runtime.schedulers.table import Steps, Table
+from ..loading import quiet
 
 _LINEAR = 1e-9
 """Largest difference to the table's own prediction, relative to the largest state so far."""
@@ -36,31 +36,28 @@ _MOST_CALLS = 4000
 _OPTIONS = ("timesteps", "sigmas", "mu")
 
 
-def trace_scheduler_class(
-    name: str | type, config: Mapping[str, Any], counts: Iterable[int], **options: Any
-) -> dict[int, Table]:
+def trace_scheduler_class(name: str, config: Mapping[str, Any], counts: Iterable[int]) -> dict[int, Table]:
     """The tables of a scheduler class by step count.
 
-    name: a diffusers class name, `module:Class`, or the class. config: a `scheduler_config.json`. options: arguments of
-    every step() beside the usual three; where step() takes `eta` it is 0 by default, as diffusers' pipelines pass it.
+    name: a diffusers class name, or `module:Class`. config: a `scheduler_config.json`. Where step() takes `eta` it is
+    0, as diffusers' pipelines pass it.
     Raises `RequestError` when there is no such class, it cannot be built, or `trace_scheduler` refuses it.
     """
-    kind = _find_class(name) if isinstance(name, str) else name
+    kind = _find_class(name)
     known = inspect.signature(kind).parameters
-    arguments = {key: value for key, value in config.items() if key in known}
     try:
-        if hasattr(kind, "from_config"):
-            defaults = {key: value for key, value in config.items() if key == "_use_default_values"}
-            scheduler = kind.from_config({**arguments, **defaults})
-        else:
-            scheduler = kind(**arguments)
+        with quiet():
+            if hasattr(kind, "from_config"):
+                scheduler = kind.from_config(config)
+            else:
+                scheduler = kind(**{key: value for key, value in config.items() if key in known})
     except Exception as error:  # each scheduler has its own ways of refusing
         raise RequestError(
             f"{kind.__name__} cannot be built from the scheduler configuration: {reason(error)}"
         ) from None
     accepted = set(inspect.signature(scheduler.step).parameters) - set(known) if hasattr(scheduler, "step") else set()
-    given = {"eta": 0.0} if "eta" in accepted else {}
-    return {count: trace_scheduler(scheduler, Steps(count), **{**given, **options}) for count in counts}
+    options = {"eta": 0.0} if "eta" in accepted else {}
+    return {count: trace_scheduler(scheduler, Steps(count), **options) for count in counts}
 
 
 def _find_class(name: str) -> Any:
@@ -97,19 +94,20 @@ def trace_scheduler(scheduler: Any, steps: Steps, **options: Any) -> Table:
     with float64():
         init_scale = float(getattr(ready, "init_noise_sigma", 1.0))
     unit = np.eye(1 + 2 * calls)
-    run = _run(ready, timesteps, unit, options)
-    for part in (run.inputs, run.states, run.levels, timesteps.numpy(), np.float64(init_scale)):
+    inputs, states, draws, levels = _run(ready, timesteps, unit, options)
+    for part in (inputs, states, levels, timesteps.numpy(), np.float64(init_scale)):
         if not np.isfinite(part).all():
             raise RequestError(f"{name} has no {steps.count} finite steps: ask for fewer or mend its configuration")
-    seen = run.states[:-1]
+    seen = states[:-1]
     size = (seen * seen).sum(1)
+    in_a_run = [init_scale or 1.0, *[1.0] * (2 * calls)]  # how large the first x, each model output and noise are
     table = Table(
         timesteps=timesteps.numpy().astype(np.float64),
-        input_scale=np.divide((run.inputs * seen).sum(1), size, out=np.ones(calls), where=size > 0),
-        weights=_weights(run.states * _sizes(calls, init_scale)),
+        input_scale=np.divide((inputs * seen).sum(1), size, out=np.ones(calls), where=size > 0),
+        weights=_weights(states * in_a_run),
         x0=np.zeros((calls, 2)),
-        draws=run.draws,
-        alpha_sigma=run.levels,
+        draws=draws,
+        alpha_sigma=levels,
         init_scale=init_scale,
     )
     _check_linear(ready, timesteps, table, options)
@@ -123,8 +121,8 @@ def run_in_float64(scheduler: Any, steps: Steps, given: Array, **options: Any) -
     Returns the timesteps (S,), the model inputs (S, D) and the states (S + 1, D).
     """
     ready, timesteps = _prepared(scheduler, steps)
-    run = _run(ready, timesteps, given, options)
-    return timesteps.numpy().astype(np.float64), run.inputs, run.states
+    inputs, states, _, _ = _run(ready, timesteps, given, options)
+    return timesteps.numpy().astype(np.float64), inputs, states
 
 
 def impulse_responses(table: Table) -> Array:
@@ -140,11 +138,6 @@ def impulse_responses(table: Table) -> Array:
         registers = table.weights[k] @ np.vstack([registers, m, noise, x0])
         states.append(registers[0])
     return np.array(states)
-
-
-def _sizes(calls: int, init_scale: float) -> Array:
-    """How large each of [first x, m_0, noise_0, …] is in a run."""
-    return np.array([init_scale or 1.0] + [1.0] * (2 * calls))
 
 
 class _Float64(TorchFunctionMode):  # type: ignore[misc]
@@ -220,18 +213,11 @@ def _widened(value: Any) -> Any:
     return type(value)(map(_widened, value)) if type(value) in (list, tuple) else value
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """inputs: (S, D), what the model saw. states: (S + 1, D). draws: (S,). levels: (S, 2), see `Table`."""
+def _run(prepared: Any, timesteps: Any, given: Array, options: Mapping[str, Any]) -> tuple[Array, Array, Array, Array]:
+    """The scheduler's run on `given` (1 + 2S, D): the first x, then a model output and a noise for each call.
 
-    inputs: Array
-    states: Array
-    draws: Array
-    levels: Array
-
-
-def _run(prepared: Any, timesteps: Any, given: Array, options: Mapping[str, Any]) -> _Run:
-    """The scheduler's run on `given` (1 + 2S, D): the first x, then a model output and a noise for each call."""
+    Returns what the model saw (S, D), the states (S + 1, D), the draws (S,) and the levels (S, 2), see `Table`.
+    """
     scheduler, name = copy.deepcopy(prepared), type(prepared).__name__
     scale = getattr(scheduler, "scale_model_input", lambda x, _: x)
     x, *fed = torch.from_numpy(given)[:, None, None, None]
@@ -251,7 +237,7 @@ def _run(prepared: Any, timesteps: Any, given: Array, options: Mapping[str, Any]
         states.append(x)
         draws.append(mode.draws == 1)
     inputs, states = (torch.stack(part).numpy().reshape(len(part), -1) for part in (inputs, states))
-    return _Run(inputs, states, np.array(draws), np.array(levels))
+    return inputs, states, np.array(draws), np.array(levels)
 
 
 def _level(scheduler: Any, timestep: Any) -> tuple[float, float]:
@@ -315,12 +301,12 @@ def _check_linear(prepared: Any, timesteps: Any, table: Table, options: Mapping[
     for scale in _SCALES:
         given = rng.standard_normal((response.shape[1], 8)) * scale
         given[0] *= table.init_scale or 1.0
-        run = _run(prepared, timesteps, given, options)
+        inputs, states, _, _ = _run(prepared, timesteps, given, options)
         expected = response @ given
         largest = np.maximum.accumulate(np.abs(expected).max(1))
-        wrong = np.abs(run.states - expected).max(1)[1:] / largest[1:]
+        wrong = np.abs(states - expected).max(1)[1:] / largest[1:]
         scaled = expected[:-1] * table.input_scale[:, None]
-        wrong = np.maximum(wrong, np.abs(run.inputs - scaled).max(1) / np.maximum(largest[:-1], np.abs(scaled).max(1)))
+        wrong = np.maximum(wrong, np.abs(inputs - scaled).max(1) / np.maximum(largest[:-1], np.abs(scaled).max(1)))
         bad = np.flatnonzero(~(wrong < _LINEAR))
         if len(bad):
             raise RequestError(

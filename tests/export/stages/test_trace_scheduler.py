@@ -195,9 +195,9 @@ def test_what_is_no_table_is_refused(scheduler, says):
 
 def test_a_class_by_name():
     config = {**SD, "_class_name": "Other", "steps_offset": 1, "clip_sample": False, "eta": 0.5, "unknown": 1}
-    tables = trace_scheduler_class("DDIMScheduler", config, (2, 5), eta=0.5)
+    tables = trace_scheduler_class("DDIMScheduler", config, (2, 5))
     assert {count: table.steps for count, table in tables.items()} == {2: 2, 5: 5}
-    ours = make_table({**SD, "steps_offset": 1, "clip_sample": False}, 5, "ddim", {"eta": 0.5})
+    ours = make_table({**SD, "steps_offset": 1, "clip_sample": False}, 5, "ddim")
     np.testing.assert_allclose(impulse_responses(tables[5]), impulse_responses(ours), atol=1e-9)
 
 
