@@ -23,7 +23,7 @@ from ..graphs.fuse import fuse
 from ..graphs.spec import OPSET, ComponentSpec
 from ..guard import guarded
 
-_REVISION = 8
+_REVISION = 9
 """Raise it when the exporter writes something else from the same input."""
 _STANDARD = f"{FULL}/{STANDARD}"
 _FUSED = f"{FULL}/{ONNXRUNTIME}:cpu"

@@ -187,7 +187,7 @@ def test_no_plan_of_tensorrt_for_rtx_is_built_for_a_gpu_that_does_not_run_it(sim
 def test_a_bundle_without_plans_says_how_to_get_them(copied):
     with pytest.raises(EngineError, match="text_encoder: the bundle holds no tensorrt-rtx plan: run `diffoundry build"):
         drawn(load(copied, engine=ENGINE))
-    for name in ("step", "engines", "reports"):
+    for name in ("step", "reports"):
         shutil.rmtree(copied / name)
     for path in (copied / "bundle.json", *copied.glob("*/fused.onnx"), *copied.glob("*/per_prompt.onnx")):
         path.unlink()

@@ -294,7 +294,7 @@ def test_truncated_files(tmp_path, suffix):
     assert refused > 30
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 @settings(max_examples=80, deadline=None)
 @given(st.data(), st.sampled_from(["png", "jpeg", "gif", "tiff"]))
 def test_damaged_images(data, suffix):
