@@ -28,11 +28,11 @@ class Converted:
     """
 
     models: dict[str, Files]
-    typed: dict[str, ConvertedModel]
+    converted: dict[str, ConvertedModel]
     quality: dict[str, Any]
 
     def __post_init__(self) -> None:
-        parts = self.typed.values()
+        parts = self.converted.values()
         if not parts or not is_quality(self.quality):
             raise ValueError("it was not measured")
         if not all(part.model in part.files and is_report(part.report) for part in parts):
@@ -40,7 +40,7 @@ class Converted:
 
     def all_files(self) -> Files:
         """The files of all components."""
-        return {path: sha for part in self.typed.values() for path, sha in part.files.items()}
+        return {path: sha for part in self.converted.values() for path, sha in part.files.items()}
 
 
 CONVERTED = Kind(Converted, Converted.all_files)
@@ -58,8 +58,8 @@ def convert(bundle: Bundle, ledger: Ledger, precision: str, scan: Scan, meter: M
         meter.show(f"{precision}, {text} {done}/{total}")
 
     def make() -> Converted:
-        typed, quality = convert_models(plain, precision, scan=scan, progress=progress)
-        return Converted(_models(bundle), typed, quality)
+        converted, quality = convert_models(plain, precision, scan=scan, progress=progress)
+        return Converted(_models(bundle), converted, quality)
 
     made = ledger.once(record_name(precision), _key(plain, precision, scan), CONVERTED, make)
     meter.step()
@@ -84,11 +84,11 @@ def carry_over(bundle: Bundle, ledger: Ledger, precision: str) -> Bundle:
 def _with_precision(bundle: Bundle, precision: str, made: Converted) -> Bundle:
     """The bundle with the models made, and with the reports on them."""
     components = dict(bundle.manifest.components)
-    for name, part in made.typed.items():
+    for name, part in made.converted.items():
         variants = components[name].variants | {f"{precision}/{STANDARD}": Variant(part.model, part.files)}
         components[name] = replace(components[name], variants=variants)
     bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
-    reports = {name: part.report for name, part in made.typed.items()}
+    reports = {name: part.report for name, part in made.converted.items()}
     return with_report(with_report(bundle, "precision", {precision: reports}), "quality", {precision: made.quality})
 
 

@@ -84,7 +84,7 @@ def test_a_record_that_names_files_outside_the_bundle_touches_none_of_them(copy,
     victim.write_text("mine")
     path = copy / "reports/stages" / record
     value = json.loads(path.read_text())
-    part = value["typed"]["unet"]["files"] if "typed" in value else value["reference"]
+    part = value["converted"]["unet"]["files"] if "converted" in value else value["reference"]
     part["../victim.txt"] = sha256_file(victim)
     path.write_text(json.dumps(value))
     diffoundry.compile(checkpoint_of("pico"), copy, **ASKED)
@@ -112,14 +112,14 @@ def damaged(value, *path, to):
         (("quality",), 5),
         (("quality", "psnr_db"), "x"),
         (("quality", "psnr_db"), float("nan")),
-        (("typed",), {}),
-        (("typed", "unet"), 5),
-        (("typed", "unet", "model"), "nowhere"),
-        (("typed", "unet", "model"), 5),
-        (("typed", "unet", "files"), []),
-        (("typed", "unet", "report"), 5),
-        (("typed", "unet", "report", "islands"), [5]),
-        (("typed", "unet", "report", "nodes"), {}),
+        (("converted",), {}),
+        (("converted", "unet"), 5),
+        (("converted", "unet", "model"), "nowhere"),
+        (("converted", "unet", "model"), 5),
+        (("converted", "unet", "files"), []),
+        (("converted", "unet", "report"), 5),
+        (("converted", "unet", "report", "islands"), [5]),
+        (("converted", "unet", "report", "nodes"), {}),
     ],
 )
 def test_a_damaged_record_is_no_record(lowered, tmp_path, path, to):
