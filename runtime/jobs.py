@@ -54,7 +54,7 @@ class Jobs:
         refuse_unheeded(request, self.conditions, guided=guidance.active and not given, given=given)
         self._check_task(request)
         check_decoder(self._bundle, request.decoder)
-        image, mask = open_originals(request)
+        image, mask = open_originals(None if request.starts_from_latents else request.image, request.mask)
         size = self._size(request, image)
         if image is None and mask is not None and mask.size != size:
             raise RequestError(
@@ -72,11 +72,14 @@ class Jobs:
             "seed": first,
             **({} if request.starts_from_latents else {"width": size[0], "height": size[1]}),
         }
+        picture = None
+        if request.image is not None:
+            picture = bring_to_size(image, mask, size, request.resize, request.padding_mask_crop)
         return Job(
             request,
             table,
             replace(guidance, mode="off") if given else guidance,
-            None if request.image is None else bring_to_size(request, image, mask, size),
+            picture,
             [first + i for i in range(request.count)],
             size,
             record,

@@ -12,7 +12,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from ..request import Request
 
 ImageLike = str | os.PathLike[str] | Image.Image | Array
 """A path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4): uint8, bool, or float from 0 to 1."""
@@ -46,12 +45,10 @@ class Picture:
         return overlay(self.mask_image, self.original, image, self.crop)
 
 
-def open_originals(request: Request) -> tuple[Image.Image | None, Image.Image | None]:
-    """The image and the mask of a request. Raises `RequestError` when one cannot be read or their sizes differ."""
-    if request.image is None:
-        return None, None
-    image = None if request.starts_from_latents else open_image(request.image)
-    mask = None if request.mask is None else open_image(request.mask, "mask")
+def open_originals(image: ImageLike | None, mask: ImageLike | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """An image and its mask, opened. Raises `RequestError` when one cannot be read or their sizes differ."""
+    image = None if image is None else open_image(image)
+    mask = None if mask is None else open_image(mask, "mask")
     if image is not None and mask is not None and image.size != mask.size:
         raise RequestError(
             f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height}: "
@@ -61,13 +58,13 @@ def open_originals(request: Request) -> tuple[Image.Image | None, Image.Image | 
 
 
 def bring_to_size(
-    request: Request, image: Image.Image | None, mask: Image.Image | None, size: tuple[int, int]
+    image: Image.Image | None, mask: Image.Image | None, size: tuple[int, int], mode: str, pad: int | None
 ) -> Picture:
-    """The picture at (width, height)."""
+    """The picture at (width, height). mode: see `image_pixels`. pad: pixels around the masked part, drawn alone."""
     width, height = size
-    crop, mode = None, request.resize
-    if request.padding_mask_crop is not None and mask is not None:
-        crop, mode = crop_region(mask, width, height, request.padding_mask_crop), "fill"
+    crop = None
+    if pad is not None and mask is not None:
+        crop, mode = crop_region(mask, width, height, pad), "fill"
     return Picture(
         original=image,
         pixels=None if image is None else image_pixels(image, width, height, crop=crop, resize_mode=mode),

@@ -27,7 +27,6 @@ from diffoundry.runtime.pictures.preprocess import (
     open_originals,
     overlay,
 )
-from diffoundry.runtime.request import Request
 
 RESIZE_MODES = ("default", "fill", "crop")
 IMAGES = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=True)
@@ -151,9 +150,9 @@ def test_overlay(mode, crop):
 
 def test_a_mask_of_another_size():
     image = Image.new("RGB", (20, 10))
-    assert open_originals(Request(image=image, mask=Image.new("L", (20, 10))))[1].size == (20, 10)
+    assert open_originals(image, Image.new("L", (20, 10)))[1].size == (20, 10)
     with pytest.raises(RequestError, match=r"mask is 10x20 and the image 20x10.*resize it to 20x10"):
-        open_originals(Request(image=image, mask=Image.new("L", (10, 20))))
+        open_originals(image, Image.new("L", (10, 20)))
 
 
 def same_as_load_image(value: str | Image.Image) -> Image.Image:
