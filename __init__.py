@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calibration import Scan
     from .calibration.build import build
-    from .common.errors import DiffoundryError, StoppedError
+    from .common.errors import BundleError, CheckpointError, DiffoundryError, EngineError, RequestError, StoppedError
     from .engines.tensorrt.target import Target
     from .export import compile
     from .runtime.conditioning import Conditioning
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BundleError",
+    "CheckpointError",
     "Conditioning",
     "DiffoundryError",
+    "EngineError",
     "Guidance",
     "Pipeline",
     "Request",
+    "RequestError",
     "Result",
     "Scan",
     "StoppedError",
@@ -36,10 +40,10 @@ __all__ = [
     "load",
 ]
 
+_ERRORS = ("BundleError", "CheckpointError", "DiffoundryError", "EngineError", "RequestError", "StoppedError")
 _HOMES = {
+    **dict.fromkeys(_ERRORS, ".common.errors"),
     "Conditioning": ".runtime.conditioning",
-    "DiffoundryError": ".common.errors",
-    "StoppedError": ".common.errors",
     "build": ".calibration.build",
     "compile": ".export",
     "Guidance": ".runtime.loop.guidance",
