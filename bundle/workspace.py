@@ -170,7 +170,11 @@ def prepare(target: Path) -> None:
         work = inside
     if not os.path.lexists(work):
         work.mkdir()
-        mark(work)
+        try:
+            mark(work)
+        except OSError:  # a folder without its mark would be taken for another's
+            remove(work)
+            raise
     if not is_marked(work):
         raise DiffoundryError(
             f"{work} is there and is not what diffoundry works in: move it away, or choose another --output"

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..common.arrays import Array
 from ..common.errors import DiffoundryError
+from ..common.files import inside
 from .precision import MASK, Precision
 
 Value = TypeVar("Value")
@@ -76,6 +77,14 @@ def _infer(untyped: list[Any], path: Path) -> None:
 
 def map_tensor(tensor: Any, what: Callable[[Array], Value]) -> Value:
     """`what` of the numbers that a tensor holds; `what` keeps none of them. Its file is mapped for that long."""
+    import onnx_ir
+
+    if isinstance(tensor, onnx_ir.ExternalTensor):
+        # With its folder named, onnx_ir refuses a file of several links, as a bundle and the one made of it share.
+        path = inside(Path(tensor.base_dir), str(tensor.location)).absolute()
+        tensor = onnx_ir.ExternalTensor(
+            path, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(tensor.name)
+        )
     made = what(tensor.numpy())
     if hasattr(tensor, "release"):
         tensor.release()
@@ -161,7 +170,7 @@ def raise_opset(model: Any, version: int, component: str) -> None:
 def holds_masks(model: Any) -> bool:
     """Whether a constant is infinite or stands for it. Masks are small: large weights are not read for it."""
     small = [v.const_value for v in float_weights(model).values() if v.const_value.size <= _LARGEST_MASK]
-    return any((np.abs(tensor.numpy()) >= MASK).any() for tensor in small)
+    return any(map_tensor(tensor, lambda array: bool((np.abs(array) >= MASK).any())) for tensor in small)
 
 
 def float_weights(model: Any) -> dict[str, Any]:

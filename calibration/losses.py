@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arrays import Array
-from .graph import add_constant, castable, holds_masks, is_float, key, make_cast, read, version_for, weight_of
+from .graph import (
+    add_constant,
+    castable,
+    holds_masks,
+    is_float,
+    key,
+    make_cast,
+    map_tensor,
+    read,
+    version_for,
+    weight_of,
+)
 from .precision import MASK, Precision
 from .rewrite import round_to
 from .sessions import start
@@ -146,7 +157,7 @@ class _Probe:
         name, graph = str(value.name), self._graph
         if name not in self._rounded:
             if name in graph.initializers and value.const_value.size <= _SMALL:
-                tensor = round_to(value.const_value.numpy(), self._precision)
+                tensor = map_tensor(value.const_value, lambda array: round_to(array, self._precision))
                 self._rounded[name] = add_constant(graph, f"{name}:rounded", tensor)
             else:
                 down = make_cast(value, self._low, f"{name}:low")

@@ -24,7 +24,7 @@ from .progress import progress
     "--storage-dtype",
     type=click.Choice(STORAGE_DTYPES),
     default="fp32",
-    help="Of the weights in the fp32 models. auto: that of the checkpoint, for half the disk and memory.",
+    help="Of the weights in the fp32 models. auto: that of the checkpoint, for less disk, and less memory to compile.",
 )
 @goal_options
 @click.option(

@@ -65,7 +65,8 @@ def compile(
     precision: fp32, fp16 or bf16. The lower ones are written beside fp32, with what must stay in fp32 found by running
     the loop as `scan` says; `calibration.QualityError` is raised when the images are too far from fp32.
     storage_dtype: of the weights of the fp32 models. `auto` keeps those of a component that the checkpoint stores in
-    fp16 or bf16 as they are, which takes half the disk and memory; the models compute in float32 all the same.
+    fp16 or bf16 as they are, which takes half the disk, and less memory to compile but more to run on the CPU; the
+    models compute in float32 all the same.
     family: overrides the family found by the pipeline class. progress: see `Progress`.
     tasks: of those that the checkpoint can do, the ones that the bundle is for (default: all); components that only
     the others need are left out. components: folders in place of components of the checkpoint, such as the U-Net of a

@@ -362,3 +362,16 @@ def test_a_picture_is_drawn_where_nothing_can_be_written(copied, full_disk):
     drawn = diffoundry.load(copied, threads=1)("a star", steps=1, width=32, height=32, seed=1).images[0]
     assert drawn.size == (32, 32)
     assert sorted(copied.rglob("*")) == before
+
+
+def test_a_working_folder_that_cannot_be_marked_is_not_left(tmp_path):
+    """Without its mark the next run would take it for another's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            prepare(tmp_path / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    prepare(tmp_path / "b")
