@@ -45,14 +45,14 @@ def cases(draw):
     return name, config, Steps(count, start=start, mu=config.get("mu"))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(case=cases(), seed=st.integers(0, 2**40))
 def test_trajectories_equal_those_of_diffusers(case, seed):
     verdict = judge(*case, seed)
     assert verdict.passed, verdict
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=cases())
 def test_tables_equal_those_read_off_diffusers(case):
     try:
