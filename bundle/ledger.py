@@ -7,7 +7,7 @@ and each file is inside its folder and unchanged; a damaged or hostile record me
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -69,13 +69,13 @@ class Ledger:
         link_or_copy(self._old(name), self._new(name))
         return found
 
-    def adopt(self, but: str) -> None:
-        """Take over the records of the old bundle, all but one, and believe nothing else that an earlier run left."""
+    def adopt(self, but: Collection[str]) -> None:
+        """Take over the records of the old bundle, all `but` some, and believe nothing else of an earlier run."""
         for path in (self.work / STAGES).glob("*.json"):
-            if path.stem != but:
+            if path.stem not in but:
                 path.unlink()
         for path in (self.old / RECORDS).glob("*.json"):
-            if path.stem != but:
+            if path.stem not in but:
                 link_or_copy(path, self._new(path.stem))
 
     def forget(self, name: str) -> None:

@@ -119,3 +119,7 @@ class Wiring:
     def inputs_from(self, source: str) -> list[str]:
         """The inputs of the denoiser that `source` feeds."""
         return [name for name, each in self.inputs.items() if each == source]
+
+    def per_prompt(self) -> tuple[str, ...]:
+        """The inputs of the denoiser that stay the same from step to step."""
+        return tuple(name for name, each in self.inputs.items() if not each.startswith(("latents", "timestep")))

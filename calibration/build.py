@@ -17,12 +17,12 @@ from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
 from ..engines.names import EngineName
-from ..engines.onnxruntime import require_provider
 from ..engines.runnable import check_runnable
 from ..engines.tensorrt.backend import BACKENDS
 from ..engines.tensorrt.build import clean
 from ..engines.tensorrt.bundle_plans import BuildMachine, build_plans, count_plans, resolve_machine
 from ..engines.tensorrt.target import Target
+from . import fusion
 from .scan import Scan
 from .stage import convert, record_name
 
@@ -67,17 +67,23 @@ class Goal:
             raise DiffoundryError("fp32 needs no scan: leave its prompts, steps, size and PSNR out")
         plans = name.backend in BACKENDS
         machine = resolve_machine(name.backend, precision, target or Target()) if plans else None
-        require_provider(name.provider or "cpu")
         return cls(name, precision, target or Target(), scan or Scan(), machine, precision != FULL)
 
     def parts(self, manifest: Manifest) -> int:
         """How many parts the work has."""
-        return self.converts + (0 if self.machine is None else count_plans(manifest, self.target))
+        return self.converts + self.engine.fused + (0 if self.machine is None else count_plans(manifest, self.target))
+
+    def records(self) -> list[str]:
+        """The names of the records of what is made."""
+        made = [record_name(self.precision)] if self.converts else []
+        return [*made, *([fusion.record_name(self.engine, self.precision)] if self.engine.fused else [])]
 
     def written(self) -> float:
         """The weights that are written, as a multiple of those in fp32."""
         width = 1.0 if self.precision == FULL else 0.5
-        return width * self.converts + (0.0 if self.machine is None else width * self.target.count())
+        return width * (self.converts + self.engine.fused) + (
+            0.0 if self.machine is None else width * self.target.count()
+        )
 
 
 def build(
@@ -107,7 +113,7 @@ def build(
         if made.manifest == old.manifest and _keys(made) == _keys(old):
             remove(work / STAGES)  # nothing is new: the working folder goes
             return old
-        ledger.adopt(but=record_name(goal.precision) if goal.converts else "")
+        ledger.adopt(but=goal.records())
         return publish(made, ledger, meter)
 
 
@@ -123,7 +129,7 @@ def _checked(
     converted = all(goal.precision in part.precisions for part in own.components.values() if part.role != "step")
     if goal.converts and scan is None and converted:
         goal = replace(goal, converts=False)
-    if goal.converts or goal.machine is not None:
+    if goal.converts or goal.engine.fused or goal.machine is not None:
         require_modules("build", _MODULES, "build")
     check_runnable(bundle)
     lacking = [name for name, part in own.components.items() if _FP32 not in part.variants]
@@ -138,6 +144,8 @@ def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bu
     """`bundle`, whose fp32 models lie in the ledger's working folder, with all else that the goal asks for."""
     if goal.converts:
         bundle = convert(bundle, ledger, goal.precision, goal.scan, meter)
+    if goal.engine.fused:
+        bundle = fusion.fuse(bundle, ledger, goal.engine, goal.precision, meter)
     if goal.machine is not None:
         bundle = build_plans(bundle, goal.machine, goal.precision, goal.target, meter)
     return bundle

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arrays import Array
-from .graph import CONTRACTIONS, MOVES, Castable, castable, is_float, key, read, version_for, weight_of
+from ..engines.fusion.graph import weight_of
+from .graph import CONTRACTIONS, MOVES, Castable, castable, is_float, key, read, version_for
 from .losses import Trial, measure, regions_around
 from .precision import Precision
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from ..common.arrays import Array
 from ..common.errors import DiffoundryError
-from ..common.files import inside
+from ..engines.fusion.graph import map_tensor, open_model, weight_of
 from .precision import MASK, Precision
-
-Value = TypeVar("Value")
 
 MOVES = frozenset(
     ("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose")
@@ -42,16 +38,7 @@ def read(path: Path) -> Any:
 
     Raises `DiffoundryError` when it is no ONNX model or has control flow or functions of its own.
     """
-    import onnx_ir
-    from onnx_ir.passes.common import LiftConstantsToInitializersPass
-
-    try:
-        model = onnx_ir.load(path)
-    except FileNotFoundError:
-        raise DiffoundryError(f"{path} is missing: compile the checkpoint again") from None
-    except Exception as error:  # protobuf and onnx_ir raise exceptions of their own
-        raise DiffoundryError(f"{path} is not an ONNX model: compile the checkpoint again") from error
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    model = open_model(path)
     graph = model.graph
     if not len(graph) or list(graph.subgraphs()) or model.functions:
         what = "no nodes" if not len(graph) else "control flow or functions of its own"
@@ -75,22 +62,6 @@ def _infer(untyped: list[Any], path: Path) -> None:
         value.dtype = onnx_ir.DataType(known[value.name])
 
 
-def map_tensor(tensor: Any, what: Callable[[Array], Value]) -> Value:
-    """`what` of the numbers that a tensor holds; `what` keeps none of them. Its file is mapped for that long."""
-    import onnx_ir
-
-    if isinstance(tensor, onnx_ir.ExternalTensor):
-        # With its folder named, onnx_ir refuses a file of several links, as a bundle and the one made of it share.
-        path = inside(Path(tensor.base_dir), str(tensor.location)).absolute()
-        tensor = onnx_ir.ExternalTensor(
-            path, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(tensor.name)
-        )
-    made = what(tensor.numpy())
-    if hasattr(tensor, "release"):
-        tensor.release()
-    return made
-
-
 def key(node: Any) -> str:
     """What a node is called here: its first output."""
     return str(node.outputs[0].name)
@@ -99,14 +70,6 @@ def key(node: Any) -> str:
 def is_float(value: Any) -> bool:
     """Whether a value, or a missing input, is a float32 tensor."""
     return value is not None and value.dtype is not None and value.dtype.name == "FLOAT"
-
-
-def weight_of(value: Any) -> Any:
-    """The initializer that `value` is, or that a cast widens to it; None where other nodes make it."""
-    maker = None if value is None else value.producer()
-    if maker is not None and maker.op_type == "Cast":
-        value = maker.inputs[0]
-    return value if value is not None and value.is_initializer() else None
 
 
 def opset(model: Any) -> int:

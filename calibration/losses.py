@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arrays import Array
+from ..engines.fusion.graph import map_tensor, weight_of
 from .graph import (
     add_constant,
     castable,
@@ -16,10 +17,8 @@ from .graph import (
     is_float,
     key,
     make_cast,
-    map_tensor,
     read,
     version_for,
-    weight_of,
 )
 from .precision import MASK, Precision
 from .rewrite import round_to

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import Array
-from .graph import MOVES, add_constant, float_weights, holds_masks, is_float, map_tensor, read
+from ..engines.fusion.graph import map_tensor
+from .graph import MOVES, add_constant, float_weights, holds_masks, is_float, read
 from .precision import MASK
 from .sessions import RecordedEngine, start
 

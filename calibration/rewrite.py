@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.files import disk_error, remove
+from ..engines.fusion.graph import map_tensor, save, weight_of
 from .graph import (
     MAKERS,
     MOVES,
@@ -18,18 +17,11 @@ from .graph import (
     castable,
     key,
     make_cast,
-    map_tensor,
     opset,
     raise_opset,
     read,
-    weight_of,
 )
 from .precision import MASK, Precision
-
-_EXTERNAL_FROM_BYTES = 64 << 20
-"""Models with more weights than this keep them beside the graph; a protobuf holds at most 2 GiB."""
-_EMBEDDED_BYTES = 256
-"""Weights up to this size stay in the graph all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,49 +45,20 @@ def write(source: Path, component: str, precision: Precision, low: Mapping[str, 
     Returns the files of the model: the graph, its weights where they are large, and the file of the weights of `source`
     where it shares some. Raises `DiffoundryError` when the disk is full; what stood there before then still stands.
     """
-    import onnx_ir
-
     model = read(source)
     raise_opset(model, precision.opset, component)
     _Rewriter(model, precision).run(low)
-    model.producer_name, model.producer_version = "diffoundry", ""
-    weights = [v for v in model.graph.initializers.values() if v.const_value is not None]
-    own = [value for value in weights if not isinstance(value.const_value, onnx_ir.ExternalTensor)]
-    shared = sorted({str(value.const_value.location) for value in weights if value not in own})
-    names = [f"{precision.name}.onnx_data", f"{precision.name}.onnx"]
-    folder = source.parent
-    work = folder / f".{names[1]}.{os.getpid()}.part"
-    remove(work)
-    try:
-        work.mkdir()
-        if sum(value.const_value.nbytes for value in own) > _EXTERNAL_FROM_BYTES:
-            large = [value for value in own if value.const_value.nbytes > _EMBEDDED_BYTES]
-            tensors = [value.const_value for value in large]
-            external = onnx_ir.external_data.convert_tensors_to_external(tensors, work, names[0])
-            for value, tensor in zip(large, external, strict=True):
-                value.const_value = tensor
-        onnx_ir.save(model, work / names[1])
-        made = [name for name in names if (work / name).is_file()]
-        for name in made:  # the graph last: where it is, its weights are
-            (work / name).replace(folder / name)
-        if len(made) == 1:
-            remove(folder / names[0])
-    except OSError as error:
-        raise disk_error(error) from error
-    finally:
-        remove(work)
-    return [folder / name for name in (*reversed(made), *shared)]
+    return save(model, source.parent, f"{precision.name}.onnx")
 
 
-def emulated(path: Path, precision: Precision) -> Any:
-    """The converted model in `path` with its nodes in float32, where every value of the lower type is rounded to it.
+def emulated(model: Any, precision: Precision) -> Any:
+    """The converted `model` with its nodes in float32, where every value of the lower type is rounded to it.
 
     ONNX Runtime's CPU computes a 16-bit graph in float32 and drops the casts between, which hides an overflow, and has
-    no kernels for some types; explicit pairs of casts it keeps.
+    no kernels for some types; explicit pairs of casts it keeps. It is changed in place.
     """
     import onnx_ir
 
-    model = read(path)
     graph = model.graph
     low = onnx_ir.DataType[precision.dtype]
     for value in [value for value in graph.initializers.values() if value.dtype == low]:

@@ -16,6 +16,7 @@ from ..common.errors import EngineError, reason
 from ..engines import DeviceArray, DeviceBinding, Engine, HostBinding
 from ..engines.onnxruntime import NO_MEMORY_TO_LOAD, OnnxRuntimeEngine, default_threads, lacks_memory
 from ..engines.wheel import ort
+from .graph import read
 from .precision import Precision, precision_of
 from .rewrite import emulated
 
@@ -111,7 +112,7 @@ class Recorder:
 
 def emulated_engine(path: Path, component: str, precision: Precision) -> Engine:
     """An engine of the converted model in `path` that rounds where a GPU rounds, see `emulated`."""
-    return start(emulated(path, precision), path.parent, component)
+    return start(emulated(read(path), precision), path.parent, component)
 
 
 def emulation(bundle: Bundle, precision: str) -> dict[str, Callable[[], Engine]]:

@@ -104,10 +104,10 @@ class Engine(ABC):
         shape = shapes[self.inputs[0].name]
         return shape[0] if shape else 1
 
-    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, launches: Callable[[], None], what: str = "") -> Callable[[], None]:
         """`launches`, which calls device bindings of one device and nothing else, as something to be called many times.
 
-        On a GPU that is one CUDA graph, elsewhere `launches` itself.
+        what: what they are, to be told. On a GPU that is one CUDA graph, elsewhere `launches` itself.
         """
         return launches
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import AS_EXPORTED, FULL, PRECISIONS, STANDARD, Bundle, Variant
@@ -47,9 +48,10 @@ class EngineLoader:
             require_provider(self.engine.provider)
             if weight_budget is not None:
                 raise EngineError("a budget for weights goes with TensorRT plans that stream them: leave it out")
-        else:
-            self._open_gpu()
         self._check_precision()
+        self._fused = self.engine.fused and self._has_fused()
+        if self._fused or self.engine.backend != ONNXRUNTIME:
+            self._open_gpu()
 
     def load(self, name: str, threads: int | None = None) -> Engine:
         """The engine of component `name`. threads: of one operator on the CPU.
@@ -63,6 +65,11 @@ class EngineLoader:
             component, own = self._bundle.component(name), f"{self.precision_of(name)}/"
             listed = [each.files for key, each in component.variants.items() if key.startswith(own)]
             self._bundle.check({path for files in (component.files, *listed) for path in files})
+        if self._fused:
+            from .onnxruntime_cuda import load_fused
+
+            exact, captured = self.precision == FULL, self._bundle.component(name).role != "text"
+            return load_fused(self._bundle.root, name, variant, self._gpu, exact=exact, captured=captured)
         if self._gpu is not None:
             return self._load_plans(name, variant)
         return load_variant(self._bundle.root, name, variant, provider=self.engine.provider, threads=threads)
@@ -86,9 +93,14 @@ class EngineLoader:
         return max(fitting, default=None)
 
     def info(self) -> dict[str, Any]:
-        """The engine, the precision, and where there are plans the one that served each component last."""
+        """The engine, the precision, and where there are plans the one that served each component last.
+
+        With graphs made for CUDA, what was captured so far.
+        """
         info: dict[str, Any] = {"engine": str(self.engine), "precision": self.precision}
-        if self._gpu is not None:
+        if self._fused:
+            info["captured"] = list(self._gpu.captured)
+        elif self._gpu is not None:
             info["plans"] = {
                 name: {"key": plan.key, "profile": plan.profile.name} for name, plan in self._serving.items()
             }
@@ -97,7 +109,7 @@ class EngineLoader:
     def _variant(self, name: str) -> Variant:
         """The model of a component in this precision. Raises `EngineError` when the bundle has none."""
         component = self._bundle.component(name)
-        backend = STANDARD if self._gpu is not None else f"{ONNXRUNTIME}:{self.engine.provider}"
+        backend = f"{ONNXRUNTIME}:{self.engine.provider}" if self.engine.backend == ONNXRUNTIME else STANDARD
         variant = component.variant(self.precision_of(name), backend)
         if variant is None:
             raise EngineError(
@@ -105,6 +117,22 @@ class EngineLoader:
                 f"run `diffoundry build {self._bundle.root} --precision {self.precision}`"
             )
         return variant
+
+    def _has_fused(self) -> bool:
+        """Whether all components have graphs made for this engine; a warning says what to do where they have not."""
+        own = f"{self.precision}/{self.engine}"
+        components = self._bundle.manifest.components.values()
+        if all(own in part.variants for part in components if part.role != "step"):
+            return True
+        if not self._bundle.foreign:
+            root = self._bundle.root
+            warnings.warn(
+                f"{root} has no graphs made for {self.engine} in {self.precision}; its plain ones take longer: "
+                f"run `diffoundry build {root} --engine {self.engine} --precision {self.precision}`",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return False
 
     def _check_precision(self) -> None:
         known = {name for part in self._bundle.manifest.components.values() for name in part.precisions}
@@ -120,8 +148,15 @@ class EngineLoader:
             raise EngineError("ONNX Runtime has no bfloat16 on the CPU: choose --precision fp32, or an engine on a GPU")
 
     def _open_gpu(self) -> None:
+        from .gpu.gpu import shared
+
+        if self._fused:
+            from .onnxruntime_cuda import require_version
+
+            require_version()
+            self._gpu = shared()
+            return
         from .tensorrt.backend import BACKENDS
-        from .tensorrt.gpu import shared
 
         if self._bundle.foreign:
             raise EngineError(f"{self._bundle.root} holds no plans: make a bundle of the checkpoint with `compile`")
@@ -147,7 +182,7 @@ class EngineLoader:
 
     def _usable_plans(self, name: str) -> list[Plan]:
         """The plans of component `name` that run here, read and checked once; [] for an engine without plans."""
-        if self._gpu is None:
+        if self._gpu is None or self._fused:
             return []
         from .tensorrt.plan import usable
 

@@ -31,5 +31,10 @@ class EngineName:
         """Whether it runs on the processor."""
         return self.provider == _CPU
 
+    @property
+    def fused(self) -> bool:
+        """Whether it runs graphs with operators of its own, which are made ahead of time."""
+        return self.provider == "cuda"
+
     def __str__(self) -> str:
         return self.backend if self.provider in ("", _CPU) else f"{self.backend}:{self.provider}"

@@ -29,7 +29,8 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 _CUDA = ("CUDAExecutionProvider", {"use_tf32": "0"})  # on by default: float32 products rounded to 10 bits
-_CHOSEN: dict[str, list[tuple[str, dict[str, str]]]] = {
+_Providers = list[tuple[str, dict[str, str]]]
+_CHOSEN: dict[str, _Providers] = {
     "cpu": [("CPUExecutionProvider", {})],
     "cuda": [_CUDA],
     # The variables of its environment would decide where nothing is said. What it does not take goes to CUDA.
@@ -96,7 +97,7 @@ class OnnxRuntimeEngine(Engine):
 
     def __init__(self, session: ort.InferenceSession, component: str, provider: str) -> None:
         super().__init__(
-            component, _tensors(component, session.get_inputs()), _tensors(component, session.get_outputs())
+            component, tensors_of(component, session.get_inputs()), tensors_of(component, session.get_outputs())
         )
         self.provider = provider
         self._session = session
@@ -120,14 +121,18 @@ class OnnxRuntimeEngine(Engine):
         """
         component = component or model.parent.name
         require_provider(provider)
-        session = _session(model, _options(threads or default_threads(), low_memory), provider, component)
-        if provider != "cpu":
-            _warn_of_nodes_elsewhere(session, component, provider)
+        session = open_session(model, new_options(threads or default_threads(), low_memory), provider, component)
+        if provider != "cpu" and (elsewhere := nodes_elsewhere(session, provider)):
+            warnings.warn(
+                f"{component}: the provider {provider!r} leaves nodes to others: {elsewhere}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return cls(session, component, provider)
 
     def to_device(self, array: Array) -> OrtArray:
         """See `engine.Engine`."""
-        with _running(self.component):
+        with running(self.component):
             return OrtArray(ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), self._device, 0), array.dtype)
 
     @property
@@ -135,7 +140,7 @@ class OnnxRuntimeEngine(Engine):
         return "cpu" if self.provider == "cpu" else "cuda"
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        with _running(self.component):
+        with running(self.component):
             values = self._session.run(None, dict(feeds))
         return {tensor.name: value for tensor, value in zip(self.outputs, values, strict=True)}
 
@@ -181,7 +186,7 @@ class OrtDeviceBinding:
 
     def __call__(self) -> None:
         """Run."""
-        with _running(self._component):
+        with running(self._component):
             self._session.run_with_iobinding(self._binding)
 
     def refresh(self, *changed: str) -> None:
@@ -197,7 +202,7 @@ class OrtHostBinding:
         self._host = engine.provider == "cpu"
         self._binding = self._session.io_binding()
         self._feeds = dict(feeds)
-        with _running(self._component):
+        with running(self._component):
             self._inputs = {n: ort.OrtValue.ortvalue_from_numpy(a, engine._device, 0) for n, a in self._feeds.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
@@ -212,7 +217,7 @@ class OrtHostBinding:
         """Run; see `engine.HostBinding`."""
         for name in self._copies.intersection(changed):
             self._inputs[name].update_inplace(self._feeds[name])
-        with _running(self._component):
+        with running(self._component):
             self._session.run_with_iobinding(self._binding)
         if not self._outputs and self._host:
             # The first run says the shapes: from now on the session writes into these arrays.
@@ -278,7 +283,7 @@ def _start(provider: str) -> None:
     if provider == "tensorrt":
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # the provider has no option for it
     try:
-        used = _new_session(_NO_NODES, _options(1), provider).get_providers()
+        used = _new_session(_NO_NODES, new_options(1), provider).get_providers()
     except Exception:  # ONNX Runtime raises its own family of exceptions, and says nothing of use here
         used = []
     if not used or used[0] != PROVIDERS[provider]:
@@ -291,7 +296,8 @@ def _remedy(provider: str, *steps: str) -> str:
     return ", ".join([*steps, *libraries, "or use the engine onnxruntime, on the CPU"])
 
 
-def _options(threads: int, low_memory: bool = False) -> ort.SessionOptions:
+def new_options(threads: int, low_memory: bool = False) -> ort.SessionOptions:
+    """The options of a session. low_memory: see `OnnxRuntimeEngine.load`."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -309,11 +315,17 @@ def _options(threads: int, low_memory: bool = False) -> ort.SessionOptions:
     return options
 
 
-def _session(path: Path, options: ort.SessionOptions, provider: str, component: str) -> ort.InferenceSession:
+def open_session(
+    path: Path, options: ort.SessionOptions, provider: str, component: str, chosen: _Providers | None = None
+) -> ort.InferenceSession:
+    """A session of the model in `path` on `provider`. chosen: providers and options other than its usual ones.
+
+    Raises `EngineError` when the model cannot be read.
+    """
     if not path.is_file():
         raise EngineError(f"{component}: {path} is missing; compile the bundle again")
     try:
-        session = _new_session(str(path), options, provider)
+        session = _new_session(str(path), options, provider, chosen)
     except Exception as error:
         if lacks_memory(error):
             raise EngineError(f"{component}: {NO_MEMORY_TO_LOAD}") from None
@@ -329,36 +341,32 @@ def _session(path: Path, options: ort.SessionOptions, provider: str, component: 
     return session
 
 
-def _new_session(model: str | bytes, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+def _new_session(
+    model: str | bytes, options: ort.SessionOptions, provider: str, chosen: _Providers | None = None
+) -> ort.InferenceSession:
     """A session that does not go on with other providers than those of `provider` when they fail."""
     if provider != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a provider did not start is an error of ours
-        session = ort.InferenceSession(model, options, providers=_CHOSEN[provider], enable_fallback=0)
+        session = ort.InferenceSession(model, options, providers=chosen or _CHOSEN[provider], enable_fallback=0)
     session.disable_fallback()  # 1.22 does not know the argument
     return session
 
 
-def _warn_of_nodes_elsewhere(session: ort.InferenceSession, component: str, provider: str) -> None:
-    """Warn, in one line, of nodes that another provider runs than the one asked for."""
+def nodes_elsewhere(session: ort.InferenceSession, provider: str) -> str:
+    """The nodes that another provider runs than the one asked for, in words; "" where there are none."""
     elsewhere = Counter(
         (part.ep_name, node.op_type)
         for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
         if part.ep_name != PROVIDERS[provider] and (part.ep_name != PROVIDERS["cpu"] or node.op_type not in _SHAPES)
     )
-    if elsewhere:
-        listed = ", ".join(f"{count} {kind} ({other})" for (other, kind), count in sorted(elsewhere.items()))
-        warnings.warn(
-            f"{component}: the provider {provider!r} leaves nodes to others: {listed[:300]}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    return ", ".join(f"{count} {kind} ({other})" for (other, kind), count in sorted(elsewhere.items()))[:300]
 
 
 @contextlib.contextmanager
-def _running(component: str) -> Iterator[None]:
+def running(component: str) -> Iterator[None]:
     """Raise `EngineError` for what ONNX Runtime and NumPy raise: each has exceptions of its own."""
     try:
         yield
@@ -375,7 +383,8 @@ def lacks_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def _tensors(component: str, nodes: list[Any]) -> tuple[Tensor, ...]:
+def tensors_of(component: str, nodes: list[Any]) -> tuple[Tensor, ...]:
+    """The inputs or outputs of a session. Raises `EngineError` for a type that NumPy has not."""
     result = []
     for node in nodes:
         if node.type not in _DTYPES:

@@ -35,9 +35,9 @@ class SplitEngine(Engine):
         own = {tensor.name for tensor in self._per_prompt.inputs}
         return self._per_prompt.padded_rows({name: shape for name, shape in shapes.items() if name in own})
 
-    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, launches: Callable[[], None], what: str = "") -> Callable[[], None]:
         """See `engine.Engine`."""
-        return self._per_step.capture(launches)
+        return self._per_step.capture(launches, what)
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return self._per_step(self._all_feeds(feeds))

@@ -71,17 +71,21 @@ def _verify(bundle: Bundle, engine: str, precision: str, threads: int | None) ->
         if own != precision and not shapes:  # the step, which is checked with fp32
             continue
         checked = loader.load(name, threads)
-        feeds, expected = _reference(bundle, name, {tensor.name for tensor in checked.outputs})
+        feeds, expected = recorded_case(bundle, name)
         if not shapes:
-            yield _compare(name, own, checked(feeds), expected)
+            yield compare_outputs(name, own, checked(feeds), expected)
             continue
         reference = exact.load(name, threads)
         for shape in shapes:
             feeds = {key: np.resize(array, shape[key]) for key, array in feeds.items()}
-            yield _compare(name, own, checked(feeds), reference(feeds))
+            yield compare_outputs(name, own, checked(feeds), reference(feeds))
 
 
-def _compare(name: str, precision: str, found: Mapping[str, Array], expected: Mapping[str, Array]) -> Check:
+def compare_outputs(name: str, precision: str, found: Mapping[str, Array], expected: Mapping[str, Array]) -> Check:
+    """Hold what component `name` gave in `precision` against what was expected.
+
+    Raises `BundleError` for an output that is not finite or of another shape.
+    """
     error, allowed = 0.0, float("inf")
     for output, reference in expected.items():
         if found[output].shape != reference.shape:
@@ -94,8 +98,12 @@ def _compare(name: str, precision: str, found: Mapping[str, Array], expected: Ma
     return Check(name, precision, error, allowed)
 
 
-def _reference(bundle: Bundle, name: str, outputs: set[str]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The recorded inputs and outputs of a component, which must cover all its outputs with finite numbers."""
+def recorded_case(bundle: Bundle, name: str) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The inputs and outputs of component `name` that were recorded in torch.
+
+    Raises `BundleError` where they do not cover all its outputs with finite numbers.
+    """
+    outputs = {tensor.name for tensor in bundle.component(name).outputs}
     relative = f"reports/reference/{name}.npz"
     if relative not in bundle.manifest.files:
         raise BundleError(f"{bundle.root}: the manifest has no hash for {relative}; compile the bundle again")

@@ -60,8 +60,8 @@ def compile(
 ) -> Bundle:
     """Make the bundle `out` from a diffusers folder, a hub id, or a single file in the layout of the original authors.
 
-    engine: what the bundle is run with by default, one of `engines.names.ENGINES`; with ONNX Runtime each component is
-    validated on its provider against torch, else on the CPU, and plans are built for `target`.
+    engine: what the bundle is run with by default, one of `engines.names.ENGINES`; what it needs is made, too: TensorRT
+    plans for `target`, or graphs for CUDA, for which no GPU is needed.
     precision: fp32, fp16 or bf16. The lower ones are written beside fp32, with what must stay in fp32 found by running
     the loop as `scan` says; `calibration.QualityError` is raised when the images are too far from fp32.
     storage_dtype: of the weights of the fp32 models. `auto` keeps those of a component that the checkpoint stores in
@@ -129,7 +129,7 @@ def _run(
         source=bundle.manifest.source | {"sha256": sha256_json(hashes)},
         versions=tools | {"diffoundry": __version__},
     )
-    tracer = Tracer(source, ledger, goal.engine.provider or "cpu", tools, keep_half)
+    tracer = Tracer(source, ledger, tools, keep_half)
     bundle = tracer.trace(replace(bundle, manifest=manifest), specs, hashes, meter)
     bundle = carry_over(bundle, ledger, goal.precision)
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)

@@ -112,11 +112,11 @@ def called(
 @pytest.fixture
 def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stand-in for cuda-python, in place of it. No GPU was opened before."""
-    from diffoundry.engines.tensorrt import cuda, gpu
+    from diffoundry.engines.gpu import device, gpu
     from diffoundry.tests.engines.tensorrt.simulated import SimulatedCuda
 
     simulated = SimulatedCuda()
-    monkeypatch.setattr(cuda, "bindings", lambda: simulated)
+    monkeypatch.setattr(device, "bindings", lambda: simulated)
     monkeypatch.setattr(gpu, "_OPEN", weakref.WeakSet())
     return simulated
 

@@ -15,9 +15,9 @@ from ...common.files import read_json
 from ...common.machine import trim_memory
 from ...common.progress import Meter
 from ..cache import RECORD_NAME, EngineStore
+from ..gpu.device import Device
 from .backend import BACKENDS, ELSEWHERE, Backend
 from .build import build, find
-from .cuda import Device
 from .plan import Recipe
 from .target import Target, profiles
 

@@ -12,7 +12,7 @@ from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
 from ..engine import ONE_ENGINE, DeviceArray, Engine, HostBinding
-from .gpu import CapturedLaunches, DeviceTensor, Gpu
+from ..gpu.gpu import CapturedLaunches, DeviceTensor, Gpu
 from .loaded import Buffers, LoadedPlan, ShapedContext
 from .plan import Plan, Shape, closest
 
@@ -70,9 +70,9 @@ class TensorRTEngine(Engine):
         """See `engine.Engine`."""
         return self.gpu.to_device(array)
 
-    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, launches: Callable[[], None], what: str = "") -> Callable[[], None]:
         """See `engine.Engine`: a CUDA graph, from the second call on."""
-        return CapturedLaunches(self.gpu, launches)
+        return CapturedLaunches(self.gpu, launches, what)
 
     def padded_rows(self, shapes: Mapping[str, Shape]) -> int:
         """See `engine.Engine`: a plan for two rows takes one row with a second one beside it."""

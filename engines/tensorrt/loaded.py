@@ -16,9 +16,9 @@ from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
 from ...common.files import replacing
-from .backend import BACKENDS
-from .cuda import REMEDY
-from .gpu import DeviceTensor, Gpu
+from ..gpu.device import REMEDY
+from ..gpu.gpu import DeviceTensor, Gpu
+from .backend import BACKENDS, Log
 from .plan import CACHE_NAME, Plan, Shape
 
 _MOST_NAMED = 8
@@ -53,7 +53,9 @@ class LoadedPlan:
         self.outputs = [tensor.name for tensor in outputs]
         self.spoiled = self.cache_taken = False
         self.trt = backend.load()
-        self.log = gpu.log(backend.name, self.trt)
+        if backend.name not in gpu.kept:  # it has one logger in a process, whatever its objects were made with
+            gpu.kept[backend.name] = Log(self.trt)
+        self.log: Log = gpu.kept[backend.name]
         self._runtime = self.trt.Runtime(self.log.logger)
         if "version-compatible" in plan.recipe.flags:
             self._runtime.engine_host_code_allowed = True  # such plans bring their own runtime

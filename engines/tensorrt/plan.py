@@ -15,7 +15,7 @@ from ...bundle.reader import Rule, fits, read
 from ...common.errors import EngineError
 from ...common.files import holds
 from ..cache import EngineStore
-from .cuda import Device
+from ..gpu.device import Device
 
 FLAGS = ("refit", "strip", "weight-streaming", "version-compatible", "hardware-compatible")
 _REVISION = 1

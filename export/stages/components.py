@@ -14,16 +14,16 @@ from ...bundle.manifest import Files
 from ...bundle.reports import with_report
 from ...common.files import remove, sha256_file, sha256_json
 from ...common.progress import Meter
+from ...engines.fusion.cpu import fuse_for_cpu
 from ...engines.names import ONNXRUNTIME
 from ...engines.onnxruntime import OnnxRuntimeEngine, load_variant
 from ...runtime.loop.step import STEP_NAME
 from ..checkpoint import Checkpoint
 from ..graphs import step
-from ..graphs.fuse import fuse
 from ..graphs.spec import OPSET, ComponentSpec
 from ..guard import guarded
 
-_REVISION = 9
+_REVISION = 10
 """Raise it when the exporter writes something else from the same input."""
 _STANDARD = f"{FULL}/{STANDARD}"
 _FUSED = f"{FULL}/{ONNXRUNTIME}:cpu"
@@ -59,14 +59,12 @@ TRACED = Kind(Traced, Traced.all_files)
 class Tracer:
     """What components are traced with, and where what was done once is found.
 
-    provider: of ONNX Runtime, that components are held against torch on. versions: of every tool that influences the
-    traced graph; part of the key.
+    versions: of every tool that influences the traced graph; part of the key.
     keep_half: whether weights that are stored in half precision stay in it.
     """
 
     source: Checkpoint
     ledger: Ledger
-    provider: str
     versions: Mapping[str, str]
     keep_half: bool = False
 
@@ -105,7 +103,6 @@ class Tracer:
                 "facts": spec.facts,
                 "versions": dict(self.versions),
                 "opset": OPSET,
-                "device": self.provider,
             }
             | ({"storage": self._kept(spec)} if self._kept(spec) else {})
         )
@@ -145,14 +142,14 @@ class Tracer:
         del module
         gc.collect()
         with guarded(f"the graph of the {name} cannot be fused"):
-            graphs = fuse(folder / "model.onnx", spec.per_prompt)
+            graphs = fuse_for_cpu(folder / "model.onnx", spec.per_prompt)
         shutil.copyfile(self.source.folder(spec.source) / "config.json", folder / "config.json")
         files = {f"{name}/{path.name}": sha256_file(path) for path in sorted(folder.iterdir())}
         described = {path: files.pop(path) for path in list(files) if path.endswith(".json")}
         model, others = f"{name}/model.onnx", [f"{name}/{graph}" for graph in graphs or ()]
         variants = {_STANDARD: Variant(model, {path: files[path] for path in files if path not in others})}
         if graphs is not None:
-            plain = OnnxRuntimeEngine.load(work / model, component=name, provider=self.provider, low_memory=kept)
+            plain = OnnxRuntimeEngine.load(work / model, component=name, low_memory=kept)
             compare(name, plain, cases)
             del plain
             shared = {path: sha for path, sha in files.items() if path != model}
@@ -168,5 +165,5 @@ class Tracer:
         return {path: sha256_file(self.ledger.work / path)}
 
     def _load(self, name: str, variants: dict[str, Variant], *, low_memory: bool = False) -> Any:
-        variant = variants.get(f"{FULL}/{ONNXRUNTIME}:{self.provider}") or variants[_STANDARD]
-        return load_variant(self.ledger.work, name, variant, provider=self.provider, low_memory=low_memory)
+        variant = variants.get(_FUSED) or variants[_STANDARD]
+        return load_variant(self.ledger.work, name, variant, low_memory=low_memory)

@@ -229,7 +229,8 @@ class _Phase:
                 denoiser()
                 step()
 
-        return self._step.capture(launches)
+        shape = "x".join(map(str, self._shared["model_output"].shape))
+        return self._step.capture(launches, f"{len(steps)} steps of {shape}")
 
     def _bind(self, turn: int, slot: int) -> DeviceBinding:
         if (turn, slot) not in self._steps:

@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from diffoundry.bundle import Bundle
 from diffoundry.calibration import PRECISIONS, QualityError, Scan, convert_models, rewrite
 from diffoundry.calibration.fp32_nodes import Fp32Nodes
+from diffoundry.calibration.graph import read
 from diffoundry.calibration.quality import psnr
 from diffoundry.calibration.rewrite import emulated
 from diffoundry.calibration.sessions import start
@@ -58,7 +59,7 @@ def as_on_a_gpu(bundle, parts, precision):
 
     def loader(name):
         path = bundle.path(parts[name].model)
-        return lambda: start(emulated(path, PRECISIONS[precision]), path.parent, name)
+        return lambda: start(emulated(read(path), PRECISIONS[precision]), path.parent, name)
 
     return {name: loader(name) for name in parts}
 
@@ -233,7 +234,7 @@ def test_a_planted_overflow_is_found_and_kept_in_fp32(made, work, name):
     path = work.path(f"{name}/model.onnx")
     low = {node.output[0]: node.output[0] not in before for node in onnx.load(path).graph.node}
     (bare,) = rewrite.write(path, name, PRECISIONS["fp16"], low)
-    engine = start(emulated(bare, PRECISIONS["fp16"]), bare.parent, name)
+    engine = start(emulated(read(bare), PRECISIONS["fp16"]), bare.parent, name)
     feeds = {tensor.name: _feed(tensor) for tensor in engine.inputs}
     exact = OnnxRuntimeEngine.load(path)(feeds)
     assert all(np.isfinite(value).all() for value in exact.values())

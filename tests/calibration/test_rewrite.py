@@ -16,6 +16,7 @@ from diffoundry.calibration.losses import Trial, decibels, measure
 from diffoundry.calibration.ranges import Ranges
 from diffoundry.calibration.sessions import start
 from diffoundry.common.errors import DiffoundryError
+from diffoundry.engines.fusion import graph
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 
 FP16, BF16 = PRECISIONS["fp16"], PRECISIONS["bf16"]
@@ -45,7 +46,7 @@ def emulate(path, precision, feeds, low=None):
     """What the converted model gives where a GPU computes it."""
     written = rewrite.write(path, "c", precision, low or all_low(path, precision))
     onnx.checker.check_model(str(written[0]), full_check=True)
-    return start(rewrite.emulated(written[0], precision), path.parent, "c")(feeds)
+    return start(rewrite.emulated(read(written[0]), precision), path.parent, "c")(feeds)
 
 
 def fp32_nodes(path, precision, feeds, threshold=None, limit=None):
@@ -301,7 +302,7 @@ def test_large_weights_go_beside_the_graph(tmp_path, monkeypatch):
     )
     feeds = {"x": np.ones((1, 64), np.float32)}
     inline = emulate(path, FP16, feeds)["y"]
-    monkeypatch.setattr(rewrite, "_EXTERNAL_FROM_BYTES", 1024)
+    monkeypatch.setattr(graph, "_EXTERNAL_FROM_BYTES", 1024)
     written = rewrite.write(path, "c", FP16, {"y": True})
     assert [each.name for each in written] == ["fp16.onnx", "fp16.onnx_data"]
     assert written[1].stat().st_size >= 64 * 64 * 2
@@ -309,7 +310,7 @@ def test_large_weights_go_beside_the_graph(tmp_path, monkeypatch):
     before = [each.read_bytes() for each in written]
     np.testing.assert_array_equal(emulate(path, FP16, feeds)["y"], inline)
     assert [each.read_bytes() for each in written] == before
-    monkeypatch.setattr(rewrite, "_EXTERNAL_FROM_BYTES", 1 << 20)
+    monkeypatch.setattr(graph, "_EXTERNAL_FROM_BYTES", 1 << 20)
     assert [each.name for each in rewrite.write(path, "c", FP16, {"y": True})] == ["fp16.onnx"]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["fp16.onnx", "model.onnx"]
 

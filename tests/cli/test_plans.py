@@ -125,7 +125,7 @@ def test_another_architecture_precision_and_shape_are_kept_beside(planned, tmp_p
 def test_without_a_gpu_run_says_so_and_onnxruntime_still_runs(planned, command, tmp_path):
     bundle, _ = planned
     from diffoundry.common.errors import EngineError
-    from diffoundry.engines.tensorrt.cuda import Device
+    from diffoundry.engines.gpu.device import Device
 
     try:
         Device().close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffoundry.engines.tensorrt.gpu import Gpu
+from diffoundry.engines.gpu.gpu import Gpu
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError
+from diffoundry.engines.gpu.gpu import Gpu
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.engines.tensorrt import engine as engine_module
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
-from diffoundry.engines.tensorrt.gpu import Gpu
 from diffoundry.engines.tensorrt.plan import CACHE_NAME, PLAN_NAME
 from diffoundry.tests.engines.tensorrt.simulated import SimulatedTensorRT, write_plan
 

@@ -11,11 +11,11 @@ import pytest
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError
 from diffoundry.engines import EngineStore
+from diffoundry.engines.gpu.gpu import Gpu, shared
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.engines.tensorrt.backend import BACKENDS, Backend
 from diffoundry.engines.tensorrt.build import build
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
-from diffoundry.engines.tensorrt.gpu import Gpu, shared
 from diffoundry.engines.tensorrt.plan import CACHE_NAME, Plan, Profile, Recipe
 from diffoundry.runtime.pipeline import load
 

@@ -134,7 +134,7 @@ def test_a_target_is_held_against_the_backend_before_any_work(precision, target,
 
 def test_without_a_gpu_the_architectures_must_be_named():
     pytest.importorskip("tensorrt_rtx")
-    from diffoundry.engines.tensorrt.cuda import Device
+    from diffoundry.engines.gpu.device import Device
 
     try:
         Device().close()

@@ -14,8 +14,8 @@ import pytest
 
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError, StoppedError
+from diffoundry.engines.gpu.gpu import Gpu
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
-from diffoundry.engines.tensorrt.gpu import Gpu
 from diffoundry.runtime.loop import device
 from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pipeline import Pipeline, Request, load

@@ -15,9 +15,9 @@ from onnxruntime import InferenceSession
 
 from diffoundry.common.errors import EngineError, RequestError
 from diffoundry.engines.engine import Engine
+from diffoundry.engines.gpu.gpu import Gpu
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
-from diffoundry.engines.tensorrt.gpu import Gpu
 from diffoundry.runtime.loop.batch import Batch
 from diffoundry.runtime.loop.device import DeviceStepper, Phases
 from diffoundry.runtime.loop.guidance import Guidance

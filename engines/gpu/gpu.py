@@ -13,8 +13,7 @@ import numpy as np
 
 from ...common.arrays import Array
 from ...common.errors import EngineError
-from .backend import Log
-from .cuda import Device, Graph, Memory
+from .device import Device, Graph, Memory
 
 _LEAST = 256
 """An engine without activations is still given an address."""
@@ -50,7 +49,10 @@ class Arena:
 
 
 class Gpu:
-    """The GPU of this machine; see `shared` for the one that all engines of a process use."""
+    """The GPU of this machine; see `shared` for the one that all engines of a process use.
+
+    kept: what a backend has once in a process, by its name. captured: what was captured as CUDA graphs, in order.
+    """
 
     def __init__(self) -> None:
         """Raises `EngineError` when there is none or it cannot be used."""
@@ -58,7 +60,8 @@ class Gpu:
         self.arena = Arena(self.device)
         self._lock = threading.RLock()
         self._invalidations = 0
-        self._logs: dict[str, Log] = {}
+        self.kept: dict[str, Any] = {}
+        self.captured: list[str] = []
 
     @property
     def generation(self) -> int:
@@ -71,12 +74,6 @@ class Gpu:
     def invalidate_graphs(self) -> None:
         """Invalidate every captured CUDA graph; call it after changing the weights of a loaded engine."""
         self._invalidations += 1
-
-    def log(self, backend: str, trt: Any) -> Log:
-        """What the module `trt` says: TensorRT has one logger in a process, whatever its objects were made with."""
-        if backend not in self._logs:
-            self._logs[backend] = Log(trt)
-        return self._logs[backend]
 
     @contextmanager
     def work(self) -> Iterator[Device]:
@@ -123,38 +120,44 @@ class DeviceTensor:
 
 
 class CapturedLaunches:
-    """Launches that run as they are at first, are captured the second time, and are launched as one from then on.
+    """Launches that run as they are at first, are captured then, and are launched as one from then on.
 
-    The first run is a real one: what an engine does at its first run with new shapes cannot be captured, and what runs
-    only once gains nothing. The same after memory was moved.
+    The first runs are real ones: what an engine does at its first run with new shapes, or in a new thread, cannot be
+    captured, and what runs only once gains nothing. The same after memory was moved.
     """
 
-    def __init__(self, gpu: Gpu, launches: Callable[[], None]) -> None:
-        self._gpu, self._launches = gpu, launches
+    def __init__(self, gpu: Gpu, launches: Callable[[], None], what: str = "", warm: int = 1) -> None:
+        """what: what is captured, to be told. warm: real runs that come first."""
+        self._gpu, self._launches, self._what, self._warm = gpu, launches, what, warm
         self._graph: Graph | None = None
-        self._warm = -1  # the generation that a run has left as it was
+        self._seen: tuple[int, int] | None = None  # the generation and the thread of the runs so far
+        self._runs = 0
         self._capturable = True
 
     def __call__(self) -> None:
         """Enqueue them all. Raises `EngineError` when an engine fails."""
         gpu = self._gpu
         with gpu.work() as device:
-            generation = gpu.generation
-            if generation != self._warm:
-                self._graph = None
-                self._launches()
-                self._warm = generation if gpu.generation == generation else -1
-                return
-            if self._graph is None and self._capturable:
-                self._capture(device)
-            if self._graph is None:
-                self._launches()
-            else:
+            now = gpu.generation, threading.get_ident()
+            if self._graph is not None and self._seen is not None and self._seen[0] == now[0]:
                 device.launch(self._graph)
+                return
+            if self._seen != now:
+                self._graph, self._seen, self._runs = None, now, 0
+            if self._runs >= self._warm and self._capturable:
+                self._capture(device)
+            if self._graph is not None:
+                device.launch(self._graph)
+                return
+            self._launches()
+            self._runs += 1
+            if gpu.generation != now[0]:
+                self._seen = None
 
     def _capture(self, device: Device) -> None:
         try:
             self._graph = device.capture(self._launches)
+            self._gpu.captured.append(self._what)
         except EngineError as error:
             self._capturable = False
             warnings.warn(

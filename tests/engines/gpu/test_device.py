@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from diffoundry.common.errors import EngineError
-from diffoundry.engines.tensorrt import cuda
-from diffoundry.engines.tensorrt.cuda import Device
-from diffoundry.engines.tensorrt.gpu import Arena, CapturedLaunches, Gpu, shared
+from diffoundry.engines.gpu import device as cuda
+from diffoundry.engines.gpu.device import Device
+from diffoundry.engines.gpu.gpu import Arena, CapturedLaunches, Gpu, shared
 from diffoundry.tests.engines.tensorrt.simulated import SimulatedCuda
 
 SOURCES = sorted(Path(cuda.__file__).parent.glob("*.py"))
@@ -47,9 +47,9 @@ def test_a_gpu_that_cannot_be_used_is_one_clear_line(monkeypatch, simulated, mes
     assert "\n" not in str(caught.value)
 
 
-def test_cuda_python_that_is_missing_is_named_with_its_extra(monkeypatch):
+def test_cuda_python_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(EngineError, match=re.escape("`pip install 'diffoundry[rtx]'` or `pip install 'diffoundry[ten")):
+    with pytest.raises(EngineError, match="which is missing .*: run `pip install cuda-python`$"):
         Device()
 
 

@@ -15,7 +15,7 @@ REMEDY = "ask for a smaller size or batch, split guidance or a tiled autoencoder
 """What helps against a lack of GPU memory."""
 _INDEX = 0
 _OTHERWISE = "run with `--engine onnxruntime`"
-_INSTALL = "run `pip install 'diffoundry[rtx]'` or `pip install 'diffoundry[tensorrt]'`"
+_INSTALL = "run `pip install cuda-python`"
 
 
 def bindings() -> Any:
@@ -24,7 +24,7 @@ def bindings() -> Any:
         from cuda.bindings import runtime
     except ImportError as error:
         raise EngineError(
-            f"TensorRT engines are run with cuda-python, which is missing ({error}): {_INSTALL}"
+            f"engines on a GPU are run with cuda-python, which is missing ({error}): {_INSTALL}"
         ) from None
     except (OSError, RuntimeError) as error:  # its libraries are loaded with it
         raise EngineError(f"cuda-python does not load ({reason(error)}): {_INSTALL}") from None

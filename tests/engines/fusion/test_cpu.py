@@ -8,9 +8,9 @@ import pytest
 
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError
+from diffoundry.engines.fusion.cpu import fuse_for_cpu
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine, load_variant
 from diffoundry.engines.split import SplitEngine
-from diffoundry.export.graphs.fuse import fuse
 
 
 def kinds(path):
@@ -108,7 +108,7 @@ def test_graphs_that_do_not_fit_are_refused(bundle, engines):
 def test_a_model_without_attention_is_not_written_again(bundle, tmp_path):
     model = tmp_path / "model.onnx"
     model.write_bytes(bundle.path("step/model.onnx").read_bytes())
-    assert fuse(model, ["noise"]) is None
+    assert fuse_for_cpu(model, ["noise"]) is None
     assert list(tmp_path.iterdir()) == [model]
 
 
@@ -135,7 +135,7 @@ def test_a_scale_that_is_not_the_usual_one_is_kept(tmp_path):
         }
     """
     onnx.save(parser.parse_model(text), tmp_path / "model.onnx")
-    assert fuse(tmp_path / "model.onnx", []) == ("fused.onnx", "")
+    assert fuse_for_cpu(tmp_path / "model.onnx", []) == ("fused.onnx", "")
     rng = np.random.default_rng(0)
     given = {name: rng.standard_normal((2, 5, 8)).astype(np.float32) for name in "qkv"}
     plain, fused = (

@@ -1,0 +1,165 @@
+"""Attention as one operator, where the exported graph has the scores of all tokens by all tokens as a tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ...common.arrays import Array
+from .graph import DOMAIN, dims, dtype_of, make_node, maker, numbers_of, reader, replace
+
+_ON_THE_WAY = ("Cast", "Mul", "Transpose", "Reshape")
+"""What lies between the projections, (B, S, H·D), and the product of queries and keys."""
+_MASKED = -1e4
+"""A score that is this low or lower has no weight."""
+
+
+def fuse_attention(model: Any, *, masked: bool) -> int:
+    """Let `MultiHeadAttention` take the place of each attention that it can; returns of how many.
+
+    It computes the scores in float32 whatever their type. masked: whether those with a mask are fused, too: a causal
+    mask becomes an attribute, any other an input.
+    """
+    found = [_fuse(model, node, masked) for node in list(model.graph) if node.op_type == "Softmax"]
+    if any(found):
+        model.graph.opset_imports[DOMAIN] = 1
+    return sum(found)
+
+
+def _fuse(model: Any, softmax: Any, masked: bool) -> bool:
+    scores, mask = _before(softmax)
+    product = _after(softmax)
+    if scores is None or product is None or (mask is not None and not masked):
+        return False
+    merged = reader(product.outputs[0], "Transpose")
+    output = None if merged is None else reader(merged.outputs[0], "Reshape")
+    query, key, value = (_source(each) for each in (*scores.inputs, product.inputs[1]))
+    if query is None or key is None or value is None or output is None:
+        return False
+    heads, scale = query[2], query[1] * key[1]
+    if heads < 1 or value[1] != 1 or not heads == key[2] == value[2] or not math.isfinite(scale):
+        return False
+    inputs = [query[0], key[0], value[0]]
+    if len({dtype_of(each) for each in (*inputs, output.outputs[0])}) > 1:
+        return False
+    attributes = {"num_heads": heads, "scale": scale}
+    if mask is not None and _is_causal(model, mask):
+        attributes["unidirectional"] = 1
+    elif mask is not None and dtype_of(mask) == dtype_of(inputs[0]):
+        inputs += [None, None, mask]
+    elif mask is not None:
+        return False
+    fused = make_node("MultiHeadAttention", inputs, attributes, output.outputs)
+    replace(model.graph, output, fused)
+    return True
+
+
+def _before(softmax: Any) -> tuple[Any, Any]:
+    """The product of queries and keys, None where there is none, and the mask added to it, None where there is none."""
+    value, mask = _uncast(softmax.inputs[0]), None
+    if (added := maker(value, "Add")) is not None:
+        a, b = (_uncast(each) for each in added.inputs)
+        value, mask = (a, added.inputs[1]) if maker(a, "MatMul") else (b, added.inputs[0])
+    return maker(value, "MatMul"), mask
+
+
+def _after(softmax: Any) -> Any:
+    """The product of the weights and the values; None where there is none.
+
+    Rows without a token to attend to are set to 0 by `IsNaN` and `Where`; the operator does that itself.
+    """
+    value = softmax.outputs[0]
+    readers = {node.op_type: node for node, _ in value.uses()}
+    if readers.keys() == {"IsNaN", "Where"} and readers["Where"].inputs[2] is value:
+        value = readers["Where"].outputs[0]
+    if (cast := reader(value, "Cast")) is not None:
+        value = cast.outputs[0]
+    product = reader(value, "MatMul")
+    return product if product is not None and product.inputs[0] is value else None
+
+
+def _uncast(value: Any) -> Any:
+    """The value that a cast was given."""
+    cast = maker(value, "Cast")
+    return value if cast is None else cast.inputs[0]
+
+
+def _source(value: Any) -> tuple[Any, float, int] | None:
+    """The projection that `value` was split from, the scale on the way, and the number of heads."""
+    scale, heads = 1.0, 0
+    while (node := value.producer()) is not None and node.op_type in _ON_THE_WAY:
+        if node.op_type == "Mul":
+            factor = numbers_of(node.inputs[1], 1)
+            if factor is None:
+                return None
+            scale *= float(factor[0])
+        elif node.op_type == "Reshape":
+            heads = _heads(node)
+        elif node.op_type == "Cast" and heads:
+            break  # of the projection itself
+        value = node.inputs[0]
+    return (value, scale, heads) if heads else None
+
+
+def _heads(split: Any) -> int:
+    """The heads H that a Reshape from (B, S, H·D) to (B, S, H, D) makes; 0 where they are not known."""
+    joined, width = maker(split.inputs[1], "Concat"), (dims(split.inputs[0]) or (None,))[-1]
+    if joined is None:
+        sizes = numbers_of(split.inputs[1], 4)
+        last = () if sizes is None else tuple(map(int, sizes[2:]))
+    else:
+        found = [numbers_of(value, 1) for value in joined.inputs]
+        last = tuple(int(each[0]) for each in found[2:] if each is not None) if len(found) == 4 else ()
+    if len(last) != 2 or not isinstance(width, int):
+        return 0
+    heads, size = last
+    return heads if heads > 0 else width // size
+
+
+def _is_causal(model: Any, mask: Any) -> bool:
+    """Whether a mask hides from each token those after it and no others: it is computed, for two lengths.
+
+    It must depend on the shape of the inputs alone.
+    """
+    import onnx_ir
+
+    from ..wheel import ort
+
+    graph = model.graph
+    edge, seen = [mask], set()
+    while edge:
+        value = edge.pop()
+        node = value.producer()
+        if node is None and not value.is_initializer():
+            return False
+        if node is not None and node not in seen and node.op_type != "Shape":
+            seen.add(node)
+            edge += [each for each in node.inputs if each is not None]
+    part = onnx_ir.Model(onnx_ir.convenience.extract(graph, list(graph.inputs), [mask]), ir_version=model.ir_version)
+    try:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        session = ort.InferenceSession(
+            onnx_ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        given = session.get_inputs()
+        masks = [
+            session.run(
+                None,
+                {each.name: np.zeros([b if i == 0 else n for i in range(len(each.shape))], np.int64) for each in given},
+            )[0]
+            for b, n in ((2, 5), (1, 8))
+        ]
+    except Exception:  # ONNX Runtime raises its own family of exceptions
+        return False
+    return all(_hides_later(found) for found in masks)
+
+
+def _hides_later(mask: Array) -> bool:
+    size = mask.shape[-1]
+    if mask.ndim < 2 or mask.shape[-2] != size:
+        return False
+    seen = np.tri(size, dtype=bool)
+    return bool((mask[..., seen] == 0).all() and (mask[..., ~seen] <= _MASKED).all())
