@@ -134,7 +134,7 @@ class CudaEngine(Engine):
 
         def run(*changed: str) -> dict[str, Array]:
             with self.gpu.work():
-                made = call({name: arrays[name] for name in fresh.union(changed)})
+                made = call({name: arrays[name] for name in fresh.union(changed) if name in arrays})
             fresh.clear()
             return made
 

@@ -49,7 +49,7 @@ def test_a_gpu_that_cannot_be_used_is_one_clear_line(monkeypatch, simulated, mes
 
 def test_cuda_python_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(EngineError, match="which is missing .*: run `pip install cuda-python`$"):
+    with pytest.raises(EngineError, match=r"which is missing .*: run `pip install cuda-python`$"):
         Device()
 
 
