@@ -61,10 +61,12 @@ def emulated(model: Any, precision: Precision) -> Any:
 
     graph = model.graph
     low = onnx_ir.DataType[precision.dtype]
-    for value in [value for value in graph.initializers.values() if value.dtype == low]:
+    order = {node: i for i, node in enumerate(graph)}
+    for value in [value for value in (*graph.inputs, *graph.initializers.values()) if value.dtype == low]:
         readers = list(value.uses())
         raised = make_cast(value, onnx_ir.DataType.FLOAT, f"{value.name}:float", "raise:")
-        graph.insert_before(graph[0], raised)
+        if readers:  # right before the first, so that one weight at a time is in float32
+            graph.insert_before(min((node for node, _ in readers), key=order.__getitem__), raised)
         for node, place in readers:
             node.replace_input_with(place, raised.outputs[0])
     for node in list(graph):
