@@ -130,3 +130,24 @@ def trt(simulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = SimulatedTensorRT(simulated_cuda)
     monkeypatch.setattr(Backend, "load", lambda backend: module)
     return module
+
+
+@pytest.fixture
+def simulated_sessions(simulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Sessions of ONNX Runtime's CUDA provider on the simulated GPU; the list is of those that were made."""
+    from diffoundry.engines import onnxruntime, onnxruntime_cuda
+    from diffoundry.tests.engines.simulated_session import SimulatedSession
+
+    made: list[Any] = []
+
+    def open_session(path: Path, options: Any, provider: str, component: str, chosen: Any) -> Any:
+        ((name, given),) = chosen
+        assert (provider, name) == ("cuda", "CUDAExecutionProvider")
+        made.append(SimulatedSession(path, simulated_cuda, given))
+        return made[-1]
+
+    monkeypatch.setattr(onnxruntime_cuda, "open_session", open_session)
+    monkeypatch.setattr(onnxruntime_cuda, "nodes_elsewhere", lambda session, provider: "")
+    monkeypatch.setattr(onnxruntime_cuda, "require_version", lambda: None)
+    monkeypatch.setattr(onnxruntime, "require_provider", lambda provider: provider)
+    return made

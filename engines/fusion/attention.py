@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ...bundle import Tensor
 from ...common.arrays import Array
-from .graph import DOMAIN, dims, dtype_of, make_node, maker, numbers_of, reader, replace
+from .graph import DOMAIN, add_sizes, dims, dtype_of, make_node, maker, numbers_of, rank, reader, replace
 
 _ON_THE_WAY = ("Cast", "Mul", "Transpose", "Reshape")
 """What lies between the projections, (B, S, H·D), and the product of queries and keys."""
@@ -29,6 +30,8 @@ def fuse_attention(model: Any, *, masked: bool) -> int:
 
 
 def _fuse(model: Any, softmax: Any, masked: bool) -> bool:
+    import onnx_ir
+
     scores, mask = _before(softmax)
     product = _after(softmax)
     if scores is None or product is None or (mask is not None and not masked):
@@ -47,10 +50,16 @@ def _fuse(model: Any, softmax: Any, masked: bool) -> bool:
     attributes = {"num_heads": heads, "scale": scale}
     if mask is not None and _is_causal(model, mask):
         attributes["unidirectional"] = 1
-    elif mask is not None and dtype_of(mask) == dtype_of(inputs[0]):
-        inputs += [None, None, mask]
     elif mask is not None:
-        return False
+        axes = 4 - rank(mask)
+        if dtype_of(mask) != dtype_of(inputs[0]) or not 0 <= axes < 4:
+            return False
+        if axes:
+            wide = onnx_ir.Value(name=f"{mask.name}:wide", type=mask.type, shape=None)
+            given = [mask, add_sizes(model.graph, *range(axes))]
+            model.graph.insert_before(output, onnx_ir.node("Unsqueeze", given, outputs=[wide]))
+            mask = wide
+        inputs += [None, None, mask]
     fused = make_node("MultiHeadAttention", inputs, attributes, output.outputs)
     replace(model.graph, output, fused)
     return True
@@ -125,6 +134,7 @@ def _is_causal(model: Any, mask: Any) -> bool:
     """
     import onnx_ir
 
+    from ..onnxruntime import tensors_of
     from ..wheel import ort
 
     graph = model.graph
@@ -144,17 +154,19 @@ def _is_causal(model: Any, mask: Any) -> bool:
         session = ort.InferenceSession(
             onnx_ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        given = session.get_inputs()
+        given = tensors_of("", session.get_inputs())
         masks = [
-            session.run(
-                None,
-                {each.name: np.zeros([b if i == 0 else n for i in range(len(each.shape))], np.int64) for each in given},
-            )[0]
-            for b, n in ((2, 5), (1, 8))
+            session.run(None, {each.name: _zeros(each, *sizes) for each in given})[0] for sizes in ((2, 5), (1, 8))
         ]
     except Exception:  # ONNX Runtime raises its own family of exceptions
         return False
     return all(_hides_later(found) for found in masks)
+
+
+def _zeros(tensor: Tensor, rows: int, length: int) -> Array:
+    """What is fed to an input: its named axes are as long as asked."""
+    shape = [axis if isinstance(axis, int) else length if i else rows for i, axis in enumerate(tensor.shape)]
+    return np.zeros(shape, tensor.dtype)
 
 
 def _hides_later(mask: Array) -> bool:

@@ -40,6 +40,10 @@ def split(model: Any, per_prompt: Sequence[str]) -> Any:
         ir_version=model.ir_version,
         producer_name=model.producer_name,
     )
+    weights = sorted(part.graph.initializers.items())  # they come in another order each time
+    part.graph.initializers.clear()
+    for _, weight in weights:
+        part.graph.register_initializer(weight)
     for name, value in sorted(crossing.items()):
         given = onnx_ir.Value(name=name, type=value.type, shape=value.shape)
         onnx_ir.convenience.replace_all_uses_with(value, given)

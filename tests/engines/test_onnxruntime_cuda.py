@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from diffoundry.engines.onnxruntime_cuda import CudaEngine, load_fused
 from diffoundry.engines.verify import verify
 from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pipeline import load
-from diffoundry.tests.engines.simulated_session import SimulatedSession
 
 ENGINE = "onnxruntime:cuda"
 OWN = f"fp32/{ENGINE}"
@@ -42,21 +40,9 @@ def built(bundle_of, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def sessions(simulated_cuda, monkeypatch):
-    """Sessions on the simulated GPU, those that were made."""
-    made = []
-
-    def open_session(path, options, provider, component, chosen):
-        ((name, given),) = chosen
-        assert (provider, name) == ("cuda", "CUDAExecutionProvider")
-        made.append(SimulatedSession(Path(path), simulated_cuda, given))
-        return made[-1]
-
-    monkeypatch.setattr(onnxruntime_cuda, "open_session", open_session)
-    monkeypatch.setattr(onnxruntime_cuda, "nodes_elsewhere", lambda session, provider: "")
-    monkeypatch.setattr(onnxruntime_cuda, "require_version", lambda: None)
-    monkeypatch.setattr(onnxruntime, "require_provider", lambda provider: provider)
-    return made
+def sessions(simulated_sessions):
+    """Every session is on the simulated GPU."""
+    return simulated_sessions
 
 
 def unet(bundle, gpu, **options):
