@@ -32,6 +32,23 @@ class _Quality:
     psnr_db: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Operators:
+    before: dict[str, int]
+    after: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fusion:
+    operators: _Operators
+    max_abs_error: float
+
+
+def is_fusion(report: Any) -> bool:
+    """Whether this counts the operators of a graph that was fused, and holds it against torch."""
+    return fits(_Fusion, report)
+
+
 def is_report(report: Any) -> bool:
     """Whether this names the nodes that stay in fp32, and counts them."""
     return fits(_Report, report)

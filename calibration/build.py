@@ -1,4 +1,4 @@
-"""`build`: what of a bundle needs no torch, made where it will run: a lower precision, and the plans of an engine."""
+"""`build`: what of a bundle needs no torch, made where it will run: a lower precision, and what an engine runs."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ def build(
     scan: Scan | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Give `bundle` a lower precision, the plans of an engine, or both; neither torch nor the checkpoint is needed.
+    """Give `bundle` a lower precision, what an engine runs, or both; neither torch nor the checkpoint is needed.
 
     engine, precision: what the bundle is run with by default from now on; the default is what it was made for. With an
-    engine of TensorRT plans are built for `target`. A precision that the bundle has is taken as it is, unless `scan`
-    says what it is to be measured with; see `compile` for both.
+    engine of TensorRT plans are built for `target`, with onnxruntime:cuda its graphs are written. A precision that the
+    bundle has is taken as it is, unless `scan` says what it is to be measured with; see `compile` for both.
     Raises `BundleError` for what is no bundle or was changed, `calibration.QualityError` when the images are too far
     from fp32, `EngineError` or `DiffoundryError`; what was finished is kept for the next run, and `bundle` is either
     the old one or the whole new one.

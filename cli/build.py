@@ -18,7 +18,7 @@ from .progress import progress
 @goal_options
 @json_option
 def build_command(bundle: str, as_json: bool, **options: Any) -> None:
-    """Make a lower precision and TensorRT plans of BUNDLE, where it will run.
+    """Make a lower precision of BUNDLE, and TensorRT plans or graphs for CUDA, where it will run.
 
     Neither torch nor the checkpoint is needed. What is named here is what the bundle is run with by default from then
     on. A build that was stopped goes on where it was; what is finished is not done twice.

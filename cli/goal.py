@@ -156,10 +156,11 @@ def show_result(bundle: Bundle, ready: str, as_json: bool, **more: Any) -> None:
     quality = read_report(bundle, "quality").get(bundle.manifest.precision)
     has_plans = EngineName.parse(bundle.manifest.engine).backend != ONNXRUNTIME
     plans = read_report(bundle, "plans") if has_plans else {}
+    fusion = read_report(bundle, "fusion").get(f"{bundle.manifest.precision}/{bundle.manifest.engine}")
     for line in plans.get("warnings", []):
         click.echo(f"Warning: {line}", err=True)
     if as_json:
-        measured = {"quality": quality, "plans": plans}
+        measured = {"quality": quality, "plans": plans, "fusion": fusion}
         print(json.dumps({"bundle": str(bundle.root), **more, **{key: each for key, each in measured.items() if each}}))
     else:
         click.echo(ready)

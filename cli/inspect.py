@@ -26,7 +26,7 @@ def inspect_command(bundle: str, as_json: bool) -> None:
 
     opened = open_bundle(bundle)
     reports: dict[str, dict[str, Any]] = {}
-    for name in ("parity", "precision", "quality"):
+    for name in ("parity", "precision", "quality", "fusion"):
         path = f"reports/{name}.json"
         with suppress(BundleError):
             opened.check({path} & set(opened.manifest.files))
@@ -82,6 +82,8 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
         console.print(f"scheduler {name}: read off its code for {', '.join(map(str, sorted(counts)))} steps")
     for line in _precision_lines(reports):
         console.print(line, soft_wrap=True)
+    for line in _fusion_lines(reports, manifest):
+        console.print(line, soft_wrap=True)
     for record in engines:
         line = _plan_line(record) if isinstance(record.get("profile"), dict) else _session_line(record)
         console.print(f"engines/{record['key']}: {line}", soft_wrap=True)
@@ -102,6 +104,20 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
                 kept.append(f"{name} {counts['kept']} of {counts['kept'] + counts['low']}")
         distance = f"images {quality['psnr_db']:.1f} dB from fp32" if is_quality(quality) else "not measured"
         yield f"{precision}: {distance}; nodes that stay in fp32: {', '.join(kept) or 'not recorded'}"
+
+
+def _fusion_lines(reports: dict[str, Any], manifest: Any) -> Iterator[str]:
+    """Of graphs made for an engine, how many nodes each has and had, and how far it is from torch."""
+    from ..bundle.reports import is_fusion
+
+    for name, components in reports.get("fusion", {}).items():
+        parts = []
+        for component, report in components.items() if isinstance(components, dict) else ():
+            if is_fusion(report) and name in manifest.components[component].variants:
+                before, after = (sum(report["operators"][when].values()) for when in ("before", "after"))
+                parts.append(f"{component} {after} nodes of {before}, error to torch {report['max_abs_error']:.1e}")
+        if parts:
+            yield f"{name}: {'; '.join(parts)}"
 
 
 def _plan_line(record: dict[str, Any]) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .attention import fuse_attention
 from .channels_last import channels_last, merge_sizes
-from .graph import open_model, save
+from .graph import dtype_of, open_model, save
 from .linear import fuse_activations, fuse_residuals
 from .norms import fuse_group_norms, fuse_skips
 from .per_prompt import split
+
+_NO_BFLOAT16 = {"InstanceNormalization": (0, 1, 2), "Resize": (0,)}
+"""Operators without kernels for bfloat16 on CUDA, and their inputs of floats."""
 
 
 def fuse_for_cuda(source: Path, per_prompt: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -29,6 +33,7 @@ def fuse_for_cuda(source: Path, per_prompt: Sequence[str]) -> tuple[list[Path], 
     fuse_skips(model.graph)
     fuse_residuals(model.graph)
     channels_last(model)
+    _widen(model.graph)
     merge_sizes(model.graph)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
@@ -36,3 +41,29 @@ def fuse_for_cuda(source: Path, per_prompt: Sequence[str]) -> tuple[list[Path], 
     name = source.stem if source.stem != "model" else "fp32"
     once = [] if part is None else save(part, source.parent, f"{name}.cuda.per_prompt.onnx")
     return save(model, source.parent, f"{name}.cuda.onnx"), once
+
+
+def _widen(graph: Any) -> None:
+    """Let operators that lack a kernel for their type compute in float32, in which token ids are exact, too."""
+    import onnx_ir
+
+    wide, narrow = onnx_ir.DataType.FLOAT, onnx_ir.DataType.BFLOAT16
+
+    def cast(value: Any, to: Any, name: str) -> Any:
+        made = onnx_ir.Value(name=name, type=onnx_ir.TensorType(to), shape=value.shape)
+        return onnx_ir.node("Cast", [value], {"to": int(to)}, outputs=[made])
+
+    for node in list(graph):
+        made = node.outputs[0]
+        is_narrow = node.op_type in _NO_BFLOAT16 and dtype_of(made) == narrow.name
+        is_whole = node.op_type == "ArgMax" and dtype_of(node.inputs[0]).startswith("INT")
+        for place in (0,) if is_whole else _NO_BFLOAT16[node.op_type] if is_narrow else ():
+            before = cast(node.inputs[place], wide, f"{made.name}:wide{place}")
+            graph.insert_before(node, before)
+            node.replace_input_with(place, before.outputs[0])
+        if is_narrow:
+            after = cast(made, narrow, f"{made.name}:narrow")
+            onnx_ir.convenience.replace_all_uses_with(made, after.outputs[0], replace_graph_outputs=True)
+            after.replace_input_with(0, made)
+            made.type = onnx_ir.TensorType(wide)
+            graph.insert_after(node, after)

@@ -31,6 +31,7 @@ KERNELS = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Sigmoid", "Gelu", "Cast", "Gather", "Sin", "Cos", "Expand"), HALF),
     **dict.fromkeys(("Unsqueeze", "Squeeze", "GatherND"), HALF),
     "InstanceNormalization": FLOATS,
+    "ArgMax": FLOATS,
 }
 """Types of floats that CUDA has kernels for, of each operator."""
 
@@ -75,6 +76,8 @@ def test_every_float_is_made_by_a_kernel_that_cuda_has(built):
     for path in bundle.root.glob("*/fp32.cuda*.onnx"):
         for node in open_model(path).graph:
             made = {value.dtype.name for value in node.outputs if value.name and value.dtype is not None} & HALF
+            if node.op_type == "ArgMax":
+                made = {node.inputs[0].dtype.name}
             assert made <= KERNELS.get(node.op_type, set()), f"{path.parent.name}: {node.op_type} {made}"
 
 
@@ -353,3 +356,36 @@ def test_what_is_own_to_onnx_runtime_is_of_its_domain(built):
     graph = open_model(bundle.path("unet/fp32.cuda.onnx"))
     assert graph.opset_imports[DOMAIN] == 1
     assert {node.op_type for node in graph.graph if node.domain == DOMAIN} >= {"NhwcConv", "MultiHeadAttention"}
+
+
+def test_in_bfloat16_what_has_no_kernel_computes_in_float32(tmp_path):
+    """Convolutions have kernels for it with the channels first alone."""
+    text = f"""
+        <ir_version: 10, opset_import: ["" : 22]>
+        g (float[1, 4, H, W] x) => (float[1, 4, H2, W2] y)
+        <int64[3] grouped = {{0, 2, -1}}, float[2] one = {{1.0, 1.0}}, float[2] zero = {{0.0, 0.0}},
+         {ones("w", 4, 4, 3, 3)}, float[4] scales = {{1.0, 1.0, 2.0, 2.0}}>
+        {{
+            low = Cast<to = 16>(x)
+            wl = Cast<to = 16>(w)
+            onel = Cast<to = 16>(one)
+            zerol = Cast<to = 16>(zero)
+            made = Conv<pads = [1, 1, 1, 1]>(low, wl)
+            split = Reshape(made, grouped)
+            normed = InstanceNormalization(split, onel, zerol)
+            sizes = Shape(made)
+            whole = Reshape(normed, sizes)
+            larger = Resize<mode = "nearest", coordinate_transformation_mode = "asymmetric">(whole, , scales)
+            y = Cast<to = 1>(larger)
+        }}
+    """
+    save(parser.parse_model(text), tmp_path / "model.onnx")
+    model = onnx_ir.passes.common.ShapeInferencePass()(onnx_ir.load(tmp_path / "model.onnx")).model
+    onnx_ir.save(model, tmp_path / "model.onnx")
+    whole, _ = fuse_for_cuda(tmp_path / "model.onnx", ())
+    nodes = {node.op_type: node for node in open_model(whole[0]).graph}
+    assert {"Conv", "InstanceNormalization", "Resize"} <= nodes.keys()
+    for node in nodes.values():
+        made = {value.dtype.name for value in node.outputs if value.dtype is not None} & HALF
+        assert made <= KERNELS.get(node.op_type, set())
+    assert nodes["Conv"].outputs[0].dtype.name == "BFLOAT16"
