@@ -8,14 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx_ir
 import pytest
 
 import diffoundry
 from diffoundry.bundle import Bundle
 from diffoundry.bundle.workspace import recover
+from diffoundry.calibration import fusion
 from diffoundry.common.errors import BundleError
 from diffoundry.common.files import sha256_tree
 from diffoundry.engines import EngineStore
+from diffoundry.engines.fusion.standard import in_standard_operators
 from diffoundry.engines.verify import verify
 
 SLIM = "import sys\nfor name in ('torch', 'diffusers', 'transformers', 'onnxscript', 'safetensors'):\n"
@@ -220,3 +223,60 @@ def test_run_names_build_as_the_remedy(called, copied):
     failed = called("run", copied, "a ring", "--precision", "fp16")
     assert failed.returncode == 1
     assert f"or run `diffoundry build {copied} --precision fp16`" in failed.stderr
+
+
+@pytest.fixture(scope="module")
+def for_cuda(built, tmp_path_factory):
+    """That bundle with graphs for CUDA in fp16, made where neither torch nor a GPU is, and what was printed."""
+    bundle = Path(shutil.copytree(built[0], tmp_path_factory.mktemp("cuda") / "pico.bundle"))
+    line = [sys.executable, "-c", SLIM, "build", str(bundle), "--engine", "onnxruntime:cuda", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return bundle, json.loads(done.stdout)
+
+
+def test_graphs_for_cuda_are_made_without_torch_and_held_against_it(for_cuda):
+    bundle, printed = for_cuda
+    manifest = Bundle.open(bundle).manifest
+    assert (manifest.engine, manifest.precision) == ("onnxruntime:cuda", "fp16")
+    names = {name for name, part in manifest.components.items() if part.role != "step"}
+    assert {name for name, part in manifest.components.items() if "fp16/onnxruntime:cuda" in part.variants} == names
+    assert set(printed["fusion"]) == names
+    assert all(0 < part["max_abs_error"] < part["allowed"] / 4 for part in printed["fusion"].values())
+    Bundle.open(bundle).check()
+    assert all(check.passed for check in verify(Bundle.open(bundle)))
+
+
+def test_graphs_for_cuda_are_made_once_and_go_with_the_models_that_they_were_made_of(for_cuda, tmp_path, monkeypatch):
+    bundle = Path(shutil.copytree(for_cuda[0], tmp_path / "pico.bundle"))
+    before, written = sha256_tree(bundle), []
+    real = fusion.fuse_for_cuda
+    monkeypatch.setattr(fusion, "fuse_for_cuda", lambda *given: written.append(given[0].parent.name) or real(*given))
+    diffoundry.build(bundle, engine="onnxruntime:cuda", precision="fp16")
+    assert sha256_tree(bundle) == before and not written
+    other = diffoundry.build(bundle, engine="onnxruntime", precision="fp16", scan=SCAN)  # measured anew
+    assert not any("onnxruntime:cuda" in key for part in other.manifest.components.values() for key in part.variants)
+    assert not list(bundle.glob("*/*.cuda*"))
+    again = diffoundry.build(bundle, engine="onnxruntime:cuda", precision="fp16")
+    assert "fp16/onnxruntime:cuda" in again.component("unet").variants and "unet" in written
+
+
+def test_a_graph_that_does_not_give_what_torch_gave_is_an_error(copied, monkeypatch):
+    before = sha256_tree(copied)
+    monkeypatch.setattr(fusion, "in_standard_operators", lambda model: _spoil(model))
+    with pytest.raises(diffoundry.DiffoundryError, match=r"its graph for CUDA gives .* more or less than torch"):
+        diffoundry.build(copied, engine="onnxruntime:cuda")
+    assert sha256_tree(copied) == before
+
+
+def _spoil(model):
+    """Every group norm with twice its epsilon, which shows in the third digit."""
+    for node in model.graph:
+        if "epsilon" in node.attributes:
+            node.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", 0.3)
+    in_standard_operators(model)
+
+
+def test_plans_are_no_part_of_graphs_for_cuda(called, copied):
+    failed = called("build", copied, "--engine", "onnxruntime:cuda", "--shape", "64x64")
+    assert failed.returncode == 1 and "the engine onnxruntime:cuda builds no plans" in failed.stderr
