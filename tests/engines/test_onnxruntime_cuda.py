@@ -19,7 +19,7 @@ from diffoundry.engines import onnxruntime, onnxruntime_cuda
 from diffoundry.engines.gpu.gpu import Gpu
 from diffoundry.engines.loader import EngineLoader
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine, load_variant
-from diffoundry.engines.onnxruntime_cuda import CudaEngine, load_fused
+from diffoundry.engines.onnxruntime_cuda import load_fused
 from diffoundry.engines.verify import verify
 from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pipeline import load
@@ -203,27 +203,6 @@ def test_an_old_onnxruntime_is_refused(monkeypatch, version, taken):
         return
     with pytest.raises(EngineError, match=rf"needs onnxruntime-gpu 1\.31, this is {version}: .*pip install"):
         onnxruntime_cuda.require_version()
-
-
-@pytest.mark.gpu
-def test_every_node_of_every_component_is_on_the_gpu(built, monkeypatch):
-    """Reads the placement of each node on the real provider."""
-    monkeypatch.undo()
-    loader = EngineLoader(built, ENGINE)
-    for name in built.manifest.components:
-        engine = loader.load(name)
-        for part in (engine, getattr(engine, "_per_step", None), getattr(engine, "_per_prompt", None)):
-            if isinstance(part, CudaEngine):
-                assert onnxruntime.nodes_elsewhere(part.session, "cuda") == ""
-
-
-@pytest.mark.gpu
-def test_the_picture_on_the_gpu_is_that_of_the_cpu(built, bundle_of, monkeypatch):
-    monkeypatch.undo()
-    pipe, wanted = load(built.root, engine=ENGINE), drawn(load(bundle_of("pico")))
-    for _ in range(4):
-        np.testing.assert_allclose(drawn(pipe).latents, wanted.latents, atol=2e-2)
-    assert "6 steps of 2x4x8x8" in pipe.info()["captured"]
 
 
 def test_the_engine_of_the_cpu_is_another(built):

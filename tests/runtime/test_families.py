@@ -168,3 +168,19 @@ def test_the_cases_cover_every_task_of_every_family():
     }
     described = [str(case) for case in cases()]
     assert len(described) == len(set(described))
+
+
+def test_pictures_in_half_precision_are_judged_by_their_likeness():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (3, 16, 16, 3)).astype(np.uint8)
+    given = Outcome(np.zeros((3, 4, 2, 2), np.float32), None, images)
+    assert parity.likeness(given, given) == (np.inf, 1.0)
+    far = images.copy()
+    far[0] = 255 - far[0]  # one of three is another picture: the median is not
+    assert parity.likeness(replace(given, images=far), given) == (np.inf, 1.0)
+    noisy = np.clip(images.astype(int) + rng.integers(-8, 9, images.shape), 0, 255).astype(np.uint8)
+    psnr, ssim = parity.likeness(replace(given, images=noisy), given)
+    assert 30 < psnr < 40 and 0.9 < ssim < 1
+    assert parity._is_alike(31.0, 0.98, 0.0, 50.0) and parity._is_alike(10.0, 0.5, 40.0, 39.0)
+    assert not parity._is_alike(29.0, 0.98, 30.0, 31.0) and not parity._is_alike(31.0, 0.9, 30.0, 31.0)
+    assert len({str(case) for case in parity.half_cases()}) == 12
