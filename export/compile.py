@@ -108,6 +108,10 @@ def _run(
     """The stages, one after another. name: of the checkpoint. traced: a scheduler to be traced, and for which steps."""
     source, specs = reading.source, reading.specs
     weights = {folder: source.weights(folder) for folder in sorted({spec.source for spec in specs})}
+    if keep_half and not any(each.half for each in weights.values()):
+        raise DiffoundryError(
+            f"the storage dtype {AS_STORED} has no effect: {name} stores no component in fp16 or bf16: leave it out"
+        )
     bundle = write_files(reading, ledger.work, name, traced)
     check_parts(specs, reading.pipeline)
     check_models(specs)

@@ -182,6 +182,12 @@ def test_half_precision_weights_may_stay_as_they_are(checkpoint_of, tmp_path, mo
             np.testing.assert_allclose(array, wide(cases[0][0])[name], atol=1e-5)
 
 
+def test_a_storage_dtype_without_effect_is_refused(tmp_path, checkpoint_of):
+    with pytest.raises(diffoundry.DiffoundryError, match=r"auto has no effect: sd15-small stores no component in fp16"):
+        diffoundry.compile(checkpoint_of("sd15-small"), tmp_path / "bundle", storage_dtype="auto")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_an_unknown_storage_dtype_is_refused_first(tmp_path):
     with pytest.raises(DiffoundryError, match=r"'fp8'.*fp32, auto"):
         diffoundry.compile(tmp_path / "nowhere", tmp_path / "bundle", storage_dtype="fp8")
