@@ -39,13 +39,18 @@ def channels_last(model: Any) -> None:
 
 
 class _ChannelsLast:
-    """last: of values that have their channels first, the same with the channels last."""
+    """last: of values that have their channels first, the same with the channels last.
+
+    superseded: nodes whose outputs are all in `last`, which nobody reads in the end. first: those of their outputs that
+    a node which stays reads all the same, with the channels first again.
+    """
 
     def __init__(self, graph: Any) -> None:
         self._graph = graph
         self._last: dict[Any, Any] = {}
         self._first: dict[Any, Any] = {}
         self._superseded: set[Any] = set()
+        # each makes what a node makes with the channels last, or returns False: then the node stays as it is
         self._rules: dict[str, Callable[[Any], bool]] = {
             **dict.fromkeys(_UNARY, self._unary),
             **dict.fromkeys(_BINARY, self._binary),
@@ -74,9 +79,15 @@ class _ChannelsLast:
         """Give a node that stays as it is its inputs with their channels first."""
         for place, value in enumerate(node.inputs):
             if self._is_superseded(value):
-                if value not in self._first:
-                    self._first[value] = self._transposed(self._last[value], value, node, forward=False)
-                node.replace_input_with(place, self._first[value])
+                node.replace_input_with(place, self._standing(value, node))
+
+    def _standing(self, value: Any, node: Any) -> Any:
+        """`value` with its channels first, for `node`."""
+        if not self._is_superseded(value):
+            return value
+        if value not in self._first:
+            self._first[value] = self._transposed(self._last[value], value, node, forward=False)
+        return self._first[value]
 
     def _is_superseded(self, value: Any) -> bool:
         return value in self._last and value.producer() in self._superseded
@@ -194,8 +205,8 @@ class _ChannelsLast:
     def _operand(self, value: Any, axes: int, node: Any) -> Any:
         """An operand that is broadcast to `axes` axes, with its channels last; None where that cannot be had."""
         shape = dims(value)
-        if value in self._last or shape is None:
-            return self._last.get(value)
+        if shape is None or value in self._last:
+            return self._last[value] if shape is not None and len(shape) == axes else None
         if all(axis == 1 for axis in shape):
             return value
         channel = per_channel(value)
@@ -223,7 +234,11 @@ class _ChannelsLast:
 
     def _concat(self, node: Any) -> bool:
         axes = rank(node.outputs[0])
-        if attribute(node, "axis") not in (1, 1 - axes) or not any(value in self._last for value in node.inputs):
+        if (
+            axes not in (3, 4)
+            or attribute(node, "axis") not in (1, 1 - axes)
+            or not any(value in self._last for value in node.inputs)
+        ):
             return False
         inputs = [self._moved_input(value, node) for value in node.inputs]
         return self._make(node, "Concat", inputs, {"axis": axes - 1})
@@ -254,21 +269,17 @@ class _ChannelsLast:
         )
 
     def _transpose(self, node: Any) -> bool:
-        x, out = node.inputs[0], node.outputs[0]
-        perm, axes = list(attribute(node, "perm", [])), rank(x)
-        if axes in (3, 4) and perm == [0, axes - 1, *range(1, axes - 1)]:
-            self._last[out] = x  # it moves the channels to the front
-            if axes == 4 or x not in self._last:
-                return True
-        if x in self._last and perm == [0, *range(2, axes), 1]:
-            self._graph_alias(out, self._last[x])
-            return True
-        return False
-
-    def _graph_alias(self, value: Any, same: Any) -> None:
         import onnx_ir
 
-        onnx_ir.convenience.replace_all_uses_with(value, same, replace_graph_outputs=False)
+        x, out = node.inputs[0], node.outputs[0]
+        perm, axes = list(attribute(node, "perm", [])), rank(x)
+        if x in self._last and perm == [0, *range(2, axes), 1] and not out.is_graph_output():
+            onnx_ir.convenience.replace_all_uses_with(out, self._last[x])
+            return True
+        if axes in (3, 4) and perm == [0, axes - 1, *range(1, axes - 1)]:
+            self._last[out] = self._standing(x, node)
+            return True
+        return False
 
     def _reshape(self, node: Any) -> bool:
         """(B, C, H, W) to (B, C, H·W) and back."""
@@ -276,7 +287,9 @@ class _ChannelsLast:
         if x not in self._last:
             return False
         before, after = dims(x), dims(out)
-        if before is None or after is None or before[:2] != after[:2] or not isinstance(before[1], int):
+        if before is None or after is None or before[0] is None or before[:2] != after[:2]:
+            return False
+        if not isinstance(before[1], int):
             return False
         if (len(before), len(after)) == (4, 3):
             sizes = add_sizes(self._graph, 0, -1, before[1])
@@ -296,7 +309,7 @@ def merge_sizes(graph: Any) -> None:
         )
         if before is None or after is None or (len(before), len(after)) != (4, 3):
             continue
-        if before[0] == after[0] and before[3] == after[2] and isinstance(after[2], int):
+        if before[0] is not None and before[0] == after[0] and before[3] == after[2] and isinstance(after[2], int):
             node.replace_input_with(1, add_sizes(graph, 0, -1, after[2]))
             node.attributes.pop("allowzero", None)
 

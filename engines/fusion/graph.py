@@ -104,9 +104,10 @@ def weight_of(value: Any) -> Any:
 def add_weight(
     graph: Any, name: str, like: Any, dtype: Any, shape: Sequence[int], make: Callable[[Array], Array]
 ) -> Any:
-    """A new initializer: `make` of the numbers of the initializer `like`, which runs when the model is written."""
+    """An initializer `name` of this shape: `make` of the numbers of `like`, which runs when the model is written."""
     import onnx_ir
 
+    name = f"{name}:{'x'.join(map(str, shape))}"
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = like.const_value
