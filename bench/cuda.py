@@ -34,6 +34,10 @@ from ..runtime.pipeline import load
 
 PROMPT = "a photograph of a harbour at dawn"
 _WARM = 4
+_NAMES = (
+    *("call-torch", "call-compile", "call-ours", "call-provider", "pictures-eager", "pictures-compile"),
+    *("pictures-ours", "batches", "shapes", "memory"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +336,8 @@ def _free_memory(run: Run) -> int | None:
 @click.option("--side", default=512, show_default=True, help="Width and height in pixels.")
 @click.option("--steps", default=20, show_default=True)
 @click.option("--runs", default=20, show_default=True, help="Measurements of each, after some that are not counted.")
-@click.option("--only", default="all", show_default=True)
+@click.option("--only", default="all", show_default=True, help=f"Of {', '.join(_NAMES)}, with commas between.")
+@click.option("--many", default=500, show_default=True, help="Pictures of the part `memory`.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--part", hidden=True)
 @click.option("--scratch", hidden=True, type=click.Path(path_type=Path))
@@ -342,28 +347,38 @@ def main(only: str, part: str | None, scratch: Path | None, **options: Any) -> N
         warnings.simplefilter("ignore")
         _RUN[part](Run(scratch=scratch, **options))
         return
-    given = [f"--{name}={options[name]}" for name in ("side", "steps", "runs", "device")]
+    given = [f"--{name}={options[name]}" for name in ("side", "steps", "runs", "device", "many")]
     line = [sys.executable, "-m", "diffoundry.bench.cuda", options["checkpoint"], options["bundle"], *given]
+    failed = False
     with tempfile.TemporaryDirectory() as folder:
         for name in _RUN if only == "all" else only.split(","):
             done = subprocess.run([*line, "--part", name, "--scratch", folder], stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no reason"])[-1]
                 print(json.dumps({"what": name, "failed": reason[:300]}), flush=True)
+                failed = True
+    if failed:
+        raise SystemExit(1)
 
 
-_RUN: dict[str, Callable[[Run], None]] = {
-    "call-torch": call_torch,
-    "call-compile": call_compile,
-    "call-ours": call_ours,
-    "call-provider": call_provider,
-    "pictures-eager": lambda run: _pictures_of_diffusers(run, False),
-    "pictures-compile": lambda run: _pictures_of_diffusers(run, True),
-    "pictures-ours": pictures_ours,
-    "batches": batches,
-    "shapes": shapes,
-    "memory": memory,
-}
+_RUN: dict[str, Callable[[Run], None]] = dict(
+    zip(
+        _NAMES,
+        (
+            call_torch,
+            call_compile,
+            call_ours,
+            call_provider,
+            lambda run: _pictures_of_diffusers(run, False),
+            lambda run: _pictures_of_diffusers(run, True),
+            pictures_ours,
+            batches,
+            shapes,
+            memory,
+        ),
+        strict=True,
+    )
+)
 
 if __name__ == "__main__":
     main()

@@ -22,6 +22,7 @@ from pathlib import Path
 import click
 
 from ..bundle import Bundle
+from ..common.errors import BundleError
 from ..common.files import link_or_copy
 
 _EVERY = 0.005
@@ -34,8 +35,18 @@ _EVERY = 0.005
 @click.option("--component", hidden=True)
 def main(bundle: Path, precision: str | None, component: str | None) -> None:
     """Print a JSON object for each component: seconds, memory in MiB, and operators before and after."""
-    opened = Bundle.open(bundle)
+    try:
+        opened = Bundle.open(bundle)
+    except BundleError as error:
+        raise click.ClickException(str(error)) from None
     chosen = precision or opened.manifest.precision
+    lacking = [
+        n for n, part in opened.manifest.components.items() if part.role != "step" and chosen not in part.precisions
+    ]
+    if lacking:
+        raise click.ClickException(
+            f"{bundle} has no {chosen} model of {lacking[0]}: see `diffoundry build --precision`"
+        )
     if component is not None:
         print(json.dumps({"component": component, "precision": chosen, **_measured(opened, component, chosen)}))
         return

@@ -66,9 +66,10 @@ def read_report(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def with_report(bundle: Bundle, name: str, entries: dict[str, Any]) -> Bundle:
-    """`bundle` with these entries in its report `name`, beside those that it has."""
+    """`bundle` with these entries in its report `name`, beside those that it has; without those that are None."""
     path = bundle.root / "reports" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    write_json(path, read_report(bundle, name) | entries)
+    found = read_report(bundle, name) | entries
+    write_json(path, {key: entry for key, entry in found.items() if entry is not None})
     files = bundle.manifest.files | {f"reports/{name}.json": sha256_file(path)}
     return replace(bundle, manifest=replace(bundle.manifest, files=files))

@@ -73,10 +73,11 @@ class Goal:
         """How many parts the work has."""
         return self.converts + self.engine.fused + (0 if self.machine is None else count_plans(manifest, self.target))
 
-    def records(self) -> list[str]:
+    def records(self, manifest: Manifest) -> list[str]:
         """The names of the records of what is made."""
         made = [record_name(self.precision)] if self.converts else []
-        return [*made, *([fusion.record_name(self.engine, self.precision)] if self.engine.fused else [])]
+        fused = [fusion.record_name(self.engine, self.precision, name) for name in manifest.components]
+        return [*made, *(fused if self.engine.fused else ())]
 
     def written(self) -> float:
         """The weights that are written, as a multiple of those in fp32."""
@@ -110,10 +111,10 @@ def build(
         check_disk(path, goal.written() * _weights(old))
         ledger, meter = Ledger(work, path), Meter(progress, goal.parts(old.manifest) + 1)
         made = later_stages(_linked(old, ledger, goal), ledger, goal, meter)
-        if made.manifest == old.manifest and _keys(made) == _keys(old):
+        if made.manifest == Bundle.open(path).manifest and _keys(made) == _keys(old):
             remove(work / STAGES)  # nothing is new: the working folder goes
             return old
-        ledger.adopt(but=goal.records())
+        ledger.adopt(but=goal.records(made.manifest))
         return publish(made, ledger, meter)
 
 
@@ -135,6 +136,7 @@ def _checked(
     lacking = [name for name, part in own.components.items() if _FP32 not in part.variants]
     if lacking:
         raise BundleError(f"{path} has no fp32 model of {lacking[0]} to build from: compile the checkpoint again")
+    bundle = fusion.without_damaged(bundle)
     bundle.check()
     check_replaceable(path)
     return bundle, goal
@@ -144,6 +146,7 @@ def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bu
     """`bundle`, whose fp32 models lie in the ledger's working folder, with all else that the goal asks for."""
     if goal.converts:
         bundle = convert(bundle, ledger, goal.precision, goal.scan, meter)
+    bundle = fusion.forget_removed(bundle)
     if goal.engine.fused:
         bundle = fusion.fuse(bundle, ledger, goal.engine, goal.precision, meter)
     if goal.machine is not None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..bundle import FULL, Bundle, Variant
 from ..bundle.ledger import Kind, Ledger
 from ..bundle.manifest import Files
-from ..bundle.reports import with_report
+from ..bundle.reports import is_fusion, read_report, with_report
 from ..common.errors import EngineError
-from ..common.files import sha256_file, sha256_json
+from ..common.files import holds, sha256_file, sha256_json
 from ..common.progress import Meter
 from ..engines import Engine
 from ..engines.fusion.cuda import fuse_for_cuda
 from ..engines.fusion.graph import open_model
 from ..engines.fusion.standard import in_standard_operators
+from ..engines.names import FUSED as FUSED_ENGINES
 from ..engines.names import EngineName
 from ..engines.split import SplitEngine
 from ..engines.verify import compare_outputs, recorded_case
@@ -26,24 +28,25 @@ from .precision import precision_of
 from .rewrite import emulated
 from .sessions import start
 
-_REVISION = 3
+_REVISION = 4
 """Raise it when the same models would give other graphs."""
+_REPORT = "fusion"
 
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """The graphs of the components of a bundle in one precision, and what was counted and measured of each."""
+    """The graphs of a component in one precision, and what was counted and measured of them."""
 
-    variants: dict[str, Variant]
+    variant: Variant
     report: dict[str, Any]
 
     def __post_init__(self) -> None:
-        if not all({each.model, each.per_prompt} <= {"", *each.files} for each in self.variants.values()):
-            raise ValueError("a component has no graph")
+        if not {self.variant.model, self.variant.per_prompt} <= {"", *self.variant.files} or not is_fusion(self.report):
+            raise ValueError("it has no graph, or was not measured")
 
     def all_files(self) -> Files:
-        """The files of all components."""
-        return {path: sha for each in self.variants.values() for path, sha in each.files.items()}
+        """The files of its graphs."""
+        return self.variant.files
 
 
 FUSED = Kind(Fused, Fused.all_files)
@@ -54,59 +57,74 @@ def fuse(bundle: Bundle, ledger: Ledger, engine: EngineName, precision: str, met
 
     Raises `EngineError` when a graph does not give what torch gave.
     """
-    parts = bundle.manifest.components
-    found = {name: part.variant(precision) for name, part in parts.items() if part.role != "step"}
-    models = {name: variant for name, variant in found.items() if variant is not None}
-    per_prompt = {bundle.manifest.named("denoiser"): bundle.manifest.wiring.per_prompt()}
-    decided = {"revision": _REVISION, "models": {name: asdict(each) for name, each in models.items()}}
-    key = sha256_json({**decided, "per_prompt": per_prompt, "precision": precision})
-
-    def make() -> Fused:
-        variants, report = {}, {}
-        for name, model in models.items():
-            meter.show(f"{engine} {precision}, {name}")
-            variants[name], report[name] = _fused(bundle, name, model, precision, per_prompt.get(name, ()))
-        return Fused(variants, report)
-
-    made = ledger.once(record_name(engine, precision), key, FUSED, make)
+    components, denoiser = dict(bundle.manifest.components), bundle.manifest.named("denoiser")
+    report = {}
+    for name, part in components.items():
+        model = part.variant(precision) if part.role != "step" else None
+        if model is None:
+            continue
+        meter.show(f"{engine} {precision}, {name}")
+        per_prompt = bundle.manifest.wiring.per_prompt() if name == denoiser else ()
+        key = sha256_json({"revision": _REVISION, "model": asdict(model), "per_prompt": per_prompt})
+        make = partial(_fused, bundle, name, model, precision, per_prompt)
+        made = ledger.once(record_name(engine, precision, name), key, FUSED, make)
+        components[name] = replace(part, variants=part.variants | {f"{precision}/{engine}": made.variant})
+        report[name] = made.report
     meter.step()
-    components = {
-        name: replace(part, variants=part.variants | {f"{precision}/{engine}": made.variants[name]})
-        if name in made.variants
-        else part
-        for name, part in parts.items()
-    }
     bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
-    return with_report(bundle, "fusion", {f"{precision}/{engine}": made.report})
+    return with_report(bundle, _REPORT, {f"{precision}/{engine}": report})
 
 
-def record_name(engine: EngineName, precision: str) -> str:
+def forget_removed(bundle: Bundle) -> Bundle:
+    """`bundle` without the reports on graphs that it has not any more."""
+    report = read_report(bundle, _REPORT)
+    there = {name for part in bundle.manifest.components.values() for name in part.variants}
+    gone = dict.fromkeys(report.keys() - there)
+    return with_report(bundle, _REPORT, gone) if gone else bundle
+
+
+def without_damaged(bundle: Bundle) -> Bundle:
+    """`bundle` without graphs for an engine that are missing or were changed: they can be made again."""
+    components = {}
+    for name, part in bundle.manifest.components.items():
+        own = [path for key, each in part.variants.items() if not _is_made_here(key) for path in each.files]
+        kept = {
+            key: each
+            for key, each in part.variants.items()
+            if not _is_made_here(key) or holds(bundle.root, {p: s for p, s in each.files.items() if p not in own})
+        }
+        components[name] = replace(part, variants=kept)
+    return replace(bundle, manifest=replace(bundle.manifest, components=components))
+
+
+def _is_made_here(variant: str) -> bool:
+    return variant.partition("/")[2] in FUSED_ENGINES
+
+
+def record_name(engine: EngineName, precision: str, component: str) -> str:
     """Of the stage's record."""
-    return f"fusion.{engine.provider}.{precision}"
+    return f"fusion.{engine.provider}.{precision}.{component}"
 
 
-def _fused(
-    bundle: Bundle, name: str, model: Variant, precision: str, per_prompt: tuple[str, ...]
-) -> tuple[Variant, dict[str, Any]]:
-    """The graph of one component, and the report on it."""
+def _fused(bundle: Bundle, name: str, model: Variant, precision: str, per_prompt: tuple[str, ...]) -> Fused:
     source = bundle.path(model.model)
     whole, once = fuse_for_cuda(source, per_prompt)
     files = {path.relative_to(bundle.root).as_posix(): sha256_file(path) for path in (*whole, *once)}
     paths = [path.relative_to(bundle.root).as_posix() for path in (*whole[:1], *once[:1])]
-    variant = Variant(paths[0], files, *paths[1:])
     feeds, expected = recorded_case(bundle, name)
     check = compare_outputs(name, precision, _engine(name, precision, whole[0], *once[:1])(feeds), expected)
     if not check.passed:
+        plain = compare_outputs(name, precision, _engine(name, precision, source)(feeds), expected)
+        off = f"{check.max_abs_error:.1e} from torch, {check.allowed:.1e} is allowed"
+        if plain.passed:
+            raise EngineError(f"{name}: its graph for CUDA is off by {off}: use --engine onnxruntime, and report it")
         raise EngineError(
-            f"{name}: its graph for CUDA gives {check.max_abs_error:.1e} more or less than torch, "
-            f"{check.allowed:.1e} is allowed: use --engine onnxruntime, and please report it"
+            f"{name}: in {precision} it is off by {off}, and its plain graph by {plain.max_abs_error:.1e}: build the "
+            "precision again with more --scan-steps and --scan-prompts, or use --precision fp32"
         )
-    report = {
-        "operators": {"before": _operators(source), "after": _operators(*whole[:1], *once[:1])},
-        "max_abs_error": check.max_abs_error,
-        "allowed": check.allowed,
-    }
-    return variant, report
+    operators = {"before": _operators(source), "after": _operators(*whole[:1], *once[:1])}
+    report = {"operators": operators, "max_abs_error": check.max_abs_error, "allowed": check.allowed}
+    return Fused(Variant(paths[0], files, *paths[1:]), report)
 
 
 def _engine(name: str, precision: str, graph: Path, once: Path | None = None) -> Engine:

@@ -106,6 +106,10 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
         yield f"{precision}: {distance}; nodes that stay in fp32: {', '.join(kept) or 'not recorded'}"
 
 
+def _has(manifest: Any, component: str, variant: str) -> bool:
+    return component in manifest.components and variant in manifest.components[component].variants
+
+
 def _fusion_lines(reports: dict[str, Any], manifest: Any) -> Iterator[str]:
     """Of graphs made for an engine, how many nodes each has and had, and how far it is from torch."""
     from ..bundle.reports import is_fusion
@@ -113,7 +117,7 @@ def _fusion_lines(reports: dict[str, Any], manifest: Any) -> Iterator[str]:
     for name, components in reports.get("fusion", {}).items():
         parts = []
         for component, report in components.items() if isinstance(components, dict) else ():
-            if is_fusion(report) and name in manifest.components[component].variants:
+            if is_fusion(report) and _has(manifest, component, name):
                 before, after = (sum(report["operators"][when].values()) for when in ("before", "after"))
                 parts.append(f"{component} {after} nodes of {before}, error to torch {report['max_abs_error']:.1e}")
         if parts:

@@ -23,7 +23,7 @@ threads_option = click.option("--threads", type=click.IntRange(1, 1024), help="P
 
 
 def engine_option(
-    text: str = f"{ENGINES}. [default: what the bundle was compiled for]", default: str | None = None
+    text: str = f"{ENGINES}. [default: what the bundle was made for]", default: str | None = None
 ) -> Callable[[F], F]:
     """The option `--engine`; `text` is its help."""
     return click.option("--engine", metavar="ENGINE", default=default, help=text)

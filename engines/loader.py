@@ -62,9 +62,7 @@ class EngineLoader:
 
         variant = self._variant(name)
         if not self._bundle.foreign:
-            component, own = self._bundle.component(name), f"{self.precision_of(name)}/"
-            listed = [each.files for key, each in component.variants.items() if key.startswith(own)]
-            self._bundle.check({path for files in (component.files, *listed) for path in files})
+            self._bundle.check({*self._bundle.component(name).files, *variant.files})
         if self._fused:
             from .onnxruntime_cuda import load_fused
 

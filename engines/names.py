@@ -8,6 +8,8 @@ from ..common.errors import EngineError
 
 ONNXRUNTIME = "onnxruntime"
 ENGINES = (ONNXRUNTIME, f"{ONNXRUNTIME}:cuda", f"{ONNXRUNTIME}:tensorrt", "tensorrt", "tensorrt-rtx")
+FUSED = (f"{ONNXRUNTIME}:cuda",)
+"""Engines that run graphs with operators of their own, which are made ahead of time."""
 _CPU = "cpu"
 
 
@@ -33,8 +35,8 @@ class EngineName:
 
     @property
     def fused(self) -> bool:
-        """Whether it runs graphs with operators of its own, which are made ahead of time."""
-        return self.provider == "cuda"
+        """Whether it is one of `FUSED`."""
+        return str(self) in FUSED
 
     def __str__(self) -> str:
         return self.backend if self.provider in ("", _CPU) else f"{self.backend}:{self.provider}"

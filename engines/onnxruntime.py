@@ -37,7 +37,7 @@ _CHOSEN: dict[str, _Providers] = {
     "tensorrt": [("TensorrtExecutionProvider", {"trt_fp16_enable": "0", "trt_int8_enable": "0"}), _CUDA],
 }
 """The providers of a session and their options: float32 is float32."""
-_GPU = install("onnxruntime-gpu")
+_GPU = {name: install(f"onnxruntime-gpu{' cuda-python' * (name == 'cuda')}") for name in ("cuda", "tensorrt")}
 _LIBRARIES = {"cuda": "install CUDA's and cuDNN's libraries", "tensorrt": "install TensorRT's libraries"}
 _NO_NODES = bytes.fromhex(
     "08083a25120167"  # IR version 8, a graph `g`
@@ -262,9 +262,7 @@ def require_provider(provider: str) -> str:
     except (KeyError, TypeError):
         raise EngineError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}") from None
     if name not in ort.get_available_providers():
-        raise EngineError(
-            f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {_remedy(provider, _GPU)}"
-        )
+        raise EngineError(f"provider {provider!r} is not in this ONNX Runtime ({ort.__version__}): {_remedy(provider)}")
     if provider != "cpu":
         _start(provider)
     return name
@@ -275,7 +273,7 @@ def _start(provider: str) -> None:
     """Start `provider` once. Raises `EngineError`."""
     if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
         raise EngineError(
-            f"provider {provider!r} needs onnxruntime-gpu 1.24, this is {ort.__version__}: {_remedy(provider, _GPU)}"
+            f"provider {provider!r} needs onnxruntime-gpu 1.24, this is {ort.__version__}: {_remedy(provider)}"
         )
     # What goes wrong is an error that we raise. The log of the process, which no session has a say in, would show each
     # way that a provider tries and passes over, in hundreds of lines.
@@ -287,13 +285,13 @@ def _start(provider: str) -> None:
     except Exception:  # ONNX Runtime raises its own family of exceptions, and says nothing of use here
         used = []
     if not used or used[0] != PROVIDERS[provider]:
-        raise EngineError(f"provider {provider!r} did not start on this machine: {_remedy(provider)}")
+        raise EngineError(f"provider {provider!r} did not start on this machine: {_remedy(provider, wheel=False)}")
 
 
-def _remedy(provider: str, *steps: str) -> str:
-    """What makes `provider` start, after `steps`."""
-    libraries = [_LIBRARIES[provider]] * (provider in _LIBRARIES)
-    return ", ".join([*steps, *libraries, "or use the engine onnxruntime, on the CPU"])
+def _remedy(provider: str, *, wheel: bool = True) -> str:
+    """What makes `provider` start; wheel: the one that has it is wanted, too."""
+    steps = [*([_GPU[provider]] * (wheel and provider in _GPU)), *([_LIBRARIES[provider]] * (provider in _LIBRARIES))]
+    return ", ".join([*steps, "or use the engine onnxruntime, on the CPU"])
 
 
 def new_options(threads: int, low_memory: bool = False) -> ort.SessionOptions:

@@ -38,7 +38,7 @@ def require_version() -> None:
         least = ".".join(map(str, FLOOR))
         raise EngineError(
             f"the engine onnxruntime:cuda needs onnxruntime-gpu {least}, this is {ort.__version__}: "
-            f"{install('onnxruntime-gpu')}"
+            f"{install('onnxruntime-gpu cuda-python')}"
         )
 
 

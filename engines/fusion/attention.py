@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...bundle import Tensor
 from ...common.arrays import Array
-from .graph import DOMAIN, add_sizes, dims, dtype_of, make_node, maker, numbers_of, rank, reader, replace
+from .graph import (
+    DOMAIN,
+    add_sizes,
+    attribute,
+    dims,
+    dtype_of,
+    make_node,
+    maker,
+    map_tensor,
+    numbers_of,
+    rank,
+    reader,
+    replace,
+)
 
 _ON_THE_WAY = ("Cast", "Mul", "Transpose", "Reshape")
 """What lies between the projections, (B, S, H·D), and the product of queries and keys."""
+_APART = (0, 2, 1, 3)
+"""(B, S, H, D) to (B, H, S, D), and back."""
+_KEY_MOVES = [[(0, 2, 3, 1)], [_APART, (0, 1, 3, 2)], [_APART, (0, 2, 1)]]
+"""(B, S, H, D) to (B, H, D, S); the last of them by way of (B·H, S, D)."""
 _MASKED = -1e4
 """A score that is this low or lower has no weight."""
 
@@ -33,35 +51,38 @@ def _fuse(model: Any, softmax: Any, masked: bool) -> bool:
     import onnx_ir
 
     scores, mask = _before(softmax)
-    product = _after(softmax)
-    if scores is None or product is None or (mask is not None and not masked):
+    product, guarded = _after(softmax)
+    last = attribute(softmax, "axis", -1)
+    if scores is None or product is None or (mask is not None and not masked) or last not in (-1, 3):
         return False
     merged = reader(product.outputs[0], "Transpose")
     output = None if merged is None else reader(merged.outputs[0], "Reshape")
     query, key, value = (_source(each) for each in (*scores.inputs, product.inputs[1]))
     if query is None or key is None or value is None or output is None:
         return False
-    heads, scale = query[2], query[1] * key[1]
-    if heads < 1 or value[1] != 1 or not heads == key[2] == value[2] or not math.isfinite(scale):
+    apart = query.moves == value.moves == [_APART] and key.moves in _KEY_MOVES and _moves(merged) == _APART
+    heads, scale = query.heads, query.scale * key.scale
+    if not apart or heads < 1 or value.scale != 1 or not heads == key.heads == value.heads or not math.isfinite(scale):
         return False
-    inputs = [query[0], key[0], value[0]]
-    if len({dtype_of(each) for each in (*inputs, output.outputs[0])}) > 1:
+    inputs = [query.value, key.value, value.value]
+    if len({dtype_of(each) for each in (*inputs, output.outputs[0])}) > 1 or rank(output.outputs[0]) != 3:
         return False
     attributes = {"num_heads": heads, "scale": scale}
     if mask is not None and _is_causal(model, mask):
         attributes["unidirectional"] = 1
+    elif guarded:  # the operator has no zeros for a row that is masked as a whole
+        return False
     elif mask is not None:
-        axes = 4 - rank(mask)
-        if dtype_of(mask) != dtype_of(inputs[0]) or not 0 <= axes < 4:
+        shape = dims(mask) or ()
+        if dtype_of(mask) != dtype_of(inputs[0]) or not 2 <= len(shape) <= 4 or {1, None} & set(shape[-2:]):
             return False
-        if axes:
-            wide = onnx_ir.Value(name=f"{mask.name}:wide", type=mask.type, shape=None)
-            given = [mask, add_sizes(model.graph, *range(axes))]
+        if len(shape) < 4:
+            wide = onnx_ir.Value(name=f"{mask.name}:{output.outputs[0].name}", type=mask.type)
+            given = [mask, add_sizes(model.graph, *range(4 - len(shape)))]
             model.graph.insert_before(output, onnx_ir.node("Unsqueeze", given, outputs=[wide]))
             mask = wide
         inputs += [None, None, mask]
-    fused = make_node("MultiHeadAttention", inputs, attributes, output.outputs)
-    replace(model.graph, output, fused)
+    replace(model.graph, output, make_node("MultiHeadAttention", inputs, attributes, output.outputs))
     return True
 
 
@@ -74,19 +95,23 @@ def _before(softmax: Any) -> tuple[Any, Any]:
     return maker(value, "MatMul"), mask
 
 
-def _after(softmax: Any) -> Any:
-    """The product of the weights and the values; None where there is none.
+def _after(softmax: Any) -> tuple[Any, bool]:
+    """The product of the weights and the values, None where there is none, and whether NaN is set to 0 before it.
 
-    Rows without a token to attend to are set to 0 by `IsNaN` and `Where`; the operator does that itself.
+    A row of scores that is masked as a whole, by infinity, gives NaN.
     """
-    value = softmax.outputs[0]
+    value, guarded = softmax.outputs[0], False
     readers = {node.op_type: node for node, _ in value.uses()}
     if readers.keys() == {"IsNaN", "Where"} and readers["Where"].inputs[2] is value:
-        value = readers["Where"].outputs[0]
+        chosen = readers["Where"]
+        zero, made = numbers_of(chosen.inputs[1], 1), reader(readers["IsNaN"].outputs[0], "Where")
+        if made is not chosen or chosen.inputs[0] is not readers["IsNaN"].outputs[0] or zero is None or zero[0] != 0:
+            return None, False
+        value, guarded = chosen.outputs[0], True
     if (cast := reader(value, "Cast")) is not None:
         value = cast.outputs[0]
     product = reader(value, "MatMul")
-    return product if product is not None and product.inputs[0] is value else None
+    return (product if product is not None and product.inputs[0] is value else None), guarded
 
 
 def _uncast(value: Any) -> Any:
@@ -95,9 +120,20 @@ def _uncast(value: Any) -> Any:
     return value if cast is None else cast.inputs[0]
 
 
-def _source(value: Any) -> tuple[Any, float, int] | None:
-    """The projection that `value` was split from, the scale on the way, and the number of heads."""
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A projection (B, S, H·D), and what was done to it: by what it was scaled, its heads, and its transpositions."""
+
+    value: Any
+    scale: float
+    heads: int
+    moves: list[tuple[int, ...]]
+
+
+def _source(value: Any) -> _Source | None:
+    """The projection that `value` was split from; None where there is none."""
     scale, heads = 1.0, 0
+    moves: list[tuple[int, ...]] = []
     while (node := value.producer()) is not None and node.op_type in _ON_THE_WAY:
         if node.op_type == "Mul":
             factor = numbers_of(node.inputs[1], 1)
@@ -106,10 +142,16 @@ def _source(value: Any) -> tuple[Any, float, int] | None:
             scale *= float(factor[0])
         elif node.op_type == "Reshape":
             heads = _heads(node)
-        elif node.op_type == "Cast" and heads:
-            break  # of the projection itself
+        elif node.op_type == "Transpose":
+            moves.insert(0, _moves(node))
+        elif heads:
+            break  # the cast of the projection itself
         value = node.inputs[0]
-    return (value, scale, heads) if heads else None
+    return _Source(value, scale, heads, moves) if heads and rank(value) == 3 else None
+
+
+def _moves(transpose: Any) -> tuple[int, ...]:
+    return tuple(attribute(transpose, "perm", ()))
 
 
 def _heads(split: Any) -> int:
@@ -148,6 +190,7 @@ def _is_causal(model: Any, mask: Any) -> bool:
             seen.add(node)
             edge += [each for each in node.inputs if each is not None]
     part = onnx_ir.Model(onnx_ir.convenience.extract(graph, list(graph.inputs), [mask]), ir_version=model.ir_version)
+    _in_float32(part.graph)
     try:
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -161,6 +204,23 @@ def _is_causal(model: Any, mask: Any) -> bool:
     except Exception:  # ONNX Runtime raises its own family of exceptions
         return False
     return all(_hides_later(found) for found in masks)
+
+
+def _in_float32(graph: Any) -> None:
+    """Let a graph compute in float32 where it does in bfloat16, for which the CPU has no kernels."""
+    import onnx_ir
+
+    narrow, wide = onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.FLOAT
+    for value in graph.initializers.values():
+        if value.dtype == narrow:
+            value.const_value = onnx_ir.tensor(map_tensor(value.const_value, lambda array: array.astype(np.float32)))
+            value.dtype = wide
+    for node in graph:
+        if attribute(node, "to") == int(narrow):
+            node.attributes["to"] = onnx_ir.AttrInt64("to", int(wide))
+        for made in node.outputs:
+            if made.dtype == narrow:
+                made.dtype = wide
 
 
 def _zeros(tensor: Tensor, rows: int, length: int) -> Array:

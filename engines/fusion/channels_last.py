@@ -294,11 +294,21 @@ class _ChannelsLast:
         if (len(before), len(after)) == (4, 3):
             sizes = add_sizes(self._graph, 0, -1, before[1])
         elif (len(before), len(after)) == (3, 4):
-            sizes = self._moved_sizes(node.inputs[1], node)
+            sizes = self._split_sizes(node, before[1])
         else:
+            return False
+        if sizes is None:
             return False
         self._last[out] = self._emit("Reshape", [self._last[x], sizes], {}, f"{out.name}:last", out, _moved(out), node)
         return True
+
+    def _split_sizes(self, node: Any, channels: int) -> Any:
+        """The sizes (B, H, W, C) of a Reshape to (B, C, H, W); None where H or W stands for an axis of the input."""
+        sizes = numbers_of(node.inputs[1], 4)
+        if sizes is not None:
+            batch, _, height, width = map(int, sizes)
+            return None if 0 in (height, width) else add_sizes(self._graph, batch, height, width, channels)
+        return self._moved_sizes(node.inputs[1], node)
 
 
 def merge_sizes(graph: Any) -> None:

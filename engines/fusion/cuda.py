@@ -13,8 +13,14 @@ from .linear import fuse_activations, fuse_residuals
 from .norms import fuse_group_norms, fuse_skips
 from .per_prompt import split
 
-_NO_BFLOAT16 = {"InstanceNormalization": (0, 1, 2), "Resize": (0,)}
-"""Operators without kernels for bfloat16 on CUDA, and their inputs of floats."""
+# fmt: off
+_BFLOAT16 = {
+    "Add", "BiasGelu", "Cast", "Concat", "Conv", "Div", "Expand", "Gather", "GatherND", "Gelu", "Gemm", "Identity",
+    "LayerNormalization", "MatMul", "Mul", "MultiHeadAttention", "QuickGelu", "Reshape", "Sigmoid",
+    "SkipLayerNormalization", "Slice", "Softmax", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
+}
+# fmt: on
+"""Operators that have kernels for bfloat16 on CUDA."""
 
 
 def fuse_for_cuda(source: Path, per_prompt: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -54,16 +60,17 @@ def _widen(graph: Any) -> None:
         return onnx_ir.node("Cast", [value], {"to": int(to)}, outputs=[made])
 
     for node in list(graph):
-        made = node.outputs[0]
-        is_narrow = node.op_type in _NO_BFLOAT16 and dtype_of(made) == narrow.name
         is_whole = node.op_type == "ArgMax" and dtype_of(node.inputs[0]).startswith("INT")
-        for place in (0,) if is_whole else _NO_BFLOAT16[node.op_type] if is_narrow else ():
-            before = cast(node.inputs[place], wide, f"{made.name}:wide{place}")
-            graph.insert_before(node, before)
-            node.replace_input_with(place, before.outputs[0])
-        if is_narrow:
-            after = cast(made, narrow, f"{made.name}:narrow")
-            onnx_ir.convenience.replace_all_uses_with(made, after.outputs[0], replace_graph_outputs=True)
-            after.replace_input_with(0, made)
-            made.type = onnx_ir.TensorType(wide)
-            graph.insert_after(node, after)
+        is_narrow = node.op_type not in _BFLOAT16
+        for place, value in enumerate(node.inputs):
+            if is_whole or (is_narrow and dtype_of(value) == narrow.name):
+                before = cast(value, wide, f"{node.outputs[0].name}:wide{place}")
+                graph.insert_before(node, before)
+                node.replace_input_with(place, before.outputs[0])
+        for made in node.outputs:
+            if is_narrow and dtype_of(made) == narrow.name:
+                after = cast(made, narrow, f"{made.name}:narrow")
+                onnx_ir.convenience.replace_all_uses_with(made, after.outputs[0], replace_graph_outputs=True)
+                after.replace_input_with(0, made)
+                made.type = onnx_ir.TensorType(wide)
+                graph.insert_after(node, after)

@@ -16,7 +16,7 @@ from ...common.files import disk_error, inside, remove
 Value = TypeVar("Value")
 
 DOMAIN = "com.microsoft"
-"""Of ONNX Runtime's own operators."""
+"""The domain of ONNX Runtime's own operators."""
 _EXTERNAL_FROM_BYTES = 64 << 20
 """Models with more weights than this keep them beside the graph; a protobuf holds at most 2 GiB."""
 _EMBEDDED_BYTES = 256
@@ -188,24 +188,20 @@ def attribute(node: Any, name: str, default: Any = None) -> Any:
     return default if found is None else found.value
 
 
-def make_node(kind: str, inputs: Sequence[Any], attributes: dict[str, Any], likes: Sequence[Any], **more: Any) -> Any:
-    """A node of `DOMAIN` (or `domain=`) whose outputs have the types, shapes and names of `likes`."""
+def make_node(kind: str, inputs: Sequence[Any], attributes: dict[str, Any], likes: Sequence[Any]) -> Any:
+    """A node of `DOMAIN` whose outputs have the types, shapes and names of `likes`."""
     import onnx_ir
 
     outputs = [onnx_ir.Value(name=each.name, type=each.type, shape=each.shape) for each in likes]
-    return onnx_ir.node(kind, inputs, attributes, domain=more.get("domain", DOMAIN), outputs=outputs)
+    return onnx_ir.node(kind, inputs, attributes, domain=DOMAIN, outputs=outputs)
 
 
-def replace(graph: Any, last: Any, new: Any, at: Any = None) -> None:
-    """Put node `new` right after the node `at` (default `last`); its first outputs take the place of those of `last`.
-
-    `last` goes, and with it whatever nobody reads any more.
-    """
+def replace(graph: Any, last: Any, new: Any) -> None:
+    """Put node `new` in the place of `last`, with which goes whatever nobody reads any more."""
     import onnx_ir
 
-    graph.insert_after(at or last, new)
-    made = new.outputs[: len(last.outputs)]
-    onnx_ir.convenience.replace_all_uses_with(last.outputs, made, replace_graph_outputs=True)
+    graph.insert_after(last, new)
+    onnx_ir.convenience.replace_all_uses_with(last.outputs, new.outputs, replace_graph_outputs=True)
     drop(graph, last)
 
 

@@ -57,7 +57,8 @@ def _split_gelu(graph: Any, product: Any) -> bool:
         if found is None:
             continue
         alone = reader(added.outputs[0], "Split") is halves and reader(gelu.outputs[0], "Mul") is product
-        wanted = left is halves.outputs[0] and gelu.inputs[0] is halves.outputs[1]
+        across = attribute(halves, "axis", 0) in (-1, rank(halves.inputs[0]) - 1)
+        wanted = across and left is halves.outputs[0] and gelu.inputs[0] is halves.outputs[1]
         width = (dims(product.outputs[0]) or (0,))[-1]
         if alone and wanted and width in SPLIT_GELU_WIDTHS and dtype_of(product.outputs[0]) in _TYPES:
             replace(graph, product, make_node("BiasSplitGelu", list(found), {}, product.outputs))
@@ -76,13 +77,17 @@ def _bias_gelu(graph: Any, gelu: Any) -> None:
 
 def _quick_gelu(graph: Any, product: Any) -> None:
     for sigmoid, x in sides(product, "Sigmoid"):
-        alpha, scaled = 1.0, maker(sigmoid.inputs[0], "Mul")
-        if sigmoid.inputs[0] is not x and scaled is not None and x in scaled.inputs:
-            factor = numbers_of(next((v for v in scaled.inputs if v is not x), None), 1)
-            alpha = float("nan") if factor is None else float(factor[0])
-        elif sigmoid.inputs[0] is not x:
-            continue
-        if alpha == alpha and reader(sigmoid.outputs[0], "Mul") is product:
+        factor = [1.0] if sigmoid.inputs[0] is x else _factor(sigmoid.inputs[0], x)
+        alone = reader(sigmoid.outputs[0], "Mul") is product and rank(x) == rank(product.outputs[0])
+        if factor is not None and alone:
+            alpha = float(factor[0])
             replace(graph, product, make_node("QuickGelu", [x], {"alpha": alpha}, product.outputs))
             graph.opset_imports[DOMAIN] = 1
             return
+
+
+def _factor(scaled: Any, x: Any) -> Any:
+    """The number that `x` was multiplied with to give `scaled`, alone in an array; None where there is none."""
+    node = maker(scaled, "Mul")
+    other = [value for value in node.inputs if value is not x] if node is not None and x in node.inputs else []
+    return numbers_of(other[0], 1) if other else None

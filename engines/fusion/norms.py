@@ -27,15 +27,16 @@ from .graph import (
 _TYPES = ("FLOAT", "FLOAT16")
 _LARGEST_GROUP = 512
 """Channels of a group that ONNX Runtime's kernel takes."""
-GROUP_NORMS = ("GroupNorm", "SkipGroupNorm")
 
 
-def fuse_group_norms(graph: Any) -> int:
-    """`GroupNorm` in the place of a norm over groups of channels, with a SiLU after it; returns of how many.
+def fuse_group_norms(graph: Any) -> None:
+    """`GroupNorm` in the place of a norm over groups of channels, with a SiLU after it.
 
     They still have their channels first: `channels_last` moves them. What the kernel does not take stays as it is.
     """
-    return sum([_group_norm(graph, node) for node in list(graph) if node.op_type == "InstanceNormalization"])
+    for node in list(graph):
+        if node.op_type == "InstanceNormalization":
+            _group_norm(graph, node)
 
 
 def fuse_skips(graph: Any) -> None:
@@ -48,7 +49,9 @@ def fuse_skips(graph: Any) -> None:
     graph.sort()  # they stand where the sum was made, before the cast of a weight, maybe
 
 
-def _group_norm(graph: Any, norm: Any) -> bool:
+def _group_norm(graph: Any, norm: Any) -> None:
+    import onnx_ir
+
     split = maker(norm.inputs[0], "Reshape")
     groups = 0 if split is None else _size(norm.inputs[1])
     plain = groups and _are(norm.inputs[1], groups, 1.0) and _are(norm.inputs[2], groups, 0.0)
@@ -57,19 +60,18 @@ def _group_norm(graph: Any, norm: Any) -> bool:
     scaled = None if whole is None else _next(whole, "Mul")
     moved = None if scaled is None else _next(scaled, "Add")
     if sizes is None or list(sizes) != [0, groups, -1] or moved is None:
-        return False
-    x, gamma, beta = split.inputs[0], _channels(scaled), _channels(moved)
+        return
+    x = split.inputs[0]
+    gamma, beta = (_channels(node, rank(x)) for node in (scaled, moved))
     shape = dims(x)
     if gamma is None or beta is None or shape is None or len(shape) not in (3, 4) or dtype_of(x) not in _TYPES:
-        return False
+        return
     channels = _size(gamma)
     each = channels // groups
     if channels != _size(beta) or shape[1] != channels or channels % groups or each % 2 or each > _LARGEST_GROUP:
-        return False
+        return
     if dtype_of(x) != dtype_of(moved.outputs[0]):
-        return False
-    import onnx_ir
-
+        return
     attributes = {"epsilon": attribute(norm, "epsilon", 1e-5), "groups": groups, "activation": 0, "channels_last": 0}
     weights = [add_weight(graph, f"{w.name}:norm", w, onnx_ir.DataType.FLOAT, [channels], _flat) for w in (gamma, beta)]
     last = moved
@@ -79,7 +81,6 @@ def _group_norm(graph: Any, norm: Any) -> bool:
         attributes["activation"], last = 1, silu
     replace(graph, last, make_node("GroupNorm", [x, *weights], attributes, last.outputs))
     graph.opset_imports[DOMAIN] = 1
-    return True
 
 
 def _skip_group_norm(graph: Any, norm: Any) -> None:
@@ -89,7 +90,7 @@ def _skip_group_norm(graph: Any, norm: Any) -> None:
     if added is None or dtype_of(total) not in _TYPES:
         return
     parts = [(x, skip) for x, skip in (added.inputs, added.inputs[::-1]) if same_shape(x, total)]
-    parts = [(x, skip) for x, skip in parts if same_shape(skip, total) or per_channel(skip) is not None]
+    parts = [(x, skip) for x, skip in parts if same_shape(skip, total) or _spread(skip, total)]
     if not parts:
         return
     convs = [maker(x, "Conv") is not None and len(list(x.uses())) == 1 for x, _ in parts]
@@ -100,6 +101,11 @@ def _skip_group_norm(graph: Any, norm: Any) -> None:
         "SkipGroupNorm", inputs, {n: a.value for n, a in norm.attributes.items()}, [norm.outputs[0], total]
     )
     _with_sum(graph, norm, fused, added)
+
+
+def _spread(value: Any, total: Any) -> bool:
+    """Whether `value` is (B, C, 1, 1) and holds a number for each row and channel of `total`."""
+    return per_channel(value) is not None and (dims(value) or ())[:2] == (dims(total) or ())[:2]
 
 
 def _take_bias(graph: Any, x: Any) -> Any:
@@ -118,10 +124,14 @@ def _take_bias(graph: Any, x: Any) -> Any:
 
 
 def _skip_layer_norm(graph: Any, norm: Any) -> None:
+    import onnx_ir
+
     total = norm.inputs[0]
     added = maker(total, "Add")
-    last = attribute(norm, "axis", -1)
-    if added is None or rank(total) != 3 or last not in (-1, 2) or len([o for o in norm.outputs if o.uses()]) > 1:
+    last, others = attribute(norm, "axis", -1), norm.outputs[1:]
+    if added is None or rank(total) != 3 or last not in (-1, 2) or any(o.uses() or o.is_graph_output() for o in others):
+        return
+    if not all(dims(weight) == (dims(total) or ())[-1:] for weight in norm.inputs[1:]):
         return
     if not all(same_shape(value, total) and weight_of(value) is None for value in added.inputs):
         return
@@ -135,8 +145,6 @@ def _skip_layer_norm(graph: Any, norm: Any) -> None:
     if bias is not None:
         inputs = [*inputs, *[None] * (4 - len(inputs)), bias]
     epsilon = attribute(norm, "epsilon", 1e-5)
-    import onnx_ir
-
     fused = make_node("SkipLayerNormalization", inputs, {"epsilon": epsilon}, [norm.outputs[0]])
     if len(list(total.uses())) > 1 or total.is_graph_output():
         unused = [onnx_ir.Value(name="") for _ in range(2)]
@@ -169,7 +177,11 @@ def _with_sum(graph: Any, norm: Any, fused: Any, added: Any) -> None:
 def bias_of(added: Any) -> tuple[Any, Any] | None:
     """Of an `Add` what a matrix product made and the bias, an initializer with one axis; None where it is no such."""
     for product, bias in sides(added, "MatMul"):
-        if weight_of(bias) is not None and rank(bias) == 1 and dtype_of(bias) == dtype_of(added.outputs[0]):
+        if (
+            weight_of(bias) is not None
+            and dims(bias) == (dims(added.outputs[0]) or ())[-1:]
+            and dtype_of(bias) == dtype_of(added.outputs[0])
+        ):
             return product.outputs[0], bias
     return None
 
@@ -188,11 +200,11 @@ def _next(node: Any, kind: str) -> Any:
     return reader(value if cast is None else cast.outputs[0], kind)
 
 
-def _channels(node: Any) -> Any:
-    """The initializer (C, 1, …) that a node reads beside its input; None where there is none."""
+def _channels(node: Any, axes: int) -> Any:
+    """The initializer (C, 1, …) that a node reads beside its input of so many axes; None where there is none."""
     for value in node.inputs:
         shape, weight = dims(value), weight_of(value)
-        if weight is not None and shape and all(axis == 1 for axis in shape[1:]):
+        if weight is not None and shape and len(shape) == axes - 1 and all(axis == 1 for axis in shape[1:]):
             return weight
     return None
 

@@ -13,7 +13,8 @@ from .graph import DOMAIN, add_sizes, attribute, dtype_of, rank
 def in_standard_operators(model: Any) -> None:
     """Write out, in place, the operators that ONNX Runtime has on GPUs alone; attention stays one operator.
 
-    Norms and attention compute in float32 and round once, as the kernels do.
+    Norms and attention compute in float32 and round their result, as the kernels do. A sum before a norm is rounded
+    after each addition, the kernels' at the end: what is measured here is no better than what they give.
     """
     for node in list(model.graph):
         if node.domain == DOMAIN:

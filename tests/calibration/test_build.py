@@ -264,15 +264,18 @@ def test_graphs_for_cuda_are_made_once_and_go_with_the_models_that_they_were_mad
 def test_a_graph_that_does_not_give_what_torch_gave_is_an_error(copied, monkeypatch):
     before = sha256_tree(copied)
     monkeypatch.setattr(fusion, "in_standard_operators", lambda model: _spoil(model))
-    with pytest.raises(diffoundry.DiffoundryError, match=r"its graph for CUDA gives .* more or less than torch"):
+    with pytest.raises(
+        diffoundry.DiffoundryError, match=r"its graph for CUDA is off by .* from torch, .* is allowed: use --eng"
+    ):
         diffoundry.build(copied, engine="onnxruntime:cuda")
     assert sha256_tree(copied) == before
 
 
 def _spoil(model):
-    """Every group norm with twice its epsilon, which shows in the third digit."""
+    """Norms of a graph that was fused with another epsilon."""
+    fused = any(node.domain for node in model.graph)
     for node in model.graph:
-        if "epsilon" in node.attributes:
+        if fused and "epsilon" in node.attributes:
             node.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", 0.3)
     in_standard_operators(model)
 

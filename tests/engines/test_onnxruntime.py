@@ -292,13 +292,24 @@ def test_float32_on_a_gpu_is_float32():
     assert set(chosen["tensorrt"]["TensorrtExecutionProvider"].values()) == {"0"}
 
 
+@pytest.fixture
+def _cuda():
+    """The provider, where it starts."""
+    try:
+        onnxruntime.require_provider("cuda")
+    except EngineError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
 def test_the_session_on_cuda_has_no_tf32(unet_path):
     engine = OnnxRuntimeEngine.load(unet_path, provider="cuda")
     assert engine._session.get_provider_options()["CUDAExecutionProvider"]["use_tf32"] == "0"
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
 def test_a_convolution_in_float16_on_cuda_prints_nothing(tmp_path, capfd):
     """The provider tries plans that there are not, and its log would say so."""
     inputs = [

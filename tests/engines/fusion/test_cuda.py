@@ -14,6 +14,7 @@ import onnx_ir
 import onnxruntime as ort
 import pytest
 from onnx import parser, save
+from onnx_ir.passes.common import ShapeInferencePass
 
 from diffoundry.bundle import Bundle
 from diffoundry.bundle.reports import read_report
@@ -110,7 +111,7 @@ def fused(folder, text, per_prompt=()):
     model = onnx_ir.load(folder / "model.onnx")
     for value in (v for node in model.graph for v in node.outputs):
         assert value.name
-    model = onnx_ir.passes.common.ShapeInferencePass()(model).model
+    model = ShapeInferencePass()(model).model
     onnx_ir.save(model, folder / "model.onnx")
     whole, _ = fuse_for_cuda(folder / "model.onnx", per_prompt)
     options = ort.SessionOptions()
@@ -380,7 +381,7 @@ def test_in_bfloat16_what_has_no_kernel_computes_in_float32(tmp_path):
         }}
     """
     save(parser.parse_model(text), tmp_path / "model.onnx")
-    model = onnx_ir.passes.common.ShapeInferencePass()(onnx_ir.load(tmp_path / "model.onnx")).model
+    model = ShapeInferencePass()(onnx_ir.load(tmp_path / "model.onnx")).model
     onnx_ir.save(model, tmp_path / "model.onnx")
     whole, _ = fuse_for_cuda(tmp_path / "model.onnx", ())
     nodes = {node.op_type: node for node in open_model(whole[0]).graph}
@@ -389,3 +390,117 @@ def test_in_bfloat16_what_has_no_kernel_computes_in_float32(tmp_path):
         made = {value.dtype.name for value in node.outputs if value.dtype is not None} & HALF
         assert made <= KERNELS.get(node.op_type, set())
     assert nodes["Conv"].outputs[0].dtype.name == "BFLOAT16"
+
+
+ODD = {
+    "softmax over another axis": ("axis = -1>(hidden)", "axis = -2>(hidden)"),
+    "heads that are not moved": ("qt = Transpose<perm = [0, 2, 1, 3]>(q4)", "qt = Transpose<perm = [0, 1, 2, 3]>(q4)"),
+    "keys that are not turned": ("kt = Transpose<perm = [0, 2, 3, 1]>(k4)", "kt = Transpose<perm = [0, 2, 1, 3]>(k4)"),
+    "an output that is not moved back": (
+        "back = Transpose<perm = [0, 2, 1, 3]>",
+        "back = Transpose<perm = [0, 1, 2, 3]>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(ODD))
+def test_what_only_looks_like_attention_is_left_alone(tmp_path, name):
+    text = ATTENTION.format(more="", constants=NUMBERS, mask=CAUSAL.format(hidden="low"))
+    kinds, run, engine = fused(tmp_path, text.replace(*ODD[name]))
+    assert "MultiHeadAttention" not in kinds
+    size = 4 if "keys" in name else 2 if "heads" in name or "back" in name else 5
+    same(run, engine, {n: random(2, size, 8, seed=i) for i, n in enumerate("qkv")})
+
+
+@pytest.mark.parametrize("shape", ["1, 1, 1, S", "1, S", "S", "S, 1"])
+def test_a_mask_that_the_operator_would_have_to_spread_is_not_given_to_it(tmp_path, shape):
+    text = ATTENTION.format(more=f", float[{shape}] given", constants="", mask="mask = Identity(given)")
+    kinds, run, engine = fused(tmp_path, text)
+    assert "MultiHeadAttention" not in kinds
+    given = random(*(5 if axis == "S" else int(axis) for axis in shape.split(", ")))
+    same(run, engine, {**{n: random(2, 5, 8, seed=i) for i, n in enumerate("qkv")}, "given": given})
+
+
+def test_rows_that_are_masked_as_a_whole_stay_zero(tmp_path):
+    guard = """
+        weights = Softmax<axis = -1>(hidden)
+        broken = IsNaN(weights)
+        whole = Where(broken, none, weights)
+        mixed = MatMul(whole, vt)
+    """
+    text = ATTENTION.format(
+        more=", float[1, 1, S, S] given", constants=", float none = {0.0}", mask="mask = Identity(given)"
+    )
+    text = text.replace("weights = Softmax<axis = -1>(hidden)", "").replace("mixed = MatMul(weights, vt)", guard)
+    kinds, run, engine = fused(tmp_path, text)
+    assert "MultiHeadAttention" not in kinds
+    given = np.zeros((1, 1, 5, 5), np.float32)
+    given[..., 2, :] = -np.inf
+    same(run, engine, {**{n: random(2, 5, 8, seed=i) for i, n in enumerate("qkv")}, "given": given})
+
+
+MAPS = {
+    "split across rows": (
+        f"float[B, 4, 2] x) => (float[B, 2, 2560] y) <{ones('w', 2, 2560)}, {ones('b', 2560)}",
+        """product = MatMul(x, w)
+        biased = Add(product, b)
+        left, right = Split<axis = 1, num_outputs = 2>(biased)
+        active = Gelu(right)
+        y = Mul(left, active)""",
+        (2, 4, 2),
+    ),
+    "channels last as an output": (
+        f"float[B, 2, H, W] x) => (float[B, H, W, 4] y) <{ones('w', 4, 2, 3, 3)}",
+        """made = Conv<pads = [1, 1, 1, 1]>(x, w)
+        y = Transpose<perm = [0, 2, 3, 1]>(made)""",
+        (2, 2, 4, 6),
+    ),
+    "a map that is turned the wrong way": (
+        f"float[B, 2, H, W] x) => (float[B, W, 4, H] y) <{ones('w', 4, 2, 3, 3)}",
+        """made = Conv<pads = [1, 1, 1, 1]>(x, w)
+        y = Transpose<perm = [0, 3, 1, 2]>(made)""",
+        (2, 2, 4, 6),
+    ),
+    "zeros in the sizes of a Reshape": (
+        f"float[B, 4, 6] x) => (float[B, 4, 2, 3] y) <{ones('w', 4, 4, 1, 1)}, int64[4] sizes = {{0, 0, 2, 3}}",
+        """turned = Transpose<perm = [0, 2, 1]>(x)
+        back = Transpose<perm = [0, 2, 1]>(turned)
+        square = Reshape(back, sizes)
+        y = Conv(square, w)""",
+        (2, 4, 6),
+    ),
+    "a constant of more axes": (
+        f"float[B, 2, H, W] x) => (float[1, B2, 4, H, W] y) <{ones('w', 4, 2, 1, 1)}, {ones('five', 1, 1, 4, 1, 1)}",
+        """made = Conv(x, w)
+        y = Add(made, five)""",
+        (2, 2, 4, 6),
+    ),
+    "a norm whose mean is read": (
+        f"float[B, S, 4] x, float[B, S, 4] r) => (float[B, S, 4] y, float[B, S, 1] mean) <{ones('gamma', 4)}",
+        """total = Add(x, r)
+        y, mean = LayerNormalization<axis = -1>(total, gamma)""",
+        (2, 3, 4),
+    ),
+    "a factor with more axes than what it scales": (
+        f"float[B, S] x) => (float[1, 1, B, S] y) <{ones('alpha', 1, 1, 1, 1)}",
+        """scaled = Mul(x, alpha)
+        gate = Sigmoid(scaled)
+        y = Mul(x, gate)""",
+        (2, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(MAPS))
+def test_graphs_that_passes_could_get_wrong_compute_the_same(tmp_path, name):
+    head, body, shape = MAPS[name]
+    text = f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        g ({head}>
+        {{
+        {body}
+        }}
+    """
+    _, run, engine = fused(tmp_path, text)
+    feeds = {"x": random(*shape)} | ({"r": random(*shape, seed=1)} if " r)" in head else {})
+    np.testing.assert_allclose(engine(feeds)["y"], run(feeds), atol=1e-4)
