@@ -111,7 +111,7 @@ def build(
         check_disk(path, goal.written() * _weights(old))
         ledger, meter = Ledger(work, path), Meter(progress, goal.parts(old.manifest) + 1)
         made = later_stages(_linked(old, ledger, goal), ledger, goal, meter)
-        if made.manifest == Bundle.open(path).manifest and _keys(made) == _keys(old):
+        if made.manifest == old.manifest == Bundle.open(path).manifest and _keys(made) == _keys(old):
             remove(work / STAGES)  # nothing is new: the working folder goes
             return old
         ledger.adopt(but=goal.records(made.manifest))

@@ -214,13 +214,13 @@ def _in_float32(graph: Any) -> None:
     for value in graph.initializers.values():
         if value.dtype == narrow:
             value.const_value = onnx_ir.tensor(map_tensor(value.const_value, lambda array: array.astype(np.float32)))
-            value.dtype = wide
+            value.type = onnx_ir.TensorType(wide)  # its own: types are shared with the graph that this is a part of
     for node in graph:
         if attribute(node, "to") == int(narrow):
             node.attributes["to"] = onnx_ir.AttrInt64("to", int(wide))
         for made in node.outputs:
             if made.dtype == narrow:
-                made.dtype = wide
+                made.type = onnx_ir.TensorType(wide)
 
 
 def _zeros(tensor: Tensor, rows: int, length: int) -> Array:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir
@@ -18,8 +19,10 @@ from diffoundry.calibration import fusion
 from diffoundry.common.errors import BundleError
 from diffoundry.common.files import sha256_tree
 from diffoundry.engines import EngineStore
+from diffoundry.engines.fusion.graph import open_model
 from diffoundry.engines.fusion.standard import in_standard_operators
 from diffoundry.engines.verify import verify
+from diffoundry.tests.engines.fusion.kernels import KERNELS
 
 SLIM = "import sys\nfor name in ('torch', 'diffusers', 'transformers', 'onnxscript', 'safetensors'):\n"
 SLIM += "    sys.modules[name] = None\nfrom diffoundry.cli import main\nmain()\n"
@@ -259,6 +262,32 @@ def test_graphs_for_cuda_are_made_once_and_go_with_the_models_that_they_were_mad
     assert not list(bundle.glob("*/*.cuda*"))
     again = diffoundry.build(bundle, engine="onnxruntime:cuda", precision="fp16")
     assert "fp16/onnxruntime:cuda" in again.component("unet").variants and "unet" in written
+
+
+def test_graphs_for_cuda_in_bfloat16_have_kernels_for_all_that_they_compute(copied):
+    diffoundry.build(copied, engine="onnxruntime:cuda", precision="bf16", scan=replace(SCAN, budget_db=5.0))
+    for path in copied.glob("*/bf16.cuda.onnx"):
+        for node in open_model(path).graph:
+            made = {value.dtype.name for value in node.outputs if value.name and value.dtype is not None}
+            assert "BFLOAT16" not in made or "BFLOAT16" in KERNELS.get(node.op_type, ()), node.op_type
+    attention = [
+        n for n in open_model(copied / "text_encoder/bf16.cuda.onnx").graph if n.op_type == "MultiHeadAttention"
+    ]
+    assert len(attention) == 2 and all(node.attributes["unidirectional"].value == 1 for node in attention)
+
+
+def test_a_damaged_graph_for_cuda_is_in_nobodys_way_and_is_made_again(for_cuda, tmp_path):
+    bundle = Path(shutil.copytree(for_cuda[0], tmp_path / "pico.bundle"))
+    whole = (bundle / "unet/fp16.cuda.onnx").read_bytes()
+    (bundle / "unet/fp16.cuda.onnx").write_bytes(whole[:1000])
+    diffoundry.load(bundle, engine="onnxruntime", precision="fp16")("a ring", steps=1)
+    diffoundry.build(bundle, engine="onnxruntime:cuda", precision="fp16")
+    assert (bundle / "unet/fp16.cuda.onnx").read_bytes() == whole
+    Bundle.open(bundle).check()
+    (bundle / "unet/fp16.cuda.onnx").unlink()
+    made = diffoundry.build(bundle, engine="onnxruntime", precision="fp16")
+    assert "fp16/onnxruntime:cuda" not in made.component("unet").variants
+    made.check()
 
 
 def test_a_graph_that_does_not_give_what_torch_gave_is_an_error(copied, monkeypatch):

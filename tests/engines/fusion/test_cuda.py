@@ -23,19 +23,7 @@ from diffoundry.calibration.fusion import _engine
 from diffoundry.engines.fusion.cuda import fuse_for_cuda
 from diffoundry.engines.fusion.graph import DOMAIN, open_model
 from diffoundry.engines.fusion.linear import SPLIT_GELU_WIDTHS
-
-FLOATS, HALF = {"FLOAT", "FLOAT16"}, {"FLOAT", "FLOAT16", "BFLOAT16"}
-KERNELS = {
-    **dict.fromkeys(("NhwcConv", "GroupNorm", "SkipGroupNorm", "BiasSplitGelu", "BiasAdd", "Resize", "Pad"), FLOATS),
-    **dict.fromkeys(("MultiHeadAttention", "SkipLayerNormalization", "LayerNormalization", "QuickGelu"), HALF),
-    **dict.fromkeys(("BiasGelu", "MatMul", "Gemm", "Conv", "Transpose", "Reshape", "Concat", "Slice", "Split"), HALF),
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Sigmoid", "Gelu", "Cast", "Gather", "Sin", "Cos", "Expand"), HALF),
-    **dict.fromkeys(("Unsqueeze", "Squeeze", "GatherND"), HALF),
-    "InstanceNormalization": FLOATS,
-    "ArgMax": FLOATS,
-}
-"""Types of floats that CUDA has kernels for, of each operator."""
-
+from diffoundry.tests.engines.fusion.kernels import HALF, KERNELS
 
 LACKED = ("NhwcConv", "GroupNorm", "SkipGroupNorm", "BiasSplitGelu", "BiasAdd")
 """What the CPU has no kernels for."""
