@@ -34,10 +34,6 @@ from ..runtime.pipeline import load
 
 PROMPT = "a photograph of a harbour at dawn"
 _WARM = 4
-_NAMES = (
-    *("call-torch", "call-compile", "call-ours", "call-provider", "pictures-eager", "pictures-compile"),
-    *("pictures-ours", "batches", "shapes", "memory"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,13 +326,27 @@ def _free_memory(run: Run) -> int | None:
     return int(shared().device.call("cudaMemGetInfo")[0])
 
 
+_RUN: dict[str, Callable[[Run], None]] = {
+    "call-torch": call_torch,
+    "call-compile": call_compile,
+    "call-ours": call_ours,
+    "call-provider": call_provider,
+    "pictures-eager": partial(_pictures_of_diffusers, compiled=False),
+    "pictures-compile": partial(_pictures_of_diffusers, compiled=True),
+    "pictures-ours": pictures_ours,
+    "batches": batches,
+    "shapes": shapes,
+    "memory": memory,
+}
+
+
 @click.command()
 @click.argument("checkpoint")
 @click.argument("bundle")
 @click.option("--side", default=512, show_default=True, help="Width and height in pixels.")
 @click.option("--steps", default=20, show_default=True)
 @click.option("--runs", default=20, show_default=True, help="Measurements of each, after some that are not counted.")
-@click.option("--only", default="all", show_default=True, help=f"Of {', '.join(_NAMES)}, with commas between.")
+@click.option("--only", default="all", show_default=True, help=f"Of {', '.join(_RUN)}, with commas between.")
 @click.option("--many", default=500, show_default=True, help="Pictures of the part `memory`.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--part", hidden=True)
@@ -360,25 +370,6 @@ def main(only: str, part: str | None, scratch: Path | None, **options: Any) -> N
     if failed:
         raise SystemExit(1)
 
-
-_RUN: dict[str, Callable[[Run], None]] = dict(
-    zip(
-        _NAMES,
-        (
-            call_torch,
-            call_compile,
-            call_ours,
-            call_provider,
-            lambda run: _pictures_of_diffusers(run, False),
-            lambda run: _pictures_of_diffusers(run, True),
-            pictures_ours,
-            batches,
-            shapes,
-            memory,
-        ),
-        strict=True,
-    )
-)
 
 if __name__ == "__main__":
     main()

@@ -20,8 +20,7 @@ from ..engines import Engine
 from ..engines.fusion.cuda import fuse_for_cuda
 from ..engines.fusion.graph import open_model
 from ..engines.fusion.standard import in_standard_operators
-from ..engines.names import FUSED as FUSED_ENGINES
-from ..engines.names import EngineName
+from ..engines.names import FUSED_ENGINES, EngineName
 from ..engines.split import SplitEngine
 from ..engines.verify import compare_outputs, recorded_case
 from .precision import precision_of

@@ -10,7 +10,7 @@ from ..common.checks import is_whole
 from ..common.errors import EngineError
 from .cache import EngineStore
 from .engine import Engine
-from .names import FUSED, ONNXRUNTIME, EngineName
+from .names import FUSED_ENGINES, ONNXRUNTIME, EngineName
 
 if TYPE_CHECKING:
     from .tensorrt.plan import Plan, Shape
@@ -63,7 +63,7 @@ class EngineLoader:
         variant = self._variant(name)
         if not self._bundle.foreign:
             component, own = self._bundle.component(name), f"{self.precision_of(name)}/"
-            others = {f"{own}{engine}" for engine in FUSED}  # can be made again, and are not loaded here
+            others = {f"{own}{engine}" for engine in FUSED_ENGINES}  # can be made again, and are not loaded here
             listed = [
                 each.files for key, each in component.variants.items() if key.startswith(own) and key not in others
             ]

@@ -8,7 +8,7 @@ from ..common.errors import EngineError
 
 ONNXRUNTIME = "onnxruntime"
 ENGINES = (ONNXRUNTIME, f"{ONNXRUNTIME}:cuda", f"{ONNXRUNTIME}:tensorrt", "tensorrt", "tensorrt-rtx")
-FUSED = (f"{ONNXRUNTIME}:cuda",)
+FUSED_ENGINES = (f"{ONNXRUNTIME}:cuda",)
 """Engines that run graphs with operators of their own, which are made ahead of time."""
 _CPU = "cpu"
 
@@ -35,8 +35,8 @@ class EngineName:
 
     @property
     def fused(self) -> bool:
-        """Whether it is one of `FUSED`."""
-        return str(self) in FUSED
+        """Whether it is one of `FUSED_ENGINES`."""
+        return str(self) in FUSED_ENGINES
 
     def __str__(self) -> str:
         return self.backend if self.provider in ("", _CPU) else f"{self.backend}:{self.provider}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +12,11 @@ import numpy as np
 from ..bundle import Variant
 from ..common.arrays import Array
 from ..common.errors import EngineError
-from .engine import ONE_ENGINE, DeviceArray, Engine, HostBinding
+from .engine import DeviceArray, Engine, HostBinding
 from .gpu.gpu import CapturedLaunches, DeviceTensor, Gpu
 from .onnxruntime import new_options, nodes_elsewhere, open_session, running, tensors_of
 from .split import SplitEngine
-from .wheel import install, ort
+from .wheel import install, is_at_least, ort
 
 FLOOR = (1, 31)
 """The ONNX Runtime whose kernels were looked through for what a captured graph must not do: copy from the host."""
@@ -33,8 +32,7 @@ _Shapes = tuple[tuple[int, ...], ...]
 
 def require_version() -> None:
     """Raise `EngineError` where this ONNX Runtime is too old for captured graphs."""
-    found = re.match(r"(\d+)\.(\d+)", ort.__version__)
-    if found is None or (int(found[1]), int(found[2])) < FLOOR:
+    if not is_at_least(FLOOR):
         least = ".".join(map(str, FLOOR))
         raise EngineError(
             f"the engine onnxruntime:cuda needs onnxruntime-gpu {least}, this is {ort.__version__}: "
@@ -141,12 +139,7 @@ class CudaEngine(Engine):
         return run
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> CudaDeviceBinding:
-        own: dict[str, DeviceTensor] = {}
-        for tensor in (*self.inputs, *self.outputs):
-            array = tensors[tensor.name]
-            if not isinstance(array, DeviceTensor) or array.gpu is not self.gpu:
-                raise EngineError(f"{self.component}: what is bound to it must lie on its GPU: {ONE_ENGINE}")
-            own[tensor.name] = array
+        own = self.gpu.own(self.component, (*self.inputs, *self.outputs), tensors)
         return CudaDeviceBinding(self, own)
 
 
@@ -175,15 +168,14 @@ class _Call:
     """
 
     def __init__(self, engine: CudaEngine, feeds: Mapping[str, Array]) -> None:
-        self._engine, gpu = engine, engine.gpu
+        self._engine = engine
         self._inputs = {name: _tensor(engine, array.shape, array.dtype) for name, array in feeds.items()}
         self._outputs: dict[str, DeviceTensor] = {}
         self._launch: Callable[[], None] | None = None
-        self._gpu = gpu
 
     def __call__(self, changed: Mapping[str, Array]) -> dict[str, Array]:
         """Upload what changed, run, and return the outputs, which are the caller's."""
-        device = self._gpu.device
+        device = self._engine.gpu.device
         held = {name: np.asarray(array, order="C") for name, array in changed.items()}
         for name, array in held.items():
             device.upload(self._inputs[name].address, array)

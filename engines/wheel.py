@@ -22,9 +22,16 @@ except ImportError as error:
     raise EngineError(f"ONNX Runtime does not load ({reason(error)}): {_REMEDY}") from None
 if not hasattr(ort, "InferenceSession"):
     raise EngineError(f"ONNX Runtime is there in part only: {_REMEDY}")
-found = re.match(r"(\d+)\.(\d+)", str(ort.__version__))
-if found is None or (int(found[1]), int(found[2])) < _FLOOR:
+
+
+def is_at_least(floor: tuple[int, int]) -> bool:
+    """Whether the ONNX Runtime that is loaded is of this version or a newer one."""
+    found = re.match(r"(\d+)\.(\d+)", str(ort.__version__))
+    return found is not None and (int(found[1]), int(found[2])) >= floor
+
+
+if not is_at_least(_FLOOR):
     least = ".".join(map(str, _FLOOR))
     raise EngineError(f"ONNX Runtime {ort.__version__} is too old, {least} is the least: {_REMEDY}")
 
-__all__ = ["install", "ort"]
+__all__ = ["install", "is_at_least", "ort"]

@@ -8,6 +8,7 @@ from typing import Any
 from ...common.arrays import Array
 from .graph import (
     DOMAIN,
+    FLOATS,
     add_sizes,
     add_weight,
     attribute,
@@ -20,7 +21,6 @@ from .graph import (
 )
 from .norms import per_channel
 
-_TYPES = ("FLOAT", "FLOAT16")
 _UNARY = ("Cast", "Sigmoid", "Relu", "Tanh", "Gelu", "QuickGelu", "Identity", "Clip")
 _BINARY = ("Add", "Sub", "Mul", "Div")
 
@@ -34,7 +34,6 @@ def channels_last(model: Any) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     _ChannelsLast(model.graph).run()
-    model.graph.opset_imports[DOMAIN] = 1
     RemoveUnusedNodesPass()(model)
 
 
@@ -151,7 +150,7 @@ class _ChannelsLast:
         shape = dims(weight)
         if weight_of(weight) is None or shape is None or len(shape) != 4 or rank(x) != 4:
             return False
-        if attribute(node, "group", 1) != 1 or dtype_of(x) not in _TYPES:
+        if attribute(node, "group", 1) != 1 or dtype_of(x) not in FLOATS:
             return False
         if attribute(node, "auto_pad", "NOTSET") != "NOTSET":
             return False

@@ -8,7 +8,7 @@ from typing import Any
 
 from .attention import fuse_attention
 from .channels_last import channels_last, merge_sizes
-from .graph import dtype_of, open_model, save
+from .graph import DOMAIN, dtype_of, open_model, save
 from .linear import fuse_activations, fuse_residuals
 from .norms import fuse_group_norms, fuse_skips
 from .per_prompt import split
@@ -33,6 +33,7 @@ def fuse_for_cuda(source: Path, per_prompt: Sequence[str]) -> tuple[list[Path], 
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
     model = open_model(source)
+    model.graph.opset_imports[DOMAIN] = 1
     fuse_attention(model, masked=True)
     fuse_group_norms(model.graph)
     fuse_activations(model.graph)

@@ -17,6 +17,8 @@ Value = TypeVar("Value")
 
 DOMAIN = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
+FLOATS = ("FLOAT", "FLOAT16")
+"""Types that ONNX Runtime's own operators for pictures have kernels for on CUDA, and that NumPy has."""
 _EXTERNAL_FROM_BYTES = 64 << 20
 """Models with more weights than this keep them beside the graph; a protobuf holds at most 2 GiB."""
 _EMBEDDED_BYTES = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .graph import (
-    DOMAIN,
+    FLOATS,
     attribute,
     dims,
     dtype_of,
@@ -20,7 +20,6 @@ from .graph import (
 )
 from .norms import bias_of
 
-_TYPES = ("FLOAT", "FLOAT16")
 SPLIT_GELU_WIDTHS = (1280, 2560, 3072, 5120, 6144)
 """Outputs of the GEGLU that ONNX Runtime 1.31 has kernels for."""
 
@@ -37,13 +36,12 @@ def fuse_activations(graph: Any) -> None:
 def fuse_residuals(graph: Any) -> None:
     """`BiasAdd` where a matrix product gets a bias and then a residual."""
     for node in list(graph):
-        if node.op_type != "Add" or rank(node.outputs[0]) != 3 or dtype_of(node.outputs[0]) not in _TYPES:
+        if node.op_type != "Add" or rank(node.outputs[0]) != 3 or dtype_of(node.outputs[0]) not in FLOATS:
             continue
         for biased, other in sides(node, "Add"):
             found = bias_of(biased)
             if found and reader(biased.outputs[0], "Add") is node and same_shape(other, biased.outputs[0]):
                 replace(graph, node, make_node("BiasAdd", [*found, other], {}, node.outputs))
-                graph.opset_imports[DOMAIN] = 1
                 break
 
 
@@ -60,9 +58,8 @@ def _split_gelu(graph: Any, product: Any) -> bool:
         across = attribute(halves, "axis", 0) in (-1, rank(halves.inputs[0]) - 1)
         wanted = across and left is halves.outputs[0] and gelu.inputs[0] is halves.outputs[1]
         width = (dims(product.outputs[0]) or (0,))[-1]
-        if alone and wanted and width in SPLIT_GELU_WIDTHS and dtype_of(product.outputs[0]) in _TYPES:
+        if alone and wanted and width in SPLIT_GELU_WIDTHS and dtype_of(product.outputs[0]) in FLOATS:
             replace(graph, product, make_node("BiasSplitGelu", list(found), {}, product.outputs))
-            graph.opset_imports[DOMAIN] = 1
             return True
     return False
 
@@ -72,7 +69,6 @@ def _bias_gelu(graph: Any, gelu: Any) -> None:
     found = None if added is None else bias_of(added)
     if found and reader(added.outputs[0], "Gelu") is gelu:
         replace(graph, gelu, make_node("BiasGelu", list(found), {}, gelu.outputs))
-        graph.opset_imports[DOMAIN] = 1
 
 
 def _quick_gelu(graph: Any, product: Any) -> None:
@@ -82,7 +78,6 @@ def _quick_gelu(graph: Any, product: Any) -> None:
         if factor is not None and alone:
             alpha = float(factor[0])
             replace(graph, product, make_node("QuickGelu", [x], {"alpha": alpha}, product.outputs))
-            graph.opset_imports[DOMAIN] = 1
             return
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...common.arrays import Array
 from .graph import (
-    DOMAIN,
+    FLOATS,
     add_weight,
     attribute,
     dims,
@@ -24,7 +24,6 @@ from .graph import (
     weight_of,
 )
 
-_TYPES = ("FLOAT", "FLOAT16")
 _LARGEST_GROUP = 512
 """Channels of a group that ONNX Runtime's kernel takes."""
 
@@ -64,7 +63,7 @@ def _group_norm(graph: Any, norm: Any) -> None:
     x = split.inputs[0]
     gamma, beta = (_channels(node, rank(x)) for node in (scaled, moved))
     shape = dims(x)
-    if gamma is None or beta is None or shape is None or len(shape) not in (3, 4) or dtype_of(x) not in _TYPES:
+    if gamma is None or beta is None or shape is None or len(shape) not in (3, 4) or dtype_of(x) not in FLOATS:
         return
     channels = _size(gamma)
     each = channels // groups
@@ -80,14 +79,13 @@ def _group_norm(graph: Any, norm: Any) -> None:
     if silu is not None and {node for node, _ in moved.outputs[0].uses()} == {sigmoid, silu}:
         attributes["activation"], last = 1, silu
     replace(graph, last, make_node("GroupNorm", [x, *weights], attributes, last.outputs))
-    graph.opset_imports[DOMAIN] = 1
 
 
 def _skip_group_norm(graph: Any, norm: Any) -> None:
     """Let `norm` add up its input. Of the two parts one may be (B, C, 1, 1), the other has the whole shape."""
     total = norm.inputs[0]
     added = maker(total, "Add")
-    if added is None or dtype_of(total) not in _TYPES:
+    if added is None or dtype_of(total) not in FLOATS:
         return
     parts = [(x, skip) for x, skip in (added.inputs, added.inputs[::-1]) if same_shape(x, total)]
     parts = [(x, skip) for x, skip in parts if same_shape(skip, total) or _spread(skip, total)]
@@ -144,21 +142,11 @@ def _skip_layer_norm(graph: Any, norm: Any) -> None:
     inputs = [x, skip, *norm.inputs[1:]]
     if bias is not None:
         inputs = [*inputs, *[None] * (4 - len(inputs)), bias]
-    epsilon = attribute(norm, "epsilon", 1e-5)
-    fused = make_node("SkipLayerNormalization", inputs, {"epsilon": epsilon}, [norm.outputs[0]])
+    likes = [norm.outputs[0]]
     if len(list(total.uses())) > 1 or total.is_graph_output():
-        unused = [onnx_ir.Value(name="") for _ in range(2)]
-        whole = onnx_ir.Value(name=total.name, type=total.type, shape=total.shape)
-        outputs = [fused.outputs[0], *unused, whole]
-        fused = onnx_ir.node(
-            "SkipLayerNormalization",
-            inputs,
-            {"epsilon": epsilon},
-            domain=DOMAIN,
-            outputs=[onnx_ir.Value(name=v.name, type=v.type, shape=v.shape) for v in outputs],
-        )
-    graph.opset_imports[DOMAIN] = 1
-    _with_sum(graph, norm, fused, added)
+        likes += [onnx_ir.Value(name=""), onnx_ir.Value(name=""), total]  # mean and deviation, which nobody reads
+    epsilon = attribute(norm, "epsilon", 1e-5)
+    _with_sum(graph, norm, make_node("SkipLayerNormalization", inputs, {"epsilon": epsilon}, likes), added)
 
 
 def _with_sum(graph: Any, norm: Any, fused: Any, added: Any) -> None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .graph import dtype_of
-
-_CUT = ("FLOAT", "FLOAT16")
-"""Types of values that one graph gives to the other. Sizes are computed in both: they belong to the processor."""
+from .graph import FLOATS, dtype_of
 
 
 def split(model: Any, per_prompt: Sequence[str]) -> Any:
     """Cut off what depends on the inputs `per_prompt` alone, as a model of its own; None when that is nothing.
 
-    per_prompt: inputs that stay the same from step to step. What is made of them becomes inputs of `model`. Both share
-    the external weights.
+    per_prompt: inputs that stay the same from step to step. What is made of them becomes inputs of `model`, but for
+    sizes, which both compute: they belong to the processor. Both share the external weights.
     """
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -32,7 +29,7 @@ def split(model: Any, per_prompt: Sequence[str]) -> Any:
         else:
             rest.append(node)
     used = {value for node in rest for value in node.inputs if value in alone and value not in inputs}
-    crossing = {value.name: value for value in used if dtype_of(value) in _CUT}
+    crossing = {value.name: value for value in used if dtype_of(value) in FLOATS}
     if not crossing or any(value.shape is None for value in crossing.values()):
         return None
     part = onnx_ir.Model(

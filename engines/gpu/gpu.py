@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
+from ..engine import ONE_ENGINE, DeviceArray
 from .device import Device, Graph, Memory
 
 _LEAST = 256
@@ -81,6 +83,18 @@ class Gpu:
         with self._lock:
             self.device.use()
             yield self.device
+
+    def own(
+        self, component: str, specs: Iterable[Tensor], tensors: Mapping[str, DeviceArray]
+    ) -> dict[str, DeviceTensor]:
+        """Those of `tensors` that `specs` name. Raises `EngineError` for one that does not lie on this GPU."""
+        found: dict[str, DeviceTensor] = {}
+        for spec in specs:
+            array = tensors[spec.name]
+            if not isinstance(array, DeviceTensor) or array.gpu is not self:
+                raise EngineError(f"{component}: what is bound to it must lie on its GPU: {ONE_ENGINE}")
+            found[spec.name] = array
+        return found
 
     def to_device(self, array: Array) -> DeviceTensor:
         """A copy of `array`; see `engine.Engine`."""

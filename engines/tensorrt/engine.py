@@ -11,7 +11,7 @@ import numpy as np
 from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
-from ..engine import ONE_ENGINE, DeviceArray, Engine, HostBinding
+from ..engine import DeviceArray, Engine, HostBinding
 from ..gpu.gpu import CapturedLaunches, DeviceTensor, Gpu
 from .loaded import Buffers, LoadedPlan, ShapedContext
 from .plan import Plan, Shape, closest
@@ -142,12 +142,7 @@ class TensorRTEngine(Engine):
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> TensorRTDeviceBinding:
         """The inputs must have as many rows as `padded_rows` says."""
-        own: dict[str, DeviceTensor] = {}
-        for tensor in (*self.inputs, *self.outputs):
-            array = tensors[tensor.name]
-            if not isinstance(array, DeviceTensor) or array.gpu is not self.gpu:
-                raise EngineError(f"{self.component}: what is bound to it must lie on its GPU: {ONE_ENGINE}")
-            own[tensor.name] = array
+        own = self.gpu.own(self.component, (*self.inputs, *self.outputs), tensors)
         with self.gpu.work():
             context = self._context({tensor.name: own[tensor.name].shape for tensor in self.inputs})
         for tensor in self.outputs:
