@@ -7,6 +7,10 @@ class DiffoundryError(Exception):
     """Base of all errors a user can cause or mend."""
 
 
+class BenchError(DiffoundryError):
+    """A measurement cannot be made, or a report of one cannot be read: a system is missing, fails or hangs."""
+
+
 class BundleError(DiffoundryError):
     """A bundle is missing something, was changed after it was built, or cannot be read by this version."""
 

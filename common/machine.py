@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import importlib.util
 import signal
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import DiffoundryError
 
 _PR_SET_PDEATHSIG = 1
+_MADV_DONTNEED = 4
 
 
 def require_modules(verb: str, modules: Iterable[str], extra: str) -> None:
@@ -57,3 +59,36 @@ def trim_memory() -> None:
     """Return freed memory to the system, for other processes to have: glibc keeps what was freed."""
     with contextlib.suppress(Exception):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def evicting(folder: Path, every: float = 0.05) -> Iterator[None]:
+    """Give back, again and again, the memory of what this process has mapped of files in `folder`.
+
+    A library that maps weights and packs copies of them would hold both. What is mapped can be read again: only
+    mappings that cannot be written are touched. Linux alone can; elsewhere nothing happens.
+    """
+    done = threading.Event()
+
+    def evict() -> None:
+        while not done.wait(every):
+            _drop_mapped(folder)
+
+    thread = threading.Thread(target=evict, name="diffoundry-evict", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        _drop_mapped(folder)
+
+
+def _drop_mapped(folder: Path) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        libc, root = ctypes.CDLL(None), f"{folder.resolve()}/"
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, rights, *_, path = line.split(maxsplit=5) if line.count(" ") >= 5 else ("", "w", "")
+            if "w" not in rights and path.startswith(root):
+                start, end = (int(each, 16) for each in span.split("-"))
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import AS_EXPORTED, FULL, PRECISIONS, STANDARD, Bundle, Variant
@@ -10,10 +11,14 @@ from ..common.checks import is_whole
 from ..common.errors import EngineError
 from .cache import EngineStore
 from .engine import Engine
-from .names import FUSED_ENGINES, ONNXRUNTIME, EngineName
+from .names import FUSED_ENGINES, ONNXRUNTIME, OPENVINO, EngineName
 
 if TYPE_CHECKING:
     from .tensorrt.plan import Plan, Shape
+
+
+_SMALL_BYTES = 64 << 20
+"""A model under this has operators too small to be worth sharing among processors."""
 
 
 class EngineLoader:
@@ -33,8 +38,7 @@ class EngineLoader:
         except EngineError as error:
             where = f"{bundle.root}/bundle.json: " if engine is None else ""
             raise EngineError(f"{where}{error}") from None
-        own = FULL if self.engine.on_cpu and manifest.precision != AS_EXPORTED else manifest.precision
-        self.precision = own if precision is None else precision
+        self.precision = self._usual_precision() if precision is None else precision
         if weight_budget is not None and not (is_whole(weight_budget) and weight_budget > 0):
             raise EngineError(f"the budget for weights must be a number of bytes above 0, found {weight_budget!r:.80}")
         self._budget = weight_budget
@@ -46,16 +50,26 @@ class EngineLoader:
             from .onnxruntime import require_provider
 
             require_provider(self.engine.provider)
-            if weight_budget is not None:
-                raise EngineError("a budget for weights goes with TensorRT plans that stream them: leave it out")
+        if self.engine.backend in (ONNXRUNTIME, OPENVINO) and weight_budget is not None:
+            raise EngineError("a budget for weights goes with TensorRT plans that stream them: leave it out")
         self._check_precision()
+        if self.engine.backend == OPENVINO:
+            from .openvino import Device
+
+            Device.open(self.engine.provider, FULL if self.precision == AS_EXPORTED else self.precision)
         self._fused = self.engine.fused and self._has_fused()
-        if self._fused or self.engine.backend != ONNXRUNTIME:
+        if self._fused or self.engine.backend not in (ONNXRUNTIME, OPENVINO):
             self._open_gpu()
 
-    def load(self, name: str, threads: int | None = None) -> Engine:
-        """The engine of component `name`. threads: of one operator on the CPU.
+    @property
+    def splits_rows(self) -> bool:
+        """Whether its engines can share the rows of a call among the processors, see `load`."""
+        return self.engine.backend == OPENVINO and self.engine.on_cpu
 
+    def load(self, name: str, threads: int | None = None, share_rows: bool = False) -> Engine:
+        """The engine of component `name`. threads: of one operator on the CPU, or with `share_rows` of all rows.
+
+        share_rows: let the engine share the rows of a bound call among the processors, where `splits_rows` says so.
         Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
         """
         from .onnxruntime import load_variant
@@ -75,12 +89,21 @@ class EngineLoader:
             return load_fused(self._bundle.root, name, variant, self._gpu, exact=exact, captured=captured)
         if self._gpu is not None:
             return self._load_plans(name, variant)
+        if self.engine.backend == OPENVINO:
+            return self._load_openvino(name, variant, threads, share_rows)
         return load_variant(self._bundle.root, name, variant, provider=self.engine.provider, threads=threads)
+
+    def is_small(self, name: str) -> bool:
+        """Whether the operators of component `name` are too small to be worth sharing among processors."""
+        files = self._bundle.path(name).glob("model.onnx*")
+        return sum(path.stat().st_size for path in files if path.is_file()) < _SMALL_BYTES
 
     def precision_of(self, name: str) -> str:
         """The precision that component `name` is loaded in."""
-        role = self._bundle.component(name).role
-        return FULL if role == "step" else self.precision
+        component = self._bundle.component(name)
+        if self.engine.backend == OPENVINO and self.precision != AS_EXPORTED:
+            return self.precision if f"{self.precision}/{OPENVINO}" in component.variants else FULL
+        return FULL if component.role == "step" else self.precision
 
     def plan_shapes(self, name: str) -> list[dict[str, Shape]]:
         """The usual shapes of the plans of component `name`; [] where it has none and takes any."""
@@ -111,9 +134,13 @@ class EngineLoader:
 
     def _variant(self, name: str) -> Variant:
         """The model of a component in this precision. Raises `EngineError` when the bundle has none."""
-        component = self._bundle.component(name)
-        backend = f"{ONNXRUNTIME}:{self.engine.provider}" if self.engine.backend == ONNXRUNTIME else STANDARD
-        variant = component.variant(self.precision_of(name), backend)
+        component, own = self._bundle.component(name), self.precision_of(name)
+        backend = {ONNXRUNTIME: f"{ONNXRUNTIME}:{self.engine.provider}"}.get(self.engine.backend, STANDARD)
+        if (
+            self.engine.backend == OPENVINO
+        ):  # which reads the operators of ONNX Runtime's CPU, and splits nothing itself
+            backend = f"{ONNXRUNTIME}:cpu" if own == FULL else OPENVINO
+        variant = component.variant(own, backend)
         if variant is None:
             raise EngineError(
                 f"{self._bundle.root} has no {self.precision} model of {name}: "
@@ -137,18 +164,35 @@ class EngineLoader:
             )
         return False
 
+    def _usual_precision(self) -> str:
+        """That of the bundle where it was made for this engine, fp32 on the CPU elsewhere."""
+        own = self._bundle.manifest.precision
+        if own == AS_EXPORTED or not self.engine.on_cpu:
+            return own
+        return own if own in self._precisions() and self.engine.backend == OPENVINO else FULL
+
+    def _precisions(self) -> set[str]:
+        """The precisions that the bundle has for this engine."""
+        parts = self._bundle.manifest.components.values()
+        known = {name for part in parts for name in part.precisions} & {*PRECISIONS, AS_EXPORTED}
+        if self.engine.backend == OPENVINO:
+            known &= {FULL, AS_EXPORTED, *(n for n in known for part in parts if f"{n}/{OPENVINO}" in part.variants)}
+        return known
+
     def _check_precision(self) -> None:
-        known = {name for part in self._bundle.manifest.components.values() for name in part.precisions}
-        known &= {*PRECISIONS, AS_EXPORTED}
+        known = self._precisions()
         if not isinstance(self.precision, str) or self.precision not in known:
             root, can = self._bundle.root, self.precision in PRECISIONS and not self._bundle.foreign
-            other = f", or run `diffoundry build {root} --precision {self.precision}`" if can else ""
+            engine = f" --engine {self.engine}" if self.engine.backend == OPENVINO else ""
+            other = f", or run `diffoundry build {root}{engine} --precision {self.precision}`" if can else ""
             raise EngineError(
                 f"{root} has the precisions {', '.join(sorted(known))}, not {self.precision!r}: "
                 f"choose one of them{other}"
             )
-        if self.precision == "bf16" and self.engine.on_cpu:
-            raise EngineError("ONNX Runtime has no bfloat16 on the CPU: choose --precision fp32, or an engine on a GPU")
+        if self.precision == "bf16" and self.engine == EngineName(ONNXRUNTIME, "cpu"):
+            raise EngineError(
+                "ONNX Runtime has no bfloat16 on the CPU: choose --precision fp32, or another engine, such as openvino"
+            )
 
     def _open_gpu(self) -> None:
         from .gpu.gpu import shared
@@ -167,6 +211,30 @@ class EngineLoader:
         self._version = str(backend.load().__version__)
         self._gpu = shared()
         backend.check_gpu(self._gpu.device.name, self._gpu.device.arch)
+
+    def _load_openvino(self, name: str, variant: Variant, threads: int | None, share_rows: bool) -> Engine:
+        from .onnxruntime import default_threads
+        from .openvino import Cache, Device, OpenVinoEngine, Recipe
+        from .split import SplitEngine
+
+        component, precision = self._bundle.component(name), self.precision_of(name)
+        precision = FULL if precision == AS_EXPORTED else precision
+        count = threads or default_threads()
+        device = Device.open(self.engine.provider, precision)  # in a forked process another one
+        cache = None
+        if not self._bundle.foreign:
+            cache = Cache(EngineStore(self._bundle.root / "engines"), name, variant.files)
+        recipe = Recipe(precision, count, count if share_rows else 1, self.is_small(name))
+
+        def load(graph: str, recipe: Recipe) -> OpenVinoEngine:
+            path = self._bundle.path(graph)
+            own = None if cache is None else replace(cache, part=graph)
+            return OpenVinoEngine(path, name, device, recipe, component.inputs, component.outputs, own)
+
+        per_step = load(variant.model, recipe)
+        if not variant.per_prompt:
+            return per_step
+        return SplitEngine(name, load(variant.per_prompt, replace(recipe, streams=1)), per_step)
 
     def _load_plans(self, name: str, variant: Variant) -> Engine:
         from .tensorrt.engine import TensorRTEngine

@@ -7,25 +7,42 @@ from dataclasses import dataclass
 from ..common.errors import EngineError
 
 ONNXRUNTIME = "onnxruntime"
-ENGINES = (ONNXRUNTIME, f"{ONNXRUNTIME}:cuda", f"{ONNXRUNTIME}:tensorrt", "tensorrt", "tensorrt-rtx")
+OPENVINO = "openvino"
+ENGINES = (
+    ONNXRUNTIME,
+    f"{ONNXRUNTIME}:cuda",
+    f"{ONNXRUNTIME}:tensorrt",
+    "tensorrt",
+    "tensorrt-rtx",
+    OPENVINO,
+    f"{OPENVINO}:gpu",
+    f"{OPENVINO}:npu",
+)
 FUSED_ENGINES = (f"{ONNXRUNTIME}:cuda",)
 """Engines that run graphs with operators of their own, which are made ahead of time."""
 _CPU = "cpu"
+_WITH_PROVIDERS = (ONNXRUNTIME, OPENVINO)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineName:
-    """backend: onnxruntime, tensorrt or tensorrt-rtx. provider: of ONNX Runtime (cpu, cuda, tensorrt), else ""."""
+    """backend: onnxruntime, openvino, tensorrt or tensorrt-rtx.
+
+    provider: of ONNX Runtime (cpu, cuda, tensorrt), device of OpenVINO (cpu, gpu, npu), else "".
+    """
 
     backend: str
     provider: str = ""
 
     @classmethod
     def parse(cls, name: object) -> EngineName:
-        """Read one of `ENGINES`; `onnxruntime:cpu` is `onnxruntime`. Raises `EngineError` for another name."""
+        """Read one of `ENGINES`; `onnxruntime:cpu` is `onnxruntime`, and `openvino:cpu` is `openvino`.
+
+        Raises `EngineError` for another name.
+        """
         backend, _, provider = name.partition(":") if isinstance(name, str) else ("", "", "")
-        if name in ENGINES or name == f"{ONNXRUNTIME}:{_CPU}":
-            return cls(backend, (provider or _CPU) if backend == ONNXRUNTIME else "")
+        if name in ENGINES or name in [f"{each}:{_CPU}" for each in _WITH_PROVIDERS]:
+            return cls(backend, (provider or _CPU) if backend in _WITH_PROVIDERS else "")
         raise EngineError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")
 
     @property

@@ -16,9 +16,6 @@ from .loop.device import Phases
 from .loop.host import HostStepper
 from .loop.sample import Ports
 
-_SMALL_BYTES = 64 << 20
-"""A model under this has operators too small to be worth sharing among processors."""
-
 
 class LoadedEngines:
     """Engines by the names of their components; several threads may ask for them.
@@ -30,11 +27,20 @@ class LoadedEngines:
     _phases: Phases | None
 
     def __init__(
-        self, bundle: Bundle, loader: EngineLoader, threads: int, given: Mapping[str, Callable[[], Engine]]
+        self,
+        bundle: Bundle,
+        loader: EngineLoader,
+        threads: int,
+        given: Mapping[str, Callable[[], Engine]],
+        wrap: Callable[[str, Engine], Engine] | None = None,
     ) -> None:
-        """threads: of the CPU. given: what loads a component, by its name, in place of `loader`."""
+        """threads: of the CPU. given: what loads a component, by its name, in place of `loader`.
+
+        wrap: makes of a name and its engine, as soon as it is loaded, what is used in its place.
+        """
         manifest = bundle.manifest
         self._bundle, self._loader, self._threads, self._given = bundle, loader, threads, dict(given)
+        self._wrap = wrap
         self._denoiser, self._step = manifest.named("denoiser"), manifest.named("step")
         sources = {source.partition(".masked")[0]: name for name, source in manifest.wiring.inputs.items()}
         self._ports = Ports(sources["latents"], sources["timestep"])
@@ -50,9 +56,9 @@ class LoadedEngines:
         self.check_process()
         with self._lock:
             if name not in self._engines:
-                threads = 1 if name == self._denoiser and self._is_small() else self._threads
                 load = self._given.get(name)
-                self._engines[name] = self._loader.load(name, threads) if load is None else load()
+                engine = self._load(name) if load is None else load()
+                self._engines[name] = engine if self._wrap is None else self._wrap(name, engine)
             return self._engines[name]
 
     @property
@@ -78,7 +84,8 @@ class LoadedEngines:
 
     def host_stepper(self) -> HostStepper:
         """The denoiser for a loop on the host; the rows of a call of a small one are shared among the processors."""
-        pool, workers = (self._pool, self._threads - 1) if self._is_small() else (None, 0)
+        shared = self._is_small() and not self._loader.splits_rows
+        pool, workers = (self._pool, self._threads - 1) if shared else (None, 0)
         return HostStepper(self(self._denoiser), self._ports, pool=pool, workers=workers)
 
     def check_process(self) -> None:
@@ -100,12 +107,15 @@ class LoadedEngines:
         self._phases = None
         self._pool = ThreadPoolExecutor(self._threads - 1, "diffoundry") if self._threads > 1 else None
 
+    def _load(self, name: str) -> Engine:
+        if name != self._denoiser or not self._is_small():
+            return self._loader.load(name, self._threads)
+        share_rows = self._loader.splits_rows
+        return self._loader.load(name, self._threads if share_rows else 1, share_rows)
+
     def _is_small(self) -> bool:
         """Whether the denoiser's operators are too small to be shared among the processors."""
-        files = self._bundle.path(self._denoiser).glob("model.onnx*")
-        return (
-            self._loader.engine.on_cpu and sum(path.stat().st_size for path in files if path.is_file()) < _SMALL_BYTES
-        )
+        return self._loader.engine.on_cpu and self._loader.is_small(self._denoiser)
 
 
 _ALL: weakref.WeakSet[LoadedEngines] = weakref.WeakSet()

@@ -62,14 +62,16 @@ class Pipeline:
         loop: str | None = None,
         weight_budget: int | None = None,
         engines: Mapping[str, Callable[[], Engine]] | None = None,
+        wrap: Callable[[str, Engine], Engine] | None = None,
     ) -> None:
         """engine: one of `engines.names.ENGINES`; the default is what the bundle was compiled for.
 
         precision: of the models; the default is what the bundle was compiled for, but fp32, the fastest, on the CPU.
         loop: where the step of the loop runs, `host` or `device` (the `step` graph of the bundle). By default it is
-        the host on the CPU, where it is the faster one (`bench/step.py`), and the device elsewhere.
+        the host on the CPU, where it is the faster one, and the device elsewhere.
         weight_budget: bytes of weights that a plan built with weight streaming keeps on the GPU.
         engines: what loads a component, by its name, in place of the bundle's own engines.
+        wrap: makes of a component's name and its engine, when it is loaded, the engine that is used in its place.
         Raises `BundleError` for a bundle of another kind, `EngineError` when the engine is not there.
         """
         from ..engines.onnxruntime import default_threads
@@ -86,7 +88,7 @@ class Pipeline:
             raise BundleError(f"{bundle.root} holds no step graph: compile it again, or use the loop 'host'")
         self._loop_asked = loop
         self._loop = loop or ("device" if steps and not self._loader.engine.on_cpu else "host")
-        self._engines = LoadedEngines(bundle, self._loader, threads or default_threads(), engines or {})
+        self._engines = LoadedEngines(bundle, self._loader, threads or default_threads(), engines or {}, wrap)
         self._autoencoder = Autoencoder(bundle, self.engine)
         self._jobs = Jobs(bundle, self.engine, self._autoencoder)
 
