@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import AS_EXPORTED, FULL, PRECISIONS, STANDARD, Bundle, Variant
@@ -54,7 +53,7 @@ class EngineLoader:
             raise EngineError("a budget for weights goes with TensorRT plans that stream them: leave it out")
         self._check_precision()
         if self.engine.backend == OPENVINO:
-            from .openvino import Device
+            from .openvino.device import Device
 
             Device.open(self.engine.provider, FULL if self.precision == AS_EXPORTED else self.precision)
         self._fused = self.engine.fused and self._has_fused()
@@ -214,27 +213,19 @@ class EngineLoader:
 
     def _load_openvino(self, name: str, variant: Variant, threads: int | None, share_rows: bool) -> Engine:
         from .onnxruntime import default_threads
-        from .openvino import Cache, Device, OpenVinoEngine, Recipe
-        from .split import SplitEngine
+        from .openvino.load import load_variant
 
-        component, precision = self._bundle.component(name), self.precision_of(name)
-        precision = FULL if precision == AS_EXPORTED else precision
-        count = threads or default_threads()
-        device = Device.open(self.engine.provider, precision)  # in a forked process another one
-        cache = None
-        if not self._bundle.foreign:
-            cache = Cache(EngineStore(self._bundle.root / "engines"), name, variant.files)
-        recipe = Recipe(precision, count, count if share_rows else 1, self.is_small(name))
-
-        def load(graph: str, recipe: Recipe) -> OpenVinoEngine:
-            path = self._bundle.path(graph)
-            own = None if cache is None else replace(cache, part=graph)
-            return OpenVinoEngine(path, name, device, recipe, component.inputs, component.outputs, own)
-
-        per_step = load(variant.model, recipe)
-        if not variant.per_prompt:
-            return per_step
-        return SplitEngine(name, load(variant.per_prompt, replace(recipe, streams=1)), per_step)
+        precision, count = self.precision_of(name), threads or default_threads()
+        return load_variant(
+            self._bundle,
+            name,
+            variant,
+            provider=self.engine.provider,
+            precision=FULL if precision == AS_EXPORTED else precision,
+            threads=count,
+            streams=count if share_rows else 1,
+            small=self.is_small(name),
+        )
 
     def _load_plans(self, name: str, variant: Variant) -> Engine:
         from .tensorrt.engine import TensorRTEngine

@@ -14,8 +14,9 @@ from .engine import DeviceArray, DeviceBinding, Engine, HostBinding
 class SplitEngine(Engine):
     """`per_prompt` makes some inputs of `per_step`; together they have the inputs of the whole model."""
 
-    def __init__(self, component: str, per_prompt: Engine, per_step: Engine) -> None:
-        self._per_prompt, self._per_step = per_prompt, per_step
+    def __init__(self, component: str, per_prompt: Engine, per_step: Engine, *, each_call: bool = False) -> None:
+        """each_call: of engines bound to a device, the first runs in each call, too: what it reads changes there."""
+        self._per_prompt, self._per_step, self._each_call = per_prompt, per_step, each_call
         made = {tensor.name for tensor in per_prompt.outputs}
         own = {tensor.name for tensor in per_step.inputs}
         if not made <= own:
@@ -59,7 +60,7 @@ class SplitEngine(Engine):
         return run
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
-        return _SplitDeviceBinding(self._per_prompt, self._per_step, tensors)
+        return _SplitDeviceBinding(self._per_prompt, self._per_step, tensors, self._each_call)
 
     def _all_feeds(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         made = self._per_prompt({tensor.name: feeds[tensor.name] for tensor in self._per_prompt.inputs})
@@ -70,22 +71,29 @@ class SplitEngine(Engine):
 class _SplitDeviceBinding:
     """The second graph bound to what the first made of the tensors that the prompt is in."""
 
-    def __init__(self, per_prompt: Engine, per_step: Engine, tensors: Mapping[str, DeviceArray]) -> None:
-        self._per_prompt = per_prompt
+    def __init__(
+        self, per_prompt: Engine, per_step: Engine, tensors: Mapping[str, DeviceArray], each_call: bool
+    ) -> None:
+        self._per_prompt, self._each_call = per_prompt, each_call
         self._own = {tensor.name: tensors[tensor.name] for tensor in per_prompt.inputs}
         self._made = {name: per_step.to_device(array) for name, array in self._compute().items()}
         self._per_step = per_step.bind_device({**tensors, **self._made})
 
     def __call__(self) -> None:
         """See `engine.DeviceBinding`."""
+        if self._each_call:
+            self._update()
         self._per_step()
 
     def refresh(self, *changed: str) -> None:
         """See `engine.DeviceBinding`."""
         if not self._own.keys().isdisjoint(changed):
-            for name, array in self._compute().items():
-                self._made[name].update_inplace(np.asarray(array, order="C"))
+            self._update()
         self._per_step.refresh(*changed)
+
+    def _update(self) -> None:
+        for name, array in self._compute().items():
+            self._made[name].update_inplace(np.asarray(array, order="C"))
 
     def _compute(self) -> dict[str, Array]:
         return self._per_prompt({name: tensor.numpy() for name, tensor in self._own.items()})

@@ -1,0 +1,60 @@
+"""The engine of a variant: its graphs, the one that the prompt alone decides in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ...bundle import FULL, Bundle, Variant
+from ..cache import EngineStore
+from ..engine import Engine
+from ..split import SplitEngine
+from .cache import Cache
+from .compiled import Recipe
+from .device import Device
+from .engine import OpenVinoEngine
+from .exact import waves, without_waves
+
+
+def load_variant(
+    bundle: Bundle,
+    name: str,
+    variant: Variant,
+    *,
+    provider: str,
+    precision: str,
+    threads: int,
+    streams: int = 1,
+    small: bool = False,
+) -> Engine:
+    """The engine of a variant of component `name` on a device of OpenVINO.
+
+    provider: a key of `device.DEVICES`. threads, streams, small: see `compiled.Recipe`.
+    Raises `EngineError` when OpenVINO or the device is not there, or the model cannot be read.
+    """
+    component, device = bundle.component(name), Device.open(provider, precision)
+    recipe, whole = Recipe(precision, threads, streams, small), Recipe(FULL, threads, 1, small)
+
+    def load(graph: str, recipe: Recipe, label: str, part: Callable[[Any], Any] = lambda model: model) -> Engine:
+        store = EngineStore(bundle.root / "engines")
+        cache = None if bundle.foreign else Cache(store, name, variant.files, f"{graph}{label}")
+        path = bundle.path(graph)
+        return OpenVinoEngine(path, name, device, recipe, component.inputs, component.outputs, cache, part)
+
+    timestep = _timestep(bundle) if component.role == "denoiser" and precision != FULL else ""
+    if timestep and waves(device.core.read_model(str(bundle.path(variant.model))), timestep) is not None:
+        made = load(variant.model, whole, ":waves", partial(waves, timestep=timestep))
+        rest = load(variant.model, recipe, ":rest", partial(without_waves, timestep=timestep))
+        per_step: Engine = SplitEngine(name, made, rest, each_call=True)
+    else:
+        per_step = load(variant.model, recipe, "")
+    if not variant.per_prompt:
+        return per_step
+    return SplitEngine(name, load(variant.per_prompt, whole, ""), per_step)
+
+
+def _timestep(bundle: Bundle) -> str:
+    """The name of the denoiser's input that takes the timestep."""
+    inputs = bundle.manifest.wiring.inputs.items()
+    return next((name for name, source in inputs if source.startswith("timestep")), "")
