@@ -107,4 +107,5 @@ def _read(root: Path, record: Path, key: str | None, kind: Kind[T]) -> T | None:
     except (BundleError, FieldError):
         return None
     same = isinstance(value.get("key"), str) and (key is None or value["key"] == key)
-    return found if same and holds(root, kind.files(found)) else None
+    files = kind.files(found)
+    return found if same and (not files or holds(root, files)) else None

@@ -16,13 +16,16 @@ from ..common.files import link_or_copy, remove, write_json
 from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
-from ..engines.names import EngineName
+from ..engines.names import ONNXRUNTIME, EngineName
+from ..engines.openvino.device import Device
 from ..engines.runnable import check_runnable
 from ..engines.tensorrt.backend import BACKENDS
 from ..engines.tensorrt.build import clean
 from ..engines.tensorrt.bundle_plans import BuildMachine, build_plans, count_plans, resolve_machine
 from ..engines.tensorrt.target import Target
-from . import fusion
+from . import fusion, hinted
+from .choice import AUTO, RECORD, candidates, choose
+from .hinted import HINTED_ENGINES
 from .scan import Scan
 from .stage import convert, record_name
 
@@ -37,6 +40,7 @@ class Goal:
     """What a bundle is to be run with.
 
     machine: what its plans are built with and for, None where it has none. converts: whether a precision is to be made.
+    chooses: whether the engine is to be chosen by time, and a precision under fp32 with it where `lower` says so.
     """
 
     engine: EngineName
@@ -45,16 +49,21 @@ class Goal:
     scan: Scan
     machine: BuildMachine | None
     converts: bool
+    chooses: bool = False
+    lower: bool = False
 
     @classmethod
-    def of(cls, engine: str, precision: str, target: Target | None, scan: Scan | None) -> Goal:
+    def of(cls, engine: str, precision: str | None, target: Target | None, scan: Scan | None) -> Goal:
         """Hold what is asked for against this machine, before any work is done.
 
+        engine: or `auto`, the fastest of those that are installed for the processor; with a precision under fp32 it is
+        onnxruntime, which leaves the choice open. precision: None for fp32, or what is within the budget and faster.
         Raises `DiffoundryError` for an option of another kind, or one that has no effect, and `EngineError` when the
         engine is not there or cannot build what is asked.
         """
-        name = EngineName.parse(engine)
-        check_precision(precision)
+        chooses, lower = engine == AUTO and precision in (None, FULL), precision is None and engine == AUTO
+        precision = FULL if precision is None else check_precision(precision)
+        name = EngineName.parse(ONNXRUNTIME if engine == AUTO else engine)
         for what, value, kind in (("target", target, Target), ("scan", scan, Scan)):
             if value is not None and not isinstance(value, kind):
                 raise DiffoundryError(f"the {what} must be a diffoundry.{kind.__name__}, found {type(value).__name__}")
@@ -63,26 +72,43 @@ class Goal:
                 f"the engine {name} builds no plans: leave out what is said of them "
                 "(architectures, shapes, batch, flags, memory)"
             )
-        if scan is not None and precision == FULL:
+        if scan is not None and precision == FULL and not lower:
             raise DiffoundryError("fp32 needs no scan: leave its prompts, steps, size and PSNR out")
+        if name.backend in HINTED_ENGINES:
+            Device.open(name.provider, precision)
         plans = name.backend in BACKENDS
         machine = resolve_machine(name.backend, precision, target or Target()) if plans else None
-        return cls(name, precision, target or Target(), scan or Scan(), machine, precision != FULL)
+        asked = scan or (Scan(prompts=Scan().prompts[:1]) if lower else Scan())
+        return cls(name, precision, target or Target(), asked, machine, precision != FULL, chooses, lower)
+
+    @property
+    def hinted(self) -> bool:
+        """Whether the engine computes the fp32 models in this precision, so that none are written in it."""
+        return self.engine.backend in HINTED_ENGINES and self.precision != FULL
 
     def parts(self, manifest: Manifest) -> int:
         """How many parts the work has."""
-        return self.converts + self.engine.fused + (0 if self.machine is None else count_plans(manifest, self.target))
+        return (
+            self.converts
+            + self.chooses
+            + self.engine.fused
+            + (0 if self.machine is None else count_plans(manifest, self.target))
+        )
 
     def records(self, manifest: Manifest) -> list[str]:
         """The names of the records of what is made."""
-        made = [record_name(self.precision)] if self.converts else []
+        made = [record_name(self.precision)] if self.converts and not self.hinted else []
+        if self.converts and self.hinted:
+            made = [hinted.record_name(self.engine, self.precision)]
+        if self.chooses:
+            made += [RECORD, *(hinted.record_name(EngineName.parse(each), p) for each, p in candidates(self.lower))]
         fused = [fusion.record_name(self.engine, self.precision, name) for name in manifest.components]
         return [*made, *(fused if self.engine.fused else ())]
 
     def written(self) -> float:
         """The weights that are written, as a multiple of those in fp32."""
         width = 1.0 if self.precision == FULL else 0.5
-        return width * (self.converts + self.engine.fused) + (
+        return width * ((self.converts and not self.hinted) + self.engine.fused) + (
             0.0 if self.machine is None else width * self.target.count()
         )
 
@@ -98,9 +124,11 @@ def build(
 ) -> Bundle:
     """Give `bundle` a lower precision, what an engine runs, or both; neither torch nor the checkpoint is needed.
 
-    engine, precision: what the bundle is run with by default from now on; the default is what it was made for. With an
-    engine of TensorRT plans are built for `target`, with onnxruntime:cuda its graphs are written. A precision that the
-    bundle has is taken as it is, unless `scan` says what it is to be measured with; see `compile` for both.
+    engine, precision: what the bundle is run with by default from now on. `auto` is the fastest engine of those that
+    are installed for this processor, and the default for a bundle that runs on it, where no precision is named; else
+    the default is what the bundle was made for. With an engine of TensorRT plans are built for `target`, with
+    onnxruntime:cuda its graphs are written, with openvino a lower precision is measured. A precision that the bundle
+    has is taken as it is, unless `scan` says what it is to be measured with; see `compile` for both.
     Raises `BundleError` for what is no bundle or was changed, `calibration.QualityError` when the images are too far
     from fp32, `EngineError` or `DiffoundryError`; what was finished is kept for the next run, and `bundle` is either
     the old one or the whole new one.
@@ -124,13 +152,19 @@ def _checked(
     """The bundle at `path` and what it is to be run with. Raises for what cannot be built of it."""
     bundle = Bundle.open(path)
     own = bundle.manifest
-    goal = Goal.of(
-        own.engine if engine is None else engine, own.precision if precision is None else precision, target, scan
-    )
-    converted = all(goal.precision in part.precisions for part in own.components.values() if part.role != "step")
+    open_choice = own.precision == FULL or EngineName.parse(own.engine).backend in HINTED_ENGINES
+    if engine is None and precision is None and target is None and open_choice and EngineName.parse(own.engine).on_cpu:
+        engine = AUTO
+    if engine != AUTO:
+        precision = own.precision if precision is None else precision
+    goal = Goal.of(own.engine if engine is None else engine, precision, target, scan)
+    key = f"{goal.precision}/{goal.engine.backend if goal.hinted else STANDARD}"
+    parts = [part for part in own.components.values() if part.role != "step"]
+    needed = [own.components[own.named("denoiser")]] if goal.hinted else parts
+    converted = all(key in part.variants for part in needed)
     if goal.converts and scan is None and converted:
         goal = replace(goal, converts=False)
-    if goal.converts or goal.engine.fused or goal.machine is not None:
+    if (goal.converts and not goal.hinted) or goal.engine.fused or goal.machine is not None:
         require_modules("build", _MODULES, "build")
     check_runnable(bundle)
     lacking = [name for name, part in own.components.items() if _FP32 not in part.variants]
@@ -144,7 +178,12 @@ def _checked(
 
 def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bundle:
     """`bundle`, whose fp32 models lie in the ledger's working folder, with all else that the goal asks for."""
-    if goal.converts:
+    if goal.chooses:
+        bundle, engine, precision = choose(bundle, ledger, goal.lower, goal.scan, meter)
+        bundle = replace(bundle, manifest=replace(bundle.manifest, engine=str(engine), precision=precision))
+    elif goal.converts and goal.hinted:
+        bundle = hinted.measure(bundle, ledger, goal.engine, goal.precision, goal.scan, meter)
+    elif goal.converts:
         bundle = convert(bundle, ledger, goal.precision, goal.scan, meter)
     bundle = fusion.forget_removed(bundle)
     if goal.engine.fused:
@@ -180,9 +219,15 @@ def check_disk(target: Path, needed: float) -> None:
 
 def _linked(old: Bundle, ledger: Ledger, goal: Goal) -> Bundle:
     """The bundle in the working folder, by links, without what the goal converts anew."""
-    again = goal.precision if goal.converts else ""
+
+    def is_made_anew(key: str) -> bool:
+        precision, _, backend = key.partition("/")
+        if not goal.converts or precision != goal.precision:
+            return False
+        return backend == goal.engine.backend if goal.hinted else backend not in HINTED_ENGINES
+
     components = {
-        name: replace(part, variants={key: v for key, v in part.variants.items() if key.partition("/")[0] != again})
+        name: replace(part, variants={key: each for key, each in part.variants.items() if not is_made_anew(key)})
         for name, part in old.manifest.components.items()
     }
     manifest = replace(old.manifest, components=components, engine=str(goal.engine), precision=goal.precision)

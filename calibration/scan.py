@@ -86,19 +86,25 @@ class Scan:
 
 
 def run_loop(
-    bundle: Bundle, engines: Mapping[str, Callable[[], Engine]], scan: Scan, text: str, progress: Progress
+    bundle: Bundle,
+    engines: Mapping[str, Callable[[], Engine]],
+    scan: Scan,
+    text: str,
+    progress: Progress,
+    threads: int | None = 1,
 ) -> list[Array]:
     """Run the loop on every prompt and return the images, uint8 (H, W, 3); each component runs at least once.
 
-    engines: what loads each component. One is in memory at a time.
+    engines: what loads each component. One is in memory at a time. threads: of the pipeline, which shares the rows of
+    a small model among them; None for all.
     Raises `EngineError` when latents or an image are not finite, `RequestError` for a size the bundle cannot do.
     """
-    pipeline = Pipeline(bundle, threads=1, loop="host", engines=engines)
+    pipeline = Pipeline(bundle, threads=threads, loop="host", engines=engines)
 
     def report(done: int, total: int, _: Array) -> None:
         progress(text, done, total)
 
-    results = pipeline.generate_many(_requests(bundle, scan), batch=1, low_memory=True, callback=report)
+    results = pipeline.generate_many(requests(bundle, scan), batch=1, low_memory=True, callback=report)
     pipeline.release_all()
     images = [np.asarray(image) for result in results for image in result.images]
     if bundle.manifest.with_role("preview"):
@@ -113,7 +119,7 @@ def run_loop(
     return images
 
 
-def _requests(bundle: Bundle, scan: Scan) -> list[Request]:
+def requests(bundle: Bundle, scan: Scan) -> list[Request]:
     """One request a prompt, of the first task that the bundle does; edits start from noise on a drawn picture."""
     tasks, manifest = bundle.manifest.tasks, bundle.manifest
     width, height = scan.size or (manifest.default_width, manifest.default_height)

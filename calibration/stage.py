@@ -59,7 +59,7 @@ def convert(bundle: Bundle, ledger: Ledger, precision: str, scan: Scan, meter: M
 
     def make() -> Converted:
         converted, quality = convert_models(plain, precision, scan=scan, progress=progress)
-        return Converted(_models(bundle), converted, quality)
+        return Converted(full_models(bundle), converted, quality)
 
     made = ledger.once(record_name(precision), _key(plain, precision, scan), CONVERTED, make)
     meter.step()
@@ -71,7 +71,7 @@ def carry_over(bundle: Bundle, ledger: Ledger, precision: str) -> Bundle:
 
     What an interrupted run left of them is forgotten.
     """
-    models = _models(bundle)
+    models = full_models(bundle)
     for other in PRECISIONS:
         if other not in (FULL, precision):
             ledger.forget(record_name(other))
@@ -92,7 +92,7 @@ def _with_precision(bundle: Bundle, precision: str, made: Converted) -> Bundle:
     return with_report(with_report(bundle, "precision", {precision: reports}), "quality", {precision: made.quality})
 
 
-def _models(bundle: Bundle) -> dict[str, Files]:
+def full_models(bundle: Bundle) -> dict[str, Files]:
     """The fp32 files of each component that has lower precisions."""
     components = bundle.manifest.components.items()
     found = {name: component.variant(FULL) for name, component in components if component.role != "step"}
@@ -105,14 +105,16 @@ def record_name(precision: str) -> str:
 
 
 def _key(bundle: Bundle, precision: str, scan: Scan) -> str:
-    return sha256_json(
-        {
-            "rule": RULE,
-            "models": _models(bundle),
-            "precision": precision,
-            "scan": {**asdict(scan), **scan.record(bundle)},
-            "tasks": list(bundle.manifest.tasks),
-            "wiring": asdict(bundle.manifest.wiring),
-            "files": {path: sha for path, sha in bundle.manifest.files.items() if path.startswith(_DECIDE)},
-        }
-    )
+    made_of = {"rule": RULE, "precision": precision, "scan": {**asdict(scan), **scan.record(bundle)}}
+    return sha256_json({**made_of, **decides(bundle)})
+
+
+def decides(bundle: Bundle) -> dict[str, Any]:
+    """What of a bundle decides its images in any precision, beside the settings of the run."""
+    manifest = bundle.manifest
+    return {
+        "models": full_models(bundle),
+        "tasks": list(manifest.tasks),
+        "wiring": asdict(manifest.wiring),
+        "files": {path: sha for path, sha in manifest.files.items() if path.startswith(_DECIDE)},
+    }

@@ -7,13 +7,16 @@ from typing import Any
 import click
 
 from .goal import goal_options, show_result, take_goal
-from .options import engine_option, json_option, precision_option
+from .options import ENGINES, engine_option, json_option, precision_option
 from .progress import progress
 
 
 @click.command("build")
 @click.argument("bundle", type=click.Path())
-@engine_option()
+@engine_option(
+    f"{ENGINES}; or auto: the fastest of those that are installed for this processor. [default: auto for a bundle that "
+    "runs on the processor, unless a precision is named; else what the bundle was made for]"
+)
 @precision_option("Of weights and activations; what the lower ones would spoil stays in fp32. [default: the bundle's]")
 @goal_options
 @json_option

@@ -18,8 +18,14 @@ from .progress import progress
 @click.command("compile")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The bundle folder to make.")
-@engine_option(f"What runs the models: {ENGINES}.", default="onnxruntime")
-@precision_option("Of weights and activations. What the lower ones would spoil stays in fp32.", default="fp32")
+@engine_option(
+    f"What runs the models: {ENGINES}; or auto: the fastest of those that are installed for this processor.",
+    default="auto",
+)
+@precision_option(
+    "Of weights and activations. What the lower ones would spoil stays in fp32. [default: fp32, or with --engine auto "
+    "what is faster within --min-psnr]"
+)
 @click.option(
     "--storage-dtype",
     type=click.Choice(STORAGE_DTYPES),
@@ -81,6 +87,8 @@ def compile_command(
     if ":" in (options["trace_scheduler"] or ""):
         sys.path.insert(0, str(Path.cwd()))  # a module of one's own lies where one stands
     goal = take_goal(options)
+    if options["precision"] is None and options["engine"] != "auto":
+        options["precision"] = "fp32"
     with progress("compile", shown=not as_json) as report:
         bundle = compile(
             checkpoint,

@@ -151,16 +151,23 @@ def _prompts(path: str) -> tuple[str, ...]:
 def show_result(bundle: Bundle, ready: str, as_json: bool, **more: Any) -> None:
     """Print warnings and `ready`, or with `--json` the bundle, what was measured, and `more`."""
     from ..bundle.reports import read_report
-    from ..engines.names import ONNXRUNTIME, EngineName
+    from ..calibration.choice import describe
+    from ..engines.names import EngineName
+    from ..engines.tensorrt.backend import BACKENDS
 
-    quality = read_report(bundle, "quality").get(bundle.manifest.precision)
-    has_plans = EngineName.parse(bundle.manifest.engine).backend != ONNXRUNTIME
+    precision, engine = bundle.manifest.precision, EngineName.parse(bundle.manifest.engine)
+    qualities = read_report(bundle, "quality")
+    quality = qualities.get(f"{precision}/{engine.backend}", qualities.get(precision))
+    choice = read_report(bundle, "engines")
+    has_plans = engine.backend in BACKENDS
     plans = read_report(bundle, "plans") if has_plans else {}
     fusion = read_report(bundle, "fusion").get(f"{bundle.manifest.precision}/{bundle.manifest.engine}")
     for line in plans.get("warnings", []):
         click.echo(f"Warning: {line}", err=True)
     if as_json:
-        measured = {"quality": quality, "plans": plans, "fusion": fusion}
+        measured = {"quality": quality, "plans": plans, "fusion": fusion, "engines": choice}
         print(json.dumps({"bundle": str(bundle.root), **more, **{key: each for key, each in measured.items() if each}}))
     else:
         click.echo(ready)
+        if choice and (choice.get("engine"), choice.get("precision")) == (str(engine), precision):
+            click.echo(describe(choice))

@@ -26,7 +26,7 @@ def inspect_command(bundle: str, as_json: bool) -> None:
 
     opened = open_bundle(bundle)
     reports: dict[str, dict[str, Any]] = {}
-    for name in ("parity", "precision", "quality", "fusion"):
+    for name in ("parity", "precision", "quality", "fusion", "engines"):
         path = f"reports/{name}.json"
         with suppress(BundleError):
             opened.check({path} & set(opened.manifest.files))
@@ -38,7 +38,8 @@ def inspect_command(bundle: str, as_json: bool) -> None:
     }
     if as_json:
         described = {"bundle": str(opened.root), "bytes": sizes, **to_json(opened.manifest)}
-        print(json.dumps({**described, "parity": {}, **reports, "engines": engines}))
+        chosen = reports.pop("engines", {})
+        print(json.dumps({**described, "parity": {}, **reports, "choice": chosen, "engines": engines}))
     else:
         _show(opened, sizes, reports, engines)
 
@@ -49,6 +50,7 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
     from rich.text import Text
 
     from ..bundle.wiring import SOURCES
+    from ..calibration.choice import describe
     from ..runtime.schedule import Schedules
 
     manifest = opened.manifest
@@ -84,6 +86,8 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
         console.print(line, soft_wrap=True)
     for line in _fusion_lines(reports, manifest):
         console.print(line, soft_wrap=True)
+    if reports.get("engines"):
+        console.print(describe(reports["engines"]), soft_wrap=True)
     for record in engines:
         line = _plan_line(record) if isinstance(record.get("profile"), dict) else _session_line(record)
         console.print(f"engines/{record['key']}: {line}", soft_wrap=True)
@@ -104,6 +108,10 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
                 kept.append(f"{name} {counts['kept']} of {counts['kept'] + counts['low']}")
         distance = f"images {quality['psnr_db']:.1f} dB from fp32" if is_quality(quality) else "not measured"
         yield f"{precision}: {distance}; nodes that stay in fp32: {', '.join(kept) or 'not recorded'}"
+    for key, quality in reports.get("quality", {}).items():
+        if "/" in key and is_quality(quality):
+            lower = ", ".join(map(str, quality.get("lower") or ()))
+            yield f"{key.replace('/', ' on ')}: images {quality['psnr_db']:.1f} dB from fp32; computed in it: {lower}"
 
 
 def _has(manifest: Any, component: str, variant: str) -> bool:
@@ -148,8 +156,9 @@ def _plan_line(record: dict[str, Any]) -> str:
 
 
 def _session_line(record: dict[str, Any]) -> str:
-    """What ONNX Runtime's optimized graph is of, and how big it is."""
-    made = " ".join(str(record.get(name, "?"))[:32] for name in ("component", "backend", "version", "provider"))
+    """What a compiled model is of, and how big it is."""
+    names = ("component", "backend", "version", "provider", "precision", "shapes", "device")
+    made = " ".join(str(record[name])[:64] for name in names if name in record)
     return f"{made}, {_size(record['bytes'])}"
 
 

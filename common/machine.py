@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import platform
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,16 @@ def require_modules(verb: str, modules: Iterable[str], extra: str) -> None:
             found = importlib.util.find_spec(name)
         if found is None:
             raise DiffoundryError(f"{verb} needs {name}: run `pip install 'diffoundry[{extra}]'`")
+
+
+def processor() -> str:
+    """The name of the processor, as it calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model") and value.strip():
+                return " ".join(value.split())
+    return platform.processor() or platform.machine() or "unknown"
 
 
 def available_memory() -> int | None:

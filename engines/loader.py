@@ -20,6 +20,18 @@ _SMALL_BYTES = 64 << 20
 """A model under this has operators too small to be worth sharing among processors."""
 
 
+def precisions_of(bundle: Bundle, engine: EngineName) -> list[str]:
+    """The precisions that `bundle` has for `engine`.
+
+    OpenVINO computes the fp32 models in a lower one, where its loss was measured; the others read models of their own.
+    """
+    own = {key for part in bundle.manifest.components.values() for key in part.variants}
+    hinted = {key.partition("/")[0] for key in own if key.endswith(f"/{OPENVINO}")}
+    written = {key.partition("/")[0] for key in own if not key.endswith(f"/{OPENVINO}")}
+    known = {FULL, *hinted} if engine.backend == OPENVINO else written
+    return [name for name in PRECISIONS if name in known]
+
+
 class EngineLoader:
     """Loads the components of `bundle`. Nothing is loaded before `load`."""
 
@@ -171,12 +183,7 @@ class EngineLoader:
         return own if own in self._precisions() and self.engine.backend == OPENVINO else FULL
 
     def _precisions(self) -> set[str]:
-        """The precisions that the bundle has for this engine."""
-        parts = self._bundle.manifest.components.values()
-        known = {name for part in parts for name in part.precisions} & {*PRECISIONS, AS_EXPORTED}
-        if self.engine.backend == OPENVINO:
-            known &= {FULL, AS_EXPORTED, *(n for n in known for part in parts if f"{n}/{OPENVINO}" in part.variants)}
-        return known
+        return set(precisions_of(self._bundle, self.engine)) | ({AS_EXPORTED} if self._bundle.foreign else set())
 
     def _check_precision(self) -> None:
         known = self._precisions()

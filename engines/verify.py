@@ -13,8 +13,8 @@ from ..common.arrays import Array
 from ..common.checks import MOST_THREADS, whole_number
 from ..common.errors import BundleError
 from .cache import EngineStore
-from .loader import EngineLoader
-from .names import ONNXRUNTIME, EngineName
+from .loader import EngineLoader, precisions_of
+from .names import ONNXRUNTIME, OPENVINO, EngineName
 from .runnable import check_runnable
 
 
@@ -55,12 +55,15 @@ def verify(
 
 
 def runnable(bundle: Bundle, engine: str) -> list[str]:
-    """The precisions that `bundle` has and `engine` runs: of plans the one it was compiled for, on the CPU no bf16."""
-    lower = {name for part in bundle.manifest.components.values() for name in part.precisions if name in PRECISIONS}
+    """The precisions that `bundle` has and `engine` runs: of plans the one it was compiled for.
+
+    ONNX Runtime has no bf16 on the CPU.
+    """
     name = EngineName.parse(engine)
-    if name.backend != ONNXRUNTIME:
+    if name.backend not in (ONNXRUNTIME, OPENVINO):
         return [bundle.manifest.precision]
-    return [FULL, *sorted(lower - {FULL, *(["bf16"] if name.on_cpu else [])})]
+    lower = set(precisions_of(bundle, name)) - {FULL, *(["bf16"] if str(name) == ONNXRUNTIME else [])}
+    return [FULL, *sorted(lower)]
 
 
 def _verify(bundle: Bundle, engine: str, precision: str, threads: int | None) -> Iterator[Check]:

@@ -18,7 +18,7 @@ from ..bundle import FULL, Bundle
 from ..bundle.ledger import Ledger
 from ..bundle.precisions import AS_STORED, STORAGE_DTYPES
 from ..bundle.workspace import UNPACKED, check_target, resolved, working
-from ..calibration import Scan
+from ..calibration import Scan, hinted
 from ..calibration.build import Goal, check_disk, later_stages, publish
 from ..calibration.stage import carry_over
 from ..common.errors import CheckpointError, DiffoundryError
@@ -43,7 +43,7 @@ def compile(
     out: str | Path,
     *,
     engine: str = "onnxruntime",
-    precision: str = FULL,
+    precision: str | None = FULL,
     storage_dtype: str = FULL,
     target: Target | None = None,
     scan: Scan | None = None,
@@ -61,7 +61,8 @@ def compile(
     """Make the bundle `out` from a diffusers folder, a hub id, or a single file in the layout of the original authors.
 
     engine: what the bundle is run with by default, one of `engines.names.ENGINES`; what it needs is made, too: TensorRT
-    plans for `target`, or graphs for CUDA, for which no GPU is needed.
+    plans for `target`, or graphs for CUDA, for which no GPU is needed. `auto` is the fastest of those that are
+    installed for this processor, in a precision under fp32 where `precision` is None and the images are near enough.
     precision: fp32, fp16 or bf16. The lower ones are written beside fp32, with what must stay in fp32 found by running
     the loop as `scan` says; `calibration.QualityError` is raised when the images are too far from fp32.
     storage_dtype: of the weights of the fp32 models. `auto` keeps those of a component that the checkpoint stores in
@@ -135,7 +136,9 @@ def _run(
     )
     tracer = Tracer(source, ledger, tools, keep_half)
     bundle = tracer.trace(replace(bundle, manifest=manifest), specs, hashes, meter)
-    bundle = carry_over(bundle, ledger, goal.precision)
+    bundle = hinted.carry_over(
+        carry_over(bundle, ledger, goal.precision), ledger, (str(goal.engine), goal.precision) if goal.hinted else None
+    )
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)
 
 

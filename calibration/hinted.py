@@ -1,0 +1,209 @@
+"""The stage that measures what a lower precision loses on an engine that computes the float32 models in it.
+
+OpenVINO rounds by a hint, so that no model is written: what is made is the measurement, and the list of the components
+that are within the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+from ..bundle import FULL, PRECISIONS, Bundle, Variant
+from ..bundle.ledger import Kind, Ledger
+from ..bundle.manifest import Files
+from ..bundle.reports import is_quality, with_report
+from ..common.arrays import Array
+from ..common.errors import OverflowedError
+from ..common.files import sha256_json
+from ..common.progress import Meter
+from ..engines.loader import EngineLoader
+from ..engines.names import OPENVINO, EngineName
+from ..engines.openvino.device import Device
+from ..engines.verify import compare_outputs, recorded_case
+from .quality import QualityError, psnr
+from .scan import Scan, run_loop
+from .stage import decides, full_models
+
+_REVISION = 1
+"""Raise it when the same models would give other figures."""
+HINTED_ENGINES = (OPENVINO,)
+"""The backends that compute float32 models in a lower precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hinted:
+    """What was measured. models: the files of each component. lower: the components in the lower precision."""
+
+    models: dict[str, Files]
+    lower: tuple[str, ...]
+    quality: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not is_quality(self.quality) or not self.lower or not set(self.lower) <= set(self.models):
+            raise ValueError("it was not measured")
+
+    def all_files(self) -> Files:
+        """None of its own."""
+        return {}
+
+
+HINTED = Kind(Hinted, Hinted.all_files)
+
+
+def measure(
+    bundle: Bundle, ledger: Ledger, engine: EngineName, precision: str, scan: Scan, meter: Meter, parts: int = 1
+) -> Bundle:
+    """`bundle`, which lies in the ledger's working folder, with `precision` on `engine`, measured on this machine.
+
+    Raises `QualityError` when the images are too far from fp32, however much stays in it, `EngineError` when the
+    device does not compute in this precision.
+    """
+
+    def progress(text: str, done: float, total: int) -> None:
+        meter.show(f"{engine} {precision}, {text} {done}/{total}")
+
+    key = _key(bundle, engine, precision, scan)
+    make = partial(_measured, bundle, engine, precision, scan, progress)
+    made = ledger.once(record_name(engine, precision), key, HINTED, make)
+    for _ in range(parts):
+        meter.step()
+    return _with(bundle, engine, precision, made)
+
+
+def carry_over(bundle: Bundle, ledger: Ledger, but: tuple[str, str] | None) -> Bundle:
+    """`bundle` with what the old bundle has measured of the very same models, but for this engine and precision."""
+    models = full_models(bundle)
+    for backend in HINTED_ENGINES:
+        for precision in PRECISIONS:
+            engine = EngineName.parse(backend)
+            name = record_name(engine, precision)
+            if precision == FULL or (str(engine), precision) == but:
+                continue
+            ledger.forget(name)
+            found = ledger.take(name, HINTED, fits=lambda found: found.models == models)
+            if found is not None:
+                bundle = _with(bundle, engine, precision, found)
+    return bundle
+
+
+def record_name(engine: EngineName, precision: str) -> str:
+    """Of the stage's record."""
+    return f"hinted.{engine.backend}.{engine.provider}.{precision}"
+
+
+def _with(bundle: Bundle, engine: EngineName, precision: str, made: Hinted) -> Bundle:
+    return with_report(
+        lowered(bundle, engine, precision, list(made.lower)), "quality", {f"{precision}/{engine.backend}": made.quality}
+    )
+
+
+def lowered(bundle: Bundle, engine: EngineName, precision: str, names: list[str] | None = None) -> Bundle:
+    """`bundle` whose components `names` (default: all) run in `precision` on `engine`, and the others in fp32."""
+    if precision == FULL:
+        return bundle
+    names = _choices(bundle)[0] if names is None else names
+    components, key = {}, f"{precision}/{engine.backend}"
+    for name, part in bundle.manifest.components.items():
+        variants = {each: variant for each, variant in part.variants.items() if each != key}
+        if name in names:
+            variants[key] = _full(bundle, name)
+        components[name] = replace(part, variants=variants)
+    manifest = replace(bundle.manifest, components=components)
+    return replace(bundle, manifest=manifest)
+
+
+def _full(bundle: Bundle, name: str) -> Variant:
+    """The float32 graphs that the engine reads, which the lower precision shares."""
+    found = bundle.component(name).variant(FULL, "onnxruntime:cpu")
+    assert found is not None  # every component has one
+    return found
+
+
+def _measured(
+    bundle: Bundle, engine: EngineName, precision: str, scan: Scan, progress: Callable[[str, float, int], None]
+) -> Hinted:
+    exact = run_loop(_set(bundle, engine, FULL), {}, scan, "fp32", progress, threads=None)
+    tries: list[dict[str, Any]] = []
+    for names in _choices(bundle):
+        trial = lowered(bundle, engine, precision, names)
+        off = [line for line in (_off(trial, engine, precision, name) for name in names) if line]
+        figures: dict[str, Any] = {"psnr_db": None, "problem": "; ".join(off)}
+        if not off:
+            figures = _quality(trial, engine, precision, scan, exact, progress)
+        tries.append({"lower": names, **figures})
+        if figures["psnr_db"] is not None and figures["psnr_db"] >= scan.budget_db:
+            device = Device.open(engine.provider, precision)
+            head = {"precision": precision, "engine": str(engine), "budget_db": scan.budget_db}
+            where = {"device": device.full_name, "version": device.version}
+            report = {**head, **where, "scan": scan.record(bundle), "lower": names, **figures, "tries": tries}
+            return Hinted(full_models(bundle), tuple(names), report)
+    raise _error(engine, precision, scan, tries)
+
+
+def _choices(bundle: Bundle) -> list[list[str]]:
+    """Which components to compute in the lower precision: all, all but the text encoders, the denoiser alone."""
+    manifest = bundle.manifest
+    every = [name for name, part in manifest.components.items() if part.role != "step"]
+    without_text = [name for name in every if manifest.components[name].role != "text"]
+    return [every, without_text, [manifest.named("denoiser")]]
+
+
+def _set(bundle: Bundle, engine: EngineName, precision: str) -> Bundle:
+    """`bundle` as one that was made for this engine and precision."""
+    return replace(bundle, manifest=replace(bundle.manifest, engine=str(engine), precision=precision))
+
+
+def _off(bundle: Bundle, engine: EngineName, precision: str, name: str) -> str:
+    """Why component `name` is not what torch recorded, "" where it is."""
+    feeds, expected = recorded_case(bundle, name)
+    check = compare_outputs(name, precision, EngineLoader(bundle, str(engine), precision).load(name)(feeds), expected)
+    return "" if check.passed else f"{name} is off by {check.max_abs_error:.1e}, {check.allowed:.1e} is allowed"
+
+
+def _quality(
+    bundle: Bundle,
+    engine: EngineName,
+    precision: str,
+    scan: Scan,
+    exact: list[Array],
+    progress: Callable[[str, float, int], None],
+) -> dict[str, Any]:
+    """How far the images are from those in fp32, the median; `psnr_db` is None where they are not finite."""
+    try:
+        images = run_loop(_set(bundle, engine, precision), {}, scan, "quality", progress, threads=None)
+    except OverflowedError as error:
+        return {"psnr_db": None, "prompts": [], "problem": str(error)}
+    found = [psnr(image, reference) for image, reference in zip(images, exact, strict=True)]
+    prompts = [
+        {"prompt": prompt, "seed": scan.seed + i, "psnr_db": round(ratio, 2)}
+        for i, (prompt, ratio) in enumerate(zip(scan.prompts, found, strict=True))
+    ]
+    return {"psnr_db": round(median(found), 2), "worst_db": round(min(found), 2), "prompts": prompts}
+
+
+def _error(engine: EngineName, precision: str, scan: Scan, tries: list[dict[str, Any]]) -> QualityError:
+    finite = [each["psnr_db"] for each in tries if each["psnr_db"] is not None]
+    if not finite:
+        return QualityError(f"{precision} on {engine} fails: {tries[-1]['problem']}; use --precision fp32")
+    return QualityError(
+        f"{precision} images of {engine} differ from fp32 by {max(finite):.1f} dB PSNR, {scan.budget_db:g} are asked, "
+        f"even with the text encoders and the autoencoder in fp32: use --precision fp32, take what is left with a "
+        "lower --min-psnr, or scan other prompts and more steps"
+    )
+
+
+def _key(bundle: Bundle, engine: EngineName, precision: str, scan: Scan) -> str:
+    device = Device.open(engine.provider, precision)
+    return sha256_json(
+        {
+            "revision": _REVISION,
+            "device": [device.name, device.full_name, device.version],
+            "precision": precision,
+            "scan": {**asdict(scan), **scan.record(bundle)},
+            **decides(bundle),
+        }
+    )
