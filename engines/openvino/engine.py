@@ -154,7 +154,7 @@ class OpenVinoEngine(Engine):
             return {tensor.name: np.array(request.get_tensor(tensor.name).data) for tensor in self.outputs}
 
     def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
-        rows = min(self._recipe.streams, len(next(iter(feeds.values()))) if feeds else 1)
+        rows = min(self._recipe.streams if self._recipe.small else 1, len(next(iter(feeds.values()))) if feeds else 1)
         return OvHostBinding(self, feeds) if rows <= 1 else OvRowsBinding(self, feeds, rows)
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
