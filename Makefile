@@ -25,12 +25,11 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 bench: build/pico.bundle/bundle.json
-	$(BIN)/python -m diffoundry.bench.pico examples/pico build/pico.bundle
-	$(BIN)/python -m diffoundry.bench.startup build/pico.bundle
+	$(BIN)/diffoundry bench build/pico.bundle
 
 build/pico.bundle/bundle.json: $(READY) $(wildcard examples/pico/*/*)
 	mkdir -p build
-	$(BIN)/diffoundry compile examples/pico -o build/pico.bundle
+	$(BIN)/diffoundry compile examples/pico -o build/pico.bundle --engine onnxruntime
 	touch $@
 
 $(READY): pyproject.toml constraints.txt

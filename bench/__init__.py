@@ -1,1 +1,1 @@
-"""Figures that anyone can make again: each is a ratio to a peer measured in the same run."""
+"""`diffoundry bench`: starts, pictures and stages, beside other programs and beside the machine's limits."""

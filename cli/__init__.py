@@ -14,6 +14,7 @@ import click
 from .. import __version__
 from ..common.errors import DiffoundryError
 from ..common.files import disk_error
+from .bench import bench_command
 from .build import build_command
 from .compile import compile_command
 from .inspect import inspect_command
@@ -31,7 +32,15 @@ def cli() -> None:
     """Compile diffusers checkpoints into engines and run them without PyTorch."""
 
 
-for command in (compile_command, build_command, run_command, inspect_command, verify_command, schedulers_command):
+for command in (
+    compile_command,
+    build_command,
+    run_command,
+    inspect_command,
+    verify_command,
+    schedulers_command,
+    bench_command,
+):
     cli.add_command(command)
 
 

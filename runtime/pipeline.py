@@ -66,7 +66,8 @@ class Pipeline:
     ) -> None:
         """engine: one of `engines.names.ENGINES`; the default is what the bundle was compiled for.
 
-        precision: of the models; the default is what the bundle was compiled for, but fp32, the fastest, on the CPU.
+        precision: of the models; the default is what the bundle was made for, but on the CPU fp32, unless it was made
+        for this very engine in a lower one.
         loop: where the step of the loop runs, `host` or `device` (the `step` graph of the bundle). By default it is
         the host on the CPU, where it is the faster one, and the device elsewhere.
         weight_budget: bytes of weights that a plan built with weight streaming keeps on the GPU.
