@@ -138,6 +138,8 @@ def _alike(rows: list[Row], most: int | None) -> int:
     """The number of steps from here, up to `most`, in which the same rows run and the same of them are guided."""
     last = min(row.state.remaining for row in rows)
     last = last if most is None else min(last, max(most, 1))
+    if last == 1:
+        return 1
     guided = [row.guided() for row in rows]
     changes = (k for k in range(1, last) if [row.guided(k) for row in rows] != guided)
     return next(changes, last)

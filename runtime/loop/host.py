@@ -50,6 +50,8 @@ class HostStepper:
         else:
             both = self._call(guided, rows)
             negative, prompt = both[: len(on)], both[len(on) :]
+        if len(on) == len(rows):
+            return combine(prompt, negative, [row.sample.guidance for row in guided])
         outputs = np.array(prompt, np.float32)
         if on:
             outputs[on] = combine(prompt[on], negative, [row.sample.guidance for row in guided])
@@ -105,6 +107,9 @@ class _Call:
         self._sample = np.zeros((len(rows), count, *first.latents.shape[1:]), specs[ports.sample].dtype)
         if first.channels is not None:
             self._sample[:, self._channels :] = [row.sample.channels for row in self._rows]
+        self._filled = [
+            (row.state, buffer[: self._channels]) for row, buffer in zip(self._rows, self._sample, strict=True)
+        ]
         timestep = specs[ports.timestep]
         self._each = timestep.shape == specs[ports.sample].shape[:1]
         self._timestep = np.zeros(len(rows) if self._each else (1,) * len(timestep.shape), timestep.dtype)
@@ -113,9 +118,9 @@ class _Call:
         self._output = denoiser.outputs[0].name
 
     def __call__(self) -> Array:
-        for buffer, row in zip(self._sample, self._rows, strict=True):
-            buffer[: self._channels] = row.state.model_input()
-        timesteps = [row.state.timestep for row in self._rows]
+        for state, buffer in self._filled:
+            state.model_input(out=buffer)
+        timesteps = [state.timestep for state, _ in self._filled]
         if not self._each and len(set(timesteps)) > 1:
             raise EngineError(
                 f"{self._component}: this model takes one timestep for all rows, so all must be at the same step: "

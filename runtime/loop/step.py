@@ -48,8 +48,11 @@ class State:
     def __init__(self, table: Table, latents: Array) -> None:
         """latents: float32, of any axes; what the row starts from, already scaled."""
         self.table, self.position = table, 0
+        self._weights, self._scales = table.weights.astype(np.float32), table.input_scale.astype(np.float32)
+        self._clips = bool(np.isfinite(table.clip))
         self._stack = np.zeros((table.registers + 3, *latents.shape), np.float32)
         self._stack[0] = latents
+        self._flat = self._stack.reshape(len(self._stack), -1)
 
     @property
     def registers(self) -> Array:
@@ -76,22 +79,21 @@ class State:
         """Whether the step that is `ahead` steps from the next one draws noise."""
         return bool(self.table.draws[self.position + ahead])
 
-    def model_input(self) -> Array:
-        """The scaled latents."""
-        return self.x * np.float32(self.table.input_scale[self.position])
+    def model_input(self, out: Array | None = None) -> Array:
+        """The scaled latents, written into `out` where it is given."""
+        scaled: Array = np.multiply(self._stack[0], self._scales[self.position], out=out)
+        return scaled
 
     def advance(self, output: Array, noise: Array | None = None) -> None:
         """Make the step. output: the guided model output. noise: standard normal, where the step draws. Both as x."""
-        table, k, stack = self.table, self.position, self._stack
-        model, drawn, predicted = stack[table.registers :]
-        model[...] = output
+        table, k, stack, size = self.table, self.position, self._stack, self.table.registers
+        stack[size] = output
         if noise is not None:
-            drawn[...] = noise
-        if np.isfinite(table.clip):
+            stack[size + 1] = noise
+        if self._clips:
             p, q = table.x0[k].astype(np.float32)
-            np.clip(p * stack[0] + q * model, -table.clip, table.clip, out=predicted)
-        made = table.weights[k].astype(np.float32) @ stack.reshape(len(stack), -1)
-        self.registers[...] = made.reshape(self.registers.shape)
+            np.clip(p * stack[0] + q * stack[size], -table.clip, table.clip, out=stack[size + 2])
+        self._flat[:size] = self._weights[k] @ self._flat
         self.position += 1
 
 
