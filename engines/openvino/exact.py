@@ -47,7 +47,8 @@ def without_waves(model: Any, timestep: str) -> Any:
 
 def _of(model: Any, timestep: str) -> Iterator[Any]:
     """The sines and cosines of what `timestep` decides, beside constants and sizes, in the order of the model."""
-    alone, others = set(), set()
+    alone: set[str] = set()
+    others: set[str] = set()
     for node in model.get_ordered_ops():
         kind, sources = node.get_type_name(), {_key(each.get_source_output().get_node()) for each in node.inputs()}
         if kind == "Parameter":
