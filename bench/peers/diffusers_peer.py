@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .protocol import Array, Asked, Clock, Loaded, Refused, checkpoint_of, device_of, precision_of, serve
+    from . import protocol
 else:
-    from protocol import Array, Asked, Clock, Loaded, Refused, checkpoint_of, device_of, precision_of, serve
+    import protocol
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -30,11 +30,11 @@ class Diffusers:
         self._pipeline: Any = None
         self._device = "cpu"
 
-    def load(self, asked: Asked) -> Loaded:
+    def load(self, asked: protocol.Asked) -> protocol.Loaded:
         """Load the checkpoint; `torch.compile` does its work in the first picture."""
         torch, self._pipeline = self._torch, None
-        folder, precision = checkpoint_of(asked), precision_of(asked, tuple(_TYPES))
-        self._device = device_of(asked, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
+        folder, precision = protocol.checkpoint_of(asked), protocol.precision_of(asked, tuple(_TYPES))
+        self._device = protocol.device_of(asked, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
         if asked.get("threads"):
             torch.set_num_threads(asked["threads"])
         pipeline = self._diffusers.DiffusionPipeline.from_pretrained(
@@ -50,9 +50,9 @@ class Diffusers:
         if self._compiled:
             info |= self._compile(pipeline, str(asked["work"]))
         self._pipeline = pipeline
-        return Loaded(info)
+        return protocol.Loaded(info)
 
-    def draw(self, asked: Asked, latents: Array, clock: Clock) -> Array:
+    def draw(self, asked: protocol.Asked, latents: protocol.Array, clock: protocol.Clock) -> protocol.Array:
         """Pictures as PIL images, which is what the pipeline gives where nothing is said."""
         torch, pipeline = self._torch, self._pipeline
         generators = [torch.Generator().manual_seed(asked["seed"] + i) for i in range(asked["count"])]
@@ -98,7 +98,6 @@ class Diffusers:
 
         What the compiler makes is kept in `work`: later processes find it.
         """
-        torch = self._torch
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = work
         freezing = self._device == "cpu"
         import torch._inductor.config as inductor
@@ -106,7 +105,7 @@ class Diffusers:
         inductor.freezing = freezing
         denoiser = next((name for name in ("unet", "transformer") if hasattr(pipeline, name)), None)
         if denoiser is None or not hasattr(pipeline, "vae"):
-            raise Refused(f"{type(pipeline).__name__} has no denoiser and decoder that could be compiled")
+            raise protocol.Refused(f"{type(pipeline).__name__} has no denoiser and decoder that could be compiled")
         mode = None if freezing else "max-autotune-no-cudagraphs"
         getattr(pipeline, denoiser).compile(mode=mode)
         pipeline.vae.decoder.compile(mode=mode)
@@ -114,4 +113,4 @@ class Diffusers:
 
 
 if __name__ == "__main__":
-    serve(lambda: Diffusers("--compile" in sys.argv[1:]), _PACKAGES)
+    protocol.serve(lambda: Diffusers("--compile" in sys.argv[1:]), _PACKAGES)

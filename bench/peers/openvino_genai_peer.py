@@ -1,12 +1,13 @@
 """OpenVINO GenAI's text-to-image pipeline on the CPU, on models that optimum-intel converts once.
 
-`openvino_genai_peer.py --convert CHECKPOINT FOLDER` is the converting, which runs in a process of its own: the memory of
-this one is then what drawing takes.
+`openvino_genai_peer.py --convert CHECKPOINT FOLDER` converts, in a process of its own: the memory of this one is then
+what drawing takes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .protocol import Array, Asked, Clock, Loaded, Refused, checkpoint_of, device_of, precision_of
-    from .protocol import scheduler_config, serve
+    from . import protocol
 else:
-    from protocol import Array, Asked, Clock, Loaded, Refused, checkpoint_of, device_of, precision_of
-    from protocol import scheduler_config, serve
+    import protocol
 
 _PACKAGES = ("openvino-genai", "openvino", "openvino-tokenizers", "optimum-intel", "numpy")
 _TYPES = {"fp32": "f32", "bf16": "bf16"}
@@ -33,6 +32,8 @@ _SCHEDULERS = {
     "LCMScheduler": "LCM",
     "FlowMatchEulerDiscreteScheduler": "FLOW_MATCH_EULER_DISCRETE",
 }
+_GUIDANCE = 7.5
+"""Where loading is not told of one: above 1, two rows for each picture."""
 _NAMES = "euler, euler_a, ddim, plms or lcm"
 
 
@@ -44,14 +45,17 @@ class OpenVinoGenAi:
         import openvino
         import openvino_genai
 
-        self._openvino, self._genai, self._pipeline = openvino, openvino_genai, None
+        self._openvino, self._genai = openvino, openvino_genai
+        self._pipeline: Any = None
+        self._shape: tuple[int, int, int, bool] | None = None
+        self._models, self._properties = Path(), dict[str, Any]()
 
         class Given(openvino_genai.Generator):  # type: ignore[misc]
             """Gives the latents first, and after them what torch's generator would."""
 
-            def __init__(self, latents: Array, seed: int) -> None:
+            def __init__(self, latents: protocol.Array, seed: int) -> None:
                 super().__init__()
-                self._latents: Array | None = latents
+                self._latents: protocol.Array | None = latents
                 self._torch = openvino_genai.TorchGenerator(seed)
 
             def next(self) -> float:
@@ -66,35 +70,65 @@ class OpenVinoGenAi:
 
         self._given = Given
 
-    def load(self, asked: Asked) -> Loaded:
+    def load(self, asked: protocol.Asked) -> protocol.Loaded:
         """Convert the checkpoint where that was not done before, and compile its models for the size asked for."""
         self._pipeline = None
-        precision, _ = precision_of(asked, tuple(_TYPES)), device_of(asked)
+        precision, _ = protocol.precision_of(asked, tuple(_TYPES)), protocol.device_of(asked)
         capabilities = self._openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and "BF16" not in capabilities:
-            raise Refused("this processor has no bf16: choose --precision fp32")
-        checkpoint, work = checkpoint_of(asked), Path(asked["work"])
-        config = scheduler_config(asked, checkpoint)
+            raise protocol.Refused("this processor has no bf16: choose --precision fp32")
+        checkpoint, work = protocol.checkpoint_of(asked), Path(asked["work"])
+        config = protocol.scheduler_config(asked, checkpoint)
         kind = _SCHEDULERS.get(str(config.get("_class_name")))
         if kind is None:
-            raise Refused(f"it has no {config.get('_class_name')}: give --scheduler {_NAMES}")
+            raise protocol.Refused(f"it has no {config.get('_class_name')}: give --scheduler {_NAMES}")
+        if kind == "PNDM" and not config.get("skip_prk_steps", False):
+            raise protocol.Refused("it has PNDM without the Runge-Kutta steps alone: give --scheduler plms")
         models = work / "openvino"
         convert_s = _converted(checkpoint, models)
-        file = work / "scheduler_config.json"
-        file.write_text(json.dumps(config), encoding="utf-8")
-        pipeline = self._genai.Text2ImagePipeline(models)
-        scheduler = self._genai.Scheduler
-        pipeline.set_scheduler(scheduler.from_config(file, getattr(scheduler.Type, kind)))
-        self._asked, self._shape = asked, None
-        properties = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": "LATENCY"}
+        config = {name: value for name, value in config.items() if value not in (math.inf, -math.inf)}  # no JSON of its
+        (models / "scheduler" / "scheduler_config.json").write_text(json.dumps(config), encoding="utf-8")
+        self._properties = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": "LATENCY"}
         if asked.get("threads"):
-            properties["INFERENCE_NUM_THREADS"] = asked["threads"]
-        self._pipeline, self._properties = pipeline, properties
-        return Loaded({"device": "CPU", **properties}, convert_s)
+            self._properties["INFERENCE_NUM_THREADS"] = asked["threads"]
+        self._models = models
+        self._compile(1, asked["height"], asked["width"], asked.get("guidance", _GUIDANCE))
+        return protocol.Loaded({"device": "CPU", "scheduler": kind, **self._properties}, convert_s)
 
-    def draw(self, asked: Asked, latents: Array, clock: Clock) -> Array:
+    def draw(self, asked: protocol.Asked, latents: protocol.Array, clock: protocol.Clock) -> protocol.Array:
         """Pictures, as the pipeline gives them."""
-        raise NotImplementedError
+
+        def on_step(_index: int, _count: int, _latents: Any) -> bool:
+            clock.step()
+            return False
+
+        self._compile(asked["count"], asked["height"], asked["width"], asked["guidance"])
+        generator = self._given(latents, asked["seed"])
+        given = {} if asked.get("negative_prompt") is None else {"negative_prompt": asked["negative_prompt"]}
+        clock.start()
+        images = self._pipeline.generate(
+            asked["prompt"],
+            **given,
+            height=asked["height"],
+            width=asked["width"],
+            num_inference_steps=asked["steps"],
+            guidance_scale=asked["guidance"],
+            num_images_per_prompt=asked["count"],
+            generator=generator,
+            callback=on_step,
+        )
+        clock.stop()
+        return np.array(images.data)
+
+    def _compile(self, count: int, height: int, width: int, guidance: float) -> None:
+        """Compile the models for these shapes, which is fastest, where they are not those of the pipeline."""
+        shape = count, height, width, guidance > 1
+        if self._pipeline is None or shape != self._shape:
+            self._pipeline = None
+            pipeline = self._genai.Text2ImagePipeline(self._models)
+            pipeline.reshape(count, height, width, guidance)
+            pipeline.compile("CPU", **self._properties)
+            self._pipeline, self._shape = pipeline, shape
 
     def peak_gpu(self) -> int | None:
         """None: it runs on the CPU."""
@@ -111,7 +145,7 @@ def _converted(checkpoint: str, models: Path) -> float:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise Refused(f"optimum-intel cannot convert {checkpoint}: {said[-1] if said else done.returncode}")
+        raise protocol.Refused(f"optimum-intel cannot convert {checkpoint}: {said[-1] if said else done.returncode}")
     part.rename(models)
     return time.perf_counter() - start
 
@@ -135,4 +169,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--convert"]:
         _convert(sys.argv[2], sys.argv[3])
     else:
-        serve(OpenVinoGenAi, _PACKAGES)
+        protocol.serve(OpenVinoGenAi, _PACKAGES)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .protocol import Array, Asked, Clock, Loaded, device_of, precision_of, serve
+    from . import protocol
 else:
-    from protocol import Array, Asked, Clock, Loaded, device_of, precision_of, serve
+    import protocol
 
 _PACKAGES = ("optimum-onnx", "optimum", "onnxruntime", "torch", "diffusers", "transformers", "numpy")
 
@@ -25,13 +25,14 @@ class Optimum:
         from optimum.onnxruntime import ORTDiffusionPipeline
 
         self._torch, self._diffusers, self._onnxruntime = torch, diffusers, onnxruntime
-        self._class, self._pipeline = ORTDiffusionPipeline, None
+        self._class = ORTDiffusionPipeline
+        self._pipeline: Any = None
 
-    def load(self, asked: Asked) -> Loaded:
+    def load(self, asked: protocol.Asked) -> protocol.Loaded:
         """Load the bundle."""
         self._pipeline = None
-        precision_of(asked, ("fp32",))
-        device_of(asked)
+        protocol.precision_of(asked, ("fp32",))
+        protocol.device_of(asked)
         options = self._onnxruntime.SessionOptions()
         if asked.get("threads"):
             options.intra_op_num_threads = asked["threads"]
@@ -45,9 +46,9 @@ class Optimum:
             made = getattr(self._diffusers, asked["scheduler_class"])
             pipeline.scheduler = made.from_config(pipeline.scheduler.config, **asked.get("scheduler_options", {}))
         self._pipeline = pipeline
-        return Loaded({"device": "cpu", "provider": provider, "threads": options.intra_op_num_threads})
+        return protocol.Loaded({"device": "cpu", "provider": provider, "threads": options.intra_op_num_threads})
 
-    def draw(self, asked: Asked, latents: Array, clock: Clock) -> Array:
+    def draw(self, asked: protocol.Asked, latents: protocol.Array, clock: protocol.Clock) -> protocol.Array:
         """Pictures as PIL images, which is what the pipeline gives where nothing is said."""
         torch, pipeline = self._torch, self._pipeline
         generators = [torch.Generator().manual_seed(asked["seed"] + i) for i in range(asked["count"])]
@@ -80,4 +81,4 @@ class Optimum:
 
 
 if __name__ == "__main__":
-    serve(Optimum, _PACKAGES)
+    protocol.serve(Optimum, _PACKAGES)

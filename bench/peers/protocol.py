@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,7 +68,7 @@ class Clock:
         stages = {
             "before": None,
             "first_step": None if first is None else first - self._began,
-            "steps": [late - early for early, late in zip(ends, ends[1:], strict=False)],
+            "steps": [late - early for early, late in pairwise(ends)],
             "after": end - ends[-1] if ends else None,
         }
         at = {"first_step": None if first is None else self._unix + first, "end": self._unix + end}
