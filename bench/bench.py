@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,8 @@ from .timing import further_step, median, ratio
 LEAST_TURNS, MOST_TURNS, TURNS_S = 5, 100, 60.0
 """Turns where none are asked for: as many as take so many seconds, within these limits."""
 DIFFUSERS = "diffusers"
+_SHORT_S = 0.25
+"""What a system needs at most to find its way back into the caches, for the clocks to rise and threads to wake up."""
 _SLOW_S = 5.0
 """A first call of more seconds is warm-up enough."""
 _SLACK = 3.0
@@ -205,22 +208,22 @@ class _Run:
     def _turns(self, ours: Session, theirs: Session | None, peers_in_all: int) -> None:
         """Draw in turns, ours and theirs; the ratio is taken pair by pair. Raises `BenchError`."""
         own, other = self._rows[OURS], None if theirs is None else self._rows[theirs.name]
-        seconds, total, k = 0.0, self._options.turns, 0
+        total, k = self._options.turns, 0
         pairs: list[tuple[Turn, Turn]] = []
         while total is None or k < total:
             self._meter.show(f"{(other or own).system.title}: turn {k + 1}", 0 if total is None else k / total)
+            start = time.perf_counter()
             drawn = _ours(ours)
             own.turns.append(drawn.turn)
             self._drawn.append(drawn)
-            seconds += drawn.turn.seconds
             if theirs is not None and other is not None:
-                turn = theirs.draw(1).turn
+                turn = _warm(theirs).turn
                 other.turns.append(turn)
                 pairs.append((turn, drawn.turn))
-                seconds += turn.seconds
                 other.told(ratio=ratio(*_seconds(pairs)), ratio_step=ratio(*_further(pairs)))
             k += 1
             if total is None:
+                seconds = time.perf_counter() - start
                 total = min(max(int(TURNS_S / peers_in_all / seconds), LEAST_TURNS), MOST_TURNS)
                 self._settings = replace(self._settings, turns=total)
         own.picture = ours.picture(1)
@@ -300,9 +303,17 @@ class _OursFailed(BenchError):
     """Our own system failed while a peer was measured."""
 
 
+def _warm(of: Session) -> Drawn:
+    """A picture by a system at work: one that is not counted goes before a short one, for caches, clocks and threads."""
+    if of.seconds >= _SHORT_S:
+        return of.draw(1)
+    of.draw(1)
+    return of.draw(1, pause=False)
+
+
 def _ours(ours: Session) -> Drawn:
     try:
-        return ours.draw(1)
+        return _warm(ours)
     except BenchError as error:
         raise _OursFailed(str(error)) from None
 

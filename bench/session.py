@@ -115,7 +115,10 @@ class Drawn:
 
 
 class Session:
-    """A process that has loaded. loaded: Unix time. info: what it says of itself. convert_s: what converting took."""
+    """A process that has loaded. loaded: Unix time. info: what it says of itself. convert_s: what converting took.
+
+    seconds: what its last picture took.
+    """
 
     def __init__(self, process: Process, task: Task, precision: str, engine: str | None = None) -> None:
         """Load the model. Raises `BenchError`."""
@@ -128,6 +131,7 @@ class Session:
         self.name = process.name
         self.info = answer["info"] if isinstance(answer.get("info"), dict) else {}
         self.convert_s = _number(_part(answer, "seconds").get("convert")) or 0.0
+        self.seconds = 0.0
         self.image = task.folder / f"{process.name}-{precision}-{engine or ''}.npy".replace(":", "-")
 
     def draw(self, count: int, *, by_step: bool = False, pause: bool = True) -> Drawn:
@@ -141,6 +145,7 @@ class Session:
         at, seconds = _part(answer, "at"), _number(answer.get("seconds"))
         if not seconds:
             raise BenchError(f"{self.name} answered 'draw' without its seconds")
+        self.seconds = seconds
         stages = {name: value for name, value in _part(answer, "stages").items() if value is not None}
         try:
             turn = Turn(seconds, read(Stages, stages))

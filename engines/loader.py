@@ -57,6 +57,7 @@ class EngineLoader:
         self._version = ""
         self._plans: dict[str, list[Plan]] = {}
         self._serving: dict[str, Plan] = {}
+        self._small: dict[str, bool] = {}
         if self.engine.backend == ONNXRUNTIME:
             from .onnxruntime import require_provider
 
@@ -106,8 +107,10 @@ class EngineLoader:
 
     def is_small(self, name: str) -> bool:
         """Whether the operators of component `name` are too small to be worth sharing among processors."""
-        files = self._bundle.path(name).glob("model.onnx*")
-        return sum(path.stat().st_size for path in files if path.is_file()) < _SMALL_BYTES
+        if name not in self._small:
+            files = self._bundle.path(name).glob("model.onnx*")
+            self._small[name] = sum(path.stat().st_size for path in files if path.is_file()) < _SMALL_BYTES
+        return self._small[name]
 
     def precision_of(self, name: str) -> str:
         """The precision that component `name` is loaded in."""

@@ -14,7 +14,6 @@ from .device import BACKEND
 _MOST_KEPT = 16
 """Compiled models of a component that are kept on the disk."""
 _BLOB = "model.blob"
-_BLOB = "model.blob"
 
 
 @dataclass(frozen=True, slots=True)
