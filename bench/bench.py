@@ -90,7 +90,7 @@ class _Run:
         self._options, self._meter = options, meter
         self._bundle = open_bundle(options.bundle)
         loader = EngineLoader(self._bundle, options.engine, options.precision)
-        self._engine = loader.engine
+        self._engine, self._precision_of = loader.engine, loader.precision_of
         self._settings, self._latents = settings_of(options, self._bundle, str(loader.engine), loader.precision)
         self._machine = machine.describe(loader.engine, versions())
         self._meter.show("verify")
@@ -109,7 +109,7 @@ class _Run:
     def report(self, complete: bool) -> Report:
         """What was measured so far."""
         manifest, root = self._bundle.manifest, self._bundle.root
-        components, missing = components_of(self._bundle, self._drawn, self._settings.precision, self._machine.peaks)
+        components, missing = components_of(self._bundle, self._drawn, self._precision_of, self._machine.peaks)
         return Report(
             date=self._date,
             complete=complete,
@@ -304,7 +304,10 @@ class _OursFailed(BenchError):
 
 
 def _warm(of: Session) -> Drawn:
-    """A picture by a system at work: one that is not counted goes before a short one, for caches, clocks and threads."""
+    """A picture by a system at work: one that is not counted goes before a short one.
+
+    Its caches, clocks and threads are then those of a system that is used.
+    """
     if of.seconds >= _SHORT_S:
         return of.draw(1)
     of.draw(1)

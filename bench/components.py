@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..bundle import STANDARD, Bundle
-from ..common.errors import DiffoundryError
-from .cost import cost_of
+from ..bundle import Bundle
+from ..common.errors import BenchError, DiffoundryError
+from .cost import cost_of, exported
 from .report import ComponentCost, Peaks
 from .session import Drawn
 from .timing import median
 
 
 def components_of(
-    bundle: Bundle, drawn: Sequence[Drawn], precision: str, peaks: Peaks
+    bundle: Bundle, drawn: Sequence[Drawn], precision_of: Callable[[str], str], peaks: Peaks
 ) -> tuple[tuple[ComponentCost, ...], tuple[str, ...]]:
-    """The components that were called for these turns of one picture each, and why figures are missing, if any are."""
+    """The components that were called for these turns of one picture each, and why figures are missing, if any are.
+
+    precision_of: what a component was computed in.
+    """
     taken: dict[str, list[dict[str, Any]]] = {}
     for each in drawn:
         for call in each.calls:
@@ -26,6 +29,7 @@ def components_of(
     for name in (name for name in bundle.manifest.components if name in taken):
         calls = taken[name]
         seconds = median([float(call["seconds"]) for call in calls])
+        precision = precision_of(name)
         cost = ComponentCost(name, len(calls) / len(drawn), seconds, weights_bytes=_weights(bundle, name, precision))
         shapes = {key: tuple(shape) for key, shape in calls[0]["shapes"].items()}
         try:
@@ -38,8 +42,11 @@ def components_of(
 
 def _weights(bundle: Bundle, name: str, precision: str) -> int | None:
     """The bytes of a component's model in this precision, as it was exported."""
-    variant = bundle.component(name).variants.get(f"{precision}/{STANDARD}")
-    return None if variant is None else sum(bundle.path(file).stat().st_size for file in variant.files)
+    try:
+        variant, part = exported(bundle, name, precision)
+    except BenchError:
+        return None
+    return int(part * sum(bundle.path(file).stat().st_size for file in variant.files))
 
 
 def _counted(

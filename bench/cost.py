@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import STANDARD, Bundle
+from ..bundle import FULL, STANDARD, Bundle, Variant
 from ..common.errors import BenchError, reason
 from ..common.machine import require_modules
 
@@ -45,12 +45,24 @@ def require_onnx() -> None:
 def cost_of(bundle: Bundle, name: str, precision: str, shapes: Mapping[str, Shape]) -> Cost:
     """The cost of a call of a component with inputs of these shapes, of its model as it was exported.
 
+    Where an engine computes the float32 model in another precision, its numbers count in that.
     Raises `BenchError` when its graph cannot be read or holds what is not counted.
     """
-    variant = bundle.component(name).variants.get(f"{precision}/{STANDARD}")
-    if variant is None:
-        raise BenchError(f"{name} has no {precision} model with standard operators")
-    return model_cost(bundle.path(variant.model), shapes)
+    variant, part = exported(bundle, name, precision)
+    counted = model_cost(bundle.path(variant.model), shapes)
+    return Cost(counted.flops, int(counted.bytes * part))
+
+
+def exported(bundle: Bundle, name: str, precision: str) -> tuple[Variant, float]:
+    """The model of a component with standard operators, and the part of its bytes that count in this precision.
+
+    Raises `BenchError` when there is none.
+    """
+    variants = bundle.component(name).variants
+    for kind, part in ((precision, 1.0), (FULL, 0.5)):
+        if f"{kind}/{STANDARD}" in variants:
+            return variants[f"{kind}/{STANDARD}"], part
+    raise BenchError(f"{name} has no {precision} model with standard operators")
 
 
 def model_cost(path: Path, shapes: Mapping[str, Shape]) -> Cost:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bundle import FULL
 from ..common.errors import DiffoundryError
-from ..common.machine import available_memory
+from ..common.machine import available_memory, processor
 from ..engines.names import ONNXRUNTIME, OPENVINO, EngineName
 from ..engines.onnxruntime import OnnxRuntimeEngine, default_threads
 from .report import Clock, Gpu, Machine, Peaks
@@ -56,7 +56,7 @@ def describe(engine: EngineName, versions: dict[str, str]) -> Machine:
     """This machine. versions: of what runs on it. The peaks are measured by `peaks`."""
     info = _cpuinfo()
     return Machine(
-        processor=_processor(info),
+        processor=processor(),
         cores=default_threads(),
         instruction_sets=_instruction_sets(info),
         clock_mhz=_clock(info),
@@ -205,11 +205,6 @@ def _cpuinfo() -> dict[str, list[str]]:
             name, _, value = line.partition(":")
             found.setdefault(name.strip(), []).append(value.strip())
     return found
-
-
-def _processor(info: dict[str, list[str]]) -> str:
-    named = info.get("model name") or info.get("Model") or [platform.processor() or platform.machine()]
-    return " ".join(named[0].split()) or "unknown"
 
 
 def _instruction_sets(info: dict[str, list[str]]) -> tuple[str, ...]:

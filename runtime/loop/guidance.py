@@ -65,12 +65,17 @@ class Guidance:
 
 def combine(prompt: Array, negative: Array, guidances: list[Guidance]) -> Array:
     """The guided model output of n rows, float32 (n, …), from both halves and the guidance of each row."""
-    guided: Array = np.subtract(prompt, negative, dtype=np.float32)
-    scales = np.array([guidance.scale for guidance in guidances], np.float32)
-    guided *= scales.reshape(-1, *(1,) * (guided.ndim - 1))
+    guided: Array = prompt - negative if prompt.dtype == np.float32 else np.subtract(prompt, negative, dtype=np.float32)
+    scale = guidances[0].scale
+    if all(guidance.scale == scale for guidance in guidances):
+        guided *= np.float32(scale)
+    else:
+        scales = np.array([guidance.scale for guidance in guidances], np.float32)
+        guided *= scales.reshape(-1, *(1,) * (guided.ndim - 1))
     guided += negative
-    for row, (wanted, guidance) in enumerate(zip(prompt, guidances, strict=True)):
+    for row, guidance in enumerate(guidances):
         if guidance.rescale:
+            wanted = prompt[row]
             # φ · m · (σ_prompt / σ_m) + (1 − φ) · m; their ratio is the same with any denominator of the variance
             ratio = wanted.std(dtype=np.float64) / guided[row].std(dtype=np.float64)
             guided[row] *= np.float32(guidance.rescale * ratio + 1 - guidance.rescale)
