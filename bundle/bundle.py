@@ -11,6 +11,7 @@ from typing import Any
 
 from ..common.errors import BundleError
 from ..common.files import check_tree, inside, read_json, sha256_file
+from ..common.hashes import sha256_known
 from .manifest import MANIFEST_NAME, Component, Manifest, from_json
 
 _ENGINES = "engines"
@@ -75,17 +76,23 @@ class Bundle:
             return {**config, "_class_name": named[1]}
         return config
 
-    def problems(self, names: Iterable[str] | None = None) -> list[str]:
-        """What is wrong with the files in the manifest (those in `names` if given), a line each; [] when all match."""
-        known = self.manifest.all_files()
-        wanted = known if names is None else {name: known[name] for name in names}
+    def problems(self, names: Iterable[str] | None = None, *, known: bool = False) -> list[str]:
+        """What is wrong with the files in the manifest (those in `names` if given), a line each; [] when all match.
+
+        known: do not read a large file again that was not touched since it was read, see `common.hashes`.
+        """
+        files, hashed = self.manifest.all_files(), sha256_known if known else sha256_file
+        wanted = files if names is None else {name: files[name] for name in names}
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(lambda name: _problem(self.path(name), name, wanted[name]), wanted))
+            found = list(pool.map(lambda name: _problem(hashed, self.path(name), name, wanted[name]), wanted))
         return [line for line in found if line]
 
-    def check(self, names: Iterable[str] | None = None) -> None:
-        """Raise `BundleError` when a file in the manifest is missing or was changed since the bundle was built."""
-        problems = self.problems(names)
+    def check(self, names: Iterable[str] | None = None, *, known: bool = False) -> None:
+        """Raise `BundleError` when a file in the manifest is missing or was changed since the bundle was built.
+
+        Arguments as for `problems`.
+        """
+        problems = self.problems(names, known=known)
         if problems:
             raise BundleError(f"{self.root}: {'; '.join(problems)}; compile the bundle again")
 
@@ -107,8 +114,8 @@ def _refuse_headless(root: Path) -> None:
             )
 
 
-def _problem(path: Path, name: str, expected: str) -> str:
+def _problem(hashed: Callable[[Path], str], path: Path, name: str, expected: str) -> str:
     try:
-        return "" if sha256_file(path) == expected else f"{name} was changed after the bundle was built"
+        return "" if hashed(path) == expected else f"{name} was changed after the bundle was built"
     except OSError:
         return f"{name} is missing or cannot be read"

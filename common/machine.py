@@ -73,7 +73,7 @@ def trim_memory() -> None:
 
 
 @contextlib.contextmanager
-def evicting(folder: Path, every: float = 0.05) -> Iterator[None]:
+def evicting(folder: Path, every: float = 0.15) -> Iterator[None]:
     """Give back, again and again, the memory of what this process has mapped of files in `folder`.
 
     A library that maps weights and packs copies of them would hold both. What is mapped can be read again: only

@@ -93,7 +93,9 @@ class EngineLoader:
             listed = [
                 each.files for key, each in component.variants.items() if key.startswith(own) and key not in others
             ]
-            self._bundle.check({path for files in (component.files, variant.files, *listed) for path in files})
+            self._bundle.check(
+                {path for files in (component.files, variant.files, *listed) for path in files}, known=True
+            )
         if self._fused:
             from .onnxruntime_cuda import load_fused
 
