@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from ..bundle import Bundle
 from ..bundle.reader import FieldError, read
 from ..common.arrays import Array
 from ..common.errors import BenchError
-from ..common.files import sha256_json
+from ..common.files import sha256_json, user_cache
 from ..engines.names import OPENVINO, EngineName
 from ..runtime.loop.noise import TorchGenerator
 from ..runtime.schedulers import find_sampler
@@ -100,8 +99,7 @@ def first_latents(seed: int, count: int, shape: tuple[int, int, int]) -> Array:
 
 def _work(name: str, precision: str, decided_by: Any) -> Path:
     """Where a peer keeps models that it converts, from one run to the next."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "diffoundry" / "bench" / "models" / f"{name}-{precision}-{sha256_json(decided_by)[:16]}"
+    return user_cache() / "bench" / "models" / f"{name}-{precision}-{sha256_json(decided_by)[:16]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def user_cache() -> Path:
+    """The folder in the user's cache that is ours, made or not. Raises `DiffoundryError` where the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "diffoundry"
+    except RuntimeError:
+        raise DiffoundryError("this user has no home folder: set XDG_CACHE_HOME to a folder for caches") from None
+
+
 def sha256_json(value: Any) -> str:
     """Hex SHA-256 of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

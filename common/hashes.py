@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DiffoundryError
-from .files import read_json, sha256_file, sha256_json, write_json
+from .files import read_json, sha256_file, sha256_json, user_cache, write_json
 
 LARGE_BYTES = 64 << 20
 """Smaller files are read each time."""
@@ -29,15 +29,16 @@ def sha256_known(path: Path) -> str:
     found = path.stat()
     if found.st_size < LARGE_BYTES or os.name == "nt":
         return sha256_file(path)
-    record, state = _record(path), _state(found)
+    state = _state(found)
     with contextlib.suppress(DiffoundryError, OSError):
-        seen = read_json(record, "the hash of a file")
+        seen = read_json(_record(path), "the hash of a file")
         if seen.get("state") == state and isinstance(seen.get("sha256"), str):
             return str(seen["sha256"])
     made = sha256_file(path)
     now = path.stat()
     if _state(now) == state and time.time() - max(now.st_mtime, now.st_ctime) > _SETTLED_S:
         with contextlib.suppress(DiffoundryError, OSError):  # it is read again the next time
+            record = _record(path)
             record.parent.mkdir(parents=True, exist_ok=True)
             write_json(record, {"path": str(path.resolve()), "state": state, "sha256": made})
     return made
@@ -48,5 +49,4 @@ def _state(found: os.stat_result) -> list[Any]:
 
 
 def _record(path: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "diffoundry" / "hashes" / f"{sha256_json(str(path.resolve()))[:32]}.json"
+    return user_cache() / "hashes" / f"{sha256_json(str(path.resolve()))[:32]}.json"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...common.errors import BenchError
-from ...common.files import sha256_json
+from ...common.files import sha256_json, user_cache
 
 HERE = Path(__file__).resolve().parent
 WHOLE = "whole.json"
@@ -69,8 +69,7 @@ PEERS = {
 
 def home() -> Path:
     """The folder of all environments."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("DIFFOUNDRY_PEERS") or cache / "diffoundry" / "peers").resolve()
+    return Path(os.environ.get("DIFFOUNDRY_PEERS") or user_cache() / "peers").resolve()
 
 
 def command(name: str) -> list[str]:

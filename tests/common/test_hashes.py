@@ -97,6 +97,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(path, read, tmp_path, monkey
     assert read == [path, path]
 
 
+def test_a_user_without_a_home_is_no_error(path, read, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(hashes.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home")))
+    assert sha256_known(path) == sha256_known(path)
+    assert read == [path, path]
+
+
 def test_what_is_missing_is_told(tmp_path, read):
     with pytest.raises(OSError, match="No such file"):
         sha256_known(tmp_path / "nothing")
