@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,13 @@ class Recipe:
         }
 
     def processor_properties(self) -> dict[str, Any]:
-        """What only a processor is told."""
-        return {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": self.streams, "ENABLE_CPU_PINNING": False}
+        """What only a processor is told.
+
+        Streams that have the whole machine are bound to a processor each: else two of them are now and then on one.
+        Where others run beside them, or have their own processors, the system decides.
+        """
+        pinned = self.streams > 1 and self.threads >= (os.cpu_count() or 1)
+        return {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": self.streams, "ENABLE_CPU_PINNING": pinned}
 
 
 class Compiled:
