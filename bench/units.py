@@ -112,7 +112,7 @@ def footnote(report: Report) -> str:
 
 
 def heading(report: Report) -> str:
-    """Bundle, size, steps, precision: what was drawn."""
+    """Bundle, size, steps, precision, engine: what was drawn."""
     request = report.request
     parts = [
         f"{request.width}×{request.height}",
@@ -120,7 +120,7 @@ def heading(report: Report) -> str:
         f"guidance {request.guidance:g}",
         request.scheduler or "",
         f"{request.count} pictures" if request.count > 1 else "",
-        request.precision,
+        f"{request.precision} on {request.engine}",
     ]
     return f"{plain(report.bundle.name, 60)}: {', '.join(plain(part, 40) for part in parts if part)}"
 
