@@ -82,7 +82,7 @@ def test_another_picture_is_marked_and_what_is_told_is_kept(options, monkeypatch
     ("draws", "turns", "message"),
     [
         pytest.param(0, 0, "MemoryError", marks=pytest.mark.slow),
-        (3, 1, "ended in 'draw' with exit code 1: MemoryError"),
+        (4, 1, "ended in 'draw' with exit code 1: MemoryError"),
     ],
 )
 def test_one_that_fails_is_a_row_that_keeps_what_it_has(options, monkeypatch, draws, turns, message):

@@ -158,7 +158,7 @@ def unknown(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+    for target in re.findall(r"\]\(<?([^)\s>]+)>?\)", page.read_text("utf-8")):
         path, _, anchor = target.partition("#")
         if "://" in path:
             continue
