@@ -184,11 +184,11 @@ def test_run_refuses_what_the_bundle_has_not(planned, command, arguments, messag
         (("--engine", "tensorrt-rtx", "--arch", "sm42"), "does not know the architecture 'sm42'"),
         (("--engine", "tensorrt-rtx", "--arch", "sm89", "--shape", "100x64"), "multiples of 8"),
         (("--arch", "sm89"), "builds no plans"),
-        (("--scan-steps", "4"), "fp32 needs no scan"),
+        (("--engine", "onnxruntime", "--scan-steps", "4"), "fp32 needs no scan"),
         (("--precision", "fp16", "--scan-steps", "0"), "steps"),
         (("--precision", "fp16", "--scan-prompts", "/no/such/file"), "cannot be read"),
         (("--precision", "fp16", "--min-psnr", "200"), "from 0 to 120 dB"),
-        (("--min-psnr", "20"), "fp32 needs no scan"),
+        (("--engine", "onnxruntime", "--min-psnr", "20"), "fp32 needs no scan"),
     ],
 )
 def test_compile_refuses_it_before_any_work_and_leaves_nothing(called, checkpoint_of, tmp_path, arguments, message):

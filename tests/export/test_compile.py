@@ -300,7 +300,7 @@ def test_a_unet_of_another_family_is_refused(tmp_path, checkpoint_of, change, me
     assert {path.name for path in tmp_path.iterdir()} == {"c"}
 
 
-@pytest.mark.parametrize("options", [{"engine": "openvino"}, {"precision": "fp4"}, {"family": "dit"}])
+@pytest.mark.parametrize("options", [{"engine": "openvino:tpu"}, {"precision": "fp4"}, {"family": "dit"}])
 def test_unknown_choices_are_refused(tmp_path, checkpoint_of, options):
     with pytest.raises(DiffoundryError, match="unknown"):
         diffoundry.compile(checkpoint_of("pico"), tmp_path / "b", **options)
