@@ -209,6 +209,11 @@ def _options(asked: dict[str, Any]) -> Options:
         raise click.UsageError(f"{', '.join(needy)} reads a checkpoint: give --checkpoint FOLDER, that of the bundle")
     if checkpoint is not None and not versus:
         raise click.UsageError("--checkpoint goes with --vs")
+    if needy and not Path(checkpoint, "model_index.json").is_file():
+        raise click.UsageError(
+            f"{checkpoint} has no model_index.json, which a folder in the diffusers layout has: give --checkpoint the "
+            "folder that the bundle was compiled from"
+        )
     given = {name: value for name, value in asked.items() if value is not None}
     given |= {"bundle": Path(asked["bundle"]), "checkpoint": None if checkpoint is None else Path(checkpoint)}
     return Options(**given, versus=versus, command=shlex.join(["diffoundry", *sys.argv[1:]]))

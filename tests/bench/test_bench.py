@@ -92,6 +92,7 @@ USAGE = {
     "an unknown peer": (["x", "--vs", "diffusers,nobody"], "unknown system 'nobody': choose one of"),
     "no peer": (["x", "--vs", ","], "names nothing"),
     "a peer without its checkpoint": (["x", "--vs", "diffusers"], "give --checkpoint FOLDER"),
+    "no checkpoint there": (["x", "--vs", "compile", "--checkpoint", "/no/such"], "/no/such has no model_index.json"),
     "a checkpoint without a peer": (["x", "--checkpoint", "y"], "--checkpoint goes with --vs"),
     "an environment for nobody": (["--setup", "nobody"], "unknown system 'nobody': choose one of"),
     "an environment and a bundle": (["x", "--setup", "diffusers"], "--setup is given alone: leave out BUNDLE"),
