@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from diffoundry.bench import table
+from diffoundry.bench.bench import heeding_interrupts
 from diffoundry.bench.report import from_json, load
 from diffoundry.bench.timing import median, percentile
 from diffoundry.tests.bench.reports import report
@@ -69,17 +70,27 @@ def test_an_interrupted_run_keeps_what_it_has(bundle_of, tmp_path):
         if "turn" in shown:
             break
     process.send_signal(signal.SIGINT)
-    try:
-        shown, said = process.communicate(timeout=20)
-    except subprocess.TimeoutExpired:  # it came while Python ended an object, where it is lost: as a user, once more
-        process.send_signal(signal.SIGINT)
-        shown, said = process.communicate(timeout=40)
+    shown, said = process.communicate(timeout=60)
     assert (
         process.returncode == 1 and f"interrupted: the report has what was measured until then; it is in {path}" in said
     )
     found = load(path)
     assert not found.complete and len(found.systems[0].cold) == 1 and len(found.systems[0].turns) < 1000
     assert "did not go to its end" in shown
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_loses_is_heeded():
+    class Ended:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with heeding_interrupts() as heed:
+        heed()
+        Ended()  # what is raised here is dropped
+        with pytest.raises(KeyboardInterrupt):
+            heed()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 USAGE = {
