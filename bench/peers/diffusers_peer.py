@@ -55,9 +55,7 @@ class Diffusers:
     def draw(self, asked: protocol.Asked, latents: protocol.Array, clock: protocol.Clock) -> protocol.Array:
         """Pictures as PIL images, which is what the pipeline gives where nothing is said."""
         torch, pipeline = self._torch, self._pipeline
-        generators = [torch.Generator().manual_seed(asked["seed"] + i) for i in range(asked["count"])]
-        for generator in generators:  # as after the latents were drawn: a step may draw more
-            torch.randn(1, *latents.shape[1:], generator=generator)
+        generators = protocol.generators(torch, asked, latents)
         start = torch.from_numpy(latents).to(self._device, pipeline.dtype)
         by_step = self._device == "cpu" or asked.get("by_step", False)
 

@@ -51,9 +51,7 @@ class Optimum:
     def draw(self, asked: protocol.Asked, latents: protocol.Array, clock: protocol.Clock) -> protocol.Array:
         """Pictures as PIL images, which is what the pipeline gives where nothing is said."""
         torch, pipeline = self._torch, self._pipeline
-        generators = [torch.Generator().manual_seed(asked["seed"] + i) for i in range(asked["count"])]
-        for generator in generators:  # as after the latents were drawn: a step may draw more
-            torch.randn(1, *latents.shape[1:], generator=generator)
+        generators = protocol.generators(torch, asked, latents)
 
         def on_step(_pipeline: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             clock.step()

@@ -172,6 +172,14 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def generators(torch: Any, asked: Asked, latents: Array) -> list[Any]:
+    """torch's generators of the pictures, as they are after the latents were drawn: a step may draw more."""
+    made = [torch.Generator().manual_seed(asked["seed"] + i) for i in range(asked["count"])]
+    for generator in made:
+        torch.randn(1, *latents.shape[1:], generator=generator)
+    return made
+
+
 def checkpoint_of(asked: Asked) -> str:
     """The folder of the checkpoint. Raises `Refused` when none was given."""
     if not asked.get("checkpoint"):
