@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +16,7 @@ from ..bundle.manifest import MANIFEST_NAME
 from ..common.arrays import Array
 from ..common.errors import BenchError, BundleError, DiffoundryError
 from ..common.files import sha256_file
+from ..common.interrupts import Interrupts, noting_interrupts
 from ..common.machine import trim_memory
 from ..common.progress import Meter, Progress
 from ..engines.loader import EngineLoader
@@ -58,8 +57,8 @@ def measure(options: Options, keep: Callable[[Report], None], progress: Progress
     run = _Run(options, meter)
     complete = False
     try:
-        with tempfile.TemporaryDirectory(prefix="diffoundry-bench-") as folder, heeding_interrupts() as heed:
-            run.all(Path(folder), heed)
+        with tempfile.TemporaryDirectory(prefix="diffoundry-bench-") as folder, noting_interrupts() as came:
+            run.all(Path(folder), came)
         complete = True
     except DiffoundryError as error:
         run.failed(error)
@@ -130,9 +129,9 @@ class _Run:
             notes=(*self._notes, *missing),
         )
 
-    def all(self, folder: Path, heed: Callable[[], None]) -> None:
-        """Measure. folder: for pictures on their way. heed: is called before each turn, see `heeding_interrupts`."""
-        self._heed = heed
+    def all(self, folder: Path, interrupts: Interrupts) -> None:
+        """Measure. folder: for pictures on their way. interrupts: heeded before each turn, see `noting_interrupts`."""
+        self._interrupts = interrupts
         task = Task(self._bundle, self._options.checkpoint, self._settings, folder, self._latents)
         self._measure_peaks()
         versus = list(dict.fromkeys(self._options.versus))
@@ -214,7 +213,7 @@ class _Run:
         total, k = self._options.turns, 0
         pairs: list[tuple[Turn, Turn]] = []
         while total is None or k < total:
-            self._heed()
+            self._interrupts.heed()
             self._meter.show(f"{(other or own).system.title}: turn {k + 1}", 0 if total is None else k / total)
             start = time.perf_counter()
             drawn = _ours(ours)
@@ -290,33 +289,6 @@ class _Run:
                 else:
                     served = server(begun, self._settings, tell)
                     self._scenario = replace(self._scenario, server=(*self._scenario.server, served))
-
-
-@contextmanager
-def heeding_interrupts() -> Iterator[Callable[[], None]]:
-    """Give a function that raises `KeyboardInterrupt` when one came in the block, even where it was lost.
-
-    Python drops what is raised while it ends an object, an interrupt too; a long run would then go on.
-    """
-    came: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        came.append(number)
-        signal.default_int_handler(number, frame)
-
-    def heed() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    usual = threading.current_thread() is threading.main_thread()
-    usual = usual and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if usual:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield heed
-    finally:
-        if usual:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

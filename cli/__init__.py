@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import warnings
-from types import FrameType
 from typing import NoReturn
 
 import click
@@ -14,6 +11,7 @@ import click
 from .. import __version__
 from ..common.errors import DiffoundryError
 from ..common.files import disk_error
+from ..common.interrupts import noting_interrupts
 from .bench import bench_command
 from .build import build_command
 from .compile import compile_command
@@ -48,38 +46,24 @@ def main() -> NoReturn:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage."""
     open_streams()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture is read, or the error says why not
-    interrupts = _noted_interrupts()
-    try:
-        code = cli.main(prog_name="diffoundry", standalone_mode=False)
-        sys.stdout.flush()
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except DiffoundryError as error:
-        _fail(_INTERRUPTED if interrupts else str(error))
-    except (click.Abort, KeyboardInterrupt):
-        _fail(_INTERRUPTED)
-    except MemoryError:
-        _fail("out of memory: end other programs that hold memory, or ask for a smaller size or batch")
-    except BrokenPipeError:
-        sys.exit(1)
-    except OSError as error:
-        _fail(str(disk_error(error)))
+    with noting_interrupts() as interrupts:
+        try:
+            code = cli.main(prog_name="diffoundry", standalone_mode=False)
+            sys.stdout.flush()
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except DiffoundryError as error:
+            _fail(_INTERRUPTED if interrupts else str(error))
+        except (click.Abort, KeyboardInterrupt):
+            _fail(_INTERRUPTED)
+        except MemoryError:
+            _fail("out of memory: end other programs that hold memory, or ask for a smaller size or batch")
+        except BrokenPipeError:
+            sys.exit(1)
+        except OSError as error:
+            _fail(str(disk_error(error)))
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _noted_interrupts() -> list[int]:
-    """The interrupts to come: a library may turn one that it is hit by into an error of its own."""
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        signal.default_int_handler(number, frame)
-
-    own = threading.current_thread() is threading.main_thread()
-    if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, note)
-    return noted
 
 
 def _fail(message: str) -> NoReturn:
