@@ -2,11 +2,12 @@
 
 from .bundle import Bundle
 from .manifest import AS_EXPORTED, MANIFEST_NAME, SCHEMA_VERSION, STANDARD, Component, Manifest, Tensor, Variant
-from .precisions import FULL, PRECISIONS
+from .precisions import EIGHT_BIT, FULL, PRECISIONS
 from .wiring import Latents, Role, TextEncoder, Tokenizer, Wiring
 
 __all__ = [
     "AS_EXPORTED",
+    "EIGHT_BIT",
     "FULL",
     "MANIFEST_NAME",
     "PRECISIONS",

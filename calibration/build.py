@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..bundle import FULL, MANIFEST_NAME, STANDARD, Bundle, Manifest
+from ..bundle import EIGHT_BIT, FULL, MANIFEST_NAME, STANDARD, Bundle, Manifest
 from ..bundle.ledger import Ledger
 from ..bundle.manifest import SCHEMA_VERSION, to_json
 from ..bundle.precisions import check_precision
 from ..bundle.workspace import STAGES, check_replaceable, resolved, swap, sweep, working
-from ..common.errors import BundleError, DiffoundryError
+from ..common.errors import BundleError, DiffoundryError, EngineError
 from ..common.files import link_or_copy, remove, write_json
 from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
-from ..engines.names import ONNXRUNTIME, EngineName
+from ..engines.names import ONNXRUNTIME, OPENVINO, EngineName
 from ..engines.openvino.device import Device
 from ..engines.runnable import check_runnable
 from ..engines.tensorrt.backend import BACKENDS
@@ -25,6 +26,8 @@ from ..engines.tensorrt.bundle_plans import BuildMachine, build_plans, count_pla
 from ..engines.tensorrt.target import Target
 from . import fusion, hinted
 from .choice import AUTO, RECORD, candidates, choose
+from .eightbit import stage as eightbit
+from .eightbit.times import check_time
 from .hinted import HINTED_ENGINES
 from .scan import Scan
 from .stage import convert, record_name
@@ -51,19 +54,30 @@ class Goal:
     converts: bool
     chooses: bool = False
     lower: bool = False
+    calibration: Path | None = None
+    force: bool = False
 
     @classmethod
-    def of(cls, engine: str, precision: str | None, target: Target | None, scan: Scan | None) -> Goal:
+    def of(
+        cls,
+        engine: str,
+        precision: str | None,
+        target: Target | None,
+        scan: Scan | None,
+        calibration: str | Path | None = None,
+        force: bool = False,
+    ) -> Goal:
         """Hold what is asked for against this machine, before any work is done.
 
         engine: or `auto`, the fastest of those that are installed for the processor; with a precision under fp32 it is
         onnxruntime, which leaves the choice open. precision: None for fp32, or what is within the budget and faster.
+        calibration, force: of eight bits, see `build`.
         Raises `DiffoundryError` for an option of another kind, or one that has no effect, and `EngineError` when the
         engine is not there or cannot build what is asked.
         """
         chooses, lower = engine == AUTO and precision in (None, FULL), precision is None and engine == AUTO
         precision = FULL if precision is None else check_precision(precision)
-        name = EngineName.parse(ONNXRUNTIME if engine == AUTO else engine)
+        name = EngineName.parse(engine if engine != AUTO else _default(precision))
         for what, value, kind in (("target", target, Target), ("scan", scan, Scan)):
             if value is not None and not isinstance(value, kind):
                 raise DiffoundryError(f"the {what} must be a diffoundry.{kind.__name__}, found {type(value).__name__}")
@@ -74,22 +88,39 @@ class Goal:
             )
         if scan is not None and precision == FULL and not lower:
             raise DiffoundryError("fp32 needs no scan: leave its prompts, steps, size and PSNR out")
+        if precision not in EIGHT_BIT and (calibration is not None or force):
+            raise DiffoundryError(
+                f"{precision} takes no calibration file and needs no force: they go with {' and '.join(EIGHT_BIT)}"
+            )
+        if precision in EIGHT_BIT and not name.on_cpu:
+            raise EngineError(
+                f"{precision} runs on the processor so far, with openvino and onnxruntime, not on {name}: choose "
+                "one of them, or another precision"
+            )
+        if calibration is not None and not Path(calibration).is_file():
+            raise DiffoundryError(f"there is no calibration file {calibration}: leave it out, and it is measured anew")
         if name.backend in HINTED_ENGINES:
             Device.open(name.provider, precision)
         plans = name.backend in BACKENDS
         machine = resolve_machine(name.backend, precision, target or Target()) if plans else None
         asked = scan or (Scan(prompts=Scan().prompts[:1]) if lower else Scan())
-        return cls(name, precision, target or Target(), asked, machine, precision != FULL, chooses, lower)
+        file = None if calibration is None else Path(calibration)
+        return cls(name, precision, target or Target(), asked, machine, precision != FULL, chooses, lower, file, force)
 
     @property
     def hinted(self) -> bool:
         """Whether the engine computes the fp32 models in this precision, so that none are written in it."""
-        return self.engine.backend in HINTED_ENGINES and self.precision != FULL
+        return self.engine.backend in HINTED_ENGINES and self.precision not in (FULL, *EIGHT_BIT)
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether the denoiser is in eight bits, and all else in fp32."""
+        return self.precision in EIGHT_BIT
 
     def parts(self, manifest: Manifest) -> int:
         """How many parts the work has."""
         return (
-            self.converts
+            self.converts * (2 if self.eight_bit else 1)
             + self.chooses
             + self.engine.fused
             + (0 if self.machine is None else count_plans(manifest, self.target))
@@ -107,7 +138,7 @@ class Goal:
 
     def written(self) -> float:
         """The weights that are written, as a multiple of those in fp32."""
-        width = 1.0 if self.precision == FULL else 0.5
+        width = 1.0 if self.precision == FULL else 0.25 if self.eight_bit else 0.5
         return width * ((self.converts and not self.hinted) + self.engine.fused) + (
             0.0 if self.machine is None else width * self.target.count()
         )
@@ -120,6 +151,8 @@ def build(
     precision: str | None = None,
     target: Target | None = None,
     scan: Scan | None = None,
+    calibration: str | Path | None = None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Give `bundle` a lower precision, what an engine runs, or both; neither torch nor the checkpoint is needed.
@@ -129,13 +162,18 @@ def build(
     the default is what the bundle was made for. With an engine of TensorRT plans are built for `target`, with
     onnxruntime:cuda its graphs are written, with openvino a lower precision is measured. A precision that the bundle
     has is taken as it is, unless `scan` says what it is to be measured with; see `compile` for both.
+    calibration: for eight bits, a file of statistics of the same model, which are then not gathered again.
+    force: take eight bits also where they are slower on this machine.
     Raises `BundleError` for what is no bundle or was changed, `calibration.QualityError` when the images are too far
     from fp32, `EngineError` or `DiffoundryError`; what was finished is kept for the next run, and `bundle` is either
     the old one or the whole new one.
     """
     path = resolved(bundle)
 
-    with working(path, lambda: _checked(path, engine, precision, target, scan)) as (work, (old, goal)):
+    with working(path, lambda: _checked(path, engine, precision, target, scan, calibration, force)) as (
+        work,
+        (old, goal),
+    ):
         check_disk(path, goal.written() * _weights(old))
         ledger, meter = Ledger(work, path), Meter(progress, goal.parts(old.manifest) + 1)
         made = later_stages(_linked(old, ledger, goal), ledger, goal, meter)
@@ -147,7 +185,13 @@ def build(
 
 
 def _checked(
-    path: Path, engine: str | None, precision: str | None, target: Target | None, scan: Scan | None
+    path: Path,
+    engine: str | None,
+    precision: str | None,
+    target: Target | None,
+    scan: Scan | None,
+    calibration: str | Path | None,
+    force: bool,
 ) -> tuple[Bundle, Goal]:
     """The bundle at `path` and what it is to be run with. Raises for what cannot be built of it."""
     bundle = Bundle.open(path)
@@ -155,14 +199,16 @@ def _checked(
     open_choice = own.precision == FULL or EngineName.parse(own.engine).backend in HINTED_ENGINES
     if engine is None and precision is None and target is None and open_choice and EngineName.parse(own.engine).on_cpu:
         engine = AUTO
+    if engine is None and precision in EIGHT_BIT and target is None and EngineName.parse(own.engine).on_cpu:
+        engine = AUTO
     if engine != AUTO:
         precision = own.precision if precision is None else precision
-    goal = Goal.of(own.engine if engine is None else engine, precision, target, scan)
+    goal = Goal.of(own.engine if engine is None else engine, precision, target, scan, calibration, force)
     key = f"{goal.precision}/{goal.engine.backend if goal.hinted else STANDARD}"
     parts = [part for part in own.components.values() if part.role != "step"]
-    needed = [own.components[own.named("denoiser")]] if goal.hinted else parts
+    needed = [own.components[own.named("denoiser")]] if goal.hinted or goal.eight_bit else parts
     converted = all(key in part.variants for part in needed)
-    if goal.converts and scan is None and converted:
+    if goal.converts and scan is None and calibration is None and converted:
         goal = replace(goal, converts=False)
     if (goal.converts and not goal.hinted) or goal.engine.fused or goal.machine is not None:
         require_modules("build", _MODULES, "build")
@@ -176,6 +222,12 @@ def _checked(
     return bundle, goal
 
 
+def _default(precision: str) -> str:
+    """The engine for a precision where none is named: that which computes in eight bits, if it is installed."""
+    there = precision in EIGHT_BIT and importlib.util.find_spec(OPENVINO) is not None
+    return OPENVINO if there else ONNXRUNTIME
+
+
 def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bundle:
     """`bundle`, whose fp32 models lie in the ledger's working folder, with all else that the goal asks for."""
     if goal.chooses:
@@ -183,6 +235,9 @@ def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bu
         bundle = replace(bundle, manifest=replace(bundle.manifest, engine=str(engine), precision=precision))
     elif goal.converts and goal.hinted:
         bundle = hinted.measure(bundle, ledger, goal.engine, goal.precision, goal.scan, meter)
+    elif goal.converts and goal.eight_bit:
+        bundle = eightbit.convert(bundle, ledger, goal.precision, goal.scan, goal.calibration, meter)
+        bundle = check_time(bundle, goal.engine, goal.precision, goal.force, meter)
     elif goal.converts:
         bundle = convert(bundle, ledger, goal.precision, goal.scan, meter)
     bundle = fusion.forget_removed(bundle)

@@ -142,7 +142,7 @@ def _tried(bundle: Bundle, ledger: Ledger, tried: list[tuple[str, str]], scan: S
     for engine, precision in tried:
         meter.show(f"time of {engine} {precision}")
         try:
-            seconds = _times(bundle, engine, precision)
+            seconds = times(lowered(bundle, EngineName.parse(engine), precision), engine, precision)
         except EngineError as error:
             trials.append(Trial(engine, precision, refused=str(error)))
             continue
@@ -168,9 +168,9 @@ def _within_budget(bundle: Bundle, ledger: Ledger, trial: Trial, scan: Scan, met
     return replace(trial, psnr_db=quality["psnr_db"])
 
 
-def _times(bundle: Bundle, engine: str, precision: str) -> list[float]:
+def times(bundle: Bundle, engine: str, precision: str) -> list[float]:
     """Seconds of steps of the loop at the bundle's own size, guided where that is its default, but for the first."""
-    pipeline = Pipeline(lowered(bundle, EngineName.parse(engine), precision), engine=engine, precision=precision)
+    pipeline = Pipeline(bundle, engine=engine, precision=precision)
     request = replace(requests(bundle, Scan())[0], output="latent")
     taken: list[float] = []
     first = True

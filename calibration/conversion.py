@@ -80,8 +80,12 @@ class _Conversion:
                 self._write(name, measured[name], kept, settings)
             figures = self._quality(exact)
             tries.append({**settings, "islands": {name: len(kept) for name, kept in found.items()}, **figures})
-            if figures["psnr_db"] is not None and figures["psnr_db"] >= self._scan.budget_db:
-                head = {"precision": self._precision.name, "rule": RULE, "budget_db": self._scan.budget_db}
+            if figures["psnr_db"] is not None and figures["psnr_db"] >= self._scan.least_db(self._precision.name):
+                head = {
+                    "precision": self._precision.name,
+                    "rule": RULE,
+                    "budget_db": self._scan.least_db(self._precision.name),
+                }
                 report = {**head, "scan": self._scan.record(self._bundle), **settings, **figures, "tries": tries}
                 return self._converted, report
         raise self._error(tries)
@@ -171,7 +175,7 @@ class _Conversion:
         last, name = tries[-1], self._precision.name
         other = "bf16" if name == "fp16" else "fp16"
         remedy = f"use --precision fp32 or {other}"
-        budget = self._scan.budget_db
+        budget = self._scan.least_db(self._precision.name)
         if last["psnr_db"] is None:
             return QualityError(f"{name} is not finite: {last['problem']}; {remedy}")
         best = max(each["psnr_db"] or 0.0 for each in tries)

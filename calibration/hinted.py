@@ -135,9 +135,9 @@ def _measured(
         if not off:
             figures = _quality(trial, engine, precision, scan, exact, progress)
         tries.append({"lower": names, **figures})
-        if figures["psnr_db"] is not None and figures["psnr_db"] >= scan.budget_db:
+        if figures["psnr_db"] is not None and figures["psnr_db"] >= scan.least_db(precision):
             device = Device.open(engine.provider, precision)
-            head = {"precision": precision, "engine": str(engine), "budget_db": scan.budget_db}
+            head = {"precision": precision, "engine": str(engine), "budget_db": scan.least_db(precision)}
             where = {"device": device.full_name, "version": device.version}
             report = {**head, **where, "scan": scan.record(bundle), "lower": names, **figures, "tries": tries}
             return Hinted(full_models(bundle), tuple(names), report)
@@ -189,8 +189,9 @@ def _error(engine: EngineName, precision: str, scan: Scan, tries: list[dict[str,
     finite = [each["psnr_db"] for each in tries if each["psnr_db"] is not None]
     if not finite:
         return QualityError(f"{precision} on {engine} fails: {tries[-1]['problem']}; use --precision fp32")
+    least = scan.least_db(precision)
     return QualityError(
-        f"{precision} images of {engine} differ from fp32 by {max(finite):.1f} dB PSNR, {scan.budget_db:g} are asked, "
+        f"{precision} images of {engine} differ from fp32 by {max(finite):.1f} dB PSNR, {least:g} are asked, "
         f"even with the text encoders and the autoencoder in fp32: use --precision fp32, take what is left with a "
         "lower --min-psnr, or scan other prompts and more steps"
     )

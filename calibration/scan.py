@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle import EIGHT_BIT, Bundle
 from ..common.arrays import Array
 from ..common.checks import LARGEST_SIDE, is_number, whole_number
 from ..common.errors import RequestError
@@ -17,8 +17,8 @@ from ..engines import Engine
 from ..runtime.pipeline import Pipeline
 from ..runtime.request import Request
 
-BUDGET_DB = 35.0
-"""The least PSNR of the images against float32 where none is asked for."""
+_BUDGET_DB, _EIGHT_BIT_DB = 35.0, 25.0
+"""The least PSNR of the images against float32 where none is asked for: in 16 bits, and in 8."""
 DEFAULT_PROMPTS = (
     "a photograph of a red fox sitting in tall grass at sunset, mountains in the background",
     "an oil painting of a crowded harbor town with white houses and blue boats",
@@ -36,7 +36,7 @@ class Scan:
     """What the loop is run with; prompt i is drawn from `seed + i`.
 
     steps: None for the bundle's own. size: width and height in pixels, None for the bundle's own.
-    budget_db: the least PSNR of the images against float32, the median of the prompts.
+    budget_db: the least PSNR of the images against float32, the median of the prompts; None for the usual, `least_db`.
     Raises `RequestError` for what no bundle can run.
     """
 
@@ -44,7 +44,7 @@ class Scan:
     steps: int | None = None
     size: tuple[int, int] | None = None
     seed: int = 0
-    budget_db: float = BUDGET_DB
+    budget_db: float | None = None
 
     def __post_init__(self) -> None:
         prompts = self.prompts
@@ -59,9 +59,9 @@ class Scan:
         if self.steps is not None:
             object.__setattr__(self, "steps", whole_number("steps", self.steps, 1, _MOST_STEPS))
         budget = self.budget_db
-        if not is_number(budget) or not 0 <= budget <= _LARGEST_BUDGET:
+        if budget is not None and (not is_number(budget) or not 0 <= budget <= _LARGEST_BUDGET):
             raise RequestError(f"the least PSNR must be from 0 to {_LARGEST_BUDGET} dB, found {budget!r}")
-        object.__setattr__(self, "budget_db", float(budget))
+        object.__setattr__(self, "budget_db", None if budget is None else float(budget))
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, _LARGEST_SEED))
         if self.size is not None:
             if not isinstance(self.size, (tuple, list)) or len(self.size) != 2:
@@ -72,6 +72,12 @@ class Scan:
                     f"the size of a scan must be a multiple of {_SIDE_UNIT}, found {sides[0]}x{sides[1]}"
                 )
             object.__setattr__(self, "size", sides)
+
+    def least_db(self, precision: str) -> float:
+        """The least PSNR of the images in `precision`, in dB: what was asked, else 35, and 25 in eight bits."""
+        if self.budget_db is not None:
+            return self.budget_db
+        return _EIGHT_BIT_DB if precision in EIGHT_BIT else _BUDGET_DB
 
     def record(self, bundle: Bundle) -> dict[str, Any]:
         """The settings as JSON, with the bundle's own where none were given."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..bundle import FULL, PRECISIONS, STANDARD, Bundle, Variant
+from ..bundle import FULL, STANDARD, Bundle, Variant
 from ..bundle.ledger import Kind, Ledger
 from ..bundle.manifest import Files
 from ..bundle.reports import is_quality, is_report, with_report
@@ -13,6 +13,7 @@ from ..common.files import sha256_json
 from ..common.progress import Meter
 from ..engines.names import ONNXRUNTIME
 from .conversion import RULE, convert_models
+from .precision import PRECISIONS
 from .rewrite import ConvertedModel
 from .scan import Scan
 
@@ -73,7 +74,7 @@ def carry_over(bundle: Bundle, ledger: Ledger, precision: str) -> Bundle:
     """
     models = full_models(bundle)
     for other in PRECISIONS:
-        if other not in (FULL, precision):
+        if other != precision:
             ledger.forget(record_name(other))
             found = ledger.take(record_name(other), CONVERTED, fits=lambda found: found.models == models)
             if found is not None:

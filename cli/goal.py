@@ -82,20 +82,27 @@ _OPTIONS = (
     *(click.option(f"--{name}", is_flag=True, help=text) for name, text in _FLAGS.items()),
     click.option("--build-memory", type=GIB, help="TensorRT: stop a builder that takes more than this."),
     click.option(
-        "--scan-prompts", type=click.Path(), metavar="FILE", help="fp16, bf16: prompts of the scan, one a line."
+        "--scan-prompts", type=click.Path(), metavar="FILE", help="Under fp32: prompts of the scan, one a line."
     ),
-    click.option("--scan-steps", type=int, metavar="N", help="fp16, bf16: steps of the scan. [default: the bundle's]"),
+    click.option("--scan-steps", type=int, metavar="N", help="Under fp32: steps of the scan. [default: the bundle's]"),
     click.option(
         "--scan-size",
         type=Parsed("WxH", parse_size),
-        help="fp16, bf16: size of its pictures. [default: the checkpoint's]",
+        help="Under fp32: size of its pictures. [default: the checkpoint's]",
     ),
     click.option(
         "--min-psnr",
         type=float,
         metavar="DB",
-        help="fp16, bf16: how near to fp32's the median picture of the scan must be. [default: 35]",
+        help="Under fp32: how near to fp32's the median picture of the scan must be. [default: 35; int8: 25]",
     ),
+    click.option(
+        "--calibration",
+        type=click.Path(),
+        metavar="FILE",
+        help="int8: statistics of the same model, such as the statistics.npz of another bundle.",
+    ),
+    click.option("--force", is_flag=True, help="int8: also where it is not faster on this machine."),
 )
 
 
@@ -126,7 +133,8 @@ def take_goal(options: dict[str, Any]) -> dict[str, Any]:
         "size": options.pop("scan_size"),
         "budget_db": options.pop("min_psnr"),
     }
-    return {"target": _said(Target, target), "scan": _said(Scan, scan)}
+    more = {name: options.pop(name) for name in ("calibration", "force")}
+    return {"target": _said(Target, target), "scan": _said(Scan, scan), **more}
 
 
 def _said(kind: Callable[..., Any], values: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import AS_EXPORTED, FULL, PRECISIONS, STANDARD, Bundle, Variant
+from ..bundle import AS_EXPORTED, EIGHT_BIT, FULL, PRECISIONS, STANDARD, Bundle, Variant
 from ..common.checks import is_whole
 from ..common.errors import EngineError
 from .cache import EngineStore
@@ -23,12 +23,13 @@ _SMALL_BYTES = 64 << 20
 def precisions_of(bundle: Bundle, engine: EngineName) -> list[str]:
     """The precisions that `bundle` has for `engine`.
 
-    OpenVINO computes the fp32 models in a lower one, where its loss was measured; the others read models of their own.
+    OpenVINO computes the fp32 models in 16 bits, where its loss was measured; the others read models of their own, and
+    all do in eight bits.
     """
     own = {key for part in bundle.manifest.components.values() for key in part.variants}
     hinted = {key.partition("/")[0] for key in own if key.endswith(f"/{OPENVINO}")}
     written = {key.partition("/")[0] for key in own if not key.endswith(f"/{OPENVINO}")}
-    known = {FULL, *hinted} if engine.backend == OPENVINO else written
+    known = {FULL, *hinted, *written.intersection(EIGHT_BIT)} if engine.backend == OPENVINO else written
     return [name for name in PRECISIONS if name in known]
 
 
@@ -117,6 +118,8 @@ class EngineLoader:
     def precision_of(self, name: str) -> str:
         """The precision that component `name` is loaded in."""
         component = self._bundle.component(name)
+        if self.precision in EIGHT_BIT:
+            return self.precision if component.variant(self.precision) is not None else FULL
         if self.engine.backend == OPENVINO and self.precision != AS_EXPORTED:
             return self.precision if f"{self.precision}/{OPENVINO}" in component.variants else FULL
         return FULL if component.role == "step" else self.precision
@@ -155,7 +158,7 @@ class EngineLoader:
         if (
             self.engine.backend == OPENVINO
         ):  # which reads the operators of ONNX Runtime's CPU, and splits nothing itself
-            backend = f"{ONNXRUNTIME}:cpu" if own == FULL else OPENVINO
+            backend = f"{ONNXRUNTIME}:cpu" if own in (FULL, *EIGHT_BIT) else OPENVINO
         variant = component.variant(own, backend)
         if variant is None:
             raise EngineError(
@@ -185,7 +188,8 @@ class EngineLoader:
         own = self._bundle.manifest.precision
         if own == AS_EXPORTED or not self.engine.on_cpu:
             return own
-        return own if own in self._precisions() and self.engine.backend == OPENVINO else FULL
+        faster = self.engine.backend == OPENVINO or own in EIGHT_BIT
+        return own if own in self._precisions() and faster else FULL
 
     def _precisions(self) -> set[str]:
         return set(precisions_of(self._bundle, self.engine)) | ({AS_EXPORTED} if self._bundle.foreign else set())

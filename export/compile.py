@@ -20,6 +20,7 @@ from ..bundle.precisions import AS_STORED, STORAGE_DTYPES
 from ..bundle.workspace import UNPACKED, check_target, resolved, working
 from ..calibration import Scan, hinted
 from ..calibration.build import Goal, check_disk, later_stages, publish
+from ..calibration.eightbit import stage as eightbit
 from ..calibration.stage import carry_over
 from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import remove, sha256_file, sha256_json, sha256_tree
@@ -47,6 +48,8 @@ def compile(
     storage_dtype: str = FULL,
     target: Target | None = None,
     scan: Scan | None = None,
+    calibration: str | Path | None = None,
+    force: bool = False,
     family: str | None = None,
     tasks: Sequence[str] | None = None,
     components: Mapping[str, str | Path] | None = None,
@@ -84,7 +87,7 @@ def compile(
         raise DiffoundryError("a scheduler is traced for the step counts named: give both it and the counts")
     if storage_dtype not in STORAGE_DTYPES:
         raise DiffoundryError(f"unknown storage dtype {storage_dtype!r:.80}: choose one of {', '.join(STORAGE_DTYPES)}")
-    goal = Goal.of(engine, precision, target, scan)
+    goal = Goal.of(engine, precision, target, scan, calibration, force)
     require_modules("compile", _MODULES, "export")
     path, asked = resolved(out), Asked(family, tasks, components or {}, default_steps, default_guidance)
     traced = None if trace_scheduler is None else (trace_scheduler, tuple(steps))
@@ -136,9 +139,8 @@ def _run(
     )
     tracer = Tracer(source, ledger, tools, keep_half)
     bundle = tracer.trace(replace(bundle, manifest=manifest), specs, hashes, meter)
-    bundle = hinted.carry_over(
-        carry_over(bundle, ledger, goal.precision), ledger, (str(goal.engine), goal.precision) if goal.hinted else None
-    )
+    bundle = eightbit.carry_over(carry_over(bundle, ledger, goal.precision), ledger, goal.precision)
+    bundle = hinted.carry_over(bundle, ledger, (str(goal.engine), goal.precision) if goal.hinted else None)
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)
 
 

@@ -20,7 +20,8 @@ import click
 import numpy as np
 from PIL import Image
 
-from ..bundle import PRECISIONS
+from ..bundle import FULL
+from ..calibration import PRECISIONS
 from ..common.arrays import Array
 from ..engines.names import ENGINES, EngineName
 
@@ -515,7 +516,7 @@ def _difference(found: Array | None, expected: Array | None) -> tuple[float, flo
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every case to this file.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep checkpoints and bundles here [default: nowhere].")
 @click.option("--engine", default="onnxruntime", show_default=True, type=click.Choice(ENGINES))
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)))
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice([FULL, *PRECISIONS]))
 def main(only: str, json_path: Path | None, work: Path | None, engine: str, precision: str) -> None:
     """Compile the checkpoints and print, for each task, the largest differences to diffusers.
 

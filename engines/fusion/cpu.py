@@ -15,11 +15,13 @@ from .per_prompt import split
 _FUSED, _PER_PROMPT = "fused.onnx", "per_prompt.onnx"
 
 
-def fuse_for_cpu(model: Path, per_prompt: Sequence[str]) -> tuple[str, str] | None:
-    """Write `fused.onnx` beside `model`; None when the model holds no attention to fuse.
+def fuse_for_cpu(
+    model: Path, per_prompt: Sequence[str], names: tuple[str, str] = (_FUSED, _PER_PROMPT)
+) -> tuple[str, str] | None:
+    """Write the first of `names` beside `model`; None when the model holds no attention to fuse.
 
     per_prompt: inputs that stay the same from step to step. What depends on them alone is cut off into
-    `per_prompt.onnx`, whose outputs are inputs of the fused graph. Returns the names of the two graphs, "" for the
+    the second, whose outputs are inputs of the fused graph. Returns the names of the two graphs, "" for the
     second where there is nothing to cut off. All graphs share the external weights.
     """
     import onnx_ir
@@ -31,6 +33,6 @@ def fuse_for_cpu(model: Path, per_prompt: Sequence[str]) -> tuple[str, str] | No
     RemoveUnusedNodesPass()(loaded)
     part = split(loaded, per_prompt)
     if part is not None:
-        onnx_ir.save(part, model.with_name(_PER_PROMPT))
-    onnx_ir.save(loaded, model.with_name(_FUSED))
-    return _FUSED, "" if part is None else _PER_PROMPT
+        onnx_ir.save(part, model.with_name(names[1]))
+    onnx_ir.save(loaded, model.with_name(names[0]))
+    return names[0], "" if part is None else names[1]

@@ -94,7 +94,7 @@ def test_the_fastest_is_chosen_once_and_recorded(bundle, monkeypatch, times, wan
         calls.append((engine, precision))
         return [given[engine, precision]] * 3
 
-    monkeypatch.setattr(choice, "_times", timed)
+    monkeypatch.setattr(choice, "times", timed)
     asked = {"scan": Scan(**SCAN, budget_db=10)}
     made = diffoundry.build(bundle, engine="auto", **asked)
     assert (made.manifest.engine, made.manifest.precision) == wanted
@@ -126,7 +126,7 @@ def test_with_one_engine_nothing_is_tried(bundle, monkeypatch):
         raise diffoundry.EngineError("the engine openvino is not installed")
 
     monkeypatch.setattr(choice, "precisions_of", missing)
-    monkeypatch.setattr(choice, "_times", None)
+    monkeypatch.setattr(choice, "times", None)
     made = diffoundry.build(bundle, engine="auto")
     assert made.manifest.engine == "onnxruntime"
     assert not (bundle / "reports" / "engines.json").exists()

@@ -1,0 +1,1 @@
+"""Eight bits: what is quantized, with which scales, and what that loses, all measured on the real loop."""

@@ -1,0 +1,300 @@
+"""The denoiser of a bundle in eight bits: statistics, scales, what stays in float32, and the files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ...bundle import FULL, Bundle
+from ...common.errors import DiffoundryError, OverflowedError
+from ...common.files import read_json, remove, sha256_file, sha256_json, write_json
+from ...common.progress import Progress
+from ...engines.fusion.cpu import fuse_for_cpu
+from ..graph import read
+from ..quality import QualityError, psnr
+from ..scan import Scan, run_loop
+from .formats import Format
+from .layers import Group, groups_of
+from .reference import Reference, check_model, observe
+from .scales import Scale, choose
+from .search import Probe, in_decibels, losses_alone, search
+from .statistics import REVISION as STATISTICS_REVISION
+from .statistics import STRETCHES, Statistics
+from .switched import SwitchedEngine, switched
+from .write import write
+
+RULE = 1
+"""Raise it when the same measurements would give other models."""
+STATISTICS = "statistics.npz"
+_JUDGED = 12
+"""Calls that scales are judged by."""
+_ALONE, _LEAST_ALONE, _MOST_ALONE = 256, 2, 8
+"""Runs of the model in which groups lose alone, and the least and most calls for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class EightBit:
+    """The denoiser in eight bits.
+
+    model: its graph, and fused and per_prompt the two that ONNX Runtime's CPU and OpenVINO read. files: the hashes of
+    all. statistics: the path of the file they are in. report: what was measured of each group. quality: of the images.
+    """
+
+    model: str
+    fused: str
+    per_prompt: str
+    files: dict[str, str]
+    statistics: str
+    report: dict[str, Any]
+    quality: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Conversion:
+    """bundle: which lies in a working folder. folder: for what a run that is stopped leaves to the next.
+
+    calibration: statistics to take in place of new ones.
+    """
+
+    bundle: Bundle
+    form: Format
+    scan: Scan
+    least_db: float
+    folder: Path
+    calibration: Path | None
+    progress: Progress
+
+    def run(self) -> EightBit:
+        """Raises `QualityError` when the budget cannot be met, `DiffoundryError` for what cannot be calibrated."""
+        name = self.bundle.manifest.named("denoiser")
+        path = self.bundle.path(f"{name}/model.onnx")
+        groups = groups_of(read(path))
+        if not groups:
+            raise DiffoundryError(f"{name} has no layer with a form in eight bits: use --precision fp32")
+        model = self._model(name)
+        given = None
+        if self.calibration is not None:
+            given = check_model(Statistics.load(self.calibration), model, groups, self.calibration)
+        self._open(model)
+        reference = observe(self.bundle, name, groups, self.scan, self.folder, model, given, self.progress)
+        return self._convert(name, path, groups, reference)
+
+    def _model(self, name: str) -> str:
+        variant = self.bundle.component(name).variant(FULL)
+        assert variant is not None  # `build` refuses a bundle without
+        return sha256_json(variant.files)
+
+    def _open(self, model: str) -> None:
+        """Believe what an earlier run left where it was of the same models, prompts and settings."""
+        key = {
+            "model": model,
+            "bundle": sha256_json(self.bundle.manifest.files),
+            "scan": self.scan.record(self.bundle),
+            "revision": [RULE, STATISTICS_REVISION],
+        }
+        head = self.folder / "head.json"
+        try:
+            same = read_json(head, "the head") == key
+        except (DiffoundryError, OSError):
+            same = False
+        if not same:
+            remove(self.folder)
+            self.folder.mkdir(parents=True)
+            write_json(head, key)
+
+    def _convert(self, name: str, path: Path, groups: list[Group], reference: Reference) -> EightBit:
+        statistics = reference.statistics
+        calls = reference.sample(_JUDGED)
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            self.progress("scales, call", done, done)
+
+        scales = choose(path, name, self.form, groups, statistics, [feeds for feeds, _ in calls], tick)
+        seen = [group for group in groups if group.value in scales]
+        flops = {
+            group.value: sum(layer.flops(statistics.sizes[layer.name]) for layer in group.layers) for group in seen
+        }
+        engine, clear = switched(path, name, self.form, {v: each.scale for v, each in scales.items()}, seen)
+        try:
+            alone = self._alone(engine, seen, reference, scales)
+            order = sorted(flops, key=lambda value: (-alone[value] / max(flops[value], 1), value))
+            total = sum(flops.values())
+
+            def quality(kept: Collection[str]) -> Probe:
+                share = 1 - sum(flops[value] for value in kept) / total
+                return self._probe(name, engine, list(flops), list(kept), share, reference, scales)
+
+            found, probes = search(order, flops, quality, self.least_db)
+        finally:
+            clear()
+        if found is None:
+            best = max(probes, key=lambda probe: probe.psnr_db)
+            raise QualityError(
+                f"{self.form.name} images differ from fp32 by {best.psnr_db:.1f} dB PSNR with "
+                f"{100 * best.share:.0f} % of the arithmetic in it, {self.least_db:g} are asked: use a lower "
+                "--min-psnr, scan other prompts and more steps, or use --precision bf16, fp16 or fp32"
+            )
+        report = self._report(seen, groups, scales, alone, flops, found, probes, statistics)
+        return self._write(name, path, scales, found, statistics, report)
+
+    def _alone(
+        self, engine: SwitchedEngine, seen: list[Group], reference: Reference, scales: dict[str, Scale]
+    ) -> dict[str, float]:
+        record = self.folder / f"alone-{self.form.name}.json"
+        key = sha256_json([[each.value, each.scale] for each in scales.values()])
+        found = self._kept(record, key)
+        if found is not None:
+            return {str(value): float(ratio) for value, ratio in found.items()}
+        count = min(_MOST_ALONE, max(_LEAST_ALONE, _ALONE // len(seen)))
+        calls, done = reference.sample(count), 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            self.progress("loss of each layer alone, call", done, len(calls) * len(seen))
+
+        alone = losses_alone(engine, seen, calls, tick)
+        write_json(record, {"key": key, "found": alone})
+        return alone
+
+    def _probe(
+        self,
+        name: str,
+        engine: SwitchedEngine,
+        values: list[str],
+        kept: list[str],
+        share: float,
+        reference: Reference,
+        scales: dict[str, Scale],
+    ) -> Probe:
+        """Draw the prompts with all groups but those of `kept` in eight bits."""
+        key = sha256_json([sorted(kept), [[each.value, each.scale] for each in scales.values()]])
+        record = self.folder / f"probe-{self.form.name}-{key[:16]}.json"
+        found = self._kept(record, key)
+        if found is None:
+            engine.choose([value for value in values if value not in kept])
+            text = f"quality with {100 * share:.0f} % in {self.form.name}, step"
+            try:
+                images = run_loop(self.bundle, {name: lambda: engine}, self.scan, text, self.progress, threads=None)
+                ratios = [psnr(image, exact) for image, exact in zip(images, reference.images, strict=True)]
+            except OverflowedError:
+                ratios = [0.0] * len(self.scan.prompts)
+            found = {"psnr_db": [round(ratio, 2) for ratio in ratios]}
+            write_json(record, {"key": key, "found": found})
+        ratios = found["psnr_db"]
+        prompts = [
+            {"prompt": prompt, "seed": self.scan.seed + i, "psnr_db": ratio}
+            for i, (prompt, ratio) in enumerate(zip(self.scan.prompts, ratios, strict=True))
+        ]
+        return Probe(tuple(kept), share, round(median(ratios), 2), min(ratios), {"prompts": prompts})
+
+    @staticmethod
+    def _kept(record: Path, key: str) -> dict[str, Any] | None:
+        try:
+            value = read_json(record, "a measurement")
+        except (DiffoundryError, OSError):
+            return None
+        found = value.get("found")
+        return found if value.get("key") == key and isinstance(found, dict) else None
+
+    def _report(
+        self,
+        seen: list[Group],
+        groups: list[Group],
+        scales: dict[str, Scale],
+        alone: dict[str, float],
+        flops: dict[str, int],
+        found: Probe,
+        probes: list[Probe],
+        statistics: Statistics,
+    ) -> dict[str, Any]:
+        total = sum(flops.values())
+        layers: list[dict[str, Any]] = [
+            {
+                "value": group.value,
+                "layers": [layer.name for layer in group.layers],
+                "share": round(flops[group.value] / total, 6),
+                "loss_alone_db": in_decibels(alone[group.value]),
+                "low": group.value not in found.kept,
+                "scale": scales[group.value].scale,
+                "method": scales[group.value].method,
+                "loss_of_outputs_db": scales[group.value].loss_db,
+                "largest": [float(f"{x:.6g}") for x in _largest(statistics, group.value)],
+            }
+            for group in seen
+        ]
+        kinds = {layer.name: layer.kind for group in groups for layer in group.layers}
+        islands = [
+            {"node": name, "op": kinds[name], "reason": "loss", "measured": each["loss_alone_db"]}
+            for each in layers
+            if not each["low"]
+            for name in each["layers"]
+        ]
+        unseen = [group.value for group in groups if group.value not in scales]
+        islands += [
+            {"node": layer.name, "op": layer.kind, "reason": "never seen"}
+            for group in groups
+            if group.value in unseen
+            for layer in group.layers
+        ]
+        count = sum(len(group.layers) for group in groups)
+        return {
+            "precision": self.form.name,
+            "rule": RULE,
+            "scan": self.scan.record(self.bundle),
+            "share": round(found.share, 4),
+            "stretches": STRETCHES,
+            "groups": layers,
+            "unseen": unseen,
+            "islands": islands,
+            "reasons": dict(sorted(Counter(each["reason"] for each in islands).items())),
+            "nodes": {"low": count - len(islands), "kept": len(islands)},
+            "curve": [
+                {
+                    "kept": len(probe.kept),
+                    "share": round(probe.share, 4),
+                    "psnr_db": probe.psnr_db,
+                    "worst_db": probe.worst_db,
+                }
+                for probe in sorted(probes, key=lambda probe: -probe.share)
+            ],
+        }
+
+    def _write(
+        self, name: str, path: Path, scales: dict[str, Scale], found: Probe, statistics: Statistics, report: Any
+    ) -> EightBit:
+        form = self.form.name
+        low = [value for value in scales if value not in found.kept]
+        files = write(path, name, self.form, {v: each.scale for v, each in scales.items()}, low, f"{form}.onnx")
+        names = f"{form}.fused.onnx", f"{form}.per_prompt.onnx"
+        fused = fuse_for_cpu(files[0], self.bundle.manifest.wiring.per_prompt(), names)
+        graphs = [path.with_name(each) for each in filter(None, fused or ())]
+        saved = path.with_name(STATISTICS)
+        statistics.save(saved)
+        relative = [each.relative_to(self.bundle.root).as_posix() for each in (*files, *graphs)]
+        hashes = {each: sha256_file(self.bundle.root / each) for each in dict.fromkeys(relative)}
+        placed = [f"{name}/{each}" if each else "" for each in fused or ("", "")]
+        head = {"precision": form, "rule": RULE, "budget_db": self.least_db}
+        quality = {
+            **head,
+            "scan": self.scan.record(self.bundle),
+            "psnr_db": found.psnr_db,
+            "worst_db": found.worst_db,
+            "share": round(found.share, 4),
+            **found.figures,
+        }
+        where = f"{name}/{STATISTICS}"
+        hashes[where] = sha256_file(saved)
+        return EightBit(relative[0], placed[0], placed[1], hashes, where, report, quality)
+
+
+def _largest(statistics: Statistics, value: str) -> list[float]:
+    i = statistics.values.index(value)
+    return [max(abs(float(a)), abs(float(b))) for a, b in zip(statistics.high[i], statistics.low[i], strict=True)]

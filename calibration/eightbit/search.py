@@ -1,0 +1,87 @@
+"""Which groups are in eight bits: as much arithmetic as the budget allows, by what each group loses alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..losses import decibels
+from .layers import Group
+from .reference import Call
+from .switched import SwitchedEngine
+
+LEAST_SHARE = 0.1
+"""Of the arithmetic. With less in eight bits the budget counts as one that cannot be met."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A choice, drawn and measured. kept: the values of the groups that stay in fp32.
+
+    share: of the arithmetic of all layers that is in eight bits. figures: of the images.
+    """
+
+    kept: tuple[str, ...]
+    share: float
+    psnr_db: float
+    worst_db: float
+    figures: dict[str, Any]
+
+
+def losses_alone(
+    engine: SwitchedEngine, groups: Sequence[Group], calls: Sequence[Call], tick: Callable[[], None]
+) -> dict[str, float]:
+    """Noise over signal of the denoiser's outputs when one group alone is in eight bits, the mean of `calls`."""
+    found = {}
+    for group in groups:
+        engine.choose([group.value])
+        ratios = []
+        for feeds, exact in calls:
+            made = engine(feeds)
+            ratios += [
+                float(np.sum(np.square(made[key] - each, dtype=np.float64)) / np.sum(np.square(each, dtype=np.float64)))
+                for key, each in exact.items()
+            ]
+            tick()
+        found[group.value] = float(np.mean(ratios))
+    return found
+
+
+def in_decibels(ratio: float) -> float:
+    """The signal-to-noise ratio of a ratio of noise to signal."""
+    return round(decibels(1.0, ratio), 2)
+
+
+def search(
+    order: Sequence[str], flops: Mapping[str, int], quality: Callable[[Collection[str]], Probe], least_db: float
+) -> tuple[Probe | None, list[Probe]]:
+    """The choice with the most arithmetic in eight bits that is within the budget, and all that were drawn.
+
+    order: the groups' values, those first that are to stay in fp32 first. quality: draws a choice, given what is kept.
+    None where nothing with at least `LEAST_SHARE` of the arithmetic in eight bits is within the budget.
+    """
+    total = sum(flops[value] for value in order)
+    left, most = 1.0, 0
+    while most < len(order) and left - flops[order[most]] / total >= LEAST_SHARE:
+        left -= flops[order[most]] / total
+        most += 1
+    probes: list[Probe] = []
+
+    def draw(count: int) -> bool:
+        probes.append(quality(order[:count]))
+        return probes[-1].psnr_db >= least_db
+
+    if not draw(0):
+        low, high = 0, min(1, most)
+        while not draw(high):
+            if high == most:
+                return None, probes
+            low, high = high, min(2 * high, most)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if draw(middle) else (middle, high)
+    within = [probe for probe in probes if probe.psnr_db >= least_db]
+    return max(within, key=lambda probe: (probe.share, probe.psnr_db)), probes

@@ -1,0 +1,221 @@
+"""What the real loop showed of the values that layers read: ranges and histograms, by stretch of timesteps."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from ...common.arrays import Array
+from ...common.errors import DiffoundryError
+from ...common.files import check_regular, replacing
+from ..graph import key, read
+from ..sessions import OnCall, RecordedEngine, start
+from .histogram import BINS, count
+from .layers import Group
+
+STRETCHES = 4
+"""Parts of the timesteps that are told from one another: ranges drift from noise to picture."""
+REVISION = 1
+"""Raise it when the same run would give other statistics."""
+_SAMPLE = 1 << 15
+"""Elements of a value that are counted in a call, those of an odd step through it; its range is of all."""
+_TIMESTEPS = 1000
+_LARGEST_FILE = 256 << 20
+_HIGH, _LOW, _SOME, _SIZE = ":highest", ":lowest", ":some", ":size"
+_SUFFIXES = (_HIGH, _LOW, _SOME, _SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Of the values that the layers of one model read.
+
+    model: the hash of the model. values: their names. counts: int64 (values, 2, stretches, `BINS`), see `histogram`;
+    of the second axis the first is of every other call, to choose scales by, the second of the others, to judge them
+    by. high, low: float32 (values, stretches), of all calls; 0 in a stretch without any. sizes: elements that a layer
+    makes in a call, by its name.
+    """
+
+    model: str
+    values: tuple[str, ...]
+    counts: Array
+    high: Array
+    low: Array
+    sizes: dict[str, int]
+
+    @classmethod
+    def empty(cls, model: str, values: Sequence[str]) -> Statistics:
+        """Of no call."""
+        shape = (len(values), STRETCHES)
+        counts = np.zeros((len(values), 2, STRETCHES, BINS), np.int64)
+        return cls(model, tuple(values), counts, np.zeros(shape, np.float32), np.zeros(shape, np.float32), {})
+
+    def largest(self) -> dict[str, float]:
+        """max |x| of each value."""
+        found = np.maximum(np.abs(self.high), np.abs(self.low)).max(axis=1)
+        return dict(zip(self.values, map(float, found), strict=True))
+
+    def of(self, value: str) -> Array:
+        """The counts of a value, int64 (2, stretches, `BINS`)."""
+        return np.asarray(self.counts[self.values.index(value)])
+
+    def plus(self, other: Statistics) -> Statistics:
+        """Of the calls of both, which are of one model."""
+        return Statistics(
+            self.model,
+            self.values,
+            self.counts + other.counts,
+            np.maximum(self.high, other.high),
+            np.minimum(self.low, other.low),
+            self.sizes or other.sizes,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write them to `path`, the same bytes for the same statistics. Raises `DiffoundryError` on a full disk."""
+        head = {"revision": REVISION, "model": self.model, "values": self.values, "sizes": self.sizes}
+        used = np.flatnonzero(self.counts.any(axis=(0, 1, 2)))
+        first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
+        file = io.BytesIO()
+        text = np.frombuffer(json.dumps({**head, "first": first}, sort_keys=True).encode(), np.uint8)
+        counts = self.counts[..., first:last]
+        np.savez_compressed(file, head=text, counts=counts, high=self.high, low=self.low)
+        with replacing(path) as part:
+            part.write_bytes(file.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read what `save` wrote. Raises `DiffoundryError` for anything else."""
+        check_regular(path, "the calibration file", _LARGEST_FILE)
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                head = json.loads(found["head"].tobytes())
+                values, first, kept = tuple(map(str, head["values"])), head["first"], found["counts"]
+                shape = (len(values), 2, STRETCHES, BINS)
+                if head["revision"] != REVISION or kept.shape[:3] != shape[:3] or kept.dtype != np.int64:
+                    raise ValueError("it is of another version")
+                counts = np.zeros(shape, np.int64)
+                counts[..., first : first + kept.shape[3]] = kept
+                high, low = found["high"], found["low"]
+                ranges = np.stack([high, low])
+                if ranges.shape != (2, *shape[::2]) or ranges.dtype != np.float32 or not np.isfinite(ranges).all():
+                    raise ValueError("its ranges are damaged")
+                sizes = {str(name): int(size) for name, size in head["sizes"].items()}
+                return cls(str(head["model"]), values, counts, high, low, sizes)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+            raise DiffoundryError(f"{path} is no calibration file of this version of diffoundry: {error}") from None
+
+
+class Observer:
+    """Gathers the statistics of a component while the loop runs; of values, no more than a sample leaves the graph."""
+
+    def __init__(self, path: Path, component: str, groups: Sequence[Group], model: str, timestep: str) -> None:
+        """path: of the fp32 model, whose hash is `model`. timestep: the name of the input that takes it, or ""."""
+        self._path, self._component, self._groups, self._timestep = path, component, groups, timestep
+        self._values = [group.value for group in groups]
+        self._calls = 0
+        self.statistics = Statistics.empty(model, self._values)
+
+    def restart(self) -> Statistics:
+        """What was gathered since the last time; it begins anew."""
+        found, self._calls = self.statistics, 0
+        self.statistics = Statistics.empty(found.model, found.values)
+        return found
+
+    def engine(self, on_call: OnCall) -> RecordedEngine:
+        """An engine of the component that gathers as it runs, and calls `on_call` after each call."""
+        model = read(self._path)
+        outputs = len(model.graph.outputs)
+        _probe(model, self._groups)
+        inner = start(model, self._path.parent, self._component)
+
+        def gather(feeds: Mapping[str, Array], made: Mapping[str, Array]) -> None:
+            self._add(feeds, made)
+            on_call(feeds, {name: each for name, each in made.items() if not name.endswith(_SUFFIXES)})
+
+        return RecordedEngine(inner, gather, outputs)
+
+    def _add(self, feeds: Mapping[str, Array], made: Mapping[str, Array]) -> None:
+        at = float(np.max(feeds[self._timestep])) if self._timestep else 0.0
+        stretch = min(max(int(at * STRETCHES / _TIMESTEPS), 0), STRETCHES - 1)
+        found = self.statistics
+        for i, name in enumerate(self._values):
+            high, low = made[name + _HIGH].item(), made[name + _LOW].item()
+            if not (np.isfinite(high) and np.isfinite(low)):
+                reader = self._groups[i].layers[0].name
+                raise DiffoundryError(
+                    f"{self._component}: {name}, which {reader} reads, is infinity or NaN in fp32 at timestep {at:g}: "
+                    "scan other prompts, or check the checkpoint"
+                )
+            found.counts[i, self._calls % 2, stretch] += count(made[name + _SOME])
+            found.high[i, stretch] = max(found.high[i, stretch], high)
+            found.low[i, stretch] = min(found.low[i, stretch], low)
+        if not found.sizes:
+            layers = [layer.name for group in self._groups for layer in group.layers]
+            found.sizes.update({name: int(made[name + _SIZE]) for name in layers})
+        self._calls += 1
+
+
+def _probe(model: Any, groups: Sequence[Group]) -> None:
+    """Let a model give the range and a sample of each value, and how many elements each layer makes."""
+    import onnx_ir
+
+    graph = model.graph
+    values = {str(value.name): value for value in graph.inputs}
+    values |= {str(made.name): made for node in graph for made in node.outputs}
+    nodes = {key(node): node for node in graph}
+
+    def constant(name: str, number: Any) -> Any:
+        value = onnx_ir.val(name, const_value=onnx_ir.tensor(np.asarray(number, np.int64), name=name))
+        graph.register_initializer(value)
+        return value
+
+    flat, begin, end, many = (
+        constant(f"sample:{name}", number)
+        for name, number in (("flat", [-1]), ("begin", [0]), ("end", [2**62]), ("many", 2 * _SAMPLE))
+    )
+    two, one, axes = constant("sample:two", 2), constant("sample:one", [1]), constant("sample:axes", [0])
+
+    def give(name: str, after: Any, make: Any, dtype: Any, shape: Any) -> None:
+        tape = onnx_ir.tape.Tape()
+        output = onnx_ir.val(name, dtype, shape)
+        make(tape, output)
+        graph.outputs.append(output)
+        if after is None:
+            graph.insert_before(graph[0], tape.nodes)
+        else:
+            graph.insert_after(after, tape.nodes)
+
+    def some(tape: Any, value: Any, output: Any) -> None:
+        """Every element of an odd step: an even one would meet a few columns or channels alone."""
+        half = tape.op("Div", [tape.op("Size", [value]), many])
+        step = tape.op("Add", [tape.op("Mul", [half, two]), one])
+        tape.op("Slice", [tape.op("Reshape", [value, flat]), begin, end, axes, step], output=output)
+
+    number, whole = onnx_ir.DataType.FLOAT, onnx_ir.DataType.INT64
+    for group in groups:
+        value = values[group.value]
+        after = value.producer()
+        for op, suffix in (("ReduceMax", _HIGH), ("ReduceMin", _LOW)):
+            give(
+                group.value + suffix,
+                after,
+                lambda tape, output, op=op, value=value: tape.op(op, [value], {"keepdims": 0}, output=output),
+                number,
+                [],
+            )
+        give(group.value + _SOME, after, lambda tape, output, value=value: some(tape, value, output), number, [None])
+        for layer in group.layers:
+            node = nodes[layer.name]
+            give(
+                layer.name + _SIZE,
+                node,
+                lambda tape, output, node=node: tape.op("Size", [node.outputs[0]], output=output),
+                whole,
+                [],
+            )

@@ -1,0 +1,131 @@
+"""A model whose groups of layers are turned to eight bits and back by an input, rounded value by value.
+
+What it computes in eight bits is what an engine computes but for the order of its sums: products of rounded values are
+exact in float32's reach of them. One session serves every choice of groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common.arrays import Array
+from ...common.files import remove
+from ...engines import DeviceArray, DeviceBinding, Engine, HostBinding
+from ...engines.fusion.graph import save, weight_of
+from ..graph import key, raise_opset, read
+from ..sessions import start
+from .formats import Format
+from .layers import Group
+from .write import OPSET, Rounding
+
+_NAME, _CHOICE = "switched.onnx", "diffoundry:low"
+
+
+class SwitchedEngine(Engine):
+    """A component whose groups are in eight bits where `choose` says so. At first none is."""
+
+    def __init__(self, engine: Engine, values: Sequence[str]) -> None:
+        super().__init__(engine.component, [each for each in engine.inputs if each.name != _CHOICE], engine.outputs)
+        self._engine, self._values = engine, list(values)
+        self._choice = np.zeros(len(values), np.bool_)
+
+    def choose(self, low: Collection[str]) -> None:
+        """Compute the groups of these values in eight bits, and no other."""
+        self._choice[:] = [value in low for value in self._values]
+
+    def to_device(self, array: Array) -> DeviceArray:
+        """See `engine.Engine`."""
+        return self._engine.to_device(array)
+
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return self._engine({**feeds, _CHOICE: self._choice})
+
+    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+        return self._engine.bind_host({**feeds, _CHOICE: self._choice})
+
+    def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
+        return self._engine.bind_device({**tensors, _CHOICE: self._engine.to_device(self._choice)})
+
+
+def switched(
+    source: Path, component: str, form: Format, scales: Mapping[str, float], groups: Sequence[Group]
+) -> tuple[SwitchedEngine, Callable[[], None]]:
+    """The engine of the model `source`, and what removes the weights that it keeps beside it.
+
+    groups: those that can be turned, each with a scale.
+    """
+    model = read(source)
+    raise_opset(model, OPSET, component)
+    _turn(model, form, scales, groups)
+    paths = [source.parent / f"{_NAME}{end}" for end in ("", "_data")]
+
+    def clear() -> None:
+        for path in paths:
+            remove(path)
+
+    try:
+        save(model, source.parent, _NAME)
+        engine = start(model, source.parent, component, fast=False)
+    except BaseException:
+        clear()
+        raise
+    return SwitchedEngine(engine, [group.value for group in groups]), clear
+
+
+def _turn(model: Any, form: Format, scales: Mapping[str, float], groups: Sequence[Group]) -> None:
+    """Put each layer into an If, with what rounds its input and its weight."""
+    import onnx_ir
+
+    graph = model.graph
+    rounding = Rounding(model, form)
+    nodes = {key(node): node for node in graph}
+    choice = onnx_ir.val(_CHOICE, onnx_ir.DataType.BOOL, [len(groups)])
+    graph.inputs.append(choice)
+    for i, group in enumerate(groups):
+        place = onnx_ir.val(f"low:{i}", const_value=onnx_ir.tensor(np.asarray(i, np.int64), name=f"low:{i}"))
+        graph.register_initializer(place)
+        for layer in group.layers:
+            node = nodes[layer.name]
+            turn = onnx_ir.val(f"{layer.name}:turn", onnx_ir.DataType.BOOL, [])
+            pick = onnx_ir.node("Gather", [choice, place], {"axis": 0}, outputs=[turn])
+            inputs = list(node.inputs)
+            before, value = rounding.nodes(inputs[0], scales[group.value])
+            widen, weight = rounding.weight_node(layer, weight_of(inputs[1]))
+            low = [*before, widen, _copy(node, [value, weight, *inputs[2:]], f"{layer.name}:low")]
+            full = [_copy(node, inputs, f"{layer.name}:full")]
+            for number, each in enumerate(low):  # a name is given once in all graphs
+                for made in each.outputs:
+                    made.name = f"{made.name}:{layer.name}:{number}"
+            branches = {
+                name: onnx_ir.Graph([], [part[-1].outputs[0]], nodes=part, name=f"{layer.name}:{name}")
+                for name, part in (("then_branch", low), ("else_branch", full))
+            }
+            old = node.outputs[0]
+            made = onnx_ir.val(f"{layer.name}:either", old.dtype, old.shape)
+            either = onnx_ir.node("If", [turn], branches, outputs=[made])
+            graph.insert_before(node, [pick, either])
+            _replace(graph, old, made)
+            graph.remove(node, safe=True)
+
+
+def _replace(graph: Any, old: Any, new: Any) -> None:
+    """Let all that reads `old` read `new`, which takes its name, so that an output keeps it."""
+    name = old.name
+    old.name = f"{name}:old"
+    new.name = name
+    for reader, place in list(old.uses()):
+        reader.replace_input_with(place, new)
+    for place, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[place] = new
+
+
+def _copy(node: Any, inputs: Sequence[Any], name: str) -> Any:
+    import onnx_ir
+
+    made = onnx_ir.val(name, node.outputs[0].dtype, node.outputs[0].shape)
+    return onnx_ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=[made])

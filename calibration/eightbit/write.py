@@ -1,0 +1,149 @@
+"""A model with QuantizeLinear and DequantizeLinear around what is in eight bits, in the places where engines fuse them.
+
+A value is rounded once for all the layers that read it; a weight is stored in eight bits, with a scale for each output
+channel, behind a DequantizeLinear alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common.arrays import Array
+from ...engines.fusion.graph import map_tensor, save, weight_of
+from ..graph import key, raise_opset, read
+from .formats import Format
+from .layers import Group, Layer, along, groups_of, scales_of
+
+OPSET = 19
+"""The first in which QuantizeLinear makes floats of eight bits."""
+
+
+def write(
+    source: Path, component: str, form: Format, scales: Mapping[str, float], low: Collection[str], name: str
+) -> list[Path]:
+    """Write the model `source` as `name` beside it, with the groups of the values `low` in eight bits.
+
+    scales: of each value. The same input gives the same bytes. Returns the files of the model, see `graph.save`.
+    """
+    model = read(source)
+    raise_opset(model, OPSET, component)
+    rounding = Rounding(model, form)
+    nodes = {key(node): node for node in model.graph}
+    for group in groups_of(model):
+        if group.value in low:
+            rounded = rounding.value(group, scales[group.value])
+            for layer in group.layers:
+                node = nodes[layer.name]
+                node.replace_input_with(0, rounded)
+                node.replace_input_with(1, rounding.weight(layer, node))
+    drop_unused(model)
+    return save(model, source.parent, name)
+
+
+class Rounding:
+    """Makes the nodes that round values and weights of one model."""
+
+    def __init__(self, model: Any, form: Format) -> None:
+        import onnx_ir
+
+        self._graph, self._form = model.graph, form
+        self._type = onnx_ir.DataType[form.dtype]
+        self._weights: dict[tuple[str, int], Any] = {}
+        self._values = {str(value.name): value for value in model.graph.inputs}
+        self._values |= {str(made.name): made for node in model.graph for made in node.outputs}
+
+    def value(self, group: Group, scale: float) -> Any:
+        """The group's value after rounding; its nodes follow the node that makes it."""
+        value = self._values[group.value]
+        nodes, made = self.nodes(value, scale)
+        if value.producer() is None:
+            self._graph.insert_before(self._graph[0], nodes)
+        else:
+            self._graph.insert_after(value.producer(), nodes)
+        return made
+
+    def nodes(self, value: Any, scale: Any) -> tuple[list[Any], Any]:
+        """The two nodes that round a value with a scale, a number or a value, in no graph yet, and what they make."""
+        import onnx_ir
+
+        with_scale = scale
+        if not isinstance(scale, onnx_ir.Value):
+            with_scale = self._constant(f"{value.name}:scale", np.asarray(scale, np.float32))
+        zero = self._constant(f"{value.name}:zero", np.zeros((), self._form.numpy))
+        stored = onnx_ir.val(f"{value.name}:{self._form.name}", self._type, value.shape)
+        quantize = onnx_ir.node("QuantizeLinear", [value, with_scale, zero], outputs=[stored])
+        made = onnx_ir.val(f"{value.name}:rounded", value.dtype, value.shape)
+        return [quantize, onnx_ir.node("DequantizeLinear", [stored, with_scale, zero], outputs=[made])], made
+
+    def weight(self, layer: Layer, reader: Any) -> Any:
+        """The weight of a layer, from eight bits; its node stands before `reader`."""
+        import onnx_ir
+
+        found = self._weights.get((layer.weight, layer.axis))
+        if found is not None:
+            return found
+        node, made = self.weight_node(layer, weight_of(reader.inputs[1]))
+        self._graph.insert_before(self._graph[0], [node])
+        assert isinstance(made, onnx_ir.Value)
+        self._weights[layer.weight, layer.axis] = made
+        return made
+
+    def weight_node(self, layer: Layer, weight: Any) -> tuple[Any, Any]:
+        """The node that takes a weight from eight bits, in no graph yet, and what it makes."""
+        import onnx_ir
+
+        name, largest = f"{layer.weight}:{layer.axis}", self._form.largest
+        scales = map_tensor(weight.const_value, lambda array: scales_of(_wide(array), layer.axis, largest))
+        stored = self._stored(f"{name}:{self._form.name}", weight, layer, scales)
+        with_scale = self._constant(f"{name}:scale", scales)
+        zero = self._constant(f"{name}:zero", np.zeros(len(scales), self._form.numpy))
+        made = onnx_ir.val(f"{name}:float", onnx_ir.DataType.FLOAT, layer.shape)
+        node = onnx_ir.node("DequantizeLinear", [stored, with_scale, zero], {"axis": layer.axis}, outputs=[made])
+        return node, made
+
+    def _stored(self, name: str, weight: Any, layer: Layer, scales: Array) -> Any:
+        """The weight in eight bits, made when it is written, so that one at a time is in memory."""
+        import onnx_ir
+
+        if name in self._graph.initializers:
+            return self._graph.initializers[name]
+        tensor, form = weight.const_value, self._form
+
+        def make() -> Any:
+            step = along(scales, layer.axis, len(layer.shape))
+            array = map_tensor(tensor, lambda array: form.stored(_wide(array), step))
+            return onnx_ir.tensor(array, dtype=self._type, name=name)
+
+        value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(layer.shape), type=onnx_ir.TensorType(self._type))
+        value.const_value = onnx_ir.LazyTensor(make, dtype=self._type, shape=value.shape, name=name)
+        self._graph.register_initializer(value)
+        return value
+
+    def _constant(self, name: str, array: Array) -> Any:
+        import onnx_ir
+
+        if name in self._graph.initializers:
+            return self._graph.initializers[name]
+        kind = self._type if array.dtype == np.dtype(self._form.numpy) else onnx_ir.DataType.FLOAT
+        value = onnx_ir.val(name, const_value=onnx_ir.tensor(array, dtype=kind, name=name))
+        self._graph.register_initializer(value)
+        return value
+
+
+def drop_unused(model: Any) -> None:
+    """Leave out weights, and casts of weights, that nobody reads any more."""
+    graph = model.graph
+    for node in list(graph):
+        if weight_of(node.outputs[0]) is not None and not node.outputs[0].uses():
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.float32, copy=False)
