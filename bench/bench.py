@@ -90,6 +90,8 @@ class _Run:
         """Open the bundle and hold the request against it; nothing is measured. Raises `DiffoundryError`."""
         self._options, self._meter = options, meter
         self._bundle = open_bundle(options.bundle)
+        if options.checkpoint is not None:
+            _check_checkpoint(self._bundle, options.checkpoint)
         loader = EngineLoader(self._bundle, options.engine, options.precision)
         self._engine, self._precision_of = loader.engine, loader.precision_of
         self._settings, self._latents = settings_of(options, self._bundle, str(loader.engine), loader.precision)
@@ -105,7 +107,9 @@ class _Run:
         self._date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         load, cores = self._machine.load, self._machine.cores
         if load is not None and load > _QUIET * cores:
-            self._notes.append(f"other programs kept {load:g} of {cores} cores busy when it began: figures may be low")
+            self._notes.append(
+                f"the load of the machine was {load:g} on {cores} cores when it began: figures may be low"
+            )
 
     def report(self, complete: bool) -> Report:
         """What was measured so far."""
@@ -333,6 +337,17 @@ def _check(bundle: Bundle, settings: Settings) -> None:
         raise BundleError(
             f"{bundle.root}: {', '.join(dict.fromkeys(failed))} no longer gives what torch gave, so it is not timed: "
             "compile the bundle again on this machine"
+        )
+
+
+def _check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
+    """Raise `BenchError` where the denoiser of `checkpoint` is another kind than that of `bundle`."""
+    name = bundle.manifest.named("denoiser")
+    own, other = bundle.component(name).files.get(f"{name}/config.json"), checkpoint / name / "config.json"
+    if own is not None and (not other.is_file() or sha256_file(other) != own):
+        raise BenchError(
+            f"{checkpoint} is not what {bundle.root} was compiled from: its {name}/config.json is another one; give "
+            "--checkpoint the folder that was compiled"
         )
 
 

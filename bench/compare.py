@@ -1,6 +1,7 @@
 """`bench --compare OLD NEW`: what became slower or faster by more than the noise of both runs.
 
-A change counts when the intervals of the two runs do not meet (`noise.interval`). Where a peer that is the same in both
+A change counts when the intervals of the two runs do not meet (`noise.interval`), and both have at least three values.
+Where a peer that is the same in both
 runs has become slower, or else the peaks of the machine have, the machine has: the new interval is stretched by that
 factor, and a warning says so. Against such a peer our turns are also compared pair by pair, which a slower machine does
 not change.
@@ -21,6 +22,8 @@ from .timing import median
 Verdict = Literal["slower", "faster", "same"]
 _LEAST = 0.05
 """A smaller change does not count: two processes of one program differ by so much, by where their memory lies."""
+_LEAST_VALUES = 3
+"""With fewer, such as one cold start, how much they vary is not known, and nothing is said of them."""
 _SMALL = 0.01
 """Of a turn: a stage whose change is smaller does not count."""
 _BUSY = 0.5
@@ -98,7 +101,8 @@ def _row(system: System, what: str, old: Figure, new: Figure, drift: Sequence[fl
     factor = b.middle / a.middle if new.unit == "s" else a.middle / b.middle
     # a slower machine makes times longer and rates lower, and leaves ratios
     stretch = {"s": drift, "/s": [1 / each for each in drift], "×": []}[new.unit]
-    apart = b.low / max([1.0, *stretch]) > a.high or b.high / min([1.0, *stretch]) < a.low
+    enough = new.unit != "s" or min(len(old.values), len(new.values)) >= _LEAST_VALUES  # a rate is of many requests
+    apart = enough and (b.low / max([1.0, *stretch]) > a.high or b.high / min([1.0, *stretch]) < a.low)
     verdict: Verdict = "same"
     if apart and abs(factor - 1) >= _LEAST and abs(b.middle - a.middle) >= least:
         verdict = "slower" if factor > 1 else "faster"

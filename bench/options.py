@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle import Bundle
+from ..common.errors import RequestError
 from ..engines.onnxruntime import default_threads
 from ..runtime.loop.guidance import Guidance
 from ..runtime.pipeline import Pipeline
@@ -48,6 +49,10 @@ class Options:
 def settings_of(options: Options, bundle: Bundle, engine: str, precision: str) -> tuple[Settings, tuple[int, int, int]]:
     """The request as it is measured, and the shape of its latents (C, h, w). Raises `RequestError`."""
     manifest = bundle.manifest
+    if "txt2img" not in manifest.tasks:
+        raise RequestError(
+            f"bench draws from a prompt alone, which {bundle.root} does not: its tasks are {', '.join(manifest.tasks)}"
+        )
     guidance = manifest.default_guidance if options.guidance is None else options.guidance
     steps = manifest.default_steps if options.steps is None else options.steps
     request = Request(

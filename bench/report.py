@@ -190,7 +190,7 @@ class ComponentCost:
     """One of our components. seconds_per_call: the median. flops, bytes: of a call; None where they are not counted.
 
     bytes are those of weights, inputs and outputs of all operators, as if nothing stayed in a cache.
-    weights_bytes: of its files, None where they are not there.
+    weights_bytes: in the precision that it is computed in; None where its files are not there.
     share_of_matmul_peak, share_of_copy_peak: of the machine's peaks that were measured in the same run; the second is
     above 1 where caches serve.
     """

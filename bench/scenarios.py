@@ -41,7 +41,8 @@ def offline(session: Session, settings: Settings, tell: Callable[[str], None]) -
 def server(session: Session, settings: Settings, tell: Callable[[str], None]) -> Server:
     """The highest rate of requests whose p99 of latency stays under `settings.p99_s`. Raises `BenchError`.
 
-    Requests come at random (a Poisson process, seeded); those that wait when the system is free go in one batch.
+    Requests come at random (a Poisson process, seeded); those that wait when the system is free go in one batch. No
+    rate above the throughput is tried: a queue would grow there, and only the length of the trial would hide it.
     """
     limit = settings.p99_s or 0.0
     tell("batch 1")
@@ -51,7 +52,7 @@ def server(session: Session, settings: Settings, tell: Callable[[str], None]) ->
     if alone <= limit:
         tell(f"batch {settings.batch}")
         together = median([turn.seconds for turn in _turns(session, settings.batch)])
-        low, high = 0.0, 1.1 * max(1 / alone, settings.batch / together)
+        low, high = 0.0, max(1 / alone, settings.batch / together)
         for _ in range(_SEARCHES):
             rate = (low + high) / 2
             tell(f"{rate:.3g} requests a second")

@@ -38,6 +38,11 @@ def command_of(name: str) -> list[str]:
     return peers.command(name)
 
 
+def remedy(name: str) -> str:
+    """What mends the environment of a peer, to be added to what it fails with."""
+    return f"; `diffoundry bench --setup {name}` tries its environment, and makes it anew where it does not start"
+
+
 class Process:
     """A system that runs. started: Unix time just before. ready_s: seconds until its imports were done."""
 
@@ -132,7 +137,11 @@ class Process:
 @contextmanager
 def running(name: str, command: Sequence[str] | None = None) -> Iterator[Process]:
     """A process of the system `name`, which is ended with the block. Raises `BenchError`."""
-    process = Process(name, command_of(name) if command is None else command)
+    try:
+        process = Process(name, command_of(name) if command is None else command)
+    except BenchError as error:
+        again = "" if name == OURS or command is not None or "--setup" in str(error) else remedy(name)
+        raise BenchError(f"{error}{again}") from None
     try:
         yield process
     finally:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,24 +125,29 @@ def bench_command(setup: str | None, compare: tuple[str, str] | None, **asked: A
     outputs = {f"--{name}": asked.pop(key) for name, key in (("json", "json_path"), ("plot", "plot"), ("html", "html"))}
     options = _options(asked)
     _check_outputs(outputs)
+    outputs = {
+        option: text if text in (None, _STDOUT) else str(Path(text).resolve()) for option, text in outputs.items()
+    }
     kept: list[Report] = []
     to_stdout = outputs["--json"] == _STDOUT
 
     def keep(report: Report) -> None:
         kept.append(report)
-        _write_json(report, outputs["--json"])
-        if not to_stdout:
-            from rich.console import Console
+        try:
+            _write_json(report, outputs["--json"])
+        finally:  # what was measured is shown, too, where the disk is full
+            if not to_stdout:
+                from rich.console import Console
 
-            table.show(report, Console(file=sys.stdout))
-            sys.stdout.flush()
+                table.show(report, Console(file=sys.stdout))
+                sys.stdout.flush()
 
     try:
         with progress("bench", shown=not to_stdout) as show:
             report = measure(options, keep, show)
     except KeyboardInterrupt:
         if not kept:
-            raise
+            raise click.ClickException("interrupted before anything was measured") from None
         where = outputs["--json"]
         more = "" if where == _STDOUT else f"; it is in {where}" if where else "; --json FILE would keep it in a file"
         raise click.ClickException(f"interrupted: the report has what was measured until then{more}") from None
@@ -166,8 +173,11 @@ def _set_up(name: str) -> None:
     from ..bench import peers
 
     _check_peer(name)
-    with progress("bench") as show:
-        peers.setup(name, show)
+    try:
+        with progress("bench") as show:
+            peers.setup(name, show)
+    except KeyboardInterrupt:
+        raise click.ClickException(f"interrupted: what was made of the environment of {name} is removed") from None
     click.echo(f"{name} is ready: diffoundry bench BUNDLE --vs {name}")
 
 
@@ -178,6 +188,8 @@ def _compare(old: str, new: str) -> None:
 
     comparison = compare(load(Path(old)), load(Path(new)))
     click.echo(text(comparison))
+    if comparison.lost:
+        raise BenchError(f"{new} has no turns of ours, {old} has: see why in its own table")
     if comparison.slower:
         raise BenchError(f"{new} is slower than {old} by more than the noise of both")
 
@@ -201,6 +213,8 @@ def _options(asked: dict[str, Any]) -> Options:
         raise click.UsageError("--batch goes with --scenario offline or server")
     if asked["p99_s"] is not None and scenario != "server":
         raise click.UsageError("--p99 goes with --scenario server")
+    if asked["p99_s"] is not None and not math.isfinite(asked["p99_s"]):
+        raise click.UsageError("--p99 must be a number of seconds")
     for name in versus:
         _check_peer(name)
     checkpoint = asked.pop("checkpoint")
@@ -223,6 +237,9 @@ def _check_outputs(outputs: dict[str, str | None]) -> None:
     """Raise `DiffoundryError` for a file that could not be written, before anything is measured."""
     from ..common.errors import RequestError
 
+    for option, text in outputs.items():
+        if text == "" or (text == _STDOUT and option != "--json"):
+            raise click.UsageError(f"{option} needs the name of a file; only the JSON can go to standard output")
     paths = {option: Path(text) for option, text in outputs.items() if text and (option, text) != ("--json", _STDOUT)}
     if len({path.absolute() for path in paths.values()}) < len(paths):
         raise click.UsageError(f"{' and '.join(paths)} name one file: give each its own")
@@ -232,10 +249,17 @@ def _check_outputs(outputs: dict[str, str | None]) -> None:
             raise RequestError(f"the folder {path.parent} does not exist: make it, or choose another {option}")
         if path.is_dir():
             raise RequestError(f"{path} is a folder: give {option} another name")
+        if path.exists() and not path.is_file():
+            raise RequestError(f"{path} is a device or a pipe: give {option} another name")
         if not os.access(folder, os.W_OK):
             raise RequestError(f"no permission to write in {path.parent}: choose another {option}")
         if len(os.fsencode(path.name)) > _LONGEST_NAME:
             raise RequestError(f"the name {path.name[:20]}… of {option} is too long: at most {_LONGEST_NAME} bytes")
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".diffoundry-"):
+                pass
+        except OSError as error:
+            raise RequestError(f"no file can be made in {folder} ({error.strerror}): choose another {option}") from None
     if "--plot" in paths:
         from ..bench.plot import check
 

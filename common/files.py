@@ -75,7 +75,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A new empty file beside `path` to write to; it takes the place of `path` when the block ends well, else it goes.
 
     Nothing is written through a link: one that stands beside `path` is removed, and one at `path` is replaced.
+    Raises `DiffoundryError` for a device or a pipe, which would be gone.
     """
+    if os.path.lexists(path) and not path.is_symlink() and not path.is_file() and not path.is_dir():
+        raise DiffoundryError(f"{path} is a device or a pipe: choose a file in a folder")
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     beside.unlink(missing_ok=True)
     try:

@@ -65,10 +65,12 @@ class EngineLoader:
             require_provider(self.engine.provider)
         if self.engine.backend in (ONNXRUNTIME, OPENVINO) and weight_budget is not None:
             raise EngineError("a budget for weights goes with TensorRT plans that stream them: leave it out")
-        self._check_precision()
         if self.engine.backend == OPENVINO:
             from .openvino.device import Device
 
+            Device.open(self.engine.provider, FULL)
+        self._check_precision()
+        if self.engine.backend == OPENVINO:
             Device.open(self.engine.provider, FULL if self.precision == AS_EXPORTED else self.precision)
         self._fused = self.engine.fused and self._has_fused()
         if self._fused or self.engine.backend not in (ONNXRUNTIME, OPENVINO):
@@ -195,18 +197,18 @@ class EngineLoader:
         return set(precisions_of(self._bundle, self.engine)) | ({AS_EXPORTED} if self._bundle.foreign else set())
 
     def _check_precision(self) -> None:
+        if self.precision == "bf16" and self.engine == EngineName(ONNXRUNTIME, "cpu"):
+            raise EngineError(
+                "ONNX Runtime has no bfloat16 on the CPU: choose --precision fp32, or another engine, such as openvino"
+            )
         known = self._precisions()
         if not isinstance(self.precision, str) or self.precision not in known:
             root, can = self._bundle.root, self.precision in PRECISIONS and not self._bundle.foreign
             engine = f" --engine {self.engine}" if self.engine.backend == OPENVINO else ""
             other = f", or run `diffoundry build {root}{engine} --precision {self.precision}`" if can else ""
             raise EngineError(
-                f"{root} has the precisions {', '.join(sorted(known))}, not {self.precision!r}: "
+                f"{root} has the precisions {', '.join(sorted(known))} for {self.engine}, not {self.precision!r}: "
                 f"choose one of them{other}"
-            )
-        if self.precision == "bf16" and self.engine == EngineName(ONNXRUNTIME, "cpu"):
-            raise EngineError(
-                "ONNX Runtime has no bfloat16 on the CPU: choose --precision fp32, or another engine, such as openvino"
             )
 
     def _open_gpu(self) -> None:

@@ -25,7 +25,7 @@ _NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
 
 
 def setup(name: str, progress: Progress | None = None) -> Path:
-    """Make the environment of a peer, where it does not stand already. Returns its folder.
+    """Make the environment of a peer, where none stands that starts. Returns its folder.
 
     Raises `BenchError` for an unknown peer, when pip fails, or when pip would bring CUDA's libraries to a machine that
     has no GPU for them. What was half made is removed, and what was made from other requirements before.
@@ -34,13 +34,25 @@ def setup(name: str, progress: Progress | None = None) -> Path:
     try:
         home().mkdir(parents=True, exist_ok=True)
         with exclusive(home() / f"{peer.environment}.lock"):
-            if not (peer.folder / WHOLE).is_file():
+            if not _stands(peer, name, meter):
                 _make(peer, name, meter)
                 _remove_others(peer)
     except OSError as error:
         raise BenchError(f"the environment of {name} cannot be made in {home()}: {reason(error)}") from None
     meter.end()
     return peer.folder
+
+
+def _stands(peer: Peer, name: str, meter: Meter) -> bool:
+    """Whether the environment was made and still starts."""
+    if not (peer.folder / WHOLE).is_file():
+        return False
+    meter.show("try it")
+    try:
+        _try(peer, name)
+    except (BenchError, OSError):
+        return False
+    return True
 
 
 def _make(peer: Peer, name: str, meter: Meter) -> None:
@@ -50,8 +62,12 @@ def _make(peer: Peer, name: str, meter: Meter) -> None:
         meter.show("make an environment")
         try:
             venv.create(folder, with_pip=True, symlinks=os.name != "nt")
-        except subprocess.CalledProcessError:
-            raise BenchError(f"{name}: this Python makes no environments: install its venv and ensurepip") from None
+        except subprocess.CalledProcessError as error:
+            said = last_words((error.output or b"").decode(errors="replace"))
+            raise BenchError(
+                f"{name}: this Python makes no environment ({said}): make room on the disk, or install its venv and "
+                "ensurepip"
+            ) from None
         meter.step()
         meter.show("find wheels")
         if not _has_gpu():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -95,6 +96,9 @@ USAGE = {
     "an environment for nobody": (["--setup", "nobody"], "unknown system 'nobody': choose one of"),
     "an environment and a bundle": (["x", "--setup", "diffusers"], "--setup is given alone: leave out BUNDLE"),
     "a comparison with an option": (["--compare", "a", "b", "--steps", "2"], "leave out --steps"),
+    "a limit that is no number": (["x", "--scenario", "server", "--p99", "nan"], "--p99 must be a number of seconds"),
+    "a page on standard output": (["x", "--html", "-"], "--html needs the name of a file"),
+    "no name": (["x", "--json", ""], "--json needs the name of a file"),
     "one file for two things": (["x", "--json", "r.svg", "--plot", "r.svg"], "name one file"),
 }
 
@@ -111,6 +115,8 @@ REFUSED = {
     "a folder that is not there": (["x", "--json", "nowhere/r.json"], "the folder nowhere does not exist"),
     "a file that is a folder": (["x", "--html", "."], "give --html another name"),
     "a name that is too long": (["x", "--json", "r" * 250], "of --json is too long"),
+    "a device": (["x", "--json", "/dev/null"], "/dev/null is a device or a pipe: give --json another name"),
+    "a folder without room for files": (["x", "--html", "/proc/r.html"], "no file can be made in /proc"),
     "a plot of another kind": (["x", "--plot", "r.gif"], "ends in .png or .svg"),
     "reports that are not there": (["--compare", "old.json", "new.json"], "the report is missing: old.json"),
 }
@@ -143,6 +149,35 @@ def test_a_plot_without_matplotlib_says_how_to_get_it_before_anything_is_measure
 def test_a_request_that_the_bundle_cannot_do_is_not_measured(options, expected, called, bundle_of):
     done = called("bench", bundle_of("pico"), *options)
     assert done.returncode == 1 and expected in done.stderr.splitlines()[-1] and done.stdout == ""
+
+
+def test_a_link_is_followed_and_a_checkpoint_of_another_model_refused(called, bundle_of, checkpoint_of, tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "r.json")
+    few = ["--turns", "1", "--cold", "0", "--steps", "1"]
+    assert called("bench", bundle_of("pico"), *few, "--json", link).returncode == 0
+    assert link.is_symlink() and load(tmp_path / "r.json").complete
+    other = checkpoint_of("sd15-small")
+    done = called("bench", bundle_of("pico"), *few, "--vs", "diffusers", "--checkpoint", other)
+    assert done.returncode == 1 and f"{other} is not what" in done.stderr and done.stdout == ""
+
+
+def test_a_bundle_that_draws_from_no_prompt_is_refused(called, bundle_of):
+    done = called("bench", bundle_of("sd15-inpaint-small"))
+    assert done.returncode == 1 and "its tasks are inpaint" in done.stderr
+
+
+def test_what_was_measured_is_shown_where_the_disk_is_full(bundle_of, tmp_path):
+    line = [sys.executable, "-m", "diffoundry", "bench", str(bundle_of("pico")), "--turns", "30", "--cold", "0"]
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (14_000, 14_000))
+
+    done = subprocess.run([*line, "--json", "r.json"], capture_output=True, text=True, preexec_fn=limit, cwd=tmp_path)
+    assert done.returncode == 1 and "Error: no space left to write" in done.stderr
+    assert "denoiser" in done.stdout or "unet" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_bundle_is_not_timed(called, copied, tmp_path):

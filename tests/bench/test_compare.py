@@ -45,6 +45,13 @@ def test_what_became_slower_is_found(count, slow):
     assert share_of_slower(count, slow=slow) >= 0.85
 
 
+def test_of_one_start_nothing_is_said():
+    found = compare(run(1, starts=1), run(2, starts=1, slow=3.0))
+    assert {row.verdict for row in found.rows if row.what.startswith("cold")} == {"same"}
+    found = compare(run(1), run(2, slow=3.0))
+    assert "slower" in {row.verdict for row in found.rows if row.what.startswith("cold")}
+
+
 def test_faster_is_found_and_is_not_slower():
     found = compare(run(1, slow=1.5), run(2))
     assert not found.slower
