@@ -100,7 +100,7 @@ class Goal:
         if calibration is not None and not Path(calibration).is_file():
             raise DiffoundryError(f"there is no calibration file {calibration}: leave it out, and it is measured anew")
         if name.backend in HINTED_ENGINES:
-            Device.open(name.provider, precision)
+            Device.open(name.provider, FULL if precision in EIGHT_BIT else precision)
         plans = name.backend in BACKENDS
         machine = resolve_machine(name.backend, precision, target or Target()) if plans else None
         asked = scan or (Scan(prompts=Scan().prompts[:1]) if lower else Scan())
@@ -120,7 +120,7 @@ class Goal:
     def parts(self, manifest: Manifest) -> int:
         """How many parts the work has."""
         return (
-            self.converts * (2 if self.eight_bit else 1)
+            self.converts * (1 + self.eight_bit + (self.eight_bit and self.engine.backend in HINTED_ENGINES))
             + self.chooses
             + self.engine.fused
             + (0 if self.machine is None else count_plans(manifest, self.target))
@@ -237,6 +237,8 @@ def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bu
         bundle = hinted.measure(bundle, ledger, goal.engine, goal.precision, goal.scan, meter)
     elif goal.converts and goal.eight_bit:
         bundle = eightbit.convert(bundle, ledger, goal.precision, goal.scan, goal.calibration, meter)
+        if goal.engine.backend in HINTED_ENGINES:
+            bundle = hinted.measure_beside(bundle, ledger, goal.engine, goal.precision, goal.scan, meter)
         bundle = check_time(bundle, goal.engine, goal.precision, goal.force, meter)
     elif goal.converts:
         bundle = convert(bundle, ledger, goal.precision, goal.scan, meter)
@@ -279,7 +281,7 @@ def _linked(old: Bundle, ledger: Ledger, goal: Goal) -> Bundle:
         precision, _, backend = key.partition("/")
         if not goal.converts or precision != goal.precision:
             return False
-        return backend == goal.engine.backend if goal.hinted else backend not in HINTED_ENGINES
+        return backend == goal.engine.backend if goal.hinted else goal.eight_bit or backend not in HINTED_ENGINES
 
     components = {
         name: replace(part, variants={key: each for key, each in part.variants.items() if not is_made_anew(key)})

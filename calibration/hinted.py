@@ -12,7 +12,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from ..bundle import FULL, PRECISIONS, Bundle, Variant
+from ..bundle import EIGHT_BIT, FULL, PRECISIONS, Bundle, Variant
 from ..bundle.ledger import Kind, Ledger
 from ..bundle.manifest import Files
 from ..bundle.reports import is_quality, with_report
@@ -21,8 +21,8 @@ from ..common.errors import OverflowedError
 from ..common.files import sha256_json
 from ..common.progress import Meter
 from ..engines.loader import EngineLoader
-from ..engines.names import OPENVINO, EngineName
-from ..engines.openvino.device import Device
+from ..engines.names import ONNXRUNTIME, OPENVINO, EngineName
+from ..engines.openvino.device import Device, precisions
 from ..engines.verify import compare_outputs, recorded_case
 from .quality import QualityError, psnr
 from .scan import Scan, run_loop
@@ -83,6 +83,10 @@ def carry_over(bundle: Bundle, ledger: Ledger, but: tuple[str, str] | None) -> B
             name = record_name(engine, precision)
             if precision == FULL or (str(engine), precision) == but:
                 continue
+            if precision in EIGHT_BIT and not any(
+                part.variant(precision) for part in bundle.manifest.components.values()
+            ):
+                continue
             ledger.forget(name)
             found = ledger.take(name, HINTED, fits=lambda found: found.models == models)
             if found is not None:
@@ -93,6 +97,27 @@ def carry_over(bundle: Bundle, ledger: Ledger, but: tuple[str, str] | None) -> B
 def record_name(engine: EngineName, precision: str) -> str:
     """Of the stage's record."""
     return f"hinted.{engine.backend}.{engine.provider}.{precision}"
+
+
+def measure_beside(
+    bundle: Bundle, ledger: Ledger, engine: EngineName, precision: str, scan: Scan, meter: Meter
+) -> Bundle:
+    """`bundle`, whose denoiser is in eight bits, with all else in bf16 where the device has it, as far as it is near.
+
+    The images are those of the engine itself, against its own in fp32, within the budget of eight bits.
+    """
+    if "bf16" not in precisions(engine.provider):
+        meter.step()
+        return bundle
+    try:
+        return measure(bundle, ledger, engine, precision, scan, meter)
+    except QualityError:
+        meter.step()
+        return bundle
+
+
+def _device(engine: EngineName, precision: str) -> Device:
+    return Device.open(engine.provider, FULL if precision in EIGHT_BIT else precision)
 
 
 def _with(bundle: Bundle, engine: EngineName, precision: str, made: Hinted) -> Bundle:
@@ -110,15 +135,17 @@ def lowered(bundle: Bundle, engine: EngineName, precision: str, names: list[str]
     for name, part in bundle.manifest.components.items():
         variants = {each: variant for each, variant in part.variants.items() if each != key}
         if name in names:
-            variants[key] = _full(bundle, name)
+            variants[key] = _read_by(bundle, name, precision)
         components[name] = replace(part, variants=variants)
     manifest = replace(bundle.manifest, components=components)
     return replace(bundle, manifest=manifest)
 
 
-def _full(bundle: Bundle, name: str) -> Variant:
-    """The float32 graphs that the engine reads, which the lower precision shares."""
-    found = bundle.component(name).variant(FULL, "onnxruntime:cpu")
+def _read_by(bundle: Bundle, name: str, precision: str) -> Variant:
+    """The graphs that the engine reads in `precision`, those of float32 where it has none of its own."""
+    part, backend = bundle.component(name), f"{ONNXRUNTIME}:cpu"
+    found = part.variant(precision, backend) if precision in EIGHT_BIT else None
+    found = found or part.variant(FULL, backend)
     assert found is not None  # every component has one
     return found
 
@@ -136,7 +163,7 @@ def _measured(
             figures = _quality(trial, engine, precision, scan, exact, progress)
         tries.append({"lower": names, **figures})
         if figures["psnr_db"] is not None and figures["psnr_db"] >= scan.least_db(precision):
-            device = Device.open(engine.provider, precision)
+            device = _device(engine, precision)
             head = {"precision": precision, "engine": str(engine), "budget_db": scan.least_db(precision)}
             where = {"device": device.full_name, "version": device.version}
             report = {**head, **where, "scan": scan.record(bundle), "lower": names, **figures, "tries": tries}
@@ -198,12 +225,14 @@ def _error(engine: EngineName, precision: str, scan: Scan, tries: list[dict[str,
 
 
 def _key(bundle: Bundle, engine: EngineName, precision: str, scan: Scan) -> str:
-    device = Device.open(engine.provider, precision)
+    device = _device(engine, precision)
+    low = {name: asdict(_read_by(bundle, name, precision)) for name in bundle.manifest.components}
     return sha256_json(
         {
             "revision": _REVISION,
             "device": [device.name, device.full_name, device.version],
             "precision": precision,
+            "low": low if precision in EIGHT_BIT else None,
             "scan": {**asdict(scan), **scan.record(bundle)},
             **decides(bundle),
         }

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .tensorrt.plan import Plan, Shape
 
 
+_BESIDE = "bf16"
+"""What OpenVINO computes in what is not in eight bits, in the components where that was measured."""
 _SMALL_BYTES = 64 << 20
 """A model under this has operators too small to be worth sharing among processors."""
 
@@ -71,7 +73,8 @@ class EngineLoader:
             Device.open(self.engine.provider, FULL)
         self._check_precision()
         if self.engine.backend == OPENVINO:
-            Device.open(self.engine.provider, FULL if self.precision == AS_EXPORTED else self.precision)
+            exact = self.precision in (AS_EXPORTED, *EIGHT_BIT)
+            Device.open(self.engine.provider, FULL if exact else self.precision)
         self._fused = self.engine.fused and self._has_fused()
         if self._fused or self.engine.backend not in (ONNXRUNTIME, OPENVINO):
             self._open_gpu()
@@ -121,10 +124,16 @@ class EngineLoader:
         """The precision that component `name` is loaded in."""
         component = self._bundle.component(name)
         if self.precision in EIGHT_BIT:
-            return self.precision if component.variant(self.precision) is not None else FULL
+            return self.precision if component.variant(self.precision) is not None else self._hint(name)
         if self.engine.backend == OPENVINO and self.precision != AS_EXPORTED:
             return self.precision if f"{self.precision}/{OPENVINO}" in component.variants else FULL
         return FULL if component.role == "step" else self.precision
+
+    def _hint(self, name: str) -> str:
+        """What OpenVINO computes the floats of component `name` in."""
+        if self.precision == AS_EXPORTED or f"{self.precision}/{OPENVINO}" not in self._bundle.component(name).variants:
+            return FULL
+        return _BESIDE if self.precision in EIGHT_BIT else self.precision
 
     def plan_shapes(self, name: str) -> list[dict[str, Shape]]:
         """The usual shapes of the plans of component `name`; [] where it has none and takes any."""
@@ -156,12 +165,14 @@ class EngineLoader:
     def _variant(self, name: str) -> Variant:
         """The model of a component in this precision. Raises `EngineError` when the bundle has none."""
         component, own = self._bundle.component(name), self.precision_of(name)
-        backend = {ONNXRUNTIME: f"{ONNXRUNTIME}:{self.engine.provider}"}.get(self.engine.backend, STANDARD)
         if (
             self.engine.backend == OPENVINO
         ):  # which reads the operators of ONNX Runtime's CPU, and splits nothing itself
-            backend = f"{ONNXRUNTIME}:cpu" if own in (FULL, *EIGHT_BIT) else OPENVINO
-        variant = component.variant(own, backend)
+            hinted = component.variants.get(f"{self.precision}/{OPENVINO}")
+            variant = hinted or component.variant(own, f"{ONNXRUNTIME}:cpu")
+        else:
+            provider = self.engine.provider if self.engine.backend == ONNXRUNTIME else ""
+            variant = component.variant(own, f"{ONNXRUNTIME}:{provider}" if provider else STANDARD)
         if variant is None:
             raise EngineError(
                 f"{self._bundle.root} has no {self.precision} model of {name}: "
@@ -233,13 +244,13 @@ class EngineLoader:
         from .onnxruntime import default_threads
         from .openvino.load import load_variant
 
-        precision, count = self.precision_of(name), threads or default_threads()
+        count = threads or default_threads()
         return load_variant(
             self._bundle,
             name,
             variant,
             provider=self.engine.provider,
-            precision=FULL if precision == AS_EXPORTED else precision,
+            precision=self._hint(name),
             threads=count,
             streams=count if share_rows else 1,
             small=self.is_small(name),

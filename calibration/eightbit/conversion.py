@@ -182,7 +182,7 @@ class Conversion:
             engine.choose([value for value in values if value not in kept])
             text = f"quality with {100 * share:.0f} % in {self.form.name}, step"
             try:
-                images = run_loop(self.bundle, {name: lambda: engine}, self.scan, text, self.progress, threads=None)
+                images = run_loop(self.bundle, {name: lambda: engine}, self.scan, text, self.progress)
                 ratios = [psnr(image, exact) for image, exact in zip(images, reference.images, strict=True)]
             except OverflowedError:
                 ratios = [0.0] * len(self.scan.prompts)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...bundle import EIGHT_BIT, FULL, Bundle
+from ...bundle import FULL, Bundle
 from ...bundle.reports import read_report, with_report
 from ...common.errors import DiffoundryError
 from ...common.machine import processor
@@ -35,7 +35,7 @@ def check_time(bundle: Bundle, engine: EngineName, precision: str, force: bool, 
     Raises `DiffoundryError` when another is faster, unless `force` says that it is to be taken all the same.
     """
     found: dict[str, float] = {}
-    able = {FULL, *(device.precisions() if engine.backend == OPENVINO else ())} - set(EIGHT_BIT)
+    able = {FULL, *(device.precisions() if engine.backend == OPENVINO else ())}
     # fp16 is slower than bf16 wherever a processor has both
     others = [each for each in (FULL, "bf16") if each in able]
     for each in (*others, precision):
@@ -67,12 +67,14 @@ def check_time(bundle: Bundle, engine: EngineName, precision: str, force: bool, 
 
 def count(bundle: Bundle, name: str, engine: EngineName, precision: str) -> dict[str, int]:
     """How many convolutions and products of the denoiser `engine` runs in eight bits, and how many in floats."""
-    variant = bundle.component(name).variant(precision, f"{ONNXRUNTIME}:cpu")
+    part = bundle.component(name)
+    variant = part.variant(precision, f"{ONNXRUNTIME}:cpu")
     assert variant is not None  # it was just made
+    hint = "bf16" if f"{precision}/{OPENVINO}" in part.variants else FULL
     graphs = [bundle.path(graph) for graph in (variant.model, variant.per_prompt) if graph]
     whole = floats = 0
     for graph in graphs:
-        found = _openvino(graph, precision) if engine.backend == OPENVINO else _onnxruntime(graph)
+        found = _openvino(graph, hint) if engine.backend == OPENVINO else _onnxruntime(graph)
         whole, floats = whole + found[0], floats + found[1]
     return {precision: whole, "float": floats}
 

@@ -15,7 +15,7 @@ from ...common.errors import EngineError, reason
 
 BACKEND = "openvino"
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
-HINTS = {FULL: ("f32", "FP32"), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16"), "int8": ("f32", "INT8")}
+HINTS = {FULL: ("f32", "FP32"), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 """Of each precision the hint, and the capability that a device says when it computes in it."""
 INSTALL = "run `pip install 'diffoundry[openvino]'`"
 _FLOOR = (2026, 3)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ...bundle import EIGHT_BIT, FULL, Bundle, Variant
+from ...bundle import FULL, Bundle, Variant
 from ..cache import EngineStore
 from ..engine import Engine
 from ..split import SplitEngine
@@ -35,7 +35,7 @@ def load_variant(
 ) -> Engine:
     """The engine of a variant of component `name` on a device of OpenVINO.
 
-    provider: a key of `device.DEVICES`. threads, streams, small: see `compiled.Recipe`.
+    provider: a key of `device.DEVICES`. precision: of what is not in eight bits. For the rest see `compiled.Recipe`.
     Raises `EngineError` when OpenVINO or the device is not there, or the model cannot be read.
     """
     component, device = bundle.component(name), Device.open(provider, precision)
@@ -55,7 +55,7 @@ def load_variant(
         path = bundle.path(graph)
         return OpenVinoEngine(path, name, device, recipe, component.inputs, component.outputs, cache, part, rewrites)
 
-    timestep = _timestep(bundle) if component.role == "denoiser" and precision not in (FULL, *EIGHT_BIT) else ""
+    timestep = _timestep(bundle) if component.role == "denoiser" and precision != FULL else ""
     if timestep and waves(device.core.read_model(str(bundle.path(variant.model))), timestep) is not None:
         made = load(variant.model, whole, "waves", partial(waves, timestep=timestep))
         rest = load(variant.model, recipe, "rest", partial(without_waves, timestep=timestep), rewrites)
