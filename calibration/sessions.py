@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import STANDARD, Bundle
+from ..bundle import EIGHT_BIT, STANDARD, Bundle
 from ..common.arrays import Array
 from ..common.errors import EngineError, reason
 from ..engines import DeviceArray, DeviceBinding, Engine, HostBinding
@@ -118,14 +118,21 @@ def emulated_engine(path: Path, component: str, precision: Precision) -> Engine:
 def emulation(bundle: Bundle, precision: str) -> dict[str, Callable[[], Engine]]:
     """What loads each component that `bundle` has in `precision`, for the `engines` of a `Pipeline`.
 
+    A model in eight bits is run as it stands: its roundings are nodes, and its products those of rounded values.
     Raises `DiffoundryError` for an unknown precision, `EngineError` when the bundle was not compiled for it.
     """
-    rule = precision_of(precision)
-
+    rule = None if precision in EIGHT_BIT else precision_of(precision)
     components = bundle.manifest.components.items()
     found = {name: found.model for name, part in components if (found := part.variants.get(f"{precision}/{STANDARD}"))}
     if not found:
         raise EngineError(
             f"{bundle.root} has no {precision} models: run `diffoundry build {bundle.root} --precision {precision}`"
         )
+    if rule is None:
+        return {name: partial(_as_it_stands, bundle.path(model), name) for name, model in found.items()}
     return {name: partial(emulated_engine, bundle.path(model), name, rule) for name, model in found.items()}
+
+
+def _as_it_stands(path: Path, component: str) -> Engine:
+    """The model in `path` with every node of it: no integer operator takes the place of two."""
+    return start(read(path), path.parent, component, fast=False)

@@ -130,8 +130,9 @@ class EngineLoader:
         return FULL if component.role == "step" else self.precision
 
     def _hint(self, name: str) -> str:
-        """What OpenVINO computes the floats of component `name` in."""
-        if self.precision == AS_EXPORTED or f"{self.precision}/{OPENVINO}" not in self._bundle.component(name).variants:
+        """What OpenVINO computes the floats of component `name` in; fp32 for another engine."""
+        own = f"{self.precision}/{OPENVINO}" in self._bundle.component(name).variants
+        if self.precision == AS_EXPORTED or self.engine.backend != OPENVINO or not own:
             return FULL
         return _BESIDE if self.precision in EIGHT_BIT else self.precision
 

@@ -12,6 +12,7 @@ import click
 import numpy as np
 from PIL import Image
 
+from ...bundle import PRECISIONS
 from ...calibration import emulation
 from ...calibration.quality import psnr
 from ...common.arrays import Array
@@ -33,10 +34,10 @@ GUIDANCE = 4.0
 @click.option("--guidance", default=GUIDANCE, show_default=True)
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice(list(PRECISIONS)),
     default="fp32",
     show_default=True,
-    help="Round each value as a GPU does in this type, and tell how far the pictures are from fp32.",
+    help="Round each value as an engine does in this type, and tell how far the pictures are from fp32.",
 )
 @click.option("--sheet", type=click.Path(path_type=Path), help="Write the pictures as one PNG.")
 @click.option("--json", "as_json", is_flag=True)
