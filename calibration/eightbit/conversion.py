@@ -22,8 +22,8 @@ from .layers import Group, groups_of
 from .reference import Reference, check_model, observe
 from .scales import Scale, choose
 from .search import Probe, in_decibels, losses_alone, search
+from .statistics import OTHERS, STRETCHES, Statistics
 from .statistics import REVISION as STATISTICS_REVISION
-from .statistics import STRETCHES, Statistics
 from .switched import SwitchedEngine, switched
 from .write import write
 
@@ -125,10 +125,10 @@ class Conversion:
         try:
             alone = self._alone(engine, seen, reference, scales)
             order = sorted(flops, key=lambda value: (-alone[value] / max(flops[value], 1), value))
-            total = sum(flops.values())
+            total = sum(flops.values()) + statistics.sizes[OTHERS]
 
             def quality(kept: Collection[str]) -> Probe:
-                share = 1 - sum(flops[value] for value in kept) / total
+                share = sum(flops[value] for value in flops if value not in kept) / total
                 return self._probe(name, engine, list(flops), list(kept), share, reference, scales)
 
             found, probes = search(order, flops, quality, self.least_db)
@@ -215,7 +215,7 @@ class Conversion:
         probes: list[Probe],
         statistics: Statistics,
     ) -> dict[str, Any]:
-        total = sum(flops.values())
+        total = sum(flops.values()) + statistics.sizes[OTHERS]
         layers: list[dict[str, Any]] = [
             {
                 "value": group.value,

@@ -13,6 +13,8 @@ from .layers import Group
 from .reference import Call
 from .switched import SwitchedEngine
 
+FREE_SHARE = 0.01
+"""Of the arithmetic of all layers: what stays in fp32 without being asked for."""
 LEAST_SHARE = 0.1
 """Of the arithmetic. With less in eight bits the budget counts as one that cannot be met."""
 
@@ -21,7 +23,7 @@ LEAST_SHARE = 0.1
 class Probe:
     """A choice, drawn and measured. kept: the values of the groups that stay in fp32.
 
-    share: of the arithmetic of all layers that is in eight bits. figures: of the images.
+    share: of the arithmetic of the denoiser that is in eight bits. figures: of the images.
     """
 
     kept: tuple[str, ...]
@@ -61,25 +63,24 @@ def search(
     """The choice with the most arithmetic in eight bits that is within the budget, and all that were drawn.
 
     order: the groups' values, those first that are to stay in fp32 first. quality: draws a choice, given what is kept.
+    It starts with the first groups that are `FREE_SHARE` of the arithmetic in fp32: they lose most for what they cost.
     None where nothing with at least `LEAST_SHARE` of the arithmetic in eight bits is within the budget.
     """
     total = sum(flops[value] for value in order)
-    left, most = 1.0, 0
-    while most < len(order) and left - flops[order[most]] / total >= LEAST_SHARE:
-        left -= flops[order[most]] / total
-        most += 1
+    left = 1 - np.cumsum([flops[value] for value in order]) / total
+    free, most = int(np.sum(left >= 1 - FREE_SHARE)), int(np.sum(left >= LEAST_SHARE - 1e-9))
     probes: list[Probe] = []
 
     def draw(count: int) -> bool:
         probes.append(quality(order[:count]))
         return probes[-1].psnr_db >= least_db
 
-    if not draw(0):
-        low, high = 0, min(1, most)
-        while not draw(high):
+    if not draw(free):
+        low, step = free, 1
+        while not draw(high := min(low + step, most)):
             if high == most:
                 return None, probes
-            low, high = high, min(2 * high, most)
+            low, step = high, 2 * step
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if draw(middle) else (middle, high)

@@ -15,6 +15,7 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import DiffoundryError
 from ...common.files import check_regular, replacing
+from ...engines.fusion.graph import weight_of
 from ..graph import key, read
 from ..sessions import OnCall, RecordedEngine, start
 from .histogram import BINS, count
@@ -28,8 +29,9 @@ _SAMPLE = 1 << 15
 """Elements of a value that are counted in a call, those of an odd step through it; its range is of all."""
 _TIMESTEPS = 1000
 _LARGEST_FILE = 256 << 20
-_HIGH, _LOW, _SOME, _SIZE = ":highest", ":lowest", ":some", ":size"
-_SUFFIXES = (_HIGH, _LOW, _SOME, _SIZE)
+OTHERS = "products of values"
+_HIGH, _LOW, _SOME, _SIZE, _WORK = ":highest", ":lowest", ":some", ":size", ":operations"
+_SUFFIXES = (_HIGH, _LOW, _SOME, _SIZE, _WORK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Statistics:
     model: the hash of the model. values: their names. counts: int64 (values, 2, stretches, `BINS`), see `histogram`;
     of the second axis the first is of every other call, to choose scales by, the second of the others, to judge them
     by. high, low: float32 (values, stretches), of all calls; 0 in a stretch without any. sizes: elements that a layer
-    makes in a call, by its name.
+    makes in a call, by its name; by `OTHERS` the operations of products of two values, which no layer is.
     """
 
     model: str
@@ -146,7 +148,7 @@ class Observer:
         found = self.statistics
         for i, name in enumerate(self._values):
             high, low = made[name + _HIGH].item(), made[name + _LOW].item()
-            if not (np.isfinite(high) and np.isfinite(low)):
+            if not (np.isfinite(high) and np.isfinite(low) and np.isfinite(made[name + _SOME]).all()):
                 reader = self._groups[i].layers[0].name
                 raise DiffoundryError(
                     f"{self._component}: {name}, which {reader} reads, is infinity or NaN in fp32 at timestep {at:g}: "
@@ -158,6 +160,7 @@ class Observer:
         if not found.sizes:
             layers = [layer.name for group in self._groups for layer in group.layers]
             found.sizes.update({name: int(made[name + _SIZE]) for name in layers})
+            found.sizes[OTHERS] = sum(int(each) for name, each in made.items() if name.endswith(_WORK))
         self._calls += 1
 
 
@@ -219,3 +222,12 @@ def _probe(model: Any, groups: Sequence[Group]) -> None:
                 whole,
                 [],
             )
+
+    def work(tape: Any, node: Any, output: Any) -> None:
+        """Two for each product: every element of the first is multiplied with a row of what comes out."""
+        last = tape.op("Gather", [tape.op("Shape", [node.outputs[0]]), constant(f"{key(node)}:last", -1)], {"axis": 0})
+        tape.op("Mul", [tape.op("Mul", [tape.op("Size", [node.inputs[0]]), last]), two], output=output)
+
+    products = [node for node in nodes.values() if node.op_type == "MatMul" and weight_of(node.inputs[1]) is None]
+    for node in products:
+        give(key(node) + _WORK, node, lambda tape, output, node=node: work(tape, node, output), whole, [])

@@ -167,7 +167,10 @@ def test_the_pictures_of_a_gpu_are_scored_on_the_cpu(planned, bundle_of):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--engine", "onnxruntime", "--precision", "bf16"), "has the precisions fp16, fp32, not 'bf16'"),
+        (
+            ("--engine", "onnxruntime", "--precision", "int8"),
+            "has the precisions fp16, fp32 for onnxruntime, not 'int8'",
+        ),
         (("--engine", "npu"), "unknown engine 'npu': choose one of onnxruntime, onnxruntime:cuda"),
         (("--engine", "onnxruntime", "--weight-budget", "1"), "goes with TensorRT plans"),
     ],

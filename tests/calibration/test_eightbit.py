@@ -1,0 +1,265 @@
+"""A denoiser in eight bits: measured on the real loop, written, run, and the same however it is computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+
+import diffoundry
+from diffoundry.bundle import Bundle
+from diffoundry.calibration import QualityError, Scan, emulation
+from diffoundry.calibration.eightbit import reference, times
+from diffoundry.calibration.eightbit.formats import FORMATS
+from diffoundry.calibration.eightbit.layers import groups_of
+from diffoundry.calibration.eightbit.outputs import losses
+from diffoundry.calibration.eightbit.scales import candidates
+from diffoundry.calibration.eightbit.statistics import Statistics
+from diffoundry.calibration.eightbit.switched import switched
+from diffoundry.calibration.eightbit.write import write
+from diffoundry.calibration.graph import read
+from diffoundry.calibration.sessions import start
+from diffoundry.common.errors import DiffoundryError
+from diffoundry.engines.verify import verify
+
+SCAN = {"prompts": ("a large red star", "a small white ring"), "steps": 4}
+
+
+@pytest.fixture
+def bundle(bundle_of, tmp_path):
+    return shutil.copytree(bundle_of("pico"), tmp_path / "b", ignore=shutil.ignore_patterns("engines"))
+
+
+@pytest.fixture
+def observed(bundle, tmp_path):
+    """The reference run of the bundle's denoiser, and its groups."""
+    opened = Bundle.open(bundle)
+    groups = groups_of(read(bundle / "unet" / "model.onnx"))
+    (tmp_path / "parts").mkdir()
+    made = reference.observe(
+        opened, "unet", groups, Scan(**SCAN), tmp_path / "parts", "m", None, lambda text, done, total: None
+    )
+    return made, groups
+
+
+def test_statistics_are_of_all_that_the_loop_showed(bundle, observed):
+    """The ranges and counts of one value, against those of the value itself in the calls that were recorded."""
+    made, groups = observed
+    value = groups[5].value
+    model = read(bundle / "unet" / "model.onnx")
+    node = next(each for each in model.graph if any(out.name == value for out in each.outputs))
+    model.graph.outputs.append(next(out for out in node.outputs if out.name == value))
+    engine = start(model, bundle / "unet", "unet")
+    seen = [abs(engine(feeds)[value]).max() for part in made.calls for feeds, _ in part]
+    assert made.statistics.largest()[value] >= max(seen) - 1e-6
+    counts = made.statistics.of(value)
+    assert counts.sum() > 0 and counts[0].sum() == counts[1].sum()  # as many calls to choose by as to judge by
+    stretches = np.flatnonzero(counts.any(axis=(0, 2)))
+    assert len(stretches) >= 2
+    sizes = made.statistics.sizes
+    assert sizes[groups[2].layers[0].name] == 2 * 48 * 8 * 8  # conv_in: two rows of guidance, its channels, the latents
+    assert len(made.images) == 2 and made.images[0].dtype == np.uint8
+
+
+def test_a_run_goes_on_where_it_was(bundle, observed, tmp_path, monkeypatch):
+    made, groups = observed
+    (tmp_path / "parts" / "part-1.npz").write_bytes(b"cut off")
+    seeds = []
+    real = reference.run_loop
+    monkeypatch.setattr(
+        reference, "run_loop", lambda b, e, scan, *more: seeds.append(scan.seed) or real(b, e, scan, *more)
+    )
+    again = reference.observe(
+        Bundle.open(bundle), "unet", groups, Scan(**SCAN), tmp_path / "parts", "m", None, lambda *told: None
+    )
+    assert seeds == [1]  # the second prompt alone
+    assert np.array_equal(again.statistics.counts, made.statistics.counts)
+    assert all(np.array_equal(*pair) for pair in zip(again.images, made.images, strict=True))
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_groups_can_be_turned_and_give_what_the_written_model_gives(name, bundle, observed):
+    made, groups = observed
+    form, source = FORMATS[name], bundle / "unet" / "model.onnx"
+    scales = candidates(made.statistics, form)["amax"]
+    engine, clear = switched(source, "unet", form, scales, groups)
+    feeds, exact = made.calls[0][0]
+    assert np.allclose(engine(feeds)["out_sample"], exact["out_sample"], atol=1e-5)
+    few = [group.value for group in groups[5:20]]
+    for low in (few, list(scales)):
+        engine.choose(low)
+        files = write(source, "unet", form, scales, low, f"{name}.onnx")
+        onnx.checker.check_model(str(files[0]), full_check=True)
+        written = start(read(files[0]), files[0].parent, "unet", fast=False)(feeds)["out_sample"]
+        assert np.allclose(engine(feeds)["out_sample"], written, atol=1e-4)
+        assert abs(written - exact["out_sample"]).max() > 1e-3
+    clear()
+    assert not list((bundle / "unet").glob("switched*"))
+
+
+def test_what_a_scale_loses_is_what_numpy_says(bundle, observed):
+    made, groups = observed
+    form, source = FORMATS["int8"], bundle / "unet" / "model.onnx"
+    group = groups[0]  # the embedding of the timestep: one Gemm
+    feeds = made.calls[0][0][0]
+    model = read(source)
+    node = next(each for each in model.graph if each.outputs[0].name == group.layers[0].name)
+    model.graph.outputs[:] = [node.inputs[0]]
+    value = start(model, source.parent, "unet")(feeds)[group.value]
+    weight = node.inputs[1].const_value.numpy().astype(np.float32)
+    bias = node.inputs[2].const_value.numpy().astype(np.float32)
+    exact = value @ weight.T + bias
+    scales = {"fine": 1 / 127, "coarse": 1 / 20}
+    tried = [dict.fromkeys([each.value for each in groups], scale) for scale in scales.values()]
+    found = losses(source, "unet", form, groups, tried, [feeds], lambda: None)
+    for i, scale in enumerate(scales.values()):
+        error = (form.rounded(value, np.float32(scale)) - value) @ weight.T
+        assert found[i, 0] == pytest.approx(np.sum(error**2) / np.sum(exact**2), rel=1e-3)
+
+
+def made_of(bundle, **options):
+    return diffoundry.build(bundle, precision="int8", scan=Scan(**SCAN, budget_db=12), force=True, **options)
+
+
+def report(bundle, name):
+    return json.loads((bundle / "reports" / f"{name}.json").read_text())
+
+
+def test_a_bundle_in_int8_is_run_by_both_engines_and_is_the_same_each_time(bundle, tmp_path):
+    pytest.importorskip("openvino")
+    twin = shutil.copytree(bundle, tmp_path / "twin")
+    made = made_of(bundle)
+    assert (made.manifest.engine, made.manifest.precision) == ("openvino", "int8")
+    found = report(bundle, "precision")["int8"]["unet"]
+    assert found["nodes"]["low"] + found["nodes"]["kept"] == 83 and found["share"] > 0.9
+    times_of = report(bundle, "calibration")["int8/openvino"]
+    assert times_of["layers"] == {"int8": found["nodes"]["low"], "float": found["nodes"]["kept"]}
+    assert times_of["warnings"] == [] and set(times_of["step_s"]) >= {"fp32", "int8"}
+    for engine in ("openvino", "onnxruntime"):
+        checks = [each for each in verify(made, engine=engine) if each.precision == "int8"]
+        assert [each.component for each in checks] == ["unet"] and checks[0].passed
+        assert checks[0].max_abs_error > 1e-3  # it is in eight bits indeed
+    asked = {"steps": 4, "seed": 1, "guidance": 1.0, "output": "latent"}
+    emulated = diffoundry.Pipeline(made, engine="onnxruntime", engines=emulation(made, "int8"))("a star", **asked)
+    latents = [
+        diffoundry.load(bundle, engine=each, precision="int8")("a star", **asked).latents
+        for each in ("openvino", "onnxruntime")
+    ]
+    exact = diffoundry.load(bundle, precision="fp32")("a star", **asked).latents
+    for each in latents:
+        power = np.sum(exact**2)
+        assert 10 * np.log10(power / np.sum((each - exact) ** 2)) > 15
+        assert 10 * np.log10(power / np.sum((each - emulated.latents) ** 2)) > 15
+    assert diffoundry.load(bundle).info() == {"engine": "openvino", "precision": "int8"}
+    made_of(twin)
+    for path in ("unet/int8.onnx", "unet/int8.fused.onnx", "unet/statistics.npz"):
+        assert (bundle / path).read_bytes() == (twin / path).read_bytes()
+
+
+def test_statistics_of_another_bundle_serve_and_those_of_another_model_do_not(bundle, bundle_of, tmp_path):
+    made_of(bundle, engine="onnxruntime")
+    kept = shutil.copy(bundle / "unet" / "statistics.npz", tmp_path / "s.npz")
+    told = []
+    made_of(bundle, engine="onnxruntime", calibration=kept, progress=lambda text, done, total: told.append(text))
+    assert Statistics.load(kept).counts.any()
+    other = shutil.copytree(bundle_of("sd15-small"), tmp_path / "other")
+    before = sorted(path for path in other.rglob("*"))
+    with pytest.raises(DiffoundryError, match=r"s\.npz is of another model: leave it out, and it is measured anew"):
+        made_of(other, engine="onnxruntime", calibration=kept)
+    assert sorted(path for path in other.rglob("*")) == before
+
+
+def test_a_budget_that_cannot_be_met_names_the_best(bundle):
+    before = sorted((path, path.stat().st_size) for path in bundle.rglob("*"))
+    with pytest.raises(QualityError, match=r"int8 images differ from fp32 by \d+\.\d dB PSNR with \d+ % of the arith"):
+        diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=Scan(**SCAN, budget_db=119), force=True)
+    assert sorted((path, path.stat().st_size) for path in bundle.rglob("*")) == before
+
+
+def test_what_loses_most_stays_in_fp32_where_the_budget_asks_for_it(bundle):
+    diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=Scan(**SCAN, budget_db=33), force=True)
+    found = report(bundle, "precision")["int8"]["unet"]
+    assert 0 < found["nodes"]["kept"] < 83
+    worst = min(found["groups"], key=lambda each: each["loss_alone_db"])
+    assert not worst["low"]
+    assert report(bundle, "quality")["int8"]["psnr_db"] >= 33
+    shares = [each["share"] for each in found["curve"]]
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0.9
+
+
+def test_slower_is_refused_with_its_figures(bundle, monkeypatch):
+    taken = {"fp32": 0.002, "bf16": 0.001, "int8": 0.0015}
+    monkeypatch.setattr(times, "times", lambda bundle, engine, precision: [taken[precision]])
+    message = r"int8 is not faster than (bf16|fp32) on this processor .*: use --precision (bf16|fp32)"
+    taken["fp32"] = 0.0015
+    with pytest.raises(DiffoundryError, match=message):
+        diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=Scan(**SCAN, budget_db=12))
+    taken["int8"] = 0.0005
+    made = diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=Scan(**SCAN, budget_db=12))
+    assert made.manifest.precision == "int8"
+
+
+def test_a_value_that_is_not_finite_is_named_with_its_timestep(bundle):
+    path = bundle / "unet" / "model.onnx"
+    model = onnx.load(path)
+    weight = next(
+        each
+        for each in model.graph.initializer
+        if each.name.endswith("conv1.parametrizations.weight.original_axes_0_1_2_3")
+    )
+    broken = onnx.numpy_helper.to_array(weight).copy()
+    broken[0, 0, 0, 0] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(broken, weight.name))
+    onnx.save(model, path)
+    groups = groups_of(read(path))
+    opened = Bundle.open(bundle)
+    parts = bundle.parent / "parts"
+    parts.mkdir()
+    with pytest.raises(DiffoundryError, match=r"unet: .*, which .* reads, is infinity or NaN in fp32 at timestep \d+"):
+        reference.observe(opened, "unet", groups, Scan(**SCAN), parts, "m", None, lambda *told: None)
+
+
+def test_a_build_that_is_killed_goes_on(bundle, tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("\n".join(f"a large red star, number {i}" for i in range(6)))
+    line = [sys.executable, "-m", "diffoundry", "build", str(bundle), "--engine", "onnxruntime", "--precision", "int8"]
+    line += ["--scan-prompts", str(prompts), "--min-psnr", "5", "--force"]
+    parts = bundle.parent / f".{bundle.name}.part" / ".stages" / "eightbit"
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    while not (parts / "part-2.npz").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    written = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.npz")}
+    assert (bundle / "bundle.json").exists() and len(written) >= 3
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    while not (parts / "alone-int8.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    found = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.npz")}
+    assert written.items() <= found.items() and len(found) == 6
+    assert process.wait() == 0
+    assert Bundle.open(bundle).manifest.precision == "int8" and not list(bundle.parent.glob(".b.*"))
+
+
+REFUSED = {
+    "a file for fp32": (["--precision", "fp32", "--calibration", "x.npz"], "fp32 takes no calibration file"),
+    "force for bf16": (["--precision", "bf16", "--engine", "openvino", "--force"], "bf16 takes no calibration file"),
+    "no such file": (["--precision", "int8", "--calibration", "x.npz"], "there is no calibration file x.npz"),
+    "a GPU": (["--precision", "int8", "--engine", "onnxruntime:cuda"], "int8 runs on the processor so far"),
+    "an unknown precision": (["--precision", "int4"], "'int4' is not one of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_go_together_is_refused(case, called, bundle_of):
+    options, expected = REFUSED[case]
+    done = called("build", bundle_of("pico"), *options)
+    assert done.returncode in (1, 2) and expected in done.stderr and "Traceback" not in done.stderr
