@@ -83,7 +83,7 @@ def observe(
             def told(text: str, done: float, total: int, i: int = i) -> None:
                 progress(f"{text} of prompt {i + 1}/{len(scan.prompts)}, step", done, total)
 
-            image = run_loop(bundle, {name: engine}, one, "statistics", told)[0]
+            image = run_loop(bundle, {name: engine}, one, "reference", told)[0]
             if given is None:
                 observer.restart().save(counted)
             found = image, _some(recorder.kept)
