@@ -75,9 +75,9 @@ def observe(
         found = _read(part)
         if found is None or (given is None and not counted.is_file()):
             recorder = Recorder(_MOST_CALLS)
-            engine: Callable[[], RecordedEngine] = partial(observer.engine, recorder.add)
-            if given is not None:
-                engine = partial(_recorded, path, name, recorder)
+            engine: Callable[[], RecordedEngine] = partial(_recorded, path, name, recorder)
+            if given is None:
+                engine = partial(observer.engine, recorder.add)
             one = replace(scan, prompts=(prompt,), seed=scan.seed + i)
 
             def told(text: str, done: float, total: int, i: int = i) -> None:
