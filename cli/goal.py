@@ -160,6 +160,7 @@ def show_result(bundle: Bundle, ready: str, as_json: bool, **more: Any) -> None:
     """Print warnings and `ready`, or with `--json` the bundle, what was measured, and `more`."""
     from ..bundle.reports import read_report
     from ..calibration.choice import describe
+    from ..calibration.eightbit.times import describe as describe_times
     from ..engines.names import EngineName
     from ..engines.tensorrt.backend import BACKENDS
 
@@ -170,12 +171,15 @@ def show_result(bundle: Bundle, ready: str, as_json: bool, **more: Any) -> None:
     has_plans = engine.backend in BACKENDS
     plans = read_report(bundle, "plans") if has_plans else {}
     fusion = read_report(bundle, "fusion").get(f"{bundle.manifest.precision}/{bundle.manifest.engine}")
-    for line in plans.get("warnings", []):
+    timed = read_report(bundle, "calibration").get(f"{precision}/{engine.backend}")
+    for line in (*plans.get("warnings", []), *(timed or {}).get("warnings", [])):
         click.echo(f"Warning: {line}", err=True)
     if as_json:
-        measured = {"quality": quality, "plans": plans, "fusion": fusion, "engines": choice}
+        measured = {"quality": quality, "plans": plans, "fusion": fusion, "engines": choice, "calibration": timed}
         print(json.dumps({"bundle": str(bundle.root), **more, **{key: each for key, each in measured.items() if each}}))
     else:
         click.echo(ready)
         if choice and (choice.get("engine"), choice.get("precision")) == (str(engine), precision):
             click.echo(describe(choice))
+        if timed:
+            click.echo(describe_times(f"{precision}/{engine.backend}", timed))

@@ -26,7 +26,7 @@ def inspect_command(bundle: str, as_json: bool) -> None:
 
     opened = open_bundle(bundle)
     reports: dict[str, dict[str, Any]] = {}
-    for name in ("parity", "precision", "quality", "fusion", "engines"):
+    for name in ("parity", "precision", "quality", "fusion", "engines", "calibration"):
         path = f"reports/{name}.json"
         with suppress(BundleError):
             opened.check({path} & set(opened.manifest.files))
@@ -97,7 +97,9 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
 
 def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
     """How far each lower precision is from fp32, and how much of each component stays in fp32."""
+    from ..bundle import EIGHT_BIT
     from ..bundle.reports import is_quality, is_report
+    from ..calibration.eightbit.times import describe
 
     for precision, components in reports.get("precision", {}).items():
         quality = reports.get("quality", {}).get(precision, {})
@@ -111,7 +113,10 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
     for key, quality in reports.get("quality", {}).items():
         if "/" in key and is_quality(quality):
             lower = ", ".join(map(str, quality.get("lower") or ()))
-            yield f"{key.replace('/', ' on ')}: images {quality['psnr_db']:.1f} dB from fp32; computed in it: {lower}"
+            what = "beside it in bf16" if key.partition("/")[0] in EIGHT_BIT else "computed in it"
+            yield f"{key.replace('/', ' on ')}: images {quality['psnr_db']:.1f} dB from fp32; {what}: {lower}"
+    for key, report in reports.get("calibration", {}).items():
+        yield describe(key, report)
 
 
 def _has(manifest: Any, component: str, variant: str) -> bool:

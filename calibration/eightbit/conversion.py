@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -109,14 +110,8 @@ class Conversion:
     def _convert(self, name: str, path: Path, groups: list[Group], reference: Reference) -> EightBit:
         statistics = reference.statistics
         calls = reference.sample(_JUDGED)
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            self.progress("scales, call", done, done)
-
-        scales = choose(path, name, self.form, groups, statistics, [feeds for feeds, _ in calls], tick)
+        told = partial(self.progress, "scales, call")
+        scales = choose(path, name, self.form, groups, statistics, [feeds for feeds, _ in calls], told)
         seen = [group for group in groups if group.value in scales]
         flops = {
             group.value: sum(layer.flops(statistics.sizes[layer.name]) for layer in group.layers) for group in seen
@@ -153,14 +148,9 @@ class Conversion:
         if found is not None:
             return {str(value): float(ratio) for value, ratio in found.items()}
         count = min(_MOST_ALONE, max(_LEAST_ALONE, _ALONE // len(seen)))
-        calls, done = reference.sample(count), 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            self.progress("loss of each layer alone, call", done, len(calls) * len(seen))
-
-        alone = losses_alone(engine, seen, calls, tick)
+        alone = losses_alone(
+            engine, seen, reference.sample(count), partial(self.progress, "loss of each layer alone, call")
+        )
         write_json(record, {"key": key, "found": alone})
         return alone
 

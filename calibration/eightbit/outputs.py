@@ -26,18 +26,19 @@ def losses(
     groups: Sequence[Group],
     candidates: Sequence[Mapping[str, float]],
     calls: Sequence[Mapping[str, Array]],
-    tick: Callable[[], None],
+    told: Callable[[int, int], None],
 ) -> Array:
     """Noise over signal of each group's outputs, float64 (candidates, groups): its layers' mean, in the worst call.
 
-    candidates: in each a scale for every group's value. calls: the feeds. tick: called after each run of the model.
+    candidates: in each a scale for every group's value. calls: the feeds. told: called
+    with the runs of the model that are done, and all of them.
     """
     model = read(source)
     raise_opset(model, OPSET, component)
     _probe(model, form, groups)
     engine = start(model, source.parent, component, fast=False)
     found = np.zeros((len(candidates), len(groups)))
-    for feeds in calls:
+    for k, feeds in enumerate(calls):
         for i, candidate in enumerate(candidates):
             scales = np.asarray([candidate[group.value] for group in groups], np.float32)
             made = engine({**feeds, _SCALES: scales})
@@ -45,7 +46,7 @@ def losses(
                 parts = [(float(made[x.name + _NOISE]), float(made[x.name + _SIGNAL])) for x in group.layers]
                 lost = float(np.mean([noise / signal if signal > 0 else 0.0 for noise, signal in parts]))
                 found[i, j] = max(found[i, j], lost)
-            tick()
+            told(k * len(candidates) + i + 1, len(candidates) * len(calls))
     return found
 
 

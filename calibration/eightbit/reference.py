@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +43,9 @@ class Reference:
 
     def sample(self, most: int) -> list[Call]:
         """Up to `most` calls, spread over prompts and steps."""
-        ranked = [call for place in zip(*self.calls, strict=False) for call in place]
+        ranked = [call for place in zip_longest(*self.calls) for call in place if call is not None]
         if len(ranked) <= most:
             return ranked
-        # a prime step visits all stretches: the list has one step of all prompts after the other
         places = sorted({round(i * (len(ranked) - 1) / max(most - 1, 1)) for i in range(most)})
         return [ranked[place] for place in places]
 

@@ -63,12 +63,12 @@ def choose(
     groups: Sequence[Group],
     statistics: Statistics,
     calls: Sequence[Mapping[str, Array]],
-    tick: Callable[[], None],
+    told: Callable[[int, int], None],
 ) -> dict[str, Scale]:
     """The best scale of each value that was seen, judged on `calls`: feeds that were not counted in `statistics`."""
     tried = candidates(statistics, form)
     seen = [group for group in groups if group.value in tried["amax"]]
-    found = losses(source, component, form, seen, list(tried.values()), calls, tick)
+    found = losses(source, component, form, seen, list(tried.values()), calls, told)
     best, methods = found.argmin(axis=0), list(tried)
     scales = {}
     for j, group in enumerate(seen):

@@ -34,10 +34,13 @@ class Probe:
 
 
 def losses_alone(
-    engine: SwitchedEngine, groups: Sequence[Group], calls: Sequence[Call], tick: Callable[[], None]
+    engine: SwitchedEngine, groups: Sequence[Group], calls: Sequence[Call], told: Callable[[int, int], None]
 ) -> dict[str, float]:
-    """Noise over signal of the denoiser's outputs when one group alone is in eight bits, the mean of `calls`."""
-    found = {}
+    """Noise over signal of the denoiser's outputs when one group alone is in eight bits, the mean of `calls`.
+
+    told: called with the runs of the model that are done, and all of them.
+    """
+    found: dict[str, float] = {}
     for group in groups:
         engine.choose([group.value])
         ratios = []
@@ -47,7 +50,7 @@ def losses_alone(
                 float(np.sum(np.square(made[key] - each, dtype=np.float64)) / np.sum(np.square(each, dtype=np.float64)))
                 for key, each in exact.items()
             ]
-            tick()
+            told(len(found) * len(calls) + len(ratios) // len(exact), len(groups) * len(calls))
         found[group.value] = float(np.mean(ratios))
     return found
 

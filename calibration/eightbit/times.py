@@ -65,6 +65,19 @@ def check_time(bundle: Bundle, engine: EngineName, precision: str, force: bool, 
     return bundle
 
 
+def describe(key: str, report: dict[str, Any]) -> str:
+    """The report on `precision/engine` in words, as the command line prints it."""
+    try:
+        precision, layers = key.partition("/")[0], report["layers"]
+        steps = ", ".join(f"{name} {1000 * seconds:.4g} ms" for name, seconds in report["step_s"].items())
+        return (
+            f"{report['engine']} runs {layers[precision]} layers in {precision} and {layers['float']} in floats; "
+            f"a step of the loop on {report['processor']}: {steps}"
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return "the report on calibration is damaged"
+
+
 def count(bundle: Bundle, name: str, engine: EngineName, precision: str) -> dict[str, int]:
     """How many convolutions and products of the denoiser `engine` runs in eight bits, and how many in floats."""
     part = bundle.component(name)

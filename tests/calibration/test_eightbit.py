@@ -119,7 +119,7 @@ def test_what_a_scale_loses_is_what_numpy_says(bundle, observed):
     exact = value @ weight.T + bias
     scales = {"fine": 1 / 127, "coarse": 1 / 20}
     tried = [dict.fromkeys([each.value for each in groups], scale) for scale in scales.values()]
-    found = losses(source, "unet", form, groups, tried, [feeds], lambda: None)
+    found = losses(source, "unet", form, groups, tried, [feeds], lambda done, total: None)
     for i, scale in enumerate(scales.values()):
         error = (form.rounded(value, np.float32(scale)) - value) @ weight.T
         assert found[i, 0] == pytest.approx(np.sum(error**2) / np.sum(exact**2), rel=1e-3)
