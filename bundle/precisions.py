@@ -6,14 +6,14 @@ from ..common.errors import DiffoundryError
 
 FULL = "fp32"
 """The precision that models are traced in."""
-PRECISIONS = {FULL: 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1}
+PRECISIONS = {FULL: 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1, "fp8": 2e-1}
 """For each the largest absolute difference of an output to what torch gave, as a fraction of its largest value.
 
 That of fp32 is what `compile` allows; those of 16 bits are about ten roundings of the type, that of 8 bits is
 four times what was measured of whole denoisers.
 """
-EIGHT_BIT = ("int8",)
-"""Those whose models have only the denoiser in them; all else is in fp32 on the processor."""
+EIGHT_BIT = ("int8", "fp8")
+"""Those that only the denoiser is in; all else is in fp32 or bf16 on the processor, and in fp16 on a GPU."""
 AS_STORED = "auto"
 STORAGE_DTYPES = (FULL, AS_STORED)
 """In what type the weights of the models in float32 are kept: float32, or that of the checkpoint."""

@@ -24,9 +24,12 @@ from ..engines.tensorrt.backend import BACKENDS
 from ..engines.tensorrt.build import clean
 from ..engines.tensorrt.bundle_plans import BuildMachine, build_plans, count_plans, resolve_machine
 from ..engines.tensorrt.target import Target
+from ..engines.tensorrt.variants import BESIDE
 from . import fusion, hinted
 from .choice import AUTO, RECORD, candidates, choose
 from .eightbit import stage as eightbit
+from .eightbit.half import record_name as half_name
+from .eightbit.half import write_half
 from .eightbit.times import check_time
 from .hinted import HINTED_ENGINES
 from .scan import Scan
@@ -92,11 +95,9 @@ class Goal:
             raise DiffoundryError(
                 f"{precision} takes no calibration file and needs no force: they go with {' and '.join(EIGHT_BIT)}"
             )
-        if precision in EIGHT_BIT and not name.on_cpu:
-            raise EngineError(
-                f"{precision} runs on the processor so far, with openvino and onnxruntime, not on {name}: choose "
-                "one of them, or another precision"
-            )
+        able = [OPENVINO, ONNXRUNTIME, *BACKENDS] if precision == "int8" else list(BACKENDS)
+        if precision in EIGHT_BIT and str(name) not in able:
+            raise EngineError(f"{precision} runs with {', '.join(able)}, not with {name}: choose --engine {able[-1]}")
         if calibration is not None and not Path(calibration).is_file():
             raise DiffoundryError(f"there is no calibration file {calibration}: leave it out, and it is measured anew")
         if name.backend in HINTED_ENGINES:
@@ -120,7 +121,9 @@ class Goal:
     def parts(self, manifest: Manifest) -> int:
         """How many parts the work has."""
         return (
-            self.converts * (1 + self.eight_bit + (self.eight_bit and self.engine.backend in HINTED_ENGINES))
+            self.converts * (1 + (self.eight_bit and self.machine is None))
+            + (self.converts and self.eight_bit and self.engine.backend in HINTED_ENGINES)
+            + 2 * (self.eight_bit and self.machine is not None)
             + self.chooses
             + self.engine.fused
             + (0 if self.machine is None else count_plans(manifest, self.target))
@@ -129,6 +132,8 @@ class Goal:
     def records(self, manifest: Manifest) -> list[str]:
         """The names of the records of what is made."""
         made = [record_name(self.precision)] if self.converts and not self.hinted else []
+        if self.eight_bit and self.machine is not None:
+            made += [record_name(BESIDE), half_name(self.precision)]
         if self.converts and self.hinted:
             made = [hinted.record_name(self.engine, self.precision)]
         if self.chooses:
@@ -222,6 +227,19 @@ def _checked(
     return bundle, goal
 
 
+def _for_gpus(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bundle:
+    """The denoiser in eight bits beside fp16, all else in fp16. Which of it is faster shows on the GPU alone."""
+    parts = [part for part in bundle.manifest.components.values() if part.role != "step"]
+    if not all(part.variant(BESIDE) for part in parts):
+        usual = replace(goal.scan, budget_db=None)
+        bundle = convert(bundle, ledger, BESIDE, usual, meter)
+    else:
+        meter.step()
+    if goal.converts:
+        bundle = eightbit.convert(bundle, ledger, goal.precision, goal.scan, goal.calibration, meter)
+    return write_half(bundle, ledger, goal.precision, meter)
+
+
 def _default(precision: str) -> str:
     """The engine for a precision where none is named: that which computes in eight bits, if it is installed."""
     there = precision in EIGHT_BIT and importlib.util.find_spec(OPENVINO) is not None
@@ -235,6 +253,8 @@ def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bu
         bundle = replace(bundle, manifest=replace(bundle.manifest, engine=str(engine), precision=precision))
     elif goal.converts and goal.hinted:
         bundle = hinted.measure(bundle, ledger, goal.engine, goal.precision, goal.scan, meter)
+    elif goal.eight_bit and goal.machine is not None:
+        bundle = _for_gpus(bundle, ledger, goal, meter)
     elif goal.converts and goal.eight_bit:
         bundle = eightbit.convert(bundle, ledger, goal.precision, goal.scan, goal.calibration, meter)
         if goal.engine.backend in HINTED_ENGINES:

@@ -47,8 +47,13 @@ def write(source: Path, component: str, precision: Precision, low: Mapping[str, 
     """
     model = read(source)
     raise_opset(model, precision.opset, component)
-    _Rewriter(model, precision).run(low)
+    convert(model, precision, low)
     return save(model, source.parent, f"{precision.name}.onnx")
+
+
+def convert(model: Any, precision: Precision, low: Mapping[str, bool]) -> None:
+    """Put `model`, whose opset admits it, into `precision` in place; see `write` for `low`."""
+    _Rewriter(model, precision).run(low)
 
 
 def emulated(model: Any, precision: Precision) -> Any:

@@ -10,7 +10,7 @@ from ..common.checks import is_whole
 from ..common.errors import EngineError
 from .cache import EngineStore
 from .engine import Engine
-from .names import FUSED_ENGINES, ONNXRUNTIME, OPENVINO, EngineName
+from .names import FUSED_ENGINES, ONNXRUNTIME, OPENVINO, PLANNED, EngineName
 
 if TYPE_CHECKING:
     from .tensorrt.plan import Plan, Shape
@@ -31,7 +31,10 @@ def precisions_of(bundle: Bundle, engine: EngineName) -> list[str]:
     own = {key for part in bundle.manifest.components.values() for key in part.variants}
     hinted = {key.partition("/")[0] for key in own if key.endswith(f"/{OPENVINO}")}
     written = {key.partition("/")[0] for key in own if not key.endswith(f"/{OPENVINO}")}
-    known = {FULL, *hinted, *written.intersection(EIGHT_BIT)} if engine.backend == OPENVINO else written
+    low = {name for name in EIGHT_BIT if f"{name}/tensorrt" in own} if engine.backend in PLANNED else set()
+    low |= {name for name in written if name == "int8" and engine.on_cpu}  # no processor computes in 8-bit floats
+    known = {FULL, *hinted} if engine.backend == OPENVINO else written.difference(EIGHT_BIT)
+    known |= low
     return [name for name in PRECISIONS if name in known]
 
 
@@ -123,6 +126,10 @@ class EngineLoader:
     def precision_of(self, name: str) -> str:
         """The precision that component `name` is loaded in."""
         component = self._bundle.component(name)
+        if self.precision in EIGHT_BIT and self.engine.backend in PLANNED:
+            from .tensorrt.variants import model_of
+
+            return FULL if component.role == "step" else model_of(component, self.precision)[0]
         if self.precision in EIGHT_BIT:
             return self.precision if component.variant(self.precision) is not None else self._hint(name)
         if self.engine.backend == OPENVINO and self.precision != AS_EXPORTED:
@@ -171,6 +178,10 @@ class EngineLoader:
         ):  # which reads the operators of ONNX Runtime's CPU, and splits nothing itself
             hinted = component.variants.get(f"{self.precision}/{OPENVINO}")
             variant = hinted or component.variant(own, f"{ONNXRUNTIME}:cpu")
+        elif self.precision in EIGHT_BIT and self.engine.backend in PLANNED:
+            from .tensorrt.variants import model_of
+
+            variant = model_of(component, self.precision)[1]
         else:
             provider = self.engine.provider if self.engine.backend == ONNXRUNTIME else ""
             variant = component.variant(own, f"{ONNXRUNTIME}:{provider}" if provider else STANDARD)

@@ -18,6 +18,8 @@ ENGINES = (
     f"{OPENVINO}:gpu",
     f"{OPENVINO}:npu",
 )
+PLANNED = ("tensorrt", "tensorrt-rtx")
+"""Backends that run plans."""
 FUSED_ENGINES = (f"{ONNXRUNTIME}:cuda",)
 """Engines that run graphs with operators of their own, which are made ahead of time."""
 _CPU = "cpu"

@@ -264,7 +264,9 @@ class Conversion:
         low = [value for value in scales if value not in found.kept]
         files = write(path, name, self.form, {v: each.scale for v, each in scales.items()}, low, f"{form}.onnx")
         names = f"{form}.fused.onnx", f"{form}.per_prompt.onnx"
-        fused = fuse_for_cpu(files[0], self.bundle.manifest.wiring.per_prompt(), names)
+        fused = None  # no processor computes in 8-bit floats
+        if form == "int8":
+            fused = fuse_for_cpu(files[0], self.bundle.manifest.wiring.per_prompt(), names)
         graphs = [path.with_name(each) for each in filter(None, fused or ())]
         saved = path.with_name(STATISTICS)
         statistics.save(saved)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...bundle import FULL, Bundle, Manifest
+from ...bundle import EIGHT_BIT, FULL, Bundle, Manifest
 from ...bundle.reports import is_report, read_report, with_report
 from ...common.errors import EngineError
 from ...common.files import read_json
@@ -20,10 +20,12 @@ from .backend import BACKENDS, ELSEWHERE, Backend
 from .build import build, find
 from .plan import Recipe
 from .target import Target, profiles
+from .variants import BESIDE, model_of
 
 _AT_THE_GPU = ("refit", "strip")
 _CLASSIC_ONLY = ("version-compatible", "hardware-compatible")
 _NO_BF16 = ("sm75",)
+_NO_FP8 = ("sm75", "sm80", "sm86", "sm87")
 TIMING_NAME = "timing.cache"
 
 
@@ -55,6 +57,9 @@ def resolve_machine(backend: str, precision: str, target: Target) -> BuildMachin
     else:
         gpu = _gpu_here(chosen, target)
         machine = BuildMachine(backend, version, (gpu.arch,), gpu.name)
+    without = [arch for arch in machine.archs if arch in _NO_FP8]
+    if precision == "fp8" and without:
+        raise EngineError(f"{without[0]} has no 8-bit floats: use --precision int8, or build for sm89 and newer")
     old = [arch for arch in machine.archs if arch in _NO_BF16]
     if precision == "bf16" and old:
         raise EngineError(f"{old[0]} has no bfloat16: use --precision fp16, or build for newer architectures")
@@ -104,7 +109,8 @@ def build_plans(bundle: Bundle, machine: BuildMachine, precision: str, target: T
     Raises `EngineError` when a model is missing or its plan cannot be built.
     """
     store = EngineStore(bundle.root / "engines")
-    reports = read_report(bundle, "precision").get(precision, {})
+    found = read_report(bundle, "precision")
+    reports = {each: found.get(each, {}) for each in (FULL, BESIDE, precision)}
     described = []
     gc.collect()
     trim_memory()
@@ -117,7 +123,7 @@ def build_plans(bundle: Bundle, machine: BuildMachine, precision: str, target: T
                 store,
                 recipe,
                 model,
-                fp32_nodes=_fp32_nodes(model, reports.get(recipe.component)),
+                fp32_nodes=_not_low(model, recipe.precision, reports[recipe.precision].get(recipe.component)),
                 timing=store.root / TIMING_NAME,
                 memory_limit=target.memory_limit,
                 progress=lambda phase, part, what=what: meter.show(what, part),  # type: ignore[misc]
@@ -135,8 +141,7 @@ def count_plans(manifest: Manifest, target: Target) -> int:
 def _recipes(bundle: Bundle, machine: BuildMachine, precision: str, target: Target) -> Iterator[tuple[Recipe, Path]]:
     """The recipe of each plan, and the model that it is built from."""
     for name, component in bundle.manifest.components.items():
-        own = precision if component.variant(precision) is not None else FULL
-        variant = component.variant(own)
+        own, variant = model_of(component, precision)
         if variant is None:
             raise EngineError(f"{name} has no model in {own}: compile the bundle again")
         for profile in profiles(bundle.manifest, name, target):
@@ -151,8 +156,17 @@ def _recipes(bundle: Bundle, machine: BuildMachine, precision: str, target: Targ
             yield recipe, bundle.path(variant.model)
 
 
-def _fp32_nodes(model: Path, report: Any) -> frozenset[str]:
-    """The names of the ONNX nodes of `model` that stay in fp32 on purpose, by the report on its precision."""
+def _not_low(model: Path, precision: str, report: Any) -> frozenset[str]:
+    """The names of the ONNX nodes of `model` that are not in `precision` on purpose.
+
+    In 16 bits the report on the precision says which; in 8 bits those that read no rounded value.
+    """
+    if precision in EIGHT_BIT:
+        import onnx
+
+        graph = onnx.load(model, load_external_data=False).graph
+        rounded = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+        return frozenset(node.name for node in graph.node if node.name and rounded.isdisjoint(node.input))
     if not is_report(report) or not report["islands"]:
         return frozenset()
     import onnx

@@ -256,7 +256,15 @@ REFUSED = {
     "a file for fp32": (["--precision", "fp32", "--calibration", "x.npz"], "fp32 takes no calibration file"),
     "force for bf16": (["--precision", "bf16", "--engine", "openvino", "--force"], "bf16 takes no calibration file"),
     "no such file": (["--precision", "int8", "--calibration", "x.npz"], "there is no calibration file x.npz"),
-    "a GPU": (["--precision", "int8", "--engine", "onnxruntime:cuda"], "int8 runs on the processor so far"),
+    "a GPU": (
+        ["--precision", "int8", "--engine", "onnxruntime:cuda"],
+        "tensorrt-rtx, not with onnxruntime:cuda",
+    ),
+    "floats on a processor": (["--precision", "fp8"], "fp8 runs with tensorrt, tensorrt-rtx, not with"),
+    "floats for an old GPU": (
+        ["--precision", "fp8", "--engine", "tensorrt-rtx", "--arch", "sm86"],
+        "sm86 has no 8-bit floats: use --precision int8, or build for sm89 and newer",
+    ),
     "an unknown precision": (["--precision", "int4"], "'int4' is not one of"),
 }
 
@@ -266,3 +274,25 @@ def test_what_does_not_go_together_is_refused(case, called, bundle_of):
     options, expected = REFUSED[case]
     done = called("build", bundle_of("pico"), *options)
     assert done.returncode in (1, 2) and expected in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_plans_for_gpus_have_their_layers_in_eight_bits_beside_fp16(precision, bundle):
+    pytest.importorskip("tensorrt_rtx")
+    target = diffoundry.Target(archs=("sm89", "sm120"))
+    scan = Scan(**SCAN, budget_db=12)
+    made = diffoundry.build(bundle, engine="tensorrt-rtx", precision=precision, target=target, scan=scan)
+    assert (made.manifest.engine, made.manifest.precision) == ("tensorrt-rtx", precision)
+    plans = {each["component"]: each for each in report(bundle, "plans")["plans"]}
+    assert [plans[name]["precision"] for name in ("unet", "text_encoder", "step")] == [precision, "fp16", "fp32"]
+    heavy = plans["unet"]["made_of"]["heavy"]
+    assert heavy[precision] >= 59 and heavy["fp16"] <= 12 and "fp32" not in heavy
+    assert plans["unet"]["made_of"]["attention"] == {"fused": 8, "of": 8}
+    assert report(bundle, "plans")["warnings"] == []
+    graph = onnx.load(bundle / "unet" / f"{precision}.fp16.onnx").graph
+    held = {each.name: each.data_type for each in graph.initializer}
+    types = [held[node.input[1]] for node in graph.node if node.op_type == "DequantizeLinear"]
+    assert types.count(onnx.TensorProto.FLOAT16) >= 0.95 * len(types)  # scales in the type of the data
+    before = {path: path.stat().st_mtime_ns for path in bundle.rglob("*") if path.is_file()}
+    diffoundry.build(bundle, engine="tensorrt-rtx", precision=precision, target=target)
+    assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*") if path.is_file()} == before
