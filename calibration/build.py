@@ -11,6 +11,7 @@ from ..bundle import EIGHT_BIT, FULL, MANIFEST_NAME, STANDARD, Bundle, Manifest
 from ..bundle.ledger import Ledger
 from ..bundle.manifest import SCHEMA_VERSION, to_json
 from ..bundle.precisions import check_precision
+from ..bundle.reports import read_report
 from ..bundle.workspace import STAGES, check_replaceable, resolved, swap, sweep, working
 from ..common.errors import BundleError, DiffoundryError, EngineError
 from ..common.files import link_or_copy, remove, write_json
@@ -121,8 +122,8 @@ class Goal:
     def parts(self, manifest: Manifest) -> int:
         """How many parts the work has."""
         return (
-            self.converts * (1 + (self.eight_bit and self.machine is None))
-            + (self.converts and self.eight_bit and self.engine.backend in HINTED_ENGINES)
+            self.converts
+            + (self.eight_bit and self.machine is None) * (2 if self.engine.backend in HINTED_ENGINES else 1)
             + 2 * (self.eight_bit and self.machine is not None)
             + self.chooses
             + self.engine.fused
@@ -227,6 +228,18 @@ def _checked(
     return bundle, goal
 
 
+def _for_the_processor(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bundle:
+    """The denoiser in eight bits, what else OpenVINO computes in bf16, and the time that it takes with this engine."""
+    precision, backend = goal.precision, goal.engine.backend
+    if goal.converts:
+        bundle = eightbit.convert(bundle, ledger, precision, goal.scan, goal.calibration, meter)
+    if f"{precision}/{backend}" in read_report(bundle, eightbit.REPORT) and not goal.converts:
+        return bundle
+    if backend in HINTED_ENGINES:
+        bundle = hinted.measure_beside(bundle, ledger, goal.engine, precision, goal.scan, meter)
+    return check_time(bundle, goal.engine, precision, goal.force, meter)
+
+
 def _for_gpus(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bundle:
     """The denoiser in eight bits beside fp16, all else in fp16. Which of it is faster shows on the GPU alone."""
     parts = [part for part in bundle.manifest.components.values() if part.role != "step"]
@@ -255,11 +268,8 @@ def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bu
         bundle = hinted.measure(bundle, ledger, goal.engine, goal.precision, goal.scan, meter)
     elif goal.eight_bit and goal.machine is not None:
         bundle = _for_gpus(bundle, ledger, goal, meter)
-    elif goal.converts and goal.eight_bit:
-        bundle = eightbit.convert(bundle, ledger, goal.precision, goal.scan, goal.calibration, meter)
-        if goal.engine.backend in HINTED_ENGINES:
-            bundle = hinted.measure_beside(bundle, ledger, goal.engine, goal.precision, goal.scan, meter)
-        bundle = check_time(bundle, goal.engine, goal.precision, goal.force, meter)
+    elif goal.eight_bit:
+        bundle = _for_the_processor(bundle, ledger, goal, meter)
     elif goal.converts:
         bundle = convert(bundle, ledger, goal.precision, goal.scan, meter)
     bundle = fusion.forget_removed(bundle)

@@ -21,8 +21,8 @@ from ...engines.openvino import device
 from ...engines.wheel import ort
 from ..choice import times
 from ..hinted import lowered
+from .stage import REPORT
 
-REPORT = "calibration"
 _LAYERS = ("Convolution", "FullyConnected", "MatMul")
 _WHOLE = ("i8", "u8")
 _INTEGER = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul", "QGemm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -206,6 +207,10 @@ def test_slower_is_refused_with_its_figures(bundle, monkeypatch):
     taken["int8"] = 0.0005
     made = diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=Scan(**SCAN, budget_db=12))
     assert made.manifest.precision == "int8"
+    taken["int8"] = 0.01
+    if importlib.util.find_spec("openvino") is not None:
+        with pytest.raises(DiffoundryError, match=r"is not faster than .* with openvino"):  # what is there is timed too
+            diffoundry.build(bundle, engine="openvino", precision="int8")
 
 
 def test_a_value_that_is_not_finite_is_named_with_its_timestep(bundle):
