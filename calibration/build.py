@@ -116,7 +116,7 @@ class Goal:
 
     @property
     def eight_bit(self) -> bool:
-        """Whether the denoiser is in eight bits, and all else in fp32."""
+        """Whether the denoiser is in eight bits, and nothing else is."""
         return self.precision in EIGHT_BIT
 
     def parts(self, manifest: Manifest) -> int:
@@ -144,7 +144,7 @@ class Goal:
 
     def written(self) -> float:
         """The weights that are written, as a multiple of those in fp32."""
-        width = 1.0 if self.precision == FULL else 0.25 if self.eight_bit else 0.5
+        width = 1.0 if self.precision == FULL else 0.5  # eight bits: of the denoiser alone, and once more for GPUs
         return width * ((self.converts and not self.hinted) + self.engine.fused) + (
             0.0 if self.machine is None else width * self.target.count()
         )

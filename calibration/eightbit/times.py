@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -132,4 +131,4 @@ def _in(bundle: Bundle, engine: EngineName, precision: str) -> Bundle:
     if precision in precisions_of(bundle, engine):
         return bundle
     names = [bundle.manifest.named("denoiser")]
-    return lowered(replace(bundle), engine, precision, names)
+    return lowered(bundle, engine, precision, names)
