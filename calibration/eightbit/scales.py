@@ -39,7 +39,7 @@ def candidates(statistics: Statistics, form: Format) -> dict[str, dict[str, floa
     largest = {value: amax for value, amax in statistics.largest().items() if amax > 0}
     limits = {"amax": largest}
     if form.name == "int8":
-        counted = {value: statistics.of(value)[0].sum(axis=0) for value in largest}
+        counted = {value: statistics.of(value).sum(axis=0) for value in largest}
         for share in _PERCENTILES:
             limits[f"percentile {100 * share:g}"] = {v: quantile(each, share) for v, each in counted.items()}
         costs: dict[str, Callable[[Array, float], float]] = {

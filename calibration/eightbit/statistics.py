@@ -38,10 +38,10 @@ _SUFFIXES = (_HIGH, _LOW, _SOME, _SIZE, _WORK)
 class Statistics:
     """Of the values that the layers of one model read.
 
-    model: the hash of the model. values: their names. counts: int64 (values, 2, stretches, `BINS`), see `histogram`;
-    of the second axis the first is of every other call, to choose scales by, the second of the others, to judge them
-    by. high, low: float32 (values, stretches), of all calls; 0 in a stretch without any. sizes: elements that a layer
-    makes in a call, by its name; by `OTHERS` the operations of products of two values, which no layer is.
+    model: the hash of the model. values: their names. counts: int64 (values, stretches, `BINS`), see `histogram`, of
+    every other call: scales are judged by the others. high, low: float32 (values, stretches), of all calls; 0 in a
+    stretch without any. sizes: elements that a layer makes in a call, by its name; by `OTHERS` the operations of
+    products of two values, which no layer is.
     """
 
     model: str
@@ -55,7 +55,7 @@ class Statistics:
     def empty(cls, model: str, values: Sequence[str]) -> Statistics:
         """Of no call."""
         shape = (len(values), STRETCHES)
-        counts = np.zeros((len(values), 2, STRETCHES, BINS), np.int64)
+        counts = np.zeros((len(values), STRETCHES, BINS), np.int64)
         return cls(model, tuple(values), counts, np.zeros(shape, np.float32), np.zeros(shape, np.float32), {})
 
     def largest(self) -> dict[str, float]:
@@ -64,7 +64,7 @@ class Statistics:
         return dict(zip(self.values, map(float, found), strict=True))
 
     def of(self, value: str) -> Array:
-        """The counts of a value, int64 (2, stretches, `BINS`)."""
+        """The counts of a value, int64 (stretches, `BINS`)."""
         return np.asarray(self.counts[self.values.index(value)])
 
     def plus(self, other: Statistics) -> Statistics:
@@ -81,7 +81,7 @@ class Statistics:
     def save(self, path: Path) -> None:
         """Write them to `path`, the same bytes for the same statistics. Raises `DiffoundryError` on a full disk."""
         head = {"revision": REVISION, "model": self.model, "values": self.values, "sizes": self.sizes}
-        used = np.flatnonzero(self.counts.any(axis=(0, 1, 2)))
+        used = np.flatnonzero(self.counts.any(axis=(0, 1)))
         first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
         file = io.BytesIO()
         text = np.frombuffer(json.dumps({**head, "first": first}, sort_keys=True).encode(), np.uint8)
@@ -98,14 +98,14 @@ class Statistics:
             with np.load(path, allow_pickle=False) as found:
                 head = json.loads(found["head"].tobytes())
                 values, first, kept = tuple(map(str, head["values"])), head["first"], found["counts"]
-                shape = (len(values), 2, STRETCHES, BINS)
-                if head["revision"] != REVISION or kept.shape[:3] != shape[:3] or kept.dtype != np.int64:
+                shape = (len(values), STRETCHES, BINS)
+                if head["revision"] != REVISION or kept.shape[:2] != shape[:2] or kept.dtype != np.int64:
                     raise ValueError("it is of another version")
                 counts = np.zeros(shape, np.int64)
-                counts[..., first : first + kept.shape[3]] = kept
+                counts[..., first : first + kept.shape[2]] = kept
                 high, low = found["high"], found["low"]
                 ranges = np.stack([high, low])
-                if ranges.shape != (2, *shape[::2]) or ranges.dtype != np.float32 or not np.isfinite(ranges).all():
+                if ranges.shape != (2, *shape[:2]) or ranges.dtype != np.float32 or not np.isfinite(ranges).all():
                     raise ValueError("its ranges are damaged")
                 sizes = {str(name): int(size) for name, size in head["sizes"].items()}
                 return cls(str(head["model"]), values, counts, high, low, sizes)
@@ -154,7 +154,8 @@ class Observer:
                     f"{self._component}: {name}, which {reader} reads, is infinity or NaN in fp32 at timestep {at:g}: "
                     "scan other prompts, or check the checkpoint"
                 )
-            found.counts[i, self._calls % 2, stretch] += count(made[name + _SOME])
+            if self._calls % 2 == 0:
+                found.counts[i, stretch] += count(made[name + _SOME])
             found.high[i, stretch] = max(found.high[i, stretch], high)
             found.low[i, stretch] = min(found.low[i, stretch], low)
         if not found.sizes:

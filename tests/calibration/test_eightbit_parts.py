@@ -70,7 +70,7 @@ def test_zeros_and_enormous_numbers_are_counted():
 
 def statistics():
     found = Statistics.empty("m" * 64, ["a", "b"])
-    found.counts[0, 0, 2] += count(RNG.standard_normal(100).astype(np.float32))
+    found.counts[0, 2] += count(RNG.standard_normal(100).astype(np.float32))
     found.high[0, 2], found.low[0, 2] = 3.0, -4.0
     found.sizes["layer"] = 12
     return found
@@ -106,7 +106,7 @@ DAMAGES = {
     "another version": lambda path: _changed(path, revision=99),
     "ranges of another shape": lambda path: _changed(path, high=np.zeros((2, STRETCHES + 1), np.float32)),
     "ranges that are not finite": lambda path: _changed(path, high=np.full((2, STRETCHES), np.nan, np.float32)),
-    "counts in floats": lambda path: _changed(path, counts=np.zeros((2, 2, STRETCHES, 3), np.float32)),
+    "counts in floats": lambda path: _changed(path, counts=np.zeros((2, STRETCHES, 3), np.float32)),
     "bins beyond the last": lambda path: _changed(path, first=BINS),
     "values that are none": lambda path: _changed(path, values=7),
 }
