@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,9 +76,9 @@ class TimedEngine(Engine):
         self._recorder.add(Call(self._name, start, time.perf_counter(), shapes))
         return made
 
-    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+    def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> HostBinding:
         shapes, start = _shapes(feeds), time.perf_counter()
-        binding = self._engine.bind_host(feeds)
+        binding = self._engine.bind_host(feeds, twice)
         self._recorder.add(Call(self._name, start, time.perf_counter(), shapes, binds=True))
 
         def run(*changed: str) -> dict[str, Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,8 @@ class RecordedEngine(Engine):
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return self._report(feeds, self._engine(feeds))
 
-    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
-        binding = self._engine.bind_host(feeds)
+    def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> HostBinding:
+        binding = self._engine.bind_host(feeds, twice)
         return lambda *changed: self._report(feeds, binding(*changed))
 
     def _report(self, feeds: Mapping[str, Array], made: dict[str, Array]) -> dict[str, Array]:

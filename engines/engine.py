@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -70,15 +70,17 @@ class Engine(ABC):
         check_feeds(self.component, self.inputs, feeds)
         return self._run(feeds)
 
-    def bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+    def bind_host(self, feeds: Mapping[str, Array], twice: Collection[str] = ()) -> HostBinding:
         """Bind the contiguous arrays `feeds` for many runs of the same shapes; on the CPU nothing is copied.
 
+        twice: inputs whose second half of rows will repeat the first in each call, or that have one row for all. What
+        hangs on them alone may then be computed once.
         Raises `EngineError` as a call does, and for an array that is not contiguous.
         """
         check_feeds(self.component, self.inputs, feeds)
         if not all(array.flags.c_contiguous for array in feeds.values()):
             raise EngineError(f"{self.component}: arrays must be contiguous to be bound")
-        return self._bind_host(feeds)
+        return self._bind_host(feeds, twice)
 
     def bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
         """Bind every input and output to a tensor that `to_device` made: nothing crosses the bus in a call.
@@ -120,8 +122,8 @@ class Engine(ABC):
         """Run once on feeds that were checked."""
 
     @abstractmethod
-    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
-        """Bind feeds that were checked."""
+    def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> HostBinding:
+        """Bind feeds that were checked. An engine that cannot share a part of a call leaves `twice` alone."""
 
     @abstractmethod
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:

@@ -10,7 +10,7 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ class OnnxRuntimeEngine(Engine):
             values = self._session.run(None, dict(feeds))
         return {tensor.name: value for tensor, value in zip(self.outputs, values, strict=True)}
 
-    def _bind_host(self, feeds: Mapping[str, Array]) -> OrtHostBinding:
+    def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> OrtHostBinding:
         return OrtHostBinding(self, feeds)
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> OrtDeviceBinding:

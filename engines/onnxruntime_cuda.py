@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class CudaEngine(Engine):
                 self._calls.popitem(last=False)
             return call(feeds)
 
-    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+    def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> HostBinding:
         """What changed is uploaded, what did not is left on the GPU."""
         with self.gpu.work():
             call = _Call(self, feeds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -43,11 +43,13 @@ class SplitEngine(Engine):
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return self._per_step(self._all_feeds(feeds))
 
-    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+    def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> HostBinding:
         """Both graphs bound; the first runs again only when an input of its own was changed."""
         arrays = self._all_feeds(feeds)
         own = {tensor.name: feeds[tensor.name] for tensor in self._per_prompt.inputs}
-        per_step = self._per_step.bind_host(arrays)
+        if twice and own.keys() <= set(twice):
+            twice = {*twice, *(tensor.name for tensor in self._per_prompt.outputs)}
+        per_step = self._per_step.bind_host(arrays, twice)
 
         def run(*changed: str) -> dict[str, Array]:
             if own.keys().isdisjoint(changed):

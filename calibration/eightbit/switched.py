@@ -44,8 +44,8 @@ class SwitchedEngine(Engine):
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return self._engine({**feeds, _CHOICE: self._choice})
 
-    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
-        return self._engine.bind_host({**feeds, _CHOICE: self._choice})
+    def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> HostBinding:
+        return self._engine.bind_host({**feeds, _CHOICE: self._choice}, twice)
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
         return self._engine.bind_device({**tensors, _CHOICE: self._engine.to_device(self._choice)})

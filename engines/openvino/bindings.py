@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,16 +51,20 @@ class _Bound:
     """A request with its tensors set, made anew when the engine compiled its model anew."""
 
     def __init__(
-        self, engine: OpenVinoEngine, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any]
+        self,
+        engine: OpenVinoEngine,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Any],
+        twice: Collection[str] = (),
     ) -> None:
-        self._engine, self._shapes, self._tensors = engine, shapes, tensors
+        self._engine, self._shapes, self._tensors, self._twice = engine, shapes, tensors, twice
         self._compiled: Any = None
         self.request: Any = None
         self.ready()
 
     def ready(self) -> Any:
         """The request, with its tensors."""
-        compiled = self._engine.compiled(self._shapes)
+        compiled = self._engine.compiled(self._shapes, self._twice)
         if compiled is not self._compiled:
             self.request = None  # before the other is made: it holds the memory of its model
             self._compiled, self.request = compiled, compiled.new_request()
@@ -77,11 +81,11 @@ class _Bound:
 class OvHostBinding:
     """See `engine.HostBinding`: the arrays are the tensors."""
 
-    def __init__(self, engine: OpenVinoEngine, feeds: Mapping[str, Array]) -> None:
+    def __init__(self, engine: OpenVinoEngine, feeds: Mapping[str, Array], twice: Collection[str]) -> None:
         self._engine, self._feeds = engine, dict(feeds)
         shapes = {name: array.shape for name, array in feeds.items()}
         with engine.failing("cannot bind"):
-            self._bound = _Bound(engine, shapes, shared(feeds))
+            self._bound = _Bound(engine, shapes, shared(feeds), twice)
 
     def __call__(self, *changed: str) -> dict[str, Array]:
         with self._engine.failing("failed to run"):

@@ -9,9 +9,9 @@ import contextlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,10 +25,18 @@ from .bindings import OvArray, OvDeviceBinding, OvHostBinding, OvRowsBinding, sh
 from .cache import Cache
 from .compiled import Compiled, Recipe
 from .device import OTHERWISE, Device
+from .halves import with_one_half
 
 _MOST_STATIC = 8
 """Shapes of a small model that are kept compiled; a large one has one, which takes any shape from the second on."""
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|bad allocation|std::length_error|[Cc]annot allocate|out of memory|OUT_OF")
+
+
+class _Key(NamedTuple):
+    """What a model is compiled for: the shapes of its inputs, and which of them hold the same rows twice."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    twice: tuple[str, ...]
 
 
 class OpenVinoEngine(Engine):
@@ -74,9 +82,12 @@ class OpenVinoEngine(Engine):
         with self.failing("failed"):
             return OvArray(self._device, np.array(array, order="C"))
 
-    def compiled(self, shapes: Mapping[str, tuple[int, ...]]) -> Compiled:
-        """The model compiled for inputs of these shapes. Raises `EngineError`."""
-        key = tuple(tuple(shapes[tensor.name]) for tensor in self.inputs)
+    def compiled(self, shapes: Mapping[str, tuple[int, ...]], twice: Collection[str] = ()) -> Compiled:
+        """The model compiled for inputs of these shapes, `twice` as of `bind_host`. Raises `EngineError`."""
+        own = (tensor.name for tensor in self.inputs) if self._device.on_cpu else ()
+        key = _Key(
+            tuple(tuple(shapes[tensor.name]) for tensor in self.inputs), tuple(name for name in own if name in twice)
+        )
         with self._lock:
             found = self._compiled.get(key) or self._compiled.get(None)
             if found is None:
@@ -95,14 +106,15 @@ class OpenVinoEngine(Engine):
     def _open(self) -> Any:
         return self._part(self._device.core.read_model(str(self._path)))
 
-    def _compile(self, key: tuple[tuple[int, ...], ...] | None) -> Compiled:
-        """The model for the shapes `key` of its inputs, None for any."""
+    def _compile(self, key: _Key | None) -> Compiled:
+        """The model for inputs of this kind, None for any shapes."""
         device, recipe = self._device, self._recipe
         properties = recipe.properties() | (recipe.processor_properties() if device.on_cpu else {})
         cache = self._cache if key is not None and (recipe.small or not device.on_cpu) else None
         made_of = {
             "precision": recipe.precision,
-            "shapes": key,
+            "shapes": key and key.shapes,
+            **({"twice": key.twice} if key and key.twice else {}),
             "properties": properties,
             "device": device.full_name,
             "version": device.version,
@@ -113,7 +125,8 @@ class OpenVinoEngine(Engine):
         model = self._read or self._open()
         self._read = None
         if key is not None:
-            model.reshape({tensor.name: list(shape) for tensor, shape in zip(self.inputs, key, strict=True)})
+            model.reshape({tensor.name: list(shape) for tensor, shape in zip(self.inputs, key.shapes, strict=True)})
+            model = with_one_half(model, key.twice)
         for rewrite in self._rewrites:
             model = rewrite(model)
         with self._evicting():
@@ -158,9 +171,9 @@ class OpenVinoEngine(Engine):
             self.infer(compiled, request)
             return {tensor.name: np.array(request.get_tensor(tensor.name).data) for tensor in self.outputs}
 
-    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+    def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> HostBinding:
         rows = min(self._recipe.streams if self._recipe.small else 1, len(next(iter(feeds.values()))) if feeds else 1)
-        return OvHostBinding(self, feeds) if rows <= 1 else OvRowsBinding(self, feeds, rows)
+        return OvHostBinding(self, feeds, twice) if rows <= 1 else OvRowsBinding(self, feeds, rows)
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
         return OvDeviceBinding(self, tensors)

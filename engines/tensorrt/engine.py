@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +123,7 @@ class TensorRTEngine(Engine):
             context.buffers.run(context, feeds, outputs)
             return self._without_padding(outputs, rows)
 
-    def _bind_host(self, feeds: Mapping[str, Array]) -> HostBinding:
+    def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> HostBinding:
         """What changed is uploaded, what did not is left on the GPU."""
         with self.gpu.work():
             shapes, rows = self._padded(feeds)

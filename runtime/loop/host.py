@@ -71,7 +71,8 @@ class HostStepper:
             texts = [row.sample.negative or {} for row in negative] + [row.sample.prompt for row in prompt]
             rows = list(zip([*negative, *prompt], texts, strict=True))
             parts = np.array_split(np.arange(len(rows)), min(self._at_once, len(rows)))
-            self._calls[key] = [_Call(self._denoiser, self._ports, [rows[i] for i in part]) for part in parts]
+            twice = len(parts) == 1 and key[0] == key[1]
+            self._calls[key] = [_Call(self._denoiser, self._ports, [rows[i] for i in part], twice) for part in parts]
         first, *others = self._calls[key]
         if not others or self._pool is None:
             return first()
@@ -85,8 +86,13 @@ class _Call:
     Ours takes one timestep a row; exports of other tools take a scalar, or one for all rows.
     """
 
-    def __init__(self, denoiser: Engine, ports: Ports, rows: Sequence[tuple[Row, Mapping[str, Array]]]) -> None:
-        """Raises `EngineError` when the inputs of the denoiser are not what the rows hold."""
+    def __init__(
+        self, denoiser: Engine, ports: Ports, rows: Sequence[tuple[Row, Mapping[str, Array]]], twice: bool
+    ) -> None:
+        """twice: whether the rows of the batch are those of the first half, then the same again.
+
+        Raises `EngineError` when the inputs of the denoiser are not what the rows hold.
+        """
         self._component, self._ports = denoiser.component, ports
         self._rows = [row for row, _ in rows]
         first, texts = self._rows[0].sample, [text for _, text in rows]
@@ -114,7 +120,8 @@ class _Call:
         self._each = timestep.shape == specs[ports.sample].shape[:1]
         self._timestep = np.zeros(len(rows) if self._each else (1,) * len(timestep.shape), timestep.dtype)
         feeds = {name: np.array([text[name] for text in texts], specs[name].dtype) for name in texts[0]}
-        self._binding = denoiser.bind_host({ports.sample: self._sample, ports.timestep: self._timestep, **feeds})
+        changing = {ports.sample: self._sample, ports.timestep: self._timestep}
+        self._binding = denoiser.bind_host({**changing, **feeds}, tuple(changing) if twice else ())
         self._output = denoiser.outputs[0].name
 
     def __call__(self) -> Array:

@@ -21,6 +21,7 @@ from diffoundry.engines.openvino import device as devices
 from diffoundry.engines.openvino.compiled import Recipe
 from diffoundry.engines.openvino.engine import OpenVinoEngine
 from diffoundry.engines.openvino.exact import waves, without_waves
+from diffoundry.engines.openvino.halves import with_one_half
 from diffoundry.engines.openvino.load import load_variant
 from diffoundry.engines.verify import verify
 
@@ -73,6 +74,58 @@ def test_every_shape_gives_what_onnx_runtime_gives(bundle, small, streams):
         arrays["sample"][...] = given["sample"][::-1]
         wanted = exact({**given, "sample": np.ascontiguousarray(given["sample"][::-1])})["out_sample"]
         assert np.abs(binding("sample")["out_sample"] - wanted).max() < 1e-5
+
+
+TWICE = ("sample", "timestep")
+
+
+def twice(rows=2, seed=0):
+    """Feeds whose second half of rows is the first, but for the prompt."""
+    given = feeds(rows, seed=seed)
+    return given | {name: np.concatenate([given[name][: rows // 2]] * 2) for name in TWICE}
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+@pytest.mark.parametrize("rows", [2, 4])
+def test_what_both_halves_share_is_computed_once(bundle, rows, precision):
+    engine, given = unet(bundle, precision), twice(rows)
+    plain = {name: array.copy() for name, array in engine.bind_host(given)().items()}
+    shared = engine.bind_host(given, TWICE)
+    for _ in range(2):
+        wanted = plain["out_sample"]
+        assert np.abs(shared("sample")["out_sample"] - wanted).max() <= (1e-5 if precision == "fp32" else 2e-2)
+        given["sample"][...] = given["sample"][:, :, ::-1]
+        plain = engine.bind_host(given)()
+    kept = [each["twice"] for each in EngineStore(bundle.root / "engines").records() if "twice" in each]
+    assert any("sample" in each for each in kept)
+
+
+def static_unet(bundle, rows=2):
+    model = devices.Device.open("cpu", "fp32").core.read_model(str(bundle.path("unet/model.onnx")))
+    model.reshape({name: list(array.shape) for name, array in feeds(rows).items()})
+    return model
+
+
+def rows_of(model, kind):
+    """The first axes of what the nodes of a kind make."""
+    return [node.output(0).shape[0] for node in model.get_ordered_ops() if node.get_type_name() == kind]
+
+
+def test_the_shared_part_has_half_of_the_rows(bundle):
+    model = static_unet(bundle, rows=4)
+    made = with_one_half(model, TWICE)
+    assert set(rows_of(model, "Convolution")) == {4}
+    once = rows_of(made, "Convolution")
+    # the first one, the two of a residual block, and the one before the self-attention
+    assert set(once) == {2, 4} and once.count(2) == 4
+    assert [each.shape for each in made.inputs] == [each.shape for each in model.inputs]
+    assert [each.shape for each in made.outputs] == [each.shape for each in model.outputs]
+
+
+def test_nothing_is_shared_where_nothing_can_be(bundle):
+    for rows, names in [(2, ()), (1, TWICE), (3, TWICE), (2, ("timestep_of_another_model",))]:
+        model = static_unet(bundle, rows)
+        assert with_one_half(model, names) is model
 
 
 def test_axes_have_the_names_of_the_manifest(bundle):

@@ -55,11 +55,29 @@ class OneByOne(Engine):
         made = [self._engine({n: a[i : i + 1] for n, a in feeds.items()}) for i in range(len(feeds["sample"]))]
         return {name: np.concatenate([each[name] for each in made]) for name in made[0]}
 
-    def _bind_host(self, feeds):
+    def _bind_host(self, feeds, twice):
         return lambda *changed: self._run(feeds)
 
     def _bind_device(self, tensors):
         raise EngineError("runs on the host alone")
+
+
+class Promised(OneByOne):
+    """An engine that holds the rows of each call against what was said of them: `promised`, call by call."""
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.promised = []
+
+    def _bind_host(self, feeds, twice):
+        def run(*changed):
+            for name in twice:
+                first, second = np.split(feeds[name], 2)
+                assert np.array_equal(first, second), name
+            self.promised.append((len(feeds["sample"]), twice))
+            return self._run(feeds)
+
+        return run
 
 
 @pytest.fixture(scope="module")
@@ -370,3 +388,19 @@ def test_a_run_on_a_device_gives_back_what_it_ran_in_when_it_is_left(pipe, on_gp
     np.testing.assert_allclose(last.latents, wanted, atol=5e-3)
     np.testing.assert_array_equal(run.result.latents, last.latents)
     assert simulated_cuda.used == memory
+
+
+@pytest.mark.parametrize("mode", ["joint", "split"])
+def test_the_halves_of_a_call_repeat_where_it_is_said(pipe, sample, mode):
+    engine = Promised(pipe.engine("unet"))
+    batch = Batch(HostStepper(engine))
+    guided = [sample(7, 4, "euler", Guidance(5, mode)), sample(8, 6, "euler_a", Guidance(3, mode, interval=(0, 0.5)))]
+    for each in guided:
+        batch.add(each)
+    for _ in range(6):
+        batch.step()
+    said = ("sample", "timestep")
+    if mode == "split":
+        assert {twice for _, twice in engine.promised} == {()}
+    else:  # both guided, then the first alone, then both gone but for the second, unguided
+        assert engine.promised == [(4, said)] * 3 + [(3, ())] + [(1, ())] * 2
