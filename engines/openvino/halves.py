@@ -2,7 +2,7 @@
 
 With classifier-free guidance the second half of the rows holds the latents and timesteps of the first: until the model
 reads a prompt, both halves are the same numbers. In a Stable Diffusion U-Net that is all before the first
-cross-attention: two convolutions of four at the largest size, and its self-attention.
+cross-attention: a residual block and a self-attention, at the largest size.
 """
 
 from __future__ import annotations
