@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calibration import Scan
+    from .calibration import Budget, Scan
     from .calibration.build import build
     from .common.errors import BundleError, CheckpointError, DiffoundryError, EngineError, RequestError, StoppedError
     from .engines.tensorrt.target import Target
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Budget",
     "BundleError",
     "CheckpointError",
     "Conditioning",
@@ -44,6 +45,7 @@ _ERRORS = ("BundleError", "CheckpointError", "DiffoundryError", "EngineError", "
 _HOMES = {
     **dict.fromkeys(_ERRORS, ".common.errors"),
     "Conditioning": ".runtime.conditioning",
+    "Budget": ".calibration",
     "build": ".calibration.build",
     "compile": ".export",
     "Guidance": ".runtime.loop.guidance",

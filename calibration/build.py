@@ -92,6 +92,8 @@ class Goal:
             )
         if scan is not None and precision == FULL and not lower:
             raise DiffoundryError("fp32 needs no scan: leave its prompts, steps, size and PSNR out")
+        if scan is not None and scan.budget is not None:
+            scan.budget.check()
         if precision not in EIGHT_BIT and (calibration is not None or force):
             raise DiffoundryError(
                 f"{precision} takes no calibration file and needs no force: they go with {' and '.join(EIGHT_BIT)}"
@@ -244,7 +246,7 @@ def _for_gpus(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bundl
     """The denoiser in eight bits beside fp16, all else in fp16. Which of it is faster shows on the GPU alone."""
     parts = [part for part in bundle.manifest.components.values() if part.role != "step"]
     if not all(part.variant(BESIDE) for part in parts):
-        usual = replace(goal.scan, budget_db=None)
+        usual = replace(goal.scan, budget_db=None, budget=None)
         bundle = convert(bundle, ledger, BESIDE, usual, meter)
     else:
         meter.step()

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from ..bundle import FULL, Bundle
@@ -21,7 +20,7 @@ from .fp32_nodes import Fp32Node, Fp32Nodes
 from .graph import CAST, read
 from .losses import LOSSLESS
 from .precision import MARGIN, Precision, precision_of
-from .quality import QualityError, compare, psnr
+from .quality import QualityError, compare
 from .ranges import Ranges
 from .rewrite import ConvertedModel, write
 from .scan import Scan, run_loop
@@ -80,11 +79,11 @@ class _Conversion:
                 self._write(name, measured[name], kept, settings)
             figures = self._quality(exact)
             tries.append({**settings, "islands": {name: len(kept) for name, kept in found.items()}, **figures})
-            if figures["psnr_db"] is not None and figures["psnr_db"] >= self._scan.least_db(self._precision.name):
+            if self._scan.is_within(figures, self._precision.name):
                 head = {
                     "precision": self._precision.name,
                     "rule": RULE,
-                    "budget_db": self._scan.least_db(self._precision.name),
+                    **self._scan.asked(self._precision.name),
                 }
                 report = {**head, "scan": self._scan.record(self._bundle), **settings, **figures, "tries": tries}
                 return self._converted, report
@@ -141,10 +140,7 @@ class _Conversion:
         self._converted[name] = ConvertedModel(next(iter(files)), files, report)
 
     def _quality(self, exact: list[Array]) -> dict[str, Any]:
-        """Images and outputs of the converted components against float32; `psnr_db` is None where they are not finite.
-
-        It is the median: a loop may magnify any difference, however small, on some of its ways.
-        """
+        """Images and outputs of the converted components against float32; `psnr_db` is None: they are not finite."""
         ratios: dict[str, dict[str, float]] = {}
 
         def load(name: str, model: str) -> Engine:
@@ -161,27 +157,21 @@ class _Conversion:
             return {**figures, "problem": str(error)}
         finally:
             gc.collect()
-        found = [psnr(image, reference) for image, reference in zip(images, exact, strict=True)]
-        figures["prompts"] = [
-            {"prompt": prompt, "seed": self._scan.seed + i, "psnr_db": round(ratio, 2)}
-            for i, (prompt, ratio) in enumerate(zip(self._scan.prompts, found, strict=True))
-        ]
         broken = [name for name, each in ratios.items() if min(each.values()) <= -LOSSLESS]
         if broken:
             return {**figures, "problem": f"{', '.join(broken)} gives infinity or NaN where float32 does not"}
-        return {**figures, "psnr_db": round(median(found), 2), "worst_db": round(min(found), 2)}
+        return figures | self._scan.figures(images, exact, self._precision.name)
 
     def _error(self, tries: list[dict[str, Any]]) -> QualityError:
         last, name = tries[-1], self._precision.name
         other = "bf16" if name == "fp16" else "fp16"
         remedy = f"use --precision fp32 or {other}"
-        budget = self._scan.least_db(self._precision.name)
         if last["psnr_db"] is None:
             return QualityError(f"{name} is not finite: {last['problem']}; {remedy}")
-        best = max(each["psnr_db"] or 0.0 for each in tries)
+        reached, option = self._scan.missed(tries, name)
         worst = min(last["components"].items(), key=lambda item: min(item[1].values()))
         return QualityError(
-            f"{name} images differ from fp32 by {best:.1f} dB PSNR, {budget:g} are asked, however much stays in "
+            f"{name} images {reached}, {self._scan.budget_of(name).least:g} are asked, however much stays in "
             f"fp32 (tries: {len(tries)}): {worst[0]} loses most, {min(worst[1].values()):.1f} dB against fp32; "
-            f"{remedy}, take what is left with a lower --min-psnr, or scan other prompts and more steps"
+            f"{remedy}, take what is left with a lower {option}, or scan other prompts and more steps"
         )

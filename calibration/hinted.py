@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 from ..bundle import EIGHT_BIT, FULL, PRECISIONS, Bundle, Variant
@@ -24,7 +23,7 @@ from ..engines.loader import EngineLoader
 from ..engines.names import ONNXRUNTIME, OPENVINO, EngineName
 from ..engines.openvino.device import Device, precisions
 from ..engines.verify import compare_outputs, recorded_case
-from .quality import QualityError, psnr
+from .quality import QualityError
 from .scan import Scan, run_loop
 from .stage import decides, full_models
 
@@ -162,9 +161,9 @@ def _measured(
         if not off:
             figures = _quality(trial, engine, precision, scan, exact, progress)
         tries.append({"lower": names, **figures})
-        if figures["psnr_db"] is not None and figures["psnr_db"] >= scan.least_db(precision):
+        if scan.is_within(figures, precision):
             device = _device(engine, precision)
-            head = {"precision": precision, "engine": str(engine), "budget_db": scan.least_db(precision)}
+            head = {"precision": precision, "engine": str(engine), **scan.asked(precision)}
             where = {"device": device.full_name, "version": device.version}
             report = {**head, **where, "scan": scan.record(bundle), "lower": names, **figures, "tries": tries}
             return Hinted(full_models(bundle), tuple(names), report)
@@ -204,23 +203,18 @@ def _quality(
         images = run_loop(_set(bundle, engine, precision), {}, scan, "quality", progress, threads=None)
     except OverflowedError as error:
         return {"psnr_db": None, "prompts": [], "problem": str(error)}
-    found = [psnr(image, reference) for image, reference in zip(images, exact, strict=True)]
-    prompts = [
-        {"prompt": prompt, "seed": scan.seed + i, "psnr_db": round(ratio, 2)}
-        for i, (prompt, ratio) in enumerate(zip(scan.prompts, found, strict=True))
-    ]
-    return {"psnr_db": round(median(found), 2), "worst_db": round(min(found), 2), "prompts": prompts}
+    return scan.figures(images, exact, precision)
 
 
 def _error(engine: EngineName, precision: str, scan: Scan, tries: list[dict[str, Any]]) -> QualityError:
     finite = [each["psnr_db"] for each in tries if each["psnr_db"] is not None]
     if not finite:
         return QualityError(f"{precision} on {engine} fails: {tries[-1]['problem']}; use --precision fp32")
-    least = scan.least_db(precision)
+    reached, option = scan.missed(tries, precision)
     return QualityError(
-        f"{precision} images of {engine} differ from fp32 by {max(finite):.1f} dB PSNR, {least:g} are asked, "
-        f"even with the text encoders and the autoencoder in fp32: use --precision fp32, take what is left with a "
-        "lower --min-psnr, or scan other prompts and more steps"
+        f"{precision} images of {engine} {reached}, {scan.budget_of(precision).least:g} are asked, "
+        "even with the text encoders and the autoencoder in fp32: use --precision fp32, take what is left with a "
+        f"lower {option}, or scan other prompts and more steps"
     )
 
 

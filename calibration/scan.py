@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from ..common.progress import Progress
 from ..engines import Engine
 from ..runtime.pipeline import Pipeline
 from ..runtime.request import Request
+from .budget import PSNR, Budget
+from .quality import psnr
 
 _BUDGET_DB, _EIGHT_BIT_DB = 35.0, 25.0
 """The least PSNR of the images against float32 where none is asked for: in 16 bits, and in 8."""
@@ -37,6 +40,7 @@ class Scan:
 
     steps: None for the bundle's own. size: width and height in pixels, None for the bundle's own.
     budget_db: the least PSNR of the images against float32, the median of the prompts; None for the usual, `least_db`.
+    budget: a budget by another measure, in place of `budget_db`.
     Raises `RequestError` for what no bundle can run.
     """
 
@@ -45,6 +49,7 @@ class Scan:
     size: tuple[int, int] | None = None
     seed: int = 0
     budget_db: float | None = None
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         prompts = self.prompts
@@ -62,6 +67,10 @@ class Scan:
         if budget is not None and (not is_number(budget) or not 0 <= budget <= _LARGEST_BUDGET):
             raise RequestError(f"the least PSNR must be from 0 to {_LARGEST_BUDGET} dB, found {budget!r}")
         object.__setattr__(self, "budget_db", None if budget is None else float(budget))
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise RequestError(f"the budget must be a Budget, found {type(self.budget).__name__}")
+        if self.budget is not None and budget is not None:
+            raise RequestError("a budget and a least PSNR say the same: give one of them")
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, _LARGEST_SEED))
         if self.size is not None:
             if not isinstance(self.size, (tuple, list)) or len(self.size) != 2:
@@ -73,11 +82,49 @@ class Scan:
                 )
             object.__setattr__(self, "size", sides)
 
-    def least_db(self, precision: str) -> float:
-        """The least PSNR of the images in `precision`, in dB: what was asked, else 35, and 25 in eight bits."""
-        if self.budget_db is not None:
-            return self.budget_db
-        return _EIGHT_BIT_DB if precision in EIGHT_BIT else _BUDGET_DB
+    def budget_of(self, precision: str) -> Budget:
+        """What images in `precision` must reach: what was asked, else a PSNR of 35 dB, and of 25 in eight bits."""
+        if self.budget is not None:
+            return self.budget
+        usual = _EIGHT_BIT_DB if precision in EIGHT_BIT else _BUDGET_DB
+        return Budget(PSNR, usual if self.budget_db is None else self.budget_db)
+
+    def figures(self, images: Sequence[Array], exact: Sequence[Array], precision: str) -> dict[str, Any]:
+        """How far images in `precision` are from those in float32, as a report has it.
+
+        The PSNR is the median: a loop may magnify any difference, however small, on some of its ways. `measured` is
+        by the measure of the budget. Raises `DiffoundryError` when a user's function fails.
+        """
+        found = [psnr(image, reference) for image, reference in zip(images, exact, strict=True)]
+        prompts = [
+            {"prompt": prompt, "seed": self.seed + i, "psnr_db": round(ratio, 2)}
+            for i, (prompt, ratio) in enumerate(zip(self.prompts, found, strict=True))
+        ]
+        near = {"psnr_db": round(median(found), 2), "worst_db": round(min(found), 2), "prompts": prompts}
+        budget = self.budget_of(precision)
+        return {
+            **near,
+            "measured": near["psnr_db"] if budget.measure == PSNR else budget.of(images, exact, self.prompts),
+        }
+
+    def is_within(self, figures: Mapping[str, Any], precision: str) -> bool:
+        """Whether images of these `figures` are within the budget; those that are not finite have a PSNR of None."""
+        return figures["psnr_db"] is not None and bool(figures["measured"] >= self.budget_of(precision).least)
+
+    def asked(self, precision: str) -> dict[str, Any]:
+        """The budget as a report has it."""
+        budget = self.budget_of(precision)
+        return (
+            {"budget_db": budget.least} if budget.measure == PSNR else {"budget": f"{budget.measure}={budget.least:g}"}
+        )
+
+    def missed(self, found: Sequence[Mapping[str, Any]], precision: str) -> tuple[str, str]:
+        """What images of these figures reach at most beside what is asked, in words, and the option that asks less."""
+        budget = self.budget_of(precision)
+        best = max((each["measured"] for each in found if each["psnr_db"] is not None), default=0.0)
+        if budget.measure == PSNR:
+            return f"differ from fp32 by {best:.1f} dB PSNR", "--min-psnr"
+        return f"have a {budget.measure} of {best:.4g}", "--budget"
 
     def record(self, bundle: Bundle) -> dict[str, Any]:
         """The settings as JSON, with the bundle's own where none were given."""

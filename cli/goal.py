@@ -55,6 +55,12 @@ def _sizes(text: str) -> list[Size]:
     return [parse_size(part) for part in NAMES.convert(text, None, None)]
 
 
+def _budget(text: str) -> Any:
+    from ..calibration import Budget
+
+    return Budget.parse(text)
+
+
 _OPTIONS = (
     click.option(
         "--arch",
@@ -97,6 +103,12 @@ _OPTIONS = (
         help="Under fp32: how near to fp32's the median picture of the scan must be. [default: 35; int8: 25]",
     ),
     click.option(
+        "--budget",
+        type=Parsed("MEASURE=LEAST", _budget),
+        help="Under fp32, in place of --min-psnr: ssim=0.9 (extra quality), or module:function=NUMBER, a function of "
+        "(images, exact, prompts) of your own.",
+    ),
+    click.option(
         "--calibration",
         type=click.Path(),
         metavar="FILE",
@@ -132,6 +144,7 @@ def take_goal(options: dict[str, Any]) -> dict[str, Any]:
         "steps": options.pop("scan_steps"),
         "size": options.pop("scan_size"),
         "budget_db": options.pop("min_psnr"),
+        "budget": options.pop("budget"),
     }
     more = {name: options.pop(name) for name in ("calibration", "force")}
     return {"target": _said(Target, target), "scan": _said(Scan, scan), **more}

@@ -120,6 +120,7 @@ class _Run(click.Command):
     help="The part of the steps, from 0 to 1, that is guided.",
 )
 @click.option("--guidance-rescale", default=0.0, type=float, help="0 to 1, against overexposure (Lin 2023).")
+@click.option("--forecast", is_flag=True, help="Call the model in 3 steps, then in every second: 12 calls for 20.")
 @click.option("--weights", is_flag=True, help="The prompt holds weights: (a red star)1.3, ring++, heart-.")
 @click.option("--windows", is_flag=True, help="A prompt that is too long takes several windows of the text encoder.")
 @click.option("--clip-skip", type=int, metavar="LAYERS", help="Leave out the last layers of the text encoder.")

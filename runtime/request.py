@@ -60,6 +60,8 @@ class Request:
     image: what to start from (a path, a PIL image, an array (H, W, 3)), or latents, float32 (N, C, h, w), one image
     each. mask: bright where the image is to be drawn anew. strength: how much of the schedule is run, above 0 to 1
     (default 0.8, and 1 with a mask). resize: how the image comes to size, as diffusers' `VaeImageProcessor` names it.
+    forecast: after the first steps call the model in every second one alone, and forecast what it would give in the
+    others, see `schedulers.forecast`.
     padding_mask_crop: draw only the part around the mask, with so many pixels about it, and lay it over the image.
     denoising_start, denoising_end: the part of the schedule, from 0 to 1, that this model runs, when two share it.
 
@@ -94,6 +96,7 @@ class Request:
     padding_mask_crop: int | None = None
     denoising_start: float | None = None
     denoising_end: float | None = None
+    forecast: bool = False
     clip_skip: int | None = None
     weights: bool = False
     windows: bool = False
@@ -125,6 +128,8 @@ class Request:
             if getattr(self, name) is not None and getattr(self, other) is None:
                 raise RequestError(f"{name} goes with {other}: give both")
         self._check_image()
+        if self.forecast and self.guidance.active and self.guidance.interval != (0.0, 1.0):
+            raise RequestError("a forecast needs guidance in all steps: leave the guidance interval out")
         if self.seed is not None and self.seed + self.count - 1 > _LARGEST_SEED:
             raise RequestError(
                 f"image i has seed + i, and that of the last would be above {_LARGEST_SEED}: "
@@ -262,7 +267,9 @@ def _numbers(name: str, values: Any) -> tuple[float, ...]:
 _READ: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(_TEXTS, _text),
     **dict.fromkeys(_CHOICES, _choice),
-    **dict.fromkeys(("tiled", "weights", "windows"), _kind(bool, "{name} must be true or false, found {value!r}")),
+    **dict.fromkeys(
+        ("tiled", "weights", "windows", "forecast"), _kind(bool, "{name} must be true or false, found {value!r}")
+    ),
     **dict.fromkeys(("timesteps", "sigmas"), _numbers),
     **dict.fromkeys(("strength", "denoising_start", "denoising_end"), _fraction),
     **{f"{prefix}prompt_embeds": _embedding for prefix in ("", "negative_", "pooled_", "negative_pooled_")},

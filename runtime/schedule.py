@@ -16,6 +16,7 @@ from .request import Request
 from .schedulers import Steps, Table, find_sampler, is_known, make_table
 from .schedulers.config import Config, train_steps
 from .schedulers.consistency import lcm, tcd
+from .schedulers.forecast import with_forecasts
 from .schedulers.stored import TRACED, load_table
 
 _TRACED = re.compile(rf"scheduler/{TRACED}/(?P<name>\w+)/(?P<count>\d+)\.json")
@@ -79,7 +80,12 @@ class Schedules:
             and is_known(self.named(name))
             and find_sampler(self.config, name)[1].table in (lcm, tcd)
         )
-        return _part(request, asked, make, self.train_steps, by_strength=by_strength), asked.count
+        table = _part(request, asked, make, self.train_steps, by_strength=by_strength)
+        if request.forecast:
+            if make(asked).steps != asked.count:
+                raise RequestError("a forecast needs a scheduler with one model call a step, as euler: leave it out")
+            table = with_forecasts(table)
+        return table, asked.count
 
     def table(
         self, steps: Steps, task: str, name: str | None = None, options: Mapping[str, Any] | None = None

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from ...bundle import FULL, Bundle
+from ...common.arrays import Array
 from ...common.errors import DiffoundryError, OverflowedError
 from ...common.files import read_json, remove, sha256_file, sha256_json, write_json
 from ...common.progress import Progress
 from ...engines.fusion.cpu import fuse_for_cpu
 from ..graph import read
-from ..quality import QualityError, psnr
+from ..quality import QualityError
 from ..scan import Scan, run_loop
-from .formats import Format
+from .formats import Format, Scale
 from .layers import Group, groups_of
-from .reference import Reference, check_model, observe
-from .scales import Scale, choose
-from .search import Probe, in_decibels, losses_alone, search
+from .reference import Call, Reference, check_model, observe
+from .scales import choose
+from .search import Probe, in_decibels, loss, losses_alone, search
+from .smoothing import shifts, smooth
 from .statistics import OTHERS, STRETCHES, Statistics
 from .statistics import REVISION as STATISTICS_REVISION
 from .switched import SwitchedEngine, switched
 from .write import write
 
-RULE = 1
+RULE = 2
 """Raise it when the same measurements would give other models."""
 STATISTICS = "statistics.npz"
 _JUDGED = 12
@@ -64,7 +66,6 @@ class Conversion:
     bundle: Bundle
     form: Format
     scan: Scan
-    least_db: float
     folder: Path
     calibration: Path | None
     progress: Progress
@@ -95,6 +96,7 @@ class Conversion:
             "model": model,
             "bundle": sha256_json(self.bundle.manifest.files),
             "scan": self.scan.record(self.bundle),
+            "budget": self.scan.asked(self.form.name),
             "revision": [RULE, STATISTICS_REVISION],
         }
         head = self.folder / "head.json"
@@ -110,40 +112,56 @@ class Conversion:
     def _convert(self, name: str, path: Path, groups: list[Group], reference: Reference) -> EightBit:
         statistics = reference.statistics
         calls = reference.sample(_JUDGED)
-        told = partial(self.progress, "scales, call")
-        scales = choose(path, name, self.form, groups, statistics, [feeds for feeds, _ in calls], told)
+        told, feeds = partial(self.progress, "scales, call"), [feeds for feeds, _ in calls]
+        scales = choose(path, name, self.form, groups, statistics, feeds, told)
         seen = [group for group in groups if group.value in scales]
+        told = partial(self.progress, "smoothing, group")
+        scales = smooth(path, name, self.form, seen, scales, statistics, feeds[::2], told)
+        moved = shifts(path, self.form, seen, scales, statistics)
         flops = {
             group.value: sum(layer.flops(statistics.sizes[layer.name]) for layer in group.layers) for group in seen
         }
-        engine, clear = switched(path, name, self.form, {v: each.scale for v, each in scales.items()}, seen)
+        engine, clear = switched(path, name, self.form, scales, seen, moved)
         try:
+            shift = self._shifts_gain(engine, list(scales), calls[::2])
+            moved = moved if shift else {}
             alone = self._alone(engine, seen, reference, scales)
             order = sorted(flops, key=lambda value: (-alone[value] / max(flops[value], 1), value))
             total = sum(flops.values()) + statistics.sizes[OTHERS]
 
             def quality(kept: Collection[str]) -> Probe:
                 share = sum(flops[value] for value in flops if value not in kept) / total
-                return self._probe(name, engine, list(flops), list(kept), share, reference, scales)
+                return self._probe(name, engine, list(kept), share, reference, scales, shift)
 
-            found, probes = search(order, flops, quality, self.least_db)
+            found, probes = search(order, flops, quality)
         finally:
             clear()
         if found is None:
-            best = max(probes, key=lambda probe: probe.psnr_db)
+            best = max(probes, key=lambda probe: -math.inf if (m := probe.figures["measured"]) is None else float(m))
+            reached, option = self.scan.missed([best.figures], self.form.name)
             raise QualityError(
-                f"{self.form.name} images differ from fp32 by {best.psnr_db:.1f} dB PSNR with "
-                f"{100 * best.share:.0f} % of the arithmetic in it, {self.least_db:g} are asked: use a lower "
-                "--min-psnr, scan other prompts and more steps, or use --precision bf16, fp16 or fp32"
+                f"{self.form.name} images {reached} with {100 * best.share:.0f} % of the arithmetic in it, "
+                f"{self.scan.budget_of(self.form.name).least:g} are asked: use a lower {option}, scan other prompts "
+                "and more steps, or use --precision bf16, fp16 or fp32"
             )
         report = self._report(seen, groups, scales, alone, flops, found, probes, statistics)
-        return self._write(name, path, scales, found, statistics, report)
+        report["biases_corrected"] = shift
+        return self._write(name, path, scales, moved, found, statistics, report)
+
+    @staticmethod
+    def _shifts_gain(engine: SwitchedEngine, values: list[str], calls: list[Call]) -> bool:
+        """Whether the outputs of the denoiser with all groups in eight bits lose less with shifted channels."""
+        lost = []
+        for shift in (False, True):
+            engine.choose(values, shift)
+            lost.append(loss(engine, calls))
+        return lost[1] < lost[0]
 
     def _alone(
         self, engine: SwitchedEngine, seen: list[Group], reference: Reference, scales: dict[str, Scale]
     ) -> dict[str, float]:
         record = self.folder / f"alone-{self.form.name}.json"
-        key = sha256_json([[each.value, each.scale] for each in scales.values()])
+        key = sha256_json([each.key() for each in scales.values()])
         found = self._kept(record, key)
         if found is not None:
             return {str(value): float(ratio) for value, ratio in found.items()}
@@ -158,32 +176,26 @@ class Conversion:
         self,
         name: str,
         engine: SwitchedEngine,
-        values: list[str],
         kept: list[str],
         share: float,
         reference: Reference,
         scales: dict[str, Scale],
+        shift: bool,
     ) -> Probe:
         """Draw the prompts with all groups but those of `kept` in eight bits."""
-        key = sha256_json([sorted(kept), [[each.value, each.scale] for each in scales.values()]])
+        key = sha256_json([sorted(kept), shift, [each.key() for each in scales.values()]])
         record = self.folder / f"probe-{self.form.name}-{key[:16]}.json"
         found = self._kept(record, key)
         if found is None:
-            engine.choose([value for value in values if value not in kept])
+            engine.choose([value for value in scales if value not in kept], shift)
             text = f"quality with {100 * share:.0f} % in {self.form.name}, step"
             try:
                 images = run_loop(self.bundle, {name: lambda: engine}, self.scan, text, self.progress)
-                ratios = [psnr(image, exact) for image, exact in zip(images, reference.images, strict=True)]
-            except OverflowedError:
-                ratios = [0.0] * len(self.scan.prompts)
-            found = {"psnr_db": [round(ratio, 2) for ratio in ratios]}
+                found = self.scan.figures(images, reference.images, self.form.name)
+            except OverflowedError as error:
+                found = {"psnr_db": None, "worst_db": None, "measured": None, "problem": str(error)}
             write_json(record, {"key": key, "found": found})
-        ratios = found["psnr_db"]
-        prompts = [
-            {"prompt": prompt, "seed": self.scan.seed + i, "psnr_db": ratio}
-            for i, (prompt, ratio) in enumerate(zip(self.scan.prompts, ratios, strict=True))
-        ]
-        return Probe(tuple(kept), share, round(median(ratios), 2), min(ratios), {"prompts": prompts})
+        return Probe(tuple(kept), share, self.scan.is_within(found, self.form.name), found)
 
     @staticmethod
     def _kept(record: Path, key: str) -> dict[str, Any] | None:
@@ -250,19 +262,26 @@ class Conversion:
                 {
                     "kept": len(probe.kept),
                     "share": round(probe.share, 4),
-                    "psnr_db": probe.psnr_db,
-                    "worst_db": probe.worst_db,
+                    "psnr_db": probe.figures["psnr_db"],
+                    "worst_db": probe.figures["worst_db"],
                 }
                 for probe in sorted(probes, key=lambda probe: -probe.share)
             ],
         }
 
     def _write(
-        self, name: str, path: Path, scales: dict[str, Scale], found: Probe, statistics: Statistics, report: Any
+        self,
+        name: str,
+        path: Path,
+        scales: dict[str, Scale],
+        moved: dict[str, Array],
+        found: Probe,
+        statistics: Statistics,
+        report: Any,
     ) -> EightBit:
         form = self.form.name
         low = [value for value in scales if value not in found.kept]
-        files = write(path, name, self.form, {v: each.scale for v, each in scales.items()}, low, f"{form}.onnx")
+        files = write(path, name, self.form, scales, low, f"{form}.onnx", moved)
         names = f"{form}.fused.onnx", f"{form}.per_prompt.onnx"
         fused = None  # no processor computes in 8-bit floats
         if form == "int8":
@@ -273,12 +292,10 @@ class Conversion:
         relative = [each.relative_to(self.bundle.root).as_posix() for each in (*files, *graphs)]
         hashes = {each: sha256_file(self.bundle.root / each) for each in dict.fromkeys(relative)}
         placed = [f"{name}/{each}" if each else "" for each in fused or ("", "")]
-        head = {"precision": form, "rule": RULE, "budget_db": self.least_db}
+        head = {"precision": form, "rule": RULE, **self.scan.asked(form)}
         quality = {
             **head,
             "scan": self.scan.record(self.bundle),
-            "psnr_db": found.psnr_db,
-            "worst_db": found.worst_db,
             "share": round(found.share, 4),
             **found.figures,
         }

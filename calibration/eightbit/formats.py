@@ -1,4 +1,4 @@
-"""The types of eight bits, as QuantizeLinear of ONNX rounds to them: symmetric, with the zero point 0."""
+"""The types of eight bits, as QuantizeLinear of ONNX rounds to them: symmetric, with the zero point 0; and scales."""
 
 from __future__ import annotations
 
@@ -39,6 +39,24 @@ class Format:
     def rounded(self, array: Array, scale: Array | float) -> Array:
         """What QuantizeLinear and DequantizeLinear make of `array`, float32."""
         return self.stored(array, scale).astype(np.float32) * np.asarray(scale, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Of a value. loss_db: signal to noise of the outputs of its layers, on calls that did not choose it.
+
+    factors: float32 (channels,), what the value is multiplied with before it is rounded, and weights are divided by.
+    """
+
+    value: str
+    scale: float
+    method: str
+    loss_db: float
+    factors: Array | None = None
+
+    def key(self) -> list[Any]:
+        """What tells it from others, as JSON."""
+        return [self.value, self.scale, None if self.factors is None else self.factors.tolist()]
 
 
 FORMATS = {"int8": Format("int8", "INT8", 127.0), "fp8": Format("fp8", "FLOAT8E4M3FN", 448.0)}

@@ -41,6 +41,15 @@ class Group:
     value: str
     layers: tuple[Layer, ...]
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether its layers are products with matrices."""
+        return all(layer.kind != "Conv" for layer in self.layers)
+
+    def channel_axis(self, value: Any) -> int:
+        """The axis of its `onnx_ir` value that layers add up over."""
+        return len(value.shape) - 1 if self.is_linear else 1
+
 
 def groups_of(model: Any) -> list[Group]:
     """The groups of an `onnx_ir` model that `graph.read` gave, in the order of its nodes."""
@@ -59,6 +68,23 @@ def scales_of(array: Array, axis: int, largest: float) -> Array:
     return np.asarray(np.where(amax > 0, amax, 1) / np.float32(largest), np.float32)
 
 
+def bias_of(node: Any) -> tuple[Any, int] | None:
+    """The node that adds a constant to each channel of what a layer's `node` makes, and the place of its input.
+
+    That is the node itself, where it has or could have a bias, or the Add that alone reads it; None where none is.
+    """
+    if node.op_type == "Conv":
+        return node, 2
+    if node.op_type == "Gemm":
+        return (node, 2) if node.attributes.get_float("beta", 1.0) == 1.0 else None
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0][0].op_type != "Add" or node.outputs[0].is_graph_output():
+        return None
+    reader, place = uses[0]
+    bias = weight_of(reader.inputs[1 - place])
+    return (reader, 1 - place) if bias is not None and bias.shape is not None and len(bias.shape) == 1 else None
+
+
 def along(scales: Array, axis: int, rank: int) -> Array:
     """`scales` in a shape that multiplies a weight of this rank along `axis`."""
     return scales.reshape([-1 if i == axis else 1 for i in range(rank)])
@@ -69,7 +95,8 @@ def _layer(node: Any) -> Layer | None:
     if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
         return None
     read, weight = node.inputs[0], weight_of(node.inputs[1])
-    if weight is None or not is_float(read) or weight_of(read) is not None or weight.shape is None:
+    known = read is not None and read.shape is not None and weight is not None and weight.shape is not None
+    if not known or not is_float(read) or weight_of(read) is not None:
         return None
     shape: Sequence[Any] = tuple(weight.shape)
     if not all(isinstance(size, int) for size in shape):

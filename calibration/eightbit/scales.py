@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ...common.arrays import Array
-from .formats import Format
+from .formats import Format, Scale
 from .histogram import divergence, noise, quantile
 from .layers import Group
 from .outputs import losses
@@ -19,16 +18,6 @@ from .statistics import Statistics
 _PERCENTILES = (0.9999, 0.99999)
 _PARTS = 2.0 ** (-np.arange(1, 17) / 8)
 """Of the largest magnitude, tried as the limit of what can be held."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """Of a value. loss_db: signal to noise of the outputs of its layers, on calls that did not choose it."""
-
-    value: str
-    scale: float
-    method: str
-    loss_db: float
 
 
 def candidates(statistics: Statistics, form: Format) -> dict[str, dict[str, float]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ...engines import Engine
 from ..losses import decibels
 from .layers import Group
 from .reference import Call
@@ -23,13 +25,13 @@ LEAST_SHARE = 0.1
 class Probe:
     """A choice, drawn and measured. kept: the values of the groups that stay in fp32.
 
-    share: of the arithmetic of the denoiser that is in eight bits. figures: of the images.
+    share: of the arithmetic of the denoiser that is in eight bits. within: whether it is within the budget.
+    figures: of the images, see `Scan.figures`.
     """
 
     kept: tuple[str, ...]
     share: float
-    psnr_db: float
-    worst_db: float
+    within: bool
     figures: dict[str, Any]
 
 
@@ -43,16 +45,27 @@ def losses_alone(
     found: dict[str, float] = {}
     for group in groups:
         engine.choose([group.value])
-        ratios = []
-        for feeds, exact in calls:
-            made = engine(feeds)
-            ratios += [
-                float(np.sum(np.square(made[key] - each, dtype=np.float64)) / np.sum(np.square(each, dtype=np.float64)))
-                for key, each in exact.items()
-            ]
-            told(len(found) * len(calls) + len(ratios) // len(exact), len(groups) * len(calls))
-        found[group.value] = float(np.mean(ratios))
+        found[group.value] = loss(
+            engine, calls, partial(_after, told, len(found) * len(calls), len(groups) * len(calls))
+        )
     return found
+
+
+def _after(told: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    told(before + done, total)
+
+
+def loss(engine: Engine, calls: Sequence[Call], told: Callable[[int], None] = lambda done: None) -> float:
+    """Noise over signal of the outputs of `engine`, the mean of `calls`. told: called with the calls that are done."""
+    ratios = []
+    for done, (feeds, exact) in enumerate(calls, 1):
+        made = engine(feeds)
+        ratios += [
+            float(np.sum(np.square(made[key] - each, dtype=np.float64)) / np.sum(np.square(each, dtype=np.float64)))
+            for key, each in exact.items()
+        ]
+        told(done)
+    return float(np.mean(ratios))
 
 
 def in_decibels(ratio: float) -> float:
@@ -61,7 +74,7 @@ def in_decibels(ratio: float) -> float:
 
 
 def search(
-    order: Sequence[str], flops: Mapping[str, int], quality: Callable[[Collection[str]], Probe], least_db: float
+    order: Sequence[str], flops: Mapping[str, int], quality: Callable[[Collection[str]], Probe]
 ) -> tuple[Probe | None, list[Probe]]:
     """The choice with the most arithmetic in eight bits that is within the budget, and all that were drawn.
 
@@ -76,7 +89,7 @@ def search(
 
     def draw(count: int) -> bool:
         probes.append(quality(order[:count]))
-        return probes[-1].psnr_db >= least_db
+        return probes[-1].within
 
     if not draw(free):
         low, step = free, 1
@@ -87,5 +100,5 @@ def search(
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if draw(middle) else (middle, high)
-    within = [probe for probe in probes if probe.psnr_db >= least_db]
-    return max(within, key=lambda probe: (probe.share, probe.psnr_db)), probes
+    within = [probe for probe in probes if probe.within]
+    return max(within, key=lambda probe: (probe.share, probe.figures["measured"])), probes

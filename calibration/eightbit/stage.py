@@ -59,8 +59,7 @@ def convert(
         meter.show(f"{precision}, {text} {done:g}/{total:g}")
 
     def make() -> Quantized:
-        least = scan.least_db(precision)
-        work = Conversion(plain, FORMATS[precision], scan, least, unfinished, calibration, progress)
+        work = Conversion(plain, FORMATS[precision], scan, unfinished, calibration, progress)
         return Quantized(full_models(bundle), work.run())
 
     key = sha256_json(

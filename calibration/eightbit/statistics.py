@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -23,15 +23,15 @@ from .layers import Group
 
 STRETCHES = 4
 """Parts of the timesteps that are told from one another: ranges drift from noise to picture."""
-REVISION = 1
+REVISION = 2
 """Raise it when the same run would give other statistics."""
 _SAMPLE = 1 << 15
 """Elements of a value that are counted in a call, those of an odd step through it; its range is of all."""
 _TIMESTEPS = 1000
 _LARGEST_FILE = 256 << 20
 OTHERS = "products of values"
-_HIGH, _LOW, _SOME, _SIZE, _WORK = ":highest", ":lowest", ":some", ":size", ":operations"
-_SUFFIXES = (_HIGH, _LOW, _SOME, _SIZE, _WORK)
+_HIGH, _LOW, _MEAN, _SOME, _SIZE, _WORK = ":highest", ":lowest", ":mean", ":some", ":size", ":operations"
+_SUFFIXES = (_HIGH, _LOW, _MEAN, _SOME, _SIZE, _WORK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,9 @@ class Statistics:
 
     model: the hash of the model. values: their names. counts: int64 (values, stretches, `BINS`), see `histogram`, of
     every other call: scales are judged by the others. high, low: float32 (values, stretches), of all calls; 0 in a
-    stretch without any. sizes: elements that a layer makes in a call, by its name; by `OTHERS` the operations of
-    products of two values, which no layer is.
+    stretch without any. calls: of the model. peaks, means: of each channel that layers add up over, the largest
+    magnitude and the mean of all calls, float32 (channels,) by value. sizes: elements that a layer makes in a call, by
+    its name; by `OTHERS` the operations of products of two values, which no layer is.
     """
 
     model: str
@@ -49,14 +50,18 @@ class Statistics:
     counts: Array
     high: Array
     low: Array
+    calls: int
+    peaks: dict[str, Array]
+    means: dict[str, Array]
     sizes: dict[str, int]
 
     @classmethod
     def empty(cls, model: str, values: Sequence[str]) -> Statistics:
         """Of no call."""
         shape = (len(values), STRETCHES)
-        counts = np.zeros((len(values), STRETCHES, BINS), np.int64)
-        return cls(model, tuple(values), counts, np.zeros(shape, np.float32), np.zeros(shape, np.float32), {})
+        counts = np.zeros((*shape, BINS), np.int64)
+        ranges = np.zeros((2, *shape), np.float32)
+        return cls(model, tuple(values), counts, ranges[0], ranges[1], 0, {}, {}, {})
 
     def largest(self) -> dict[str, float]:
         """max |x| of each value."""
@@ -69,24 +74,37 @@ class Statistics:
 
     def plus(self, other: Statistics) -> Statistics:
         """Of the calls of both, which are of one model."""
+        if not (self.calls and other.calls):
+            return self if self.calls else other
+        calls = self.calls + other.calls
         return Statistics(
             self.model,
             self.values,
             self.counts + other.counts,
             np.maximum(self.high, other.high),
             np.minimum(self.low, other.low),
-            self.sizes or other.sizes,
+            calls,
+            {value: np.maximum(peak, other.peaks[value]) for value, peak in self.peaks.items()},
+            {
+                value: np.asarray((self.calls * mean + other.calls * other.means[value]) / calls, np.float32)
+                for value, mean in self.means.items()
+            },
+            self.sizes,
         )
 
     def save(self, path: Path) -> None:
         """Write them to `path`, the same bytes for the same statistics. Raises `DiffoundryError` on a full disk."""
         head = {"revision": REVISION, "model": self.model, "values": self.values, "sizes": self.sizes}
+        head |= {"calls": self.calls, "channels": [len(self.peaks.get(value, ())) for value in self.values]}
         used = np.flatnonzero(self.counts.any(axis=(0, 1)))
         first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
         file = io.BytesIO()
         text = np.frombuffer(json.dumps({**head, "first": first}, sort_keys=True).encode(), np.uint8)
         counts = self.counts[..., first:last]
-        np.savez_compressed(file, head=text, counts=counts, high=self.high, low=self.low)
+        by_channel = np.zeros((2, 0), np.float32)
+        if self.calls:
+            by_channel = np.stack([np.concatenate([of[v] for v in self.values]) for of in (self.peaks, self.means)])
+        np.savez_compressed(file, head=text, counts=counts, high=self.high, low=self.low, channels=by_channel)
         with replacing(path) as part:
             part.write_bytes(file.getvalue())
 
@@ -107,8 +125,19 @@ class Statistics:
                 ranges = np.stack([high, low])
                 if ranges.shape != (2, *shape[:2]) or ranges.dtype != np.float32 or not np.isfinite(ranges).all():
                     raise ValueError("its ranges are damaged")
+                edges = np.cumsum([0, *map(int, head["channels"])])
+                channels = found["channels"]
+                if channels.shape != (2, edges[-1]) or channels.dtype != np.float32 or len(edges) != len(values) + 1:
+                    raise ValueError("its channels are damaged")
+                peaks, means = (
+                    {value: each[a:b] for value, a, b in zip(values, edges, edges[1:], strict=False) if b > a}
+                    for each in channels
+                )
+                if not np.isfinite(channels).all() or (peaks and len(peaks) != len(values)):
+                    raise ValueError("its channels are damaged")
                 sizes = {str(name): int(size) for name, size in head["sizes"].items()}
-                return cls(str(head["model"]), values, counts, high, low, sizes)
+                calls = int(head["calls"])
+                return cls(str(head["model"]), values, counts, high, low, calls, peaks, means, sizes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
             raise DiffoundryError(f"{path} is no calibration file of this version of diffoundry: {error}") from None
 
@@ -120,13 +149,19 @@ class Observer:
         """path: of the fp32 model, whose hash is `model`. timestep: the name of the input that takes it, or ""."""
         self._path, self._component, self._groups, self._timestep = path, component, groups, timestep
         self._values = [group.value for group in groups]
-        self._calls = 0
-        self.statistics = Statistics.empty(model, self._values)
+        self._model = model
+        self._begin()
+
+    def _begin(self) -> None:
+        self._calls, self._gathered = 0, Statistics.empty(self._model, self._values)
+        self._peaks: dict[str, Array] = {}
+        self._sums: dict[str, Array] = {}
 
     def restart(self) -> Statistics:
         """What was gathered since the last time; it begins anew."""
-        found, self._calls = self.statistics, 0
-        self.statistics = Statistics.empty(found.model, found.values)
+        means = {name: np.asarray(total / self._calls, np.float32) for name, total in self._sums.items()}
+        found = replace(self._gathered, calls=self._calls, peaks=self._peaks, means=means)
+        self._begin()
         return found
 
     def engine(self, on_call: OnCall) -> RecordedEngine:
@@ -145,15 +180,19 @@ class Observer:
     def _add(self, feeds: Mapping[str, Array], made: Mapping[str, Array]) -> None:
         at = float(np.max(feeds[self._timestep])) if self._timestep else 0.0
         stretch = min(max(int(at * STRETCHES / _TIMESTEPS), 0), STRETCHES - 1)
-        found = self.statistics
+        found = self._gathered
         for i, name in enumerate(self._values):
-            high, low = made[name + _HIGH].item(), made[name + _LOW].item()
+            highs, lows = made[name + _HIGH], made[name + _LOW]
+            high, low = float(highs.max()), float(lows.min())
             if not (np.isfinite(high) and np.isfinite(low) and np.isfinite(made[name + _SOME]).all()):
                 reader = self._groups[i].layers[0].name
                 raise DiffoundryError(
                     f"{self._component}: {name}, which {reader} reads, is infinity or NaN in fp32 at timestep {at:g}: "
                     "scan other prompts, or check the checkpoint"
                 )
+            peaks = np.maximum(np.abs(highs), np.abs(lows))
+            self._peaks[name] = np.maximum(self._peaks[name], peaks) if name in self._peaks else peaks
+            self._sums[name] = self._sums.get(name, 0) + made[name + _MEAN].astype(np.float64)
             if self._calls % 2 == 0:
                 found.counts[i, stretch] += count(made[name + _SOME])
             found.high[i, stretch] = max(found.high[i, stretch], high)
@@ -205,13 +244,18 @@ def _probe(model: Any, groups: Sequence[Group]) -> None:
     for group in groups:
         value = values[group.value]
         after = value.producer()
-        for op, suffix in (("ReduceMax", _HIGH), ("ReduceMin", _LOW)):
+        others = constant(
+            f"{group.value}:others", [i for i in range(len(value.shape)) if i != group.channel_axis(value)]
+        )
+        for op, suffix in (("ReduceMax", _HIGH), ("ReduceMin", _LOW), ("ReduceMean", _MEAN)):
             give(
                 group.value + suffix,
                 after,
-                lambda tape, output, op=op, value=value: tape.op(op, [value], {"keepdims": 0}, output=output),
+                lambda tape, output, op=op, value=value, others=others: tape.op(
+                    op, [value, others], {"keepdims": 0}, output=output
+                ),
                 number,
-                [],
+                [None],
             )
         give(group.value + _SOME, after, lambda tape, output, value=value: some(tape, value, output), number, [None])
         for layer in group.layers:

@@ -18,49 +18,62 @@ from ...engines import DeviceArray, DeviceBinding, Engine, HostBinding
 from ...engines.fusion.graph import save, weight_of
 from ..graph import key, raise_opset, read
 from ..sessions import start
-from .formats import Format
-from .layers import Group
+from .formats import Format, Scale
+from .layers import Group, Layer
 from .write import OPSET, Rounding
 
-_NAME, _CHOICE = "switched.onnx", "diffoundry:low"
+_NAME, _CHOICE, _SHIFT = "switched.onnx", "diffoundry:low", "diffoundry:shift"
 
 
 class SwitchedEngine(Engine):
     """A component whose groups are in eight bits where `choose` says so. At first none is."""
 
     def __init__(self, engine: Engine, values: Sequence[str]) -> None:
-        super().__init__(engine.component, [each for each in engine.inputs if each.name != _CHOICE], engine.outputs)
+        own = [each for each in engine.inputs if each.name not in (_CHOICE, _SHIFT)]
+        super().__init__(engine.component, own, engine.outputs)
         self._engine, self._values = engine, list(values)
-        self._choice = np.zeros(len(values), np.bool_)
+        self._choice, self._shift = np.zeros(len(values), np.bool_), np.zeros((), np.float32)
 
-    def choose(self, low: Collection[str]) -> None:
-        """Compute the groups of these values in eight bits, and no other."""
+    def choose(self, low: Collection[str], shift: bool = False) -> None:
+        """Compute the groups of these values in eight bits, and no other. shift: whether outputs are shifted."""
         self._choice[:] = [value in low for value in self._values]
+        self._shift[...] = shift
 
     def to_device(self, array: Array) -> DeviceArray:
         """See `engine.Engine`."""
         return self._engine.to_device(array)
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        return self._engine({**feeds, _CHOICE: self._choice})
+        return self._engine({**feeds, **self._own})
 
     def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> HostBinding:
-        return self._engine.bind_host({**feeds, _CHOICE: self._choice}, twice)
+        return self._engine.bind_host({**feeds, **self._own}, twice)
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
-        return self._engine.bind_device({**tensors, _CHOICE: self._engine.to_device(self._choice)})
+        return self._engine.bind_device(
+            {**tensors, **{name: self._engine.to_device(each) for name, each in self._own.items()}}
+        )
+
+    @property
+    def _own(self) -> dict[str, Array]:
+        return {_CHOICE: self._choice, _SHIFT: self._shift}
 
 
 def switched(
-    source: Path, component: str, form: Format, scales: Mapping[str, float], groups: Sequence[Group]
+    source: Path,
+    component: str,
+    form: Format,
+    scales: Mapping[str, Scale],
+    groups: Sequence[Group],
+    shifts: Mapping[str, Array],
 ) -> tuple[SwitchedEngine, Callable[[], None]]:
     """The engine of the model `source`, and what removes the weights that it keeps beside it.
 
-    groups: those that can be turned, each with a scale.
+    groups: those that can be turned, each with a scale. shifts: see `write`, taken where `shift` says so.
     """
     model = read(source)
     raise_opset(model, OPSET, component)
-    _turn(model, form, scales, groups)
+    _turn(model, form, scales, groups, shifts)
     paths = [source.parent / f"{_NAME}{end}" for end in ("", "_data")]
 
     def clear() -> None:
@@ -76,7 +89,9 @@ def switched(
     return SwitchedEngine(engine, [group.value for group in groups]), clear
 
 
-def _turn(model: Any, form: Format, scales: Mapping[str, float], groups: Sequence[Group]) -> None:
+def _turn(
+    model: Any, form: Format, scales: Mapping[str, Scale], groups: Sequence[Group], shifts: Mapping[str, Array]
+) -> None:
     """Put each layer into an If, with what rounds its input and its weight."""
     import onnx_ir
 
@@ -84,7 +99,8 @@ def _turn(model: Any, form: Format, scales: Mapping[str, float], groups: Sequenc
     rounding = Rounding(model, form)
     nodes = {key(node): node for node in graph}
     choice = onnx_ir.val(_CHOICE, onnx_ir.DataType.BOOL, [len(groups)])
-    graph.inputs.append(choice)
+    shift = onnx_ir.val(_SHIFT, onnx_ir.DataType.FLOAT, [])
+    graph.inputs.extend([choice, shift])
     for i, group in enumerate(groups):
         place = onnx_ir.val(f"low:{i}", const_value=onnx_ir.tensor(np.asarray(i, np.int64), name=f"low:{i}"))
         graph.register_initializer(place)
@@ -93,9 +109,12 @@ def _turn(model: Any, form: Format, scales: Mapping[str, float], groups: Sequenc
             turn = onnx_ir.val(f"{layer.name}:turn", onnx_ir.DataType.BOOL, [])
             pick = onnx_ir.node("Gather", [choice, place], {"axis": 0}, outputs=[turn])
             inputs = list(node.inputs)
-            before, value = rounding.nodes(inputs[0], scales[group.value])
-            widen, weight = rounding.weight_node(layer, weight_of(inputs[1]))
+            scale = scales[group.value]
+            before, value = rounding.nodes(inputs[0], scale.scale, scale.factors)
+            widen, weight = rounding.weight_node(layer, weight_of(inputs[1]), scale.factors)
             low = [*before, widen, _copy(node, [value, weight, *inputs[2:]], f"{layer.name}:low")]
+            if layer.name in shifts:
+                low += _shifted(graph, layer, low[-1].outputs[0], shifts[layer.name], shift)
             full = [_copy(node, inputs, f"{layer.name}:full")]
             for number, each in enumerate(low):  # a name is given once in all graphs
                 for made in each.outputs:
@@ -110,6 +129,22 @@ def _turn(model: Any, form: Format, scales: Mapping[str, float], groups: Sequenc
             graph.insert_before(node, [pick, either])
             _replace(graph, old, made)
             graph.remove(node, safe=True)
+
+
+def _shifted(graph: Any, layer: Layer, made: Any, by: Array, shift: Any) -> list[Any]:
+    """The nodes that add `by` to each channel of what a layer made, times the input `shift`."""
+    import onnx_ir
+
+    name = f"{layer.name}:shift"
+    array = by.reshape(-1, *(1,) * (len(layer.shape) - 2)) if layer.kind == "Conv" else by
+    constant = onnx_ir.val(name, const_value=onnx_ir.tensor(np.asarray(array, np.float32), name=name))
+    graph.register_initializer(constant)
+    taken, moved = (onnx_ir.val(f"{name}:{each}", made.dtype) for each in ("taken", "moved"))
+    moved.shape = made.shape
+    return [
+        onnx_ir.node("Mul", [constant, shift], outputs=[taken]),
+        onnx_ir.node("Add", [made, taken], outputs=[moved]),
+    ]
 
 
 def _replace(graph: Any, old: Any, new: Any) -> None:

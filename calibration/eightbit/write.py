@@ -15,19 +15,26 @@ import numpy as np
 from ...common.arrays import Array
 from ...engines.fusion.graph import map_tensor, save, weight_of
 from ..graph import key, raise_opset, read
-from .formats import Format
-from .layers import Group, Layer, along, groups_of, scales_of
+from .formats import Format, Scale
+from .layers import Group, Layer, along, bias_of, groups_of, scales_of
 
 OPSET = 19
 """The first in which QuantizeLinear makes floats of eight bits."""
 
 
 def write(
-    source: Path, component: str, form: Format, scales: Mapping[str, float], low: Collection[str], name: str
+    source: Path,
+    component: str,
+    form: Format,
+    scales: Mapping[str, Scale],
+    low: Collection[str],
+    name: str,
+    shifts: Mapping[str, Array] | None = None,
 ) -> list[Path]:
     """Write the model `source` as `name` beside it, with the groups of the values `low` in eight bits.
 
-    scales: of each value. The same input gives the same bytes. Returns the files of the model, see `graph.save`.
+    scales: of each value. shifts: what is added to each channel that a layer makes, by its name. The same input gives
+    the same bytes. Returns the files of the model, see `graph.save`.
     """
     model = read(source)
     raise_opset(model, OPSET, component)
@@ -35,11 +42,14 @@ def write(
     nodes = {key(node): node for node in model.graph}
     for group in groups_of(model):
         if group.value in low:
-            rounded = rounding.value(group, scales[group.value])
+            found = scales[group.value]
+            rounded = rounding.value(group, found)
             for layer in group.layers:
                 node = nodes[layer.name]
                 node.replace_input_with(0, rounded)
-                node.replace_input_with(1, rounding.weight(layer, node))
+                node.replace_input_with(1, rounding.weight(layer, node, found.factors))
+                if shifts and layer.name in shifts:
+                    rounding.shift(layer, node, shifts[layer.name])
     drop_unused(model)
     return save(model, source.parent, name)
 
@@ -52,24 +62,33 @@ class Rounding:
 
         self._graph, self._form = model.graph, form
         self._type = onnx_ir.DataType[form.dtype]
-        self._weights: dict[tuple[str, int], Any] = {}
+        self._weights: dict[tuple[str, int, bytes | None], Any] = {}
         self._values = {str(value.name): value for value in model.graph.inputs}
         self._values |= {str(made.name): made for node in model.graph for made in node.outputs}
 
-    def value(self, group: Group, scale: float) -> Any:
+    def value(self, group: Group, scale: Scale) -> Any:
         """The group's value after rounding; its nodes follow the node that makes it."""
         value = self._values[group.value]
-        nodes, made = self.nodes(value, scale)
+        nodes, made = self.nodes(value, scale.scale, scale.factors)
         if value.producer() is None:
             self._graph.insert_before(self._graph[0], nodes)
         else:
             self._graph.insert_after(value.producer(), nodes)
         return made
 
-    def nodes(self, value: Any, scale: Any) -> tuple[list[Any], Any]:
-        """The two nodes that round a value with a scale, a number or a value, in no graph yet, and what they make."""
+    def nodes(self, value: Any, scale: Any, factors: Array | None = None) -> tuple[list[Any], Any]:
+        """The nodes that round a value with a scale, a number or a value, in no graph yet, and what they make.
+
+        factors: of its last axis, multiplied with it first.
+        """
         import onnx_ir
 
+        first = []
+        if factors is not None:
+            by = self._constant(f"{value.name}:factors", factors)
+            smooth = onnx_ir.val(f"{value.name}:smooth", value.dtype, value.shape)
+            first = [onnx_ir.node("Mul", [value, by], outputs=[smooth])]
+            value = smooth
         with_scale = scale
         if not isinstance(scale, onnx_ir.Value):
             with_scale = self._constant(f"{value.name}:scale", np.asarray(scale, np.float32))
@@ -77,35 +96,59 @@ class Rounding:
         stored = onnx_ir.val(f"{value.name}:{self._form.name}", self._type, value.shape)
         quantize = onnx_ir.node("QuantizeLinear", [value, with_scale, zero], outputs=[stored])
         made = onnx_ir.val(f"{value.name}:rounded", value.dtype, value.shape)
-        return [quantize, onnx_ir.node("DequantizeLinear", [stored, with_scale, zero], outputs=[made])], made
+        widen = onnx_ir.node("DequantizeLinear", [stored, with_scale, zero], outputs=[made])
+        return [*first, quantize, widen], made
 
-    def weight(self, layer: Layer, reader: Any) -> Any:
-        """The weight of a layer, from eight bits; its node stands before `reader`."""
+    def weight(self, layer: Layer, reader: Any, factors: Array | None = None) -> Any:
+        """The weight of a layer over `factors`, from eight bits; its node stands before `reader`."""
         import onnx_ir
 
-        found = self._weights.get((layer.weight, layer.axis))
+        key = layer.weight, layer.axis, None if factors is None else factors.tobytes()
+        found = self._weights.get(key)
         if found is not None:
             return found
-        node, made = self.weight_node(layer, weight_of(reader.inputs[1]))
+        node, made = self.weight_node(layer, weight_of(reader.inputs[1]), factors)
         self._graph.insert_before(self._graph[0], [node])
         assert isinstance(made, onnx_ir.Value)
-        self._weights[layer.weight, layer.axis] = made
+        self._weights[key] = made
         return made
 
-    def weight_node(self, layer: Layer, weight: Any) -> tuple[Any, Any]:
-        """The node that takes a weight from eight bits, in no graph yet, and what it makes."""
+    def weight_node(self, layer: Layer, weight: Any, factors: Array | None = None) -> tuple[Any, Any]:
+        """The node that takes a weight over `factors` from eight bits, in no graph yet, and what it makes."""
         import onnx_ir
 
         name, largest = f"{layer.weight}:{layer.axis}", self._form.largest
-        scales = map_tensor(weight.const_value, lambda array: scales_of(_wide(array), layer.axis, largest))
-        stored = self._stored(f"{name}:{self._form.name}", weight, layer, scales)
+        if factors is not None:
+            name = f"{name}:{layer.name}"
+        scales = map_tensor(
+            weight.const_value, lambda array: scales_of(over(wide(array), factors, layer.axis), layer.axis, largest)
+        )
+        stored = self._stored(f"{name}:{self._form.name}", weight, layer, scales, factors)
         with_scale = self._constant(f"{name}:scale", scales)
         zero = self._constant(f"{name}:zero", np.zeros(len(scales), self._form.numpy))
         made = onnx_ir.val(f"{name}:float", onnx_ir.DataType.FLOAT, layer.shape)
         node = onnx_ir.node("DequantizeLinear", [stored, with_scale, zero], {"axis": layer.axis}, outputs=[made])
         return node, made
 
-    def _stored(self, name: str, weight: Any, layer: Layer, scales: Array) -> Any:
+    def shift(self, layer: Layer, node: Any, by: Array) -> None:
+        """Add `by` to the bias of a layer, the one that `layers.bias_of` finds."""
+        import onnx_ir
+
+        found = bias_of(node)
+        assert found is not None  # `shifts` are of those that have one
+        reader, place = found
+        old = weight_of(reader.inputs[place]) if place < len(reader.inputs) else None
+        array = by if old is None else map_tensor(old.const_value, wide) + by
+        name = f"{layer.name}:bias"
+        made = onnx_ir.val(name, const_value=onnx_ir.tensor(np.asarray(array, np.float32), name=name))
+        self._graph.register_initializer(made)
+        if place < len(reader.inputs):
+            reader.replace_input_with(place, made)
+        else:
+            reader.resize_inputs(place + 1)
+            reader.replace_input_with(place, made)
+
+    def _stored(self, name: str, weight: Any, layer: Layer, scales: Array, factors: Array | None) -> Any:
         """The weight in eight bits, made when it is written, so that one at a time is in memory."""
         import onnx_ir
 
@@ -115,7 +158,7 @@ class Rounding:
 
         def make() -> Any:
             step = along(scales, layer.axis, len(layer.shape))
-            array = map_tensor(tensor, lambda array: form.stored(_wide(array), step))
+            array = map_tensor(tensor, lambda array: form.stored(over(wide(array), factors, layer.axis), step))
             return onnx_ir.tensor(array, dtype=self._type, name=name)
 
         value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(layer.shape), type=onnx_ir.TensorType(self._type))
@@ -145,5 +188,11 @@ def drop_unused(model: Any) -> None:
             del graph.initializers[name]
 
 
-def _wide(array: Array) -> Array:
+def over(weight: Array, factors: Array | None, axis: int) -> Array:
+    """A matrix over the factors of what it is multiplied with. axis: of the output channels."""
+    return weight if factors is None else np.asarray(weight / along(factors, 1 - axis, 2), np.float32)
+
+
+def wide(array: Array) -> Array:
+    """In float32."""
     return array.astype(np.float32, copy=False)

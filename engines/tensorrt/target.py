@@ -16,8 +16,8 @@ Size = tuple[int, int]
 
 _MOST_PROMPTS = 8
 """Prompts that a plan of a text encoder takes at once, at least."""
-_REGISTERS = 1, 2, 8
-"""Latents that a sampler keeps between its steps."""
+_REGISTERS = 1, 2, 12
+"""Latents that a sampler keeps between its steps; with forecasts four more."""
 _STEPS = 1, 20, 1000
 
 

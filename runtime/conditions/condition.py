@@ -25,7 +25,7 @@ _NO_NEGATIVE = "on this model, which is given the guidance and predicts once: le
 _ALWAYS = frozenset(
     {
         *("seed", "rng", "count", "width", "height", "output"),
-        *("steps", "timesteps", "sigmas", "scheduler", "scheduler_options", "denoising_end"),
+        *("steps", "timesteps", "sigmas", "scheduler", "scheduler_options", "denoising_end", "forecast"),
     }
 )
 """Fields that act on every image."""

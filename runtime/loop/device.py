@@ -53,12 +53,13 @@ class DeviceStepper:
             self._phase, self._rows, self._guided = self._phases.take(rows), list(rows), guided
         phase, self._phase = self._phase, None  # one in which an engine failed is not used again
         drawn = [any(row.state.draws(k) for row in rows) for k in range(steps)]
+        calls = [any(row.state.calls(k) for row in rows) for k in range(steps)]
         noise = (_noise(rows, k) if draws else None for k, draws in enumerate(drawn))
         if sum(drawn) * phase.noise_bytes <= _MOST_NOISE_BYTES:
-            phase.run(list(noise))
+            phase.run(list(noise), calls)
         else:
-            for each in noise:
-                phase.run([each])
+            for each, calls_model in zip(noise, calls, strict=True):
+                phase.run([each], [calls_model])
         for row in rows:
             row.state.position += steps
         self._phase = phase
@@ -199,16 +200,19 @@ class _Phase:
         self._denoiser.refresh(self._ports.sample, self._ports.timestep, *self._texts.update(texts))
         self._turn, self.ahead = 0, False
 
-    def run(self, noise: Sequence[Array | None]) -> None:
-        """A call of the denoiser and a step for each of `noise`, which is what the rows draw, None where none does."""
+    def run(self, noise: Sequence[Array | None], calls: Sequence[bool]) -> None:
+        """A step for each of `noise`, which is what the rows draw, None where none does.
+
+        calls: whether the denoiser runs before the step.
+        """
         slots = tuple(0 if drawn is None else k for k, drawn in enumerate(noise))
         for slot, drawn in zip(slots, noise, strict=True):
             if drawn is not None and slot in self._noise:
                 self._noise[slot].update_inplace(drawn)
             elif drawn is not None:
                 self._noise[slot] = self._step.to_device(drawn)
-        key = (self._turn, slots)
-        launch = self._captured.pop(key, None) or self._capture(slots)
+        key = (self._turn, slots, tuple(calls))
+        launch = self._captured.pop(key, None) or self._capture(slots, calls)
         self._captured[key] = launch
         while len(self._captured) > _MOST_CAPTURED:
             self._captured.popitem(last=False)
@@ -221,12 +225,13 @@ class _Phase:
         self.ahead = False
         return self._pairs["registers"][self._turn].numpy()
 
-    def _capture(self, slots: Sequence[int]) -> Callable[[], None]:
+    def _capture(self, slots: Sequence[int], calls: Sequence[bool]) -> Callable[[], None]:
         denoiser, steps = self._denoiser, [self._bind((self._turn + k) % 2, slot) for k, slot in enumerate(slots)]
 
         def launches() -> None:
-            for step in steps:
-                denoiser()
+            for step, calls_model in zip(steps, calls, strict=True):
+                if calls_model:
+                    denoiser()
                 step()
 
         shape = "x".join(map(str, self._shared["model_output"].shape))

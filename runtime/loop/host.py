@@ -38,8 +38,10 @@ class HostStepper:
         if self._rows != rows:
             self._rows, self._calls = list(rows), {}
         for _ in range(steps):
-            for row, output in zip(rows, self.predict(rows), strict=True):
-                row.advance(output)
+            calling = [row for row in rows if row.state.calls()]
+            outputs = dict(zip((row.handle for row in calling), self.predict(calling), strict=True)) if calling else {}
+            for row in rows:
+                row.advance(outputs.get(row.handle))
 
     def predict(self, rows: Sequence[Row]) -> Array:
         """The guided model output for the next step of each row, float32 (n, C, …)."""

@@ -76,8 +76,8 @@ class Row:
         noise: Array = self.sample.generator.randn(1, *self.sample.latents.shape)[0]
         return noise
 
-    def advance(self, output: Array) -> None:
-        """Make the next step from the guided model output, (C, …)."""
+    def advance(self, output: Array | None) -> None:
+        """Make the next step from the guided model output, (C, …), None where it calls no model."""
         state, kept = self.state, self.sample.kept
         k = state.position
         state.advance(output, self.draw() if state.draws() else None)

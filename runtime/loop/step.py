@@ -49,7 +49,7 @@ class State:
         """latents: float32, of any axes; what the row starts from, already scaled."""
         self.table, self.position = table, 0
         self._weights, self._scales = table.weights.astype(np.float32), table.input_scale.astype(np.float32)
-        self._clips = bool(np.isfinite(table.clip))
+        self._clips, self._calls = bool(np.isfinite(table.clip)), table.calls.tolist()
         self._stack = np.zeros((table.registers + 3, *latents.shape), np.float32)
         self._stack[0] = latents
         self._flat = self._stack.reshape(len(self._stack), -1)
@@ -79,15 +79,22 @@ class State:
         """Whether the step that is `ahead` steps from the next one draws noise."""
         return bool(self.table.draws[self.position + ahead])
 
+    def calls(self, ahead: int = 0) -> bool:
+        """Whether the step that is `ahead` steps from the next one calls the model."""
+        return bool(self._calls[self.position + ahead])
+
     def model_input(self, out: Array | None = None) -> Array:
         """The scaled latents, written into `out` where it is given."""
         scaled: Array = np.multiply(self._stack[0], self._scales[self.position], out=out)
         return scaled
 
-    def advance(self, output: Array, noise: Array | None = None) -> None:
-        """Make the step. output: the guided model output. noise: standard normal, where the step draws. Both as x."""
+    def advance(self, output: Array | None, noise: Array | None = None) -> None:
+        """Make the step. output: the guided model output, where the step calls the model. noise: standard normal, where
+        it draws. Both as x.
+        """
         table, k, stack, size = self.table, self.position, self._stack, self.table.registers
-        stack[size] = output
+        if output is not None:
+            stack[size] = output
         if noise is not None:
             stack[size + 1] = noise
         if self._clips:

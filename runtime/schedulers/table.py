@@ -1,4 +1,4 @@
-"""The table that a schedule is: one row for each model call, linear in state, model output and noise."""
+"""The table that a schedule is: one row for each step, linear in state, model output and noise."""
 
 from __future__ import annotations
 
@@ -55,8 +55,14 @@ class Table:
 
     @property
     def steps(self) -> int:
-        """The number of model calls."""
+        """The number of rows."""
         return len(self.timesteps)
+
+    @property
+    def calls(self) -> Array:
+        """(S,), whether a row reads the model's output, so that the model is called."""
+        clipped = self.weights[:, :, -1].any(axis=1) & (self.x0[:, 1] != 0)
+        return np.asarray(self.weights[:, :, -3].any(axis=1) | clipped)
 
     @property
     def registers(self) -> int:

@@ -19,10 +19,11 @@ import diffoundry
 from diffoundry.bundle import Bundle
 from diffoundry.calibration import QualityError, Scan, emulation
 from diffoundry.calibration.eightbit import reference, times
-from diffoundry.calibration.eightbit.formats import FORMATS
+from diffoundry.calibration.eightbit.formats import FORMATS, Scale
 from diffoundry.calibration.eightbit.layers import groups_of
 from diffoundry.calibration.eightbit.outputs import losses
 from diffoundry.calibration.eightbit.scales import candidates
+from diffoundry.calibration.eightbit.smoothing import shifts, smooth
 from diffoundry.calibration.eightbit.statistics import Statistics
 from diffoundry.calibration.eightbit.switched import switched
 from diffoundry.calibration.eightbit.write import write
@@ -90,14 +91,18 @@ def test_a_run_goes_on_where_it_was(bundle, observed, tmp_path, monkeypatch):
 def test_groups_can_be_turned_and_give_what_the_written_model_gives(name, bundle, observed):
     made, groups = observed
     form, source = FORMATS[name], bundle / "unet" / "model.onnx"
-    scales = candidates(made.statistics, form)["amax"]
-    engine, clear = switched(source, "unet", form, scales, groups)
+    plain = candidates(made.statistics, form)["amax"]
+    scales = {value: Scale(value, scale, "amax", 0.0) for value, scale in plain.items()}
     feeds, exact = made.calls[0][0]
+    scales = smooth(source, "unet", form, groups, scales, made.statistics, [feeds], lambda done, total: None)
+    assert form.name == "fp8" or any(scale.factors is not None for scale in scales.values())
+    moved = shifts(source, form, groups, scales, made.statistics)
+    engine, clear = switched(source, "unet", form, scales, groups, moved)
     assert np.allclose(engine(feeds)["out_sample"], exact["out_sample"], atol=1e-5)
     few = [group.value for group in groups[5:20]]
-    for low in (few, list(scales)):
-        engine.choose(low)
-        files = write(source, "unet", form, scales, low, f"{name}.onnx")
+    for low, shift in ((few, False), (list(scales), False), (list(scales), True)):
+        engine.choose(low, shift)
+        files = write(source, "unet", form, scales, low, f"{name}.onnx", moved if shift else None)
         onnx.checker.check_model(str(files[0]), full_check=True)
         written = start(read(files[0]), files[0].parent, "unet", fast=False)(feeds)["out_sample"]
         assert np.allclose(engine(feeds)["out_sample"], written, atol=1e-4)

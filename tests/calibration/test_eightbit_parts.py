@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,10 +12,15 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from diffoundry.calibration.eightbit.formats import FORMATS
+from diffoundry.calibration.eightbit.formats import FORMATS, Scale
 from diffoundry.calibration.eightbit.histogram import BINS, count, divergence, noise, quantile, signal
+from diffoundry.calibration.eightbit.layers import groups_of
 from diffoundry.calibration.eightbit.search import LEAST_SHARE, Probe, search
+from diffoundry.calibration.eightbit.smoothing import ALPHAS, factors_of, shifts, smooth
 from diffoundry.calibration.eightbit.statistics import STRETCHES, Statistics
+from diffoundry.calibration.eightbit.write import write
+from diffoundry.calibration.graph import read
+from diffoundry.calibration.sessions import start
 from diffoundry.common.errors import DiffoundryError
 
 RNG = np.random.default_rng(5)
@@ -73,7 +79,9 @@ def statistics():
     found.counts[0, 2] += count(RNG.standard_normal(100).astype(np.float32))
     found.high[0, 2], found.low[0, 2] = 3.0, -4.0
     found.sizes["layer"] = 12
-    return found
+    peaks = {"a": np.asarray([4.0, 3.0, 0.0], np.float32), "b": np.zeros(2, np.float32)}
+    means = {"a": np.asarray([0.5, -1.0, 0.0], np.float32), "b": np.zeros(2, np.float32)}
+    return replace(found, calls=3, peaks=peaks, means=means)
 
 
 def test_statistics_are_kept_as_they_were(tmp_path):
@@ -85,6 +93,11 @@ def test_statistics_are_kept_as_they_were(tmp_path):
     assert again.largest() == {"a": 4.0, "b": 0.0}
     both = found.plus(found)
     assert both.counts.sum() == 2 * found.counts.sum() and both.largest() == found.largest()
+    assert again.calls == 3 and all(np.array_equal(again.peaks[each], found.peaks[each]) for each in "ab")
+    other = replace(found, calls=1, means={"a": np.asarray([2.5, 0.0, 4.0], np.float32), "b": np.ones(2, np.float32)})
+    both = again.plus(other)
+    assert both.calls == 4 and np.allclose(both.means["a"], [1.0, -0.75, 1.0]) and np.allclose(both.means["b"], 0.25)
+    assert found.plus(Statistics.empty(found.model, found.values)).calls == 3
     first = (tmp_path / "s.npz").read_bytes()
     found.save(tmp_path / "s.npz")
     assert (tmp_path / "s.npz").read_bytes() == first
@@ -108,6 +121,8 @@ DAMAGES = {
     "ranges that are not finite": lambda path: _changed(path, high=np.full((2, STRETCHES), np.nan, np.float32)),
     "counts in floats": lambda path: _changed(path, counts=np.zeros((2, STRETCHES, 3), np.float32)),
     "bins beyond the last": lambda path: _changed(path, first=BINS),
+    "channels of another number": lambda path: _changed(path, channels=np.zeros((2, 4), np.float32)),
+    "channels of none": lambda path: _changed(path, channels=np.full((2, 5), np.inf, np.float32)),
     "values that are none": lambda path: _changed(path, values=7),
 }
 
@@ -127,7 +142,8 @@ def drawn(good):
     def quality(kept):
         flops = {f"v{i}": 1 for i in range(10)}
         share = 1 - sum(flops[value] for value in kept) / 10
-        return Probe(tuple(kept), share, 30.0 if set(good) <= set(kept) else 20.0, 10.0, {})
+        reached = 30.0 if set(good) <= set(kept) else 20.0
+        return Probe(tuple(kept), share, reached >= 25.0, {"psnr_db": reached, "measured": reached})
 
     return quality
 
@@ -135,7 +151,7 @@ def drawn(good):
 @pytest.mark.parametrize("needed", [0, 1, 2, 3, 5, 8, 9])
 def test_the_search_keeps_no_more_than_the_budget_needs(needed):
     order = [f"v{i}" for i in range(10)]
-    found, probes = search(order, dict.fromkeys(order, 1), drawn(order[:needed]), 25.0)
+    found, probes = search(order, dict.fromkeys(order, 1), drawn(order[:needed]))
     if needed <= 9 and 1 - needed / 10 >= LEAST_SHARE:
         assert found is not None and found.kept == tuple(order[:needed])
     assert len(probes) <= 8
@@ -143,5 +159,110 @@ def test_the_search_keeps_no_more_than_the_budget_needs(needed):
 
 def test_a_budget_that_cannot_be_met_is_told_with_the_best():
     order = [f"v{i}" for i in range(10)]
-    found, probes = search(order, dict.fromkeys(order, 1), drawn(order), 25.0)
-    assert found is None and max(probe.psnr_db for probe in probes) == 20.0
+    found, probes = search(order, dict.fromkeys(order, 1), drawn(order))
+    assert found is None and max(probe.figures["psnr_db"] for probe in probes) == 20.0
+
+
+def test_factors_take_from_a_channel_what_its_weights_lack():
+    peaks, weights = np.asarray([1.0, 100.0, 0.0, 4.0], np.float32), np.asarray([1.0, 1.0, 1.0, 0.0], np.float32)
+    for alpha in ALPHAS:
+        found = factors_of(alpha, peaks, weights)
+        assert found.dtype == np.float32 and np.isfinite(found).all() and (found > 0).all()
+        # what is left of the range between two channels: as Xiao et al. have it, 100^(1 - α)
+        assert found[1] * peaks[1] / (found[0] * peaks[0]) == pytest.approx(100 ** (1 - alpha), rel=1e-4)
+    assert np.array_equal(factors_of(0.5, np.zeros(3, np.float32), np.ones(3, np.float32)), np.ones(3, np.float32))
+
+
+def linear(folder, kind, outlier=60):
+    """A model of one layer that reads a value with two channels of outliers; its weight and bias, and feeds."""
+    rng = np.random.default_rng(3)
+    spread = np.ones(32, np.float32)
+    spread[[4, 17]] = outlier
+    offset = rng.standard_normal(32).astype(np.float32) * spread
+    weight, bias = rng.standard_normal((32, 24)).astype(np.float32), rng.standard_normal(24).astype(np.float32)
+    weight /= spread[:, None]  # as in a trained model: what stands out is not what counts
+    weights = {"w": weight.T.copy() if kind == "Gemm" else weight, "b": bias}
+    nodes = [helper.make_node("Identity", ["x"], ["v"])]
+    shape = ["n", 32]
+    if kind == "Gemm":
+        nodes.append(helper.make_node("Gemm", ["v", "w", "b"], ["y"], name="y", transB=1))
+    elif kind == "MatMul":
+        nodes += [helper.make_node("MatMul", ["v", "w"], ["m"], name="m"), helper.make_node("Add", ["b", "m"], ["y"])]
+    else:
+        weights = {"w": np.ascontiguousarray(weight.T.reshape(24, 32, 1, 1))}
+        nodes.append(helper.make_node("Conv", ["v", "w"], ["y"], name="y"))
+        shape = ["n", 32, 4, 4]
+    tensors = [onnx.numpy_helper.from_array(each, name) for name, each in weights.items()]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [*shape[:1], 24, *shape[2:]])
+    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+    (folder / "unet").mkdir()
+    path = folder / "unet" / "model.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+
+    def draw():
+        values = rng.standard_normal((200, 32)).astype(np.float32) * spread + offset
+        return {"x": values if kind != "Conv" else np.tile(values[..., None, None], (1, 1, 4, 4))}
+
+    return path, [draw() for _ in range(3)]
+
+
+def observed(path, calls):
+    """The statistics of one value from its calls."""
+    groups = groups_of(read(path))
+    axes = tuple(i for i in range(calls[0]["x"].ndim) if i != 1)
+    peaks = np.max([np.abs(each["x"]).max(axis=axes) for each in calls], axis=0)
+    means = np.mean([each["x"].mean(axis=axes) for each in calls], axis=0).astype(np.float32)
+    empty = Statistics.empty("m" * 64, [group.value for group in groups])
+    return groups, replace(empty, calls=len(calls), peaks={"v": peaks}, means={"v": means})
+
+
+def outputs(path, calls):
+    engine = start(read(path), path.parent, "unet", fast=False)
+    return [engine(feeds)["y"] for feeds in calls]
+
+
+@pytest.mark.parametrize("kind", ["Gemm", "MatMul"])
+def test_smoothing_gains_where_a_few_channels_stand_out(kind, tmp_path):
+    path, calls = linear(tmp_path, kind)
+    groups, found = observed(path, calls)
+    form = FORMATS["int8"]
+    plain = {"v": Scale("v", float(found.peaks["v"].max() / 127), "amax", 0.0)}
+    made = smooth(path, "unet", form, groups, plain, found, calls, lambda done, total: None)
+    assert made["v"].method.startswith("smooth 0.") and made["v"].factors.shape == (32,)
+    exact = outputs(path, calls)
+    lost = {}
+    for name, scales in (("plain", plain), ("smooth", made)):
+        written = write(path, "unet", form, scales, ["v"], f"{name}.onnx")[0]
+        onnx.checker.check_model(str(written), full_check=True)
+        pairs = zip(outputs(written, calls), exact, strict=True)
+        lost[name] = max(np.sum((a - b) ** 2) / np.sum(b**2) for a, b in pairs)
+    assert lost["smooth"] < lost["plain"] / 2
+    assert made["v"].loss_db == pytest.approx(-10 * np.log10(lost["smooth"]), abs=1.5)  # of some rows
+
+
+def test_a_value_without_outliers_is_left_alone(tmp_path):
+    path, calls = linear(tmp_path, "Gemm", outlier=1)
+    calls = [{"x": RNG.uniform(-1, 1, (200, 32)).astype(np.float32)} for _ in calls]
+    groups, found = observed(path, calls)
+    plain = {"v": Scale("v", float(found.peaks["v"].max() / 127), "amax", 0.0)}
+    assert smooth(path, "unet", FORMATS["int8"], groups, plain, found, calls, lambda *told: None) == plain
+
+
+@pytest.mark.parametrize("kind", ["Gemm", "MatMul", "Conv"])
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_shifts_put_the_mean_of_each_channel_back(kind, form, tmp_path):
+    path, calls = linear(tmp_path, kind)
+    groups, found = observed(path, calls)
+    scales = {"v": Scale("v", float(found.peaks["v"].max() / FORMATS[form].largest), "amax", 0.0)}
+    by = shifts(path, FORMATS[form], groups, scales, found)
+    assert list(by) == [groups[0].layers[0].name]
+    exact = np.concatenate(outputs(path, calls))
+    off = {}
+    for name, given in (("plain", None), ("shifted", by)):
+        written = write(path, "unet", FORMATS[form], scales, ["v"], f"{name}.onnx", given)[0]
+        onnx.checker.check_model(str(written), full_check=True)
+        axes = tuple(i for i in range(exact.ndim) if i != 1)
+        off[name] = np.abs((np.concatenate(outputs(written, calls)) - exact).mean(axis=axes))
+    assert off["shifted"].mean() < off["plain"].mean() / 2

@@ -1,0 +1,91 @@
+"""How near the images in a lower precision must be to those in float32, by the measure that is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from ..common.arrays import Array
+from ..common.checks import is_number
+from ..common.errors import DiffoundryError, RequestError, reason
+from ..common.machine import require_modules
+from .quality import psnr
+
+PSNR, SSIM = "psnr", "ssim"
+_OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_FORM = "it is psnr=DB, ssim=FROM_0_TO_1 or module:function=NUMBER"
+
+Function = Callable[[Sequence[Array], Sequence[Array], Sequence[str]], float]
+"""`function(images, exact, prompts)`: how good images are, the more the better. Images are uint8 (H, W, 3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The least value of a measure that images must reach.
+
+    measure: `psnr` or `ssim` to the images in float32, the median of the prompts, or a function of the user's own, as
+    `module:function`, see `Function`. Raises `RequestError` for another.
+    """
+
+    measure: str
+    least: float
+
+    def __post_init__(self) -> None:
+        if self.measure not in (PSNR, SSIM) and not (isinstance(self.measure, str) and _OWN.fullmatch(self.measure)):
+            raise RequestError(f"unknown measure {self.measure!r} of a budget: {_FORM}")
+        if not is_number(self.least) or not math.isfinite(self.least):
+            raise RequestError(f"the least {self.measure} of a budget must be a number, found {self.least!r}")
+        object.__setattr__(self, "least", float(self.least))
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """The budget that `text` says, as in `ssim=0.9`. Raises `RequestError`."""
+        measure, _, least = text.rpartition("=")
+        try:
+            return cls(measure.strip(), float(least))
+        except ValueError:
+            raise RequestError(f"{text!r} is no budget: {_FORM}") from None
+
+    def check(self) -> None:
+        """Raise `DiffoundryError` when the measure cannot be taken here. Nothing is measured."""
+        if self.measure == SSIM:
+            require_modules("the budget ssim", ["skimage"], "quality")
+        elif self.measure != PSNR:
+            self._function()
+
+    def of(self, images: Sequence[Array], exact: Sequence[Array], prompts: Sequence[str]) -> float:
+        """The measure of images beside those in float32. Raises `DiffoundryError` when a user's function fails."""
+        if self.measure == PSNR:
+            return median(psnr(*pair) for pair in zip(images, exact, strict=True))
+        if self.measure == SSIM:
+            from skimage.metrics import structural_similarity
+
+            pairs = zip(images, exact, strict=True)
+            return float(median(structural_similarity(*pair, channel_axis=2, data_range=255) for pair in pairs))
+        try:
+            found: Any = self._function()(images, exact, prompts)
+        except DiffoundryError:
+            raise
+        except Exception as error:
+            raise DiffoundryError(f"the budget's {self.measure} fails: {reason(error)}") from None
+        if not is_number(found) or not math.isfinite(found):
+            raise DiffoundryError(f"the budget's {self.measure} gives {found!r:.80}: let it give a number")
+        return float(found)
+
+    def _function(self) -> Function:
+        module, _, name = self.measure.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except Exception as error:
+            raise DiffoundryError(
+                f"the budget's {self.measure} cannot be loaded ({reason(error)}): name a function of a module that "
+                "Python finds, in PYTHONPATH for instance"
+            ) from None
+        if not callable(found):
+            raise DiffoundryError(f"the budget's {self.measure} is no function: name one of (images, exact, prompts)")
+        return found  # type: ignore[no-any-return]

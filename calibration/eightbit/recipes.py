@@ -1,0 +1,257 @@
+"""Other ways to put a denoiser into eight bits, on the same prompts: what ours is held against.
+
+python -m diffoundry.calibration.eightbit.recipes build/pico.bundle
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+
+from ...bundle import EIGHT_BIT, Bundle
+from ...bundle.reports import read_report
+from ...common.arrays import Array
+from ...common.errors import DiffoundryError, EngineError
+from ...common.files import read_json
+from ...common.machine import require_modules
+from ...engines import Engine
+from ...engines.fusion.graph import map_tensor, weight_of
+from ...runtime.pipeline import Pipeline
+from ..graph import key, read
+from ..losses import decibels
+from ..quality import psnr
+from ..scan import Scan, requests
+from ..sessions import emulation, start
+from .formats import FORMATS, Format, Scale
+from .layers import Group, groups_of
+from .reference import Call, observe
+from .smoothing import outputs_last, smoothed
+from .statistics import OTHERS, Statistics
+from .write import wide, write
+
+OURS, STATIC, PUBLISHED = "diffoundry", "onnxruntime quantize_static", "NVIDIA's recipe"
+_KEPT = re.compile(
+    r"time_emb_proj|time_embedding|conv_in|conv_out|conv_shortcut|add_embedding|pos_embed|time_text_embed"
+    r"|context_embedder|norm_out|proj_out"
+)
+"""Modules that NVIDIA's recipe for Stable Diffusion XL leaves in higher precision (Model Optimizer, diffusers)."""
+_ALPHA = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A denoiser in eight bits. layers: of all how many are. share: of the arithmetic. load: what gives its engine."""
+
+    name: str
+    layers: tuple[int, int]
+    share: float
+    load: Callable[[], Engine]
+
+
+def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
+    """Ours, ONNX Runtime's static quantization of everything by the least and largest value (int8), and NVIDIA's.
+
+    bundle: which has its denoiser in `precision`. All are calibrated with the prompts that it was built with. folder:
+    empty, for models. NVIDIA's, of int8: SmoothQuant with α 0.8 on products with matrices, on convolutions the least of
+    the largest magnitudes of the stretches of timesteps; of fp8: the largest magnitude; in both, some modules stay.
+    Raises `EngineError` when the bundle has no such precision.
+    """
+    load = emulation(bundle, precision)
+    name, form = bundle.manifest.named("denoiser"), FORMATS[precision]
+    report = read_report(bundle, "precision")[precision][name]
+    layers = report["nodes"]["low"] + report["nodes"]["kept"]
+    yield Recipe(OURS, (report["nodes"]["low"], layers), report["share"], load[name])
+
+    path = bundle.path(f"{name}/model.onnx")
+    groups = groups_of(read(path))
+    statistics = Statistics.load(bundle.path(f"{name}/statistics.npz"))
+    model = statistics.model
+    scan = scan_of(report)
+    told = lambda text, done, total: None  # noqa: E731
+    if form.name == "int8":
+        found = observe(bundle, name, groups, scan, folder, model, statistics, told)
+        calls = [call for of_prompt in found.calls for call in of_prompt]
+        written = static(path, calls, folder / "static.onnx")
+        low, products = rounded(written, groups)
+        yield Recipe(
+            STATIC,
+            (len(low), layers),
+            share(groups, low, statistics, products),
+            partial(_as_it_stands, written, name),
+        )
+    scales, kept = published(path, bundle.path(f"{name}/weights.json"), form, groups, statistics)
+    low = {layer.name for group in groups if group.value not in kept for layer in group.layers}
+    link = folder / "model"
+    link.mkdir()
+    for each in path.parent.iterdir():
+        if each.is_file():
+            (link / each.name).symlink_to(each.resolve())
+    written = write(link / path.name, name, form, scales, set(scales) - kept, "published.onnx")[0]
+    yield Recipe(
+        PUBLISHED, (len(low), layers), share(groups, low, statistics, False), partial(_as_it_stands, written, name)
+    )
+
+
+def scan_of(report: Mapping[str, Any]) -> Scan:
+    """What a bundle's denoiser was calibrated with."""
+    told = report["scan"]
+    return Scan(tuple(told["prompts"]), told["steps"], tuple(told["size"]), told["seed"])
+
+
+def share(groups: Sequence[Group], low: set[str], statistics: Statistics, products: bool) -> float:
+    """The part of the arithmetic in eight bits. low: names of layers. products: whether those of two values are."""
+    sizes = statistics.sizes
+    flops = {layer.name: layer.flops(sizes[layer.name]) for group in groups for layer in group.layers}
+    others = sizes[OTHERS]
+    done = sum(each for name, each in flops.items() if name in low) + others * products
+    return round(done / (sum(flops.values()) + others), 4)
+
+
+def static(path: Path, calls: Sequence[Call], target: Path) -> Path:
+    """The model of `onnxruntime.quantization.quantize_static`: all operators that it knows, its own defaults."""
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._left = iter(calls)
+
+        def get_next(self) -> dict[str, Array] | None:
+            call = next(self._left, None)
+            return None if call is None else call[0]
+
+    quantization.quantize_static(
+        path,
+        target,
+        Reader(),
+        calibrate_method=quantization.CalibrationMethod.MinMax,
+        use_external_data_format=True,
+    )
+    return target
+
+
+def rounded(path: Path, groups: Sequence[Group]) -> tuple[set[str], bool]:
+    """The layers of a model that read a rounded value, and whether a product of two values does."""
+    import onnx_ir
+
+    names = {layer.name for group in groups for layer in group.layers}
+    low, products = set(), False
+    for node in onnx_ir.load(path).graph:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            before = [None if each is None else each.producer() for each in node.inputs[:2]]
+            if all(each is not None and each.op_type == "DequantizeLinear" for each in before):
+                if node.name in names:
+                    low.add(str(node.name))
+                else:
+                    products = True
+    return low, products
+
+
+def published(
+    path: Path, weights: Path, form: Format, groups: Sequence[Group], statistics: Statistics
+) -> tuple[dict[str, Scale], set[str]]:
+    """The scales of NVIDIA's recipe, and the values of groups that it leaves alone. weights: the bundle's table."""
+    table = read_json(weights, "the table of weights")
+    graph = {key(node): node for node in read(path).graph}
+    scales, kept = {}, set()
+    for group in groups:
+        modules = [" ".join(table.get(layer.weight, {}).get("weights", [])) for layer in group.layers]
+        if any(map(_KEPT.search, modules)) or not statistics.largest()[group.value]:
+            kept.add(group.value)
+            continue
+        i = statistics.values.index(group.value)
+        by_stretch = np.maximum(np.abs(statistics.high[i]), np.abs(statistics.low[i]))
+        largest = by_stretch.max()
+        if form.name == "int8" and not group.is_linear:
+            largest = by_stretch[by_stretch > 0].min()
+        found = Scale(group.value, float(np.float32(largest / form.largest)), "published", 0.0)
+        if form.name == "int8" and group.is_linear:
+            tensors = [weight_of(graph[layer.name].inputs[1]).const_value for layer in group.layers]
+            matrices = [
+                outputs_last(map_tensor(tensor, wide), layer)
+                for tensor, layer in zip(tensors, group.layers, strict=True)
+            ]
+            found = smoothed(found, form, _ALPHA, statistics.peaks[group.value], matrices)
+        scales[group.value] = found
+    return scales, kept
+
+
+def _as_it_stands(path: Path, component: str) -> Engine:
+    return start(read(path), path.parent, component, fast=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a recipe gives on some prompts. psnr_db, latents_db: of each picture and its latents, to fp32."""
+
+    recipe: str
+    layers: tuple[int, int]
+    share: float
+    psnr_db: list[float]
+    latents_db: list[float]
+
+
+def compare(bundle: Bundle, precision: str, scan: Scan | None = None) -> list[Row]:
+    """A row for each of `recipes`, on the prompts of `scan`, or those that the bundle was calibrated with."""
+    name = bundle.manifest.named("denoiser")
+    report = read_report(bundle, "precision").get(precision, {}).get(name)
+    if report is None:
+        raise EngineError(
+            f"{bundle.root} has no {precision} models: run `diffoundry build {bundle.root} --precision {precision}`"
+        )
+    asked = requests(bundle, scan or scan_of(report))
+
+    def draw(engines: Mapping[str, Callable[[], Engine]]) -> list[tuple[Array, Array]]:
+        pipeline = Pipeline(bundle, engine="onnxruntime", precision="fp32", threads=1, loop="host", engines=engines)
+        results = pipeline.generate_many(asked, batch=1)
+        pipeline.release_all()
+        return [(np.asarray(result.images[0]), np.asarray(result.latents)) for result in results]
+
+    exact, found = draw({}), []
+    with tempfile.TemporaryDirectory(prefix="diffoundry-", dir=bundle.root.parent) as folder:
+        for recipe in recipes(bundle, precision, Path(folder)):
+            made = draw({name: recipe.load})
+            pairs = list(zip(made, exact, strict=True))
+            images = [round(psnr(a[0], b[0]), 2) for a, b in pairs]
+            latents = [round(decibels(_power(b[1]), _power(a[1] - b[1])), 2) for a, b in pairs]
+            found.append(Row(recipe.name, recipe.layers, recipe.share, images, latents))
+    return found
+
+
+def _power(array: Array) -> float:
+    return float(np.sum(np.square(array, dtype=np.float64)))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--precision", type=click.Choice(list(EIGHT_BIT)), default="int8", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures of each prompt as JSON.")
+def main(bundle: str, precision: str, as_json: bool) -> None:
+    """Hold BUNDLE in eight bits against other recipes, on the prompts that it was calibrated with."""
+    try:
+        require_modules("recipes", ("onnx", "onnx_ir", "ml_dtypes"), "build")
+        rows = compare(Bundle.open(Path(bundle)), precision)
+    except DiffoundryError as error:
+        raise click.ClickException(str(error)) from None
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    print(f"{'recipe':<29}{'layers':>9}{'arithmetic':>12}{'PSNR':>9}{'worst':>9}{'latents':>9}")
+    for row in rows:
+        print(
+            f"{row.recipe:<29}{f'{row.layers[0]}/{row.layers[1]}':>9}{100 * row.share:>10.1f} %"
+            f"{median(row.psnr_db):>6.1f} dB{min(row.psnr_db):>6.1f} dB{median(row.latents_db):>6.1f} dB"
+        )
+
+
+if __name__ == "__main__":
+    main()
