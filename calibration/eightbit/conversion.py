@@ -33,9 +33,9 @@ from .write import write
 RULE = 2
 """Raise it when the same measurements would give other models."""
 STATISTICS = "statistics.npz"
-_JUDGED = 12
-"""Calls that scales are judged by."""
-_ALONE, _LEAST_ALONE, _MOST_ALONE = 256, 2, 8
+_JUDGED, _LEAST_JUDGED, _MOST_JUDGED = 1200, 4, 12
+"""Calls that scales are judged by: so many over the number of groups, and the least and most."""
+_ALONE, _LEAST_ALONE, _MOST_ALONE = 256, 1, 8
 """Runs of the model in which groups lose alone, and the least and most calls for each."""
 
 
@@ -111,7 +111,7 @@ class Conversion:
 
     def _convert(self, name: str, path: Path, groups: list[Group], reference: Reference) -> EightBit:
         statistics = reference.statistics
-        calls = reference.sample(_JUDGED)
+        calls = reference.sample(min(_MOST_JUDGED, max(_LEAST_JUDGED, _JUDGED // len(groups))))
         told, feeds = partial(self.progress, "scales, call"), [feeds for feeds, _ in calls]
         scales = choose(path, name, self.form, groups, statistics, feeds, told)
         seen = [group for group in groups if group.value in scales]

