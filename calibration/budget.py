@@ -63,10 +63,11 @@ class Budget:
         if self.measure == PSNR:
             return median(psnr(*pair) for pair in zip(images, exact, strict=True))
         if self.measure == SSIM:
-            from skimage.metrics import structural_similarity
+            from skimage import metrics
 
+            ssim: Any = metrics.structural_similarity
             pairs = zip(images, exact, strict=True)
-            return float(median(structural_similarity(*pair, channel_axis=2, data_range=255) for pair in pairs))
+            return float(median(ssim(*pair, channel_axis=2, data_range=255) for pair in pairs))
         try:
             found: Any = self._function()(images, exact, prompts)
         except DiffoundryError:

@@ -16,7 +16,7 @@ from ..common.errors import EngineError, reason
 from ..engines import DeviceArray, DeviceBinding, Engine, HostBinding
 from ..engines.onnxruntime import NO_MEMORY_TO_LOAD, OnnxRuntimeEngine, default_threads, lacks_memory
 from ..engines.wheel import ort
-from .graph import read
+from .graph import read, read_blocked
 from .precision import Precision, precision_of
 from .rewrite import emulated
 
@@ -129,10 +129,10 @@ def emulation(bundle: Bundle, precision: str) -> dict[str, Callable[[], Engine]]
             f"{bundle.root} has no {precision} models: run `diffoundry build {bundle.root} --precision {precision}`"
         )
     if rule is None:
-        return {name: partial(_as_it_stands, bundle.path(model), name) for name, model in found.items()}
+        return {name: partial(as_it_stands, bundle.path(model), name) for name, model in found.items()}
     return {name: partial(emulated_engine, bundle.path(model), name, rule) for name, model in found.items()}
 
 
-def _as_it_stands(path: Path, component: str) -> Engine:
+def as_it_stands(path: Path, component: str) -> Engine:
     """The model in `path` with every node of it: no integer operator takes the place of two."""
-    return start(read(path), path.parent, component, fast=False)
+    return start(read_blocked(path), path.parent, component, fast=False)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...common.arrays import Array
-from ..graph import key, raise_opset, read
+from ..graph import key, raise_opset, read_blocked
 from ..sessions import start
 from .formats import Format
 from .layers import Group
@@ -33,7 +33,7 @@ def losses(
     candidates: in each a scale for every group's value. calls: the feeds. told: called
     with the runs of the model that are done, and all of them.
     """
-    model = read(source)
+    model = read_blocked(source)
     raise_opset(model, OPSET, component)
     _probe(model, form, groups)
     engine = start(model, source.parent, component, fast=False)

@@ -31,7 +31,7 @@ from ..graph import key, read
 from ..losses import decibels
 from ..quality import psnr
 from ..scan import Scan, requests
-from ..sessions import emulation, start
+from ..sessions import as_it_stands, emulation
 from .formats import FORMATS, Format, Scale
 from .layers import Group, groups_of
 from .reference import Call, observe
@@ -87,7 +87,7 @@ def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
             STATIC,
             (len(low), layers),
             share(groups, low, statistics, products),
-            partial(_as_it_stands, written, name),
+            partial(as_it_stands, written, name),
         )
     scales, kept = published(path, bundle.path(f"{name}/weights.json"), form, groups, statistics)
     low = {layer.name for group in groups if group.value not in kept for layer in group.layers}
@@ -98,7 +98,7 @@ def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
             (link / each.name).symlink_to(each.resolve())
     written = write(link / path.name, name, form, scales, set(scales) - kept, "published.onnx")[0]
     yield Recipe(
-        PUBLISHED, (len(low), layers), share(groups, low, statistics, False), partial(_as_it_stands, written, name)
+        PUBLISHED, (len(low), layers), share(groups, low, statistics, False), partial(as_it_stands, written, name)
     )
 
 
@@ -118,8 +118,15 @@ def share(groups: Sequence[Group], low: set[str], statistics: Statistics, produc
 
 
 def static(path: Path, calls: Sequence[Call], target: Path) -> Path:
-    """The model of `onnxruntime.quantization.quantize_static`: all operators that it knows, its own defaults."""
+    """The model of `onnxruntime.quantization.quantize_static`: all operators that it knows and that compute.
+
+    Those that move elements alone are left out: it fails on those that move constants.
+    """
     from onnxruntime import quantization
+    from onnxruntime.quantization.operators.direct_q8 import QDQDirect8BitOp
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    moving = {name for name, each in QDQRegistry.items() if issubclass(each, QDQDirect8BitOp)}
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -134,6 +141,7 @@ def static(path: Path, calls: Sequence[Call], target: Path) -> Path:
         target,
         Reader(),
         calibrate_method=quantization.CalibrationMethod.MinMax,
+        op_types_to_quantize=sorted({*QDQRegistry, *QLinearOpsRegistry} - moving - {"Gather", "Slice", "Pad", "Split"}),
         use_external_data_format=True,
     )
     return target
@@ -183,10 +191,6 @@ def published(
             found = smoothed(found, form, _ALPHA, statistics.peaks[group.value], matrices)
         scales[group.value] = found
     return scales, kept
-
-
-def _as_it_stands(path: Path, component: str) -> Engine:
-    return start(read(path), path.parent, component, fast=False)
 
 
 @dataclass(frozen=True, slots=True)

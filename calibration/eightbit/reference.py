@@ -19,7 +19,7 @@ from ...common.arrays import Array
 from ...common.errors import DiffoundryError
 from ...common.files import replacing
 from ...common.progress import Progress
-from ..graph import read
+from ..graph import read_blocked
 from ..scan import Scan, run_loop
 from ..sessions import RecordedEngine, Recorder, start
 from .layers import Group
@@ -98,7 +98,7 @@ def observe(
 
 
 def _recorded(path: Path, name: str, recorder: Recorder) -> RecordedEngine:
-    return RecordedEngine(start(read(path), path.parent, name), recorder.add)
+    return RecordedEngine(start(read_blocked(path), path.parent, name), recorder.add)
 
 
 def _some(kept: Sequence[Call]) -> list[Call]:

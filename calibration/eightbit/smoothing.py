@@ -16,7 +16,7 @@ import numpy as np
 
 from ...common.arrays import Array
 from ...engines.fusion.graph import map_tensor, weight_of
-from ..graph import key, read
+from ..graph import key, read, read_blocked
 from ..sessions import start
 from .formats import Format, Scale
 from .layers import Group, Layer, along, bias_of, scales_of
@@ -90,7 +90,7 @@ def rows(
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    model = read(source)
+    model = read_blocked(source)
     graph = model.graph
     values = {str(value.name): value for value in graph.inputs}
     values |= {str(made.name): made for node in graph for made in node.outputs}

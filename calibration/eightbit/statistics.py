@@ -15,8 +15,9 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import DiffoundryError
 from ...common.files import check_regular, replacing
+from ...engines.fusion.attention import ATTENTION
 from ...engines.fusion.graph import weight_of
-from ..graph import key, read
+from ..graph import key, read_blocked
 from ..sessions import OnCall, RecordedEngine, start
 from .histogram import BINS, count
 from .layers import Group
@@ -166,7 +167,7 @@ class Observer:
 
     def engine(self, on_call: OnCall) -> RecordedEngine:
         """An engine of the component that gathers as it runs, and calls `on_call` after each call."""
-        model = read(self._path)
+        model = read_blocked(self._path)
         outputs = len(model.graph.outputs)
         _probe(model, self._groups)
         inner = start(model, self._path.parent, self._component)
@@ -270,9 +271,17 @@ def _probe(model: Any, groups: Sequence[Group]) -> None:
 
     def work(tape: Any, node: Any, output: Any) -> None:
         """Two for each product: every element of the first is multiplied with a row of what comes out."""
-        last = tape.op("Gather", [tape.op("Shape", [node.outputs[0]]), constant(f"{key(node)}:last", -1)], {"axis": 0})
-        tape.op("Mul", [tape.op("Mul", [tape.op("Size", [node.inputs[0]]), last]), two], output=output)
+        blocked = node.op_type == ATTENTION  # two products, of each query with each key
+        shape = tape.op("Shape", [node.inputs[1] if blocked else node.outputs[0]])
+        last = tape.op("Gather", [shape, constant(f"{key(node)}:last", 1 if blocked else -1)], {"axis": 0})
+        times = four if blocked else two
+        tape.op("Mul", [tape.op("Mul", [tape.op("Size", [node.inputs[0]]), last]), times], output=output)
 
-    products = [node for node in nodes.values() if node.op_type == "MatMul" and weight_of(node.inputs[1]) is None]
+    four = constant("sample:four", 4)
+    products = [
+        node
+        for node in nodes.values()
+        if node.op_type == ATTENTION or (node.op_type == "MatMul" and weight_of(node.inputs[1]) is None)
+    ]
     for node in products:
         give(key(node) + _WORK, node, lambda tape, output, node=node: work(tape, node, output), whole, [])

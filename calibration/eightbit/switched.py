@@ -16,7 +16,7 @@ from ...common.arrays import Array
 from ...common.files import remove
 from ...engines import DeviceArray, DeviceBinding, Engine, HostBinding
 from ...engines.fusion.graph import save, weight_of
-from ..graph import key, raise_opset, read
+from ..graph import key, raise_opset, read_blocked
 from ..sessions import start
 from .formats import Format, Scale
 from .layers import Group, Layer
@@ -71,7 +71,7 @@ def switched(
 
     groups: those that can be turned, each with a scale. shifts: see `write`, taken where `shift` says so.
     """
-    model = read(source)
+    model = read_blocked(source)
     raise_opset(model, OPSET, component)
     _turn(model, form, scales, groups, shifts)
     paths = [source.parent / f"{_NAME}{end}" for end in ("", "_data")]

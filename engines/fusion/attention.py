@@ -25,6 +25,8 @@ from .graph import (
     replace,
 )
 
+ATTENTION = "MultiHeadAttention"
+"""The operator of ONNX Runtime."""
 _ON_THE_WAY = ("Cast", "Mul", "Transpose", "Reshape")
 """What lies between the projections, (B, S, H·D), and the product of queries and keys."""
 _APART = (0, 2, 1, 3)
@@ -82,7 +84,7 @@ def _fuse(model: Any, softmax: Any, masked: bool) -> bool:
             model.graph.insert_before(output, onnx_ir.node("Unsqueeze", given, outputs=[wide]))
             mask = wide
         inputs += [None, None, mask]
-    replace(model.graph, output, make_node("MultiHeadAttention", inputs, attributes, output.outputs))
+    replace(model.graph, output, make_node(ATTENTION, inputs, attributes, output.outputs))
     return True
 
 

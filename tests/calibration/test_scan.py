@@ -40,8 +40,8 @@ def test_a_scan_that_cannot_be_run_is_refused(options, message):
 def test_a_scan_keeps_what_it_was_given():
     scan = Scan(["a", "b"], 3, [64, 128], 7)
     assert (scan.prompts, scan.steps, scan.size, scan.seed) == (("a", "b"), 3, (64, 128), 7)
-    assert (len(Scan().prompts), Scan().least_db("fp16"), Scan().least_db("int8")) == (3, 35.0, 25.0)
-    assert Scan(budget_db=30).least_db("fp16") == Scan(budget_db=30).least_db("int8") == 30.0
+    assert (len(Scan().prompts), Scan().budget_of("fp16").least, Scan().budget_of("int8").least) == (3, 35.0, 25.0)
+    assert Scan(budget_db=30).budget_of("fp16") == Scan(budget_db=30).budget_of("int8") == Budget("psnr", 30.0)
 
 
 def test_psnr():
