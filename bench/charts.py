@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..common.markup import Markup, join, tag
 from . import units
-from .markup import Markup, join, tag
 from .parts import MERGED, ORDER, TITLES, parts_of
 from .report import Report, System
 from .timing import median, percentile

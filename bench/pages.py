@@ -14,6 +14,7 @@ import click
 
 from ..common.errors import DiffoundryError
 from ..common.files import replacing
+from ..common.markup import printable
 from . import units
 from .report import OURS, Report, System, load
 from .sections import Section, failures, sections
@@ -88,7 +89,7 @@ def _report(report: Report, link: str) -> list[str]:
 
 def _fenced(command: str) -> str:
     """The command as a block; a fence that is longer than any in it."""
-    line = units.printable(command).strip()
+    line = printable(command).strip()
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence}sh\n{line}\n{fence}"
 

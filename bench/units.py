@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..common.markup import printable
 from .report import OURS, Ratio, Report, System
 
 NOTHING = "–"
@@ -9,11 +10,6 @@ NOTHING = "–"
 MARK = "†"
 """Behind what belongs to a system whose picture differs from the reference."""
 _LARGEST = 10**30
-
-
-def printable(text: object) -> str:
-    """`text` without characters that cannot be shown: controls, half surrogates, changes of direction."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in str(text))
 
 
 def plain(text: object, most: int = 200) -> str:

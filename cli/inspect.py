@@ -6,17 +6,28 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
 
 from .options import json_option
 
+_SHOWN = ("precision", "quality", "calibration")
+"""The reports that the page on eight bits shows."""
+
 
 @click.command("inspect")
 @click.argument("bundle", type=click.Path())
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Write what was measured in eight bits as a page with pictures, and do nothing else.",
+)
 @json_option
-def inspect_command(bundle: str, as_json: bool) -> None:
+def inspect_command(bundle: str, page: Path | None, as_json: bool) -> None:
     """Show what BUNDLE holds and what was measured."""
     from ..bundle.manifest import to_json
     from ..common.errors import BundleError
@@ -25,6 +36,13 @@ def inspect_command(bundle: str, as_json: bool) -> None:
     from ..families import open_bundle
 
     opened = open_bundle(bundle)
+    if page is not None:
+        from ..calibration.eightbit.page import write
+
+        opened.check({f"reports/{name}.json" for name in _SHOWN} & set(opened.manifest.files))
+        write(opened, page)
+        click.echo(page)
+        return
     reports: dict[str, dict[str, Any]] = {}
     for name in ("parity", "precision", "quality", "fusion", "engines", "calibration"):
         path = f"reports/{name}.json"

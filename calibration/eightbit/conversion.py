@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...bundle import FULL, Bundle
 from ...common.arrays import Array
 from ...common.errors import DiffoundryError, OverflowedError
-from ...common.files import read_json, remove, sha256_file, sha256_json, write_json
+from ...common.files import read_json, remove, replacing, sha256_file, sha256_json, write_json
 from ...common.progress import Progress
 from ...engines.fusion.cpu import fuse_for_cpu
 from ..graph import read
@@ -21,6 +24,7 @@ from ..quality import QualityError
 from ..scan import Scan, run_loop
 from .formats import Format, Scale
 from .layers import Group, groups_of
+from .pictures import sheet
 from .reference import Call, Reference, check_model, observe
 from .scales import choose
 from .search import Probe, in_decibels, loss, losses_alone, search
@@ -32,7 +36,7 @@ from .write import write
 
 RULE = 2
 """Raise it when the same measurements would give other models."""
-STATISTICS = "statistics.npz"
+STATISTICS, PICTURES = "statistics.npz", "{}.pictures.png"
 _JUDGED, _LEAST_JUDGED, _MOST_JUDGED = 1200, 4, 12
 """Calls that scales are judged by: so many over the number of groups, and the least and most."""
 _ALONE, _LEAST_ALONE, _MOST_ALONE = 256, 1, 8
@@ -69,6 +73,7 @@ class Conversion:
     folder: Path
     calibration: Path | None
     progress: Progress
+    _drawn: dict[tuple[str, ...], Path] = field(default_factory=dict, init=False)
 
     def run(self) -> EightBit:
         """Raises `QualityError` when the budget cannot be met, `DiffoundryError` for what cannot be calibrated."""
@@ -134,6 +139,9 @@ class Conversion:
                 return self._probe(name, engine, list(kept), share, reference, scales, shift)
 
             found, probes = search(order, flops, quality)
+            if found is not None:
+                engine.choose([value for value in scales if value not in found.kept], shift)
+                by_timestep = self._by_timestep(engine, calls)
         finally:
             clear()
         if found is None:
@@ -145,8 +153,18 @@ class Conversion:
                 "and more steps, or use --precision bf16, fp16 or fp32"
             )
         report = self._report(seen, groups, scales, alone, flops, found, probes, statistics)
-        report["biases_corrected"] = shift
-        return self._write(name, path, scales, moved, found, statistics, report)
+        report |= {"biases_corrected": shift, "by_timestep": by_timestep}
+        return self._write(name, path, scales, moved, found, reference, report)
+
+    def _by_timestep(self, engine: SwitchedEngine, calls: Sequence[Call]) -> list[dict[str, float]]:
+        """The loss of the denoiser's outputs in single calls, from noise to picture."""
+        wiring = self.bundle.manifest.wiring.inputs.items()
+        name = next((name for name, source in wiring if source.startswith("timestep")), "")
+        found = [
+            {"timestep": float(np.max(call[0][name])) if name else 0.0, "loss_db": in_decibels(loss(engine, [call]))}
+            for call in calls
+        ]
+        return sorted(found, key=lambda each: -each["timestep"])
 
     @staticmethod
     def _shifts_gain(engine: SwitchedEngine, values: list[str], calls: list[Call]) -> bool:
@@ -186,15 +204,20 @@ class Conversion:
         key = sha256_json([sorted(kept), shift, [each.key() for each in scales.values()]])
         record = self.folder / f"probe-{self.form.name}-{key[:16]}.json"
         found = self._kept(record, key)
+        if found is not None and found["psnr_db"] is not None and not _is_whole(_images_of(record)):
+            found = None
         if found is None:
             engine.choose([value for value in scales if value not in kept], shift)
             text = f"quality with {100 * share:.0f} % in {self.form.name}, step"
             try:
                 images = run_loop(self.bundle, {name: lambda: engine}, self.scan, text, self.progress)
                 found = self.scan.figures(images, reference.images, self.form.name)
+                with replacing(_images_of(record)) as beside, beside.open("wb") as file:
+                    np.savez(file, allow_pickle=False, images=np.stack(images))  # type: ignore[arg-type]
             except OverflowedError as error:
                 found = {"psnr_db": None, "worst_db": None, "measured": None, "problem": str(error)}
             write_json(record, {"key": key, "found": found})
+        self._drawn[tuple(kept)] = _images_of(record)
         return Probe(tuple(kept), share, self.scan.is_within(found, self.form.name), found)
 
     @staticmethod
@@ -262,6 +285,8 @@ class Conversion:
                 {
                     "kept": len(probe.kept),
                     "share": round(probe.share, 4),
+                    "weights_bytes": _weight_bytes(seen, probe.kept),
+                    "measured": probe.figures["measured"],
                     "psnr_db": probe.figures["psnr_db"],
                     "worst_db": probe.figures["worst_db"],
                 }
@@ -276,7 +301,7 @@ class Conversion:
         scales: dict[str, Scale],
         moved: dict[str, Array],
         found: Probe,
-        statistics: Statistics,
+        reference: Reference,
         report: Any,
     ) -> EightBit:
         form = self.form.name
@@ -288,7 +313,12 @@ class Conversion:
             fused = fuse_for_cpu(files[0], self.bundle.manifest.wiring.per_prompt(), names)
         graphs = [path.with_name(each) for each in filter(None, fused or ())]
         saved = path.with_name(STATISTICS)
-        statistics.save(saved)
+        reference.statistics.save(saved)
+        with np.load(self._drawn[found.kept], allow_pickle=False) as drawn:
+            pictures = sheet(reference.images, list(drawn["images"]))
+        shown = path.with_name(PICTURES.format(form))
+        with replacing(shown) as beside:
+            beside.write_bytes(pictures)
         relative = [each.relative_to(self.bundle.root).as_posix() for each in (*files, *graphs)]
         hashes = {each: sha256_file(self.bundle.root / each) for each in dict.fromkeys(relative)}
         placed = [f"{name}/{each}" if each else "" for each in fused or ("", "")]
@@ -301,7 +331,27 @@ class Conversion:
         }
         where = f"{name}/{STATISTICS}"
         hashes[where] = sha256_file(saved)
+        hashes[f"{name}/{shown.name}"] = sha256_file(shown)
         return EightBit(relative[0], placed[0], placed[1], hashes, where, report, quality)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether pictures can be read again."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return found["images"].ndim == 4
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return False
+
+
+def _weight_bytes(groups: Sequence[Group], kept: Collection[str]) -> int:
+    """What the weights of layers take: a byte each in eight bits, four in float32."""
+    return sum(math.prod(layer.shape) * (4 if group.value in kept else 1) for group in groups for layer in group.layers)
+
+
+def _images_of(record: Path) -> Path:
+    """Where the pictures of a measurement are kept."""
+    return record.with_suffix(".npz")
 
 
 def _largest(statistics: Statistics, value: str) -> list[float]:
