@@ -46,6 +46,8 @@ _KEPT = re.compile(
 )
 """Modules that NVIDIA's recipe for Stable Diffusion XL leaves in higher precision (Model Optimizer, diffusers)."""
 _ALPHA = 0.8
+_FAIL = {"Gather", "InstanceNormalization", "Pad", "Split"}
+"""Operators that ONNX Runtime's tool is not asked to quantize, see `static`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
         found = observe(bundle, name, groups, scan, folder, model, statistics, told)
         calls = [call for of_prompt in found.calls for call in of_prompt]
         written = static(path, calls, folder / "static.onnx")
-        low, products = rounded(written, groups)
+        low, products = rounded(written, path, groups)
         yield Recipe(
             STATIC,
             (len(low), layers),
@@ -120,7 +122,8 @@ def share(groups: Sequence[Group], low: set[str], statistics: Statistics, produc
 def static(path: Path, calls: Sequence[Call], target: Path) -> Path:
     """The model of `onnxruntime.quantization.quantize_static`: all operators that it knows and that compute.
 
-    Those that move elements alone are left out: it fails on those that move constants.
+    Left out are those that move elements alone, as it fails where they move constants, and instance norms, whose
+    models do not run.
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.operators.direct_q8 import QDQDirect8BitOp
@@ -141,24 +144,25 @@ def static(path: Path, calls: Sequence[Call], target: Path) -> Path:
         target,
         Reader(),
         calibrate_method=quantization.CalibrationMethod.MinMax,
-        op_types_to_quantize=sorted({*QDQRegistry, *QLinearOpsRegistry} - moving - {"Gather", "Slice", "Pad", "Split"}),
+        op_types_to_quantize=sorted({*QDQRegistry, *QLinearOpsRegistry} - moving - _FAIL),
         use_external_data_format=True,
     )
     return target
 
 
-def rounded(path: Path, groups: Sequence[Group]) -> tuple[set[str], bool]:
-    """The layers of a model that read a rounded value, and whether a product of two values does."""
+def rounded(path: Path, source: Path, groups: Sequence[Group]) -> tuple[set[str], bool]:
+    """The layers of a model, made of `source`, that read a rounded value, and whether a product of two values does."""
     import onnx_ir
 
-    names = {layer.name for group in groups for layer in group.layers}
+    layers = {layer.name for group in groups for layer in group.layers}
+    names = {str(node.name): key(node) for node in read(source).graph if key(node) in layers}
     low, products = set(), False
     for node in onnx_ir.load(path).graph:
         if node.op_type in ("Conv", "Gemm", "MatMul"):
             before = [None if each is None else each.producer() for each in node.inputs[:2]]
             if all(each is not None and each.op_type == "DequantizeLinear" for each in before):
                 if node.name in names:
-                    low.add(str(node.name))
+                    low.add(names[str(node.name)])
                 else:
                     products = True
     return low, products
