@@ -138,7 +138,7 @@ class Conversion:
                 share = sum(flops[value] for value in flops if value not in kept) / total
                 return self._probe(name, engine, list(kept), share, reference, scales, shift)
 
-            found, probes = search(order, flops, quality)
+            found, probes = search(order, flops, alone, quality)
             if found is not None:
                 engine.choose([value for value in scales if value not in found.kept], shift)
                 by_timestep = self._by_timestep(engine, calls)

@@ -15,8 +15,10 @@ from .layers import Group
 from .reference import Call
 from .switched import SwitchedEngine
 
-FREE_SHARE = 0.01
-"""Of the arithmetic of all layers: what stays in fp32 without being asked for."""
+FREE_SHARE = 0.04
+"""Of the arithmetic of all layers: what may stay in fp32 without being asked for."""
+LEAST_GAIN_DB = 1.0
+"""What a hundredth of the arithmetic in fp32 must gain, to stay there without being asked for."""
 LEAST_SHARE = 0.1
 """Of the arithmetic. With less in eight bits the budget counts as one that cannot be met."""
 
@@ -73,18 +75,37 @@ def in_decibels(ratio: float) -> float:
     return round(decibels(1.0, ratio), 2)
 
 
+def worth(order: Sequence[str], flops: Mapping[str, int], alone: Mapping[str, float]) -> int:
+    """How many groups of `order`, from the first on, gain more in fp32 than their arithmetic costs.
+
+    Losses of groups add up, so that the gain of one is known without drawing anything.
+    """
+    total, left, used = sum(flops[value] for value in order), sum(alone[value] for value in order), 0.0
+    for i, value in enumerate(order):
+        cost, after = flops[value] / total, left - alone[value]
+        used += cost
+        gain = 10 * np.log10(left / after) if after > 0 else np.inf
+        if used > FREE_SHARE or gain < LEAST_GAIN_DB * 100 * cost:
+            return i
+        left = after
+    return len(order)
+
+
 def search(
-    order: Sequence[str], flops: Mapping[str, int], quality: Callable[[Collection[str]], Probe]
+    order: Sequence[str],
+    flops: Mapping[str, int],
+    alone: Mapping[str, float],
+    quality: Callable[[Collection[str]], Probe],
 ) -> tuple[Probe | None, list[Probe]]:
     """The choice with the most arithmetic in eight bits that is within the budget, and all that were drawn.
 
-    order: the groups' values, those first that are to stay in fp32 first. quality: draws a choice, given what is kept.
-    It starts with the first groups that are `FREE_SHARE` of the arithmetic in fp32: they lose most for what they cost.
+    order: the groups' values, those first that are to stay in fp32 first. alone: the loss of each. quality: draws a
+    choice, given what is kept. It starts with what is `worth` staying in fp32.
     None where nothing with at least `LEAST_SHARE` of the arithmetic in eight bits is within the budget.
     """
     total = sum(flops[value] for value in order)
     left = 1 - np.cumsum([flops[value] for value in order]) / total
-    free, most = int(np.sum(left >= 1 - FREE_SHARE)), int(np.sum(left >= LEAST_SHARE - 1e-9))
+    free, most = worth(order, flops, alone), int(np.sum(left >= LEAST_SHARE - 1e-9))
     probes: list[Probe] = []
 
     def draw(count: int) -> bool:

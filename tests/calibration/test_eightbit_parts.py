@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from diffoundry.calibration.eightbit.formats import FORMATS, Scale
 from diffoundry.calibration.eightbit.histogram import BINS, count, divergence, noise, quantile, signal
 from diffoundry.calibration.eightbit.layers import groups_of
-from diffoundry.calibration.eightbit.search import LEAST_SHARE, Probe, search
+from diffoundry.calibration.eightbit.search import FREE_SHARE, LEAST_SHARE, Probe, search, worth
 from diffoundry.calibration.eightbit.smoothing import ALPHAS, factors_of, shifts, smooth
 from diffoundry.calibration.eightbit.statistics import STRETCHES, Statistics
 from diffoundry.calibration.eightbit.write import write
@@ -151,7 +151,7 @@ def drawn(good):
 @pytest.mark.parametrize("needed", [0, 1, 2, 3, 5, 8, 9])
 def test_the_search_keeps_no_more_than_the_budget_needs(needed):
     order = [f"v{i}" for i in range(10)]
-    found, probes = search(order, dict.fromkeys(order, 1), drawn(order[:needed]))
+    found, probes = search(order, dict.fromkeys(order, 1), dict.fromkeys(order, 1.0), drawn(order[:needed]))
     if needed <= 9 and 1 - needed / 10 >= LEAST_SHARE:
         assert found is not None and found.kept == tuple(order[:needed])
     assert len(probes) <= 8
@@ -159,8 +159,20 @@ def test_the_search_keeps_no_more_than_the_budget_needs(needed):
 
 def test_a_budget_that_cannot_be_met_is_told_with_the_best():
     order = [f"v{i}" for i in range(10)]
-    found, probes = search(order, dict.fromkeys(order, 1), drawn(order))
+    found, probes = search(order, dict.fromkeys(order, 1), dict.fromkeys(order, 1.0), drawn(order))
     assert found is None and max(probe.figures["psnr_db"] for probe in probes) == 20.0
+
+
+def test_what_gains_more_than_it_costs_stays_in_fp32():
+    flops = {"out": 2, "in": 3, "shortcut": 10, "rest": 985}
+    alone = {"out": 1e-3, "in": 5e-4, "shortcut": 1e-5, "rest": 1e-3}
+    order = ["out", "in", "shortcut", "rest"]
+    # 2.2 dB for 0.2 % and 1.7 dB for 0.3 %; then 0.04 dB for 1 %
+    assert worth(order, flops, alone) == 2
+    assert worth(order, flops, {**alone, "shortcut": 1e-3}) == 3
+    large = {**flops, "in": 2 + 1000 * FREE_SHARE}
+    assert worth(order, large, {**alone, "in": 1e3}) == 1  # however much it gains
+    assert worth(["a"], {"a": 1}, {"a": 1.0}) == 0
 
 
 def test_factors_take_from_a_channel_what_its_weights_lack():
