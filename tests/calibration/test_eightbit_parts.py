@@ -171,7 +171,7 @@ def test_what_gains_more_than_it_costs_stays_in_fp32():
     assert worth(order, flops, alone) == 2
     assert worth(order, flops, {**alone, "shortcut": 1e-3}) == 3
     large = {**flops, "in": 2 + 1000 * FREE_SHARE}
-    assert worth(order, large, {**alone, "in": 1e3}) == 1  # however much it gains
+    assert worth(order, large, {**alone, "in": 1e-3}) == 1  # more than may stay, whatever it gains
     assert worth(["a"], {"a": 1}, {"a": 1.0}) == 0
 
 
