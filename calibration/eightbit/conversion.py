@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from .formats import Format, Scale
 from .layers import Group, groups_of
 from .pictures import sheet
 from .reference import Call, Reference, check_model, observe
-from .scales import choose
+from .scales import candidates, choose
 from .search import Probe, in_decibels, loss, losses_alone, search
 from .smoothing import shifts, smooth
 from .statistics import OTHERS, STRETCHES, Statistics
@@ -118,7 +118,7 @@ class Conversion:
         statistics = reference.statistics
         calls = reference.sample(min(_MOST_JUDGED, max(_LEAST_JUDGED, _JUDGED // len(groups))))
         told, feeds = partial(self.progress, "scales, call"), [feeds for feeds, _ in calls]
-        scales = choose(path, name, self.form, groups, statistics, feeds, told)
+        scales = self._scales(statistics, partial(choose, path, name, self.form, groups, statistics, feeds, told))
         seen = [group for group in groups if group.value in scales]
         told = partial(self.progress, "smoothing, group")
         scales = smooth(path, name, self.form, seen, scales, statistics, feeds[::2], told)
@@ -174,6 +174,15 @@ class Conversion:
             engine.choose(values, shift)
             lost.append(loss(engine, calls))
         return lost[1] < lost[0]
+
+    def _scales(self, statistics: Statistics, make: Callable[[], dict[str, Scale]]) -> dict[str, Scale]:
+        """What `make` gives, kept for a run that goes on."""
+        record, key = self.folder / f"scales-{self.form.name}.json", sha256_json(candidates(statistics, self.form))
+        found = self._kept(record, key)
+        if found is None:
+            found = {value: [each.scale, each.method, each.loss_db] for value, each in make().items()}
+            write_json(record, {"key": key, "found": found})
+        return {value: Scale(value, *found[value]) for value in statistics.values if value in found}
 
     def _alone(
         self, engine: SwitchedEngine, seen: list[Group], reference: Reference, scales: dict[str, Scale]

@@ -37,7 +37,7 @@ from .layers import Group, groups_of
 from .reference import Call, observe
 from .smoothing import outputs_last, smoothed
 from .statistics import OTHERS, Statistics
-from .write import wide, write
+from .write import copied, write
 
 OURS, STATIC, PUBLISHED = "diffoundry", "onnxruntime quantize_static", "NVIDIA's recipe"
 _KEPT = re.compile(
@@ -189,7 +189,7 @@ def published(
         if form.name == "int8" and group.is_linear:
             tensors = [weight_of(graph[layer.name].inputs[1]).const_value for layer in group.layers]
             matrices = [
-                outputs_last(map_tensor(tensor, wide), layer)
+                outputs_last(map_tensor(tensor, copied), layer)
                 for tensor, layer in zip(tensors, group.layers, strict=True)
             ]
             found = smoothed(found, form, _ALPHA, statistics.peaks[group.value], matrices)

@@ -21,7 +21,7 @@ from ..sessions import start
 from .formats import Format, Scale
 from .layers import Group, Layer, along, bias_of, scales_of
 from .statistics import Statistics
-from .write import over, wide
+from .write import copied, over
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _LEAST_GAIN_DB = 0.5
@@ -140,7 +140,7 @@ def weights_of(source: Path, groups: Sequence[Group]) -> dict[str, Callable[[], 
     for group in groups:
         for layer in group.layers:
             tensor = weight_of(nodes[layer.name].inputs[1]).const_value
-            found[layer.weight] = partial(map_tensor, tensor, wide)
+            found[layer.weight] = partial(map_tensor, tensor, copied)
     return found
 
 

@@ -138,7 +138,7 @@ class Rounding:
         assert found is not None  # `shifts` are of those that have one
         reader, place = found
         old = weight_of(reader.inputs[place]) if place < len(reader.inputs) else None
-        array = by if old is None else map_tensor(old.const_value, wide) + by
+        array = by if old is None else map_tensor(old.const_value, lambda array: wide(array) + by)
         name = f"{layer.name}:bias"
         made = onnx_ir.val(name, const_value=onnx_ir.tensor(np.asarray(array, np.float32), name=name))
         self._graph.register_initializer(made)
@@ -191,6 +191,11 @@ def drop_unused(model: Any) -> None:
 def over(weight: Array, factors: Array | None, axis: int) -> Array:
     """A matrix over the factors of what it is multiplied with. axis: of the output channels."""
     return weight if factors is None else np.asarray(weight / along(factors, 1 - axis, 2), np.float32)
+
+
+def copied(array: Array) -> Array:
+    """A copy in float32, which outlives the file that `array` is mapped from."""
+    return np.array(array, np.float32)
 
 
 def wide(array: Array) -> Array:

@@ -60,6 +60,8 @@ def rows(pipe: Pipeline, scenes: list[Scene], scheduler: str, steps: int, guidan
     texts = pipe.encode([*map(str, scenes), ""])[0]
     config, plain = pipe.bundle.scheduler_config(), Guidance(guidance)
     whole = make_table(config, Steps(steps), scheduler)
+    if whole.steps != steps:
+        raise DiffoundryError(f"{scheduler} calls the model more than once a step: choose another --scheduler")
     settings: list[tuple[str, str, Table, Guidance]] = [("all steps", f"{steps}", whole, plain)]
     for count in _FEWER:
         if count < steps:

@@ -4,7 +4,7 @@ A guided output drifts slowly along the timesteps, so that a polynomial fitted t
 would be. As the timesteps are known beforehand, the forecast is a sum of earlier outputs with known weights: more
 columns of the table, and registers that keep those outputs. The idea is that of Spectrum (arXiv 2603.01623), with its
 Chebyshev polynomials. The setting is one that is nearer to all steps than fewer steps in equal time, with each sampler
-and guidance that was tried, see docs/precision.md: higher degrees gain more at low guidance and lose all at a high one.
+and guidance that was tried, see docs/run.md: higher degrees gain more at low guidance and lose all at a high one.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 import diffoundry
 from diffoundry.bundle import Bundle
-from diffoundry.calibration import QualityError, Scan, emulation
-from diffoundry.calibration.eightbit import reference, times
+from diffoundry.calibration import Budget, QualityError, Scan, emulation
+from diffoundry.calibration.eightbit import recipes, reference, times
 from diffoundry.calibration.eightbit.formats import FORMATS, Scale
 from diffoundry.calibration.eightbit.layers import groups_of
 from diffoundry.calibration.eightbit.outputs import losses
@@ -266,6 +270,75 @@ def test_a_build_that_is_killed_goes_on(bundle, tmp_path):
     assert Bundle.open(bundle).manifest.precision == "int8" and not list(bundle.parent.glob(".b.*"))
 
 
+def test_a_budget_of_another_measure_decides(bundle):
+    pytest.importorskip("skimage")
+    scan = Scan(**SCAN, budget=Budget("ssim", 0.5))
+    diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=scan, force=True)
+    quality = report(bundle, "quality")["int8"]
+    assert quality["budget"] == "ssim=0.5" and 0.5 <= quality["measured"] <= 1 and "budget_db" not in quality
+    before = sorted((path, path.stat().st_size) for path in bundle.rglob("*"))
+    never = replace(scan, budget=Budget("builtins:len", 1))
+    with pytest.raises(DiffoundryError, match="the budget's builtins:len fails: "):
+        diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=never, force=True)
+    unmet = replace(scan, budget=Budget("ssim", 1.1))
+    with pytest.raises(
+        QualityError, match=r"int8 images have a ssim of 0\.\d+ with \d+ % .* use a lower --budget, scan"
+    ):
+        diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=unmet, force=True)
+    assert sorted((path, path.stat().st_size) for path in bundle.rglob("*")) == before
+
+
+def test_a_page_shows_what_was_measured(bundle, called, tmp_path):
+    page = tmp_path / "page.html"
+    done = called("inspect", bundle, "--report", page)
+    assert done.returncode == 1 and "has nothing in eight bits to report: run `diffoundry build " in done.stderr
+    assert not page.exists()
+    made_of(bundle, engine="onnxruntime")
+    done = called("inspect", bundle, "--report", page)
+    assert done.returncode == 0 and done.stdout.strip() == str(page)
+    text = page.read_text()
+    assert text.startswith("<!DOCTYPE html>") and "http://" not in text and "<script" not in text
+    found = report(bundle, "precision")["int8"]["unet"]
+    assert f"{found['nodes']['low']} of 83 layers with" in text
+    for words in (
+        "a large red star (seed 0): ",
+        "Loss by timestep",
+        "onnxruntime runs",
+        "conv2d",
+        "largest, by stretch",
+    ):
+        assert words in text
+    [data] = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert shown.size == (3 * 64, 2 * 64)  # a row for each prompt: fp32, int8, their difference
+    left, middle, right = np.split(np.asarray(shown, int), 3, axis=1)
+    assert np.array_equal(right, np.minimum(4 * abs(left - middle), 255)) and 0 < abs(left - middle).mean() < 40
+    times = [each["timestep"] for each in found["by_timestep"]]
+    assert times == sorted(times, reverse=True) and all(0 < each["loss_db"] < 80 for each in found["by_timestep"])
+    done = called("inspect", bundle, "--report", tmp_path / "none" / "page.html")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    path = bundle / "reports" / "precision.json"
+    path.write_text(json.dumps({"int8": {"unet": {}}}))
+    done = called("inspect", bundle, "--report", page)
+    assert done.returncode == 1 and "precision.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_other_recipes_stand_in_one_table(bundle):
+    made_of(bundle, engine="onnxruntime")
+    before = sorted(path for path in bundle.parent.rglob("*"))
+    ours, static, published = recipes.compare(Bundle.open(bundle), "int8")
+    assert sorted(path for path in bundle.parent.rglob("*")) == before
+    assert [each.recipe for each in (ours, static, published)] == [recipes.OURS, recipes.STATIC, recipes.PUBLISHED]
+    assert static.layers == (83, 83) and static.share == 1.0
+    assert published.layers == (62, 83) and published.share < ours.share
+    assert ours.share == pytest.approx(report(bundle, "precision")["int8"]["unet"]["share"], abs=1e-3)
+    for row in (ours, static, published):
+        assert len(row.psnr_db) == len(row.latents_db) == 2 and min(row.psnr_db) > 8
+    assert np.mean(ours.latents_db) > np.mean(static.latents_db)
+    with pytest.raises(DiffoundryError, match="has no fp8 models: run `diffoundry build"):
+        recipes.compare(Bundle.open(bundle), "fp8")
+
+
 REFUSED = {
     "a file for fp32": (["--precision", "fp32", "--calibration", "x.npz"], "fp32 takes no calibration file"),
     "force for bf16": (["--precision", "bf16", "--engine", "openvino", "--force"], "bf16 takes no calibration file"),
@@ -278,6 +351,12 @@ REFUSED = {
     "floats for an old GPU": (
         ["--precision", "fp8", "--engine", "tensorrt-rtx", "--arch", "sm86"],
         "sm86 has no 8-bit floats: use --precision int8, or build for sm89 and newer",
+    ),
+    "an unknown measure": (["--precision", "int8", "--budget", "lpips=0.1"], "unknown measure 'lpips' of a budget"),
+    "a measure of no module": (["--precision", "int8", "--budget", "no.such:f=1"], "cannot be loaded (No module named"),
+    "two budgets": (
+        ["--precision", "int8", "--budget", "psnr=20", "--min-psnr", "20"],
+        "say the same: give one of them",
     ),
     "an unknown precision": (["--precision", "int4"], "'int4' is not one of"),
 }

@@ -211,7 +211,9 @@ def linear(folder, kind, outlier=60):
     (folder / "unet").mkdir()
     path = folder / "unet" / "model.onnx"
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    # weights in a file of their own, as those of large models are: they are mapped, and the map is closed
+    beside = {"save_as_external_data": True, "location": "weights", "size_threshold": 0}
+    onnx.save(onnx.shape_inference.infer_shapes(model), path, **beside)
 
     def draw():
         values = rng.standard_normal((200, 32)).astype(np.float32) * spread + offset
