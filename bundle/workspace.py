@@ -33,6 +33,8 @@ from .manifest import MANIFEST_NAME, Files, from_json
 T = TypeVar("T")
 STAGES = ".stages"
 """The records of finished stages, in the folder that a bundle is made in."""
+HEAD = "head.json"
+"""In a folder there, what the parts of an unfinished stage are of; alone it is nothing to keep."""
 UNPACKED = ".checkpoint"
 """What a single file was unpacked to, there."""
 _INSIDE = ".diffoundry.part"
@@ -66,7 +68,7 @@ def working(target: Path, check: Callable[[], T]) -> Iterator[tuple[Path, T]]:
     """The folder that the bundle `target` is made in, for this process alone, and what `check` returns.
 
     check: raises for what stands in the way, before anything is made. The folder is kept when a finished stage is
-    in it, for the next run. Errors of the disk become `DiffoundryError`.
+    in it, or parts of one, for the next run. Errors of the disk become `DiffoundryError`.
     """
     try:
         with exclusive(target):
@@ -93,9 +95,10 @@ def old_folder(target: Path) -> Path:
 
 
 def tidy(target: Path) -> None:
-    """After a failure: leave the work folder only if a finished stage is in it."""
+    """After a failure: leave the work folder only if a finished stage is in it, or parts of one."""
     work = work_folder(target)
-    if is_marked(work) and not any((work / STAGES).glob("*.json")):
+    kept = (path for path in (work / STAGES).rglob("*") if path.is_file() and path.name != HEAD)
+    if is_marked(work) and not any(kept):
         _remove_work(work)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...bundle import FULL, Bundle
+from ...bundle.workspace import HEAD
 from ...common.arrays import Array
 from ...common.errors import DiffoundryError, OverflowedError
 from ...common.files import read_json, remove, replacing, sha256_file, sha256_json, write_json
@@ -101,10 +102,10 @@ class Conversion:
             "model": model,
             "bundle": sha256_json(self.bundle.manifest.files),
             "scan": self.scan.record(self.bundle),
-            "budget": self.scan.asked(self.form.name),
+            "measure": self.scan.budget_of(self.form.name).measure,
             "revision": [RULE, STATISTICS_REVISION],
         }
-        head = self.folder / "head.json"
+        head = self.folder / HEAD
         try:
             same = read_json(head, "the head") == key
         except (DiffoundryError, OSError):

@@ -32,7 +32,8 @@ from .scorer import score
 from .world import Scene, split_scenes
 
 FEWER, INTERVAL, FORECAST = "fewer steps", "guidance interval", "forecast"
-_FEWER = (8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19)
+_LEAST, _COUNTS = 8, 11
+"""The fewest steps that are drawn, and how many counts from there to all but one."""
 _INTERVALS = ((0.0, 0.9), (0.0, 0.8), (0.0, 0.6), (0.1, 1.0), (0.1, 0.9), (0.2, 0.8))
 _PATTERNS = (OFFERED, Pattern(5), Pattern(8), Pattern(degree=2), Pattern(degree=3), Pattern(every=3))
 _ROWS = 8
@@ -63,9 +64,8 @@ def rows(pipe: Pipeline, scenes: list[Scene], scheduler: str, steps: int, guidan
     if whole.steps != steps:
         raise DiffoundryError(f"{scheduler} calls the model more than once a step: choose another --scheduler")
     settings: list[tuple[str, str, Table, Guidance]] = [("all steps", f"{steps}", whole, plain)]
-    for count in _FEWER:
-        if count < steps:
-            settings.append((FEWER, f"{count}", make_table(config, Steps(count), scheduler), plain))
+    for count in sorted({round(float(each)) for each in np.linspace(_LEAST, steps - 1, _COUNTS)}):
+        settings.append((FEWER, f"{count}", make_table(config, Steps(count), scheduler), plain))
     for low, high in _INTERVALS:
         settings.append((INTERVAL, f"{low:g} to {high:g}", whole, replace(plain, interval=(low, high))))
     for pattern in _PATTERNS:

@@ -29,7 +29,7 @@ from diffoundry.calibration.eightbit.outputs import losses
 from diffoundry.calibration.eightbit.scales import candidates
 from diffoundry.calibration.eightbit.smoothing import shifts, smooth
 from diffoundry.calibration.eightbit.statistics import Statistics
-from diffoundry.calibration.eightbit.switched import switched
+from diffoundry.calibration.eightbit.switched import SwitchedEngine, switched
 from diffoundry.calibration.eightbit.write import write
 from diffoundry.calibration.graph import read
 from diffoundry.calibration.sessions import start
@@ -288,6 +288,34 @@ def test_a_budget_of_another_measure_decides(bundle):
     assert sorted((path, path.stat().st_size) for path in bundle.rglob("*")) == before
 
 
+def test_what_was_measured_is_kept_when_a_build_fails_or_is_stopped(bundle, monkeypatch):
+    """And serves the next try: with another budget nothing is drawn in fp32 again."""
+    with pytest.raises(QualityError):
+        diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=Scan(**SCAN, budget_db=119), force=True)
+    parts = bundle.parent / f".{bundle.name}.part" / ".stages" / "eightbit"
+    before = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert {"part-0.npz", "part-1.npz", "scales-int8.json", "alone-int8.json"} <= set(before)
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SwitchedEngine, "_run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            made_of(bundle, engine="onnxruntime")
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}.items()
+    with monkeypatch.context() as patched:
+        patched.setattr(reference.Observer, "engine", None)
+        made_of(bundle, engine="onnxruntime")
+    assert not list(bundle.parent.glob(".b.*"))
+    nothing = bundle.parent / f".{bundle.name}.part"
+    with monkeypatch.context() as patched:
+        patched.setattr(reference, "run_loop", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=Scan(("other",), 2), force=True)
+    assert not nothing.exists()  # there is nothing to go on from
+
+
 def test_a_page_shows_what_was_measured(bundle, called, tmp_path):
     page = tmp_path / "page.html"
     done = called("inspect", bundle, "--report", page)
@@ -333,7 +361,8 @@ def test_other_recipes_stand_in_one_table(bundle):
     assert published.layers == (62, 83) and published.share < ours.share
     assert ours.share == pytest.approx(report(bundle, "precision")["int8"]["unet"]["share"], abs=1e-3)
     for row in (ours, static, published):
-        assert len(row.psnr_db) == len(row.latents_db) == 2 and min(row.psnr_db) > 8
+        assert len(row.psnr_db) == len(row.latents_db) == 2 and np.isfinite(row.psnr_db + row.latents_db).all()
+    assert np.median(ours.psnr_db) >= 12  # what was asked
     assert np.mean(ours.latents_db) > np.mean(static.latents_db)
     with pytest.raises(DiffoundryError, match="has no fp8 models: run `diffoundry build"):
         recipes.compare(Bundle.open(bundle), "fp8")
@@ -378,8 +407,9 @@ def test_plans_for_gpus_have_their_layers_in_eight_bits_beside_fp16(precision, b
     assert (made.manifest.engine, made.manifest.precision) == ("tensorrt-rtx", precision)
     plans = {each["component"]: each for each in report(bundle, "plans")["plans"]}
     assert [plans[name]["precision"] for name in ("unet", "text_encoder", "step")] == [precision, "fp16", "fp32"]
-    heavy = plans["unet"]["made_of"]["heavy"]
-    assert heavy[precision] >= 59 and heavy["fp16"] <= 12 and "fp32" not in heavy
+    heavy, kept = plans["unet"]["made_of"]["heavy"], report(bundle, "precision")[precision]["unet"]["nodes"]["kept"]
+    merged = 22 if precision == "int8" else 0  # of Q, K and V, into one product
+    assert heavy[precision] >= 83 - kept - merged and heavy["fp16"] <= 8 + kept and "fp32" not in heavy
     assert plans["unet"]["made_of"]["attention"] == {"fused": 8, "of": 8}
     assert report(bundle, "plans")["warnings"] == []
     graph = onnx.load(bundle / "unet" / f"{precision}.fp16.onnx").graph
