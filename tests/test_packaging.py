@@ -15,7 +15,13 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TO
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOT_INSTALLED = ("examples", "parity", "tests")
-DISTRIBUTIONS = {"PIL": "pillow", "cuda": "cuda-python", "tensorrt_rtx": "tensorrt-rtx", "onnx_ir": "onnx-ir"}
+DISTRIBUTIONS = {
+    "skimage": "scikit-image",
+    "PIL": "pillow",
+    "cuda": "cuda-python",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "onnx_ir": "onnx-ir",
+}
 """The name on the package index of a module that is not named like it."""
 OF_THE_RUNTIME = ("bundle", "common", "engines", "families", "runtime", "cli", "__init__.py", "__main__.py")
 
@@ -61,7 +67,9 @@ def test_every_import_is_declared(project):
     extras = project["project"]["optional-dependencies"]
     base = distributions(project["project"]["dependencies"])
     slim = base | {
-        name for extra in ("build", "openvino", "plot", "rtx", "tensorrt") for name in distributions(extras[extra])
+        name
+        for extra in ("build", "openvino", "plot", "quality", "rtx", "tensorrt")
+        for name in distributions(extras[extra])
     }
     undeclared = {}
     for path in modules():

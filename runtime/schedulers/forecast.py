@@ -19,8 +19,10 @@ from .table import Table
 
 LEAST_STEPS = 20
 """With fewer, a forecast gains nothing over making as many steps as it calls the model."""
-_KEPT, _RIDGE = 4, 1e-6
-"""Outputs that are kept, and the least that coefficients are held back by."""
+FORECAST_FROM = 4
+"""Outputs that are kept, each in a register."""
+_RIDGE = 1e-6
+"""What holds coefficients back, so that equations of few outputs can be solved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ def with_forecasts(table: Table, pattern: Pattern = OFFERED) -> Table:
         )
     if table.weights[:, :, -1].any():
         raise RequestError("this scheduler clips what it predicts, which cannot be forecast: leave the forecast out")
-    size, kept = table.registers, min(_KEPT, table.steps)
+    size, kept = table.registers, min(FORECAST_FROM, table.steps)
     weights = np.zeros((table.steps, size + kept, size + kept + 3))
     weights[:, :size, :size], weights[:, :size, size + kept :] = table.weights[:, :, :size], table.weights[:, :, size:]
     history, output = np.arange(size, size + kept), size + kept
