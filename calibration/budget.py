@@ -17,6 +17,8 @@ from ..common.machine import require_modules
 from .quality import psnr
 
 PSNR, SSIM = "psnr", "ssim"
+_MOST = {PSNR: 120.0, SSIM: 1.0}
+"""What a measure is at most."""
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _FORM = "it is psnr=DB, ssim=FROM_0_TO_1 or module:function=NUMBER"
 
@@ -40,6 +42,9 @@ class Budget:
             raise RequestError(f"unknown measure {self.measure!r} of a budget: {_FORM}")
         if not is_number(self.least) or not math.isfinite(self.least):
             raise RequestError(f"the least {self.measure} of a budget must be a number, found {self.least!r}")
+        most = _MOST.get(self.measure, math.inf)
+        if self.measure in _MOST and not 0 <= self.least <= most:
+            raise RequestError(f"the least {self.measure} of a budget is from 0 to {most:g}, found {self.least:g}")
         object.__setattr__(self, "least", float(self.least))
 
     @classmethod

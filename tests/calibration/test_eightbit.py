@@ -280,7 +280,7 @@ def test_a_budget_of_another_measure_decides(bundle):
     never = replace(scan, budget=Budget("builtins:len", 1))
     with pytest.raises(DiffoundryError, match="the budget's builtins:len fails: "):
         diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=never, force=True)
-    unmet = replace(scan, budget=Budget("ssim", 1.1))
+    unmet = replace(scan, budget=Budget("ssim", 0.999999))
     with pytest.raises(
         QualityError, match=r"int8 images have a ssim of 0\.\d+ with \d+ % .* use a lower --budget, scan"
     ):

@@ -109,6 +109,12 @@ def test_what_is_no_budget_is_refused(text):
         Budget.parse(text)
 
 
+@pytest.mark.parametrize(("measure", "least"), [("ssim", 1.01), ("ssim", -0.1), ("psnr", 121), ("psnr", -1)])
+def test_a_budget_that_nothing_can_reach_is_refused(measure, least):
+    with pytest.raises(RequestError, match=f"the least {measure} of a budget is from 0 to "):
+        Budget(measure, least)
+
+
 @pytest.mark.parametrize(
     ("measure", "message"),
     [
