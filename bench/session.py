@@ -16,10 +16,10 @@ from ..bundle import Bundle
 from ..bundle.reader import FieldError, read
 from ..common.arrays import Array
 from ..common.errors import BenchError
-from ..common.files import sha256_json, user_cache
 from ..engines.names import OPENVINO, EngineName
 from ..runtime.loop.noise import TorchGenerator
 from ..runtime.schedulers import find_sampler
+from .converted import folder_of
 from .report import OURS, Cold, Settings, Stages, Turn
 from .systems import DRAW_S, LOAD_S, Process, running
 
@@ -58,8 +58,12 @@ class Task:
             "scheduler": wanted.scheduler,
             "scheduler_class": None if sampler is None else sampler.class_name,
             "scheduler_options": {} if sampler is None else dict(sampler.fixed),
-            "work": str(_work(name, precision, [checkpoint, self.bundle.manifest.source])),
         }
+
+    def converted(self, name: str, precision: str) -> Path:
+        """The folder in which a peer keeps what it converts."""
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint.resolve())
+        return folder_of(name, precision, checkpoint, self.bundle.manifest.source)
 
     def draw_message(self, count: int, image: Path) -> dict[str, Any]:
         """The question `draw`: `count` pictures, of the seeds from the first one on."""
@@ -97,11 +101,6 @@ def first_latents(seed: int, count: int, shape: tuple[int, int, int]) -> Array:
     return np.concatenate([TorchGenerator(seed + i).randn(1, *shape) for i in range(count)])
 
 
-def _work(name: str, precision: str, decided_by: Any) -> Path:
-    """Where a peer keeps models that it converts, from one run to the next."""
-    return user_cache() / "bench" / "models" / f"{name}-{precision}-{sha256_json(decided_by)[:16]}"
-
-
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """An answer to `draw`. first_step, end: Unix times. calls: of our components, see `drawing.Drawer`."""
@@ -123,7 +122,7 @@ class Session:
         self._process, self._task = process, task
         message = task.load_message(process.name, precision, engine)
         if process.name != OURS:
-            Path(message["work"]).mkdir(parents=True, exist_ok=True)
+            message["work"] = str(task.converted(process.name, precision))
         answer = process.ask("load", LOAD_S, **message)
         self.loaded = time.time()
         self.name = process.name

@@ -82,7 +82,6 @@ def test_peers_are_told_the_class_behind_the_name_of_a_scheduler(task):
     message = task.load_message("diffusers", "bf16")
     assert (message["scheduler"], message["scheduler_class"]) == ("euler", "EulerDiscreteScheduler")
     assert (message["precision"], message["engine"], message["device"]) == ("bf16", None, "cpu")
-    assert task.load_message("diffusers", "fp32")["work"] != message["work"]
 
 
 ANSWERS = {
