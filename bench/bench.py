@@ -15,7 +15,7 @@ from ..bundle import FULL, Bundle
 from ..bundle.manifest import MANIFEST_NAME
 from ..common.arrays import Array
 from ..common.errors import BenchError, BundleError, DiffoundryError
-from ..common.files import sha256_file
+from ..common.files import read_json, sha256_file
 from ..common.interrupts import Interrupts, noting_interrupts
 from ..common.machine import trim_memory
 from ..common.progress import Meter, Progress
@@ -341,7 +341,7 @@ def _check(bundle: Bundle, settings: Settings) -> None:
 
 
 def _check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
-    """Raise `BenchError` where the denoiser of `checkpoint` is another kind than that of `bundle`."""
+    """Raise `BenchError` where `checkpoint` is none, or its denoiser is another kind than that of `bundle`."""
     name = bundle.manifest.named("denoiser")
     own, other = bundle.component(name).files.get(f"{name}/config.json"), checkpoint / name / "config.json"
     if own is not None and (not other.is_file() or sha256_file(other) != own):
@@ -349,6 +349,9 @@ def _check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
             f"{checkpoint} is not what {bundle.root} was compiled from: its {name}/config.json is another one; give "
             "--checkpoint the folder that was compiled"
         )
+    index = checkpoint / "model_index.json"
+    if not isinstance(read_json(index, "the index of the checkpoint").get("_class_name"), str):
+        raise BenchError(f"{index} names no pipeline: give --checkpoint the folder that was compiled")
 
 
 def _check_precision(name: str, precision: str) -> None:

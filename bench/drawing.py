@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import time
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,7 +95,9 @@ class Drawer:
             result = self._pipeline.generate(request)
         end = time.perf_counter()
         calls = self._recorder.take()
-        np.save(asked["image"], np.stack([np.asarray(image) for image in result.images]))
+        file = io.BytesIO()
+        np.save(file, np.stack([np.asarray(image) for image in result.images]))
+        Path(asked["image"]).write_bytes(file.getvalue())  # NumPy's own writing does not say that a disk is full
         self._note_gpu_memory()
         stages = stages_of(calls, self._roles, start, ends, end, result.seconds.get("text"))
         return {

@@ -62,6 +62,7 @@ def settings_of(options: Options, bundle: Bundle, engine: str, precision: str) -
         guidance=Guidance(guidance),
         scheduler=options.scheduler,
         seed=options.seed,
+        count=options.batch,
         width=options.width,
         height=options.height,
     )

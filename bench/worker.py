@@ -46,6 +46,7 @@ def main() -> None:
 def _answered(drawer: Drawer | None, asked: dict[str, Any]) -> tuple[Drawer | None, dict[str, Any]]:
     """What is loaded after `asked`, and the answer to it."""
     from ..common.errors import DiffoundryError, reason
+    from ..common.files import disk_error
     from ..common.machine import peak_memory
     from .drawing import Drawer
 
@@ -63,6 +64,8 @@ def _answered(drawer: Drawer | None, asked: dict[str, Any]) -> tuple[Drawer | No
         return drawer, _failed(str(error))
     except MemoryError:
         return drawer, _failed("out of memory")
+    except OSError as error:
+        return drawer, _failed(str(disk_error(error)))
     except Exception as error:  # whatever a library raises: the others go on
         return drawer, _failed(f"{type(error).__name__}: {reason(error)}")
 

@@ -55,12 +55,17 @@ def read_blocked(path: Path) -> Any:
 
     All else of it has the names that it has there.
     """
+    model = read(path)
+    block(model)
+    return model
+
+
+def block(model: Any) -> None:
+    """Let one operator take the place of each attention, see `read_blocked`."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    model = read(path)
     if fuse_attention(model, masked=False):
         RemoveUnusedNodesPass()(model)
-    return model
 
 
 def _infer(untyped: list[Any], path: Path) -> None:

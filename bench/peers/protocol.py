@@ -6,6 +6,7 @@ by its path.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -123,6 +124,8 @@ def serve(imports: Callable[[], System], packages: tuple[str, ...]) -> None:
             answer = _failed(str(error))
         except MemoryError:
             answer = _failed("out of memory")
+        except OSError as error:
+            answer = _failed(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
         except Exception as error:  # whatever a library raises: the next question may do
             answer = _failed(f"{type(error).__name__}: {error}")
         say(answer)
@@ -142,7 +145,9 @@ def _draw(system: System, asked: Asked) -> dict[str, Any]:
     clock = Clock()
     images = system.draw(asked, latents, clock)
     answer = clock.answer()
-    np.save(asked["image"], images)
+    file = io.BytesIO()
+    np.save(file, images)
+    Path(asked["image"]).write_bytes(file.getvalue())  # NumPy's own writing does not say that a disk is full
     return {"ok": True, **answer}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from ...engines.fusion.cpu import fuse_for_cpu
 from ..graph import read
 from ..quality import QualityError
 from ..scan import Scan, run_loop
+from .attention import Attention, attentions_of
 from .formats import Format, Scale
 from .layers import Group, groups_of
 from .pictures import sheet
@@ -35,13 +36,17 @@ from .statistics import REVISION as STATISTICS_REVISION
 from .switched import SwitchedEngine, switched
 from .write import write
 
-RULE = 2
+RULE = 3
 """Raise it when the same measurements would give other models."""
 STATISTICS, PICTURES = "statistics.npz", "{}.pictures.png"
 _JUDGED, _LEAST_JUDGED, _MOST_JUDGED = 1200, 4, 12
 """Calls that scales are judged by: so many over the number of groups, and the least and most."""
 _ALONE, _LEAST_ALONE, _MOST_ALONE = 256, 1, 8
 """Runs of the model in which groups lose alone, and the least and most calls for each."""
+
+
+Part = Group | Attention
+"""What is in eight bits as a whole, or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,8 @@ class Conversion:
         """Raises `QualityError` when the budget cannot be met, `DiffoundryError` for what cannot be calibrated."""
         name = self.bundle.manifest.named("denoiser")
         path = self.bundle.path(f"{name}/model.onnx")
-        groups = groups_of(read(path))
+        read_in = read(path)
+        groups, attentions = groups_of(read_in), attentions_of(read_in)
         if not groups:
             raise DiffoundryError(f"{name} has no layer with a form in eight bits: use --precision fp32")
         model = self._model(name)
@@ -88,8 +94,8 @@ class Conversion:
         if self.calibration is not None:
             given = check_model(Statistics.load(self.calibration), model, groups, self.calibration)
         self._open(model)
-        reference = observe(self.bundle, name, groups, self.scan, self.folder, model, given, self.progress)
-        return self._convert(name, path, groups, reference)
+        reference = observe(self.bundle, name, groups, attentions, self.scan, self.folder, model, given, self.progress)
+        return self._convert(name, path, groups, attentions if self.form.has_attention else [], reference)
 
     def _model(self, name: str) -> str:
         variant = self.bundle.component(name).variant(FULL)
@@ -114,7 +120,9 @@ class Conversion:
             self.folder.mkdir(parents=True)
             write_json(head, key)
 
-    def _convert(self, name: str, path: Path, groups: list[Group], reference: Reference) -> EightBit:
+    def _convert(
+        self, name: str, path: Path, groups: list[Group], attentions: list[Attention], reference: Reference
+    ) -> EightBit:
         statistics = reference.statistics
         calls = reference.sample(min(_MOST_JUDGED, max(_LEAST_JUDGED, _JUDGED // len(groups))))
         told, feeds = partial(self.progress, "scales, call"), [feeds for feeds, _ in calls]
@@ -126,13 +134,19 @@ class Conversion:
         flops = {
             group.value: sum(layer.flops(statistics.sizes[layer.name]) for layer in group.layers) for group in seen
         }
-        engine, clear = switched(path, name, self.form, scales, seen, moved)
+        total = sum(flops.values()) + statistics.sizes[OTHERS]
+        heads = {each: each.scales(statistics.amax, self.form) for each in attentions}
+        turned = [each for each, found in heads.items() if found is not None]
+        for each in turned:
+            scales |= heads[each] or {}
+            flops[each.value] = statistics.sizes[each.value]
+        parts: list[Part] = [*seen, *turned]
+        engine, clear = switched(path, name, self.form, scales, seen, turned, moved)
         try:
-            shift = self._shifts_gain(engine, list(scales), calls[::2])
+            shift = self._shifts_gain(engine, list(flops), calls[::2])
             moved = moved if shift else {}
-            alone = self._alone(engine, seen, reference, scales)
+            alone = self._alone(engine, reference, scales)
             order = sorted(flops, key=lambda value: (-alone[value] / max(flops[value], 1), value))
-            total = sum(flops.values()) + statistics.sizes[OTHERS]
 
             def quality(kept: Collection[str]) -> Probe:
                 share = sum(flops[value] for value in flops if value not in kept) / total
@@ -140,7 +154,7 @@ class Conversion:
 
             found, probes = search(order, flops, alone, quality)
             if found is not None:
-                engine.choose([value for value in scales if value not in found.kept], shift)
+                engine.choose([value for value in flops if value not in found.kept], shift)
                 by_timestep = self._by_timestep(engine, calls)
         finally:
             clear()
@@ -152,9 +166,10 @@ class Conversion:
                 f"{self.scan.budget_of(self.form.name).least:g} are asked: use a lower {option}, scan other prompts "
                 "and more steps, or use --precision bf16, fp16 or fp32"
             )
-        report = self._report(seen, groups, scales, alone, flops, found, probes, statistics)
+        report = self._report(parts, [*groups, *attentions], scales, alone, flops, total, found, probes, statistics)
         report |= {"biases_corrected": shift, "by_timestep": by_timestep}
-        return self._write(name, path, scales, moved, found, reference, report)
+        low = [value for value in flops if value not in found.kept]
+        return self._write(name, path, scales, low, moved, found, reference, report)
 
     def _by_timestep(self, engine: SwitchedEngine, calls: Sequence[Call]) -> list[dict[str, float]]:
         """The loss of the denoiser's outputs in single calls, from noise to picture."""
@@ -184,18 +199,14 @@ class Conversion:
             write_json(record, {"key": key, "found": found})
         return {value: Scale(value, *found[value]) for value in statistics.values if value in found}
 
-    def _alone(
-        self, engine: SwitchedEngine, seen: list[Group], reference: Reference, scales: dict[str, Scale]
-    ) -> dict[str, float]:
+    def _alone(self, engine: SwitchedEngine, reference: Reference, scales: dict[str, Scale]) -> dict[str, float]:
         record = self.folder / f"alone-{self.form.name}.json"
         key = sha256_json([each.key() for each in scales.values()])
         found = self._kept(record, key)
         if found is not None:
             return {str(value): float(ratio) for value, ratio in found.items()}
-        count = min(_MOST_ALONE, max(_LEAST_ALONE, _ALONE // len(seen)))
-        alone = losses_alone(
-            engine, seen, reference.sample(count), partial(self.progress, "loss of each layer alone, call")
-        )
+        count = min(_MOST_ALONE, max(_LEAST_ALONE, _ALONE // len(engine.values)))
+        alone = losses_alone(engine, reference.sample(count), partial(self.progress, "loss of each layer alone, call"))
         write_json(record, {"key": key, "found": alone})
         return alone
 
@@ -217,7 +228,7 @@ class Conversion:
             drawn = _pictures(_images_of(record))
             found = None if drawn is None else self.scan.figures(drawn, reference.images, self.form.name)
         if found is None:
-            engine.choose([value for value in scales if value not in kept], shift)
+            engine.choose([value for value in engine.values if value not in kept], shift)
             text = f"quality with {100 * share:.0f} % in {self.form.name}, step"
             try:
                 images = run_loop(self.bundle, {name: lambda: engine}, self.scan, text, self.progress)
@@ -241,45 +252,42 @@ class Conversion:
 
     def _report(
         self,
-        seen: list[Group],
-        groups: list[Group],
+        seen: Sequence[Part],
+        parts: Sequence[Part],
         scales: dict[str, Scale],
         alone: dict[str, float],
         flops: dict[str, int],
+        total: int,
         found: Probe,
         probes: list[Probe],
         statistics: Statistics,
     ) -> dict[str, Any]:
-        total = sum(flops.values()) + statistics.sizes[OTHERS]
         layers: list[dict[str, Any]] = [
             {
-                "value": group.value,
-                "layers": [layer.name for layer in group.layers],
-                "share": round(flops[group.value] / total, 6),
-                "loss_alone_db": in_decibels(alone[group.value]),
-                "low": group.value not in found.kept,
-                "scale": scales[group.value].scale,
-                "method": scales[group.value].method,
-                "loss_of_outputs_db": scales[group.value].loss_db,
-                "largest": [float(f"{x:.6g}") for x in _largest(statistics, group.value)],
+                "value": part.value,
+                "layers": list(part.kinds),
+                "share": round(flops[part.value] / total, 6),
+                "loss_alone_db": in_decibels(alone[part.value]),
+                "low": part.value not in found.kept,
+                **_scaled(part, scales, statistics),
             }
-            for group in seen
+            for part in seen
         ]
-        kinds = {layer.name: layer.kind for group in groups for layer in group.layers}
+        kinds = {name: kind for part in parts for name, kind in part.kinds.items()}
         islands = [
             {"node": name, "op": kinds[name], "reason": "loss", "measured": each["loss_alone_db"]}
             for each in layers
             if not each["low"]
             for name in each["layers"]
         ]
-        unseen = [group.value for group in groups if group.value not in scales]
+        unseen = [part.value for part in parts if part.value not in flops]
         islands += [
-            {"node": layer.name, "op": layer.kind, "reason": "never seen"}
-            for group in groups
-            if group.value in unseen
-            for layer in group.layers
+            {"node": name, "op": kind, "reason": "never seen"}
+            for part in parts
+            if part.value in unseen
+            for name, kind in part.kinds.items()
         ]
-        count = sum(len(group.layers) for group in groups)
+        count = sum(len(part.kinds) for part in parts)
         return {
             "precision": self.form.name,
             "rule": RULE,
@@ -309,13 +317,13 @@ class Conversion:
         name: str,
         path: Path,
         scales: dict[str, Scale],
+        low: Sequence[str],
         moved: dict[str, Array],
         found: Probe,
         reference: Reference,
         report: Any,
     ) -> EightBit:
         form = self.form.name
-        low = [value for value in scales if value not in found.kept]
         files = write(path, name, self.form, scales, low, f"{form}.onnx", moved)
         names = f"{form}.fused.onnx", f"{form}.per_prompt.onnx"
         fused = None  # no processor computes in 8-bit floats
@@ -354,9 +362,29 @@ def _pictures(path: Path) -> list[Array] | None:
         return None
 
 
-def _weight_bytes(groups: Sequence[Group], kept: Collection[str]) -> int:
+def _weight_bytes(parts: Sequence[Part], kept: Collection[str]) -> int:
     """What the weights of layers take: a byte each in eight bits, four in float32."""
+    groups = [part for part in parts if isinstance(part, Group)]
     return sum(math.prod(layer.shape) * (4 if group.value in kept else 1) for group in groups for layer in group.layers)
+
+
+def _scaled(part: Part, scales: Mapping[str, Scale], statistics: Statistics) -> dict[str, Any]:
+    """How what a part reads is scaled, for the report."""
+    if isinstance(part, Group):
+        found = scales[part.value]
+        return {
+            "scale": found.scale,
+            "method": found.method,
+            "loss_of_outputs_db": found.loss_db,
+            "largest": [float(f"{x:.6g}") for x in _largest(statistics, part.value)],
+        }
+    given = [scales[name] for name in part.reads]
+    return {
+        "scale": [each.scale for each in given],
+        "method": given[0].method,
+        "loss_of_outputs_db": None,
+        "largest": [float(f"{statistics.amax[name] * abs(factor):.6g}") for name, factor in part.sources],
+    }
 
 
 def _images_of(record: Path) -> Path:

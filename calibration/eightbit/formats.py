@@ -22,6 +22,11 @@ class Format:
     largest: float
 
     @property
+    def has_attention(self) -> bool:
+        """Whether GPUs run an attention in it as one kernel: not with whole numbers, which make its scores a tensor."""
+        return self.name != "int8"
+
+    @property
     def numpy(self) -> Any:
         """The type in NumPy."""
         import ml_dtypes
@@ -43,7 +48,7 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Of a value. loss_db: signal to noise of the outputs of its layers, on calls that did not choose it.
+    """Of a value. loss_db: signal to noise of the outputs of its layers, on calls that did not choose it, if measured.
 
     factors: float32 (channels,), what the value is multiplied with before it is rounded, and weights are divided by.
     """
@@ -51,7 +56,7 @@ class Scale:
     value: str
     scale: float
     method: str
-    loss_db: float
+    loss_db: float | None
     factors: Array | None = None
 
     def key(self) -> list[Any]:

@@ -42,6 +42,11 @@ class Group:
     layers: tuple[Layer, ...]
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """The operators of its layers by their names."""
+        return {layer.name: layer.kind for layer in self.layers}
+
+    @property
     def is_linear(self) -> bool:
         """Whether its layers are products with matrices."""
         return all(layer.kind != "Conv" for layer in self.layers)

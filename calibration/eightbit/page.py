@@ -136,7 +136,7 @@ def _kept(report: Any) -> Iterator[Markup]:
 def _layers(report: Any) -> Iterator[Markup]:
     yield tag("h3", "Layers, those that lose most first")
     header = ["value", "layers", "in 8 bits", "arithmetic", "loss alone", "loss of its outputs", "method", "scale"]
-    header.append("largest, by stretch of timesteps")
+    header.append("largest, by stretch of timesteps; of an attention: queries, keys, values")
     rows = [
         [
             each["value"],
@@ -146,7 +146,7 @@ def _layers(report: Any) -> Iterator[Markup]:
             _decibels(each["loss_alone_db"]),
             _decibels(each["loss_of_outputs_db"]),
             each["method"],
-            f"{each['scale']:.3g}",
+            ", ".join(f"{x:.3g}" for x in _listed(each["scale"])),
             ", ".join(f"{x:.3g}" for x in each["largest"]),
         ]
         for each in sorted(report["groups"], key=lambda each: float(each["loss_alone_db"]))
@@ -154,6 +154,11 @@ def _layers(report: Any) -> Iterator[Markup]:
     yield _table(header, rows)
     mended = "corrected" if report["biases_corrected"] else "left as they were: correcting them lost more"
     yield tag("p", f"Biases were {mended}.", class_="soft")
+
+
+def _listed(scale: Any) -> list[float]:
+    """The scales of what an attention reads, or the one of a value."""
+    return scale if isinstance(scale, list) else [scale]
 
 
 def _decibels(value: float | None) -> str:

@@ -32,6 +32,7 @@ from ..losses import decibels
 from ..quality import psnr
 from ..scan import Scan, requests
 from ..sessions import as_it_stands, emulation
+from .attention import attentions_of
 from .formats import FORMATS, Format, Scale
 from .layers import Group, groups_of
 from .reference import Call, observe
@@ -46,6 +47,8 @@ _KEPT = re.compile(
 )
 """Modules that NVIDIA's recipe for Stable Diffusion XL leaves in higher precision (Model Optimizer, diffusers)."""
 _ALPHA = 0.8
+_HEAD = 16
+"""It takes attentions whose heads are a multiple of this."""
 _FAIL = {"Gather", "InstanceNormalization", "Pad", "Split"}
 """Operators that ONNX Runtime's tool is not asked to quantize, see `static`."""
 
@@ -65,7 +68,8 @@ def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
 
     bundle: which has its denoiser in `precision`. All are calibrated with the prompts that it was built with. folder:
     empty, for models. NVIDIA's, of int8: SmoothQuant with α 0.8 on products with matrices, on convolutions the least of
-    the largest magnitudes of the stretches of timesteps; of fp8: the largest magnitude; in both, some modules stay.
+    the largest magnitudes of the stretches of timesteps; of fp8: the largest magnitude, and attentions; in both, some
+    modules stay.
     Raises `EngineError` when the bundle has no such precision.
     """
     load = emulation(bundle, precision)
@@ -75,32 +79,43 @@ def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
     yield Recipe(OURS, (report["nodes"]["low"], layers), report["share"], load[name])
 
     path = bundle.path(f"{name}/model.onnx")
-    groups = groups_of(read(path))
+    read_in = read(path)
+    groups, attentions = groups_of(read_in), attentions_of(read_in)
     statistics = Statistics.load(bundle.path(f"{name}/statistics.npz"))
     model = statistics.model
     scan = scan_of(report)
     told = lambda text, done, total: None  # noqa: E731
     if form.name == "int8":
-        found = observe(bundle, name, groups, scan, folder, model, statistics, told)
-        calls = [call for of_prompt in found.calls for call in of_prompt]
+        run = observe(bundle, name, groups, attentions, scan, folder, model, statistics, told)
+        calls = [call for of_prompt in run.calls for call in of_prompt]
         written = static(path, calls, folder / "static.onnx")
         low, products = rounded(written, path, groups)
         yield Recipe(
             STATIC,
             (len(low), layers),
-            share(groups, low, statistics, products),
+            share(groups, low, statistics, statistics.sizes[OTHERS] * products),
             partial(as_it_stands, written, name),
         )
     scales, kept = published(path, bundle.path(f"{name}/weights.json"), form, groups, statistics)
     low = {layer.name for group in groups if group.value not in kept for layer in group.layers}
+    heads = []
+    for each in attentions:
+        found = each.scales(statistics.amax, form)
+        if found is not None and form.has_attention and each.size % _HEAD == 0:
+            scales |= found
+            heads.append(each)
     link = folder / "model"
     link.mkdir()
-    for each in path.parent.iterdir():
-        if each.is_file():
-            (link / each.name).symlink_to(each.resolve())
-    written = write(link / path.name, name, form, scales, set(scales) - kept, "published.onnx")[0]
+    for file in path.parent.iterdir():
+        if file.is_file():
+            (link / file.name).symlink_to(file.resolve())
+    values = {*(set(scales) - kept), *(each.value for each in heads)}
+    written = write(link / path.name, name, form, scales, values, "published.onnx")[0]
     yield Recipe(
-        PUBLISHED, (len(low), layers), share(groups, low, statistics, False), partial(as_it_stands, written, name)
+        PUBLISHED,
+        (len(low) + sum(len(each.products) for each in heads), layers),
+        share(groups, low, statistics, sum(statistics.sizes[each.value] for each in heads)),
+        partial(as_it_stands, written, name),
     )
 
 
@@ -110,12 +125,12 @@ def scan_of(report: Mapping[str, Any]) -> Scan:
     return Scan(tuple(told["prompts"]), told["steps"], tuple(told["size"]), told["seed"])
 
 
-def share(groups: Sequence[Group], low: set[str], statistics: Statistics, products: bool) -> float:
-    """The part of the arithmetic in eight bits. low: names of layers. products: whether those of two values are."""
+def share(groups: Sequence[Group], low: set[str], statistics: Statistics, products: int) -> float:
+    """The part of the arithmetic in eight bits. low: names of layers. products: operations of those of two values."""
     sizes = statistics.sizes
     flops = {layer.name: layer.flops(sizes[layer.name]) for group in groups for layer in group.layers}
     others = sizes[OTHERS]
-    done = sum(each for name, each in flops.items() if name in low) + others * products
+    done = sum(each for name, each in flops.items() if name in low) + products
     return round(done / (sum(flops.values()) + others), 4)
 
 

@@ -22,6 +22,7 @@ from ...common.progress import Progress
 from ..graph import read_blocked
 from ..scan import Scan, run_loop
 from ..sessions import RecordedEngine, Recorder, start
+from .attention import Attention
 from .layers import Group
 from .statistics import Observer, Statistics
 
@@ -56,6 +57,7 @@ def observe(
     bundle: Bundle,
     name: str,
     groups: Sequence[Group],
+    attentions: Sequence[Attention],
     scan: Scan,
     folder: Path,
     model: str,
@@ -69,7 +71,7 @@ def observe(
     """
     path = bundle.path(f"{name}/model.onnx")
     timestep = next((key for key, source in bundle.manifest.wiring.inputs.items() if source.startswith("timestep")), "")
-    observer = Observer(path, name, groups, model, timestep)
+    observer = Observer(path, name, groups, attentions, model, timestep)
     gathered = Statistics.empty(model, [group.value for group in groups])
     images, calls = [], []
     for i, prompt in enumerate(scan.prompts):

@@ -11,7 +11,6 @@ import numpy as np
 
 from ...engines import Engine
 from ..losses import decibels
-from .layers import Group
 from .reference import Call
 from .switched import SwitchedEngine
 
@@ -37,18 +36,17 @@ class Probe:
     figures: dict[str, Any]
 
 
-def losses_alone(
-    engine: SwitchedEngine, groups: Sequence[Group], calls: Sequence[Call], told: Callable[[int, int], None]
-) -> dict[str, float]:
-    """Noise over signal of the denoiser's outputs when one group alone is in eight bits, the mean of `calls`.
+def losses_alone(engine: SwitchedEngine, calls: Sequence[Call], told: Callable[[int, int], None]) -> dict[str, float]:
+    """Noise over signal of the denoiser's outputs when one group or attention alone is in eight bits, by its value: the
+    mean of `calls`.
 
     told: called with the runs of the model that are done, and all of them.
     """
     found: dict[str, float] = {}
-    for group in groups:
-        engine.choose([group.value])
-        found[group.value] = loss(
-            engine, calls, partial(_after, told, len(found) * len(calls), len(groups) * len(calls))
+    for value in engine.values:
+        engine.choose([value])
+        found[value] = loss(
+            engine, calls, partial(_after, told, len(found) * len(calls), len(engine.values) * len(calls))
         )
     return found
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from ..graph import key, read, read_blocked
 from ..sessions import start
 from .formats import Format, Scale
 from .layers import Group, Layer, along, bias_of, scales_of
+from .probes import Probes
 from .statistics import Statistics
 from .write import copied, over
 
@@ -91,36 +91,18 @@ def rows(
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     model = read_blocked(source)
-    graph = model.graph
-    values = {str(value.name): value for value in graph.inputs}
-    values |= {str(made.name): made for node in graph for made in node.outputs}
-
-    def constant(name: str, number: Any) -> Any:
-        value = onnx_ir.val(name, const_value=onnx_ir.tensor(np.asarray(number, np.int64), name=name))
-        graph.register_initializer(value)
-        return value
-
-    zero, end, one, two, many = (
-        constant(f"rows:{name}", number)
-        for name, number in (("0", [0]), ("end", [2**62]), ("1", [1]), ("2", 2), ("many", 2 * _ROWS))
-    )
-    outputs = []
+    probes = Probes(model.graph)
     for group in groups:
-        value, tape = values[group.value], onnx_ir.tape.Tape()
-        channels = group.layers[0].shape[1 - group.layers[0].axis]
-        shape = constant(f"{group.value}:matrix", [-1, channels])
-        flat = tape.op("Reshape", [value, shape])
-        # an odd step: an even one would meet a few columns of a picture alone
-        count = tape.op("Gather", [tape.op("Shape", [flat]), zero], {"axis": 0})
-        step = tape.op("Add", [tape.op("Mul", [tape.op("Div", [count, many]), two]), one])
-        output = onnx_ir.val(f"{group.value}:rows", onnx_ir.DataType.FLOAT, [None, channels])
-        tape.op("Slice", [flat, zero, end, zero, step], output=output)
-        if value.producer() is None:
-            graph.insert_before(graph[0], tape.nodes)
-        else:
-            graph.insert_after(value.producer(), tape.nodes)
-        outputs.append(output)
-    graph.outputs[:] = outputs
+        value = probes.values[group.value]
+        matrix = [-1, group.layers[0].shape[1 - group.layers[0].axis]]
+        probes.give(
+            f"{group.value}:rows",
+            value.producer(),
+            partial(probes.sample, value, matrix, _ROWS),
+            onnx_ir.DataType.FLOAT,
+            [None, matrix[1]],
+        )
+    model.graph.outputs[:] = probes.given
     RemoveUnusedNodesPass()(model)
     found: dict[str, list[Array]] = {group.value: [] for group in groups}
     if groups:

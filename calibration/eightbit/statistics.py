@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -19,12 +20,14 @@ from ...engines.fusion.attention import ATTENTION
 from ...engines.fusion.graph import weight_of
 from ..graph import key, read_blocked
 from ..sessions import OnCall, RecordedEngine, start
+from .attention import Attention
 from .histogram import BINS, count
 from .layers import Group
+from .probes import Probes
 
 STRETCHES = 4
 """Parts of the timesteps that are told from one another: ranges drift from noise to picture."""
-REVISION = 2
+REVISION = 3
 """Raise it when the same run would give other statistics."""
 _SAMPLE = 1 << 15
 """Elements of a value that are counted in a call, those of an odd step through it; its range is of all."""
@@ -32,7 +35,8 @@ _TIMESTEPS = 1000
 _LARGEST_FILE = 256 << 20
 OTHERS = "products of values"
 _HIGH, _LOW, _MEAN, _SOME, _SIZE, _WORK = ":highest", ":lowest", ":mean", ":some", ":size", ":operations"
-_SUFFIXES = (_HIGH, _LOW, _MEAN, _SOME, _SIZE, _WORK)
+_LARGEST = ":largest"
+_SUFFIXES = (_HIGH, _LOW, _MEAN, _SOME, _SIZE, _WORK, _LARGEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +46,9 @@ class Statistics:
     model: the hash of the model. values: their names. counts: int64 (values, stretches, `BINS`), see `histogram`, of
     every other call: scales are judged by the others. high, low: float32 (values, stretches), of all calls; 0 in a
     stretch without any. calls: of the model. peaks, means: of each channel that layers add up over, the largest
-    magnitude and the mean of all calls, float32 (channels,) by value. sizes: elements that a layer makes in a call, by
-    its name; by `OTHERS` the operations of products of two values, which no layer is.
+    magnitude and the mean of all calls, float32 (channels,) by value. amax: the largest magnitude in what attentions
+    are made of, by the names of the projections. sizes: elements that a layer makes in a call, by its name; operations
+    of an attention, by its value; by `OTHERS` those of all products of two values, which no layer is.
     """
 
     model: str
@@ -54,6 +59,7 @@ class Statistics:
     calls: int
     peaks: dict[str, Array]
     means: dict[str, Array]
+    amax: dict[str, float]
     sizes: dict[str, int]
 
     @classmethod
@@ -62,7 +68,7 @@ class Statistics:
         shape = (len(values), STRETCHES)
         counts = np.zeros((*shape, BINS), np.int64)
         ranges = np.zeros((2, *shape), np.float32)
-        return cls(model, tuple(values), counts, ranges[0], ranges[1], 0, {}, {}, {})
+        return cls(model, tuple(values), counts, ranges[0], ranges[1], 0, {}, {}, {}, {})
 
     def largest(self) -> dict[str, float]:
         """max |x| of each value."""
@@ -90,13 +96,18 @@ class Statistics:
                 value: np.asarray((self.calls * mean + other.calls * other.means[value]) / calls, np.float32)
                 for value, mean in self.means.items()
             },
+            {name: max(amax, other.amax[name]) for name, amax in self.amax.items()},
             self.sizes,
         )
 
     def save(self, path: Path) -> None:
         """Write them to `path`, the same bytes for the same statistics. Raises `DiffoundryError` on a full disk."""
         head = {"revision": REVISION, "model": self.model, "values": self.values, "sizes": self.sizes}
-        head |= {"calls": self.calls, "channels": [len(self.peaks.get(value, ())) for value in self.values]}
+        head |= {
+            "amax": self.amax,
+            "calls": self.calls,
+            "channels": [len(self.peaks.get(value, ())) for value in self.values],
+        }
         used = np.flatnonzero(self.counts.any(axis=(0, 1)))
         first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
         file = io.BytesIO()
@@ -138,7 +149,10 @@ class Statistics:
                     raise ValueError("its channels are damaged")
                 sizes = {str(name): int(size) for name, size in head["sizes"].items()}
                 calls = int(head["calls"])
-                return cls(str(head["model"]), values, counts, high, low, calls, peaks, means, sizes)
+                amax = {str(name): float(each) for name, each in head["amax"].items()}
+                if not all(0 <= each < np.inf for each in amax.values()):
+                    raise ValueError("its largest magnitudes are damaged")
+                return cls(str(head["model"]), values, counts, high, low, calls, peaks, means, amax, sizes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
             raise DiffoundryError(f"{path} is no calibration file of this version of diffoundry: {error}") from None
 
@@ -146,9 +160,18 @@ class Statistics:
 class Observer:
     """Gathers the statistics of a component while the loop runs; of values, no more than a sample leaves the graph."""
 
-    def __init__(self, path: Path, component: str, groups: Sequence[Group], model: str, timestep: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        component: str,
+        groups: Sequence[Group],
+        attentions: Sequence[Attention],
+        model: str,
+        timestep: str,
+    ) -> None:
         """path: of the fp32 model, whose hash is `model`. timestep: the name of the input that takes it, or ""."""
         self._path, self._component, self._groups, self._timestep = path, component, groups, timestep
+        self._attentions = attentions
         self._values = [group.value for group in groups]
         self._model = model
         self._begin()
@@ -169,7 +192,7 @@ class Observer:
         """An engine of the component that gathers as it runs, and calls `on_call` after each call."""
         model = read_blocked(self._path)
         outputs = len(model.graph.outputs)
-        _probe(model, self._groups)
+        _probe(model, self._groups, self._attentions)
         inner = start(model, self._path.parent, self._component)
 
         def gather(feeds: Mapping[str, Array], made: Mapping[str, Array]) -> None:
@@ -201,87 +224,64 @@ class Observer:
         if not found.sizes:
             layers = [layer.name for group in self._groups for layer in group.layers]
             found.sizes.update({name: int(made[name + _SIZE]) for name in layers})
-            found.sizes[OTHERS] = sum(int(each) for name, each in made.items() if name.endswith(_WORK))
+            work = {name.removesuffix(_WORK): int(each) for name, each in made.items() if name.endswith(_WORK)}
+            found.sizes[OTHERS] = sum(work.values())
+            found.sizes.update({each.value: work[each.made] for each in self._attentions})
+        for name in dict.fromkeys(name for each in self._attentions for name, _ in each.sources):
+            largest = float(made[name + _LARGEST])
+            if not np.isfinite(largest):
+                raise DiffoundryError(
+                    f"{self._component}: {name}, which an attention reads, is infinity or NaN in fp32 at timestep "
+                    f"{at:g}: scan other prompts, or check the checkpoint"
+                )
+            found.amax[name] = max(found.amax.get(name, 0.0), largest)
         self._calls += 1
 
 
-def _probe(model: Any, groups: Sequence[Group]) -> None:
-    """Let a model give the range and a sample of each value, and how many elements each layer makes."""
+def _probe(model: Any, groups: Sequence[Group], attentions: Sequence[Attention]) -> None:
+    """Let a model give the range and a sample of each value, how many elements each layer makes, and what attentions
+    read at most.
+    """
     import onnx_ir
 
     graph = model.graph
-    values = {str(value.name): value for value in graph.inputs}
-    values |= {str(made.name): made for node in graph for made in node.outputs}
-    nodes = {key(node): node for node in graph}
-
-    def constant(name: str, number: Any) -> Any:
-        value = onnx_ir.val(name, const_value=onnx_ir.tensor(np.asarray(number, np.int64), name=name))
-        graph.register_initializer(value)
-        return value
-
-    flat, begin, end, many = (
-        constant(f"sample:{name}", number)
-        for name, number in (("flat", [-1]), ("begin", [0]), ("end", [2**62]), ("many", 2 * _SAMPLE))
-    )
-    two, one, axes = constant("sample:two", 2), constant("sample:one", [1]), constant("sample:axes", [0])
-
-    def give(name: str, after: Any, make: Any, dtype: Any, shape: Any) -> None:
-        tape = onnx_ir.tape.Tape()
-        output = onnx_ir.val(name, dtype, shape)
-        make(tape, output)
-        graph.outputs.append(output)
-        if after is None:
-            graph.insert_before(graph[0], tape.nodes)
-        else:
-            graph.insert_after(after, tape.nodes)
-
-    def some(tape: Any, value: Any, output: Any) -> None:
-        """Every element of an odd step: an even one would meet a few columns or channels alone."""
-        half = tape.op("Div", [tape.op("Size", [value]), many])
-        step = tape.op("Add", [tape.op("Mul", [half, two]), one])
-        tape.op("Slice", [tape.op("Reshape", [value, flat]), begin, end, axes, step], output=output)
-
+    probes, nodes = Probes(graph), {key(node): node for node in graph}
     number, whole = onnx_ir.DataType.FLOAT, onnx_ir.DataType.INT64
     for group in groups:
-        value = values[group.value]
+        value = probes.values[group.value]
         after = value.producer()
-        others = constant(
-            f"{group.value}:others", [i for i in range(len(value.shape)) if i != group.channel_axis(value)]
-        )
+        axes = [i for i in range(len(value.shape)) if i != group.channel_axis(value)]
+        others = probes.constant(f"{group.value}:others", axes)
         for op, suffix in (("ReduceMax", _HIGH), ("ReduceMin", _LOW), ("ReduceMean", _MEAN)):
-            give(
-                group.value + suffix,
-                after,
-                lambda tape, output, op=op, value=value, others=others: tape.op(
-                    op, [value, others], {"keepdims": 0}, output=output
-                ),
-                number,
-                [None],
-            )
-        give(group.value + _SOME, after, lambda tape, output, value=value: some(tape, value, output), number, [None])
+            probes.give(group.value + suffix, after, partial(_reduced, op, [value, others]), number, [None])
+        probes.give(group.value + _SOME, after, partial(probes.sample, value, [-1], _SAMPLE), number, [None])
         for layer in group.layers:
             node = nodes[layer.name]
-            give(
-                layer.name + _SIZE,
-                node,
-                lambda tape, output, node=node: tape.op("Size", [node.outputs[0]], output=output),
-                whole,
-                [],
-            )
+            probes.give(layer.name + _SIZE, node, partial(_size, node.outputs[0]), whole, [])
+    for node in nodes.values():
+        if node.op_type == ATTENTION or (node.op_type == "MatMul" and weight_of(node.inputs[1]) is None):
+            probes.give(key(node) + _WORK, node, partial(_work, probes, node), whole, [])
+    for name in dict.fromkeys(name for each in attentions for name, _ in each.sources):
+        value = probes.values[name]
+        probes.give(name + _LARGEST, value.producer(), partial(_largest, value), number, [])
 
-    def work(tape: Any, node: Any, output: Any) -> None:
-        """Two for each product: every element of the first is multiplied with a row of what comes out."""
-        blocked = node.op_type == ATTENTION  # two products, of each query with each key
-        shape = tape.op("Shape", [node.inputs[1] if blocked else node.outputs[0]])
-        last = tape.op("Gather", [shape, constant(f"{key(node)}:last", 1 if blocked else -1)], {"axis": 0})
-        times = four if blocked else two
-        tape.op("Mul", [tape.op("Mul", [tape.op("Size", [node.inputs[0]]), last]), times], output=output)
 
-    four = constant("sample:four", 4)
-    products = [
-        node
-        for node in nodes.values()
-        if node.op_type == ATTENTION or (node.op_type == "MatMul" and weight_of(node.inputs[1]) is None)
-    ]
-    for node in products:
-        give(key(node) + _WORK, node, lambda tape, output, node=node: work(tape, node, output), whole, [])
+def _reduced(op: str, inputs: Sequence[Any], tape: Any, output: Any) -> None:
+    tape.op(op, inputs, {"keepdims": 0}, output=output)
+
+
+def _size(value: Any, tape: Any, output: Any) -> None:
+    tape.op("Size", [value], output=output)
+
+
+def _largest(value: Any, tape: Any, output: Any) -> None:
+    _reduced("ReduceMax", [tape.op("Abs", [value])], tape, output)
+
+
+def _work(probes: Probes, node: Any, tape: Any, output: Any) -> None:
+    """Two for each product: every element of the first is multiplied with a row of what comes out."""
+    blocked = node.op_type == ATTENTION  # two products, of each query with each key
+    shape = tape.op("Shape", [node.inputs[1] if blocked else node.outputs[0]])
+    last = tape.op("Gather", [shape, probes.constant(f"{key(node)}:last", 1 if blocked else -1)], {"axis": 0})
+    times = probes.constant("work:four", 4) if blocked else probes.constant("work:two", 2)
+    tape.op("Mul", [tape.op("Mul", [tape.op("Size", [node.inputs[0]]), last]), times], output=output)

@@ -15,9 +15,11 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.files import remove
 from ...engines import DeviceArray, DeviceBinding, Engine, HostBinding
-from ...engines.fusion.graph import save, weight_of
-from ..graph import key, raise_opset, read_blocked
+from ...engines.fusion.attention import ATTENTION
+from ...engines.fusion.graph import DOMAIN, drop, make_node, save, weight_of
+from ..graph import block, key, raise_opset, read
 from ..sessions import start
+from .attention import Attention, nodes_of
 from .formats import Format, Scale
 from .layers import Group, Layer
 from .write import OPSET, Rounding
@@ -26,17 +28,20 @@ _NAME, _CHOICE, _SHIFT = "switched.onnx", "diffoundry:low", "diffoundry:shift"
 
 
 class SwitchedEngine(Engine):
-    """A component whose groups are in eight bits where `choose` says so. At first none is."""
+    """A component whose groups and attentions are in eight bits where `choose` says so. At first none is.
+
+    values: what they are known by.
+    """
 
     def __init__(self, engine: Engine, values: Sequence[str]) -> None:
         own = [each for each in engine.inputs if each.name not in (_CHOICE, _SHIFT)]
         super().__init__(engine.component, own, engine.outputs)
-        self._engine, self._values = engine, list(values)
+        self._engine, self.values = engine, tuple(values)
         self._choice, self._shift = np.zeros(len(values), np.bool_), np.zeros((), np.float32)
 
     def choose(self, low: Collection[str], shift: bool = False) -> None:
         """Compute the groups of these values in eight bits, and no other. shift: whether outputs are shifted."""
-        self._choice[:] = [value in low for value in self._values]
+        self._choice[:] = [value in low for value in self.values]
         self._shift[...] = shift
 
     def to_device(self, array: Array) -> DeviceArray:
@@ -65,15 +70,18 @@ def switched(
     form: Format,
     scales: Mapping[str, Scale],
     groups: Sequence[Group],
+    attentions: Sequence[Attention],
     shifts: Mapping[str, Array],
 ) -> tuple[SwitchedEngine, Callable[[], None]]:
     """The engine of the model `source`, and what removes the weights that it keeps beside it.
 
-    groups: those that can be turned, each with a scale. shifts: see `write`, taken where `shift` says so.
+    groups, attentions: those that can be turned; scales: of all that they read. shifts: see `write`, taken where
+    `shift` says so.
     """
-    model = read_blocked(source)
+    model = read(source)
     raise_opset(model, OPSET, component)
-    _turn(model, form, scales, groups, shifts)
+    _turn(model, form, scales, groups, attentions, shifts)
+    block(model)
     paths = [source.parent / f"{_NAME}{end}" for end in ("", "_data")]
 
     def clear() -> None:
@@ -86,28 +94,53 @@ def switched(
     except BaseException:
         clear()
         raise
-    return SwitchedEngine(engine, [group.value for group in groups]), clear
+    return SwitchedEngine(engine, [*(each.value for each in groups), *(each.value for each in attentions)]), clear
 
 
 def _turn(
-    model: Any, form: Format, scales: Mapping[str, Scale], groups: Sequence[Group], shifts: Mapping[str, Array]
+    model: Any,
+    form: Format,
+    scales: Mapping[str, Scale],
+    groups: Sequence[Group],
+    attentions: Sequence[Attention],
+    shifts: Mapping[str, Array],
 ) -> None:
-    """Put each layer into an If, with what rounds its input and its weight."""
+    """Put each layer and attention into an If, with what rounds its inputs and its weight."""
     import onnx_ir
 
     graph = model.graph
     rounding = Rounding(model, form)
     nodes = {key(node): node for node in graph}
-    choice = onnx_ir.val(_CHOICE, onnx_ir.DataType.BOOL, [len(groups)])
+    choice = onnx_ir.val(_CHOICE, onnx_ir.DataType.BOOL, [len(groups) + len(attentions)])
     shift = onnx_ir.val(_SHIFT, onnx_ir.DataType.FLOAT, [])
     graph.inputs.extend([choice, shift])
-    for i, group in enumerate(groups):
-        place = onnx_ir.val(f"low:{i}", const_value=onnx_ir.tensor(np.asarray(i, np.int64), name=f"low:{i}"))
+    places = [
+        onnx_ir.val(f"low:{i}", const_value=onnx_ir.tensor(np.asarray(i, np.int64), name=f"low:{i}"))
+        for i in range(choice.shape[0])
+    ]
+    for place in places:
         graph.register_initializer(place)
+
+    def turn(node: Any, name: str, i: int, low: list[Any], full: list[Any]) -> None:
+        """Let an If take the place of `node`, the last of some: `low` where choice i is on, else `full`."""
+        on = onnx_ir.val(f"{name}:turn", onnx_ir.DataType.BOOL, [])
+        pick = onnx_ir.node("Gather", [choice, places[i]], {"axis": 0}, outputs=[on])
+        for number, each in enumerate(low):  # a name is given once in all graphs
+            for made in each.outputs:
+                made.name = f"{made.name}:{name}:{number}"
+        branches = {
+            branch: onnx_ir.Graph([], [part[-1].outputs[0]], nodes=part, name=f"{name}:{branch}")
+            for branch, part in (("then_branch", low), ("else_branch", full))
+        }
+        old = node.outputs[0]
+        made = onnx_ir.val(f"{name}:either", old.dtype, old.shape)
+        graph.insert_before(node, [pick, onnx_ir.node("If", [on], branches, outputs=[made])])
+        _replace(graph, old, made)
+        drop(graph, node)
+
+    for i, group in enumerate(groups):
         for layer in group.layers:
             node = nodes[layer.name]
-            turn = onnx_ir.val(f"{layer.name}:turn", onnx_ir.DataType.BOOL, [])
-            pick = onnx_ir.node("Gather", [choice, place], {"axis": 0}, outputs=[turn])
             inputs = list(node.inputs)
             scale = scales[group.value]
             before, value = rounding.nodes(inputs[0], scale.scale, scale.factors)
@@ -115,20 +148,26 @@ def _turn(
             low = [*before, widen, _copy(node, [value, weight, *inputs[2:]], f"{layer.name}:low")]
             if layer.name in shifts:
                 low += _shifted(graph, layer, low[-1].outputs[0], shifts[layer.name], shift)
-            full = [_copy(node, inputs, f"{layer.name}:full")]
-            for number, each in enumerate(low):  # a name is given once in all graphs
-                for made in each.outputs:
-                    made.name = f"{made.name}:{layer.name}:{number}"
-            branches = {
-                name: onnx_ir.Graph([], [part[-1].outputs[0]], nodes=part, name=f"{layer.name}:{name}")
-                for name, part in (("then_branch", low), ("else_branch", full))
-            }
-            old = node.outputs[0]
-            made = onnx_ir.val(f"{layer.name}:either", old.dtype, old.shape)
-            either = onnx_ir.node("If", [turn], branches, outputs=[made])
-            graph.insert_before(node, [pick, either])
-            _replace(graph, old, made)
-            graph.remove(node, safe=True)
+            turn(node, layer.name, i, low, [_copy(node, inputs, f"{layer.name}:full")])
+    found = nodes_of(model)  # they read what was just replaced
+    for i, attention in enumerate(attentions, len(groups)):
+        parts, low = found[attention.value], []
+        last: Any = None
+        for node in (parts.scores, parts.softmax, parts.product, parts.merged, parts.output):
+            given = list(node.inputs)
+            if last is not None:
+                given[0] = last
+            if node in (parts.scores, parts.product):
+                for at, name in enumerate(map(str, (each.name for each in node.inputs))):
+                    before, given[at] = rounding.nodes(given[at], scales[name].scale)
+                    low += before
+            low.append(_copy(node, given, f"{key(node)}:low"))
+            last = low[-1].outputs[0]
+        whole = make_node(ATTENTION, *parts.as_one, parts.output.outputs)
+        whole.outputs[0].name = f"{attention.made}:full"
+        turn(parts.output, attention.made, i, low, [whole])
+    if attentions:
+        graph.opset_imports[DOMAIN] = 1
 
 
 def _shifted(graph: Any, layer: Layer, made: Any, by: Array, shift: Any) -> list[Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from ...common.arrays import Array
 from ...engines.fusion.graph import map_tensor, save, weight_of
 from ..graph import key, raise_opset, read
+from .attention import nodes_of
 from .formats import Format, Scale
 from .layers import Group, Layer, along, bias_of, groups_of, scales_of
 
@@ -31,10 +32,10 @@ def write(
     name: str,
     shifts: Mapping[str, Array] | None = None,
 ) -> list[Path]:
-    """Write the model `source` as `name` beside it, with the groups of the values `low` in eight bits.
+    """Write the model `source` as `name` beside it, with the groups and attentions of the values `low` in eight bits.
 
-    scales: of each value. shifts: what is added to each channel that a layer makes, by its name. The same input gives
-    the same bytes. Returns the files of the model, see `graph.save`.
+    scales: of each value, and of what attentions read. shifts: what is added to each channel that a layer makes, by its
+    name. The same input gives the same bytes. Returns the files of the model, see `graph.save`.
     """
     model = read(source)
     raise_opset(model, OPSET, component)
@@ -50,6 +51,10 @@ def write(
                 node.replace_input_with(1, rounding.weight(layer, node, found.factors))
                 if shifts and layer.name in shifts:
                     rounding.shift(layer, node, shifts[layer.name])
+    for value, attention in nodes_of(model).items():
+        if value in low:
+            for node in (attention.scores, attention.product):
+                rounding.inputs(node, scales)
     drop_unused(model)
     return save(model, source.parent, name)
 
@@ -75,6 +80,13 @@ class Rounding:
         else:
             self._graph.insert_after(value.producer(), nodes)
         return made
+
+    def inputs(self, node: Any, scales: Mapping[str, Scale]) -> None:
+        """Let a product of two values read what they are after rounding."""
+        for place, value in enumerate(list(node.inputs)):
+            nodes, made = self.nodes(value, scales[str(value.name)].scale)
+            self._graph.insert_before(node, nodes)
+            node.replace_input_with(place, made)
 
     def nodes(self, value: Any, scale: Any, factors: Array | None = None) -> tuple[list[Any], Any]:
         """The nodes that round a value with a scale, a number or a value, in no graph yet, and what they make.

@@ -43,36 +43,86 @@ def fuse_attention(model: Any, *, masked: bool) -> int:
     It computes the scores in float32 whatever their type. masked: whether those with a mask are fused, too: a causal
     mask becomes an attribute, any other an input.
     """
-    found = [_fuse(model, node, masked) for node in list(model.graph) if node.op_type == "Softmax"]
+    found = [_fuse(model, attention, masked) for attention in attentions_of(model)]
     if any(found):
         model.graph.opset_imports[DOMAIN] = 1
     return sum(found)
 
 
-def _fuse(model: Any, softmax: Any, masked: bool) -> bool:
-    import onnx_ir
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A projection (B, S, H·D), and what was done to it: by what it was scaled, its heads, and its transpositions."""
 
+    value: Any
+    scale: float
+    heads: int
+    moves: list[tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """An attention as it was exported, with the scores of all tokens by all tokens.
+
+    scores, softmax, product, merged, output: its operators: the product of queries and keys, what makes weights of the
+    scores, the product with the values, and the Transpose and the Reshape that join its heads. query, key, value: the
+    projections that it reads. mask: what is added to the scores, None where nothing is. guarded: whether NaN is set to
+    0 after the softmax.
+    """
+
+    scores: Any
+    softmax: Any
+    product: Any
+    merged: Any
+    output: Any
+    query: Source
+    key: Source
+    value: Source
+    mask: Any
+    guarded: bool
+
+    @property
+    def as_one(self) -> tuple[list[Any], dict[str, Any]]:
+        """The inputs and attributes of the operator that computes it, without its mask."""
+        attributes = {"num_heads": self.query.heads, "scale": self.query.scale * self.key.scale}
+        return [self.query.value, self.key.value, self.value.value], attributes
+
+
+def attentions_of(model: Any) -> list[Attention]:
+    """All attentions of a model, in the order of its nodes."""
+    found = (_found(node) for node in list(model.graph) if node.op_type == "Softmax")
+    return [each for each in found if each is not None]
+
+
+def _found(softmax: Any) -> Attention | None:
     scores, mask = _before(softmax)
     product, guarded = _after(softmax)
-    last = attribute(softmax, "axis", -1)
-    if scores is None or product is None or (mask is not None and not masked) or last not in (-1, 3):
-        return False
+    if scores is None or product is None or attribute(softmax, "axis", -1) not in (-1, 3):
+        return None
     merged = reader(product.outputs[0], "Transpose")
     output = None if merged is None else reader(merged.outputs[0], "Reshape")
     query, key, value = (_source(each) for each in (*scores.inputs, product.inputs[1]))
     if query is None or key is None or value is None or output is None:
-        return False
+        return None
     apart = query.moves == value.moves == [_APART] and key.moves in _KEY_MOVES and _moves(merged) == _APART
     heads, scale = query.heads, query.scale * key.scale
     if not apart or heads < 1 or value.scale != 1 or not heads == key.heads == value.heads or not math.isfinite(scale):
+        return None
+    read = (query.value, key.value, value.value)
+    if len({dtype_of(each) for each in (*read, output.outputs[0])}) > 1 or rank(output.outputs[0]) != 3:
+        return None
+    return Attention(scores, softmax, product, merged, output, query, key, value, mask, guarded)
+
+
+def _fuse(model: Any, attention: Attention, masked: bool) -> bool:
+    import onnx_ir
+
+    mask, output = attention.mask, attention.output
+    if mask is not None and not masked:
         return False
-    inputs = [query.value, key.value, value.value]
-    if len({dtype_of(each) for each in (*inputs, output.outputs[0])}) > 1 or rank(output.outputs[0]) != 3:
-        return False
-    attributes = {"num_heads": heads, "scale": scale}
+    inputs, attributes = attention.as_one
     if mask is not None and _is_causal(model, mask):
         attributes["unidirectional"] = 1
-    elif guarded:  # the operator has no zeros for a row that is masked as a whole
+    elif attention.guarded:  # the operator has no zeros for a row that is masked as a whole
         return False
     elif mask is not None:
         shape = dims(mask) or ()
@@ -122,17 +172,7 @@ def _uncast(value: Any) -> Any:
     return value if cast is None else cast.inputs[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A projection (B, S, H·D), and what was done to it: by what it was scaled, its heads, and its transpositions."""
-
-    value: Any
-    scale: float
-    heads: int
-    moves: list[tuple[int, ...]]
-
-
-def _source(value: Any) -> _Source | None:
+def _source(value: Any) -> Source | None:
     """The projection that `value` was split from; None where there is none."""
     scale, heads = 1.0, 0
     moves: list[tuple[int, ...]] = []
@@ -149,7 +189,7 @@ def _source(value: Any) -> _Source | None:
         elif heads:
             break  # the cast of the projection itself
         value = node.inputs[0]
-    return _Source(value, scale, heads, moves) if heads and rank(value) == 3 else None
+    return Source(value, scale, heads, moves) if heads and rank(value) == 3 else None
 
 
 def _moves(transpose: Any) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from ..engine import ONE_ENGINE, DeviceArray
 from .device import DEVICES, Device, module
 
 if TYPE_CHECKING:
-    from .engine import OpenVinoEngine
+    from .engine import OpenVinoEngine, Shapes
 
 
 class OvArray:
@@ -50,21 +50,15 @@ class OvArray:
 class _Bound:
     """A request with its tensors set, made anew when the engine compiled its model anew."""
 
-    def __init__(
-        self,
-        engine: OpenVinoEngine,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Any],
-        twice: Collection[str] = (),
-    ) -> None:
-        self._engine, self._shapes, self._tensors, self._twice = engine, shapes, tensors, twice
+    def __init__(self, engine: OpenVinoEngine, shapes: Shapes, tensors: Mapping[str, Any]) -> None:
+        self._engine, self._shapes, self._tensors = engine, shapes, tensors
         self._compiled: Any = None
         self.request: Any = None
         self.ready()
 
     def ready(self) -> Any:
         """The request, with its tensors."""
-        compiled = self._engine.compiled(self._shapes, self._twice)
+        compiled = self._engine.compiled(self._shapes)
         if compiled is not self._compiled:
             self.request = None  # before the other is made: it holds the memory of its model
             self._compiled, self.request = compiled, compiled.new_request()
@@ -83,9 +77,8 @@ class OvHostBinding:
 
     def __init__(self, engine: OpenVinoEngine, feeds: Mapping[str, Array], twice: Collection[str]) -> None:
         self._engine, self._feeds = engine, dict(feeds)
-        shapes = {name: array.shape for name, array in feeds.items()}
         with engine.failing("cannot bind"):
-            self._bound = _Bound(engine, shapes, shared(feeds), twice)
+            self._bound = _Bound(engine, engine.shapes(feeds, twice), shared(feeds))
 
     def __call__(self, *changed: str) -> dict[str, Array]:
         with self._engine.failing("failed to run"):
@@ -106,12 +99,12 @@ class OvRowsBinding:
         with engine.failing("cannot bind"):
             for start, end in itertools.pairwise(edges):
                 own = {n: a[start:end] if a.ndim and len(a) == rows else a for n, a in feeds.items()}
-                shapes = {name: array.shape for name, array in own.items()}
+                shapes = engine.shapes(own)
                 made = self._made(shapes, rows)
                 outputs = {name: array[start:end] for name, array in made.items()}
                 self._bound.append(_Bound(engine, shapes, shared({**own, **outputs})))
 
-    def _made(self, shapes: Mapping[str, tuple[int, ...]], rows: int) -> dict[str, Array]:
+    def _made(self, shapes: Shapes, rows: int) -> dict[str, Array]:
         """The arrays that all parts write their outputs into."""
         if not self._outputs:
             model = self._engine.compiled(shapes).model
@@ -145,8 +138,7 @@ class OvDeviceBinding:
         if not set(names) <= set(own):
             raise EngineError(f"{engine.component}: what is bound to it must be OpenVINO's: {ONE_ENGINE}")
         with engine.failing("cannot bind"):
-            shapes = {tensor.name: own[tensor.name].shape for tensor in engine.inputs}
-            self._bound = _Bound(engine, shapes, {name: own[name].tensor for name in names})
+            self._bound = _Bound(engine, engine.shapes(own), {name: own[name].tensor for name in names})
 
     def __call__(self) -> None:
         """Run."""

@@ -32,10 +32,10 @@ _MOST_STATIC = 8
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|bad allocation|std::length_error|[Cc]annot allocate|out of memory|OUT_OF")
 
 
-class _Key(NamedTuple):
+class Shapes(NamedTuple):
     """What a model is compiled for: the shapes of its inputs, and which of them hold the same rows twice."""
 
-    shapes: tuple[tuple[int, ...], ...]
+    of_inputs: tuple[tuple[int, ...], ...]
     twice: tuple[str, ...]
 
 
@@ -82,12 +82,16 @@ class OpenVinoEngine(Engine):
         with self.failing("failed"):
             return OvArray(self._device, np.array(array, order="C"))
 
-    def compiled(self, shapes: Mapping[str, tuple[int, ...]], twice: Collection[str] = ()) -> Compiled:
-        """The model compiled for inputs of these shapes, `twice` as of `bind_host`. Raises `EngineError`."""
+    def shapes(self, arrays: Mapping[str, Any], twice: Collection[str] = ()) -> Shapes:
+        """What `compiled` is asked for, by arrays or tensors that are fed. twice: see `bind_host`."""
         own = (tensor.name for tensor in self.inputs) if self._device.on_cpu else ()
-        key = _Key(
-            tuple(tuple(shapes[tensor.name]) for tensor in self.inputs), tuple(name for name in own if name in twice)
+        return Shapes(
+            tuple(tuple(arrays[tensor.name].shape) for tensor in self.inputs),
+            tuple(name for name in own if name in twice),
         )
+
+    def compiled(self, key: Shapes) -> Compiled:
+        """The model compiled for inputs of this kind. Raises `EngineError`."""
         with self._lock:
             found = self._compiled.get(key) or self._compiled.get(None)
             if found is None:
@@ -106,14 +110,14 @@ class OpenVinoEngine(Engine):
     def _open(self) -> Any:
         return self._part(self._device.core.read_model(str(self._path)))
 
-    def _compile(self, key: _Key | None) -> Compiled:
+    def _compile(self, key: Shapes | None) -> Compiled:
         """The model for inputs of this kind, None for any shapes."""
         device, recipe = self._device, self._recipe
         properties = recipe.properties() | (recipe.processor_properties() if device.on_cpu else {})
         cache = self._cache if key is not None and (recipe.small or not device.on_cpu) else None
         made_of = {
             "precision": recipe.precision,
-            "shapes": key and key.shapes,
+            "shapes": key and key.of_inputs,
             **({"twice": key.twice} if key and key.twice else {}),
             "properties": properties,
             "device": device.full_name,
@@ -125,7 +129,7 @@ class OpenVinoEngine(Engine):
         model = self._read or self._open()
         self._read = None
         if key is not None:
-            model.reshape({tensor.name: list(shape) for tensor, shape in zip(self.inputs, key.shapes, strict=True)})
+            model.reshape({tensor.name: list(shape) for tensor, shape in zip(self.inputs, key.of_inputs, strict=True)})
             model = with_one_half(model, key.twice)
         for rewrite in self._rewrites:
             model = rewrite(model)
@@ -164,7 +168,7 @@ class OpenVinoEngine(Engine):
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
-        compiled = self.compiled({name: array.shape for name, array in arrays.items()})
+        compiled = self.compiled(self.shapes(arrays))
         with self.failing("failed to run"), compiled.request() as request:
             for name, tensor in shared(arrays).items():
                 request.set_tensor(name, tensor)

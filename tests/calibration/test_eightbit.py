@@ -23,6 +23,7 @@ import diffoundry
 from diffoundry.bundle import Bundle
 from diffoundry.calibration import Budget, QualityError, Scan, emulation
 from diffoundry.calibration.eightbit import recipes, reference, times
+from diffoundry.calibration.eightbit.attention import attentions_of
 from diffoundry.calibration.eightbit.formats import FORMATS, Scale
 from diffoundry.calibration.eightbit.layers import groups_of
 from diffoundry.calibration.eightbit.outputs import losses
@@ -46,19 +47,20 @@ def bundle(bundle_of, tmp_path):
 
 @pytest.fixture
 def observed(bundle, tmp_path):
-    """The reference run of the bundle's denoiser, and its groups."""
+    """The reference run of the bundle's denoiser, and its groups and attentions."""
     opened = Bundle.open(bundle)
-    groups = groups_of(read(bundle / "unet" / "model.onnx"))
+    model = read(bundle / "unet" / "model.onnx")
+    groups, attentions = groups_of(model), attentions_of(model)
     (tmp_path / "parts").mkdir()
     made = reference.observe(
-        opened, "unet", groups, Scan(**SCAN), tmp_path / "parts", "m", None, lambda text, done, total: None
+        opened, "unet", groups, attentions, Scan(**SCAN), tmp_path / "parts", "m", None, lambda text, done, total: None
     )
-    return made, groups
+    return made, groups, attentions
 
 
 def test_statistics_are_of_all_that_the_loop_showed(bundle, observed):
     """The ranges and counts of one value, against those of the value itself in the calls that were recorded."""
-    made, groups = observed
+    made, groups, attentions = observed
     value = groups[5].value
     model = read(bundle / "unet" / "model.onnx")
     node = next(each for each in model.graph if any(out.name == value for out in each.outputs))
@@ -76,7 +78,7 @@ def test_statistics_are_of_all_that_the_loop_showed(bundle, observed):
 
 
 def test_a_run_goes_on_where_it_was(bundle, observed, tmp_path, monkeypatch):
-    made, groups = observed
+    made, groups, attentions = observed
     (tmp_path / "parts" / "part-1.npz").write_bytes(b"cut off")
     seeds = []
     real = reference.run_loop
@@ -84,7 +86,7 @@ def test_a_run_goes_on_where_it_was(bundle, observed, tmp_path, monkeypatch):
         reference, "run_loop", lambda b, e, scan, *more: seeds.append(scan.seed) or real(b, e, scan, *more)
     )
     again = reference.observe(
-        Bundle.open(bundle), "unet", groups, Scan(**SCAN), tmp_path / "parts", "m", None, lambda *told: None
+        Bundle.open(bundle), "unet", groups, attentions, Scan(**SCAN), tmp_path / "parts", "m", None, lambda *told: None
     )
     assert seeds == [1]  # the second prompt alone
     assert np.array_equal(again.statistics.counts, made.statistics.counts)
@@ -93,34 +95,43 @@ def test_a_run_goes_on_where_it_was(bundle, observed, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_groups_can_be_turned_and_give_what_the_written_model_gives(name, bundle, observed):
-    made, groups = observed
+    made, groups, attentions = observed
     form, source = FORMATS[name], bundle / "unet" / "model.onnx"
+    heads = attentions if form.has_attention else []
     plain = candidates(made.statistics, form)["amax"]
     scales = {value: Scale(value, scale, "amax", 0.0) for value, scale in plain.items()}
     feeds, exact = made.calls[0][0]
     scales = smooth(source, "unet", form, groups, scales, made.statistics, [feeds], lambda done, total: None)
     assert form.name == "fp8" or any(scale.factors is not None for scale in scales.values())
     moved = shifts(source, form, groups, scales, made.statistics)
-    engine, clear = switched(source, "unet", form, scales, groups, moved)
+    for each in heads:
+        scales |= each.scales(made.statistics.amax, form)
+    engine, clear = switched(source, "unet", form, scales, groups, heads, moved)
     assert np.allclose(engine(feeds)["out_sample"], exact["out_sample"], atol=1e-5)
-    few = [group.value for group in groups[5:20]]
-    for low, shift in ((few, False), (list(scales), False), (list(scales), True)):
+    few, whole = [group.value for group in groups[5:20]], engine.values
+    assert len(whole) == len(groups) + (8 if name == "fp8" else 0)
+    for low, shift, exactly in (
+        (few, False, True),
+        (whole[-8:], False, False),
+        (whole, False, True),
+        (whole, True, False),
+    ):
         engine.choose(low, shift)
         files = write(source, "unet", form, scales, low, f"{name}.onnx", moved if shift else None)
         onnx.checker.check_model(str(files[0]), full_check=True)
         written = start(read(files[0]), files[0].parent, "unet", fast=False)(feeds)["out_sample"]
         turned = engine(feeds)["out_sample"]
-        if shift:  # added in another order, which turns a rounding here and there
-            assert np.sum((turned - written) ** 2) < 0.1 * np.sum((written - exact["out_sample"]) ** 2)
-        else:
+        if exactly:
             assert np.allclose(turned, written, atol=1e-4)
+        else:  # sums of another order, which turn a rounding here and there
+            assert np.sum((turned - written) ** 2) < 0.1 * np.sum((written - exact["out_sample"]) ** 2)
         assert abs(written - exact["out_sample"]).max() > 1e-3
     clear()
     assert not list((bundle / "unet").glob("switched*"))
 
 
 def test_what_a_scale_loses_is_what_numpy_says(bundle, observed):
-    made, groups = observed
+    made, groups, _ = observed
     form, source = FORMATS["int8"], bundle / "unet" / "model.onnx"
     group = groups[0]  # the embedding of the timestep: one Gemm
     feeds = made.calls[0][0][0]
@@ -137,6 +148,45 @@ def test_what_a_scale_loses_is_what_numpy_says(bundle, observed):
     for i, scale in enumerate(scales.values()):
         error = (form.rounded(value, np.float32(scale)) - value) @ weight.T
         assert found[i, 0] == pytest.approx(np.sum(error**2) / np.sum(exact**2), rel=1e-3)
+
+
+def values_of(path, names, feeds):
+    """Values within a model in one call, by their names."""
+    model = read(path)
+    made = {out.name: out for node in model.graph for out in node.outputs}
+    model.graph.outputs[:] = [made[name] for name in names]
+    found = start(model, path.parent, "unet", fast=False)(feeds)
+    return [found[name] for name in names]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_attention_in_8_bit_floats_is_what_numpy_says(place, bundle, observed):
+    made, _, attentions = observed
+    form, source, feeds = FORMATS["fp8"], bundle / "unet" / "model.onnx", made.calls[0][0][0]
+    attention = attentions[place]  # of tokens to one another, and to the prompt
+    names, factors = zip(*attention.sources, strict=True)
+    read_in = values_of(source, names, feeds)
+    assert all(made.statistics.amax[name] >= abs(x).max() - 1e-5 for name, x in zip(names, read_in, strict=True))
+    query, key, _ = read_in
+    assert made.statistics.sizes[attention.value] == 4 * query.size * key.shape[1]
+    scales = attention.scales(made.statistics.amax, form)
+    steps = [scales[name].scale for name in attention.reads]
+    assert steps[2] == np.float32(1 / 448)
+    q, k, v = (
+        form.rounded(
+            x.reshape(*x.shape[:2], -1, attention.size).transpose(0, 2, 1, 3) * np.float32(factor), np.float32(step)
+        )
+        for x, factor, step in zip(read_in, factors, (steps[0], steps[1], steps[3]), strict=True)
+    )
+    scores = q @ k.swapaxes(-1, -2)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = form.rounded(weights / weights.sum(axis=-1, keepdims=True), np.float32(steps[2]))
+    expected = (weights @ v).transpose(0, 2, 1, 3).reshape(query.shape)
+    written = write(source, "unet", form, scales, [attention.value], "fp8.onnx")[0]
+    [low], [exact] = (values_of(path, [attention.made], feeds) for path in (written, source))
+    lost = np.sum((low - exact) ** 2)
+    assert lost > 0
+    assert np.sum((low - expected) ** 2) < 0.01 * lost  # a rounding here and there turns
 
 
 def made_of(bundle, **options):
@@ -238,12 +288,13 @@ def test_a_value_that_is_not_finite_is_named_with_its_timestep(bundle):
     broken[0, 0, 0, 0] = np.nan
     weight.CopyFrom(onnx.numpy_helper.from_array(broken, weight.name))
     onnx.save(model, path)
-    groups = groups_of(read(path))
+    model = read(path)
+    groups, attentions = groups_of(model), attentions_of(model)
     opened = Bundle.open(bundle)
     parts = bundle.parent / "parts"
     parts.mkdir()
     with pytest.raises(DiffoundryError, match=r"unet: .*, which .* reads, is infinity or NaN in fp32 at timestep \d+"):
-        reference.observe(opened, "unet", groups, Scan(**SCAN), parts, "m", None, lambda *told: None)
+        reference.observe(opened, "unet", groups, attentions, Scan(**SCAN), parts, "m", None, lambda *told: None)
 
 
 def test_a_build_that_is_killed_goes_on(bundle, tmp_path):
