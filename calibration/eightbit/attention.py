@@ -18,6 +18,8 @@ from ...engines.fusion.attention import attentions_of as found_in
 from ..graph import key
 from .formats import Format, Scale
 
+LEAST_KEYS = 32
+"""With fewer, TensorRT does not make one kernel of an attention in 8-bit floats (1.7 for RTX, tried for sm89)."""
 FIXED = "fixed"
 """The method of a scale that depends on no data."""
 
@@ -43,6 +45,11 @@ class Attention:
     def kinds(self) -> dict[str, str]:
         """The operators of its products by their names."""
         return dict.fromkeys(self.products, "MatMul")
+
+    @property
+    def keys(self) -> str:
+        """The name of the keys."""
+        return self.reads[1]
 
     def scales(self, largest: Mapping[str, float], form: Format) -> dict[str, Scale] | None:
         """Of what is read, None where nothing but zeros was seen. largest: max |x| of the projections."""

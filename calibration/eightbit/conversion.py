@@ -23,7 +23,7 @@ from ...engines.fusion.cpu import fuse_for_cpu
 from ..graph import read
 from ..quality import QualityError
 from ..scan import Scan, run_loop
-from .attention import Attention, attentions_of
+from .attention import LEAST_KEYS, Attention, attentions_of
 from .formats import Format, Scale
 from .layers import Group, groups_of
 from .pictures import sheet
@@ -36,6 +36,8 @@ from .statistics import REVISION as STATISTICS_REVISION
 from .switched import SwitchedEngine, switched
 from .write import write
 
+UNSEEN, FEW_KEYS, LOSS = "never seen", "few keys", "loss"
+"""Reasons why a layer is not in eight bits."""
 RULE = 3
 """Raise it when the same measurements would give other models."""
 STATISTICS, PICTURES = "statistics.npz", "{}.pictures.png"
@@ -135,7 +137,8 @@ class Conversion:
             group.value: sum(layer.flops(statistics.sizes[layer.name]) for layer in group.layers) for group in seen
         }
         total = sum(flops.values()) + statistics.sizes[OTHERS]
-        heads = {each: each.scales(statistics.amax, self.form) for each in attentions}
+        long = [each for each in attentions if statistics.sizes[each.keys] >= LEAST_KEYS]
+        heads = {each: each.scales(statistics.amax, self.form) for each in long}
         turned = [each for each, found in heads.items() if found is not None]
         for each in turned:
             scales |= heads[each] or {}
@@ -275,16 +278,15 @@ class Conversion:
         ]
         kinds = {name: kind for part in parts for name, kind in part.kinds.items()}
         islands = [
-            {"node": name, "op": kinds[name], "reason": "loss", "measured": each["loss_alone_db"]}
+            {"node": name, "op": kinds[name], "reason": LOSS, "measured": each["loss_alone_db"]}
             for each in layers
             if not each["low"]
             for name in each["layers"]
         ]
-        unseen = [part.value for part in parts if part.value not in flops]
+        untried = {part: _reason(part, statistics) for part in parts if part.value not in flops}
         islands += [
-            {"node": name, "op": kind, "reason": "never seen"}
-            for part in parts
-            if part.value in unseen
+            {"node": name, "op": kind, "reason": reason}
+            for part, reason in untried.items()
             for name, kind in part.kinds.items()
         ]
         count = sum(len(part.kinds) for part in parts)
@@ -295,7 +297,7 @@ class Conversion:
             "share": round(found.share, 4),
             "stretches": STRETCHES,
             "groups": layers,
-            "unseen": unseen,
+            "unseen": [part.value for part, reason in untried.items() if reason == UNSEEN],
             "islands": islands,
             "reasons": dict(sorted(Counter(each["reason"] for each in islands).items())),
             "nodes": {"low": count - len(islands), "kept": len(islands)},
@@ -366,6 +368,12 @@ def _weight_bytes(parts: Sequence[Part], kept: Collection[str]) -> int:
     """What the weights of layers take: a byte each in eight bits, four in float32."""
     groups = [part for part in parts if isinstance(part, Group)]
     return sum(math.prod(layer.shape) * (4 if group.value in kept else 1) for group in groups for layer in group.layers)
+
+
+def _reason(part: Part, statistics: Statistics) -> str:
+    """Why a part was not tried in eight bits."""
+    few = isinstance(part, Attention) and statistics.sizes[part.keys] < LEAST_KEYS
+    return FEW_KEYS if few else UNSEEN
 
 
 def _scaled(part: Part, scales: Mapping[str, Scale], statistics: Statistics) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ...bundle.reports import read_report
 from ...common.errors import BundleError
 from ...common.files import replacing
 from ...common.markup import Markup, document, tag
-from .conversion import PICTURES
+from .conversion import FEW_KEYS, LOSS, PICTURES, UNSEEN
 from .pictures import GAIN, ROWS
 from .stage import REPORT
 from .times import describe
@@ -125,7 +125,11 @@ def _kept(report: Any) -> Iterator[Markup]:
     if not report["islands"]:
         yield tag("p", "No layer that has a form in eight bits.")
         return
-    why = {"loss": "loses most for its arithmetic", "never seen": "its value was zero in every call"}
+    why = {
+        LOSS: "loses most for its arithmetic",
+        UNSEEN: "its value was zero in every call",
+        FEW_KEYS: "an attention to so few keys is no kernel of its own in eight bits",
+    }
     rows = [
         [each["node"], each["op"], why.get(each["reason"], each["reason"]), _decibels(each.get("measured"))]
         for each in report["islands"]

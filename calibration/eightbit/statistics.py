@@ -27,7 +27,7 @@ from .probes import Probes
 
 STRETCHES = 4
 """Parts of the timesteps that are told from one another: ranges drift from noise to picture."""
-REVISION = 3
+REVISION = 4
 """Raise it when the same run would give other statistics."""
 _SAMPLE = 1 << 15
 """Elements of a value that are counted in a call, those of an odd step through it; its range is of all."""
@@ -48,7 +48,8 @@ class Statistics:
     stretch without any. calls: of the model. peaks, means: of each channel that layers add up over, the largest
     magnitude and the mean of all calls, float32 (channels,) by value. amax: the largest magnitude in what attentions
     are made of, by the names of the projections. sizes: elements that a layer makes in a call, by its name; operations
-    of an attention, by its value; by `OTHERS` those of all products of two values, which no layer is.
+    of an attention, by its value, and how many keys it has, by `Attention.keys`; by `OTHERS` the operations of all
+    products of two values, which no layer is.
     """
 
     model: str
@@ -227,6 +228,7 @@ class Observer:
             work = {name.removesuffix(_WORK): int(each) for name, each in made.items() if name.endswith(_WORK)}
             found.sizes[OTHERS] = sum(work.values())
             found.sizes.update({each.value: work[each.made] for each in self._attentions})
+            found.sizes.update({each.keys: int(made[each.keys + _SIZE]) for each in self._attentions})
         for name in dict.fromkeys(name for each in self._attentions for name, _ in each.sources):
             largest = float(made[name + _LARGEST])
             if not np.isfinite(largest):
@@ -261,6 +263,9 @@ def _probe(model: Any, groups: Sequence[Group], attentions: Sequence[Attention])
     for node in nodes.values():
         if node.op_type == ATTENTION or (node.op_type == "MatMul" and weight_of(node.inputs[1]) is None):
             probes.give(key(node) + _WORK, node, partial(_work, probes, node), whole, [])
+    for each in attentions:
+        value = probes.values[each.sources[1][0]]
+        probes.give(each.keys + _SIZE, value.producer(), partial(_length, probes, value), whole, [])
     for name in dict.fromkeys(name for each in attentions for name, _ in each.sources):
         value = probes.values[name]
         probes.give(name + _LARGEST, value.producer(), partial(_largest, value), number, [])
@@ -272,6 +277,10 @@ def _reduced(op: str, inputs: Sequence[Any], tape: Any, output: Any) -> None:
 
 def _size(value: Any, tape: Any, output: Any) -> None:
     tape.op("Size", [value], output=output)
+
+
+def _length(probes: Probes, value: Any, tape: Any, output: Any) -> None:
+    tape.op("Gather", [tape.op("Shape", [value]), probes.constant("length:axis", 1)], {"axis": 0}, output=output)
 
 
 def _largest(value: Any, tape: Any, output: Any) -> None:

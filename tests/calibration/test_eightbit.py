@@ -460,7 +460,14 @@ def test_plans_for_gpus_have_their_layers_in_eight_bits_beside_fp16(precision, b
     assert [plans[name]["precision"] for name in ("unet", "text_encoder", "step")] == [precision, "fp16", "fp32"]
     heavy, kept = plans["unet"]["made_of"]["heavy"], report(bundle, "precision")[precision]["unet"]["nodes"]["kept"]
     merged = 22 if precision == "int8" else 0  # of Q, K and V, into one product
+    found = report(bundle, "precision")[precision]["unet"]
     assert heavy[precision] >= 83 - kept - merged and heavy["fp16"] <= 8 + kept and "fp32" not in heavy
+    if precision == "fp8":  # a kernel for each attention that is in it; one has 16 keys, too few
+        assert found["reasons"]["few keys"] == 2
+        layers = [each for path in bundle.rglob("layers.json") for each in json.loads(path.read_text())]
+        asked = sum(each["low"] and isinstance(each["scale"], list) for each in found["groups"])
+        assert 0 < asked <= 7
+        assert sum("mha" in each["name"] and each["precision"] == "fp8" for each in layers) == asked
     assert plans["unet"]["made_of"]["attention"] == {"fused": 8, "of": 8}
     assert report(bundle, "plans")["warnings"] == []
     graph = onnx.load(bundle / "unet" / f"{precision}.fp16.onnx").graph
