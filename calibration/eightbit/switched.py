@@ -16,6 +16,7 @@ from ...common.arrays import Array
 from ...common.files import remove
 from ...engines import DeviceArray, DeviceBinding, Engine, HostBinding
 from ...engines.fusion.attention import ATTENTION
+from ...engines.fusion.attention import Attention as Found
 from ...engines.fusion.graph import DOMAIN, drop, make_node, save, weight_of
 from ..graph import block, key, raise_opset, read
 from ..sessions import start
@@ -80,7 +81,14 @@ def switched(
     """
     model = read(source)
     raise_opset(model, OPSET, component)
-    _turn(model, form, scales, groups, attentions, shifts)
+    turning = _Turning(model, form, scales, len(groups) + len(attentions))
+    nodes = {key(node): node for node in model.graph}
+    for i, group in enumerate(groups):
+        for layer in group.layers:
+            turning.layer(i, layer, nodes[layer.name], shifts.get(layer.name))
+    found = nodes_of(model)  # they read what was just replaced
+    for i, attention in enumerate(attentions, len(groups)):
+        turning.attention(i, found[attention.value])
     block(model)
     paths = [source.parent / f"{_NAME}{end}" for end in ("", "_data")]
 
@@ -97,34 +105,59 @@ def switched(
     return SwitchedEngine(engine, [*(each.value for each in groups), *(each.value for each in attentions)]), clear
 
 
-def _turn(
-    model: Any,
-    form: Format,
-    scales: Mapping[str, Scale],
-    groups: Sequence[Group],
-    attentions: Sequence[Attention],
-    shifts: Mapping[str, Array],
-) -> None:
-    """Put each layer and attention into an If, with what rounds its inputs and its weight."""
-    import onnx_ir
+class _Turning:
+    """Puts layers and attentions of a graph into an If each, with what rounds their inputs and weights."""
 
-    graph = model.graph
-    rounding = Rounding(model, form)
-    nodes = {key(node): node for node in graph}
-    choice = onnx_ir.val(_CHOICE, onnx_ir.DataType.BOOL, [len(groups) + len(attentions)])
-    shift = onnx_ir.val(_SHIFT, onnx_ir.DataType.FLOAT, [])
-    graph.inputs.extend([choice, shift])
-    places = [
-        onnx_ir.val(f"low:{i}", const_value=onnx_ir.tensor(np.asarray(i, np.int64), name=f"low:{i}"))
-        for i in range(choice.shape[0])
-    ]
-    for place in places:
-        graph.register_initializer(place)
+    def __init__(self, model: Any, form: Format, scales: Mapping[str, Scale], count: int) -> None:
+        """count: of the choices, which are an input of the graph."""
+        import onnx_ir
 
-    def turn(node: Any, name: str, i: int, low: list[Any], full: list[Any]) -> None:
-        """Let an If take the place of `node`, the last of some: `low` where choice i is on, else `full`."""
+        self._graph, self._scales, self._rounding = model.graph, scales, Rounding(model, form)
+        self._choice = onnx_ir.val(_CHOICE, onnx_ir.DataType.BOOL, [count])
+        self._shift = onnx_ir.val(_SHIFT, onnx_ir.DataType.FLOAT, [])
+        self._graph.inputs.extend([self._choice, self._shift])
+        self._places = [
+            onnx_ir.val(f"low:{i}", const_value=onnx_ir.tensor(np.asarray(i, np.int64), name=f"low:{i}"))
+            for i in range(count)
+        ]
+        for place in self._places:
+            self._graph.register_initializer(place)
+
+    def layer(self, i: int, layer: Layer, node: Any, shift: Array | None) -> None:
+        """Turn a layer by choice i. node: which it is. shift: of its channels."""
+        inputs = list(node.inputs)
+        scale = self._scales[str(inputs[0].name)]
+        before, value = self._rounding.nodes(inputs[0], scale.scale, scale.factors)
+        widen, weight = self._rounding.weight_node(layer, weight_of(inputs[1]), scale.factors)
+        low = [*before, widen, _copy(node, [value, weight, *inputs[2:]], f"{layer.name}:low")]
+        if shift is not None:
+            low += _shifted(self._graph, layer, low[-1].outputs[0], shift, self._shift)
+        self._turn(i, node, low, [_copy(node, inputs, f"{layer.name}:full")])
+
+    def attention(self, i: int, found: Found) -> None:
+        """Turn an attention by choice i; as it is, one operator computes it, in blocks."""
+        low: list[Any] = []
+        for node in (found.scores, found.softmax, found.product, found.merged, found.output):
+            given = list(node.inputs)
+            if low:
+                given[0] = low[-1].outputs[0]
+            if node is found.scores or node is found.product:
+                for at, value in enumerate(node.inputs):
+                    before, given[at] = self._rounding.nodes(given[at], self._scales[str(value.name)].scale)
+                    low += before
+            low.append(_copy(node, given, f"{key(node)}:low"))
+        full = make_node(ATTENTION, *found.as_one, found.output.outputs)
+        full.outputs[0].name = f"{key(found.output)}:full"
+        self._turn(i, found.output, low, [full])
+        self._graph.opset_imports[DOMAIN] = 1
+
+    def _turn(self, i: int, node: Any, low: list[Any], full: list[Any]) -> None:
+        """Let an If take the place of `node`, and of what it alone reads: `low` by choice i, else `full`."""
+        import onnx_ir
+
+        name = key(node)
         on = onnx_ir.val(f"{name}:turn", onnx_ir.DataType.BOOL, [])
-        pick = onnx_ir.node("Gather", [choice, places[i]], {"axis": 0}, outputs=[on])
+        pick = onnx_ir.node("Gather", [self._choice, self._places[i]], {"axis": 0}, outputs=[on])
         for number, each in enumerate(low):  # a name is given once in all graphs
             for made in each.outputs:
                 made.name = f"{made.name}:{name}:{number}"
@@ -134,40 +167,9 @@ def _turn(
         }
         old = node.outputs[0]
         made = onnx_ir.val(f"{name}:either", old.dtype, old.shape)
-        graph.insert_before(node, [pick, onnx_ir.node("If", [on], branches, outputs=[made])])
-        _replace(graph, old, made)
-        drop(graph, node)
-
-    for i, group in enumerate(groups):
-        for layer in group.layers:
-            node = nodes[layer.name]
-            inputs = list(node.inputs)
-            scale = scales[group.value]
-            before, value = rounding.nodes(inputs[0], scale.scale, scale.factors)
-            widen, weight = rounding.weight_node(layer, weight_of(inputs[1]), scale.factors)
-            low = [*before, widen, _copy(node, [value, weight, *inputs[2:]], f"{layer.name}:low")]
-            if layer.name in shifts:
-                low += _shifted(graph, layer, low[-1].outputs[0], shifts[layer.name], shift)
-            turn(node, layer.name, i, low, [_copy(node, inputs, f"{layer.name}:full")])
-    found = nodes_of(model)  # they read what was just replaced
-    for i, attention in enumerate(attentions, len(groups)):
-        parts, low = found[attention.value], []
-        last: Any = None
-        for node in (parts.scores, parts.softmax, parts.product, parts.merged, parts.output):
-            given = list(node.inputs)
-            if last is not None:
-                given[0] = last
-            if node in (parts.scores, parts.product):
-                for at, name in enumerate(map(str, (each.name for each in node.inputs))):
-                    before, given[at] = rounding.nodes(given[at], scales[name].scale)
-                    low += before
-            low.append(_copy(node, given, f"{key(node)}:low"))
-            last = low[-1].outputs[0]
-        whole = make_node(ATTENTION, *parts.as_one, parts.output.outputs)
-        whole.outputs[0].name = f"{attention.made}:full"
-        turn(parts.output, attention.made, i, low, [whole])
-    if attentions:
-        graph.opset_imports[DOMAIN] = 1
+        self._graph.insert_before(node, [pick, onnx_ir.node("If", [on], branches, outputs=[made])])
+        _replace(self._graph, old, made)
+        drop(self._graph, node)
 
 
 def _shifted(graph: Any, layer: Layer, made: Any, by: Array, shift: Any) -> list[Any]:
