@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from ..common.arrays import Array
-from ..common.checks import is_number
+from ..common.checks import is_finite
 from ..common.errors import DiffoundryError, RequestError, reason
 from ..common.machine import require_modules
 from .quality import psnr
@@ -38,9 +38,10 @@ class Budget:
     least: float
 
     def __post_init__(self) -> None:
-        if self.measure not in (PSNR, SSIM) and not (isinstance(self.measure, str) and _OWN.fullmatch(self.measure)):
+        known = isinstance(self.measure, str) and (self.measure in (PSNR, SSIM) or _OWN.fullmatch(self.measure))
+        if not known:
             raise RequestError(f"unknown measure {self.measure!r} of a budget: {_FORM}")
-        if not is_number(self.least) or not math.isfinite(self.least):
+        if not is_finite(self.least):
             raise RequestError(f"the least {self.measure} of a budget must be a number, found {self.least!r}")
         most = _MOST.get(self.measure, math.inf)
         if self.measure in _MOST and not 0 <= self.least <= most:
@@ -50,10 +51,10 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """The budget that `text` says, as in `ssim=0.9`. Raises `RequestError`."""
-        measure, _, least = text.rpartition("=")
         try:
+            measure, _, least = text.rpartition("=")
             return cls(measure.strip(), float(least))
-        except ValueError:
+        except (ValueError, TypeError, AttributeError):
             raise RequestError(f"{text!r} is no budget: {_FORM}") from None
 
     def check(self) -> None:
@@ -79,7 +80,7 @@ class Budget:
             raise
         except Exception as error:
             raise DiffoundryError(f"the budget's {self.measure} fails: {reason(error)}") from None
-        if not is_number(found) or not math.isfinite(found):
+        if not is_finite(found):
             raise DiffoundryError(f"the budget's {self.measure} gives {found!r:.80}: let it give a number")
         return float(found)
 

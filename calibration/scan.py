@@ -123,7 +123,7 @@ class Scan:
         budget = self.budget_of(precision)
         best = max((each["measured"] for each in found if each["psnr_db"] is not None), default=0.0)
         if budget.measure == PSNR:
-            return f"differ from fp32 by {best:.1f} dB PSNR", "--min-psnr"
+            return f"differ from fp32 by {best:.1f} dB PSNR", "--min-psnr or --budget"
         return f"have a {budget.measure} of {best:.4g}", "--budget"
 
     def record(self, bundle: Bundle) -> dict[str, Any]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from ..bench.report import Report
 
 _STDOUT = "-"
-_LONGEST_NAME = 200
 _GROUPS = {
     "What is measured": ("versus", "checkpoint", "scenario", "engine", "precision", "threads"),
     "The picture": (
@@ -235,7 +232,7 @@ def _options(asked: dict[str, Any]) -> Options:
 
 def _check_outputs(outputs: dict[str, str | None]) -> None:
     """Raise `DiffoundryError` for a file that could not be written, before anything is measured."""
-    from ..common.errors import RequestError
+    from .outputs import check_output
 
     for option, text in outputs.items():
         if text == "" or (text == _STDOUT and option != "--json"):
@@ -244,22 +241,7 @@ def _check_outputs(outputs: dict[str, str | None]) -> None:
     if len({path.absolute() for path in paths.values()}) < len(paths):
         raise click.UsageError(f"{' and '.join(paths)} name one file: give each its own")
     for option, path in paths.items():
-        folder = path.absolute().parent
-        if not folder.is_dir():
-            raise RequestError(f"the folder {path.parent} does not exist: make it, or choose another {option}")
-        if path.is_dir():
-            raise RequestError(f"{path} is a folder: give {option} another name")
-        if path.exists() and not path.is_file():
-            raise RequestError(f"{path} is a device or a pipe: give {option} another name")
-        if not os.access(folder, os.W_OK):
-            raise RequestError(f"no permission to write in {path.parent}: choose another {option}")
-        if len(os.fsencode(path.name)) > _LONGEST_NAME:
-            raise RequestError(f"the name {path.name[:20]}… of {option} is too long: at most {_LONGEST_NAME} bytes")
-        try:
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".diffoundry-"):
-                pass
-        except OSError as error:
-            raise RequestError(f"no file can be made in {folder} ({error.strerror}): choose another {option}") from None
+        check_output(path, option)
     if "--plot" in paths:
         from ..bench.plot import check
 

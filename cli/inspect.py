@@ -38,7 +38,12 @@ def inspect_command(bundle: str, page: Path | None, as_json: bool) -> None:
     opened = open_bundle(bundle)
     if page is not None:
         from ..calibration.eightbit.page import write
+        from .outputs import check_beside, check_output
 
+        if page.suffix.lower() not in (".html", ".htm"):
+            raise click.UsageError(f"--report writes a page: give it a name that ends in .html, found {str(page)!r}")
+        check_output(page, "--report")
+        check_beside(opened, [(page, "--report")])
         opened.check({f"reports/{name}.json" for name in _SHOWN} & set(opened.manifest.files))
         write(opened, page)
         click.echo(page)

@@ -184,6 +184,7 @@ def run_command(
     from ..runtime.pictures.images import output_paths, save_png
     from ..runtime.pipeline import load
     from ..runtime.refine import generate_refined
+    from .outputs import check_beside
 
     if refine_from is not None and refiner is None:
         raise click.UsageError("--refine-from goes with --refiner: give the refiner's bundle too, or leave it out")
@@ -194,6 +195,7 @@ def run_command(
     if shown in paths:
         raise click.UsageError("--preview and --output are one file: give another name to one of them")
     pipeline = load(bundle, **how)
+    check_beside(pipeline.bundle, [(path, "--output") for path in (*paths, *([] if shown is None else [shown]))])
     if shown is not None:
         check_decoder(pipeline.bundle, "tiny")
     with progress("run", shown=not as_json) as report:

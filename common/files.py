@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import getpass
 import hashlib
@@ -250,6 +251,10 @@ def link_or_copy(source: Path, target: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file or folder if it is there."""
     if path.is_dir() and not path.is_symlink():
+        for folder, _, _ in os.walk(path):  # what is in a folder without permission to write stays there
+            if not os.access(folder, os.W_OK):
+                with contextlib.suppress(OSError):
+                    Path(folder).chmod(0o700)
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -277,12 +282,28 @@ def exclusive(path: Path) -> Iterator[None]:
     if os.path.lexists(lock) and not stat.S_ISREG(lock.lstat().st_mode):  # anybody may have put it there
         raise DiffoundryError(f"{lock} is in the way of a lock: remove it")
     how = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    with os.fdopen(os.open(lock, how, 0o600), "r+b") as file:
-        try:
-            _lock(file.fileno())
-        except OSError:
-            raise DiffoundryError(f"another process is working on {path}: wait for it to end") from None
-        yield
+    while True:
+        with os.fdopen(os.open(lock, how, 0o600), "r+b") as file:
+            try:
+                _lock(file.fileno())
+            except OSError:
+                raise DiffoundryError(f"another process is working on {path}: wait for it to end") from None
+            if not _is_at(file.fileno(), lock):  # who held it before removed it in between
+                continue
+            try:
+                yield
+            finally:
+                if os.name != "nt":  # where a file that is open cannot be removed
+                    lock.unlink(missing_ok=True)
+            return
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except OSError:
+        return False
 
 
 def _lock(file: int) -> None:

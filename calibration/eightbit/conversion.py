@@ -16,6 +16,7 @@ import numpy as np
 from ...bundle import FULL, Bundle
 from ...bundle.workspace import HEAD
 from ...common.arrays import Array
+from ...common.checks import is_finite
 from ...common.errors import DiffoundryError, OverflowedError
 from ...common.files import read_json, remove, replacing, sha256_file, sha256_json, write_json
 from ...common.progress import Progress
@@ -196,7 +197,7 @@ class Conversion:
     def _scales(self, statistics: Statistics, make: Callable[[], dict[str, Scale]]) -> dict[str, Scale]:
         """What `make` gives, kept for a run that goes on."""
         record, key = self.folder / f"scales-{self.form.name}.json", sha256_json(candidates(statistics, self.form))
-        found = self._kept(record, key)
+        found = self._kept(record, key, _is_scale)
         if found is None:
             found = {value: [each.scale, each.method, each.loss_db] for value, each in make().items()}
             write_json(record, {"key": key, "found": found})
@@ -205,9 +206,9 @@ class Conversion:
     def _alone(self, engine: SwitchedEngine, reference: Reference, scales: dict[str, Scale]) -> dict[str, float]:
         record = self.folder / f"alone-{self.form.name}.json"
         key = sha256_json([each.key() for each in scales.values()])
-        found = self._kept(record, key)
-        if found is not None:
-            return {str(value): float(ratio) for value, ratio in found.items()}
+        found = self._kept(record, key, is_finite)
+        if found is not None and found.keys() == set(engine.values):
+            return {value: float(ratio) for value, ratio in found.items()}
         count = min(_MOST_ALONE, max(_LEAST_ALONE, _ALONE // len(engine.values)))
         alone = losses_alone(engine, reference.sample(count), partial(self.progress, "loss of each layer alone, call"))
         write_json(record, {"key": key, "found": alone})
@@ -226,7 +227,9 @@ class Conversion:
         """Draw the prompts with all groups but those of `kept` in eight bits."""
         key = sha256_json([sorted(kept), shift, [each.key() for each in scales.values()]])
         record = self.folder / f"probe-{self.form.name}-{key[:16]}.json"
-        found = self._kept(record, key)
+        found = self._kept(record, key, lambda each: True)
+        if found is not None and found.get("psnr_db") is None and "problem" not in found:
+            found = None
         if found is not None and found["psnr_db"] is not None:  # measured again: a user's function may be another
             drawn = _pictures(_images_of(record))
             found = None if drawn is None else self.scan.figures(drawn, reference.images, self.form.name)
@@ -245,13 +248,14 @@ class Conversion:
         return Probe(tuple(kept), share, self.scan.is_within(found, self.form.name), found)
 
     @staticmethod
-    def _kept(record: Path, key: str) -> dict[str, Any] | None:
+    def _kept(record: Path, key: str, fits: Callable[[Any], bool]) -> dict[str, Any] | None:
+        """What an earlier run measured, None where it is not there or damaged. fits: whether one of it can be."""
         try:
             value = read_json(record, "a measurement")
         except (DiffoundryError, OSError):
             return None
         found = value.get("found")
-        return found if value.get("key") == key and isinstance(found, dict) else None
+        return found if value.get("key") == key and isinstance(found, dict) and all(map(fits, found.values())) else None
 
     def _report(
         self,
@@ -368,6 +372,14 @@ def _weight_bytes(parts: Sequence[Part], kept: Collection[str]) -> int:
     """What the weights of layers take: a byte each in eight bits, four in float32."""
     groups = [part for part in parts if isinstance(part, Group)]
     return sum(math.prod(layer.shape) * (4 if group.value in kept else 1) for group in groups for layer in group.layers)
+
+
+def _is_scale(found: Any) -> bool:
+    """Whether `found` is what is kept of a `Scale`: its number, method and loss."""
+    if not isinstance(found, list) or len(found) != 3:
+        return False
+    scale, method, loss_db = found
+    return is_finite(scale) and scale > 0 and isinstance(method, str) and is_finite(loss_db)
 
 
 def _reason(part: Part, statistics: Statistics) -> str:

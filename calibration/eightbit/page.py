@@ -31,7 +31,7 @@ def write(bundle: Bundle, path: Path) -> None:
     found = {
         precision: components[name]
         for precision, components in read_report(bundle, "precision").items()
-        if precision in EIGHT_BIT and name in components
+        if precision in EIGHT_BIT and isinstance(components, dict) and name in components
     }
     if not found:
         raise BundleError(
@@ -43,7 +43,7 @@ def write(bundle: Bundle, path: Path) -> None:
         for precision, report in found.items():
             mine = {key: each for key, each in times.items() if key.partition("/")[0] == precision}
             body += _section(bundle, name, precision, report, quality[precision], mine)
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise BundleError(f"the reports of {bundle.root} are damaged: build it again with --scan-steps") from None
     with replacing(path) as part:
         part.write_text(document(f"{bundle.root.name} in eight bits", *body), encoding="utf-8")
@@ -103,9 +103,10 @@ def _curve(precision: str, report: Any, times: Mapping[str, Any]) -> Iterator[Ma
             row.append(f"{1000 * (full + (low - full) * each['share'] / report['share']):.3g} ms")
         rows.append(row)
     yield _table(header, rows)
-    yield tag(
-        "p", "Expected steps lie between the measured ones of fp32 and of the choice, by arithmetic.", class_="soft"
-    )
+    if times:
+        yield tag(
+            "p", "Expected steps lie between the measured ones of fp32 and of the choice, by arithmetic.", class_="soft"
+        )
     points = [(100 * each["share"], each["psnr_db"]) for each in drawn]
     if len(points) > 1:
         yield _chart(points, "arithmetic in eight bits, %", "median PSNR, dB")
@@ -139,6 +140,14 @@ def _kept(report: Any) -> Iterator[Markup]:
 
 def _layers(report: Any) -> Iterator[Markup]:
     yield tag("h3", "Layers, those that lose most first")
+    yield tag(
+        "p",
+        "Losses are signal to noise: more is better. Alone: of the denoiser's output with this value alone in eight "
+        "bits. Of its outputs: of what the layers make. The method chose where numbers are cut off: amax at the "
+        "largest, a percentile, where the squared error (mse) or the entropy is best; smooth α moved what stands out "
+        "in a few channels into the weights. Stretches go from picture to noise; in one with 0 no step fell.",
+        class_="soft",
+    )
     header = ["value", "layers", "in 8 bits", "arithmetic", "loss alone", "loss of its outputs", "method", "scale"]
     header.append("largest, by stretch of timesteps; of an attention: queries, keys, values")
     rows = [

@@ -9,7 +9,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 
-from ...bundle import EIGHT_BIT, Bundle
+from ...bundle import EIGHT_BIT, FULL, Bundle
 from ...bundle.reports import read_report
 from ...common.arrays import Array
 from ...common.errors import DiffoundryError, EngineError
@@ -26,6 +26,7 @@ from ...common.files import read_json
 from ...common.machine import require_modules
 from ...engines import Engine
 from ...engines.fusion.graph import map_tensor, weight_of
+from ...engines.names import ONNXRUNTIME
 from ...runtime.pipeline import Pipeline
 from ..graph import key, read
 from ..losses import decibels
@@ -33,6 +34,7 @@ from ..quality import psnr
 from ..scan import Scan, requests
 from ..sessions import as_it_stands, emulation
 from .attention import attentions_of
+from .conversion import STATISTICS
 from .formats import FORMATS, Format, Scale
 from .layers import Group, groups_of
 from .reference import Call, observe
@@ -81,7 +83,15 @@ def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
     path = bundle.path(f"{name}/model.onnx")
     read_in = read(path)
     groups, attentions = groups_of(read_in), attentions_of(read_in)
-    statistics = Statistics.load(bundle.path(f"{name}/statistics.npz"))
+    kept = f"{name}/{STATISTICS}"
+    bundle.check([kept])
+    try:
+        statistics = Statistics.load(bundle.path(kept))
+    except DiffoundryError:
+        raise EngineError(
+            f"{bundle.root} was calibrated by another version: run `diffoundry build {bundle.root} --precision "
+            f"{precision}` again, with --scan-steps"
+        ) from None
     model = statistics.model
     scan = scan_of(report)
     told = lambda text, done, total: None  # noqa: E731
@@ -96,8 +106,8 @@ def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
             share(groups, low, statistics, statistics.sizes[OTHERS] * products),
             partial(as_it_stands, written, name),
         )
-    scales, kept = published(path, bundle.path(f"{name}/weights.json"), form, groups, statistics)
-    low = {layer.name for group in groups if group.value not in kept for layer in group.layers}
+    scales, out = published(path, bundle.path(f"{name}/weights.json"), form, groups, statistics)
+    low = {layer.name for group in groups if group.value not in out for layer in group.layers}
     heads = []
     for each in attentions:
         found = each.scales(statistics.amax, form)
@@ -109,7 +119,7 @@ def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
     for file in path.parent.iterdir():
         if file.is_file():
             (link / file.name).symlink_to(file.resolve())
-    values = {*(set(scales) - kept), *(each.value for each in heads)}
+    values = {*(set(scales) - out), *(each.value for each in heads)}
     written = write(link / path.name, name, form, scales, values, "published.onnx")[0]
     yield Recipe(
         PUBLISHED,
@@ -229,8 +239,10 @@ def compare(bundle: Bundle, precision: str, scan: Scan | None = None) -> list[Ro
     report = read_report(bundle, "precision").get(precision, {}).get(name)
     if report is None:
         raise EngineError(
-            f"{bundle.root} has no {precision} models: run `diffoundry build {bundle.root} --precision {precision}`"
+            f"{bundle.root} has no {precision} models: run `diffoundry build {bundle.root} --precision {precision}`, "
+            f"for {'the engine openvino or onnxruntime' if precision == 'int8' else 'plans, with --engine and --arch'}"
         )
+    bundle = replace(bundle, manifest=replace(bundle.manifest, engine=ONNXRUNTIME, precision=FULL))
     asked = requests(bundle, scan or scan_of(report))
 
     def draw(engines: Mapping[str, Callable[[], Engine]]) -> list[tuple[Array, Array]]:

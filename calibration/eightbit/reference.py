@@ -137,6 +137,7 @@ def _read(path: Path) -> tuple[Array, list[Call]] | None:
 
 def check_model(statistics: Statistics, model: str, groups: Sequence[Group], path: Path) -> Statistics:
     """`statistics`. Raises `DiffoundryError` when they are of another model."""
-    if statistics.model != model or statistics.values != tuple(group.value for group in groups):
+    sized = all(layer.name in statistics.sizes for group in groups for layer in group.layers)
+    if statistics.model != model or statistics.values != tuple(group.value for group in groups) or not sized:
         raise DiffoundryError(f"{path} is of another model: leave it out, and it is measured anew")
     return statistics

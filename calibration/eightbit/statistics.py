@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ...common.arrays import Array
-from ...common.errors import DiffoundryError
+from ...common.errors import DiffoundryError, reason
 from ...common.files import check_regular, replacing
 from ...engines.fusion.attention import ATTENTION
 from ...engines.fusion.graph import weight_of
@@ -153,9 +153,19 @@ class Statistics:
                 amax = {str(name): float(each) for name, each in head["amax"].items()}
                 if not all(0 <= each < np.inf for each in amax.values()):
                     raise ValueError("its largest magnitudes are damaged")
+                if (counts < 0).any() or not counts.any() or (high < low).any() or calls < 1:
+                    raise ValueError("its counts or ranges are damaged")
+                if OTHERS not in sizes or not all(each > 0 or name == OTHERS for name, each in sizes.items()):
+                    raise ValueError("its sizes are damaged")
                 return cls(str(head["model"]), values, counts, high, low, calls, peaks, means, amax, sizes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
-            raise DiffoundryError(f"{path} is no calibration file of this version of diffoundry: {error}") from None
+            why = (
+                "it is no NumPy archive" if str(error).startswith(("'numpy.ndarray'", "Cannot load")) else reason(error)
+            )
+            raise DiffoundryError(
+                f"{path} is no calibration file of this version of diffoundry ({why}): leave it out, and it is measured "
+                "anew"
+            ) from None
 
 
 class Observer:
