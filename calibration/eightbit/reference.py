@@ -24,7 +24,7 @@ from ..scan import Scan, run_loop
 from ..sessions import RecordedEngine, Recorder, start
 from .attention import Attention
 from .layers import Group
-from .statistics import Observer, Statistics
+from .statistics import OTHERS, Observer, Statistics
 
 Call = tuple[dict[str, Array], dict[str, Array]]
 """Feeds and outputs."""
@@ -136,8 +136,11 @@ def _read(path: Path) -> tuple[Array, list[Call]] | None:
 
 
 def check_model(statistics: Statistics, model: str, groups: Sequence[Group], path: Path) -> Statistics:
-    """`statistics`. Raises `DiffoundryError` when they are of another model."""
-    sized = all(layer.name in statistics.sizes for group in groups for layer in group.layers)
-    if statistics.model != model or statistics.values != tuple(group.value for group in groups) or not sized:
+    """`statistics`. Raises `DiffoundryError` when they are of another model, or damaged."""
+    values = tuple(group.value for group in groups)
+    if statistics.model != model or statistics.values != values:
         raise DiffoundryError(f"{path} is of another model: leave it out, and it is measured anew")
+    whole = {OTHERS, *(layer.name for group in groups for layer in group.layers)} <= statistics.sizes.keys()
+    if not whole or not statistics.counts.any() or not any(statistics.largest().values()):
+        raise DiffoundryError(f"{path} is damaged: leave it out, and it is measured anew")
     return statistics

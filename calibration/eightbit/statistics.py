@@ -153,18 +153,16 @@ class Statistics:
                 amax = {str(name): float(each) for name, each in head["amax"].items()}
                 if not all(0 <= each < np.inf for each in amax.values()):
                     raise ValueError("its largest magnitudes are damaged")
-                if (counts < 0).any() or not counts.any() or (high < low).any() or calls < 1:
+                if (counts < 0).any() or (high < low).any() or calls < 0:
                     raise ValueError("its counts or ranges are damaged")
-                if OTHERS not in sizes or not all(each > 0 or name == OTHERS for name, each in sizes.items()):
+                if not all(each > 0 or name == OTHERS for name, each in sizes.items()):
                     raise ValueError("its sizes are damaged")
                 return cls(str(head["model"]), values, counts, high, low, calls, peaks, means, amax, sizes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
-            why = (
-                "it is no NumPy archive" if str(error).startswith(("'numpy.ndarray'", "Cannot load")) else reason(error)
-            )
+            foreign = str(error).startswith(("'numpy.ndarray'", "Cannot load"))
             raise DiffoundryError(
-                f"{path} is no calibration file of this version of diffoundry ({why}): leave it out, and it is measured "
-                "anew"
+                f"{path} is no calibration file of this version of diffoundry "
+                f"({'it is no NumPy archive' if foreign else reason(error)}): leave it out, and it is measured anew"
             ) from None
 
 
