@@ -159,7 +159,7 @@ class Statistics:
                     raise ValueError("its sizes are damaged")
                 return cls(str(head["model"]), values, counts, high, low, calls, peaks, means, amax, sizes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
-            foreign = str(error).startswith(("'numpy.ndarray'", "Cannot load"))
+            foreign = "pickle" in str(error) or "numpy.ndarray" in str(error)
             raise DiffoundryError(
                 f"{path} is no calibration file of this version of diffoundry "
                 f"({'it is no NumPy archive' if foreign else reason(error)}): leave it out, and it is measured anew"

@@ -16,7 +16,7 @@ import diffoundry
 from diffoundry.bundle import Bundle, workspace
 from diffoundry.bundle.workspace import STAGES, check_target, old_folder, prepare, recover, swap, tidy, work_folder
 from diffoundry.common.errors import BundleError, DiffoundryError
-from diffoundry.common.files import exclusive, is_marked, mark
+from diffoundry.common.files import exclusive, is_marked, mark, remove
 
 LONG = "b" * 252
 """A name that the file system takes, while it refuses `.<name>.old`: such a folder cannot be put aside."""
@@ -221,7 +221,7 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_not_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with exclusive(tmp_path / "b"):
         (lock,) = tmp_path.glob("*.lock")
-    lock.unlink()
+    assert not lock.exists()  # they do not gather
     lock.symlink_to(tmp_path / "made")
     with pytest.raises(DiffoundryError, match="in the way of a lock: remove it"), exclusive(tmp_path / "b"):
         pass
@@ -233,6 +233,16 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_not_opened(tmp_path, monkeypatch):
     lock.unlink()
     with exclusive(tmp_path / "b"):
         pass
+
+
+def test_what_is_removed_may_be_without_permission_to_write(tmp_path):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    (folder / "x").write_text("x")
+    for each in (folder, folder.parent):
+        each.chmod(0o500)
+    remove(folder.parent)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,18 @@ def test_a_page_shows_what_was_measured(bundle, called, tmp_path):
     assert np.array_equal(right, np.minimum(4 * abs(left - middle), 255)) and 0 < abs(left - middle).mean() < 40
     times = [each["timestep"] for each in found["by_timestep"]]
     assert times == sorted(times, reverse=True) and all(0 < each["loss_db"] < 80 for each in found["by_timestep"])
+    manifest = (bundle / "bundle.json").read_bytes()
+    for target, said in (
+        (bundle / "bundle.json", "a name that ends in .html"),
+        (tmp_path, "a name that ends in .html"),
+        ("", "a name that ends in .html"),
+        (tmp_path / "none" / "p.html", "does not exist: make it, or choose another --report"),
+    ):
+        done = called("inspect", bundle, "--report", target)
+        assert done.returncode in (1, 2) and said in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    assert (bundle / "bundle.json").read_bytes() == manifest
+    done = called("run", bundle, "a star", "--steps", "2", "-o", bundle / "unet" / "int8.pictures.png")
+    assert done.returncode == 1 and "is a file of the bundle" in done.stderr
     done = called("inspect", bundle, "--report", tmp_path / "none" / "page.html")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     path = bundle / "reports" / "precision.json"

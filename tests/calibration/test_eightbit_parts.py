@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from diffoundry.calibration.eightbit.conversion import Conversion, _is_scale
 from diffoundry.calibration.eightbit.formats import FORMATS, Scale
 from diffoundry.calibration.eightbit.histogram import BINS, count, divergence, noise, quantile, signal
 from diffoundry.calibration.eightbit.layers import groups_of
@@ -124,6 +125,11 @@ DAMAGES = {
     "channels of another number": lambda path: _changed(path, channels=np.zeros((2, 4), np.float32)),
     "channels of none": lambda path: _changed(path, channels=np.full((2, 5), np.inf, np.float32)),
     "values that are none": lambda path: _changed(path, values=7),
+    "counts below zero": lambda path: _changed(path, counts=np.full((2, STRETCHES, 3), -1)),
+    "a highest below the lowest": lambda path: _changed(path, high=np.full((2, STRETCHES), -1e9, np.float32)),
+    "layers of no size": lambda path: _changed(path, sizes={"layer": 0}),
+    "an array alone": lambda path: np.save(path.open("wb"), np.zeros(3)),
+    "a text": lambda path: path.write_text("statistics"),
 }
 
 
@@ -132,8 +138,26 @@ def test_a_damaged_file_is_refused(case, tmp_path):
     path = tmp_path / "s.npz"
     statistics().save(path)
     DAMAGES[case](path)
-    with pytest.raises(DiffoundryError, match="is no calibration file of this version of diffoundry"):
+    with pytest.raises(
+        DiffoundryError, match=r"is no calibration file of this version .*: leave it out, and it is"
+    ) as e:
         Statistics.load(path)
+    assert "pickle" not in str(e.value)
+
+
+def test_records_that_an_earlier_run_left_are_believed_where_they_can_be(tmp_path):
+    record, kept = tmp_path / "scales.json", Conversion._kept
+    for found, whole in (
+        ({"v": [0.5, "amax", 30.0]}, True),
+        ({"v": "x"}, False),
+        ({"v": [0.5, "amax"]}, False),
+        ({"v": ["0.5", "amax", 30.0]}, False),
+        ({"v": [-0.5, "amax", 30.0]}, False),
+        (["v"], False),
+    ):
+        record.write_text(json.dumps({"key": "k", "found": found}))
+        assert kept(record, "k", _is_scale) == (found if whole else None)
+    assert kept(record, "another", _is_scale) is None
 
 
 def drawn(good):

@@ -111,6 +111,12 @@ def test_what_is_no_budget_is_refused(text):
 
 @pytest.mark.parametrize(("measure", "least"), [("ssim", 1.01), ("ssim", -0.1), ("psnr", 121), ("psnr", -1)])
 def test_a_budget_that_nothing_can_reach_is_refused(measure, least):
+    for odd in (10**400, "20", None, [1]):
+        with pytest.raises(RequestError, match="of a budget must be a number"):
+            Budget(measure, odd)
+    for odd in (None, 5, b"psnr=1", [1]):
+        with pytest.raises(RequestError, match="it is psnr=DB"):
+            Budget.parse(odd)
     with pytest.raises(RequestError, match=f"the least {measure} of a budget is from 0 to "):
         Budget(measure, least)
 
