@@ -51,10 +51,10 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """The budget that `text` says, as in `ssim=0.9`. Raises `RequestError`."""
+        measure, _, least = text.rpartition("=") if isinstance(text, str) else ("", "", "")
         try:
-            measure, _, least = text.rpartition("=")
             return cls(measure.strip(), float(least))
-        except (ValueError, TypeError, AttributeError):
+        except ValueError:
             raise RequestError(f"{text!r} is no budget: {_FORM}") from None
 
     def check(self) -> None:

@@ -121,7 +121,7 @@ def bench_command(setup: str | None, compare: tuple[str, str] | None, **asked: A
 
     outputs = {f"--{name}": asked.pop(key) for name, key in (("json", "json_path"), ("plot", "plot"), ("html", "html"))}
     options = _options(asked)
-    _check_outputs(outputs)
+    _check_outputs(options.bundle, outputs)
     outputs = {
         option: text if text in (None, _STDOUT) else str(Path(text).resolve()) for option, text in outputs.items()
     }
@@ -230,9 +230,10 @@ def _options(asked: dict[str, Any]) -> Options:
     return Options(**given, versus=versus, command=shlex.join(["diffoundry", *sys.argv[1:]]))
 
 
-def _check_outputs(outputs: dict[str, str | None]) -> None:
+def _check_outputs(bundle: Path, outputs: dict[str, str | None]) -> None:
     """Raise `DiffoundryError` for a file that could not be written, before anything is measured."""
-    from .outputs import check_output
+    from ..families import open_bundle
+    from .outputs import check_beside, check_output
 
     for option, text in outputs.items():
         if text == "" or (text == _STDOUT and option != "--json"):
@@ -246,6 +247,7 @@ def _check_outputs(outputs: dict[str, str | None]) -> None:
         from ..bench.plot import check
 
         check(paths["--plot"])
+    check_beside(open_bundle(bundle), [(path, option) for option, path in paths.items()])
 
 
 def _write_json(report: Report, where: str | None) -> None:

@@ -100,7 +100,7 @@ _OPTIONS = (
         "--min-psnr",
         type=float,
         metavar="DB",
-        help="Under fp32: how near to fp32's the median picture of the scan must be. [default: 35; int8: 25]",
+        help="Under fp32: how near to fp32's the median picture of the scan must be. [default: 35; int8, fp8: 25]",
     ),
     click.option(
         "--budget",
@@ -112,7 +112,7 @@ _OPTIONS = (
         "--calibration",
         type=click.Path(),
         metavar="FILE",
-        help="int8: statistics of the same model, such as the statistics.npz of another bundle.",
+        help="int8, fp8: statistics of the same model, such as the statistics.npz of another bundle.",
     ),
     click.option("--force", is_flag=True, help="int8: also where it is not faster on this machine."),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +50,12 @@ def inspect_command(bundle: str, page: Path | None, as_json: bool) -> None:
     reports: dict[str, dict[str, Any]] = {}
     for name in ("parity", "precision", "quality", "fusion", "engines", "calibration"):
         path = f"reports/{name}.json"
-        with suppress(BundleError):
+        try:
             opened.check({path} & set(opened.manifest.files))
-            reports[name] = read_json(opened.path(path), f"the {name} report")
+            if opened.path(path).exists():
+                reports[name] = read_json(opened.path(path), f"the {name} report")
+        except BundleError as error:
+            click.echo(f"Warning: {error}", err=True)
     engines = EngineStore(opened.root / "engines").records()
     sizes = {
         name: sum(path.stat().st_size for path in opened.path(name).glob("*") if path.is_file())

@@ -17,7 +17,7 @@ def check_output(path: Path, option: str) -> None:
     """Raise `RequestError` where the file `path` that `option` names could not be written."""
     folder = path.absolute().parent
     if path.is_dir():
-        raise RequestError(f"{path} is a folder: give {option} the name of a file")
+        raise RequestError(f"{path} is a folder: give {option} another name")
     if not folder.is_dir():
         raise RequestError(f"the folder {path.parent} does not exist: make it, or choose another {option}")
     if path.exists() and not path.is_file():

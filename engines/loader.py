@@ -226,8 +226,8 @@ class EngineLoader:
             )
         known = self._precisions()
         if not isinstance(self.precision, str) or self.precision not in known:
-            root, can = self._bundle.root, self.precision in PRECISIONS and not self._bundle.foreign
-            can = can and not (self.precision == "fp8" and self.engine.on_cpu)  # which no processor computes in
+            root, able = self._bundle.root, set(PRECISIONS) - ({"fp8"} if self.engine.on_cpu else set())
+            can = self.precision in able and not self._bundle.foreign
             engine = f" --engine {self.engine}" if self.engine.backend == OPENVINO else ""
             other = f", or run `diffoundry build {root}{engine} --precision {self.precision}`" if can else ""
             raise EngineError(

@@ -65,11 +65,11 @@ class Attention:
 
 def attentions_of(model: Any) -> list[Attention]:
     """The attentions of an `onnx_ir` model that `graph.read` gave, in the order of its nodes; none that has a mask."""
-    return [_of(each) for each in found_in(model) if _is_plain(each)]
+    return [_of(each) for each in nodes_of(model).values()]
 
 
 def nodes_of(model: Any) -> dict[str, Found]:
-    """What the attentions of `attentions_of` are in the graph, by their values."""
+    """What the attentions of `attentions_of` are in the graph, by their values, in the order of the nodes."""
     return {str(each.product.outputs[0].name): each for each in found_in(model) if _is_plain(each)}
 
 

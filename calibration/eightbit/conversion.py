@@ -42,6 +42,8 @@ UNSEEN, FEW_KEYS, LOSS = "never seen", "few keys", "loss"
 RULE = 3
 """Raise it when the same measurements would give other models."""
 STATISTICS, PICTURES = "statistics.npz", "{}.pictures.png"
+_PROBLEM = "problem"
+"""In the figures of images that are not finite: what was wrong."""
 _JUDGED, _LEAST_JUDGED, _MOST_JUDGED = 1200, 4, 12
 """Calls that scales are judged by: so many over the number of groups, and the least and most."""
 _ALONE, _LEAST_ALONE, _MOST_ALONE = 256, 1, 8
@@ -88,8 +90,8 @@ class Conversion:
         """Raises `QualityError` when the budget cannot be met, `DiffoundryError` for what cannot be calibrated."""
         name = self.bundle.manifest.named("denoiser")
         path = self.bundle.path(f"{name}/model.onnx")
-        read_in = read(path)
-        groups, attentions = groups_of(read_in), attentions_of(read_in)
+        graph = read(path)
+        groups, attentions = groups_of(graph), attentions_of(graph)
         if not groups:
             raise DiffoundryError(f"{name} has no layer with a form in eight bits: use --precision fp32")
         model = self._model(name)
@@ -138,14 +140,12 @@ class Conversion:
             group.value: sum(layer.flops(statistics.sizes[layer.name]) for layer in group.layers) for group in seen
         }
         total = sum(flops.values()) + statistics.sizes[OTHERS]
-        long = [each for each in attentions if statistics.sizes[each.keys] >= LEAST_KEYS]
-        heads = {each: each.scales(statistics.amax, self.form) for each in long}
-        turned = [each for each, found in heads.items() if found is not None]
-        for each in turned:
-            scales |= heads[each] or {}
+        turned = self._attentions(attentions, statistics)
+        for each, own in turned.items():
+            scales |= own
             flops[each.value] = statistics.sizes[each.value]
         parts: list[Part] = [*seen, *turned]
-        engine, clear = switched(path, name, self.form, scales, seen, turned, moved)
+        engine, clear = switched(path, name, self.form, scales, seen, list(turned), moved)
         try:
             shift = self._shifts_gain(engine, list(flops), calls[::2])
             moved = moved if shift else {}
@@ -174,6 +174,12 @@ class Conversion:
         report |= {"biases_corrected": shift, "by_timestep": by_timestep}
         low = [value for value in flops if value not in found.kept]
         return self._write(name, path, scales, low, moved, found, reference, report)
+
+    def _attentions(self, attentions: Sequence[Attention], statistics: Statistics) -> dict[Attention, dict[str, Scale]]:
+        """The attentions that can be in eight bits, with the scales of what they read."""
+        long = [each for each in attentions if statistics.sizes[each.keys] >= LEAST_KEYS]
+        found = {each: each.scales(statistics.amax, self.form) for each in long}
+        return {each: scales for each, scales in found.items() if scales is not None}
 
     def _by_timestep(self, engine: SwitchedEngine, calls: Sequence[Call]) -> list[dict[str, float]]:
         """The loss of the denoiser's outputs in single calls, from noise to picture."""
@@ -227,10 +233,10 @@ class Conversion:
         """Draw the prompts with all groups but those of `kept` in eight bits."""
         key = sha256_json([sorted(kept), shift, [each.key() for each in scales.values()]])
         record = self.folder / f"probe-{self.form.name}-{key[:16]}.json"
-        found = self._kept(record, key, lambda each: True)
-        if found is not None and found.get("psnr_db") is None and "problem" not in found:
-            found = None
-        if found is not None and found["psnr_db"] is not None:  # measured again: a user's function may be another
+        found = self._kept(record, key)
+        if found is not None and _PROBLEM in found:
+            found = _overflowed(str(found[_PROBLEM]))
+        elif found is not None:  # measured again: a user's function may be another
             drawn = _pictures(_images_of(record))
             found = None if drawn is None else self.scan.figures(drawn, reference.images, self.form.name)
         if found is None:
@@ -242,13 +248,13 @@ class Conversion:
                 with replacing(_images_of(record)) as beside, beside.open("wb") as file:
                     np.savez(file, allow_pickle=False, images=np.stack(images))  # type: ignore[arg-type]
             except OverflowedError as error:
-                found = {"psnr_db": None, "worst_db": None, "measured": None, "problem": str(error)}
+                found = _overflowed(str(error))
             write_json(record, {"key": key, "found": found})
         self._drawn[tuple(kept)] = _images_of(record)
         return Probe(tuple(kept), share, self.scan.is_within(found, self.form.name), found)
 
     @staticmethod
-    def _kept(record: Path, key: str, fits: Callable[[Any], bool]) -> dict[str, Any] | None:
+    def _kept(record: Path, key: str, fits: Callable[[Any], bool] = lambda each: True) -> dict[str, Any] | None:
         """What an earlier run measured, None where it is not there or damaged. fits: whether one of it can be."""
         try:
             value = read_json(record, "a measurement")
@@ -357,6 +363,11 @@ class Conversion:
         hashes[where] = sha256_file(saved)
         hashes[f"{name}/{shown.name}"] = sha256_file(shown)
         return EightBit(relative[0], placed[0], placed[1], hashes, where, report, quality)
+
+
+def _overflowed(problem: str) -> dict[str, Any]:
+    """The figures of images that are not finite."""
+    return {"psnr_db": None, "worst_db": None, "measured": None, _PROBLEM: problem}
 
 
 def _pictures(path: Path) -> list[Array] | None:

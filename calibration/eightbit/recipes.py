@@ -81,8 +81,8 @@ def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
     yield Recipe(OURS, (report["nodes"]["low"], layers), report["share"], load[name])
 
     path = bundle.path(f"{name}/model.onnx")
-    read_in = read(path)
-    groups, attentions = groups_of(read_in), attentions_of(read_in)
+    graph = read(path)
+    groups, attentions = groups_of(graph), attentions_of(graph)
     kept = f"{name}/{STATISTICS}"
     bundle.check([kept])
     try:

@@ -130,6 +130,14 @@ def test_what_cannot_be_done_is_one_line_before_anything_is_measured(case, calle
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
 
 
+def test_a_report_does_not_take_the_place_of_a_file_of_the_bundle(called, bundle_of):
+    manifest = bundle_of("pico") / "bundle.json"
+    before = manifest.read_bytes()
+    done = called("bench", bundle_of("pico"), "--json", manifest)
+    assert done.returncode == 1 and "is a file of the bundle" in done.stderr and done.stderr.count("\n") == 1
+    assert manifest.read_bytes() == before
+
+
 def test_a_plot_without_matplotlib_says_how_to_get_it_before_anything_is_measured(called, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     done = called("bench", "nowhere", "--plot", "r.png")

@@ -410,6 +410,8 @@ def test_a_page_shows_what_was_measured(bundle, called, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     path = bundle / "reports" / "precision.json"
     path.write_text(json.dumps({"int8": {"unet": {}}}))
+    done = called("inspect", bundle)
+    assert done.returncode == 0 and "Warning:" in done.stderr and "precision.json" in done.stderr
     done = called("inspect", bundle, "--report", page)
     assert done.returncode == 1 and "precision.json" in done.stderr and "Traceback" not in done.stderr
 

@@ -171,6 +171,7 @@ def test_the_pictures_of_a_gpu_are_scored_on_the_cpu(planned, bundle_of):
             ("--engine", "onnxruntime", "--precision", "int8"),
             "has the precisions fp16, fp32 for onnxruntime, not 'int8'",
         ),
+        (("--engine", "onnxruntime", "--precision", "fp8"), "not 'fp8': choose one of them\n"),  # no processor can
         (("--engine", "npu"), "unknown engine 'npu': choose one of onnxruntime, onnxruntime:cuda"),
         (("--engine", "onnxruntime", "--weight-budget", "1"), "goes with TensorRT plans"),
     ],
