@@ -9,6 +9,9 @@ from ..common.files import read_json, sha256_file, write_json
 from .bundle import Bundle
 from .reader import fits
 
+REPORTS = ("precision", "quality", "calibration", "engines", "fusion", "plans")
+"""Those that `build` writes."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Node:

@@ -28,6 +28,7 @@ from ..engines.tensorrt.target import Target
 from ..engines.tensorrt.variants import BESIDE
 from . import fusion, hinted
 from .choice import AUTO, RECORD, candidates, choose
+from .damage import without_damaged
 from .eightbit import stage as eightbit
 from .eightbit.half import record_name as half_name
 from .eightbit.half import write_half
@@ -97,6 +98,10 @@ class Goal:
         if precision not in EIGHT_BIT and (calibration is not None or force):
             raise DiffoundryError(
                 f"{precision} takes no calibration file and needs no force: they go with {' and '.join(EIGHT_BIT)}"
+            )
+        if force and (precision != "int8" or name.backend in BACKENDS):
+            raise DiffoundryError(
+                f"{precision} for {name} is not timed here, so that nothing is to be forced: leave force out"
             )
         able = [OPENVINO, ONNXRUNTIME, *BACKENDS] if precision == "int8" else list(BACKENDS)
         if precision in EIGHT_BIT and str(name) not in able:
@@ -212,6 +217,8 @@ def _checked(
     if engine != AUTO:
         precision = own.precision if precision is None else precision
     goal = Goal.of(own.engine if engine is None else engine, precision, target, scan, calibration, force)
+    bundle = without_damaged(bundle, goal.precision)
+    own = bundle.manifest
     key = f"{goal.precision}/{goal.engine.backend if goal.hinted else STANDARD}"
     parts = [part for part in own.components.values() if part.role != "step"]
     needed = [own.components[own.named("denoiser")]] if goal.hinted or goal.eight_bit else parts
@@ -224,7 +231,6 @@ def _checked(
     lacking = [name for name, part in own.components.items() if _FP32 not in part.variants]
     if lacking:
         raise BundleError(f"{path} has no fp32 model of {lacking[0]} to build from: compile the checkpoint again")
-    bundle = fusion.without_damaged(bundle)
     bundle.check()
     check_replaceable(path)
     return bundle, goal

@@ -94,6 +94,7 @@ class _Conversion:
         ranges = {name: Ranges(self._model(name), name) for name in self._calls}
         engines = {name: partial(each.engine, self._calls[name].add) for name, each in ranges.items()}
         exact = run_loop(self._bundle, engines, self._scan, "ranges", self._progress)
+        self._scan.figures(exact, exact, self._precision.name)  # a user's function fails now, or never
         return exact, {name: self._fp32_nodes(name, each.largest()) for name, each in ranges.items()}
 
     def discard(self) -> None:

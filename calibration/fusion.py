@@ -14,13 +14,13 @@ from ..bundle.ledger import Kind, Ledger
 from ..bundle.manifest import Files
 from ..bundle.reports import is_fusion, read_report, with_report
 from ..common.errors import EngineError
-from ..common.files import holds, sha256_file, sha256_json
+from ..common.files import sha256_file, sha256_json
 from ..common.progress import Meter
 from ..engines import Engine
 from ..engines.fusion.cuda import fuse_for_cuda
 from ..engines.fusion.graph import open_model
 from ..engines.fusion.standard import in_standard_operators
-from ..engines.names import FUSED_ENGINES, EngineName
+from ..engines.names import EngineName
 from ..engines.split import SplitEngine
 from ..engines.verify import compare_outputs, recorded_case
 from .precision import precision_of
@@ -80,24 +80,6 @@ def forget_removed(bundle: Bundle) -> Bundle:
     there = {name for part in bundle.manifest.components.values() for name in part.variants}
     gone = dict.fromkeys(report.keys() - there)
     return with_report(bundle, _REPORT, gone) if gone else bundle
-
-
-def without_damaged(bundle: Bundle) -> Bundle:
-    """`bundle` without graphs for an engine that are missing or were changed: they can be made again."""
-    components = {}
-    for name, part in bundle.manifest.components.items():
-        own = [path for key, each in part.variants.items() if not _is_made_here(key) for path in each.files]
-        kept = {
-            key: each
-            for key, each in part.variants.items()
-            if not _is_made_here(key) or holds(bundle.root, {p: s for p, s in each.files.items() if p not in own})
-        }
-        components[name] = replace(part, variants=kept)
-    return replace(bundle, manifest=replace(bundle.manifest, components=components))
-
-
-def _is_made_here(variant: str) -> bool:
-    return variant.partition("/")[2] in FUSED_ENGINES
 
 
 def record_name(engine: EngineName, precision: str, component: str) -> str:

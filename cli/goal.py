@@ -112,7 +112,7 @@ _OPTIONS = (
         "--calibration",
         type=click.Path(),
         metavar="FILE",
-        help="int8, fp8: statistics of the same model, such as the statistics.npz of another bundle.",
+        help="int8, fp8: statistics of the same model, such as the int8.statistics.npz of another bundle.",
     ),
     click.option("--force", is_flag=True, help="int8: also where it is not faster on this machine."),
 )

@@ -124,7 +124,7 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
     """How far each lower precision is from fp32, and how much of each component stays in fp32."""
     from ..bundle import EIGHT_BIT
     from ..bundle.reports import is_quality, is_report
-    from ..calibration.eightbit.times import describe
+    from ..calibration.eightbit.times import describe, warnings
 
     for precision, components in reports.get("precision", {}).items():
         quality = reports.get("quality", {}).get(precision, {})
@@ -137,11 +137,13 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
         yield f"{precision}: {distance}; nodes that stay in fp32: {', '.join(kept) or 'not recorded'}"
     for key, quality in reports.get("quality", {}).items():
         if "/" in key and is_quality(quality):
-            lower = ", ".join(map(str, quality.get("lower") or ()))
+            names = quality.get("lower")
+            lower = ", ".join(map(str, names)) if isinstance(names, list) else "not recorded"
             what = "beside it in bf16" if key.partition("/")[0] in EIGHT_BIT else "computed in it"
             yield f"{key.replace('/', ' on ')}: images {quality['psnr_db']:.1f} dB from fp32; {what}: {lower}"
     for key, report in reports.get("calibration", {}).items():
         yield describe(key, report)
+        yield from (f"Warning: {line}" for line in warnings(report))
 
 
 def _has(manifest: Any, component: str, variant: str) -> bool:

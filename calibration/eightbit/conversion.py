@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import FULL, Bundle
+from ...bundle import EIGHT_BIT, FULL, Bundle
 from ...bundle.workspace import HEAD
 from ...common.arrays import Array
 from ...common.checks import is_finite
@@ -41,7 +41,8 @@ UNSEEN, FEW_KEYS, LOSS = "never seen", "few keys", "loss"
 """Reasons why a layer is not in eight bits."""
 RULE = 3
 """Raise it when the same measurements would give other models."""
-STATISTICS, PICTURES = "statistics.npz", "{}.pictures.png"
+STATISTICS, PICTURES = "{}.statistics.npz", "{}.pictures.png"
+"""Beside the models, for readers; of a precision."""
 _PROBLEM = "problem"
 """In the figures of images that are not finite: what was wrong."""
 _JUDGED, _LEAST_JUDGED, _MOST_JUDGED = 1200, 4, 12
@@ -59,14 +60,15 @@ class EightBit:
     """The denoiser in eight bits.
 
     model: its graph, and fused and per_prompt the two that ONNX Runtime's CPU and OpenVINO read. files: the hashes of
-    all. statistics: the path of the file they are in. report: what was measured of each group. quality: of the images.
+    all, and of the documents: statistics and pictures, which no run needs. report: what was measured of each group.
+    quality: of the images.
     """
 
     model: str
     fused: str
     per_prompt: str
     files: dict[str, str]
-    statistics: str
+    documents: tuple[str, ...]
     report: dict[str, Any]
     quality: dict[str, Any]
 
@@ -100,6 +102,7 @@ class Conversion:
             given = check_model(Statistics.load(self.calibration), model, groups, self.calibration)
         self._open(model)
         reference = observe(self.bundle, name, groups, attentions, self.scan, self.folder, model, given, self.progress)
+        self.scan.figures(reference.images, reference.images, self.form.name)  # a user's function fails now, or never
         return self._convert(name, path, groups, attentions if self.form.has_attention else [], reference)
 
     def _model(self, name: str) -> str:
@@ -342,7 +345,7 @@ class Conversion:
         if form == "int8":
             fused = fuse_for_cpu(files[0], self.bundle.manifest.wiring.per_prompt(), names)
         graphs = [path.with_name(each) for each in filter(None, fused or ())]
-        saved = path.with_name(STATISTICS)
+        saved = path.with_name(STATISTICS.format(form))
         reference.statistics.save(saved)
         with np.load(self._drawn[found.kept], allow_pickle=False) as drawn:
             pictures = sheet(reference.images, list(drawn["images"]))
@@ -359,10 +362,13 @@ class Conversion:
             "share": round(found.share, 4),
             **found.figures,
         }
-        where = f"{name}/{STATISTICS}"
-        hashes[where] = sha256_file(saved)
-        hashes[f"{name}/{shown.name}"] = sha256_file(shown)
-        return EightBit(relative[0], placed[0], placed[1], hashes, where, report, quality)
+        documents = {f"{name}/{each.name}": sha256_file(each) for each in (saved, shown)}
+        return EightBit(relative[0], placed[0], placed[1], hashes | documents, tuple(documents), report, quality)
+
+
+def is_document(path: str) -> bool:
+    """Whether a file of a bundle is one that goes with a denoiser in eight bits, and that no run needs."""
+    return Path(path).name in {each.format(form) for each in (STATISTICS, PICTURES) for form in EIGHT_BIT}
 
 
 def _overflowed(problem: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ...common.markup import Markup, document, tag
 from .conversion import FEW_KEYS, LOSS, PICTURES, UNSEEN
 from .pictures import GAIN, ROWS
 from .stage import REPORT
-from .times import describe
+from .times import describe, warnings
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 760.0, 220.0, 60.0, 30.0
 """Of a chart, and of what its axes take; in units of the picture."""
@@ -65,6 +65,7 @@ def _section(
         f"{scan['guidance']:g}, seeds from {scan['seed']} on.",
     )
     yield from (tag("p", describe(key, each)) for key, each in times.items())
+    yield from (tag("p", f"Warning: {line}.") for each in times.values() for line in warnings(each))
     yield from _pictures(bundle, name, precision, quality)
     yield from _curve(precision, report, times)
     yield from _timesteps(report)

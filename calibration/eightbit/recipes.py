@@ -83,7 +83,7 @@ def recipes(bundle: Bundle, precision: str, folder: Path) -> Iterator[Recipe]:
     path = bundle.path(f"{name}/model.onnx")
     graph = read(path)
     groups, attentions = groups_of(graph), attentions_of(graph)
-    kept = f"{name}/{STATISTICS}"
+    kept = f"{name}/{STATISTICS.format(precision)}"
     bundle.check([kept])
     try:
         statistics = Statistics.load(bundle.path(kept))

@@ -33,8 +33,8 @@ class Quantized:
 
     def __post_init__(self) -> None:
         made = self.made
-        graphs = {made.model, made.statistics, *filter(None, (made.fused, made.per_prompt))}
-        if not graphs <= made.files.keys() or not is_quality(made.quality) or not is_report(made.report):
+        named = {made.model, *made.documents, *filter(None, (made.fused, made.per_prompt))}
+        if not named <= made.files.keys() or not is_quality(made.quality) or not is_report(made.report):
             raise ValueError("it has no model, or was not measured")
 
     def all_files(self) -> Files:
@@ -92,7 +92,8 @@ def carry_over(bundle: Bundle, ledger: Ledger, but: str) -> Bundle:
 def _with(bundle: Bundle, precision: str, quantized: Quantized) -> Bundle:
     made, name = quantized.made, bundle.manifest.named("denoiser")
     graphs = {made.model, made.fused, made.per_prompt}
-    shared = {path: sha for path, sha in made.files.items() if path not in graphs}
+    documents = {path: made.files[path] for path in made.documents}
+    shared = {path: sha for path, sha in made.files.items() if path not in graphs and path not in documents}
     part = bundle.component(name)
     variants: dict[str, Any] = {
         f"{precision}/{STANDARD}": Variant(made.model, {made.model: made.files[made.model], **shared})
@@ -101,6 +102,7 @@ def _with(bundle: Bundle, precision: str, quantized: Quantized) -> Bundle:
         own = {path: made.files[path] for path in (made.fused, made.per_prompt) if path}
         variants[f"{precision}/{_FUSED}"] = Variant(made.fused, {**own, **shared}, made.per_prompt)
     components = bundle.manifest.components | {name: replace(part, variants=part.variants | variants)}
-    bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
+    files = bundle.manifest.files | documents
+    bundle = replace(bundle, manifest=replace(bundle.manifest, components=components, files=files))
     bundle = with_report(bundle, "precision", {precision: {name: made.report}})
     return with_report(bundle, "quality", {precision: made.quality})

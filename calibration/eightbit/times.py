@@ -77,6 +77,12 @@ def describe(key: str, report: dict[str, Any]) -> str:
         return "the report on calibration is damaged"
 
 
+def warnings(report: dict[str, Any]) -> list[str]:
+    """What the report on an engine warns of: fewer layers in eight bits than were asked."""
+    found = report.get("warnings") if isinstance(report, dict) else None
+    return [str(line) for line in found] if isinstance(found, list) else []
+
+
 def count(bundle: Bundle, name: str, engine: EngineName, precision: str) -> dict[str, int]:
     """How many convolutions and products of the denoiser `engine` runs in eight bits, and how many in floats."""
     part = bundle.component(name)

@@ -22,7 +22,7 @@ from PIL import Image
 import diffoundry
 from diffoundry.bundle import Bundle
 from diffoundry.calibration import Budget, QualityError, Scan, emulation
-from diffoundry.calibration.eightbit import recipes, reference, times
+from diffoundry.calibration.eightbit import recipes, reference, stage, times
 from diffoundry.calibration.eightbit.attention import attentions_of
 from diffoundry.calibration.eightbit.formats import FORMATS, Scale
 from diffoundry.calibration.eightbit.layers import groups_of
@@ -224,13 +224,35 @@ def test_a_bundle_in_int8_is_run_by_both_engines_and_is_the_same_each_time(bundl
         assert 10 * np.log10(power / np.sum((each - emulated.latents) ** 2)) > 15
     assert diffoundry.load(bundle).info() == {"engine": "openvino", "precision": "int8"}
     made_of(twin)
-    for path in ("unet/int8.onnx", "unet/int8.fused.onnx", "unet/statistics.npz"):
+    for path in ("unet/int8.onnx", "unet/int8.fused.onnx", "unet/int8.statistics.npz"):
         assert (bundle / path).read_bytes() == (twin / path).read_bytes()
+
+
+def test_what_is_damaged_and_can_be_made_again_stops_no_run_and_is_mended(bundle, monkeypatch):
+    made_of(bundle, engine="onnxruntime")
+    whole = {path: path.read_bytes() for path in (bundle / "unet").glob("int8*")}
+    documents = [bundle / "unet" / name for name in ("int8.statistics.npz", "int8.pictures.png")]
+    for path in documents:
+        path.write_bytes(path.read_bytes()[:-3])
+    assert diffoundry.load(bundle)("a star", steps=1).images
+    made_of(bundle, engine="onnxruntime")
+    assert {path: path.read_bytes() for path in whole} == whole
+    monkeypatch.setattr(stage.Conversion, "run", None)  # nothing is measured again for a lost report
+    for name in ("precision", "quality"):
+        before = report(bundle, name)
+        (bundle / "reports" / f"{name}.json").write_text("{}")
+        made_of(bundle, engine="onnxruntime")
+        assert report(bundle, name) == before
+    (bundle / "reports" / "precision.json").unlink()
+    built = diffoundry.build(bundle, precision="fp32", engine="onnxruntime")
+    assert built.component("unet").variant("int8") and not (bundle / "reports" / "precision.json").exists()
+    made_of(bundle, engine="onnxruntime")
+    assert report(bundle, "quality") == before
 
 
 def test_statistics_of_another_bundle_serve_and_those_of_another_model_do_not(bundle, tmp_path, monkeypatch):
     made_of(bundle, engine="onnxruntime")
-    kept = Path(shutil.copy(bundle / "unet" / "statistics.npz", tmp_path / "s.npz"))
+    kept = Path(shutil.copy(bundle / "unet" / "int8.statistics.npz", tmp_path / "s.npz"))
     scales = [each["scale"] for each in report(bundle, "precision")["int8"]["unet"]["groups"]]
     monkeypatch.setattr(reference.Observer, "engine", None)  # nothing is gathered any more
     made_of(bundle, engine="onnxruntime", calibration=kept)
