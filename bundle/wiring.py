@@ -17,8 +17,11 @@ TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from
 Window = Annotated[int, Rule(lambda value: _SHORTEST_WINDOW <= value < _MOST_TOKENS, f"be at least {_SHORTEST_WINDOW}")]
 
 
-Role = Literal["text", "denoiser", "encoder", "decoder", "preview", "step"]
-"""What a component does: `preview` is a second, small decoder, `step` the step of the loop as a graph."""
+Role = Literal["text", "denoiser", "encoder", "decoder", "preview", "step", "control", "controlled"]
+"""What a component does: `preview` is a second, small decoder, `step` the step of the loop as a graph.
+
+`control` makes of a picture what is added inside the denoiser; `controlled` is the denoiser that takes it.
+"""
 TASKS: dict[str, tuple[Role, ...]] = {
     "txt2img": ("decoder",),
     "img2img": ("encoder", "decoder"),
@@ -102,6 +105,20 @@ class TextEncoder:
 
 
 @dataclass(frozen=True, slots=True)
+class Control:
+    """A component that makes, of a picture, residuals which are added inside the denoiser (Zhang et al. 2023).
+
+    component: its name. residuals: how many it makes; each is scaled by itself. channels: of the picture it is given.
+    global_pool: whether each residual is one number a channel, and the negative prompt goes without, as in guess mode.
+    """
+
+    component: str
+    residuals: AtLeast1
+    channels: AtLeast1 = 3
+    global_pool: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Wiring:
     """How a denoiser is fed.
 
@@ -109,12 +126,14 @@ class Wiring:
     its source, one of `SOURCES`.
     empty_negative_is_zeros: whether no negative prompt means zeros, rather than the encoded empty text.
     strength_by_sampler: whether a sampler of consistency models spreads its steps over the strength itself.
+    controls: by the name that a request calls each by.
     """
 
     text: tuple[TextEncoder, ...]
     inputs: dict[str, str] = field(default_factory=dict)
     empty_negative_is_zeros: bool = False
     strength_by_sampler: bool = False
+    controls: dict[str, Control] = field(default_factory=dict)
 
     def inputs_from(self, source: str) -> list[str]:
         """The inputs of the denoiser that `source` feeds."""

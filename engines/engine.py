@@ -61,6 +61,9 @@ class Engine(ABC):
     What all engines check is checked here; a backend has `to_device`, `_run`, `_bind_host` and `_bind_device`.
     """
 
+    binds_device = True
+    """Whether it can be bound to tensors on its device."""
+
     def __init__(self, component: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         self.component = component
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)

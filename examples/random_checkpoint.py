@@ -322,6 +322,30 @@ def make(size: str, out: Path, seed: int = 0) -> None:
             name_as_of_old(out / folder)
 
 
+def make_controlnet(size: str, out: Path, seed: int = 0) -> None:
+    """Write the diffusers folder of a ControlNet for checkpoints of the given size to `out`."""
+    import inspect
+
+    import diffusers
+    import torch
+
+    asked = SIZES[size]
+    torch.manual_seed(1000 + seed)
+    known = inspect.signature(diffusers.ControlNetModel.__init__).parameters
+    options = {name: value for name, value in asked.unet.items() if name in known and name != "in_channels"}
+    blocks = [max(width // 20, 4) for width in (320, 640, 1920, 5120)] if asked.scaled else (16, 32, 96, 256)
+    model = _model(
+        diffusers.ControlNetModel, asked, in_channels=4, conditioning_embedding_out_channels=tuple(blocks), **options
+    )
+    if not asked.scaled:
+        for name, parameter in model.named_parameters():  # which are zero before a training
+            if name.startswith(
+                ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding.conv_out")
+            ):
+                torch.nn.init.normal_(parameter, 0.0, 0.02)
+    model.save_pretrained(out)
+
+
 def _model(kind: Any, size: Size, *arguments: Any, **options: Any) -> torch.nn.Module:
     """A model of the class `kind`, its weights drawn as `size` says."""
     import torch
@@ -342,7 +366,15 @@ def _draw(model: torch.nn.Module) -> None:
     What is added to a residual stream is smaller than the stream, so that rounding is not magnified from block to
     block; what the timestep and the added conditions say is larger, so that it shows.
     """
-    gains = {"conv2": 0.5, "to_out.0": 0.5, "net.2": 0.5, "out_proj": 0.5, "fc2": 0.5, "time_emb_proj": 2.0}
+    gains = {
+        "conv2": 0.5,
+        "controlnet_mid_block": 0.3,
+        "to_out.0": 0.5,
+        "net.2": 0.5,
+        "out_proj": 0.5,
+        "fc2": 0.5,
+        "time_emb_proj": 2.0,
+    }
     for name, parameter in model.named_parameters():
         layer = name.rpartition(".")[0]
         if parameter.ndim == 1:
@@ -350,7 +382,11 @@ def _draw(model: torch.nn.Module) -> None:
         elif layer.endswith(("token_embedding", "position_embedding")):
             parameter.normal_(0.0, 0.7)
         else:
-            gain = next((gains[end] for end in gains if layer.endswith(end)), 1.0)
+            gain = (
+                0.3
+                if "controlnet_down_blocks" in layer
+                else next((gains[end] for end in gains if layer.endswith(end)), 1.0)
+            )
             parameter.normal_(0.0, gain * parameter[0].numel() ** -0.5)
 
 
@@ -397,9 +433,10 @@ def _vocabulary(count: int) -> dict[str, Any]:
 @click.argument("size", type=click.Choice(list(SIZES)))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True)
-def main(size: str, out: Path, seed: int) -> None:
+@click.option("--controlnet", is_flag=True, help="A ControlNet for such checkpoints, in place of one.")
+def main(size: str, out: Path, seed: int, controlnet: bool) -> None:
     """Write a checkpoint of SIZE with random weights to OUT."""
-    make(size, out, seed)
+    (make_controlnet if controlnet else make)(size, out, seed)
     print(f"wrote {out}")
 
 

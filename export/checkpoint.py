@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 from ..bundle import MANIFEST_NAME
 from ..common.errors import CheckpointError, reason
+from ..families.control import PREFIX
 from .weight_files import WeightFiles, find, other_kind, read_stated
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,39}")
 _ADDED = ("vae_tiny",)
 """Components that no checkpoint holds, and that may be given one."""
 _CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
@@ -84,6 +87,18 @@ class Checkpoint:
             if name in self.index:
                 index[name] = changed._kind_of_folder(name, self.index[name])
         return changed
+
+    def with_controls(self, folders: Mapping[str, str | Path]) -> Checkpoint:
+        """The checkpoint with ControlNets beside it. Raises `CheckpointError` for a name or a folder that is none."""
+        for name, folder in folders.items():
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise CheckpointError(f"the name of a ControlNet has letters, digits and _, found {name!r:.80}")
+            if not (Path(folder) / "config.json").is_file():
+                raise CheckpointError(
+                    f"{folder} is no diffusers folder of a ControlNet: give one with config.json and the weights"
+                )
+        more = {PREFIX + name: Path(folder) for name, folder in folders.items()}
+        return Checkpoint(self.root, self.index, {**self.replaced, **more})
 
     def _kind_of_folder(self, name: str, own: list[Any]) -> list[Any]:
         """The index entry of a replaced component: of a diffusers model its own class, of others the pipeline's."""

@@ -53,6 +53,7 @@ def compile(
     family: str | None = None,
     tasks: Sequence[str] | None = None,
     components: Mapping[str, str | Path] | None = None,
+    controlnets: Mapping[str, str | Path] | None = None,
     config: str | Path | None = None,
     prediction_type: str | None = None,
     default_steps: int | None = None,
@@ -75,6 +76,8 @@ def compile(
     tasks: of those that the checkpoint can do, the ones that the bundle is for (default: all); components that only
     the others need are left out. components: folders in place of components of the checkpoint, such as the U-Net of a
     distilled model with its scheduler; `vae_tiny` adds an `AutoencoderTiny` as a second decoder.
+    controlnets: by the names that requests call them by, the diffusers folders of ControlNets. A bundle that stands
+    gets them without anything else being traced again; name all that it is to have.
     config: for a single file, a diffusers folder whose configurations, scheduler and tokenizer go with its weights.
     prediction_type: for a single file, what its U-Net predicts, where the file does not tell.
     default_steps, default_guidance: what `run` asks for when it is not told (default: the family's).
@@ -89,7 +92,10 @@ def compile(
         raise DiffoundryError(f"unknown storage dtype {storage_dtype!r:.80}: choose one of {', '.join(STORAGE_DTYPES)}")
     goal = Goal.of(engine, precision, target, scan, calibration, force)
     require_modules("compile", _MODULES, "export")
-    path, asked = resolved(out), Asked(family, tasks, components or {}, default_steps, default_guidance)
+    path, asked = (
+        resolved(out),
+        Asked(family, tasks, components or {}, default_steps, default_guidance, controlnets or {}),
+    )
     traced = None if trace_scheduler is None else (trace_scheduler, tuple(steps))
     with working(path, lambda: check_target(path, checkpoint)) as (work, _):
         single = _unpack(

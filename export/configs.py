@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.errors import CheckpointError, reason
 from ..families import Family
+from ..families.control import CONTROLNET, PREFIX
 from ..families.parts import KL, TINY, UNET, VAE, VAE_TINY
 from .checkpoint import Checkpoint
 from .loading import quiet
@@ -68,6 +69,16 @@ def vae_config(checkpoint: Checkpoint, name: str = "vae") -> dict[str, Any]:
             f"{KL} or {TINY} is"
         )
     return {**_model_config(checkpoint, name, kind), "_class_name": kind}
+
+
+def control_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """The configuration of the ControlNet called `name`. Raises `CheckpointError` for a model of another kind."""
+    kind = checkpoint.config(PREFIX + name).get("_class_name", CONTROLNET)
+    if kind != CONTROLNET:
+        raise CheckpointError(
+            f"{checkpoint.folder(PREFIX + name)} holds a {kind}, which is not supported as a control; {CONTROLNET} is"
+        )
+    return _model_config(checkpoint, PREFIX + name, CONTROLNET)
 
 
 def _model_config(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..bundle import FULL, Component, Manifest
@@ -12,11 +12,12 @@ from ..bundle.wiring import TASKS, Tokenizer
 from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import check_tree
 from ..families import FAMILIES, Family, Pipeline, family_named, family_of
+from ..families.control import controlled
 from ..runtime.loop.guidance import Guidance
 from ..runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
 from ..runtime.request import Request
 from .checkpoint import Checkpoint
-from .configs import Complete, check_classes
+from .configs import Complete, check_classes, control_config, unet_config
 from .graphs.spec import ComponentSpec
 
 
@@ -29,6 +30,7 @@ class Asked:
     components: Mapping[str, str | Path]
     steps: int | None
     guidance: float | None
+    controls: Mapping[str, str | Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,11 @@ class Reading:
 
         Raises `CheckpointError` or `DiffoundryError` for what the checkpoint is not, or cannot do.
         """
-        source = source.replace(asked.components)
+        source = source.replace(asked.components).with_controls(asked.controls)
         for folder in (source.root, *source.replaced.values()):
             check_tree(folder, held=False)  # a pipe would be waited for
         family = _family(source, asked.family)
-        pipeline = described(source, family)
+        pipeline = with_controls(source, described(source, family), asked.controls)
         tasks = _chosen_tasks(shown, pipeline.tasks, asked.tasks)
         steps = family.steps if asked.steps is None else asked.steps
         guidance = family.guidance if asked.guidance is None else asked.guidance
@@ -97,6 +99,12 @@ def described(source: Checkpoint, family: Family) -> Pipeline:
         return family.describe(Complete(source))
 
 
+def with_controls(source: Checkpoint, pipeline: Pipeline, names: Iterable[str]) -> Pipeline:
+    """`pipeline` with the ControlNets of these names. Raises `CheckpointError` for one that does not go with it."""
+    with _undamaged(source):
+        return controlled(pipeline, unet_config(source), {name: control_config(source, name) for name in names})
+
+
 def _family(source: Checkpoint, name: str | None) -> Family:
     """The family called `name`, or the one of the checkpoint's pipeline class. Raises `CheckpointError`."""
     found = family_named(name) if name is not None else family_of(source.class_name)
@@ -126,7 +134,7 @@ def _specs(source: Checkpoint, pipeline: Pipeline, tasks: tuple[str, ...]) -> li
     """How the components that the tasks need are traced."""
     from .modules import component_specs
 
-    needed = {"text", "denoiser", "preview", *(role for task in tasks for role in TASKS[task])}
+    needed = {"text", "denoiser", "preview", "control", "controlled", *(role for task in tasks for role in TASKS[task])}
     with _undamaged(source):
         return [spec for spec in component_specs(source, pipeline) if pipeline.parts[spec.name].role in needed]
 

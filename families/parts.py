@@ -30,7 +30,7 @@ def pipeline(
     *,
     pooled: int = 0,
     scored: bool = False,
-    **wiring: bool,
+    **wiring: Any,
 ) -> Pipeline:
     """The pipeline of text encoders, a conditional U-Net and autoencoders.
 

@@ -18,12 +18,14 @@ from ..common.errors import RequestError
 from ..engines import Engine
 from .conditioning import Conditioning
 from .conditions.condition import Condition, Job, is_default, refuse_unheeded
+from .conditions.control import ControlCondition
 from .conditions.guidance import GuidanceCondition
 from .conditions.picture import Picture
 from .conditions.sizes import Sizes
 from .conditions.text import Text
+from .control import Control
 from .pictures.autoencoder import Autoencoder, check_decoder
-from .pictures.preprocess import bring_to_size, open_originals
+from .pictures.preprocess import bring_to_size, open_image, open_originals
 from .request import Request
 from .schedule import Schedules
 
@@ -42,8 +44,8 @@ class Jobs:
         manifest = bundle.manifest
         self._bundle, self._schedules = bundle, Schedules(bundle)
         self.text, self._sizes, self._guidance = Text(bundle, engine), Sizes(manifest), GuidanceCondition(manifest)
-        picture = Picture(manifest, autoencoder)
-        self.conditions: tuple[Condition, ...] = (self.text, self._sizes, self._guidance, picture)
+        picture, self.control = Picture(manifest, autoencoder), ControlCondition(bundle)
+        self.conditions: tuple[Condition, ...] = (self.text, self._sizes, self._guidance, picture, self.control)
 
     def make(self, request: Request) -> Job:
         """Hold `request` against the bundle, before anything is loaded. Raises `RequestError` for what it cannot do."""
@@ -61,6 +63,7 @@ class Jobs:
                 f"the mask has {mask.width}x{mask.height} pixels, the latents are of {size[0]}x{size[1]}: "
                 "give a mask of that size"
             )
+        controls = self.control.pixels(request, size)
         table, steps = self._schedules.of(request)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         record = {
@@ -83,6 +86,7 @@ class Jobs:
             [first + i for i in range(request.count)],
             size,
             record,
+            controls,
         )
 
     def check(self, jobs: Sequence[Job]) -> None:
@@ -104,7 +108,7 @@ class Jobs:
         )
 
     def _size(self, request: Request, image: Image.Image | None) -> tuple[int, int]:
-        """Width and height: those asked for, else of the image where it is redrawn whole, else the checkpoint's."""
+        """Width and height: those asked for, else of the image or the control's, else the checkpoint's."""
         manifest = self._bundle.manifest
         unit, channels = manifest.latents.unit, manifest.latents.channels
         if request.starts_from_latents:
@@ -116,6 +120,8 @@ class Jobs:
                 raise RequestError(f"the sides of latents must be multiples of {multiple}, found shape {found}")
             return down * found[3], down * found[2]
         width, height = manifest.default_width, manifest.default_height
+        if image is None and request.control and not request.starts_from_latents:
+            image = open_image(request.control[0].image, f"image of the control {request.control[0].name}")
         if image is not None and request.padding_mask_crop is None:
             width, height = (max(side // unit, 1) * unit for side in image.size)
         width = width if request.width is None else request.width
@@ -145,4 +151,6 @@ def _described(value: Any) -> Any:
         return str(value)
     if isinstance(value, (np.ndarray, Image.Image)):
         return f"sha256:{hashlib.sha256(np.asarray(value, order='C').tobytes()).hexdigest()}"
+    if isinstance(value, tuple) and value and all(isinstance(each, Control) for each in value):
+        return [{item.name: _described(getattr(each, item.name)) for item in fields(each)} for each in value]
     return asdict(value) if isinstance(value, Conditioning) else value

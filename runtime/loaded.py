@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ..bundle import Bundle
 from ..common.errors import EngineError
 from ..engines import Engine
+from ..engines.controlled import ControlledEngine
 from ..engines.loader import EngineLoader
 from .loop.device import Phases
 from .loop.host import HostStepper
@@ -24,7 +25,7 @@ class LoadedEngines:
     """
 
     _engines: dict[str, Engine]
-    _phases: Phases | None
+    _phases: dict[tuple[str, ...], Phases]
 
     def __init__(
         self,
@@ -42,6 +43,9 @@ class LoadedEngines:
         self._bundle, self._loader, self._threads, self._given = bundle, loader, threads, dict(given)
         self._wrap = wrap
         self._denoiser, self._step = manifest.named("denoiser"), manifest.named("step")
+        self._controlled, controls = manifest.named("controlled"), manifest.with_role("control")
+        self._stepping = {self._denoiser, self._step, self._controlled, *controls}
+        self._sharing = self._stepping - {self._step}
         sources = {source.partition(".masked")[0]: name for name, source in manifest.wiring.inputs.items()}
         self._ports = Ports(sources["latents"], sources["timestep"])
         self._process = os.getpid()
@@ -73,20 +77,33 @@ class LoadedEngines:
         with self._lock:
             for name in names:
                 self._engines.pop(name, None)
-                if name in (self._denoiser, self._step):
-                    self._phases = None  # which are bound to them
+                if name in self._stepping:
+                    self._phases.clear()  # which are bound to them
 
-    def phases(self) -> Phases:
+    def denoiser(self, controls: Sequence[str] = ()) -> Engine:
+        """The denoiser, with the components `controls` acting in it. Without one it is the plain one."""
+        if not controls:
+            return self(self._denoiser)
+        plain = [tensor.name for tensor in self._bundle.component(self._denoiser).inputs]
+        return ControlledEngine(self(self._controlled), {name: self(name) for name in controls}, plain)
+
+    def release_denoiser(self) -> None:
+        """Drop all that steps."""
+        self.release(*self._sharing)
+
+    def phases(self, controls: Sequence[str] = ()) -> Phases:
         """The denoiser and the `step` graph, bound on their device."""
+        key = tuple(controls)
         with self._lock:
-            self._phases = self._phases or Phases(self(self._denoiser), self(self._step), self._ports)
-            return self._phases
+            if key not in self._phases:
+                self._phases[key] = Phases(self.denoiser(controls), self(self._step), self._ports)
+            return self._phases[key]
 
-    def host_stepper(self) -> HostStepper:
+    def host_stepper(self, controls: Sequence[str] = ()) -> HostStepper:
         """The denoiser for a loop on the host; the rows of a call of a small one are shared among the processors."""
         shared = self._is_small() and not self._loader.splits_rows
         pool, workers = (self._pool, self._threads - 1) if shared else (None, 0)
-        return HostStepper(self(self._denoiser), self._ports, pool=pool, workers=workers)
+        return HostStepper(self.denoiser(controls), self._ports, pool=pool, workers=workers)
 
     def check_process(self) -> None:
         """Raise `EngineError` where a GPU was opened before this process was forked: it cannot be used in both."""
@@ -104,11 +121,11 @@ class LoadedEngines:
         """Hold no engines, and locks and threads of this process."""
         self._lock = threading.RLock()
         self._engines = {}
-        self._phases = None
+        self._phases = {}
         self._pool = ThreadPoolExecutor(self._threads - 1, "diffoundry") if self._threads > 1 else None
 
     def _load(self, name: str) -> Engine:
-        if name != self._denoiser or not self._is_small():
+        if name not in self._sharing or not self._is_small():
             return self._loader.load(name, self._threads)
         share_rows = self._loader.splits_rows
         return self._loader.load(name, self._threads if share_rows else 1, share_rows)

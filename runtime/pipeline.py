@@ -192,7 +192,8 @@ class Pipeline:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
-        if self._loop_asked == "device" and any(job.request.mask is not None or job.guidance.split for job in jobs):
+        split = any(job.request.mask is not None or job.guidance.split for job in jobs)
+        if self._loop_asked == "device" and (split or len(self._jobs.control.used(jobs)) > 1):
             raise RequestError(HOST_ONLY)
         self._jobs.check(jobs)
         return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
@@ -203,12 +204,13 @@ class Pipeline:
         """Feed, load, run, collect. at_once: the steps between two yields, None for as many as go in one piece."""
         seconds: dict[str, float] = {}
         fed = self._feed(jobs, low_memory, seconds)
+        controls = self._jobs.control.used(jobs)
         with _timed(seconds, "load"):
-            self.engine(self._denoiser)
+            self._engines.denoiser(controls)
         samples = [sample for job, given in zip(jobs, fed, strict=True) for sample in self._samples(job, given)]
-        latents = yield from self._loop_over(samples, min(batch, self._most_images(jobs)), at_once, seconds)
+        latents = yield from self._loop_over(samples, controls, min(batch, self._most_images(jobs)), at_once, seconds)
         if low_memory:
-            self.release(self._denoiser)
+            self._engines.release_denoiser()
         results, ends = [], np.cumsum([job.request.count for job in jobs])
         for job, given, own in zip(jobs, fed, np.split(latents, ends[:-1]), strict=True):
             images = [] if job.request.output == "latent" else self._images(job, own, seconds)
@@ -229,14 +231,19 @@ class Pipeline:
         return fed
 
     def _loop_over(
-        self, samples: Sequence[Sample], most: int, at_once: int | None, seconds: dict[str, float]
+        self,
+        samples: Sequence[Sample],
+        controls: Sequence[str],
+        most: int,
+        at_once: int | None,
+        seconds: dict[str, float],
     ) -> Generator[Progress, None, Array]:
-        """Step the samples, `most` in one batch, and return their final latents."""
+        """Step the samples, `most` in one batch, and return their final latents. controls: that act on some."""
         parts = [samples[i : i + most] for i in range(0, len(samples), most)]
         total = sum(max(sample.table.steps for sample in part) for part in parts)
         done, latents = 0, []
         for part in parts:
-            with closing(Batch(self._stepper(part))) as batch:
+            with closing(Batch(self._stepper(part, controls))) as batch:
                 handles = [batch.add(sample) for sample in part]
                 while batch:
                     with _timed(seconds, "loop"):
@@ -246,13 +253,13 @@ class Pipeline:
                 latents += [batch.take(handle) for handle in handles]
         return np.stack(latents)
 
-    def _stepper(self, samples: Sequence[Sample]) -> HostStepper | DeviceStepper:
+    def _stepper(self, samples: Sequence[Sample], controls: Sequence[str]) -> HostStepper | DeviceStepper:
         """The loop on the device where it was asked for, or is the faster one and takes these samples."""
         if self._loop == "device":
-            phases = self._engines.phases()
+            phases = self._engines.phases(controls)
             if self._loop_asked == "device" or all(phases.fits(sample) for sample in samples):
                 return DeviceStepper(phases)
-        return self._engines.host_stepper()
+        return self._engines.host_stepper(controls)
 
     def _most_images(self, jobs: Sequence[Job]) -> int:
         """The most images that one call of the U-Net takes."""
@@ -271,7 +278,7 @@ class Pipeline:
         """The rows of a job. fed: by its conditions."""
         inputs = self.bundle.manifest.wiring.inputs
         prompt, negative = (
-            {name: half[source] for name, source in inputs.items() if source in half}
+            {**{name: half[source] for name, source in inputs.items() if source in half}, **fed.inputs}
             for half in (fed.prompt, fed.negative)
         )
         if fed.start is None:
@@ -279,7 +286,16 @@ class Pipeline:
         generators = [GENERATORS[job.request.rng](seed) for seed in job.seeds]
         others = negative if job.guidance.active else None
         return [
-            Sample(job.table, job.guidance, generator, prompt, others, *fed.start(i, generator))
+            Sample(
+                job.table,
+                job.guidance,
+                generator,
+                prompt,
+                others,
+                *fed.start(i, generator),
+                fed.prompt_steps,
+                fed.negative_steps,
+            )
             for i, generator in enumerate(generators)
         ]
 

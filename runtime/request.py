@@ -16,6 +16,7 @@ from ..common.arrays import Array
 from ..common.checks import LARGEST_SIDE, MOST_IMAGES, is_number, whole_number
 from ..common.errors import RequestError
 from .conditioning import Conditioning
+from .control import Control, read_controls
 from .loop.guidance import Guidance
 from .loop.noise import GENERATORS
 from .names import SAME, ours
@@ -69,6 +70,7 @@ class Request:
     a prompt that is too long takes several windows of the text encoder. prompt_embeds and the like: embeddings in
     place of the text, float32 (tokens, width), and pooled (width,).
     conditioning, negative_conditioning: what SDXL is given of sizes; the negative is the same by default.
+    control: pictures that steer the drawing, see `Control`; what several add is summed.
     guidance_scale, num_inference_steps and mask_image, as diffusers calls them, stand for guidance, steps and mask.
     output: `image`, or `latent` to leave out the decoder. decoder: `full`, or `tiny` where the bundle has it. tiled:
     work through large images in tiles, in the memory that one takes.
@@ -106,6 +108,7 @@ class Request:
     negative_pooled_prompt_embeds: Array | None = None
     conditioning: Conditioning = field(default_factory=Conditioning)
     negative_conditioning: Conditioning | None = None
+    control: tuple[Control, ...] = ()
     output: str = "image"
     decoder: str = "full"
     tiled: bool = False
@@ -284,6 +287,7 @@ _READ: dict[str, Callable[[str, Any], Any]] = {
     "clip_skip": partial(whole_number, low=0, high=1000),
     "scheduler": _kind(str, "unknown {name} {value!r}: give the name of one"),
     "scheduler_options": _options,
+    "control": read_controls,
     "guidance": lambda _, value: value if isinstance(value, Guidance) else Guidance(value),
 }
 """What reads a field that was given: its value as it is kept. All raise `RequestError`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class ComponentSpec:
     integers: exclusive upper bounds of integer inputs. scale: a factor on the random values of an input, such as the
     range of timesteps. repeat: an input that is a vector over the batch and is to accept one value for all rows.
     facts: numbers that `load` writes into the graph beside the weights. per_prompt: inputs that a whole run shares.
+    tied: axes that follow another: its name, and what it is multiplied with and then divided by, rounded up.
+    rewrites: the component whose graph this one's is made of, by `rewrite(graph, folder)`; "" for one that is traced.
     """
 
     name: str
@@ -51,10 +54,21 @@ class ComponentSpec:
     repeat: str = ""
     facts: tuple[float, ...] = ()
     per_prompt: tuple[str, ...] = ()
+    tied: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    rewrites: str = ""
+    rewrite: Callable[[Path, Path], None] | None = None
 
     def sizes(self, rng: np.random.Generator) -> dict[str, int]:
         """A random size for each axis."""
-        return {name: axis.draw(rng) for name, axis in self.axes.items()}
+        return self.with_tied({name: axis.draw(rng) for name, axis in self.axes.items()})
+
+    def smallest(self) -> dict[str, int]:
+        """The least size of each axis."""
+        return self.with_tied({name: axis.unit * -(-axis.low // axis.unit) for name, axis in self.axes.items()})
+
+    def with_tied(self, sizes: dict[str, int]) -> dict[str, int]:
+        """`sizes`, and those of the axes that follow them."""
+        return sizes | {name: -(-sizes[axis] * times // by) for name, (axis, times, by) in self.tied.items()}
 
     def feeds(self, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, Array]:
         """Random inputs of these sizes."""

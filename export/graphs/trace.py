@@ -39,6 +39,7 @@ def trace(
     import torch
 
     sizes = {name: axis.unit * (-(-axis.low // axis.unit) + 1 + i) for i, (name, axis) in enumerate(spec.axes.items())}
+    sizes = spec.with_tied(sizes)
     feeds = {name: torch.from_numpy(array) for name, array in spec.feeds(sizes, np.random.default_rng(0)).items()}
     any_size = torch.export.Dim.DYNAMIC
     dynamic = {t.name: {i: any_size for i, axis in enumerate(t.shape) if isinstance(axis, str)} for t in spec.inputs}

@@ -24,10 +24,9 @@ def torch_cases(spec: ComponentSpec, module: Any) -> list[Case]:
     import torch
 
     rng = np.random.default_rng(abs(hash_name(spec.name)))
-    smallest = {name: axis.unit * -(-axis.low // axis.unit) for name, axis in spec.axes.items()}
     cases = []
     for i in range(CASES):
-        feeds = spec.feeds(smallest if i == 0 else spec.sizes(rng), rng)
+        feeds = spec.feeds(spec.smallest() if i == 0 else spec.sizes(rng), rng)
         with torch.no_grad():
             result = module(**{name: torch.from_numpy(array) for name, array in feeds.items()})
         values = result if isinstance(result, tuple) else (result,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...families import Pipeline
 from ..checkpoint import Checkpoint
 from ..graphs.spec import ComponentSpec
-from . import autoencoder, clip, unet
+from . import autoencoder, clip, control, unet
 
 _MAKERS = {
     "text": clip.text_encoder,
@@ -13,6 +13,8 @@ _MAKERS = {
     "encoder": autoencoder.encoder,
     "decoder": autoencoder.decoder,
     "preview": autoencoder.preview,
+    "control": control.controlnet,
+    "controlled": control.controlled_unet,
 }
 
 

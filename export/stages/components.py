@@ -138,7 +138,10 @@ class Tracer:
         with guarded(f"the {name} cannot be run in torch"):
             cases = torch_cases(spec, module)
         with guarded(f"the {name} cannot be traced to ONNX"):
-            trace(spec, module, folder, self.source.weights(spec.source).types, keep_half=kept)
+            if spec.rewrite is not None:
+                spec.rewrite(work / spec.rewrites / "model.onnx", folder)
+            else:
+                trace(spec, module, folder, self.source.weights(spec.source).types, keep_half=kept)
         del module
         gc.collect()
         with guarded(f"the graph of the {name} cannot be fused"):

@@ -48,7 +48,7 @@ class Job:
     """A request checked against a bundle, with all that the loop needs.
 
     guidance: of the loop, off where the model is given its scale as an input. size: width and height in pixels.
-    record: the request as JSON values, to ask for it again.
+    record: the request as JSON values, to ask for it again. controls: pictures of controls, by their names.
     """
 
     request: Request
@@ -58,6 +58,7 @@ class Job:
     seeds: list[int]
     size: tuple[int, int]
     record: dict[str, Any]
+    controls: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Start(NamedTuple):
@@ -79,12 +80,17 @@ class Fed:
     prompt, negative: by source (see `bundle.wiring.SOURCES`), without their row axis, for the rows with the prompt and
     with the negative prompt. truncated: the parts of prompts that did not fit, by the name of the prompt.
     start: where the condition decides what the images start with.
+    inputs: by the names of the denoiser's inputs, for all rows. prompt_steps, negative_steps: the same, for each step,
+    (steps, …), of rows with the prompt and with the negative prompt.
     """
 
     prompt: Mapping[str, Array] = field(default_factory=dict)
     negative: Mapping[str, Array] = field(default_factory=dict)
     truncated: Mapping[str, str] = field(default_factory=dict)
     start: Starter | None = None
+    inputs: Mapping[str, Array] = field(default_factory=dict)
+    prompt_steps: Mapping[str, Array] = field(default_factory=dict)
+    negative_steps: Mapping[str, Array] = field(default_factory=dict)
 
     def __or__(self, other: Fed) -> Fed:
         """What two conditions of one job give together."""
@@ -93,6 +99,9 @@ class Fed:
             {**self.negative, **other.negative},
             {**self.truncated, **other.truncated},
             other.start or self.start,
+            {**self.inputs, **other.inputs},
+            {**self.prompt_steps, **other.prompt_steps},
+            {**self.negative_steps, **other.negative_steps},
         )
 
 

@@ -131,15 +131,17 @@ class Batch:
 
 def _shapes(sample: Sample, text: Mapping[str, Array]) -> dict[str, tuple[int, ...] | None]:
     beside = None if sample.channels is None else sample.channels.shape
-    return {"latents": sample.latents.shape, "channels": beside, **{name: array.shape for name, array in text.items()}}
+    changing = {name: values.shape[1:] for name, values in sample.prompt_steps.items()}
+    fixed = {name: array.shape for name, array in text.items()}
+    return {"latents": sample.latents.shape, "channels": beside, **fixed, **changing}
 
 
 def _alike(rows: list[Row], most: int | None) -> int:
-    """The number of steps from here, up to `most`, in which the same rows run and the same of them are guided."""
+    """The number of steps from here, up to `most`, in which the same rows run, guided and given the same."""
     last = min(row.state.remaining for row in rows)
     last = last if most is None else min(last, max(most, 1))
     if last == 1:
         return 1
-    guided = [row.guided() for row in rows]
-    changes = (k for k in range(1, last) if [row.guided(k) for row in rows] != guided)
+    now = [row.phase() for row in rows]
+    changes = (k for k in range(1, last) if [row.phase(k) for row in rows] != now)
     return next(changes, last)

@@ -22,7 +22,10 @@ _MOST_NOISE_BYTES = 128 << 20
 """Noise of all steps of a phase that is sent at once: 50 steps of 4 latents for 2048x2048 pixels take 50 MB."""
 _RUNNING = ("registers", "position", "sample", "timestep")
 """What a run overwrites on the device."""
-HOST_ONLY = "the loop on the device takes joint guidance and float32 latents, and does not inpaint: use the loop 'host'"
+HOST_ONLY = (
+    "the loop on the device takes joint guidance, float32 latents and one control, and does not inpaint: "
+    "use the loop 'host'"
+)
 
 
 class DeviceStepper:
@@ -38,7 +41,7 @@ class DeviceStepper:
         self._phases = phases
         self._phase: _Phase | None = None
         self._rows: list[Row] = []
-        self._guided: list[bool] = []
+        self._told: list[Hashable] = []
 
     def check(self, sample: Sample) -> None:
         """Raise `RequestError` for a sample that the device cannot step."""
@@ -47,10 +50,10 @@ class DeviceStepper:
 
     def advance(self, rows: list[Row], steps: int) -> None:
         """Make `steps` steps of every row, in which the same of them are guided. Raises `EngineError`."""
-        guided = [row.guided() for row in rows]
-        if self._phase is None or (self._rows, self._guided) != (rows, guided):
+        told = [row.phase() for row in rows]
+        if self._phase is None or (self._rows, self._told) != (rows, told):
             self.close()
-            self._phase, self._rows, self._guided = self._phases.take(rows), list(rows), guided
+            self._phase, self._rows, self._told = self._phases.take(rows), list(rows), told
         phase, self._phase = self._phase, None  # one in which an engine failed is not used again
         drawn = [any(row.state.draws(k) for row in rows) for k in range(steps)]
         calls = [any(row.state.calls(k) for row in rows) for k in range(steps)]
@@ -100,8 +103,14 @@ class Phases:
         """
         inputs = {tensor.name: tensor for tensor in self._denoiser.inputs}
         ports, output = self._ports, self._denoiser.outputs[0]
-        is_plain = not sample.guidance.split and sample.kept is None and sample.channels is None
-        if not is_plain or set(inputs) != {ports.sample, ports.timestep, *sample.prompt}:
+        named = {ports.sample, ports.timestep, *sample.prompt, *sample.prompt_steps}
+        is_plain = (
+            self._denoiser.binds_device
+            and not sample.guidance.split
+            and sample.kept is None
+            and sample.channels is None
+        )
+        if not is_plain or set(inputs) != named:
             return False
         latents, timestep = inputs[ports.sample], inputs[ports.timestep]
         return timestep.shape == latents.shape[:1] and {latents.dtype, timestep.dtype, output.dtype} == {"float32"}
@@ -136,7 +145,7 @@ def _contents(denoiser: Engine, ports: Ports, rows: Sequence[Row]) -> tuple[dict
     """
     on = [i for i, row in enumerate(rows) if row.guided()]
     source = [*on, *range(len(rows))]
-    texts = [rows[i].sample.negative or {} for i in on] + [row.sample.prompt for row in rows]
+    texts = [rows[i].inputs(negative=True) for i in on] + [row.inputs(negative=False) for row in rows]
     shapes = {name: (len(source), *array.shape) for name, array in texts[-1].items()}
     shapes |= {ports.sample: (len(source), *rows[0].sample.latents.shape), ports.timestep: (len(source),)}
     more = denoiser.padded_rows(shapes) - len(source)

@@ -12,6 +12,7 @@ from ...common.errors import EngineError
 from ...engines import Engine
 from .guidance import combine
 from .sample import Ports, Row, Sample
+from .step import State
 
 
 class HostStepper:
@@ -70,8 +71,7 @@ class HostStepper:
         """Rows with their negative prompt, then rows with their prompt; the next call may overwrite the outputs."""
         key = tuple(row.handle for row in negative), tuple(row.handle for row in prompt)
         if key not in self._calls:
-            texts = [row.sample.negative or {} for row in negative] + [row.sample.prompt for row in prompt]
-            rows = list(zip([*negative, *prompt], texts, strict=True))
+            rows = [*((row, True) for row in negative), *((row, False) for row in prompt)]
             parts = np.array_split(np.arange(len(rows)), min(self._at_once, len(rows)))
             twice = len(parts) == 1 and key[0] == key[1]
             self._calls[key] = [_Call(self._denoiser, self._ports, [rows[i] for i in part], twice) for part in parts]
@@ -88,16 +88,16 @@ class _Call:
     Ours takes one timestep a row; exports of other tools take a scalar, or one for all rows.
     """
 
-    def __init__(
-        self, denoiser: Engine, ports: Ports, rows: Sequence[tuple[Row, Mapping[str, Array]]], twice: bool
-    ) -> None:
-        """twice: whether the rows of the batch are those of the first half, then the same again.
+    def __init__(self, denoiser: Engine, ports: Ports, rows: Sequence[tuple[Row, bool]], twice: bool) -> None:
+        """rows: each, and whether it has its negative prompt.
+
+        twice: whether the rows of the batch are those of the first half, then the same again.
 
         Raises `EngineError` when the inputs of the denoiser are not what the rows hold.
         """
         self._component, self._ports = denoiser.component, ports
         self._rows = [row for row, _ in rows]
-        first, texts = self._rows[0].sample, [text for _, text in rows]
+        first, texts = self._rows[0].sample, [row.inputs(negative) for row, negative in rows]
         specs = {tensor.name: tensor for tensor in denoiser.inputs}
         wrong = sorted(set(specs) ^ {ports.sample, ports.timestep, *texts[0]})
         if wrong:
@@ -122,6 +122,10 @@ class _Call:
         self._each = timestep.shape == specs[ports.sample].shape[:1]
         self._timestep = np.zeros(len(rows) if self._each else (1,) * len(timestep.shape), timestep.dtype)
         feeds = {name: np.array([text[name] for text in texts], specs[name].dtype) for name in texts[0]}
+        self._stepped = [
+            (name, feeds[name], [(row.state, _steps(row, negative)[name]) for row, negative in rows])
+            for name in _steps(*rows[0])
+        ]
         changing = {ports.sample: self._sample, ports.timestep: self._timestep}
         self._binding = denoiser.bind_host({**changing, **feeds}, tuple(changing) if twice else ())
         self._output = denoiser.outputs[0].name
@@ -136,4 +140,19 @@ class _Call:
                 "give them one scheduler and step count, or compile the checkpoint with diffoundry"
             )
         self._timestep[...] = timesteps if self._each else timesteps[0]
-        return self._binding(self._ports.sample, self._ports.timestep)[self._output]
+        written = [name for name, buffer, values in self._stepped if _write(buffer, values)]
+        return self._binding(self._ports.sample, self._ports.timestep, *written)[self._output]
+
+
+def _steps(row: Row, negative: bool) -> Mapping[str, Array]:
+    """The inputs of a row that change with the step."""
+    return row.sample.negative_steps if negative else row.sample.prompt_steps
+
+
+def _write(buffer: Array, values: Sequence[tuple[State, Array]]) -> bool:
+    """Give each row of `buffer` its value of the step. Returns whether one was another before."""
+    changed = False
+    for own, (state, of_steps) in zip(buffer, values, strict=True):
+        if not np.array_equal(own, of_steps[state.position]):
+            own[...], changed = of_steps[state.position], True
+    return changed

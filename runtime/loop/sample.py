@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -48,6 +48,7 @@ class Sample:
     generator: used up by the loop, so a sample runs once. prompt, negative: the denoiser's inputs beside latents and
     timestep, without their row axis; negative is needed where the guidance is active. latents: float32 (C, …), of any
     axes. kept: for inpainting. channels: float32 (c, …), what the denoiser sees beside the latents at every step.
+    prompt_steps, negative_steps: inputs as prompt and negative that change with the step, (steps, …).
     """
 
     table: Table
@@ -58,6 +59,8 @@ class Sample:
     latents: Array
     kept: KeptRegion | None = None
     channels: Array | None = None
+    prompt_steps: Mapping[str, Array] = field(default_factory=dict)
+    negative_steps: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Row:
@@ -70,6 +73,20 @@ class Row:
     def guided(self, ahead: int = 0) -> bool:
         """Whether the step that is `ahead` steps from the next one is guided."""
         return self.sample.guidance.at(self.state.position + ahead, self.sample.table.steps)
+
+    def inputs(self, negative: bool) -> dict[str, Array]:
+        """The denoiser's inputs beside latents and timestep in the next step, of the prompt or the negative prompt."""
+        sample, k = self.sample, self.state.position
+        fixed, changing = (
+            (sample.negative or {}, sample.negative_steps) if negative else (sample.prompt, sample.prompt_steps)
+        )
+        return {**fixed, **{name: values[k] for name, values in changing.items()}} if changing else dict(fixed)
+
+    def phase(self, ahead: int = 0) -> Hashable:
+        """What a device must be set up anew for, when it is another in the step that is `ahead` of the next one."""
+        sample, k = self.sample, self.state.position + ahead
+        changing = (*sample.prompt_steps.values(), *sample.negative_steps.values())
+        return self.guided(ahead), *(values[k].tobytes() for values in changing)
 
     def draw(self) -> Array:
         """The next noise of this row, (C, …)."""

@@ -1,0 +1,118 @@
+"""What controls add to a denoiser: the residuals of a ControlNet, as the configurations of both say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..bundle import Tensor
+from ..bundle.wiring import Control
+from ..common.errors import CheckpointError
+from .family import Part, Pipeline
+
+CONTROLNET = "ControlNetModel"
+PICTURE, SCALE = "controlnet_cond", "scale"
+"""Inputs of a control that no denoiser has: the picture, and a factor for each residual."""
+PREFIX = "controlnet_"
+"""Of the names of components that are controls."""
+CONTROLLED = "{}_controlled"
+"""The name of the denoiser that takes residuals, after the plain one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A value of the denoiser's way down that its way up reads again. halvings: how often its sides were halved."""
+
+    channels: int
+    halvings: int
+
+
+def skips(unet: Mapping[str, Any]) -> list[Skip]:
+    """Those of a U-Net or a ControlNet of this configuration, in the order in which they are made."""
+    blocks = [int(each) for each in unet["block_out_channels"]]
+    layers = unet.get("layers_per_block", 2)
+    counts = [layers] * len(blocks) if isinstance(layers, int) else list(layers)
+    found = [Skip(blocks[0], 0)]
+    for i, (channels, count) in enumerate(zip(blocks, counts, strict=True)):
+        found += [Skip(channels, i)] * count
+        if i + 1 < len(blocks):
+            found.append(Skip(channels, i + 1))
+    return found
+
+
+def residuals(unet: Mapping[str, Any], pooled: bool = False) -> tuple[Tensor, ...]:
+    """What a ControlNet gives for each skip and for the middle, named as diffusers names them.
+
+    Sides that were halved k times, and rounded up each time, are the axes `height_{2^k}` and `width_{2^k}`.
+    pooled: whether they have no sides.
+    """
+    found = skips(unet)
+    named = [(f"down_block_res_sample_{i}", each) for i, each in enumerate(found)]
+    named.append(("mid_block_res_sample", Skip(found[-1].channels, found[-1].halvings)))
+    return tuple(
+        Tensor(
+            name,
+            "float32",
+            ("batch_size", each.channels, *((1, 1) if pooled else (side(axis, each.halvings) for axis in _SIDES))),
+        )
+        for name, each in named
+    )
+
+
+_SIDES = ("height", "width")
+
+
+def side(axis: str, halvings: int) -> str:
+    """The name of an axis that was halved so often."""
+    return f"{axis}_{2**halvings}" if halvings else axis
+
+
+def halved(axes: Mapping[str, int], most: int = 16) -> dict[str, int]:
+    """The sizes of `height` and `width` in `axes`, and of all halves of them."""
+    return {side(axis, k): -(-axes[axis] // 2**k) for axis in _SIDES if axis in axes for k in range(most.bit_length())}
+
+
+def controlled(pipeline: Pipeline, unet: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]]) -> Pipeline:
+    """`pipeline` with ControlNets, by the names given to them. unet: the configuration of its denoiser.
+
+    Raises `CheckpointError` for one that was made for another denoiser.
+    """
+    parts, found = dict(pipeline.parts), {}
+    denoiser = next(name for name, part in parts.items() if part.role == "denoiser")
+    for name, config in controls.items():
+        component = PREFIX + name
+        _check(name, config, unet, pipeline.latents.channels)
+        parts[component] = Part("control", component)
+        pooled = bool(config.get("global_pool_conditions", False))
+        channels = int(config.get("conditioning_channels", 3))
+        found[name] = Control(component, len(residuals(config)), channels, pooled)
+    if controls:
+        parts[CONTROLLED.format(denoiser)] = Part("controlled", parts[denoiser].source)
+    return replace(pipeline, parts=parts, wiring=replace(pipeline.wiring, controls=found))
+
+
+def _check(name: str, config: Mapping[str, Any], unet: Mapping[str, Any], channels: int) -> None:
+    """Raise `CheckpointError` unless a ControlNet of this configuration fits the U-Net of that one."""
+    for what, own, theirs in (
+        ("reads text of width", config.get("cross_attention_dim"), unet.get("cross_attention_dim")),
+        ("takes the added embeddings", config.get("addition_embed_type"), unet.get("addition_embed_type")),
+        ("takes latent channels", config.get("in_channels"), channels),
+        ("gives residuals of (channels, halvings)", _shown(config), _shown(unet)),
+    ):
+        if own != theirs:
+            raise CheckpointError(
+                f"the ControlNet {name} {what} {own}, this checkpoint {theirs}: it was made for another model; "
+                "give one that was trained with this kind of checkpoint"
+            )
+    for what, taken in (
+        ("class embeddings (class_embed_type)", config.get("class_embed_type") is not None),
+        ("class embeddings (num_class_embeds)", config.get("num_class_embeds") is not None),
+        ("projected text embeddings (encoder_hid_dim)", config.get("encoder_hid_dim") is not None),
+    ):
+        if taken:
+            raise CheckpointError(f"the ControlNet {name} takes {what}, which is not supported")
+
+
+def _shown(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    return [(each.channels, each.halvings) for each in skips(config)]

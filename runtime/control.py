@@ -1,0 +1,65 @@
+"""`Control`: a picture that steers the drawing, by one of the controls of a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..common.checks import is_number
+from ..common.errors import RequestError
+
+_LARGEST_SCALE = 100.0
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Control:
+    """Zhang et al. 2023. name: of the control, as the bundle calls it. image: the condition itself, such as edges (a
+    path, a PIL image, or an array (H, W, 3)); it is stretched to the size of the drawing.
+
+    scale: a factor on what the control adds. interval: the part of the steps, from 0 to 1, in which it acts.
+    guess_mode: it acts on the rows of the prompt alone, and less in the outer layers, as diffusers' `guess_mode`.
+    """
+
+    name: str
+    image: Any
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    guess_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise RequestError(f"the name of a control must be a text, found {self.name!r:.80}")
+        if self.image is None:
+            raise RequestError(f"the control {self.name} needs an image: give a path, a PIL image or an array")
+        if not is_number(self.scale) or not 0 <= self.scale <= _LARGEST_SCALE:
+            raise RequestError(
+                f"the scale of the control {self.name} must be from 0 to {_LARGEST_SCALE:g}, found {self.scale!r}"
+            )
+        found = self.interval
+        pair = isinstance(found, (tuple, list)) and len(found) == 2 and all(is_number(part) for part in found)
+        if not pair or not 0 <= found[0] < found[1] <= 1:
+            raise RequestError(
+                f"the interval of the control {self.name} must be two numbers 0 <= start < end <= 1, found {found!r}"
+            )
+        if not isinstance(self.guess_mode, bool):
+            raise RequestError(f"guess_mode must be true or false, found {self.guess_mode!r}")
+        object.__setattr__(self, "scale", float(self.scale))
+        object.__setattr__(self, "interval", (float(found[0]), float(found[1])))
+
+    def acts_at(self, k: int, steps: int) -> bool:
+        """Whether it acts in call k of `steps`: in those that lie whole within the interval."""
+        start, end = self.interval
+        return k / steps >= start - _ROUNDING and (k + 1) / steps <= end + _ROUNDING
+
+
+def read_controls(name: str, value: Any) -> tuple[Control, ...]:
+    """`value`, a `Control` or several, as a tuple. Raises `RequestError` for anything else, or two of one name."""
+    controls = (value,) if isinstance(value, Control) else value
+    if not isinstance(controls, (tuple, list)) or not all(isinstance(each, Control) for each in controls):
+        raise RequestError(f"{name} takes a list of diffoundry.Control, found {type(value).__name__}")
+    names = [each.name for each in controls]
+    twice = sorted({each for each in names if names.count(each) > 1})
+    if twice:
+        raise RequestError(f"the control {twice[0]} is given twice: give each picture a control of its own")
+    return tuple(controls)
