@@ -61,7 +61,7 @@ def _measured(bundle: Bundle, name: str, precision: str) -> dict[str, object]:
     from ..engines.fusion.graph import open_model
 
     variant = bundle.component(name).variants[f"{precision}/onnx"]
-    per_prompt = bundle.manifest.wiring.per_prompt() if name == bundle.manifest.named("denoiser") else ()
+    per_prompt = bundle.manifest.per_prompt(name)
     with tempfile.TemporaryDirectory(dir=bundle.root.parent) as folder:
         for path in variant.files:
             link_or_copy(bundle.path(path), Path(folder) / Path(path).name)

@@ -10,7 +10,7 @@ from ..common.checks import is_whole
 from ..common.errors import BundleError
 from . import schema1
 from .reader import FieldError, Rule, read
-from .wiring import AtLeast1, Latents, Role, Tokenizer, Wiring
+from .wiring import PICTURE, AtLeast1, Latents, Role, Tokenizer, Wiring
 
 SCHEMA_VERSION = 2
 """Raised when a reader of the old version would misread the new manifest."""
@@ -116,6 +116,14 @@ class Manifest:
     def named(self, role: Role) -> str:
         """The name of the component with this role, "" where there is none."""
         return next(iter(self.with_role(role)), "")
+
+    def per_prompt(self, name: str) -> tuple[str, ...]:
+        """The inputs of component `name` that stay the same from step to step, () for one that does not step."""
+        component = self.components[name]
+        if component.role not in ("denoiser", "controlled", "control"):
+            return ()
+        fixed = {*self.wiring.per_prompt(), PICTURE}
+        return tuple(tensor.name for tensor in component.inputs if tensor.name in fixed)
 
     def all_files(self) -> Files:
         """Every file that the manifest vouches for, with its hash."""

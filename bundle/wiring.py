@@ -104,6 +104,10 @@ class TextEncoder:
     join: Literal["width", "sequence"] = "width"
 
 
+PICTURE, SCALE = "controlnet_cond", "scale"
+"""Inputs of a control that no denoiser has: the picture, and a factor for each residual."""
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """A component that makes, of a picture, residuals which are added inside the denoiser (Zhang et al. 2023).

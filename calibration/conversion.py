@@ -93,7 +93,7 @@ class _Conversion:
         """The images in float32, and what was measured of each component while they were made."""
         ranges = {name: Ranges(self._model(name), name) for name in self._calls}
         engines = {name: partial(each.engine, self._calls[name].add) for name, each in ranges.items()}
-        exact = run_loop(self._bundle, engines, self._scan, "ranges", self._progress)
+        exact = run_loop(self._bundle, engines, self._scan, "ranges", self._progress, controlled=True)
         self._scan.figures(exact, exact, self._precision.name)  # a user's function fails now, or never
         return exact, {name: self._fp32_nodes(name, each.largest()) for name, each in ranges.items()}
 
@@ -153,7 +153,7 @@ class _Conversion:
         engines = {name: partial(load, name, model.model) for name, model in self._converted.items()}
         figures: dict[str, Any] = {"psnr_db": None, "prompts": [], "components": ratios}
         try:
-            images = run_loop(self._bundle, engines, self._scan, "quality", self._progress)
+            images = run_loop(self._bundle, engines, self._scan, "quality", self._progress, controlled=True)
         except OverflowedError as error:
             return {**figures, "problem": str(error)}
         finally:

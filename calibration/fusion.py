@@ -56,14 +56,14 @@ def fuse(bundle: Bundle, ledger: Ledger, engine: EngineName, precision: str, met
 
     Raises `EngineError` when a graph does not give what torch gave.
     """
-    components, denoiser = dict(bundle.manifest.components), bundle.manifest.named("denoiser")
+    components = dict(bundle.manifest.components)
     report = {}
     for name, part in components.items():
         model = part.variant(precision) if part.role != "step" else None
         if model is None:
             continue
         meter.show(f"{engine} {precision}, {name}")
-        per_prompt = bundle.manifest.wiring.per_prompt() if name == denoiser else ()
+        per_prompt = bundle.manifest.per_prompt(name)
         key = sha256_json({"revision": _REVISION, "model": asdict(model), "per_prompt": per_prompt})
         make = partial(_fused, bundle, name, model, precision, per_prompt)
         made = ledger.once(record_name(engine, precision, name), key, FUSED, make)
@@ -110,14 +110,16 @@ def _fused(bundle: Bundle, name: str, model: Variant, precision: str, per_prompt
 
 def _engine(name: str, precision: str, graph: Path, once: Path | None = None) -> Engine:
     """The graphs as the GPU would run them, on the CPU: operators written out, values rounded where they are stored."""
-    model = open_model(graph)
-    in_standard_operators(model)
-    if precision != FULL:
-        model = emulated(model, precision_of(precision))
-    engine = start(model, graph.parent, name, fast=False)
-    return (
-        engine if once is None else SplitEngine(name, start(open_model(once), graph.parent, name, fast=False), engine)
-    )
+
+    def load(path: Path, rounds: bool) -> Engine:
+        model = open_model(path)
+        in_standard_operators(model)
+        if rounds:
+            model = emulated(model, precision_of(precision))
+        return start(model, path.parent, name, fast=False)
+
+    engine = load(graph, rounds=precision != FULL)
+    return engine if once is None else SplitEngine(name, load(once, rounds=False), engine)
 
 
 def _operators(*graphs: Path) -> Mapping[str, int]:

@@ -152,7 +152,7 @@ def _read_by(bundle: Bundle, name: str, precision: str) -> Variant:
 def _measured(
     bundle: Bundle, engine: EngineName, precision: str, scan: Scan, progress: Callable[[str, float, int], None]
 ) -> Hinted:
-    exact = run_loop(_set(bundle, engine, FULL), {}, scan, "fp32", progress, threads=None)
+    exact = run_loop(_set(bundle, engine, FULL), {}, scan, "fp32", progress, threads=None, controlled=True)
     tries: list[dict[str, Any]] = []
     for names in _choices(bundle):
         trial = lowered(bundle, engine, precision, names)
@@ -175,7 +175,8 @@ def _choices(bundle: Bundle) -> list[list[str]]:
     manifest = bundle.manifest
     every = [name for name, part in manifest.components.items() if part.role != "step"]
     without_text = [name for name in every if manifest.components[name].role != "text"]
-    return [every, without_text, [manifest.named("denoiser")]]
+    stepping = [name for name in every if manifest.components[name].role in ("denoiser", "control", "controlled")]
+    return [every, without_text, stepping]
 
 
 def _set(bundle: Bundle, engine: EngineName, precision: str) -> Bundle:
@@ -200,7 +201,8 @@ def _quality(
 ) -> dict[str, Any]:
     """How far the images are from those in fp32, the median; `psnr_db` is None where they are not finite."""
     try:
-        images = run_loop(_set(bundle, engine, precision), {}, scan, "quality", progress, threads=None)
+        made = _set(bundle, engine, precision)
+        images = run_loop(made, {}, scan, "quality", progress, threads=None, controlled=True)
     except OverflowedError as error:
         return {"psnr_db": None, "prompts": [], "problem": str(error)}
     return scan.figures(images, exact, precision)

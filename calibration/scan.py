@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..common.checks import LARGEST_SIDE, is_number, whole_number
 from ..common.errors import RequestError
 from ..common.progress import Progress
 from ..engines import Engine
+from ..runtime.control import Control
 from ..runtime.pipeline import Pipeline
 from ..runtime.request import Request
 from .budget import PSNR, Budget
@@ -96,15 +97,17 @@ class Scan:
         by the measure of the budget. Raises `DiffoundryError` when a user's function fails.
         """
         found = [psnr(image, reference) for image, reference in zip(images, exact, strict=True)]
+        texts = (*self.prompts, *self.prompts[: len(found) - len(self.prompts)])  # the rest were drawn with controls
         prompts = [
-            {"prompt": prompt, "seed": self.seed + i, "psnr_db": round(ratio, 2)}
-            for i, (prompt, ratio) in enumerate(zip(self.prompts, found, strict=True))
+            {"prompt": text, "seed": self.seed + i % len(self.prompts), "psnr_db": round(ratio, 2)}
+            | ({"controlled": True} if i >= len(self.prompts) else {})
+            for i, (text, ratio) in enumerate(zip(texts, found, strict=True))
         ]
         near = {"psnr_db": round(median(found), 2), "worst_db": round(min(found), 2), "prompts": prompts}
         budget = self.budget_of(precision)
         return {
             **near,
-            "measured": near["psnr_db"] if budget.measure == PSNR else budget.of(images, exact, self.prompts),
+            "measured": near["psnr_db"] if budget.measure == PSNR else budget.of(images, exact, texts),
         }
 
     def is_within(self, figures: Mapping[str, Any], precision: str) -> bool:
@@ -145,9 +148,11 @@ def run_loop(
     text: str,
     progress: Progress,
     threads: int | None = 1,
+    controlled: bool = False,
 ) -> list[Array]:
     """Run the loop on every prompt and return the images, uint8 (H, W, 3); each component runs at least once.
 
+    controlled: where the bundle has controls, draw the first prompt once more, with all of them; else they do not run.
     engines: what loads each component. One is in memory at a time. threads: of the pipeline, which shares the rows of
     a small model among them; None for all.
     Raises `EngineError` when latents or an image are not finite, `RequestError` for a size the bundle cannot do.
@@ -157,7 +162,11 @@ def run_loop(
     def report(done: int, total: int, _: Array) -> None:
         progress(text, done, total)
 
-    results = pipeline.generate_many(requests(bundle, scan), batch=1, low_memory=True, callback=report)
+    asked = requests(bundle, scan)
+    results = pipeline.generate_many(asked, batch=1, low_memory=True, callback=report)
+    if controlled and bundle.manifest.wiring.controls:
+        steered = replace(asked[0], control=_controls(bundle, scan))
+        results += pipeline.generate_many([steered], batch=1, low_memory=True, callback=report)
     pipeline.release_all()
     images = [np.asarray(image) for result in results for image in result.images]
     if bundle.manifest.with_role("preview"):
@@ -182,6 +191,13 @@ def requests(bundle: Bundle, scan: Scan) -> list[Request]:
         if "img2img" not in tasks:
             options["mask"] = np.tile((np.arange(width) > width // 2).astype(np.uint8) * 255, (height, 1))
     return [Request(prompt, seed=scan.seed + i, **options) for i, prompt in enumerate(scan.prompts)]
+
+
+def _controls(bundle: Bundle, scan: Scan) -> tuple[Control, ...]:
+    """Each control of the bundle, with a drawn picture."""
+    width, height = scan.size or (bundle.manifest.default_width, bundle.manifest.default_height)
+    names = bundle.manifest.wiring.controls
+    return tuple(Control(name, _picture(width, height, scan.seed + i)) for i, name in enumerate(names))
 
 
 def _picture(width: int, height: int, seed: int) -> Array:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 
 from ..bundle import Tensor
+from ..bundle.wiring import PICTURE, SCALE
 from ..common.arrays import Array
 from ..common.errors import EngineError
-from ..families.control import PICTURE, SCALE, halved
+from ..families.control import halved
 from .engine import DeviceArray, DeviceBinding, Engine, HostBinding
 
 _OF_A_CONTROL = (PICTURE, SCALE)

@@ -12,8 +12,6 @@ from ..common.errors import CheckpointError
 from .family import Part, Pipeline
 
 CONTROLNET = "ControlNetModel"
-PICTURE, SCALE = "controlnet_cond", "scale"
-"""Inputs of a control that no denoiser has: the picture, and a factor for each residual."""
 PREFIX = "controlnet_"
 """Of the names of components that are controls."""
 CONTROLLED = "{}_controlled"

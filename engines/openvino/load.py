@@ -55,7 +55,8 @@ def load_variant(
         path = bundle.path(graph)
         return OpenVinoEngine(path, name, device, recipe, component.inputs, component.outputs, cache, part, rewrites)
 
-    timestep = _timestep(bundle) if component.role == "denoiser" and precision != FULL else ""
+    steps = component.role in ("denoiser", "controlled", "control")
+    timestep = _timestep(bundle) if steps and precision != FULL else ""
     if timestep and waves(device.core.read_model(str(bundle.path(variant.model))), timestep) is not None:
         made = load(variant.model, whole, "waves", partial(waves, timestep=timestep))
         rest = load(variant.model, recipe, "rest", partial(without_waves, timestep=timestep), rewrites)

@@ -9,6 +9,7 @@ from ...bundle import Manifest
 from ...bundle.reader import fits
 from ...common.checks import LARGEST_SIDE, MOST_IMAGES, is_whole
 from ...common.errors import DiffoundryError
+from ...families.control import halved
 from .plan import FLAGS, Profile, Shape
 
 Size = tuple[int, int]
@@ -125,7 +126,7 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
     widths, heights = (tuple(size[i] for size in sizes) for i in (0, 1))
     latent_widths, latent_heights = (tuple(side // down for side in sides) for sides in (widths, heights))
     tokens = next(iter(manifest.tokenizers.values())).max_length
-    denoises = manifest.components[component].role == "denoiser"
+    denoises = manifest.components[component].role in ("denoiser", "controlled", "control")
     axes: dict[str, tuple[int, ...]] = {
         "batch_size": rows_of_denoiser(manifest, target.batch) if denoises else (1, 1, 1),
         "sequence_length": (tokens,) * 3,
@@ -136,6 +137,8 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
         "sample_height": heights,
         "sample_width": widths,
     }
+    parts = [halved({"height": axes["height"][i], "width": axes["width"][i]}) for i in range(3)]
+    axes |= {name: tuple(part[name] for part in parts) for name in parts[0]}
     name = "-".join("x".join(map(str, size)) for size in dict.fromkeys((sizes[0], sizes[2])))
     if denoises:
         name += f", batch {'-'.join(map(str, dict.fromkeys(target.batch)))}"

@@ -10,6 +10,7 @@ from ...bundle import Tensor
 from ...common.errors import CheckpointError
 from ...common.files import link_or_copy
 from .trace import DATA_NAME, MODEL_NAME
+from .weights import WEIGHTS_NAME
 
 
 def write_controlled(plain: Path, folder: Path, residuals: Sequence[Tensor]) -> None:
@@ -36,8 +37,9 @@ def write_controlled(plain: Path, folder: Path, residuals: Sequence[Tensor]) -> 
     order = {tensor.name: i for i, tensor in enumerate(residuals)}
     own = [value for value in graph.inputs if value.name not in order]
     graph.inputs[:] = [*own, *sorted((v for v in graph.inputs if v.name in order), key=lambda v: order[v.name])]
-    if plain.with_name(DATA_NAME).exists():
-        link_or_copy(plain.with_name(DATA_NAME), folder / DATA_NAME)
+    for name in (DATA_NAME, WEIGHTS_NAME):
+        if plain.with_name(name).exists():
+            link_or_copy(plain.with_name(name), folder / name)
     onnx_ir.save(model, folder / MODEL_NAME)
 
 

@@ -10,8 +10,9 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from ...bundle import Tensor
+from ...bundle.wiring import PICTURE, SCALE
 from ...families import Pipeline
-from ...families.control import PICTURE, PREFIX, SCALE, residuals
+from ...families.control import PREFIX, residuals
 from ..checkpoint import Checkpoint
 from ..configs import control_config, unet_config
 from ..fit import hollow

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...bundle import Bundle
+from ...bundle.wiring import PICTURE, SCALE
 from ...bundle.wiring import Control as Wired
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from ...engines.controlled import input_name
-from ...families.control import PICTURE, SCALE
 from ..control import Control
 from ..pictures.preprocess import control_pixels, open_image
 from ..request import Request
