@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .engines.tensorrt.target import Target
     from .export import compile
     from .runtime.conditioning import Conditioning
+    from .runtime.control import Control
     from .runtime.loop.guidance import Guidance
     from .runtime.pipeline import Pipeline, load
     from .runtime.request import Request
@@ -25,6 +26,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "Conditioning",
+    "Control",
     "DiffoundryError",
     "EngineError",
     "Guidance",
@@ -45,6 +47,7 @@ _ERRORS = ("BundleError", "CheckpointError", "DiffoundryError", "EngineError", "
 _HOMES = {
     **dict.fromkeys(_ERRORS, ".common.errors"),
     "Conditioning": ".runtime.conditioning",
+    "Control": ".runtime.control",
     "Budget": ".calibration",
     "build": ".calibration.build",
     "compile": ".export",

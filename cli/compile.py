@@ -51,6 +51,13 @@ from .progress import progress
     help="Another folder for a component (unet, scheduler, vae …); vae_tiny adds an AutoencoderTiny. May be repeated.",
 )
 @click.option(
+    "--controlnet",
+    "controlnets",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="A ControlNet that `run --control NAME=PICTURE` steers by. Give all that the bundle is to have.",
+)
+@click.option(
     "--config",
     type=click.Path(),
     help="For a single file: a diffusers folder whose configurations and tokenizer go with its weights.",
@@ -70,7 +77,13 @@ from .progress import progress
 @click.option("--steps", type=COUNTS, default=(), help="Step counts of --trace-scheduler.")
 @json_option
 def compile_command(
-    checkpoint: str, output: str, tasks: str | None, components: tuple[str, ...], as_json: bool, **options: Any
+    checkpoint: str,
+    output: str,
+    tasks: str | None,
+    components: tuple[str, ...],
+    controlnets: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Compile CHECKPOINT into a bundle.
 
@@ -95,6 +108,7 @@ def compile_command(
             output,
             tasks=None if tasks is None else read_list([tasks]),
             components=read_pairs("--component", components, "NAME=FOLDER"),
+            controlnets=read_pairs("--controlnet", controlnets, "NAME=FOLDER"),
             progress=report,
             **goal,
             **options,

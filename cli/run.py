@@ -11,10 +11,12 @@ from typing import Any
 import click
 
 from ..common.errors import RequestError
+from .controls import read_controls
 from .options import GIB, NUMBERS, engine_option, json_option, precision_option, read_options, threads_option
 from .progress import progress
 
 _LONGEST_SHOWN = 200
+_OF_CONTROLS = ("control", "control_scale", "control_interval", "guess_mode", "detect")
 
 
 class _Run(click.Command):
@@ -76,6 +78,27 @@ class _Run(click.Command):
     type=int,
     metavar="PIXELS",
     help="With --mask: draw only the part around the mask, at full size, and lay it over the picture.",
+)
+@click.option(
+    "--control",
+    multiple=True,
+    metavar="NAME=PICTURE",
+    help="Steer the drawing by a picture of edges, depth or the like, through this control of the bundle. May be "
+    "repeated.",
+)
+@click.option("--control-scale", multiple=True, metavar="NAME=SCALE", help="How much it adds. [default: 1]")
+@click.option(
+    "--control-interval",
+    multiple=True,
+    metavar="NAME=START:END",
+    help="The part of the steps, from 0 to 1, in which it acts.",
+)
+@click.option("--guess-mode", is_flag=True, help="Controls act on the prompt's half alone, and less further out.")
+@click.option(
+    "--detect",
+    multiple=True,
+    metavar="NAME[=canny]",
+    help="The picture of this control is a photograph: take the edges that cv2.Canny finds in it.",
 )
 @click.option(
     "--scheduler",
@@ -247,5 +270,12 @@ def _request(asked: dict[str, Any]) -> Any:
     guidance = Guidance(*(asked.pop(name) for name in guided))
     sizes = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
     options = read_options(asked.pop("scheduler_options"))
+    controls = read_controls(*(asked.pop(name) for name in _OF_CONTROLS))
     conditioning = Conditioning(**{name: value for name, value in sizes.items() if value is not None})
-    return Request(guidance=guidance, conditioning=conditioning, scheduler_options=options, **asked)
+    more: dict[str, Any] = {
+        "guidance": guidance,
+        "conditioning": conditioning,
+        "scheduler_options": options,
+        "control": controls,
+    }
+    return Request(**more, **asked)

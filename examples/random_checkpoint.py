@@ -287,6 +287,7 @@ def make(size: str, out: Path, seed: int = 0) -> None:
 
     asked = SIZES[size]
     torch.manual_seed(seed)
+    drawn = asked.scaled, asked.half
     of_sdxl = "XL" in asked.pipeline
     parts: dict[str, Any] = {}
     for suffix, text, kind, pad in (
@@ -301,13 +302,13 @@ def make(size: str, out: Path, seed: int = 0) -> None:
                 **{**_special_ids(tokenizer), **text},
             )
             parts["tokenizer" + suffix] = tokenizer
-            parts["text_encoder" + suffix] = _model(kind, asked, config)
+            parts["text_encoder" + suffix] = _model(kind, *drawn, config)
         elif of_sdxl:
             parts |= {"tokenizer" + suffix: None, "text_encoder" + suffix: None}
-    parts["unet"] = _model(diffusers.UNet2DConditionModel, asked, out_channels=4, **{"in_channels": 4, **asked.unet})
+    parts["unet"] = _model(diffusers.UNet2DConditionModel, *drawn, out_channels=4, **{"in_channels": 4, **asked.unet})
     parts["vae"] = _model(
         diffusers.AutoencoderKL,
-        asked,
+        *drawn,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=4,
@@ -322,40 +323,42 @@ def make(size: str, out: Path, seed: int = 0) -> None:
             name_as_of_old(out / folder)
 
 
-def make_controlnet(size: str, out: Path, seed: int = 0) -> None:
-    """Write the diffusers folder of a ControlNet for checkpoints of the given size to `out`."""
+def make_controlnet(unet: Mapping[str, Any], out: Path, seed: int = 0, *, scaled: bool = True) -> None:
+    """Write the diffusers folder of a ControlNet with random weights to `out`.
+
+    unet: the configuration of the U-Net that it is for. scaled: see `Size`.
+    """
     import inspect
 
     import diffusers
     import torch
 
-    asked = SIZES[size]
     torch.manual_seed(1000 + seed)
     known = inspect.signature(diffusers.ControlNetModel.__init__).parameters
-    options = {name: value for name, value in asked.unet.items() if name in known and name != "in_channels"}
-    blocks = [max(width // 20, 4) for width in (320, 640, 1920, 5120)] if asked.scaled else (16, 32, 96, 256)
+    options = {name: value for name, value in unet.items() if name in known and name != "in_channels"}
+    blocks = (16, 16, 32, 32) if scaled else (16, 32, 96, 256)
     model = _model(
-        diffusers.ControlNetModel, asked, in_channels=4, conditioning_embedding_out_channels=tuple(blocks), **options
+        diffusers.ControlNetModel, scaled, False, in_channels=4, conditioning_embedding_out_channels=blocks, **options
     )
-    if not asked.scaled:
-        for name, parameter in model.named_parameters():  # which are zero before a training
-            if name.startswith(
-                ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding.conv_out")
-            ):
-                torch.nn.init.normal_(parameter, 0.0, 0.02)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not scaled and name.startswith(_ZERO):  # as it is before a training
+                parameter.normal_(0.0, 0.02)
+            elif scaled and name.startswith(_ZERO[:2]):
+                parameter *= 0.3  # residuals are smaller than the streams that they are added to
     model.save_pretrained(out)
 
 
-def _model(kind: Any, size: Size, *arguments: Any, **options: Any) -> torch.nn.Module:
-    """A model of the class `kind`, its weights drawn as `size` says."""
+def _model(kind: Any, scaled: bool, half: bool, *arguments: Any, **options: Any) -> torch.nn.Module:
+    """A model of the class `kind`, its weights drawn as `Size` says."""
     import torch
 
-    if not size.scaled:
+    if not scaled:
         model: torch.nn.Module = kind(*arguments, **options)
         return model.eval()
     with torch.device("meta"):
         model = kind(*arguments, **options)
-    torch.nn.Module.to(model, torch.float16 if size.half else torch.float32)
+    torch.nn.Module.to(model, torch.float16 if half else torch.float32)
     _draw(model.to_empty(device="cpu").requires_grad_(False))
     return model.eval()
 
@@ -368,7 +371,6 @@ def _draw(model: torch.nn.Module) -> None:
     """
     gains = {
         "conv2": 0.5,
-        "controlnet_mid_block": 0.3,
         "to_out.0": 0.5,
         "net.2": 0.5,
         "out_proj": 0.5,
@@ -382,11 +384,7 @@ def _draw(model: torch.nn.Module) -> None:
         elif layer.endswith(("token_embedding", "position_embedding")):
             parameter.normal_(0.0, 0.7)
         else:
-            gain = (
-                0.3
-                if "controlnet_down_blocks" in layer
-                else next((gains[end] for end in gains if layer.endswith(end)), 1.0)
-            )
+            gain = next((gains[end] for end in gains if layer.endswith(end)), 1.0)
             parameter.normal_(0.0, gain * parameter[0].numel() ** -0.5)
 
 
@@ -429,6 +427,10 @@ def _vocabulary(count: int) -> dict[str, Any]:
     return {"vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
 
 
+_ZERO = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding.conv_out")
+"""The weights of a ControlNet that are zero before a training."""
+
+
 @click.command()
 @click.argument("size", type=click.Choice(list(SIZES)))
 @click.argument("out", type=click.Path(path_type=Path))
@@ -436,7 +438,10 @@ def _vocabulary(count: int) -> dict[str, Any]:
 @click.option("--controlnet", is_flag=True, help="A ControlNet for such checkpoints, in place of one.")
 def main(size: str, out: Path, seed: int, controlnet: bool) -> None:
     """Write a checkpoint of SIZE with random weights to OUT."""
-    (make_controlnet if controlnet else make)(size, out, seed)
+    if controlnet:
+        make_controlnet(SIZES[size].unet, out, seed, scaled=SIZES[size].scaled)
+    else:
+        make(size, out, seed)
     print(f"wrote {out}")
 
 

@@ -46,7 +46,19 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
 }
 _HALF_SCHEDULERS = tuple(name for name in SCHEDULERS if name != "lcm")  # pico is no consistency model
+CONTROLLED = "+control"
+CONTROLS = {"edge": 0, "depth": 1}
+"""The ControlNets of a bundle with controls, and the seeds of their weights."""
 _PNDM = {"plms": {"skip_prk_steps": True}, "pndm": {"skip_prk_steps": False}}
+
+
+@dataclass(frozen=True, slots=True)
+class Steer:
+    """One control of a case. name: of a ControlNet that `examples.random_checkpoint` makes, in `CONTROLS`."""
+
+    name: str
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,7 @@ class Case:
     checkpoint's own.
     size: width and height, None for the checkpoint's own. picture: size of the image and the mask where it differs.
     then: the second stage, which takes the latents of this one as its image.
+    controls: what steers it, and guess_mode whether by the prompt alone.
     """
 
     checkpoint: str
@@ -70,11 +83,21 @@ class Case:
     size: tuple[int, int] | None = None
     picture: tuple[int, int] | None = None
     then: Case | None = None
+    controls: tuple[Steer, ...] = ()
+    guess_mode: bool = False
+
+    @property
+    def source(self) -> str:
+        """The name of the checkpoint, with `CONTROLLED` behind it where its bundle has controls."""
+        return self.checkpoint + (CONTROLLED if self.controls else "")
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.size)) if self.size else "default"
         then = f"-> {self.then.checkpoint} {self.then.task}" if self.then else ""
-        parts = (self.checkpoint, self.task, self.kind, self.label, self.scheduler, size, f"batch {self.count}", then)
+        steers = [f"{each.name} {each.scale:g} {each.interval[0]:g}:{each.interval[1]:g}" for each in self.controls]
+        steers = [f"control {', '.join(steers)}" + (" guess" if self.guess_mode else "")] if steers else []
+        about = (self.checkpoint, self.task, self.kind, self.label, *steers, self.scheduler)
+        parts = (*about, size, f"batch {self.count}", then)
         return " ".join(part for part in parts if part)
 
 
@@ -168,6 +191,7 @@ def cases() -> Iterator[Case]:
     yield from _of_pictures()
     yield from _of_conditions()
     yield from _of_stages()
+    yield from _of_controls()
 
 
 def half_cases() -> Iterator[Case]:
@@ -285,6 +309,45 @@ def _of_stages() -> Iterator[Case]:
     yield _of("sdxl-refiner-small", "img2img", "denoising_start of a picture", steps=8, denoising_start=0.5)
 
 
+_CONTROLNET = {
+    ("SD", "txt2img"): "StableDiffusionControlNetPipeline",
+    ("SD", "img2img"): "StableDiffusionControlNetImg2ImgPipeline",
+    ("SD", "inpaint"): "StableDiffusionControlNetInpaintPipeline",
+    ("SDXL", "txt2img"): "StableDiffusionXLControlNetPipeline",
+    ("SDXL", "img2img"): "StableDiffusionXLControlNetImg2ImgPipeline",
+    ("SDXL", "inpaint"): "StableDiffusionXLControlNetInpaintPipeline",
+}
+_STEERED = ("sd15-small", "sd15-inpaint-small", "sdxl-small", "sdxl-inpaint-small")
+
+
+def _of_controls() -> Iterator[Case]:
+    """One ControlNet and two, in every task; scales, intervals, guess mode, samplers."""
+    edge, both = (Steer("edge"),), (Steer("edge", 0.7), Steer("depth", 1.2, (0.0, 0.6)))
+    for task in _ALL:
+        strength = {"strength": 0.6} if task in STRENGTHS else {}
+        case = Case("pico", task, _CONTROLNET["SD", task], {**_GUIDED, **strength}, size=(72, 56), count=2)
+        yield replace(case, controls=both)
+        yield replace(case, count=1, controls=edge, guess_mode=True, scheduler="heun")
+    for checkpoint in _STEERED:
+        pipelines, tasks, _ = FAMILIES[checkpoint]
+        for task in tasks:
+            case = replace(_of(checkpoint, task, ""), kind=_CONTROLNET[pipelines, task])
+            for count, size, controls in ((1, None, edge), (2, WIDE, edge), (2, None, both), (1, WIDE, both)):
+                yield replace(case, count=count, size=size, controls=controls)
+            yield replace(case, controls=edge, guess_mode=True)
+            late = (Steer("edge", 0.5, (0.3, 1.0)),)
+            options = {**case.options, "steps": 6}
+            for scheduler in ("ddim", "heun", "dpm++2m", "euler_a"):
+                yield replace(case, options=options, controls=late, scheduler=scheduler)
+        if "txt2img" in tasks:
+            plain = replace(_of(checkpoint, "txt2img", ""), kind=_CONTROLNET[pipelines, "txt2img"])
+            unguided = {**plain.options, "guidance": 1.0, "negative_prompt": None}
+            yield replace(plain, options=unguided, controls=edge, label="no guidance")
+            yield replace(plain, options=unguided, controls=both, guess_mode=True, label="no guidance")
+            yield replace(plain, controls=both, guess_mode=True)
+            yield replace(plain, controls=edge, picture=(77, 93), size=WIDE, label="picture 77x93")
+
+
 # ---------------------------------------------------------------------------------------------------------- the inputs
 
 
@@ -320,6 +383,11 @@ def _pictures(case: Case) -> dict[str, Image.Image]:
     return {"image": picture(*size)} | ({"mask": mask(*size)} if case.task == "inpaint" else {})
 
 
+def _steering(case: Case) -> list[Image.Image]:
+    """The pictures of its controls."""
+    return [picture(*(case.picture or _size(case))).rotate(180 * i) for i, _ in enumerate(case.controls, 1)]
+
+
 # ---------------------------------------------------------------------------------------------------------- diffusers
 
 _THEIR_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "mask": "mask_image"}
@@ -331,12 +399,15 @@ FolderOf = Callable[[str], Path]
 
 
 @functools.lru_cache(maxsize=8)
-def _oracle(checkpoint: Path, kind: str, setting: Setting) -> tuple[Any, Any]:
+def _oracle(checkpoint: Path, kind: str, setting: Setting, controls: tuple[Path, ...] = ()) -> tuple[Any, Any]:
     import diffusers
     import torch
 
     # Where its package is installed, the pipelines of XL put a watermark into the pixels.
-    extra = {"add_watermarker": False} if "XL" in kind else {"safety_checker": None}
+    extra: dict[str, Any] = {"add_watermarker": False} if "XL" in kind else {"safety_checker": None}
+    if controls:
+        nets = [diffusers.ControlNetModel.from_pretrained(folder) for folder in controls]
+        extra["controlnet"] = nets if len(nets) > 1 else nets[0]
     pipeline = getattr(diffusers, kind).from_pretrained(checkpoint, **extra)
     pipeline.set_progress_bar_config(disable=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -361,7 +432,8 @@ def diffusers_run(
     import torch
 
     with _quiet():
-        pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind, setting)
+        folders = tuple(checkpoint_of(f"{case.checkpoint}{CONTROLLED}-{each.name}") for each in case.controls)
+        pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind, setting, folders)
     kind = SCHEDULERS.get(case.scheduler, case.scheduler) if case.scheduler else config["_class_name"]
     pipeline.scheduler = getattr(diffusers, kind).from_config(config, **_PNDM.get(case.scheduler or "", {}))
     inputs: dict[str, Any] = dict(_pictures(case))
@@ -369,6 +441,8 @@ def diffusers_run(
         inputs = {name: [value] * case.count for name, value in inputs.items()}
     if latents is not None:
         inputs["image"] = torch.from_numpy(latents)
+    if case.controls:
+        inputs |= _their_controls(case)
     options = {"prompt": PROMPT, **inputs, **case.options}
     options = {_THEIR_NAMES.get(name, name): value for name, value in options.items()}
     for name in _TEXTS:
@@ -393,6 +467,18 @@ def diffusers_run(
     if ends == "pil":
         return Outcome(states[-1], None, np.stack([np.asarray(image) for image in found]))
     return Outcome(states[-1], found, np.round(found * 255).astype(np.uint8))
+
+
+def _their_controls(case: Case) -> dict[str, Any]:
+    """The options of diffusers' ControlNet pipelines; of one control they are no lists."""
+    named: dict[str, list[Any]] = {
+        "image" if case.task == "txt2img" else "control_image": _steering(case),
+        "controlnet_conditioning_scale": [each.scale for each in case.controls],
+        "control_guidance_start": [each.interval[0] for each in case.controls],
+        "control_guidance_end": [each.interval[1] for each in case.controls],
+    }
+    given = {name: values if len(values) > 1 else values[0] for name, values in named.items()}
+    return {**given, "guess_mode": case.guess_mode}
 
 
 class _quiet:
@@ -436,14 +522,19 @@ def diffoundry_run(
 ) -> Outcome:
     """What the bundle gives. Raises `DiffoundryError` for what it refuses."""
     from ..runtime.conditioning import Conditioning
+    from ..runtime.control import Control
 
-    pipeline = _pipeline(bundle_of(case.checkpoint), setting)
+    pipeline = _pipeline(bundle_of(case.source), setting)
     options = {"prompt": PROMPT, **_pictures(case), **case.options, "scheduler": case.scheduler, "seed": SEED}
     for prefix, name in (("", "conditioning"), ("negative_", "negative_conditioning")):
         told = {ours: options.pop(prefix + theirs) for theirs, ours in _SIZES.items() if prefix + theirs in options}
         options |= {name: Conditioning(**told)} if told else {}
     if latents is not None:
         options["image"] = latents
+    options["control"] = [
+        Control(each.name, image, each.scale, each.interval, case.guess_mode)
+        for each, image in zip(case.controls, _steering(case), strict=True)
+    ]
     if case.task != "img2img" and latents is None:  # diffusers inpaints at the checkpoint's size
         manifest = pipeline.bundle.manifest
         options["width"], options["height"] = case.size or (manifest.default_width, manifest.default_height)
@@ -576,11 +667,17 @@ def _is_alike(psnr: float, ssim: float, ours: float, theirs: float) -> bool:
 
 
 def _checkpoint(root: Path, name: str) -> Path:
-    from ..examples.random_checkpoint import make
+    from ..examples.random_checkpoint import make, make_controlnet
 
     if name == "pico":
         return Path(__file__).parents[1] / "examples" / name
     folder = root / name
+    plain, controlled, control = name.partition(f"{CONTROLLED}-")
+    if controlled:
+        if not (folder / "config.json").exists():
+            unet = json.loads((_checkpoint(root, plain) / "unet" / "config.json").read_text())
+            make_controlnet(unet, folder, CONTROLS[control])
+        return folder
     if not (folder / "model_index.json").exists():
         make(name, folder)
     return folder
@@ -589,7 +686,15 @@ def _checkpoint(root: Path, name: str) -> Path:
 def _bundle(root: Path, setting: Setting, name: str) -> Path:
     from ..export import compile
 
-    made = compile(_checkpoint(root, name), root / f"{name}.bundle", engine=setting.engine, precision=setting.precision)
+    plain, controlled, _ = name.partition(CONTROLLED)
+    nets = {each: _checkpoint(root, f"{name}-{each}") for each in CONTROLS} if controlled else {}
+    made = compile(
+        _checkpoint(root, plain),
+        root / f"{name}.bundle",
+        controlnets=nets,
+        engine=setting.engine,
+        precision=setting.precision,
+    )
     return Path(made.root)
 
 

@@ -6,6 +6,7 @@ With several workers (`pytest -n 2`) each has a processor of its own: two that s
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -46,11 +47,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint_of(shared: Path) -> Callable[[str], Path]:
-    """The diffusers folder of pico, or of a name in `examples.random_checkpoint`."""
+    """The diffusers folder of pico, of a name in `examples.random_checkpoint`, or of a ControlNet of a checkpoint."""
 
     def get(name: str) -> Path:
-        from diffoundry.examples.random_checkpoint import make
+        from diffoundry.examples.random_checkpoint import make, make_controlnet
+        from diffoundry.parity.pipelines import CONTROLLED, CONTROLS
 
+        plain, _, control = name.partition(f"{CONTROLLED}-")
+        if control:
+            unet = json.loads((get(plain) / "unet" / "config.json").read_text())
+            return _once(shared / "checkpoints" / name, lambda path: make_controlnet(unet, path, CONTROLS[control]))
         return PICO if name == "pico" else _once(shared / "checkpoints" / name, lambda path: make(name, path))
 
     return get
@@ -58,12 +64,20 @@ def checkpoint_of(shared: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def bundle_of(shared: Path, checkpoint_of: Callable[[str], Path]) -> Callable[[str], Path]:
-    """The compiled bundle of a checkpoint. Do not change it: use `copied` for that."""
+    """The compiled bundle of a checkpoint, `+control` behind its name with two ControlNets.
+
+    Do not change it: use `copied` for that.
+    """
 
     def get(name: str) -> Path:
         import diffoundry
+        from diffoundry.parity.pipelines import CONTROLLED, CONTROLS
 
-        return _once(shared / "bundles" / name, lambda path: diffoundry.compile(checkpoint_of(name), path))
+        plain, controlled, _ = name.partition(CONTROLLED)
+        nets = {each: checkpoint_of(f"{name}-{each}") for each in CONTROLS} if controlled else {}
+        return _once(
+            shared / "bundles" / name, lambda path: diffoundry.compile(checkpoint_of(plain), path, controlnets=nets)
+        )
 
     return get
 

@@ -16,6 +16,7 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TO
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOT_INSTALLED = ("examples", "parity", "tests")
 DISTRIBUTIONS = {
+    "cv2": "opencv-python-headless",
     "skimage": "scikit-image",
     "PIL": "pillow",
     "cuda": "cuda-python",

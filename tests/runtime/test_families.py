@@ -31,6 +31,8 @@ LABELS = (
 
 def is_quick(case: Case) -> bool:
     """Whether a case is run each time: one of each task with all that varies, and one of each option."""
+    if case.controls:
+        return case.checkpoint == "pico"
     if case.checkpoint not in QUICK:
         return False
     largest = case.count == 2 and case.size == parity.WIDE

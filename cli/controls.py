@@ -1,0 +1,55 @@
+"""The options of `run` that make controls of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from .options import read_pairs
+
+
+def read_controls(
+    pictures: Iterable[str], scales: Iterable[str], intervals: Iterable[str], guess_mode: bool, detect: Iterable[str]
+) -> tuple[Any, ...]:
+    """A `Control` for each of `pictures`. Raises `click.UsageError` for options that do not go together."""
+    from ..runtime.control import Control
+    from ..runtime.pictures.edges import CANNY, canny, check_detector
+
+    named = read_pairs("--control", pictures, "NAME=PICTURE")
+    scale_of = read_pairs("--control-scale", scales, "NAME=SCALE")
+    interval_of = read_pairs("--control-interval", intervals, "NAME=START:END")
+    detectors = read_pairs("--detect", (each if "=" in each else f"{each}={CANNY}" for each in detect), "NAME=DETECTOR")
+    for option, found in (
+        ("--control-scale", scale_of),
+        ("--control-interval", interval_of),
+        ("--detect", detectors),
+        ("--guess-mode", {"": ""} if guess_mode and not named else {}),
+    ):
+        for name in found:
+            if name not in named:
+                raise click.UsageError(f"{option} {name}".rstrip() + f" goes with --control {name or 'NAME'}=PICTURE")
+    controls = []
+    for name, picture in named.items():
+        given: dict[str, Any] = {"guess_mode": guess_mode}
+        if name in scale_of:
+            given["scale"] = _number("--control-scale", name, scale_of[name])
+        if name in interval_of:
+            start, colon, end = interval_of[name].partition(":")
+            if not colon:
+                raise click.UsageError(f"--control-interval takes NAME=START:END, found {name}={interval_of[name]!r}")
+            given["interval"] = tuple(_number("--control-interval", name, each) for each in (start, end))
+        image: Any = picture
+        if name in detectors:
+            check_detector(detectors[name])
+            image = canny(picture)
+        controls.append(Control(name, image, **given))
+    return tuple(controls)
+
+
+def _number(option: str, name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise click.UsageError(f"{option} {name} takes numbers, found {text!r}") from None
