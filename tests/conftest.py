@@ -75,9 +75,15 @@ def bundle_of(shared: Path, checkpoint_of: Callable[[str], Path]) -> Callable[[s
 
         plain, controlled, _ = name.partition(CONTROLLED)
         nets = {each: checkpoint_of(f"{name}-{each}") for each in CONTROLS} if controlled else {}
-        return _once(
-            shared / "bundles" / name, lambda path: diffoundry.compile(checkpoint_of(plain), path, controlnets=nets)
-        )
+
+        def make(path: Path) -> None:
+            if controlled:
+                shutil.copytree(get(plain), path.with_suffix(".making"), dirs_exist_ok=True)  # nothing is traced twice
+            made = path.with_suffix(".making") if controlled else path
+            diffoundry.compile(checkpoint_of(plain), made, controlnets=nets)
+            made.rename(path)
+
+        return _once(shared / "bundles" / name, make)
 
     return get
 

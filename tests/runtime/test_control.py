@@ -1,0 +1,252 @@
+"""Pictures that steer the drawing: in a batch, for a part of the steps, on a device, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import diffoundry
+from diffoundry import Control, Request
+from diffoundry.bundle import Bundle
+from diffoundry.common.errors import CheckpointError, DiffoundryError, EngineError, RequestError
+from diffoundry.engines.controlled import ControlledEngine
+from diffoundry.engines.onnxruntime import OrtHostBinding
+from diffoundry.engines.verify import verify
+from diffoundry.export.graphs import trace
+from diffoundry.export.graphs.controlled import write_controlled
+from diffoundry.families.control import residuals
+from diffoundry.parity.pipelines import picture
+from diffoundry.runtime.loop.guidance import Guidance
+from diffoundry.runtime.pictures.edges import canny
+
+STEPS = 5
+NEAR = 1e-5
+
+
+@pytest.fixture(scope="module")
+def steered(bundle_of):
+    return bundle_of("pico+control")
+
+
+@pytest.fixture(scope="module")
+def pipe(steered):
+    return diffoundry.load(steered)
+
+
+def drawn(pipe, *controls, **options):
+    asked = {"seed": 3, "steps": STEPS, "guidance": 3.0, "width": 64, "height": 64, "output": "latent", **options}
+    return pipe("a large red star", control=controls, **asked).latents
+
+
+def edge(**options):
+    return Control("edge", picture(64, 64), **options)
+
+
+def test_rows_with_and_without_controls_share_a_batch(pipe):
+    def request(i, *controls):
+        return Request("a blue ring", seed=i, steps=4 + i, guidance=3.0, width=64, height=64, control=controls)
+
+    requests = [
+        request(0, edge()),
+        request(1),
+        request(2, Control("depth", picture(64, 64).rotate(90), 0.5, (0.2, 0.7)), edge(scale=0.3)),
+        request(3, edge(guess_mode=True)),
+    ]
+    alone = [pipe.generate(each).latents for each in requests]
+    for batch in (4, 2):
+        together = pipe.generate_many(requests, batch=batch)
+        for found, wanted in zip(together, alone, strict=True):
+            np.testing.assert_allclose(found.latents, wanted, atol=NEAR)
+    assert np.abs(alone[0] - pipe.generate(request(0)).latents).max() > 0.05
+
+
+def test_without_a_control_nothing_of_it_is_loaded_and_the_image_is_that_of_the_plain_bundle(steered, bundle_of):
+    pipe = diffoundry.load(steered)
+    found = drawn(pipe)
+    assert not {"unet_controlled", "controlnet_edge", "controlnet_depth"} & set(pipe.loaded)
+    assert np.array_equal(found, drawn(diffoundry.load(bundle_of("pico"))))
+    drawn(pipe, edge())
+    assert {"unet_controlled", "controlnet_edge"} <= set(pipe.loaded) and "controlnet_depth" not in pipe.loaded
+    pipe.release_all()
+    assert pipe.loaded == []
+    pipe.generate(Request("a star", steps=1, control=(edge(),), output="latent"), low_memory=True)
+    assert pipe.loaded == []
+
+
+def test_a_scale_of_zero_changes_nothing_and_each_part_of_the_steps_does(pipe):
+    bare = drawn(pipe)
+    np.testing.assert_allclose(drawn(pipe, edge(scale=0.0)), bare, atol=NEAR)
+    found = {part: drawn(pipe, edge(interval=part)) for part in ((0.0, 1.0), (0.0, 0.4), (0.4, 1.0))}
+    for one, other in ((found[0.0, 1.0], bare), (found[0.0, 0.4], bare), (found[0.4, 1.0], found[0.0, 0.4])):
+        assert np.abs(one - other).max() > 0.02
+    np.testing.assert_allclose(drawn(pipe, edge(interval=(0.41, 0.59))), bare, atol=NEAR)  # no step lies within
+
+
+def test_a_control_that_is_not_on_is_not_run(steered, monkeypatch):
+    calls = []
+    run = OrtHostBinding.__call__
+    monkeypatch.setattr(
+        OrtHostBinding, "__call__", lambda own, *names: (calls.append(own._component), run(own, *names))[1]
+    )
+    drawn(diffoundry.load(steered, threads=1), edge(interval=(0.0, 0.4)))
+    assert calls.count("controlnet_edge") == 2 and calls.count("unet_controlled") == STEPS
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm++2m", "euler_a"])
+def test_on_a_device_it_is_what_it_is_on_the_host(steered, pipe, sampler):
+    device = diffoundry.load(steered, loop="device")
+    for control in (edge(), edge(scale=0.5, interval=(0.3, 0.9)), edge(guess_mode=True)):
+        for _ in range(2):
+            found = drawn(device, control, scheduler=sampler)
+            np.testing.assert_allclose(found, drawn(pipe, control, scheduler=sampler), atol=1e-4)
+    with pytest.raises(RequestError, match="float32 latents and one control"):
+        drawn(device, edge(), Control("depth", picture(64, 64)))
+    split = drawn(pipe, edge(), guidance=Guidance(3.0, mode="split"))
+    np.testing.assert_allclose(split, drawn(pipe, edge()), atol=1e-4)
+
+
+def test_graphs_for_cuda_take_controls(steered, tmp_path, simulated_sessions, simulated_cuda):
+    copy = shutil.copytree(steered, tmp_path / "b")
+    built = diffoundry.build(copy, engine="onnxruntime:cuda")
+    checks = list(verify(built, engine="onnxruntime:cuda", precision="fp32"))
+    assert {check.component for check in checks} == set(built.manifest.components) and all(c.passed for c in checks)
+    wanted = drawn(diffoundry.load(steered), edge(interval=(0.0, 0.7)), scheduler="euler")
+    pipe = diffoundry.load(copy)
+    for _ in range(4):
+        np.testing.assert_allclose(drawn(pipe, edge(interval=(0.0, 0.7)), scheduler="euler"), wanted, atol=5e-3)
+    assert any("steps of 2x4x8x8" in each for each in pipe.info()["captured"])
+    several = edge(), Control("depth", picture(64, 64))  # whose residuals are summed on the host
+    np.testing.assert_allclose(drawn(pipe, *several), drawn(diffoundry.load(steered), *several), atol=5e-3)
+
+
+def test_another_control_is_added_without_anything_else_being_traced(checkpoint_of, bundle_of, tmp_path, monkeypatch):
+    out = shutil.copytree(bundle_of("pico"), tmp_path / "b")
+    before = {name: part.key for name, part in Bundle.open(out).manifest.components.items()}
+    traced = []
+    own = trace.trace
+    monkeypatch.setattr(
+        trace, "trace", lambda spec, *rest, **options: (traced.append(spec.name), own(spec, *rest, **options))
+    )
+    made = diffoundry.compile(checkpoint_of("pico"), out, controlnets={"edge": checkpoint_of("pico+control-edge")})
+    assert traced == ["controlnet_edge"]
+    assert {name: part.key for name, part in made.manifest.components.items() if name in before} == before
+    assert list(made.manifest.wiring.controls) == ["edge"]
+    weights = [json.loads((out / name / "weights.json").read_text()) for name in ("unet", "unet_controlled")]
+    assert weights[0] == weights[1]
+
+
+def test_a_graph_that_is_built_in_another_way_takes_no_controls(bundle_of, tmp_path):
+    config = json.loads((bundle_of("pico") / "unet" / "config.json").read_text())
+    more = residuals({**config, "layers_per_block": 3})
+    with pytest.raises(CheckpointError, match="joins 4 values on its way up where its configuration tells 8"):
+        write_controlled(bundle_of("pico") / "unet" / "model.onnx", tmp_path, more)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_engines_that_do_not_fit_together_are_refused(pipe):
+    denoiser, control = pipe.engine("unet_controlled"), pipe.engine("controlnet_edge")
+    plain = {tensor.name for tensor in pipe.engine("unet").inputs}
+    with pytest.raises(EngineError, match="controlnet_edge and unet do not fit together"):
+        ControlledEngine(pipe.engine("unet"), {"controlnet_edge": control}, plain)
+    both = ControlledEngine(denoiser, {"controlnet_edge": control}, plain)
+    assert {"controlnet_edge.controlnet_cond", "controlnet_edge.scale"} == {t.name for t in both.inputs} - plain
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"name": ""}, "the name of a control must be a text"),
+        ({"image": None}, "needs an image"),
+        ({"scale": float("nan")}, "the scale of the control edge must be from 0 to 100, found nan"),
+        ({"scale": -1}, "must be from 0 to 100"),
+        ({"interval": (0.5, 0.5)}, "must be two numbers 0 <= start < end <= 1"),
+        ({"interval": 0.5}, "must be two numbers"),
+        ({"guess_mode": 1}, "guess_mode must be true or false"),
+    ],
+)
+def test_a_control_that_cannot_be_is_refused(options, problem):
+    with pytest.raises(RequestError, match=problem):
+        Control(**{"name": "edge", "image": picture(8, 8), **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"control": ("edge",)}, "control takes a list of diffoundry.Control"),
+        ({"control": (edge(), edge())}, "the control edge is given twice"),
+        (
+            {"control": (Control("pose", picture(8, 8)),)},
+            "has no control 'pose', it has edge, depth",
+        ),
+        ({"control": (Control("edge", "missing.png"),)}, "the image of the control edge 'missing.png' does not exist"),
+        ({"control": (Control("edge", np.full((8, 8, 3), np.nan)),)}, "must hold floats from 0 to 1, found nan"),
+    ],
+)
+def test_a_request_with_a_control_that_cannot_be_is_refused_before_anything_is_loaded(steered, options, problem):
+    pipe = diffoundry.load(steered)
+    with pytest.raises(RequestError, match=problem):
+        pipe("a star", **options)
+    assert pipe.loaded == []
+
+
+def test_the_size_is_that_of_the_picture_and_the_record_says_what_steered(pipe):
+    result = pipe("a star", control=edge(scale=0.5), steps=1, output="latent")
+    assert result.latents.shape[2:] == (8, 8)
+    [told] = result.request["control"]
+    assert told["image"].startswith("sha256:") and (told["scale"], told["interval"]) == (0.5, (0.0, 1.0))
+    assert pipe("a star", control=Control("edge", picture(90, 50)), steps=1, output="latent").latents.shape[2:] == (
+        6,
+        11,
+    )
+
+
+def test_edges_are_those_of_opencv():
+    cv2 = pytest.importorskip("cv2")
+    photograph = picture(90, 70)
+    assert np.array_equal(np.asarray(canny(photograph))[..., 0], cv2.Canny(np.asarray(photograph), 100, 200))
+    with pytest.raises(RequestError, match="thresholds of edges must be 0 <= low <= high"):
+        canny(photograph, 200, 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "problem"),
+    [
+        (["--control", "edge"], 2, "--control takes NAME=PICTURE"),
+        (["--control-scale", "edge=1"], 2, "--control-scale edge goes with --control edge=PICTURE"),
+        (["--guess-mode"], 2, "--guess-mode goes with --control NAME=PICTURE"),
+        (["--control", "edge=x.png", "--control-scale", "edge=much"], 2, "takes numbers, found 'much'"),
+        (["--control", "edge=x.png", "--control-interval", "edge=0.5"], 2, "takes NAME=START:END"),
+        (["--control", "edge=x.png", "--detect", "edge=openpose"], 1, "the detector openpose needs a model of its own"),
+        (["--control", "edge=x.png", "--detect", "edge=what"], 1, "unknown detector 'what'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, code, problem, called, steered):
+    done = called("run", steered, "a star", *options)
+    assert (done.returncode, done.stdout) == (code, "") and problem in done.stderr.replace("\n", " ")
+
+
+def test_controlnets_that_cannot_be_are_refused(checkpoint_of, bundle_of, tmp_path):
+    folder = checkpoint_of("pico+control-edge")
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    cases = [
+        ({"a b": folder}, "the name of a ControlNet has letters, digits and _"),
+        ({"edge": tmp_path}, "is no diffusers folder of a ControlNet"),
+        ({"edge": checkpoint_of("pico") / "unet"}, "holds a UNet2DConditionModel, which is not supported as a control"),
+    ]
+    for changed, problem in (
+        ({"cross_attention_dim": 768}, "reads text of width 768, this checkpoint 64: it was made for another model"),
+        ({"block_out_channels": [48, 64]}, "gives residuals of"),
+    ):
+        path = shutil.copytree(other, tmp_path / next(iter(changed)))
+        (path / "config.json").write_text(json.dumps({**config, **changed}))
+        cases.append(({"edge": path}, problem))
+    (other / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    cases.append(({"edge": other}, "truncated to nothing"))
+    for nets, problem in cases:
+        with pytest.raises(DiffoundryError, match=problem):
+            diffoundry.compile(checkpoint_of("pico"), tmp_path / "out", controlnets=nets)
+    assert not (tmp_path / "out").exists()
