@@ -54,7 +54,7 @@ from .progress import progress
     "--controlnet",
     "controlnets",
     multiple=True,
-    metavar="NAME=FOLDER",
+    metavar="NAME=FOLDER_OR_FILE",
     help="A ControlNet that `run --control NAME=PICTURE` steers by. Give all that the bundle is to have.",
 )
 @click.option(
@@ -108,7 +108,7 @@ def compile_command(
             output,
             tasks=None if tasks is None else read_list([tasks]),
             components=read_pairs("--component", components, "NAME=FOLDER"),
-            controlnets=read_pairs("--controlnet", controlnets, "NAME=FOLDER"),
+            controlnets=read_pairs("--controlnet", controlnets, "NAME=FOLDER_OR_FILE"),
             progress=report,
             **goal,
             **options,

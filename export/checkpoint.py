@@ -95,7 +95,7 @@ class Checkpoint:
                 raise CheckpointError(f"the name of a ControlNet has letters, digits and _, found {name!r:.80}")
             if not (Path(folder) / "config.json").is_file():
                 raise CheckpointError(
-                    f"{folder} is no diffusers folder of a ControlNet: give one with config.json and the weights"
+                    f"{folder} is no ControlNet: give a diffusers folder with config.json and weights, or a file of it"
                 )
         more = {PREFIX + name: Path(folder) for name, folder in folders.items()}
         return Checkpoint(self.root, self.index, {**self.replaced, **more})

@@ -11,6 +11,7 @@ import importlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from .. import __version__
@@ -29,9 +30,11 @@ from ..common.progress import Meter, Progress
 from ..engines import EngineStore
 from ..engines.tensorrt.target import Target
 from .checkpoint import Checkpoint
+from .configs import unet_config
 from .fit import check_models, check_parts
 from .reading import Asked, Reading
 from .single_file import SingleFile, is_single_file
+from .single_file.controlnet import ControlNetFile
 from .stages.components import Tracer
 from .stages.files import write_files
 
@@ -76,8 +79,8 @@ def compile(
     tasks: of those that the checkpoint can do, the ones that the bundle is for (default: all); components that only
     the others need are left out. components: folders in place of components of the checkpoint, such as the U-Net of a
     distilled model with its scheduler; `vae_tiny` adds an `AutoencoderTiny` as a second decoder.
-    controlnets: by the names that requests call them by, the diffusers folders of ControlNets. A bundle that stands
-    gets them without anything else being traced again; name all that it is to have.
+    controlnets: by the names that requests call them by, ControlNets in diffusers folders or in files. A bundle that
+    stands gets them without anything else being traced again; name all that it is to have.
     config: for a single file, a diffusers folder whose configurations, scheduler and tokenizer go with its weights.
     prediction_type: for a single file, what its U-Net predicts, where the file does not tell.
     default_steps, default_guidance: what `run` asks for when it is not told (default: the family's).
@@ -98,10 +101,10 @@ def compile(
     )
     traced = None if trace_scheduler is None else (trace_scheduler, tuple(steps))
     with working(path, lambda: check_target(path, checkpoint)) as (work, _):
-        single = _unpack(
-            checkpoint, work, config, prediction_type, lambda source: Reading.of(source, asked, checkpoint)
-        )
-        reading = Reading.of(Checkpoint.open(single or checkpoint), asked, checkpoint)
+        plain = partial(Reading.of, asked=replace(asked, controls={}), shown=checkpoint)
+        single = _unpack(checkpoint, work, config, prediction_type, plain)
+        source = Checkpoint.open(single or checkpoint)
+        reading = Reading.of(source, replace(asked, controls=_unpack_controls(asked, source, work, plain)), checkpoint)
         name = Path(checkpoint).stem if single is not None else reading.source.root.resolve().name
         return _run(reading, name, goal, storage_dtype == AS_STORED, traced, Ledger(work, path), progress)
 
@@ -148,6 +151,28 @@ def _run(
     bundle = eightbit.carry_over(carry_over(bundle, ledger, goal.precision), ledger, goal.precision)
     bundle = hinted.carry_over(bundle, ledger, (str(goal.engine), goal.precision) if goal.hinted else None)
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)
+
+
+def _unpack_controls(
+    asked: Asked, source: Checkpoint, work: Path, read: Callable[[Checkpoint], Reading]
+) -> dict[str, str | Path]:
+    """The folders of ControlNets, of which those in one file are unpacked, once for each content.
+
+    read: the checkpoint without them.
+    """
+    folders = dict(asked.controls)
+    files = {name: Path(path) for name, path in folders.items() if Path(path).is_file()}
+    if not files:
+        return folders
+    reading = read(source)
+    unet = unet_config(reading.source)
+    for name, path in files.items():
+        found = ControlNetFile(path, unet)
+        decided = sha256_json([sha256_file(path), found.config])
+        folders[name] = work / UNPACKED / f"control-{decided[:16]}"
+        if not Path(folders[name]).is_dir():
+            found.write(Path(folders[name]))
+    return folders
 
 
 def _unpack(

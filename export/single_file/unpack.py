@@ -35,7 +35,7 @@ def is_single_file(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
+class Model:
     """A model of the target. shapes: of its weights. originals: what the file calls each of them.
 
     text: None for the U-Net and the autoencoder.
@@ -61,7 +61,7 @@ class SingleFile:
     weights: Weights
     layout: Layout
     setup: dict[str, Config]
-    models: tuple[_Model, ...]
+    models: tuple[Model, ...]
     config: Path | None
 
     @classmethod
@@ -117,11 +117,11 @@ class SingleFile:
             folder.mkdir()
             self.write_outline(folder)
             for model in self.models:
-                _write_weights(folder, self.weights, model)
+                write_weights(folder, self.weights, model)
             folder.replace(target)
 
 
-def _model(folder: str, setup: dict[str, Config], layout: Layout) -> _Model:
+def _model(folder: str, setup: dict[str, Config], layout: Layout) -> Model:
     text = next((text for text in layout.text_encoders if text.name == folder), None)
     module = _module(folder, setup[folder], *setup["model_index"][folder])
     shapes = {_published(name, text): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -136,7 +136,7 @@ def _model(folder: str, setup: dict[str, Config], layout: Layout) -> _Model:
             "the unet configuration has another number of layers in each block, which no "
             "single-file checkpoint has: give the configuration of a Stable Diffusion checkpoint"
         )
-    return _Model(folder, text, shapes, {name: prefix + original for name, original in names.items()})
+    return Model(folder, text, shapes, {name: prefix + original for name, original in names.items()})
 
 
 def _module(folder: str, config: Config, library: str, kind: str) -> Any:
@@ -155,22 +155,22 @@ def _published(name: str, text: TextEncoder | None) -> str:
     return _CLIP_PREFIX + name if bare else name
 
 
-def _check(weights: Weights, where: str, models: tuple[_Model, ...], config: Path | None) -> None:
+def _check(weights: Weights, where: str, models: tuple[Model, ...], config: Path | None) -> None:
     """Raise `CheckpointError` unless the file has each weight of `models`, as floats of the right shape."""
     another = f"{_ANOTHER}, not {config}" if config else _ANOTHER
     remedy = f"where the file is whole, {another}" if config else "it is incomplete, download it again"
     due = [name for model in models for name in model.originals.values()]
     known = set(due)
-    _refuse((name for name in due if name not in weights.shapes), f"{where} lacks", remedy)
+    refuse((name for name in due if name not in weights.shapes), f"{where} lacks", remedy)
     odd = (f"{name} ({weights.dtypes[name]})" for name in due if weights.dtypes[name] not in _FLOATS)
-    _refuse(odd, f"{where} holds types other than {', '.join(_FLOATS)}:", "use a version of it in one of these")
+    refuse(odd, f"{where} holds types other than {', '.join(_FLOATS)}:", "use a version of it in one of these")
     extra = (name for name in weights.shapes if name.startswith(UNET) and name not in known)
-    _refuse(extra, f"{where} has parts in its U-Net that its configuration does not name:", another)
-    wrong = (text for model in models for text in _misfits(weights, model))
-    _refuse(wrong, f"{where} does not fit its configuration:", another)
+    refuse(extra, f"{where} has parts in its U-Net that its configuration does not name:", another)
+    wrong = (text for model in models for text in misfits(weights, model))
+    refuse(wrong, f"{where} does not fit its configuration:", another)
 
 
-def _misfits(weights: Weights, model: _Model) -> Iterable[str]:
+def misfits(weights: Weights, model: Model) -> Iterable[str]:
     """What has another shape than `model`, found by converting tensors without values."""
     import torch
 
@@ -185,14 +185,16 @@ def _misfits(weights: Weights, model: _Model) -> Iterable[str]:
             yield f"{original} gives {found} where {list(due)} is due"
 
 
-def _refuse(found: Iterable[str], what: str, remedy: str) -> None:
+def refuse(found: Iterable[str], what: str, remedy: str) -> None:
+    """Raise `CheckpointError` that names the first of `found`, if there are any."""
     names = list(dict.fromkeys(found))
     if names:
         more = f" … ({len(names)} in all)" if len(names) > 3 else ""
         raise CheckpointError(f"{what} {', '.join(names[:3])}{more}: {remedy}")
 
 
-def _write_weights(root: Path, weights: Weights, model: _Model) -> None:
+def write_weights(root: Path, weights: Weights, model: Model) -> None:
+    """Write the weights of `model` into its folder in `root`. Raises `DiffoundryError` on a full disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -7,6 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import diffoundry
 from diffoundry import Control, Request
@@ -17,6 +19,7 @@ from diffoundry.engines.onnxruntime import OrtHostBinding
 from diffoundry.engines.verify import verify
 from diffoundry.export.graphs import trace
 from diffoundry.export.graphs.controlled import write_controlled
+from diffoundry.export.single_file.controlnet import ControlNetFile, _original_names
 from diffoundry.families.control import residuals
 from diffoundry.parity.pipelines import picture
 from diffoundry.runtime.loop.guidance import Guidance
@@ -130,12 +133,68 @@ def test_another_control_is_added_without_anything_else_being_traced(checkpoint_
     monkeypatch.setattr(
         trace, "trace", lambda spec, *rest, **options: (traced.append(spec.name), own(spec, *rest, **options))
     )
-    made = diffoundry.compile(checkpoint_of("pico"), out, controlnets={"edge": checkpoint_of("pico+control-edge")})
+    file = in_the_original_layout(checkpoint_of("pico+control-edge"), tmp_path / "edge.safetensors")
+    made = diffoundry.compile(checkpoint_of("pico"), out, controlnets={"edge": file})
     assert traced == ["controlnet_edge"]
     assert {name: part.key for name, part in made.manifest.components.items() if name in before} == before
     assert list(made.manifest.wiring.controls) == ["edge"]
     weights = [json.loads((out / name / "weights.json").read_text()) for name in ("unet", "unet_controlled")]
     assert weights[0] == weights[1]
+    found, wanted = (drawn(diffoundry.load(each), edge()) for each in (out, bundle_of("pico+control")))
+    assert np.array_equal(found, wanted)
+
+
+def in_the_original_layout(folder, path, prefix="control_model."):
+    """A ControlNet as its authors store it, which diffusers reads as the same."""
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    original = {prefix + old: tensors[name] for name, old in _original_names(tensors, config).items()}
+    save_file(original, path)
+    read = convert_controlnet_checkpoint(load_file(path), config)
+    assert read.keys() == tensors.keys() and all(bool((read[name] == tensors[name]).all()) for name in tensors)
+    return path
+
+
+def test_a_controlnet_in_one_file_is_what_it_is_in_a_folder(checkpoint_of, tmp_path):
+    folder = checkpoint_of("pico+control-edge")
+    unet = json.loads((checkpoint_of("pico") / "unet" / "config.json").read_text())
+    plain = folder / "diffusion_pytorch_model.safetensors"
+    wanted = load_file(plain)
+    for i, path in enumerate((in_the_original_layout(folder, tmp_path / "a.safetensors"), plain)):
+        file = ControlNetFile(path, unet)
+        stated = json.loads((folder / "config.json").read_text())
+        assert {name: stated[name] for name in file.config} == json.loads(json.dumps(file.config))
+        file.write(tmp_path / f"{i}")
+        found = load_file(tmp_path / f"{i}" / "diffusion_pytorch_model.safetensors")
+        assert found.keys() == wanted.keys() and all(bool((found[name] == wanted[name]).all()) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        ({"lllite_unet.a": 1}, "holds a ControlNet-LLLite, which is not supported"),
+        ({"body.0.a": 1}, "holds a T2I-Adapter"),
+        ({"x": 1}, "holds no ControlNet that is known"),
+        ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)}, "a ControlNet, lacks conv_in.weight"),
+    ],
+)
+def test_files_of_other_kinds_are_refused_by_name(tensors, problem, checkpoint_of, tmp_path):
+    unet = json.loads((checkpoint_of("pico") / "unet" / "config.json").read_text())
+    path = tmp_path / "x.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path)
+    with pytest.raises(CheckpointError, match=problem):
+        ControlNetFile(path, unet)
+
+
+def test_a_file_for_another_model_is_refused(checkpoint_of, tmp_path):
+    path = checkpoint_of("pico+control-edge") / "diffusion_pytorch_model.safetensors"
+    unet = json.loads((checkpoint_of("pico") / "unet" / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"does not fit the checkpoint: .* it was made for another model"):
+        ControlNetFile(path, {**unet, "cross_attention_dim": 768})
+    with pytest.raises(CheckpointError, match="is a JSON text, not weights"):
+        ControlNetFile(checkpoint_of("pico") / "model_index.json", unet)
 
 
 def test_a_graph_that_is_built_in_another_way_takes_no_controls(bundle_of, tmp_path):
@@ -234,7 +293,7 @@ def test_controlnets_that_cannot_be_are_refused(checkpoint_of, bundle_of, tmp_pa
     config = json.loads((folder / "config.json").read_text())
     cases = [
         ({"a b": folder}, "the name of a ControlNet has letters, digits and _"),
-        ({"edge": tmp_path}, "is no diffusers folder of a ControlNet"),
+        ({"edge": tmp_path}, "is no ControlNet: give a diffusers folder"),
         ({"edge": checkpoint_of("pico") / "unet"}, "holds a UNet2DConditionModel, which is not supported as a control"),
     ]
     for changed, problem in (
