@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .export import compile
     from .runtime.conditioning import Conditioning
     from .runtime.control import Control
+    from .runtime.image_prompt import ImagePrompt
     from .runtime.loop.guidance import Guidance
     from .runtime.pipeline import Pipeline, load
     from .runtime.request import Request
@@ -30,6 +31,7 @@ __all__ = [
     "DiffoundryError",
     "EngineError",
     "Guidance",
+    "ImagePrompt",
     "Pipeline",
     "Request",
     "RequestError",
@@ -48,6 +50,7 @@ _HOMES = {
     **dict.fromkeys(_ERRORS, ".common.errors"),
     "Conditioning": ".runtime.conditioning",
     "Control": ".runtime.control",
+    "ImagePrompt": ".runtime.image_prompt",
     "Budget": ".calibration",
     "build": ".calibration.build",
     "compile": ".export",

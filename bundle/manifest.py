@@ -122,7 +122,8 @@ class Manifest:
         component = self.components[name]
         if component.role not in ("denoiser", "controlled", "control"):
             return ()
-        fixed = {*self.wiring.per_prompt(), PICTURE}
+        tokens = {each.tokens for each in self.wiring.image_prompts.values()}
+        fixed = {*self.wiring.per_prompt(), *tokens, PICTURE}
         return tuple(tensor.name for tensor in component.inputs if tensor.name in fixed)
 
     def all_files(self) -> Files:

@@ -17,10 +17,13 @@ TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from
 Window = Annotated[int, Rule(lambda value: _SHORTEST_WINDOW <= value < _MOST_TOKENS, f"be at least {_SHORTEST_WINDOW}")]
 
 
-Role = Literal["text", "denoiser", "encoder", "decoder", "preview", "step", "control", "controlled"]
+Role = Literal[
+    "text", "denoiser", "encoder", "decoder", "preview", "step", "control", "controlled", "image", "image_prompt"
+]
 """What a component does: `preview` is a second, small decoder, `step` the step of the loop as a graph.
 
-`control` makes of a picture what is added inside the denoiser; `controlled` is the denoiser that takes it.
+`control` makes of a picture what is added inside the denoiser, `image` encodes one and `image_prompt` makes tokens of
+that; `controlled` is the denoiser that takes both.
 """
 TASKS: dict[str, tuple[Role, ...]] = {
     "txt2img": ("decoder",),
@@ -123,6 +126,26 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
+class ImagePrompt:
+    """A component that makes tokens of an encoded picture, which the denoiser reads beside the text (Ye et al. 2023).
+
+    component: its name. encoder: that of the component which encodes pictures. output: of the encoder, that it reads.
+    layers: how many cross-attentions of the denoiser read its tokens; each is scaled by itself. tokens, scale: the
+    inputs of the denoiser. side, mean, std: of the pictures that the encoder reads, in pixels, and of their channels.
+    """
+
+    component: str
+    encoder: str
+    output: str
+    layers: AtLeast1
+    tokens: str
+    scale: str
+    side: AtLeast1
+    mean: tuple[float, float, float]
+    std: tuple[NotZero, NotZero, NotZero]
+
+
+@dataclass(frozen=True, slots=True)
 class Wiring:
     """How a denoiser is fed.
 
@@ -130,7 +153,7 @@ class Wiring:
     its source, one of `SOURCES`.
     empty_negative_is_zeros: whether no negative prompt means zeros, rather than the encoded empty text.
     strength_by_sampler: whether a sampler of consistency models spreads its steps over the strength itself.
-    controls: by the name that a request calls each by.
+    controls, image_prompts: by the name that a request calls each by.
     """
 
     text: tuple[TextEncoder, ...]
@@ -138,6 +161,7 @@ class Wiring:
     empty_negative_is_zeros: bool = False
     strength_by_sampler: bool = False
     controls: dict[str, Control] = field(default_factory=dict)
+    image_prompts: dict[str, ImagePrompt] = field(default_factory=dict)
 
     def inputs_from(self, source: str) -> list[str]:
         """The inputs of the denoiser that `source` feeds."""

@@ -51,7 +51,7 @@ class ControlledEngine(Engine):
             }
             for name, control in self._controls.items()
         }
-        self.binds_device = len(self._controls) == 1
+        self.binds_device = len(self._controls) <= 1
         super().__init__(denoiser.component, inputs, denoiser.outputs)
 
     def to_device(self, array: Array) -> DeviceArray:
@@ -97,6 +97,9 @@ class ControlledEngine(Engine):
         """The inputs of a control, by its own names."""
         return {own: feeds[outer] for own, outer in self._names[name].items()}
 
+    def _of_device(self, name: str, tensors: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
+        return {own: tensors[outer] for own, outer in self._names[name].items()}
+
     def _shared(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The inputs of the denoiser but the residuals."""
         return {tensor.name: feeds[tensor.name] for tensor in self._denoiser.inputs if tensor.name in feeds}
@@ -135,25 +138,26 @@ class _HostBinding:
 
 
 class _DeviceBinding:
-    """The control writes the tensors that the denoiser reads."""
+    """A control writes the tensors that the denoiser reads; without one they are zero."""
 
     def __init__(self, engine: ControlledEngine, tensors: Mapping[str, DeviceArray]) -> None:
-        ((name, control),) = engine._controls.items()
-        self._names = engine._names[name]
         sample = engine._denoiser.inputs[0].name
         zeros = engine._zeros({sample: np.broadcast_to(np.zeros((), tensors[sample].dtype), tensors[sample].shape)})
         residuals = {residual: engine.to_device(array) for residual, array in zeros.items()}
-        self._control = control.bind_device(
-            {**{own: tensors[outer] for own, outer in self._names.items()}, **residuals}
-        )
+        self._controls = [
+            (engine._names[name], control.bind_device({**engine._of_device(name, tensors), **residuals}))
+            for name, control in engine._controls.items()
+        ]
         self._denoiser = engine._denoiser.bind_device({**tensors, **residuals})
 
     def __call__(self) -> None:
         """See `engine.DeviceBinding`."""
-        self._control()
+        for _, control in self._controls:
+            control()
         self._denoiser()
 
     def refresh(self, *changed: str) -> None:
         """See `engine.DeviceBinding`."""
-        self._control.refresh(*(own for own, outer in self._names.items() if outer in changed))
+        for names, control in self._controls:
+            control.refresh(*(own for own, outer in names.items() if outer in changed))
         self._denoiser.refresh(*changed)

@@ -13,7 +13,7 @@ from ..common.errors import CheckpointError, reason
 from ..families.control import PREFIX
 from .weight_files import WeightFiles, find, other_kind, read_stated
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,39}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,39}")
 _ADDED = ("vae_tiny",)
 """Components that no checkpoint holds, and that may be given one."""
 _CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
@@ -91,14 +91,17 @@ class Checkpoint:
     def with_controls(self, folders: Mapping[str, str | Path]) -> Checkpoint:
         """The checkpoint with ControlNets beside it. Raises `CheckpointError` for a name or a folder that is none."""
         for name, folder in folders.items():
-            if not isinstance(name, str) or not _NAME.fullmatch(name):
+            if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise CheckpointError(f"the name of a ControlNet has letters, digits and _, found {name!r:.80}")
             if not (Path(folder) / "config.json").is_file():
                 raise CheckpointError(
                     f"{folder} is no ControlNet: give a diffusers folder with config.json and weights, or a file of it"
                 )
-        more = {PREFIX + name: Path(folder) for name, folder in folders.items()}
-        return Checkpoint(self.root, self.index, {**self.replaced, **more})
+        return self.beside({PREFIX + name: Path(folder) for name, folder in folders.items()})
+
+    def beside(self, folders: Mapping[str, Path]) -> Checkpoint:
+        """The checkpoint with models in other folders beside its own, by the names that components get."""
+        return Checkpoint(self.root, self.index, {**self.replaced, **folders})
 
     def _kind_of_folder(self, name: str, own: list[Any]) -> list[Any]:
         """The index entry of a replaced component: of a diffusers model its own class, of others the pipeline's."""
@@ -118,7 +121,9 @@ class Checkpoint:
 
     def weights(self, name: str) -> WeightFiles:
         """The weights of component `name`, whose files were checked to be whole. Raises `CheckpointError`."""
-        library = (self.index.get(name) or ["diffusers"])[0]
+        library = (self.index.get(name) or [None])[0]
+        if library is None and name in self.replaced:
+            library = "transformers" if "model_type" in self.config(name) else "diffusers"
         return find(self.folder(name), "transformers" if library == "transformers" else "diffusers")
 
     def config(self, name: str, file: str = "config.json") -> dict[str, Any]:

@@ -29,9 +29,10 @@ from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
 from ..engines.tensorrt.target import Target
-from .checkpoint import Checkpoint
+from .checkpoint import NAME, Checkpoint
 from .configs import unet_config
 from .fit import check_models, check_parts
+from .ip_adapter import IPAdapterFile
 from .reading import Asked, Reading
 from .single_file import SingleFile, is_single_file
 from .single_file.controlnet import ControlNetFile
@@ -57,6 +58,8 @@ def compile(
     tasks: Sequence[str] | None = None,
     components: Mapping[str, str | Path] | None = None,
     controlnets: Mapping[str, str | Path] | None = None,
+    ip_adapters: Mapping[str, str | Path] | None = None,
+    image_encoder: str | Path | None = None,
     config: str | Path | None = None,
     prediction_type: str | None = None,
     default_steps: int | None = None,
@@ -81,6 +84,8 @@ def compile(
     distilled model with its scheduler; `vae_tiny` adds an `AutoencoderTiny` as a second decoder.
     controlnets: by the names that requests call them by, ControlNets in diffusers folders or in files. A bundle that
     stands gets them without anything else being traced again; name all that it is to have.
+    ip_adapters: the same of IP-Adapters, each a file, or a folder with one. image_encoder: the folder of the image
+    encoder that they were trained with (default: the folder `image_encoder` beside each).
     config: for a single file, a diffusers folder whose configurations, scheduler and tokenizer go with its weights.
     prediction_type: for a single file, what its U-Net predicts, where the file does not tell.
     default_steps, default_guidance: what `run` asks for when it is not told (default: the family's).
@@ -99,12 +104,18 @@ def compile(
         resolved(out),
         Asked(family, tasks, components or {}, default_steps, default_guidance, controlnets or {}),
     )
+    if image_encoder is not None and not ip_adapters:
+        raise DiffoundryError("an image encoder goes with IP-Adapters: give one, or leave it out")
+    encoder = None if image_encoder is None else Path(image_encoder)
+    adapters = {name: IPAdapterFile.open(Path(file), encoder) for name, file in (ip_adapters or {}).items()}
     traced = None if trace_scheduler is None else (trace_scheduler, tuple(steps))
     with working(path, lambda: check_target(path, checkpoint)) as (work, _):
         plain = partial(Reading.of, asked=replace(asked, controls={}), shown=checkpoint)
         single = _unpack(checkpoint, work, config, prediction_type, plain)
         source = Checkpoint.open(single or checkpoint)
-        reading = Reading.of(source, replace(asked, controls=_unpack_controls(asked, source, work, plain)), checkpoint)
+        folders = _unpack_controls(asked, source, work, plain)
+        files = _unpack_adapters(adapters, work)
+        reading = Reading.of(source, replace(asked, controls=folders, adapters=files), checkpoint)
         name = Path(checkpoint).stem if single is not None else reading.source.root.resolve().name
         return _run(reading, name, goal, storage_dtype == AS_STORED, traced, Ledger(work, path), progress)
 
@@ -120,7 +131,7 @@ def _run(
 ) -> Bundle:
     """The stages, one after another. name: of the checkpoint. traced: a scheduler to be traced, and for which steps."""
     source, specs = reading.source, reading.specs
-    weights = {folder: source.weights(folder) for folder in sorted({spec.source for spec in specs})}
+    weights = {folder: source.weights(folder) for folder in sorted({name for spec in specs for name in spec.sources})}
     if keep_half and not any(each.half for each in weights.values()):
         raise DiffoundryError(
             f"the storage dtype {AS_STORED} has no effect: {name} stores no component in fp16 or bf16: leave it out"
@@ -151,6 +162,19 @@ def _run(
     bundle = eightbit.carry_over(carry_over(bundle, ledger, goal.precision), ledger, goal.precision)
     bundle = hinted.carry_over(bundle, ledger, (str(goal.engine), goal.precision) if goal.hinted else None)
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)
+
+
+def _unpack_adapters(adapters: Mapping[str, IPAdapterFile], work: Path) -> dict[str, IPAdapterFile]:
+    """Each of the IP-Adapters in a folder of its own, as `Checkpoint` reads models, once for each content."""
+    found = {}
+    for name, file in adapters.items():
+        if not NAME.fullmatch(name):
+            raise CheckpointError(f"the name of an IP-Adapter has letters, digits and _, found {name!r:.80}")
+        folder = work / UNPACKED / f"ip-{sha256_file(file.path)[:16]}"
+        if not folder.is_dir():
+            file.write(folder)
+        found[name] = IPAdapterFile.open(folder, file.encoder)
+    return found
 
 
 def _unpack_controls(

@@ -13,12 +13,14 @@ from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import check_tree
 from ..families import FAMILIES, Family, Pipeline, family_named, family_of
 from ..families.control import controlled
+from ..families.image_prompt import PREFIX, with_image_prompts
 from ..runtime.loop.guidance import Guidance
 from ..runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
 from ..runtime.request import Request
 from .checkpoint import Checkpoint
 from .configs import Complete, check_classes, control_config, unet_config
 from .graphs.spec import ComponentSpec
+from .ip_adapter import ENCODER, IPAdapterFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Asked:
     steps: int | None
     guidance: float | None
     controls: Mapping[str, str | Path] = field(default_factory=dict)
+    adapters: Mapping[str, IPAdapterFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,15 @@ class Reading:
         Raises `CheckpointError` or `DiffoundryError` for what the checkpoint is not, or cannot do.
         """
         source = source.replace(asked.components).with_controls(asked.controls)
+        encoders = encoder_names(asked.adapters)
+        source = source.beside({encoders[file.encoder]: file.encoder for file in asked.adapters.values()})
+        source = source.beside({PREFIX + name: file.path.parent for name, file in asked.adapters.items()})
         for folder in (source.root, *source.replaced.values()):
             check_tree(folder, held=False)  # a pipe would be waited for
         family = _family(source, asked.family)
         pipeline = with_controls(source, described(source, family), asked.controls)
+        if asked.adapters:
+            pipeline = _with_adapters(source, pipeline, asked.adapters, encoders)
         tasks = _chosen_tasks(shown, pipeline.tasks, asked.tasks)
         steps = family.steps if asked.steps is None else asked.steps
         guidance = family.guidance if asked.guidance is None else asked.guidance
@@ -105,6 +113,25 @@ def with_controls(source: Checkpoint, pipeline: Pipeline, names: Iterable[str]) 
         return controlled(pipeline, unet_config(source), {name: control_config(source, name) for name in names})
 
 
+def encoder_names(adapters: Mapping[str, IPAdapterFile]) -> dict[Path, str]:
+    """The names of the components that the image encoders of adapters become, by their folders."""
+    folders = dict.fromkeys(file.encoder for file in adapters.values())
+    return {folder: ENCODER + (f"_{i}" if i > 1 else "") for i, folder in enumerate(folders, 1)}
+
+
+def _with_adapters(
+    source: Checkpoint, pipeline: Pipeline, adapters: Mapping[str, IPAdapterFile], encoders: Mapping[Path, str]
+) -> Pipeline:
+    """`pipeline` with IP-Adapters. Raises `CheckpointError` for one that does not go with it."""
+    from .modules.control import cross_attentions
+
+    with _undamaged(source):
+        found = {name: file.describe(encoders[file.encoder]) for name, file in adapters.items()}
+        return with_image_prompts(
+            pipeline, found, int(unet_config(source)["cross_attention_dim"]), cross_attentions(source)
+        )
+
+
 def _family(source: Checkpoint, name: str | None) -> Family:
     """The family called `name`, or the one of the checkpoint's pipeline class. Raises `CheckpointError`."""
     found = family_named(name) if name is not None else family_of(source.class_name)
@@ -134,9 +161,10 @@ def _specs(source: Checkpoint, pipeline: Pipeline, tasks: tuple[str, ...]) -> li
     """How the components that the tasks need are traced."""
     from .modules import component_specs
 
-    needed = {"text", "denoiser", "preview", "control", "controlled", *(role for task in tasks for role in TASKS[task])}
+    of_tasks = {role for roles in TASKS.values() for role in roles}
+    spare = of_tasks - {role for task in tasks for role in TASKS[task]}
     with _undamaged(source):
-        return [spec for spec in component_specs(source, pipeline) if pipeline.parts[spec.name].role in needed]
+        return [spec for spec in component_specs(source, pipeline) if pipeline.parts[spec.name].role not in spare]
 
 
 def _chosen_tasks(checkpoint: str | Path, known: tuple[str, ...], asked: Sequence[str] | None) -> tuple[str, ...]:

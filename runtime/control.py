@@ -36,21 +36,24 @@ class Control:
             raise RequestError(
                 f"the scale of the control {self.name} must be from 0 to {_LARGEST_SCALE:g}, found {self.scale!r}"
             )
-        found = self.interval
-        pair = isinstance(found, (tuple, list)) and len(found) == 2 and all(is_number(part) for part in found)
-        if not pair or not 0 <= found[0] < found[1] <= 1:
-            raise RequestError(
-                f"the interval of the control {self.name} must be two numbers 0 <= start < end <= 1, found {found!r}"
-            )
         if not isinstance(self.guess_mode, bool):
             raise RequestError(f"guess_mode must be true or false, found {self.guess_mode!r}")
         object.__setattr__(self, "scale", float(self.scale))
-        object.__setattr__(self, "interval", (float(found[0]), float(found[1])))
+        object.__setattr__(self, "interval", check_interval(f"the control {self.name}", self.interval))
 
-    def acts_at(self, k: int, steps: int) -> bool:
-        """Whether it acts in call k of `steps`: in those that lie whole within the interval."""
-        start, end = self.interval
-        return k / steps >= start - _ROUNDING and (k + 1) / steps <= end + _ROUNDING
+
+def check_interval(whose: str, found: Any) -> tuple[float, float]:
+    """`found` as two floats. Raises `RequestError` unless it is a part of the steps, from 0 to 1."""
+    pair = isinstance(found, (tuple, list)) and len(found) == 2 and all(is_number(part) for part in found)
+    if not pair or not 0 <= found[0] < found[1] <= 1:
+        raise RequestError(f"the interval of {whose} must be two numbers 0 <= start < end <= 1, found {found!r}")
+    return float(found[0]), float(found[1])
+
+
+def acts_at(interval: tuple[float, float], k: int, steps: int) -> bool:
+    """Whether call k of `steps` lies whole within the interval."""
+    start, end = interval
+    return k / steps >= start - _ROUNDING and (k + 1) / steps <= end + _ROUNDING
 
 
 def read_controls(name: str, value: Any) -> tuple[Control, ...]:

@@ -20,10 +20,12 @@ from .conditioning import Conditioning
 from .conditions.condition import Condition, Job, is_default, refuse_unheeded
 from .conditions.control import ControlCondition
 from .conditions.guidance import GuidanceCondition
+from .conditions.image_prompt import ImagePromptCondition
 from .conditions.picture import Picture
 from .conditions.sizes import Sizes
 from .conditions.text import Text
 from .control import Control
+from .image_prompt import ImagePrompt
 from .pictures.autoencoder import Autoencoder, check_decoder
 from .pictures.preprocess import bring_to_size, open_image, open_originals
 from .request import Request
@@ -44,8 +46,12 @@ class Jobs:
         manifest = bundle.manifest
         self._bundle, self._schedules = bundle, Schedules(bundle)
         self.text, self._sizes, self._guidance = Text(bundle, engine), Sizes(manifest), GuidanceCondition(manifest)
-        picture, self.control = Picture(manifest, autoencoder), ControlCondition(bundle)
-        self.conditions: tuple[Condition, ...] = (self.text, self._sizes, self._guidance, picture, self.control)
+        picture, self._control = Picture(manifest, autoencoder), ControlCondition(bundle)
+        self._image_prompt = ImagePromptCondition(bundle, engine)
+        self.conditions: tuple[Condition, ...] = (
+            *(self.text, self._sizes, self._guidance, picture),
+            *(self._control, self._image_prompt),
+        )
 
     def make(self, request: Request) -> Job:
         """Hold `request` against the bundle, before anything is loaded. Raises `RequestError` for what it cannot do."""
@@ -63,7 +69,7 @@ class Jobs:
                 f"the mask has {mask.width}x{mask.height} pixels, the latents are of {size[0]}x{size[1]}: "
                 "give a mask of that size"
             )
-        controls = self.control.pixels(request, size)
+        controls = self._control.pixels(request, size)
         table, steps = self._schedules.of(request)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         record = {
@@ -87,7 +93,13 @@ class Jobs:
             size,
             record,
             controls,
+            self._image_prompt.pixels(request),
         )
+
+    def controls_of(self, jobs: Sequence[Job]) -> list[str] | None:
+        """The components of the controls that act on these jobs, None where the plain denoiser draws them."""
+        used = self._control.used(jobs)
+        return used if used or any(job.request.image_prompt for job in jobs) else None
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Raise `RequestError` for what cannot be fed to these jobs in one batch. Nothing is loaded."""
@@ -151,6 +163,8 @@ def _described(value: Any) -> Any:
         return str(value)
     if isinstance(value, (np.ndarray, Image.Image)):
         return f"sha256:{hashlib.sha256(np.asarray(value, order='C').tobytes()).hexdigest()}"
-    if isinstance(value, tuple) and value and all(isinstance(each, Control) for each in value):
+    if isinstance(value, list):
+        return [_described(each) for each in value]
+    if isinstance(value, tuple) and value and all(isinstance(each, (Control, ImagePrompt)) for each in value):
         return [{item.name: _described(getattr(each, item.name)) for item in fields(each)} for each in value]
     return asdict(value) if isinstance(value, Conditioning) else value

@@ -25,7 +25,7 @@ class LoadedEngines:
     """
 
     _engines: dict[str, Engine]
-    _phases: dict[tuple[str, ...], Phases]
+    _phases: dict[tuple[str, ...] | None, Phases]
 
     def __init__(
         self,
@@ -80,26 +80,29 @@ class LoadedEngines:
                 if name in self._stepping:
                     self._phases.clear()  # which are bound to them
 
-    def denoiser(self, controls: Sequence[str] = ()) -> Engine:
-        """The denoiser, with the components `controls` acting in it. Without one it is the plain one."""
-        if not controls:
+    def denoiser(self, controls: Sequence[str] | None = None) -> Engine:
+        """The plain denoiser, or where `controls` is no None the one that is told more, with these acting in it."""
+        if controls is None:
             return self(self._denoiser)
         plain = [tensor.name for tensor in self._bundle.component(self._denoiser).inputs]
+        plain += [
+            name for each in self._bundle.manifest.wiring.image_prompts.values() for name in (each.tokens, each.scale)
+        ]
         return ControlledEngine(self(self._controlled), {name: self(name) for name in controls}, plain)
 
     def release_denoiser(self) -> None:
         """Drop all that steps."""
         self.release(*self._sharing)
 
-    def phases(self, controls: Sequence[str] = ()) -> Phases:
+    def phases(self, controls: Sequence[str] | None = None) -> Phases:
         """The denoiser and the `step` graph, bound on their device."""
-        key = tuple(controls)
+        key = None if controls is None else tuple(controls)
         with self._lock:
             if key not in self._phases:
                 self._phases[key] = Phases(self.denoiser(controls), self(self._step), self._ports)
             return self._phases[key]
 
-    def host_stepper(self, controls: Sequence[str] = ()) -> HostStepper:
+    def host_stepper(self, controls: Sequence[str] | None = None) -> HostStepper:
         """The denoiser for a loop on the host; the rows of a call of a small one are shared among the processors."""
         shared = self._is_small() and not self._loader.splits_rows
         pool, workers = (self._pool, self._threads - 1) if shared else (None, 0)

@@ -193,7 +193,7 @@ class Pipeline:
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
         split = any(job.request.mask is not None or job.guidance.split for job in jobs)
-        if self._loop_asked == "device" and (split or len(self._jobs.control.used(jobs)) > 1):
+        if self._loop_asked == "device" and (split or len(self._jobs.controls_of(jobs) or ()) > 1):
             raise RequestError(HOST_ONLY)
         self._jobs.check(jobs)
         return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
@@ -204,7 +204,7 @@ class Pipeline:
         """Feed, load, run, collect. at_once: the steps between two yields, None for as many as go in one piece."""
         seconds: dict[str, float] = {}
         fed = self._feed(jobs, low_memory, seconds)
-        controls = self._jobs.control.used(jobs)
+        controls = self._jobs.controls_of(jobs)
         with _timed(seconds, "load"):
             self._engines.denoiser(controls)
         samples = [sample for job, given in zip(jobs, fed, strict=True) for sample in self._samples(job, given)]
@@ -220,20 +220,22 @@ class Pipeline:
     def _feed(self, jobs: Sequence[Job], low_memory: bool, seconds: dict[str, float]) -> list[Fed]:
         """What the conditions give each job."""
         fed = [Fed() for _ in jobs]
-        loaded = {"text", *(role for job in jobs for role in TASKS[job.request.task])}
+        prompted = any(job.request.image_prompt for job in jobs)
+        loaded = {"text", *(["image"] if prompted else []), *(role for job in jobs for role in TASKS[job.request.task])}
         for condition in self._jobs.conditions:
             role = condition.loads
             with _timed(seconds, role) if role in loaded else nullcontext():
                 fed = [before | more for before, more in zip(fed, condition.feed(jobs), strict=True)]
             if low_memory and role is not None:
-                for name in self.bundle.manifest.with_role(role):
-                    self.release(name)
+                names = self.bundle.manifest.with_role(role)
+                names += self.bundle.manifest.with_role("image_prompt") if role == "image" else []
+                self._engines.release(*names)
         return fed
 
     def _loop_over(
         self,
         samples: Sequence[Sample],
-        controls: Sequence[str],
+        controls: Sequence[str] | None,
         most: int,
         at_once: int | None,
         seconds: dict[str, float],
@@ -253,7 +255,7 @@ class Pipeline:
                 latents += [batch.take(handle) for handle in handles]
         return np.stack(latents)
 
-    def _stepper(self, samples: Sequence[Sample], controls: Sequence[str]) -> HostStepper | DeviceStepper:
+    def _stepper(self, samples: Sequence[Sample], controls: Sequence[str] | None) -> HostStepper | DeviceStepper:
         """The loop on the device where it was asked for, or is the faster one and takes these samples."""
         if self._loop == "device":
             phases = self._engines.phases(controls)
@@ -278,8 +280,8 @@ class Pipeline:
         """The rows of a job. fed: by its conditions."""
         inputs = self.bundle.manifest.wiring.inputs
         prompt, negative = (
-            {**{name: half[source] for name, source in inputs.items() if source in half}, **fed.inputs}
-            for half in (fed.prompt, fed.negative)
+            {**{name: half[source] for name, source in inputs.items() if source in half}, **more}
+            for half, more in ((fed.prompt, fed.inputs), (fed.negative, {**fed.inputs, **fed.negative_inputs}))
         )
         if fed.start is None:
             raise RequestError(f"{self.bundle.root} cannot start the task {job.request.task}: compile it again")

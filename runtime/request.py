@@ -17,6 +17,7 @@ from ..common.checks import LARGEST_SIDE, MOST_IMAGES, is_number, whole_number
 from ..common.errors import RequestError
 from .conditioning import Conditioning
 from .control import Control, read_controls
+from .image_prompt import ImagePrompt, read_image_prompts
 from .loop.guidance import Guidance
 from .loop.noise import GENERATORS
 from .names import SAME, ours
@@ -70,7 +71,8 @@ class Request:
     a prompt that is too long takes several windows of the text encoder. prompt_embeds and the like: embeddings in
     place of the text, float32 (tokens, width), and pooled (width,).
     conditioning, negative_conditioning: what SDXL is given of sizes; the negative is the same by default.
-    control: pictures that steer the drawing, see `Control`; what several add is summed.
+    control: pictures that steer the drawing, see `Control`; what several add is summed. image_prompt: pictures that
+    are read beside the text, see `ImagePrompt`.
     guidance_scale, num_inference_steps and mask_image, as diffusers calls them, stand for guidance, steps and mask.
     output: `image`, or `latent` to leave out the decoder. decoder: `full`, or `tiny` where the bundle has it. tiled:
     work through large images in tiles, in the memory that one takes.
@@ -109,6 +111,7 @@ class Request:
     conditioning: Conditioning = field(default_factory=Conditioning)
     negative_conditioning: Conditioning | None = None
     control: tuple[Control, ...] = ()
+    image_prompt: tuple[ImagePrompt, ...] = ()
     output: str = "image"
     decoder: str = "full"
     tiled: bool = False
@@ -288,6 +291,7 @@ _READ: dict[str, Callable[[str, Any], Any]] = {
     "scheduler": _kind(str, "unknown {name} {value!r}: give the name of one"),
     "scheduler_options": _options,
     "control": read_controls,
+    "image_prompt": read_image_prompts,
     "guidance": lambda _, value: value if isinstance(value, Guidance) else Guidance(value),
 }
 """What reads a field that was given: its value as it is kept. All raise `RequestError`."""

@@ -1,23 +1,46 @@
-"""The denoiser that takes the residuals of ControlNets: its plain graph with additions, of the same weights."""
+"""The denoiser that takes residuals and tokens of pictures: its plain graph with additions, of the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...bundle import Tensor
+from ...common.arrays import Array
 from ...common.errors import CheckpointError
-from ...common.files import link_or_copy
+from ...common.files import link_or_copy, read_json
+from ...engines.fusion.graph import save
 from .trace import DATA_NAME, MODEL_NAME
 from .weights import WEIGHTS_NAME
 
+_PLAIN_DATA = "plain.onnx_data"
+"""The weights that it shares with the plain graph."""
 
-def write_controlled(plain: Path, folder: Path, residuals: Sequence[Tensor]) -> None:
-    """Write the graph `plain` with `residuals` as inputs into `folder`; large weights are linked, not written again.
 
-    residuals: one for each skip of a U-Net, in the order in which its way down makes them, and the last for its middle.
-    Each is added to what the way up reads (Zhang et al. 2023, section 3.2).
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of a picture that cross-attentions read. tokens, scale: inputs of the graph.
+
+    layers: for each of the cross-attentions called `names`, as the checkpoint calls them, the weights of keys and of
+    values, float32 (C, width).
+    """
+
+    tokens: Tensor
+    scale: Tensor
+    names: Sequence[str]
+    layers: Sequence[tuple[Array, Array]]
+
+
+def write_controlled(plain: Path, folder: Path, residuals: Sequence[Tensor], tokens: Sequence[Tokens] = ()) -> None:
+    """Write the graph `plain` with further inputs into `folder`; its large weights are linked, not written again.
+
+    residuals: one for each skip of a U-Net, in the order in which its way down makes them, and the last for its middle;
+    each is added to what the way up reads (Zhang et al. 2023, section 3.2); () for none. tokens: each has an attention
+    of its own beside that to the text (Ye et al. 2023, equation 5).
     Raises `CheckpointError` for a graph of another build.
     """
     import onnx_ir
@@ -25,22 +48,123 @@ def write_controlled(plain: Path, folder: Path, residuals: Sequence[Tensor]) -> 
     model = onnx_ir.load(plain)
     graph = model.graph
     joins = [node for node in graph if _joins_pictures(node)]
-    *down, middle = residuals
-    if len(joins) != len(down):
+    *down, middle = residuals or (None,)
+    if residuals and len(joins) != len(down):
         raise CheckpointError(
             f"the U-Net joins {len(joins)} values on its way up where its configuration tells {len(down)}: it is built "
             "in another way, and takes no ControlNet"
         )
-    for node, tensor in zip(joins, reversed(down), strict=True):
-        _add(graph, node, 1, tensor)
-    _add(graph, joins[0], 0, middle)
-    order = {tensor.name: i for i, tensor in enumerate(residuals)}
-    own = [value for value in graph.inputs if value.name not in order]
-    graph.inputs[:] = [*own, *sorted((v for v in graph.inputs if v.name in order), key=lambda v: order[v.name])]
+    for tensor in residuals:
+        _give(graph, tensor)
+    if middle is not None:
+        for node, tensor in zip(joins, reversed(down), strict=True):
+            _add(graph, node, 1, tensor.name)
+        _add(graph, joins[0], 0, middle.name)
+    if tokens:
+        sources = read_json(plain.with_name(WEIGHTS_NAME), "the sources of its weights")
+        for each in tokens:
+            _read_tokens(graph, each, sources)
     for name in (DATA_NAME, WEIGHTS_NAME):
         if plain.with_name(name).exists():
-            link_or_copy(plain.with_name(name), folder / name)
-    onnx_ir.save(model, folder / MODEL_NAME)
+            link_or_copy(plain.with_name(name), folder / (_PLAIN_DATA if name == DATA_NAME else name))
+    for value in graph.initializers.values():
+        stored = value.const_value
+        if isinstance(stored, onnx_ir.ExternalTensor):
+            value.const_value = onnx_ir.ExternalTensor(
+                _PLAIN_DATA, stored.offset, stored.length, stored.dtype,
+                shape=stored.shape, name=str(stored.name), base_dir=folder,
+            )  # fmt: skip
+    save(model, folder, MODEL_NAME)
+
+
+def _read_tokens(graph: Any, given: Tokens, sources: Mapping[str, Any]) -> None:
+    """Let each of the cross-attentions have an attention to the tokens of a picture added, times its scale."""
+    tokens, scale = _give(graph, given.tokens), _give(graph, given.scale)
+    named = {weight: name for name, each in sources.items() for weight in each["weights"]}
+    readers = {node.inputs[1].name: node for node in graph if node.op_type == "MatMul" and node.inputs[1] is not None}
+    last = _weight(graph, "ip:last", np.array([2], np.int64))
+    for i, (name, weights) in enumerate(zip(given.names, given.layers, strict=True)):
+        query = readers.get(named.get(f"{name}.to_q.weight", ""))
+        out = readers.get(named.get(f"{name}.to_out.0.weight", ""))
+        split = [use.node for use in query.outputs[0].uses() if use.node.op_type == "Reshape"] if query else []
+        if query is None or out is None or len(split) != 1:
+            raise CheckpointError(f"the U-Net has no {name} to read an IP-Adapter: it is built in another way")
+        keys, values = (
+            _weight(graph, f"{given.tokens.name}.{name}.to_{kind}_ip", weight)
+            for kind, weight in zip("kv", weights, strict=True)
+        )
+        before, attention = _Before(graph, out), out.inputs[0]
+        heads = tuple(int(size) for size in split[0].outputs[0].shape[2:])
+        found = before.attention(query.outputs[0], tokens, keys, values, heads)
+        rows = attention.shape[0]
+        layer = _weight(graph, f"ip:layer.{i}", np.array([i], np.int64))
+        own = before.op("Unsqueeze", [before.op("Gather", [scale, layer], [rows, 1], axis=1), last], [rows, 1, 1])
+        scaled = before.op("Mul", [found, own], attention.shape)
+        out.replace_input_with(0, before.op("Add", [attention, scaled], attention.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """Puts new nodes before `node`."""
+
+    graph: Any
+    node: Any
+
+    def op(self, kind: str, inputs: Sequence[Any], shape: Sequence[Any], **attributes: Any) -> Any:
+        """The value of this shape that an operator makes."""
+        import onnx_ir
+
+        made = onnx_ir.node(kind, inputs, attributes)
+        self.graph.insert_before(self.node, made)
+        [value] = made.outputs
+        value.name, value.type = f"{self.node.name}:{made.name}", onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+        value.shape = onnx_ir.Shape(list(shape))
+        return value
+
+    def attention(self, query: Any, tokens: Any, keys: Any, values: Any, heads: tuple[int, ...]) -> Any:
+        """What `query`, (B, N, C), reads of `tokens`. heads: how many, and of what width."""
+        count, width = heads
+        rows, pixels, channels = query.shape
+        seen = tokens.shape[1]
+        split = _weight(self.graph, f"ip:heads.{count}x{width}", np.array([0, 0, count, width], np.int64))
+        factor = _weight(self.graph, f"ip:factor.{width}", np.array([width**-0.5], np.float32))
+
+        def by_head(value: Any, length: Any, axes: list[int]) -> Any:
+            whole = [rows, length, count, width]
+            parts = self.op("Reshape", [value, split], whole)
+            return self.op("Transpose", [parts], [whole[axis] for axis in axes], perm=axes)
+
+        q = by_head(self.op("Mul", [query, factor], query.shape), pixels, [0, 2, 1, 3])
+        k = by_head(self.op("MatMul", [tokens, keys], [rows, seen, channels]), seen, [0, 2, 3, 1])
+        v = by_head(self.op("MatMul", [tokens, values], [rows, seen, channels]), seen, [0, 2, 1, 3])
+        scores = self.op("MatMul", [q, k], [rows, count, pixels, seen])
+        likely = self.op("Softmax", [scores], scores.shape, axis=-1)
+        read = self.op("MatMul", [likely, v], [rows, count, pixels, width])
+        moved = self.op("Transpose", [read], [rows, pixels, count, width], perm=[0, 2, 1, 3])
+        return self.op("Reshape", [moved, _weight(self.graph, "ip:whole", np.array([0, 0, -1]))], query.shape)
+
+
+def _weight(graph: Any, name: str, array: Array) -> Any:
+    """The initializer `name`, made where it is not there."""
+    import onnx_ir
+
+    if name not in graph.initializers:
+        tensor = onnx_ir.tensor(np.ascontiguousarray(array), name=name)
+        value = onnx_ir.Value(name=name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape)
+        value.const_value = tensor
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def _give(graph: Any, tensor: Tensor) -> Any:
+    """A new input of the graph."""
+    import onnx_ir
+
+    given = onnx_ir.Value(
+        name=tensor.name, type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT), shape=onnx_ir.Shape(list(tensor.shape))
+    )
+    graph.inputs.append(given)
+    return given
 
 
 def _joins_pictures(node: Any) -> bool:
@@ -54,16 +178,12 @@ def _joins_pictures(node: Any) -> bool:
     )
 
 
-def _add(graph: Any, node: Any, i: int, tensor: Tensor) -> None:
-    """Let input i of `node` have a new input of the graph added to it."""
+def _add(graph: Any, node: Any, i: int, name: str) -> None:
+    """Let input i of `node` have the input `name` of the graph added to it."""
     import onnx_ir
 
-    read = node.inputs[i]
-    given = onnx_ir.Value(
-        name=tensor.name, type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT), shape=onnx_ir.Shape(list(tensor.shape))
-    )
-    graph.inputs.append(given)
-    total = onnx_ir.node("Add", [read, given], name=f"{tensor.name}_added")
-    total.outputs[0].name, total.outputs[0].type, total.outputs[0].shape = f"{tensor.name}_sum", read.type, read.shape
+    read, given = node.inputs[i], next(value for value in graph.inputs if value.name == name)
+    total = onnx_ir.node("Add", [read, given], name=f"{name}_added")
+    total.outputs[0].name, total.outputs[0].type, total.outputs[0].shape = f"{name}_sum", read.type, read.shape
     graph.insert_before(node, total)
     node.replace_input_with(i, total.outputs[0])

@@ -39,6 +39,7 @@ class ComponentSpec:
     range of timesteps. repeat: an input that is a vector over the batch and is to accept one value for all rows.
     facts: numbers that `load` writes into the graph beside the weights. per_prompt: inputs that a whole run shares.
     tied: axes that follow another: its name, and what it is multiplied with and then divided by, rounded up.
+    more_sources: of other weights that are written into it.
     rewrites: the component whose graph this one's is made of, by `rewrite(graph, folder)`; "" for one that is traced.
     """
 
@@ -55,8 +56,14 @@ class ComponentSpec:
     facts: tuple[float, ...] = ()
     per_prompt: tuple[str, ...] = ()
     tied: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    more_sources: tuple[str, ...] = ()
     rewrites: str = ""
     rewrite: Callable[[Path, Path], None] | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All that its weights come from."""
+        return self.source, *self.more_sources
 
     def sizes(self, rng: np.random.Generator) -> dict[str, int]:
         """A random size for each axis."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...families import Pipeline
 from ..checkpoint import Checkpoint
 from ..graphs.spec import ComponentSpec
-from . import autoencoder, clip, control, unet
+from . import autoencoder, clip, control, image_prompt, unet
 
 _MAKERS = {
     "text": clip.text_encoder,
@@ -15,6 +15,8 @@ _MAKERS = {
     "preview": autoencoder.preview,
     "control": control.controlnet,
     "controlled": control.controlled_unet,
+    "image": image_prompt.image_encoder,
+    "image_prompt": image_prompt.projection,
 }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
@@ -13,15 +14,19 @@ from ...bundle import Tensor
 from ...bundle.wiring import PICTURE, SCALE
 from ...families import Pipeline
 from ...families.control import PREFIX, residuals
+from ...families.image_prompt import SCALE as SCALES
+from ...families.image_prompt import TOKENS, inputs
 from ..checkpoint import Checkpoint
 from ..configs import control_config, unet_config
 from ..fit import hollow
-from ..graphs.controlled import write_controlled
-from ..graphs.spec import ComponentSpec
-from ..loading import load_pretrained
+from ..graphs.controlled import Tokens, write_controlled
+from ..graphs.spec import Axis, ComponentSpec
+from ..ip_adapter import IPAdapterFile
+from ..loading import load_pretrained, quiet
 from .unet import UNet, unet
 
 _MOST_HALVINGS = 8
+_CROSS = "attn2.processor"
 
 
 class ControlNet(torch.nn.Module):
@@ -56,7 +61,14 @@ class ControlNet(torch.nn.Module):
 
 
 class ControlledUNet(UNet):
-    """One denoising prediction, with residuals added on the way."""
+    """One denoising prediction, with residuals added on the way, and with tokens of pictures beside the text.
+
+    adapters: how many kinds of tokens there are, each with a scale for each cross-attention.
+    """
+
+    def __init__(self, model: Any, adapters: int = 0) -> None:
+        super().__init__(model)
+        self.adapters = adapters
 
     def forward(  # type: ignore[override]
         self,
@@ -66,20 +78,53 @@ class ControlledUNet(UNet):
         text_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
-        **residuals: torch.Tensor,
+        **more: torch.Tensor,
     ) -> torch.Tensor:
-        *down, middle = residuals.values()
+        named = {"text_embeds": text_embeds, "time_ids": time_ids, "timestep_cond": timestep_cond, **more}
+        given = {
+            "sample": sample,
+            "timestep": timestep,
+            "encoder_hidden_states": encoder_hidden_states,
+            **{name: value for name, value in named.items() if value is not None},
+        }
+        if not self.adapters:
+            return self._predict(given, {})
+        made = []
+        for i in range(len(sample)):  # diffusers has one scale for all rows
+            row = {name: value[i : i + 1] for name, value in given.items()}
+            tokens = [row[TOKENS.format(k)] for k in range(self.adapters)]
+            scales = [row[SCALES.format(k)][0].tolist() for k in range(self.adapters)]
+            for layer, processor in enumerate(_cross_attentions(self.model)):
+                processor.scale = [each[layer] for each in scales]
+            made.append(self._predict(row, {"image_embeds": tokens}))
+        return torch.cat(made)
+
+    def _predict(self, given: dict[str, torch.Tensor], added: dict[str, Any]) -> torch.Tensor:
+        residuals = [value for name, value in given.items() if "_block_res_sample" in name]
+        added = added | {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
         result: torch.Tensor = self.model(
-            sample,
-            timestep,
-            encoder_hidden_states,
-            timestep_cond=timestep_cond,
-            added_cond_kwargs=None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids},
-            down_block_additional_residuals=tuple(down),
-            mid_block_additional_residual=middle,
+            given["sample"],
+            given["timestep"],
+            given["encoder_hidden_states"],
+            timestep_cond=given.get("timestep_cond"),
+            added_cond_kwargs=added or None,
+            down_block_additional_residuals=tuple(residuals[:-1]) if residuals else None,
+            mid_block_additional_residual=residuals[-1] if residuals else None,
             return_dict=False,
         )[0]
         return result
+
+
+class _Given(torch.nn.Module):
+    """Takes tokens for what they are projected from."""
+
+    def forward(self, tokens: Any) -> Any:
+        return tokens
+
+
+def _cross_attentions(model: Any) -> list[Any]:
+    """The processors of those, in diffusers' order."""
+    return [processor for name, processor in model.attn_processors.items() if name.endswith(_CROSS)]
 
 
 def controlnet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
@@ -106,19 +151,65 @@ def controlnet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compone
 
 
 def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
-    """The component `name`: the denoiser that takes residuals."""
-    denoiser = _denoiser(checkpoint, pipeline)
-    more = residuals(unet_config(checkpoint))
+    """The component `name`: the denoiser that takes residuals and tokens of pictures."""
+    denoiser, config, wiring = _denoiser(checkpoint, pipeline), unet_config(checkpoint), pipeline.wiring
+    more = residuals(config) if wiring.controls else ()
+    files = {
+        wired: IPAdapterFile.open(checkpoint.folder(wired.component), checkpoint.folder(wired.encoder))
+        for wired in wiring.image_prompts.values()
+    }
+    given = [each for wired in files for each in inputs(wired, int(config["cross_attention_dim"]))]
+
+    def load() -> Any:
+        model = load_pretrained(UNet2DConditionModel, checkpoint.folder("unet"))
+        if files:
+            states = [
+                {part: {n: t.float() for n, t in own.items()} for part, own in f.state().items()}
+                for f in files.values()
+            ]
+            with quiet():
+                model._load_ip_adapter_weights(states, low_cpu_mem_usage=False)
+            model.encoder_hid_proj = _Given()
+            for processor in _cross_attentions(model):
+                processor.float()
+        return ControlledUNet(model, len(files)).eval()
+
+    def write(plain: Path, folder: Path) -> None:
+        names = [name.removesuffix(".processor") for name in _names(checkpoint)]
+        tokens = [
+            Tokens(
+                *inputs(wired, int(config["cross_attention_dim"])),
+                names,
+                [(np.asarray(key.float()).T, np.asarray(value.float()).T) for key, value in file.layers()],
+            )
+            for wired, file in files.items()
+        ]
+        write_controlled(plain, folder, more, tokens)
+
+    sizes = {f"{wired.tokens}_length": Axis(1, 6) for wired in files}
     return replace(
         denoiser,
         name=name,
-        load=lambda: ControlledUNet(load_pretrained(UNet2DConditionModel, checkpoint.folder("unet"))).eval(),
+        load=load,
         hollow=lambda: ControlledUNet(hollow(UNet2DConditionModel, checkpoint.config("unet"))),
-        inputs=(*denoiser.inputs, *more),
+        inputs=(*denoiser.inputs, *more, *given),
+        axes={**denoiser.axes, **sizes},
         tied=_halves(),
+        per_prompt=(*denoiser.per_prompt, *(wired.tokens for wired in files)),
+        more_sources=tuple(wired.component for wired in files),
         rewrites=denoiser.name,
-        rewrite=partial(write_controlled, residuals=more),
+        rewrite=write,
     )
+
+
+def cross_attentions(checkpoint: Checkpoint) -> int:
+    """How many cross-attentions the denoiser has."""
+    return len(_names(checkpoint))
+
+
+def _names(checkpoint: Checkpoint) -> list[str]:
+    model = hollow(UNet2DConditionModel, checkpoint.config("unet"))
+    return [name for name in model.attn_processors if name.endswith(_CROSS)]
 
 
 def _denoiser(checkpoint: Checkpoint, pipeline: Pipeline) -> ComponentSpec:

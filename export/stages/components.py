@@ -76,7 +76,7 @@ class Tracer:
         made: dict[str, tuple[Traced, str]] = {}
         for spec in specs:
             meter.show(spec.name)
-            key = self._key(spec, hashes[spec.source])
+            key = self._key(spec, hashes)
             traced = self.ledger.find(spec.name, key, TRACED)
             if traced is None:
                 traced = self.ledger.keep(spec.name, key, self._traced(spec))
@@ -93,11 +93,11 @@ class Tracer:
         bundle = replace(bundle, manifest=replace(bundle.manifest, components=components, files=files))
         return with_report(bundle, "parity", {name: traced.parity for name, (traced, _) in made.items()})
 
-    def _key(self, spec: ComponentSpec, source_hash: str) -> str:
+    def _key(self, spec: ComponentSpec, hashes: Mapping[str, str]) -> str:
         return sha256_json(
             {
                 "revision": _REVISION,
-                "source": source_hash,
+                "source": hashes[spec.source],
                 "inputs": [asdict(tensor) for tensor in spec.inputs],
                 "outputs": [asdict(tensor) for tensor in spec.outputs],
                 "facts": spec.facts,
@@ -105,6 +105,7 @@ class Tracer:
                 "opset": OPSET,
             }
             | ({"storage": self._kept(spec)} if self._kept(spec) else {})
+            | ({"more": [hashes[name] for name in spec.more_sources]} if spec.more_sources else {})
         )
 
     def _kept(self, spec: ComponentSpec) -> str | None:

@@ -48,7 +48,8 @@ class Job:
     """A request checked against a bundle, with all that the loop needs.
 
     guidance: of the loop, off where the model is given its scale as an input. size: width and height in pixels.
-    record: the request as JSON values, to ask for it again. controls: pictures of controls, by their names.
+    record: the request as JSON values, to ask for it again. controls, image_prompts: their pictures, by
+    the names of controls and of IP-Adapters.
     """
 
     request: Request
@@ -59,6 +60,7 @@ class Job:
     size: tuple[int, int]
     record: dict[str, Any]
     controls: Mapping[str, Array] = field(default_factory=dict)
+    image_prompts: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Start(NamedTuple):
@@ -80,7 +82,8 @@ class Fed:
     prompt, negative: by source (see `bundle.wiring.SOURCES`), without their row axis, for the rows with the prompt and
     with the negative prompt. truncated: the parts of prompts that did not fit, by the name of the prompt.
     start: where the condition decides what the images start with.
-    inputs: by the names of the denoiser's inputs, for all rows. prompt_steps, negative_steps: the same, for each step,
+    inputs: by the names of the denoiser's inputs, for all rows; negative_inputs: in their place, for rows with the
+    negative prompt. prompt_steps, negative_steps: the same, for each step,
     (steps, …), of rows with the prompt and with the negative prompt.
     """
 
@@ -89,6 +92,7 @@ class Fed:
     truncated: Mapping[str, str] = field(default_factory=dict)
     start: Starter | None = None
     inputs: Mapping[str, Array] = field(default_factory=dict)
+    negative_inputs: Mapping[str, Array] = field(default_factory=dict)
     prompt_steps: Mapping[str, Array] = field(default_factory=dict)
     negative_steps: Mapping[str, Array] = field(default_factory=dict)
 
@@ -100,6 +104,7 @@ class Fed:
             {**self.truncated, **other.truncated},
             other.start or self.start,
             {**self.inputs, **other.inputs},
+            {**self.negative_inputs, **other.negative_inputs},
             {**self.prompt_steps, **other.prompt_steps},
             {**self.negative_steps, **other.negative_steps},
         )

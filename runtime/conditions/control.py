@@ -12,7 +12,7 @@ from ...bundle.wiring import Control as Wired
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from ...engines.controlled import input_name
-from ..control import Control
+from ..control import Control, acts_at
 from ..pictures.preprocess import control_pixels, open_image
 from ..request import Request
 from .condition import Condition, Fed, Job
@@ -91,7 +91,7 @@ def scales(control: Control | None, wired: Wired, steps: int) -> tuple[Array, Ar
     prompt = np.zeros((steps, wired.residuals), np.float32)
     if control is None:
         return prompt, prompt
-    acts = [control.acts_at(k, steps) for k in range(steps)]
+    acts = [acts_at(control.interval, k, steps) for k in range(steps)]
     guess = control.guess_mode or wired.global_pool
     rising = control.guess_mode and not wired.global_pool
     factors = np.logspace(-1, 0, wired.residuals, dtype=np.float32) if rising else np.float32(1)

@@ -1,0 +1,96 @@
+"""IP-Adapters (Ye et al. 2023): pictures that a denoiser reads beside the text, as configurations say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..bundle import Tensor
+from ..bundle.wiring import ImagePrompt
+from ..common.errors import CheckpointError
+from .control import CONTROLLED
+from .family import Part, Pipeline
+
+PREFIX = "ip_adapter_"
+"""Of the names of components that make tokens of pictures."""
+EMBEDS, HIDDEN = "image_embeds", "hidden_states"
+"""What an image encoder gives: its projected embedding, and the input of its last layer."""
+IMAGE_PROMPT = "ip_"
+"""Of the names of inputs that take image prompts."""
+TOKENS, SCALE = "ip_tokens_{}", "ip_scale_{}"
+"""Inputs of the denoiser, by the number of the adapter."""
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What the files of an IP-Adapter say.
+
+    encoder: the component that encodes its pictures. config: of that encoder. preprocessor: how its pictures are
+    prepared, {} for as CLIP's are. reads: `EMBEDS` or `HIDDEN`. width: of what it reads. tokens: that it makes of a
+    picture. text_width: of a token. layers: of the denoiser that read them.
+    """
+
+    encoder: str
+    config: Mapping[str, Any]
+    preprocessor: Mapping[str, Any]
+    reads: str
+    width: int
+    tokens: int
+    text_width: int
+    layers: int
+
+
+def with_image_prompts(pipeline: Pipeline, adapters: Mapping[str, Adapter], text_width: int, layers: int) -> Pipeline:
+    """`pipeline` with IP-Adapters, by the names given to them.
+
+    text_width, layers: of the denoiser's cross-attentions. Raises `CheckpointError` for one that does not fit it.
+    """
+    parts, found = dict(pipeline.parts), {}
+    denoiser = next(name for name, part in parts.items() if part.role == "denoiser")
+    controlled = parts.pop(CONTROLLED.format(denoiser), Part("controlled", parts[denoiser].source))
+    for i, (name, adapter) in enumerate(adapters.items()):
+        for what, own, theirs in (
+            ("makes tokens of width", adapter.text_width, text_width),
+            ("is for cross-attentions, as many as", adapter.layers, layers),
+        ):
+            if own != theirs:
+                raise CheckpointError(
+                    f"the IP-Adapter {name} {what} {own}, this checkpoint has {theirs}: it was made for another model; "
+                    "give one that was trained with this kind of checkpoint"
+                )
+        given = adapter.config["projection_dim" if adapter.reads == EMBEDS else "hidden_size"]
+        if given != adapter.width:
+            raise CheckpointError(
+                f"the IP-Adapter {name} reads {adapter.width} numbers of a picture, its image encoder gives {given}: "
+                "give the encoder that it was trained with (--image-encoder FOLDER)"
+            )
+        parts[adapter.encoder] = Part("image", adapter.encoder)
+        parts[PREFIX + name] = Part("image_prompt", PREFIX + name)
+        prepared = {"image_mean": _MEAN, "image_std": _STD, **adapter.preprocessor}
+        (r, g, b), (dr, dg, db) = (map(float, prepared[key]) for key in ("image_mean", "image_std"))
+        side = int(adapter.config["image_size"])
+        wired = ImagePrompt(
+            PREFIX + name,
+            adapter.encoder,
+            adapter.reads,
+            layers,
+            TOKENS.format(i),
+            SCALE.format(i),
+            side,
+            (r, g, b),
+            (dr, dg, db),
+        )
+        found[name] = wired
+    if adapters:
+        parts[CONTROLLED.format(denoiser)] = controlled
+    return replace(pipeline, parts=parts, wiring=replace(pipeline.wiring, image_prompts=found))
+
+
+def inputs(wired: ImagePrompt, text_width: int) -> tuple[Tensor, Tensor]:
+    """The inputs of the denoiser for one adapter: its tokens, and a factor for each cross-attention."""
+    return (
+        Tensor(wired.tokens, "float32", ("batch_size", f"{wired.tokens}_length", text_width)),
+        Tensor(wired.scale, "float32", ("batch_size", wired.layers)),
+    )

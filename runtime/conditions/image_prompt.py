@@ -1,0 +1,134 @@
+"""Pictures that are read beside the text, through the IP-Adapters of the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ...bundle import Bundle, Role
+from ...bundle.wiring import ImagePrompt as Wired
+from ...common.arrays import Array
+from ...common.errors import RequestError
+from ...engines import Engine
+from ..image_prompt import ImagePrompt
+from ..pictures.clip import clip_pixels
+from ..pictures.preprocess import open_image
+from ..request import Request
+from .condition import Condition, Fed, Job
+
+
+class ImagePromptCondition(Condition):
+    """The tokens of the pictures, and for each step the scales; see `condition.Condition`.
+
+    Where one job of a batch has an image prompt or a control, the others are given tokens of zeros at a scale of zero.
+    """
+
+    loads: Role | None = "image"
+
+    def __init__(self, bundle: Bundle, engine: Callable[[str], Engine]) -> None:
+        self._bundle, self._engine, self._prompts = bundle, engine, bundle.manifest.wiring.image_prompts
+
+    def heeds(self, request: Request, guided: bool) -> frozenset[str]:
+        """Any IP-Adapter, of any bundle: `pixels` says which it lacks."""
+        return frozenset({"image_prompt"})
+
+    def pixels(self, request: Request) -> dict[str, Array]:
+        """The pictures of the request as the encoder reads them, float32 (images, 3, S, S), by the names of adapters.
+
+        Raises `RequestError` for an adapter that the bundle lacks, a picture that cannot be read, and embeddings or
+        scales that do not fit.
+        """
+        found = {}
+        for prompt in request.image_prompt:
+            wired = self._wired(prompt.name)
+            if isinstance(prompt.scale, tuple) and len(prompt.scale) != wired.layers:
+                raise RequestError(
+                    f"the IP-Adapter {prompt.name} is read by {wired.layers} cross-attentions, found "
+                    f"{len(prompt.scale)} scales: give one for each, or one number"
+                )
+            if prompt.embeds is not None:
+                due = self._bundle.component(wired.component).inputs[0].shape[1:]
+                if prompt.embeds.shape[1:] != due:
+                    shape = ", ".join(map(str, ("images", *due)))
+                    raise RequestError(
+                        f"embeds of the IP-Adapter {prompt.name} must be ({shape}), found {prompt.embeds.shape}"
+                    )
+                continue
+            opened = [open_image(image, f"image of the IP-Adapter {prompt.name}") for image in prompt.images]
+            found[prompt.name] = np.stack([clip_pixels(each, wired.side, wired.mean, wired.std) for each in opened])
+        return found
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """The jobs of a batch must have as many images for an adapter, or none."""
+        for name in self._prompts:
+            counts = {_count(each) for job in jobs for each in job.request.image_prompt if each.name == name}
+            if len(counts) > 1:
+                raise RequestError(
+                    f"the requests of a batch must have as many images for the IP-Adapter {name}, found "
+                    f"{', '.join(map(str, sorted(counts)))}: run them on their own"
+                )
+
+    def feed(self, jobs: Sequence[Job]) -> list[Fed]:
+        """The tokens and the scales of each adapter, where one of the jobs has an image prompt or a control."""
+        if not any(job.request.image_prompt or job.request.control for job in jobs):
+            return [Fed() for _ in jobs]
+        return [self._fed(job, jobs) for job in jobs]
+
+    def _fed(self, job: Job, jobs: Sequence[Job]) -> Fed:
+        given = {prompt.name: prompt for prompt in job.request.image_prompt}
+        fed = Fed()
+        for name, wired in self._prompts.items():
+            prompt = given.get(name)
+            if prompt is None:
+                counts = [_count(each) for other in jobs for each in other.request.image_prompt if each.name == name]
+                tokens, width = self._bundle.component(wired.component).outputs[0].shape[1:]
+                positive = negative = np.zeros((int(tokens) * max(counts, default=1), int(width)), np.float32)
+                scales = np.zeros((job.table.steps, wired.layers), np.float32)
+            else:
+                positive, negative = self._tokens(job, prompt, wired)
+                scales = prompt.scales(wired.layers, job.table.steps)
+            steps = {wired.scale: scales}
+            fed |= Fed(
+                inputs={wired.tokens: positive},
+                negative_inputs={wired.tokens: negative},
+                prompt_steps=steps,
+                negative_steps=steps,
+            )
+        return fed
+
+    def _tokens(self, job: Job, prompt: ImagePrompt, wired: Wired) -> tuple[Array, Array]:
+        """The tokens of the pictures, (tokens, width), and those of none: as diffusers, of an embedding of zeros, or of
+        the hidden states of a picture of zeros."""
+        encoder = self._engine(wired.encoder)
+        pixels = job.image_prompts.get(prompt.name)
+        if prompt.embeds is not None:
+            encoded = prompt.embeds
+        else:
+            assert pixels is not None  # `pixels` made it of the images
+            encoded = encoder({encoder.inputs[0].name: pixels})[wired.output]
+        if not job.guidance.active:
+            empty = encoded
+        elif encoded.ndim == 2:
+            empty = np.zeros_like(encoded)
+        else:
+            side = np.zeros((1, 3, wired.side, wired.side), np.float32)
+            empty = np.repeat(encoder({encoder.inputs[0].name: side})[wired.output], len(encoded), axis=0)
+        project = self._engine(wired.component)
+        made = [project({project.inputs[0].name: each})["tokens"] for each in (encoded, empty)]
+        positive, negative = (each.reshape(-1, each.shape[-1]) for each in made)
+        return positive, negative
+
+    def _wired(self, name: str) -> Wired:
+        if name not in self._prompts:
+            has = f"it has {', '.join(self._prompts)}" if self._prompts else "it has none"
+            raise RequestError(
+                f"{self._bundle.root} has no IP-Adapter {name!r}, {has}: compile the checkpoint again with "
+                f"--ip-adapter {name}=FILE, nothing else is done twice"
+            )
+        return self._prompts[name]
+
+
+def _count(prompt: ImagePrompt) -> int:
+    """How many images it has."""
+    return len(prompt.images) if prompt.embeds is None else len(prompt.embeds)

@@ -1,0 +1,83 @@
+"""`ImagePrompt`: a picture that is read beside the text, through an IP-Adapter of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..common.arrays import Array
+from ..common.checks import is_number
+from ..common.errors import RequestError
+from .control import acts_at, check_interval
+
+_LARGEST_SCALE = 100.0
+_MOST_IMAGES = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImagePrompt:
+    """Ye et al. 2023. name: of the IP-Adapter, as the bundle calls it. image: a picture, or a list of them (paths, PIL
+    images, arrays (H, W, 3)).
+
+    embeds: in place of images what the image encoder gives for them, float32 (images, …). scale: a factor on what it
+    adds, or one for each cross-attention of the denoiser, in diffusers' order. interval: the part of the steps, from 0
+    to 1, in which it acts.
+    """
+
+    name: str
+    image: Any = None
+    scale: float | tuple[float, ...] = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    embeds: Array | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise RequestError(f"the name of an IP-Adapter must be a text, found {self.name!r:.80}")
+        if (self.image is None) == (self.embeds is None):
+            raise RequestError(f"the IP-Adapter {self.name} takes an image, or embeds in its place: give one of them")
+        images = self.image if isinstance(self.image, (list, tuple)) else [self.image]
+        if not 1 <= len(images) <= _MOST_IMAGES:
+            raise RequestError(f"the IP-Adapter {self.name} takes from 1 to {_MOST_IMAGES} images, found {len(images)}")
+        if self.embeds is not None:
+            found = np.asarray(self.embeds)
+            if found.dtype.kind != "f" or found.ndim not in (2, 3) or not found.size or not np.isfinite(found).all():
+                raise RequestError(f"embeds must be finite numbers of shape (images, …), found shape {found.shape}")
+            object.__setattr__(self, "embeds", found.astype(np.float32))
+        scale = self.scale
+        scales = scale if isinstance(scale, (list, tuple)) else (scale,)
+        if not scales or not all(is_number(each) and 0 <= each <= _LARGEST_SCALE for each in scales):
+            raise RequestError(
+                f"the scale of the IP-Adapter {self.name} must be from 0 to {_LARGEST_SCALE:g}, or one such number for "
+                f"each cross-attention, found {scale!r:.80}"
+            )
+        numbers = tuple(float(each) for each in scales)
+        object.__setattr__(self, "scale", numbers if isinstance(scale, (list, tuple)) else numbers[0])
+        object.__setattr__(self, "interval", check_interval(f"the IP-Adapter {self.name}", self.interval))
+
+    @property
+    def images(self) -> list[Any]:
+        """The pictures, [] where embeddings are given."""
+        if self.image is None:
+            return []
+        return list(self.image) if isinstance(self.image, (list, tuple)) else [self.image]
+
+    def scales(self, layers: int, steps: int) -> Array:
+        """The factor of each of `layers` in each of `steps`, float32 (steps, layers)."""
+        found = np.zeros((steps, layers), np.float32)
+        found[[acts_at(self.interval, k, steps) for k in range(steps)]] = np.asarray(self.scale, np.float32)
+        return found
+
+
+def read_image_prompts(name: str, value: Any) -> tuple[ImagePrompt, ...]:
+    """`value`, an `ImagePrompt` or several, as a tuple. Raises `RequestError` for anything else, or two of one name."""
+    prompts: Sequence[Any] = (value,) if isinstance(value, ImagePrompt) else value
+    if not isinstance(prompts, (tuple, list)) or not all(isinstance(each, ImagePrompt) for each in prompts):
+        raise RequestError(f"{name} takes a list of diffoundry.ImagePrompt, found {type(value).__name__}")
+    names = [each.name for each in prompts]
+    twice = sorted({each for each in names if names.count(each) > 1})
+    if twice:
+        raise RequestError(f"the IP-Adapter {twice[0]} is given twice: give all its images in one ImagePrompt")
+    return tuple(prompts)

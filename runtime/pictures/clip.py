@@ -1,0 +1,25 @@
+"""Pictures as CLIP's image encoders read them: the numbers of transformers' `CLIPImageProcessor`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from ...common.arrays import Array
+
+_BICUBIC = Image.Resampling.BICUBIC
+
+
+def clip_pixels(image: Image.Image, side: int, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """The middle of `image`, its shorter side scaled to `side`, normalized, float32 (3, side, side)."""
+    width, height = image.size
+    shorter = min(width, height)
+    size = int(side * width / shorter), int(side * height / shorter)
+    scaled = image.resize(size, _BICUBIC)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    middle = np.asarray(scaled.crop((left, top, left + side, top + side)).convert("RGB"))
+    unit = middle.astype(np.float32) * np.float32(1 / 255)
+    pixels = (unit - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.asarray(pixels.transpose(2, 0, 1), np.float32, order="C")
