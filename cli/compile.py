@@ -58,6 +58,18 @@ from .progress import progress
     help="A ControlNet that `run --control NAME=PICTURE` steers by. Give all that the bundle is to have.",
 )
 @click.option(
+    "--ip-adapter",
+    "ip_adapters",
+    multiple=True,
+    metavar="NAME=FILE_OR_FOLDER",
+    help="An IP-Adapter, which lets `run --ip-image` take pictures beside the prompt. Give all it is to have.",
+)
+@click.option(
+    "--image-encoder",
+    type=click.Path(),
+    help="The folder of the image encoder of --ip-adapter. [default: image_encoder beside its file]",
+)
+@click.option(
     "--config",
     type=click.Path(),
     help="For a single file: a diffusers folder whose configurations and tokenizer go with its weights.",
@@ -82,6 +94,7 @@ def compile_command(
     tasks: str | None,
     components: tuple[str, ...],
     controlnets: tuple[str, ...],
+    ip_adapters: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -108,6 +121,7 @@ def compile_command(
             output,
             tasks=None if tasks is None else read_list([tasks]),
             components=read_pairs("--component", components, "NAME=FOLDER"),
+            ip_adapters=read_pairs("--ip-adapter", ip_adapters, "NAME=FILE_OR_FOLDER"),
             controlnets=read_pairs("--controlnet", controlnets, "NAME=FOLDER_OR_FILE"),
             progress=report,
             **goal,

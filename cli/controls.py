@@ -1,13 +1,16 @@
-"""The options of `run` that make controls of pictures."""
+"""The options of `run` that make controls and image prompts of pictures."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import click
 
 from .options import read_pairs
+
+_NAME = re.compile(r"\w+")
 
 
 def read_controls(
@@ -46,6 +49,27 @@ def read_controls(
             image = canny(picture)
         controls.append(Control(name, image, **given))
     return tuple(controls)
+
+
+def read_image_prompts(pictures: Iterable[str], scales: Iterable[str]) -> tuple[Any, ...]:
+    """An `ImagePrompt` for each adapter that is named. Raises `click.UsageError` for a scale without a picture."""
+    from ..runtime.image_prompt import ImagePrompt
+
+    images: dict[str, list[str]] = {}
+    for name, picture in map(_named, pictures):
+        images.setdefault(name, []).append(picture)
+    scale_of: dict[str, float] = {}
+    for name, text in map(_named, scales):
+        if name not in images:
+            raise click.UsageError(f"--ip-scale {text} goes with --ip-image {name + '=' if name else ''}PICTURE")
+        scale_of[name] = _number("--ip-scale", name or "SCALE", text)
+    return tuple(ImagePrompt(name, found, scale_of.get(name, 1.0)) for name, found in images.items())
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME=VALUE, or VALUE for the only adapter."""
+    name, equals, value = text.partition("=")
+    return (name, value) if equals and _NAME.fullmatch(name) else ("", text)
 
 
 def _number(option: str, name: str, text: str) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..common.errors import RequestError
-from .controls import read_controls
+from .controls import read_controls, read_image_prompts
 from .options import GIB, NUMBERS, engine_option, json_option, precision_option, read_options, threads_option
 from .progress import progress
 
@@ -100,6 +100,13 @@ class _Run(click.Command):
     metavar="NAME[=canny]",
     help="The picture of this control is a photograph: take the edges that cv2.Canny finds in it.",
 )
+@click.option(
+    "--ip-image",
+    multiple=True,
+    metavar="[NAME=]PICTURE",
+    help="A picture that is read beside the prompt, by an IP-Adapter of the bundle. May be repeated.",
+)
+@click.option("--ip-scale", multiple=True, metavar="[NAME=]SCALE", help="How much it adds. [default: 1]")
 @click.option(
     "--scheduler",
     help="A name that `diffoundry schedulers` lists, or a diffusers class. [default: the checkpoint's own]",
@@ -271,11 +278,13 @@ def _request(asked: dict[str, Any]) -> Any:
     sizes = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
     options = read_options(asked.pop("scheduler_options"))
     controls = read_controls(*(asked.pop(name) for name in _OF_CONTROLS))
+    prompts = read_image_prompts(asked.pop("ip_image"), asked.pop("ip_scale"))
     conditioning = Conditioning(**{name: value for name, value in sizes.items() if value is not None})
     more: dict[str, Any] = {
         "guidance": guidance,
         "conditioning": conditioning,
         "scheduler_options": options,
         "control": controls,
+        "image_prompt": prompts,
     }
     return Request(**more, **asked)

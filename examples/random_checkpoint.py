@@ -349,6 +349,85 @@ def make_controlnet(unet: Mapping[str, Any], out: Path, seed: int = 0, *, scaled
     model.save_pretrained(out)
 
 
+def make_ip_adapter(unet: Mapping[str, Any], out: Path, kind: str = "plain", seed: int = 0) -> None:
+    """Write `ip_adapter.safetensors` with random weights, and the folder of its image encoder, to `out`.
+
+    unet: the configuration of the U-Net that it is for. kind: `plain`, `plus` or `full`.
+    """
+    import diffusers
+    import torch
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(2000 + seed)
+    seen, inner, width = 32, 64, int(unet["cross_attention_dim"])
+    config = CLIPVisionConfig(
+        hidden_size=seen,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=24,
+    )
+    encoder: Any = _model(CLIPVisionModelWithProjection, True, False, config)
+    encoder.save_pretrained(out / "image_encoder")
+    shapes: dict[str, tuple[int, ...]] = {
+        "plain": {
+            "proj.weight": (4 * width, 24),
+            "proj.bias": (4 * width,),
+            "norm.weight": (width,),
+            "norm.bias": (width,),
+        },
+        "full": {
+            "proj.0.weight": (seen, seen),
+            "proj.0.bias": (seen,),
+            "proj.2.weight": (width, seen),
+            "proj.2.bias": (width,),
+            "proj.3.weight": (width,),
+            "proj.3.bias": (width,),
+        },
+        "plus": {
+            "latents": (1, 3, inner),
+            "proj_in.weight": (inner, seen),
+            "proj_in.bias": (inner,),
+            "proj_out.weight": (width, inner),
+            "proj_out.bias": (width,),
+            "norm_out.weight": (width,),
+            "norm_out.bias": (width,),
+            **{f"layers.{i}.{name}": shape for i in range(4) for name, shape in _resampler(inner).items()},
+        },
+    }[kind]
+    tensors = {}
+    for name, shape in shapes.items():
+        spread = 0.1 if len(shape) == 1 else shape[-1] ** -0.5
+        is_norm = len(shape) == 1 and name.endswith("weight")
+        tensors[f"image_proj.{name}"] = torch.randn(shape) * spread + float(is_norm)
+    with torch.device("meta"):
+        model: Any = diffusers.UNet2DConditionModel.from_config(dict(unet))
+    crosses = [name for name in model.attn_processors if name.endswith("attn2.processor")]
+    for i, name in enumerate(crosses):
+        channels = model.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
+        for part in ("to_k_ip", "to_v_ip"):
+            tensors[f"ip_adapter.{2 * i + 1}.{part}.weight"] = torch.randn(channels, width) * width**-0.5
+    save_file(tensors, out / "ip_adapter.safetensors", metadata={"format": "pt"})
+
+
+def _resampler(inner: int) -> dict[str, tuple[int, ...]]:
+    """The weights of one layer of the resampler of an IP-Adapter Plus, as published ones name them."""
+    norms = {f"0.{name}.{part}": (inner,) for name in ("norm1", "norm2") for part in ("weight", "bias")}
+    return {
+        **norms,
+        "0.to_q.weight": (64, inner),
+        "0.to_kv.weight": (128, inner),
+        "0.to_out.weight": (inner, 64),
+        "1.0.weight": (inner,),
+        "1.0.bias": (inner,),
+        "1.1.weight": (4 * inner, inner),
+        "1.3.weight": (inner, 4 * inner),
+    }
+
+
 def _model(kind: Any, scaled: bool, half: bool, *arguments: Any, **options: Any) -> torch.nn.Module:
     """A model of the class `kind`, its weights drawn as `Size` says."""
     import torch

@@ -49,6 +49,9 @@ _HALF_SCHEDULERS = tuple(name for name in SCHEDULERS if name != "lcm")  # pico i
 CONTROLLED = "+control"
 CONTROLS = {"edge": 0, "depth": 1}
 """The ControlNets of a bundle with controls, and the seeds of their weights."""
+PROMPTED = "+image-"
+ADAPTERS = ("plain", "plus", "full")
+"""The kinds of IP-Adapters, by which they are called."""
 _PNDM = {"plms": {"skip_prk_steps": True}, "pndm": {"skip_prk_steps": False}}
 
 
@@ -62,6 +65,15 @@ class Steer:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompted:
+    """An image prompt of a case. name: of an IP-Adapter that `examples.random_checkpoint` makes, in `ADAPTERS`."""
+
+    name: str
+    scale: float = 1.0
+    images: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """One request, as both are given it.
 
@@ -70,7 +82,7 @@ class Case:
     checkpoint's own.
     size: width and height, None for the checkpoint's own. picture: size of the image and the mask where it differs.
     then: the second stage, which takes the latents of this one as its image.
-    controls: what steers it, and guess_mode whether by the prompt alone.
+    controls: what steers it, and guess_mode whether by the prompt alone. prompts: pictures beside the text.
     """
 
     checkpoint: str
@@ -85,17 +97,20 @@ class Case:
     then: Case | None = None
     controls: tuple[Steer, ...] = ()
     guess_mode: bool = False
+    prompts: tuple[Prompted, ...] = ()
 
     @property
     def source(self) -> str:
-        """The name of the checkpoint, with `CONTROLLED` behind it where its bundle has controls."""
-        return self.checkpoint + (CONTROLLED if self.controls else "")
+        """The name of the checkpoint, with what its bundle has beside it."""
+        more = "".join(f"{PROMPTED}{each.name}" for each in self.prompts)
+        return self.checkpoint + (CONTROLLED if self.controls else "") + more
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.size)) if self.size else "default"
         then = f"-> {self.then.checkpoint} {self.then.task}" if self.then else ""
         steers = [f"{each.name} {each.scale:g} {each.interval[0]:g}:{each.interval[1]:g}" for each in self.controls]
         steers = [f"control {', '.join(steers)}" + (" guess" if self.guess_mode else "")] if steers else []
+        steers += [f"control by image {each.name} {each.scale:g} x{each.images}" for each in self.prompts]
         about = (self.checkpoint, self.task, self.kind, self.label, *steers, self.scheduler)
         parts = (*about, size, f"batch {self.count}", then)
         return " ".join(part for part in parts if part)
@@ -192,6 +207,7 @@ def cases() -> Iterator[Case]:
     yield from _of_conditions()
     yield from _of_stages()
     yield from _of_controls()
+    yield from _of_image_prompts()
 
 
 def half_cases() -> Iterator[Case]:
@@ -348,6 +364,33 @@ def _of_controls() -> Iterator[Case]:
             yield replace(plain, controls=edge, picture=(77, 93), size=WIDE, label="picture 77x93")
 
 
+def _of_image_prompts() -> Iterator[Case]:
+    """Each kind of IP-Adapter in every task, several images, two adapters, and one with ControlNets."""
+    for task in _ALL:
+        strength = {"strength": 0.6} if task in STRENGTHS else {}
+        case = Case("pico", task, _KINDS[task]["SD"], {**_GUIDED, **strength}, size=(72, 56), count=2)
+        yield replace(case, prompts=(Prompted("plus", 0.7),))
+    for checkpoint in ("sd15-small", "sdxl-small"):
+        pipelines, tasks, _ = FAMILIES[checkpoint]
+        for kind in ADAPTERS:
+            for task in tasks:
+                case = _of(checkpoint, task, "")
+                yield replace(case, prompts=(Prompted(kind),))
+                yield replace(case, prompts=(Prompted(kind, 0.4, 2),), count=2, size=WIDE)
+            plain = _of(checkpoint, "txt2img", "")
+            for scheduler in ("ddim", "heun", "dpm++2m", "euler_a"):
+                yield replace(plain, prompts=(Prompted(kind, 0.8),), scheduler=scheduler)
+            unguided = {**plain.options, "guidance": 1.0, "negative_prompt": None}
+            yield replace(plain, options=unguided, prompts=(Prompted(kind),), label="no guidance")
+        for task in tasks:
+            both = (Prompted("plain", 0.5), Prompted("plus", 0.9, 2))
+            yield replace(_of(checkpoint, task, ""), prompts=both)
+            steered = replace(
+                _of(checkpoint, task, ""), kind=_CONTROLNET[pipelines, task], controls=(Steer("edge", 0.8),)
+            )
+            yield replace(steered, prompts=(Prompted("plain", 0.6),))
+
+
 # ---------------------------------------------------------------------------------------------------------- the inputs
 
 
@@ -388,6 +431,11 @@ def _steering(case: Case) -> list[Image.Image]:
     return [picture(*(case.picture or _size(case))).rotate(180 * i) for i, _ in enumerate(case.controls, 1)]
 
 
+def _prompting(case: Case) -> list[list[Image.Image]]:
+    """The pictures of its image prompts."""
+    return [[picture(50 + 13 * i, 40 + 9 * k) for k in range(each.images)] for i, each in enumerate(case.prompts)]
+
+
 # ---------------------------------------------------------------------------------------------------------- diffusers
 
 _THEIR_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "mask": "mask_image"}
@@ -399,7 +447,9 @@ FolderOf = Callable[[str], Path]
 
 
 @functools.lru_cache(maxsize=8)
-def _oracle(checkpoint: Path, kind: str, setting: Setting, controls: tuple[Path, ...] = ()) -> tuple[Any, Any]:
+def _oracle(
+    checkpoint: Path, kind: str, setting: Setting, controls: tuple[Path, ...] = (), adapters: tuple[Path, ...] = ()
+) -> tuple[Any, Any]:
     import diffusers
     import torch
 
@@ -410,6 +460,14 @@ def _oracle(checkpoint: Path, kind: str, setting: Setting, controls: tuple[Path,
         extra["controlnet"] = nets if len(nets) > 1 else nets[0]
     pipeline = getattr(diffusers, kind).from_pretrained(checkpoint, **extra)
     pipeline.set_progress_bar_config(disable=True)
+    if adapters:
+        pipeline.unet.float()  # which they take over
+        pipeline.load_ip_adapter(
+            [str(folder) for folder in adapters],
+            subfolder=[""] * len(adapters),
+            weight_name=["ip_adapter.safetensors"] * len(adapters),
+            image_encoder_folder=str(adapters[0] / "image_encoder"),
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pipeline.to(
         setting.device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setting.precision]
@@ -433,7 +491,10 @@ def diffusers_run(
 
     with _quiet():
         folders = tuple(checkpoint_of(f"{case.checkpoint}{CONTROLLED}-{each.name}") for each in case.controls)
-        pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind, setting, folders)
+        adapters = tuple(checkpoint_of(f"{case.checkpoint}{PROMPTED}{each.name}") for each in case.prompts)
+        pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind, setting, folders, adapters)
+        if adapters:
+            pipeline.set_ip_adapter_scale([each.scale for each in case.prompts])
     kind = SCHEDULERS.get(case.scheduler, case.scheduler) if case.scheduler else config["_class_name"]
     pipeline.scheduler = getattr(diffusers, kind).from_config(config, **_PNDM.get(case.scheduler or "", {}))
     inputs: dict[str, Any] = dict(_pictures(case))
@@ -443,6 +504,8 @@ def diffusers_run(
         inputs["image"] = torch.from_numpy(latents)
     if case.controls:
         inputs |= _their_controls(case)
+    if case.prompts:
+        inputs["ip_adapter_image"] = _prompting(case)
     options = {"prompt": PROMPT, **inputs, **case.options}
     options = {_THEIR_NAMES.get(name, name): value for name, value in options.items()}
     for name in _TEXTS:
@@ -523,6 +586,7 @@ def diffoundry_run(
     """What the bundle gives. Raises `DiffoundryError` for what it refuses."""
     from ..runtime.conditioning import Conditioning
     from ..runtime.control import Control
+    from ..runtime.image_prompt import ImagePrompt
 
     pipeline = _pipeline(bundle_of(case.source), setting)
     options = {"prompt": PROMPT, **_pictures(case), **case.options, "scheduler": case.scheduler, "seed": SEED}
@@ -531,6 +595,9 @@ def diffoundry_run(
         options |= {name: Conditioning(**told)} if told else {}
     if latents is not None:
         options["image"] = latents
+    options["image_prompt"] = [
+        ImagePrompt(each.name, images, each.scale) for each, images in zip(case.prompts, _prompting(case), strict=True)
+    ]
     options["control"] = [
         Control(each.name, image, each.scale, each.interval, case.guess_mode)
         for each, image in zip(case.controls, _steering(case), strict=True)
@@ -667,31 +734,50 @@ def _is_alike(psnr: float, ssim: float, ours: float, theirs: float) -> bool:
 
 
 def _checkpoint(root: Path, name: str) -> Path:
-    from ..examples.random_checkpoint import make, make_controlnet
+    from ..examples.random_checkpoint import make
 
     if name == "pico":
         return Path(__file__).parents[1] / "examples" / name
     folder = root / name
-    plain, controlled, control = name.partition(f"{CONTROLLED}-")
-    if controlled:
-        if not (folder / "config.json").exists():
-            unet = json.loads((_checkpoint(root, plain) / "unet" / "config.json").read_text())
-            make_controlnet(unet, folder, CONTROLS[control])
+    plain = name.partition("+")[0]
+    if plain != name:
+        if not folder.exists():
+            make_part(json.loads((_checkpoint(root, plain) / "unet" / "config.json").read_text()), name, folder)
         return folder
     if not (folder / "model_index.json").exists():
         make(name, folder)
     return folder
 
 
+def make_part(unet: Mapping[str, Any], name: str, folder: Path) -> None:
+    """Write what stands beside a checkpoint with this U-Net: `CHECKPOINT+control-NAME` or `CHECKPOINT+image-KIND`."""
+    from ..examples.random_checkpoint import make_controlnet, make_ip_adapter
+
+    _, is_control, control = name.partition(f"{CONTROLLED}-")
+    if is_control:
+        make_controlnet(unet, folder, CONTROLS[control])
+    else:
+        make_ip_adapter(unet, folder, name.partition(PROMPTED)[2])
+
+
+def beside(checkpoint_of: FolderOf, name: str) -> dict[str, Any]:
+    """What `compile` is given beside the checkpoint for a bundle of this name; see `Case.source`."""
+    plain, *parts = name.split("+")
+    adapters = [part.removeprefix(PROMPTED[1:]) for part in parts if part.startswith(PROMPTED[1:])]
+    nets = CONTROLS if CONTROLLED[1:] in parts else ()
+    return {
+        "controlnets": {each: checkpoint_of(f"{plain}{CONTROLLED}-{each}") for each in nets},
+        "ip_adapters": {each: checkpoint_of(f"{plain}{PROMPTED}{each}") for each in adapters},
+    }
+
+
 def _bundle(root: Path, setting: Setting, name: str) -> Path:
     from ..export import compile
 
-    plain, controlled, _ = name.partition(CONTROLLED)
-    nets = {each: _checkpoint(root, f"{name}-{each}") for each in CONTROLS} if controlled else {}
     made = compile(
-        _checkpoint(root, plain),
+        _checkpoint(root, name.partition("+")[0]),
         root / f"{name}.bundle",
-        controlnets=nets,
+        **beside(functools.partial(_checkpoint, root), name),
         engine=setting.engine,
         precision=setting.precision,
     )

@@ -19,8 +19,8 @@ _MOST_IMAGES = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImagePrompt:
-    """Ye et al. 2023. name: of the IP-Adapter, as the bundle calls it. image: a picture, or a list of them (paths, PIL
-    images, arrays (H, W, 3)).
+    """Ye et al. 2023. name: of the IP-Adapter, as the bundle calls it, "" for the only one that it has. image: a
+    picture, or a list of them (paths, PIL images, arrays (H, W, 3)).
 
     embeds: in place of images what the image encoder gives for them, float32 (images, …). scale: a factor on what it
     adds, or one for each cross-attention of the denoiser, in diffusers' order. interval: the part of the steps, from 0
@@ -34,7 +34,7 @@ class ImagePrompt:
     embeds: Array | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
+        if not isinstance(self.name, str):
             raise RequestError(f"the name of an IP-Adapter must be a text, found {self.name!r:.80}")
         if (self.image is None) == (self.embeds is None):
             raise RequestError(f"the IP-Adapter {self.name} takes an image, or embeds in its place: give one of them")

@@ -47,16 +47,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint_of(shared: Path) -> Callable[[str], Path]:
-    """The diffusers folder of pico, of a name in `examples.random_checkpoint`, or of a ControlNet of a checkpoint."""
+    """The diffusers folder of pico, of a name in `examples.random_checkpoint`, or what is beside one."""
 
     def get(name: str) -> Path:
-        from diffoundry.examples.random_checkpoint import make, make_controlnet
-        from diffoundry.parity.pipelines import CONTROLLED, CONTROLS
+        from diffoundry.examples.random_checkpoint import make
+        from diffoundry.parity.pipelines import make_part
 
-        plain, _, control = name.partition(f"{CONTROLLED}-")
-        if control:
+        plain = name.partition("+")[0]
+        if plain != name:
             unet = json.loads((get(plain) / "unet" / "config.json").read_text())
-            return _once(shared / "checkpoints" / name, lambda path: make_controlnet(unet, path, CONTROLS[control]))
+            return _once(shared / "checkpoints" / name, lambda path: make_part(unet, name, path))
         return PICO if name == "pico" else _once(shared / "checkpoints" / name, lambda path: make(name, path))
 
     return get
@@ -64,24 +64,23 @@ def checkpoint_of(shared: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def bundle_of(shared: Path, checkpoint_of: Callable[[str], Path]) -> Callable[[str], Path]:
-    """The compiled bundle of a checkpoint, `+control` behind its name with two ControlNets.
+    """The compiled bundle of a checkpoint; `+control` behind its name is two ControlNets, `+image-KIND` an adapter.
 
     Do not change it: use `copied` for that.
     """
 
     def get(name: str) -> Path:
         import diffoundry
-        from diffoundry.parity.pipelines import CONTROLLED, CONTROLS
+        from diffoundry.parity.pipelines import beside
 
-        plain, controlled, _ = name.partition(CONTROLLED)
-        nets = {each: checkpoint_of(f"{name}-{each}") for each in CONTROLS} if controlled else {}
+        plain, more = name.partition("+")[0], beside(checkpoint_of, name)
 
         def make(path: Path) -> None:
-            if controlled:
-                shutil.copytree(get(plain), path.with_suffix(".making"), dirs_exist_ok=True)  # nothing is traced twice
-            made = path.with_suffix(".making") if controlled else path
-            diffoundry.compile(checkpoint_of(plain), made, controlnets=nets)
-            made.rename(path)
+            work = path.with_name(f"{name}.making")
+            if plain != name:
+                shutil.copytree(get(plain), work)  # nothing is traced twice
+            diffoundry.compile(checkpoint_of(plain), work, **more)
+            work.rename(path)
 
         return _once(shared / "bundles" / name, make)
 

@@ -41,7 +41,7 @@ class ImagePromptCondition(Condition):
         """
         found = {}
         for prompt in request.image_prompt:
-            wired = self._wired(prompt.name)
+            wired = self._prompts[self._name(prompt)]
             if isinstance(prompt.scale, tuple) and len(prompt.scale) != wired.layers:
                 raise RequestError(
                     f"the IP-Adapter {prompt.name} is read by {wired.layers} cross-attentions, found "
@@ -56,13 +56,15 @@ class ImagePromptCondition(Condition):
                     )
                 continue
             opened = [open_image(image, f"image of the IP-Adapter {prompt.name}") for image in prompt.images]
-            found[prompt.name] = np.stack([clip_pixels(each, wired.side, wired.mean, wired.std) for each in opened])
+            found[self._name(prompt)] = np.stack(
+                [clip_pixels(each, wired.side, wired.mean, wired.std) for each in opened]
+            )
         return found
 
     def check(self, jobs: Sequence[Job]) -> None:
         """The jobs of a batch must have as many images for an adapter, or none."""
         for name in self._prompts:
-            counts = {_count(each) for job in jobs for each in job.request.image_prompt if each.name == name}
+            counts = set(self._counts(name, jobs))
             if len(counts) > 1:
                 raise RequestError(
                     f"the requests of a batch must have as many images for the IP-Adapter {name}, found "
@@ -76,14 +78,14 @@ class ImagePromptCondition(Condition):
         return [self._fed(job, jobs) for job in jobs]
 
     def _fed(self, job: Job, jobs: Sequence[Job]) -> Fed:
-        given = {prompt.name: prompt for prompt in job.request.image_prompt}
+        given = {self._name(prompt): prompt for prompt in job.request.image_prompt}
         fed = Fed()
         for name, wired in self._prompts.items():
             prompt = given.get(name)
             if prompt is None:
-                counts = [_count(each) for other in jobs for each in other.request.image_prompt if each.name == name]
                 tokens, width = self._bundle.component(wired.component).outputs[0].shape[1:]
-                positive = negative = np.zeros((int(tokens) * max(counts, default=1), int(width)), np.float32)
+                count = max(self._counts(name, jobs), default=1)
+                positive = negative = np.zeros((int(tokens) * count, int(width)), np.float32)
                 scales = np.zeros((job.table.steps, wired.layers), np.float32)
             else:
                 positive, negative = self._tokens(job, prompt, wired)
@@ -101,7 +103,7 @@ class ImagePromptCondition(Condition):
         """The tokens of the pictures, (tokens, width), and those of none: as diffusers, of an embedding of zeros, or of
         the hidden states of a picture of zeros."""
         encoder = self._engine(wired.encoder)
-        pixels = job.image_prompts.get(prompt.name)
+        pixels = job.image_prompts.get(self._name(prompt))
         if prompt.embeds is not None:
             encoded = prompt.embeds
         else:
@@ -119,14 +121,25 @@ class ImagePromptCondition(Condition):
         positive, negative = (each.reshape(-1, each.shape[-1]) for each in made)
         return positive, negative
 
-    def _wired(self, name: str) -> Wired:
+    def _counts(self, name: str, jobs: Sequence[Job]) -> list[int]:
+        """How many images each job has for an adapter, of those that have any."""
+        return [_count(each) for job in jobs for each in job.request.image_prompt if self._name(each) == name]
+
+    def _name(self, prompt: ImagePrompt) -> str:
+        """The adapter that a prompt is for."""
+        name = prompt.name
+        if not name and len(self._prompts) == 1:
+            return next(iter(self._prompts))
         if name not in self._prompts:
-            has = f"it has {', '.join(self._prompts)}" if self._prompts else "it has none"
+            root, known = self._bundle.root, ", ".join(self._prompts)
+            if not name and known:
+                raise RequestError(f"{root} has the IP-Adapters {known}: say for which one the image is")
+            lacks = f"no IP-Adapter {name!r}, it has {known}" if known else "no IP-Adapter"
             raise RequestError(
-                f"{self._bundle.root} has no IP-Adapter {name!r}, {has}: compile the checkpoint again with "
-                f"--ip-adapter {name}=FILE, nothing else is done twice"
+                f"{root} has {lacks}: compile the checkpoint again with --ip-adapter {name or 'NAME'}=FILE, nothing else "
+                "is done twice"
             )
-        return self._prompts[name]
+        return name
 
 
 def _count(prompt: ImagePrompt) -> int:

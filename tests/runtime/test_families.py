@@ -31,7 +31,7 @@ LABELS = (
 
 def is_quick(case: Case) -> bool:
     """Whether a case is run each time: one of each task with all that varies, and one of each option."""
-    if case.controls:
+    if case.controls or case.prompts:
         return case.checkpoint == "pico"
     if case.checkpoint not in QUICK:
         return False
