@@ -16,6 +16,7 @@ from ..common.errors import RequestError
 from ..common.progress import Progress
 from ..engines import Engine
 from ..runtime.control import Control
+from ..runtime.image_prompt import ImagePrompt
 from ..runtime.pipeline import Pipeline
 from ..runtime.request import Request
 from .budget import PSNR, Budget
@@ -152,7 +153,8 @@ def run_loop(
 ) -> list[Array]:
     """Run the loop on every prompt and return the images, uint8 (H, W, 3); each component runs at least once.
 
-    controlled: where the bundle has controls, draw the first prompt once more, with all of them; else they do not run.
+    controlled: where the bundle has controls or IP-Adapters, draw the first prompt once more, with all of them; else
+    they do not run.
     engines: what loads each component. One is in memory at a time. threads: of the pipeline, which shares the rows of
     a small model among them; None for all.
     Raises `EngineError` when latents or an image are not finite, `RequestError` for a size the bundle cannot do.
@@ -164,8 +166,8 @@ def run_loop(
 
     asked = requests(bundle, scan)
     results = pipeline.generate_many(asked, batch=1, low_memory=True, callback=report)
-    if controlled and bundle.manifest.wiring.controls:
-        steered = replace(asked[0], control=_controls(bundle, scan))
+    if controlled and bundle.manifest.with_role("controlled"):
+        steered = replace(asked[0], control=_controls(bundle, scan), image_prompt=_image_prompts(bundle, scan))
         results += pipeline.generate_many([steered], batch=1, low_memory=True, callback=report)
     pipeline.release_all()
     images = [np.asarray(image) for result in results for image in result.images]
@@ -198,6 +200,12 @@ def _controls(bundle: Bundle, scan: Scan) -> tuple[Control, ...]:
     width, height = scan.size or (bundle.manifest.default_width, bundle.manifest.default_height)
     names = bundle.manifest.wiring.controls
     return tuple(Control(name, _picture(width, height, scan.seed + i)) for i, name in enumerate(names))
+
+
+def _image_prompts(bundle: Bundle, scan: Scan) -> tuple[ImagePrompt, ...]:
+    """One for each IP-Adapter of the bundle, with a drawn picture."""
+    prompts = bundle.manifest.wiring.image_prompts
+    return tuple(ImagePrompt(name, _picture(each.side, each.side, scan.seed)) for name, each in prompts.items())
 
 
 def _picture(width: int, height: int, seed: int) -> Array:

@@ -101,7 +101,9 @@ class Case:
 
     @property
     def source(self) -> str:
-        """The name of the checkpoint, with what its bundle has beside it."""
+        """The name of the checkpoint, with what its bundle has beside it; pico's has all that its cases need."""
+        if self.checkpoint == "pico" and (self.controls or self.prompts):
+            return f"pico{CONTROLLED}{PROMPTED}plus"
         more = "".join(f"{PROMPTED}{each.name}" for each in self.prompts)
         return self.checkpoint + (CONTROLLED if self.controls else "") + more
 

@@ -108,6 +108,8 @@ def profiles(manifest: Manifest, component: str, target: Target) -> list[Profile
         rows = max(_MOST_PROMPTS, 2 * target.batch[1])
         axes = {"batch_size": (1, 2, rows), "sequence_length": (tokens,) * 3}
         return [_profile(manifest, component, f"{tokens} tokens, 1-{rows} prompts", axes)]
+    if role in ("image", "image_prompt"):
+        return [_profile(manifest, component, f"1-{_MOST_PROMPTS} images", {"batch_size": (1, 1, _MOST_PROMPTS)})]
     if role == "step":
         return [_step_profile(manifest, component, target, ranges)]
     return [_sized_profile(manifest, component, target, sizes) for sizes in ranges]
@@ -139,6 +141,9 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
     }
     parts = [halved({"height": axes["height"][i], "width": axes["width"][i]}) for i in range(3)]
     axes |= {name: tuple(part[name] for part in parts) for name in parts[0]}
+    for prompt in manifest.wiring.image_prompts.values():
+        count = int(manifest.components[prompt.component].outputs[0].shape[1])
+        axes[f"{prompt.tokens}_length"] = (count, count, count * _MOST_PROMPTS)
     name = "-".join("x".join(map(str, size)) for size in dict.fromkeys((sizes[0], sizes[2])))
     if denoises:
         name += f", batch {'-'.join(map(str, dict.fromkeys(target.batch)))}"

@@ -136,8 +136,8 @@ class ImagePromptCondition(Condition):
                 raise RequestError(f"{root} has the IP-Adapters {known}: say for which one the image is")
             lacks = f"no IP-Adapter {name!r}, it has {known}" if known else "no IP-Adapter"
             raise RequestError(
-                f"{root} has {lacks}: compile the checkpoint again with --ip-adapter {name or 'NAME'}=FILE, nothing else "
-                "is done twice"
+                f"{root} has {lacks}: compile the checkpoint again with --ip-adapter {name or 'NAME'}=FILE, "
+                "nothing else is done twice"
             )
         return name
 
