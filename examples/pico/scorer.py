@@ -27,28 +27,16 @@ def read(image: np.ndarray) -> dict[str, str | None]:
 
     Raises ValueError for another shape or dtype.
     """
-    if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
-        raise ValueError(f"a picture must be uint8 of shape ({SIDE}, {SIDE}, 3), found {image.dtype} {image.shape}")
+    _check_picture(image)
     pixels = image.astype(np.float32)
-    border = np.concatenate(
-        [
-            pixels[:2].reshape(-1, 3),
-            pixels[-2:].reshape(-1, 3),
-            pixels[:, :2].reshape(-1, 3),
-            pixels[:, -2:].reshape(-1, 3),
-        ]
-    )
-    background = np.median(border, axis=0)
+    background = _background(pixels)
     found: dict[str, str | None] = dict.fromkeys(ATTRIBUTES)
     found["background"] = _nearest(BACKGROUNDS, background)
-    difference = np.linalg.norm(pixels - background, axis=2)
-    if difference.max() < _NOTHING:
+    foreground = _foreground(pixels, background)
+    if foreground is None:
         return found
-    core = pixels[difference > 0.7 * difference.max()]
-    foreground = np.median(core, axis=0)
     found["color"] = _nearest(COLORS, foreground)
-    direction = foreground - background
-    mask = np.clip((pixels - background) @ direction / (direction @ direction), 0, 1)
+    mask = _between(pixels, background, foreground)
     mask[mask < 0.15] = 0
     y, x = _centroid(mask)
     found["place"] = _nearest(
@@ -65,6 +53,20 @@ def read(image: np.ndarray) -> dict[str, str | None]:
     return found
 
 
+def read_mask(image: np.ndarray) -> np.ndarray:
+    """Where a uint8 RGB picture of shape (64, 64, 3) shows its shape: bool (64, 64), nowhere if it shows none.
+
+    A pixel belongs to the shape when it is nearer to the shape's colour than to the background. Raises as `read` does.
+    """
+    _check_picture(image)
+    pixels = image.astype(np.float32)
+    background = _background(pixels)
+    foreground = _foreground(pixels, background)
+    if foreground is None:
+        return np.zeros((SIDE, SIDE), bool)
+    return np.asarray(_between(pixels, background, foreground) > 0.5)
+
+
 def score(pictures: Iterable[np.ndarray], scenes: Iterable[Scene]) -> dict[str, float]:
     """The share of each attribute that is right over the pairs, and `all`: their mean."""
     right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
@@ -74,6 +76,29 @@ def score(pictures: Iterable[np.ndarray], scenes: Iterable[Scene]) -> dict[str, 
             right[name].append(found[name] == getattr(scene, name))
     shares = {name: float(np.mean(values)) for name, values in right.items()}
     return {**shares, "all": float(np.mean(list(shares.values())))}
+
+
+def _check_picture(image: np.ndarray) -> None:
+    if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
+        raise ValueError(f"a picture must be uint8 of shape ({SIDE}, {SIDE}, 3), found {image.dtype} {image.shape}")
+
+
+def _background(pixels: np.ndarray) -> np.ndarray:
+    sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
+    return np.asarray(np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0))
+
+
+def _foreground(pixels: np.ndarray, background: np.ndarray) -> np.ndarray | None:
+    difference = np.linalg.norm(pixels - background, axis=2)
+    if difference.max() < _NOTHING:
+        return None
+    return np.asarray(np.median(pixels[difference > 0.7 * difference.max()], axis=0))
+
+
+def _between(pixels: np.ndarray, background: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+    """How far each pixel is on the way from background to foreground, in [0, 1]."""
+    direction = foreground - background
+    return np.asarray(np.clip((pixels - background) @ direction / (direction @ direction), 0, 1))
 
 
 def _nearest(palette: dict[str, tuple[int, int, int]] | dict[str, tuple[float, float]], value: np.ndarray) -> str:

@@ -44,6 +44,8 @@ PLACES = {
 }
 SIZES = {"small": 9.0, "large": 16.0}
 _SUPERSAMPLING = 4
+_FURTHEST = 1.12
+"""The furthest that a shape reaches from its centre, in radii."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,16 +152,60 @@ def coverage(shape: str, x: float, y: float, r: float, side: int = SIDE) -> np.n
     return np.asarray(pixels.mean(axis=(1, 3)) / 255.0, np.float32)
 
 
-def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Draw `scene` as uint8 RGB of shape (64, 64, 3); `rng` moves, resizes and tints it a little."""
+@dataclass(frozen=True, slots=True)
+class Pose:
+    """Where a shape lies in a picture: its centre and its outer radius, in pixels."""
+
+    x: float
+    y: float
+    radius: float
+
+
+def pose(scene: Scene, rng: np.random.Generator | None = None) -> Pose:
+    """Where `scene` has its shape; `rng` moves and resizes it a little."""
     dx, dy = (float(offset) for offset in PLACES[scene.place])
     radius = SIZES[scene.size]
-    foreground: np.ndarray = np.array(COLORS[scene.color], np.float64)
-    background: np.ndarray = np.array(BACKGROUNDS[scene.background], np.float64)
     if rng is not None:
         dx, dy = dx + rng.uniform(-1.5, 1.5), dy + rng.uniform(-1.5, 1.5)
         radius *= rng.uniform(0.94, 1.06)
+    return Pose(SIDE / 2 + dx, SIDE / 2 + dy, radius)
+
+
+def free_pose(rng: np.random.Generator) -> Pose:
+    """A shape of any size of the world and between, wherever it fits in the picture."""
+    radius = rng.uniform(0.94 * min(SIZES.values()), 1.06 * max(SIZES.values()))
+    reach = SIDE / 2 - 1 - _FURTHEST * radius
+    x, y = SIDE / 2 + rng.uniform(-reach, reach, 2)
+    return Pose(float(x), float(y), float(radius))
+
+
+def mask_of(scene: Scene, at: Pose) -> np.ndarray:
+    """The `coverage` of the shape of `scene` at a pose."""
+    return coverage(scene.shape, at.x, at.y, at.radius)
+
+
+def paint(scene: Scene, mask: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    """The colours of `scene` over a `coverage`, as uint8 RGB of shape (64, 64, 3); `rng` tints them a little."""
+    foreground: np.ndarray = np.array(COLORS[scene.color], np.float64)
+    background: np.ndarray = np.array(BACKGROUNDS[scene.background], np.float64)
+    if rng is not None:
         foreground = foreground + rng.uniform(-8, 8, 3)
         background = background + rng.uniform(-6, 6, 3)
-    mask = coverage(scene.shape, SIDE / 2 + dx, SIDE / 2 + dy, radius)[..., None]
+    mask = mask[..., None]
     return np.asarray((background * (1 - mask) + foreground * mask).round().clip(0, 255), np.uint8)
+
+
+def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Draw `scene` as uint8 RGB of shape (64, 64, 3); `rng` moves, resizes and tints it a little."""
+    return paint(scene, mask_of(scene, pose(scene, rng)), rng)
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The edge of what a `coverage` covers by more than half, white on black: uint8 RGB of shape (64, 64, 3).
+
+    It is two pixels thick: those inside that touch the outside, and those outside that touch the inside.
+    """
+    inside = np.pad(mask > 0.5, 1, mode="edge")
+    crosses = [inside[1:-1, 1:-1], inside[:-2, 1:-1], inside[2:, 1:-1], inside[1:-1, :-2], inside[1:-1, 2:]]
+    edge = np.any(crosses, axis=0) & ~np.all(crosses, axis=0)
+    return np.repeat(np.where(edge, np.uint8(255), np.uint8(0))[..., None], 3, axis=2)

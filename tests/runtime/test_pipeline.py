@@ -142,7 +142,7 @@ def test_two_threads_get_what_each_would_get_alone(pipe):
         ({"latents": 1}, "give seed= for the noise"),
         ({"original_size": (64, 64)}, r"conditioning=diffoundry.Conditioning\(original_size=…\)"),
         ({"negative_crops_coords_top_left": (0, 0)}, r"negative_conditioning=diffoundry.Conditioning\(crop=…\)"),
-        ({"ip_adapter_image": 1}, "image adapters are not compiled"),
+        ({"ip_adapter_image": 1}, "give image_prompt=diffoundry.ImagePrompt"),
         ({"zzz": 1}, r"help\(diffoundry.Request\) lists all"),
         ({"negative_prompt": ["a"]}, "negative_prompt must be one text, found a list of 1: give the text"),
         ({"negative_prompt": ["a", "b"]}, "found a list of 2: run several in one batch with pipe.generate_many"),
