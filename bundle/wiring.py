@@ -117,12 +117,16 @@ class Control:
 
     component: its name. residuals: how many it makes; each is scaled by itself. channels: of the picture it is given.
     global_pool: whether each residual is one number a channel, and the negative prompt goes without, as in guess mode.
+    kind: a `controlnet`, or an `adapter` (T2I-Adapter, Mou et al. 2023), which reads the picture alone.
+    multiple: what the sides of the latents must be multiples of.
     """
 
     component: str
     residuals: AtLeast1
     channels: AtLeast1 = 3
     global_pool: bool = False
+    kind: Literal["controlnet", "adapter"] = "controlnet"
+    multiple: AtLeast1 = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ..bundle import EIGHT_BIT, FULL, MANIFEST_NAME, STANDARD, Bundle, Manifest
 from ..bundle.ledger import Ledger
-from ..bundle.manifest import SCHEMA_VERSION, to_json
+from ..bundle.manifest import SCHEMA_VERSION, from_json, to_json
 from ..bundle.precisions import check_precision
 from ..bundle.reports import read_report
 from ..bundle.workspace import STAGES, check_replaceable, resolved, swap, sweep, working
 from ..common.errors import BundleError, DiffoundryError, EngineError
-from ..common.files import link_or_copy, remove, write_json
+from ..common.files import link_or_copy, read_json, remove, write_json
 from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
@@ -292,7 +292,9 @@ def publish(bundle: Bundle, ledger: Ledger, meter: Meter) -> Bundle:
     """Write the manifest of the finished bundle in the working folder, and put it in the place of the old one."""
     meter.show("write the bundle")
     ledger.publish()
-    write_json(bundle.root / MANIFEST_NAME, to_json(replace(bundle.manifest, schema_version=SCHEMA_VERSION)))
+    written = to_json(replace(bundle.manifest, schema_version=SCHEMA_VERSION))
+    write_json(bundle.root / MANIFEST_NAME, written)
+    from_json(read_json(bundle.root / MANIFEST_NAME, "the manifest"), str(bundle.root / MANIFEST_NAME))  # or it stays
     sweep(bundle.root, bundle.manifest.all_files())
     store = EngineStore(bundle.root / "engines")
     clean(store)

@@ -58,6 +58,13 @@ from .progress import progress
     help="A ControlNet that `run --control NAME=PICTURE` steers by. Give all that the bundle is to have.",
 )
 @click.option(
+    "--t2i-adapter",
+    "t2i_adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="A T2I-Adapter, which is lighter; used as a ControlNet is. Give all that the bundle is to have.",
+)
+@click.option(
     "--ip-adapter",
     "ip_adapters",
     multiple=True,
@@ -94,6 +101,7 @@ def compile_command(
     tasks: str | None,
     components: tuple[str, ...],
     controlnets: tuple[str, ...],
+    t2i_adapters: tuple[str, ...],
     ip_adapters: tuple[str, ...],
     as_json: bool,
     **options: Any,
@@ -121,6 +129,7 @@ def compile_command(
             output,
             tasks=None if tasks is None else read_list([tasks]),
             components=read_pairs("--component", components, "NAME=FOLDER"),
+            t2i_adapters=read_pairs("--t2i-adapter", t2i_adapters, "NAME=FOLDER"),
             ip_adapters=read_pairs("--ip-adapter", ip_adapters, "NAME=FILE_OR_FOLDER"),
             controlnets=read_pairs("--controlnet", controlnets, "NAME=FOLDER_OR_FILE"),
             progress=report,

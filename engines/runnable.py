@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from ..bundle import AS_EXPORTED, PRECISIONS, Bundle
-from ..bundle.wiring import SOURCES, TASKS
+import re
+
+from ..bundle import AS_EXPORTED, PRECISIONS, Bundle, Component
+from ..bundle.wiring import PICTURE, SCALE, SOURCES, TASKS
 from ..common.errors import BundleError
+
+_NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
+"""How a request calls a control or an IP-Adapter."""
 
 
 def check_runnable(bundle: Bundle) -> None:
@@ -30,6 +35,7 @@ def check_runnable(bundle: Bundle) -> None:
     for role in ("denoiser", *dict.fromkeys(role for task in known for role in TASKS[task])):
         if not manifest.with_role(role):
             raise BundleError(f"{root} has no {role} among its components: compile it again")
+    _check_told(bundle)
     inputs = {tensor.name for tensor in bundle.component(manifest.named("denoiser")).inputs}
     if inputs != set(manifest.wiring.inputs):
         wrong = ", ".join(sorted(inputs ^ set(manifest.wiring.inputs)))
@@ -44,3 +50,49 @@ def check_runnable(bundle: Bundle) -> None:
         if unlisted:
             raise BundleError(f"{root}: the manifest has no hash for {', '.join(unlisted)}; compile the bundle again")
         bundle.check(small)
+
+
+def _check_told(bundle: Bundle) -> None:
+    """Raise `BundleError` unless controls and image prompts are what the wiring says of them."""
+    wiring, components = bundle.manifest.wiring, bundle.manifest.components
+
+    def part(name: str, role: str) -> Component:
+        if name not in components or components[name].role != role:
+            raise BundleError(f"{bundle.root}: it has no component {name!r:.60} of the role {role}; compile it again")
+        return components[name]
+
+    if not wiring.controls and not wiring.image_prompts:
+        return
+    controlled = part(bundle.manifest.named("controlled"), "controlled")
+    takes = {tensor.name: tensor.shape for tensor in controlled.inputs}
+    told = [name for each in wiring.image_prompts.values() for name in (each.tokens, each.scale)]
+    residuals = set(takes) - set(wiring.inputs) - set(told)
+    wrong = [name for name in (*wiring.controls, *wiring.image_prompts) if not _NAME.fullmatch(name)]
+    wrong += [name for name in told if name not in takes or told.count(name) > 1]
+    for name, control in wiring.controls.items():
+        made = part(control.component, "control")
+        own = {tensor.name: tensor.shape for tensor in made.inputs}
+        sound = (
+            own.keys() <= {*wiring.inputs, PICTURE, SCALE}
+            and own.get(PICTURE, ())[1:2] == (control.channels,)
+            and own.get(SCALE, ())[1:] == (control.residuals,)
+            and len(made.outputs) == control.residuals
+            and {tensor.name for tensor in made.outputs} <= residuals
+        )
+        wrong += [] if sound and control.channels in (1, 3) else [name]
+    for name, prompt in wiring.image_prompts.items():
+        encoder, tokens = part(prompt.encoder, "image"), part(prompt.component, "image_prompt")
+        given = {tensor.name: tensor.shape for tensor in encoder.outputs}
+        sound = (
+            [tensor.shape[1:] for tensor in encoder.inputs] == [(3, prompt.side, prompt.side)]
+            and [tensor.shape[1:] for tensor in tokens.inputs] == [given.get(prompt.output, ())[1:]]
+            and [len(tensor.shape) for tensor in tokens.outputs] == [3]
+            and all(isinstance(size, int) for tensor in tokens.outputs for size in tensor.shape[1:])
+            and takes.get(prompt.scale, ())[1:] == (prompt.layers,)
+        )
+        wrong += [] if sound else [name]
+    wrong += [] if all(len(shape) == 4 for name, shape in takes.items() if name in residuals) else ["the denoiser"]
+    if wrong:
+        raise BundleError(
+            f"{bundle.root}: its wiring and its components do not agree on {wrong[0]!r:.60}; compile the bundle again"
+        )

@@ -349,6 +349,21 @@ def make_controlnet(unet: Mapping[str, Any], out: Path, seed: int = 0, *, scaled
     model.save_pretrained(out)
 
 
+def make_t2i_adapter(unet: Mapping[str, Any], out: Path, seed: int = 0) -> None:
+    """Write the diffusers folder of a T2I-Adapter with random weights to `out`. unet: the configuration it is for."""
+    import diffusers
+    import torch
+
+    from ..families.control import intrablocks
+
+    torch.manual_seed(3000 + seed)
+    is_xl = len(unet["block_out_channels"]) < 4
+    channels = [skip.channels for _, skip in intrablocks(unet)]
+    kind, factor = ("full_adapter_xl", 16) if is_xl else ("full_adapter", 8)
+    model: Any = diffusers.T2IAdapter(3, channels, num_res_blocks=1, downscale_factor=factor, adapter_type=kind)
+    model.save_pretrained(out)
+
+
 def make_ip_adapter(unet: Mapping[str, Any], out: Path, kind: str = "plain", seed: int = 0) -> None:
     """Write `ip_adapter.safetensors` with random weights, and the folder of its image encoder, to `out`.
 

@@ -88,16 +88,20 @@ class Checkpoint:
                 index[name] = changed._kind_of_folder(name, self.index[name])
         return changed
 
-    def with_controls(self, folders: Mapping[str, str | Path]) -> Checkpoint:
-        """The checkpoint with ControlNets beside it. Raises `CheckpointError` for a name or a folder that is none."""
+    def with_controls(self, folders: Mapping[str, str | Path], prefix: str = PREFIX) -> Checkpoint:
+        """The checkpoint with ControlNets beside it, or T2I-Adapters. prefix: of the names of their components.
+
+        Raises `CheckpointError` for a name or a folder that is none.
+        """
         for name, folder in folders.items():
             if not isinstance(name, str) or not NAME.fullmatch(name):
-                raise CheckpointError(f"the name of a ControlNet has letters, digits and _, found {name!r:.80}")
+                raise CheckpointError(f"the name of a control has letters, digits and _, found {name!r:.80}")
             if not (Path(folder) / "config.json").is_file():
+                kind = "ControlNet" if prefix == PREFIX else "T2I-Adapter"
                 raise CheckpointError(
-                    f"{folder} is no ControlNet: give a diffusers folder with config.json and weights, or a file of it"
+                    f"{folder} is no {kind}: give a diffusers folder with config.json and weights, or a file of it"
                 )
-        return self.beside({PREFIX + name: Path(folder) for name, folder in folders.items()})
+        return self.beside({prefix + name: Path(folder) for name, folder in folders.items()})
 
     def beside(self, folders: Mapping[str, Path]) -> Checkpoint:
         """The checkpoint with models in other folders beside its own, by the names that components get."""

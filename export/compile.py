@@ -58,6 +58,7 @@ def compile(
     tasks: Sequence[str] | None = None,
     components: Mapping[str, str | Path] | None = None,
     controlnets: Mapping[str, str | Path] | None = None,
+    t2i_adapters: Mapping[str, str | Path] | None = None,
     ip_adapters: Mapping[str, str | Path] | None = None,
     image_encoder: str | Path | None = None,
     config: str | Path | None = None,
@@ -84,6 +85,7 @@ def compile(
     distilled model with its scheduler; `vae_tiny` adds an `AutoencoderTiny` as a second decoder.
     controlnets: by the names that requests call them by, ControlNets in diffusers folders or in files. A bundle that
     stands gets them without anything else being traced again; name all that it is to have.
+    t2i_adapters: the same of T2I-Adapters, in diffusers folders.
     ip_adapters: the same of IP-Adapters, each a file, or a folder with one. image_encoder: the folder of the image
     encoder that they were trained with (default: the folder `image_encoder` beside each).
     config: for a single file, a diffusers folder whose configurations, scheduler and tokenizer go with its weights.
@@ -104,13 +106,14 @@ def compile(
         resolved(out),
         Asked(family, tasks, components or {}, default_steps, default_guidance, controlnets or {}),
     )
+    asked = replace(asked, t2i_adapters=t2i_adapters or {})
     if image_encoder is not None and not ip_adapters:
         raise DiffoundryError("an image encoder goes with IP-Adapters: give one, or leave it out")
     encoder = None if image_encoder is None else Path(image_encoder)
     adapters = {name: IPAdapterFile.open(Path(file), encoder) for name, file in (ip_adapters or {}).items()}
     traced = None if trace_scheduler is None else (trace_scheduler, tuple(steps))
     with working(path, lambda: check_target(path, checkpoint)) as (work, _):
-        plain = partial(Reading.of, asked=replace(asked, controls={}), shown=checkpoint)
+        plain = partial(Reading.of, asked=replace(asked, controls={}, t2i_adapters={}), shown=checkpoint)
         single = _unpack(checkpoint, work, config, prediction_type, plain)
         source = Checkpoint.open(single or checkpoint)
         folders = _unpack_controls(asked, source, work, plain)

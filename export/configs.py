@@ -8,7 +8,7 @@ from typing import Any
 
 from ..common.errors import CheckpointError, reason
 from ..families import Family
-from ..families.control import CONTROLNET, PREFIX
+from ..families.control import CONTROLNET, PREFIX, T2I_ADAPTER, T2I_PREFIX
 from ..families.parts import KL, TINY, UNET, VAE, VAE_TINY
 from .checkpoint import Checkpoint
 from .loading import quiet
@@ -73,12 +73,22 @@ def vae_config(checkpoint: Checkpoint, name: str = "vae") -> dict[str, Any]:
 
 def control_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """The configuration of the ControlNet called `name`. Raises `CheckpointError` for a model of another kind."""
-    kind = checkpoint.config(PREFIX + name).get("_class_name", CONTROLNET)
-    if kind != CONTROLNET:
+    return _control(checkpoint, PREFIX + name, CONTROLNET)
+
+
+def t2i_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """The configuration of the T2I-Adapter called `name`. Raises `CheckpointError` for a model of another kind."""
+    return _control(checkpoint, T2I_PREFIX + name, T2I_ADAPTER)
+
+
+def _control(checkpoint: Checkpoint, component: str, due: str) -> dict[str, Any]:
+    kind = checkpoint.config(component).get("_class_name", due)
+    if kind != due:
         raise CheckpointError(
-            f"{checkpoint.folder(PREFIX + name)} holds a {kind}, which is not supported as a control; {CONTROLNET} is"
+            f"{checkpoint.folder(component)} holds a {kind}, which is not supported as a control; {due} is: "
+            f"--{'controlnet' if due == CONTROLNET else 't2i-adapter'} takes it"
         )
-    return _model_config(checkpoint, PREFIX + name, CONTROLNET)
+    return _model_config(checkpoint, component, due)
 
 
 def _model_config(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class IPAdapterFile:
         prepared = read_json(more, "the configuration of the preprocessor") if more.is_file() else {}
         reads = EMBEDS if self.kind == "plain" else HIDDEN
         first = {"plain": "proj.weight", "plus": "proj_in.weight", "full": "proj.0.weight"}[self.kind]
-        key = next(tensor for name, tensor in self.tensors.items() if _KEY.fullmatch(name))
+        key = self.layers()[0][0]
         width = int(self.tensors[_PROJECTION + first].shape[1])
         if self.kind == "plain":
             tokens = int(self.tensors[_PROJECTION + first].shape[0]) // int(key.shape[1])

@@ -12,13 +12,13 @@ from ..bundle.wiring import TASKS, Tokenizer
 from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import check_tree
 from ..families import FAMILIES, Family, Pipeline, family_named, family_of
-from ..families.control import controlled
+from ..families.control import T2I_PREFIX, controlled, with_t2i_adapters
 from ..families.image_prompt import PREFIX, with_image_prompts
 from ..runtime.loop.guidance import Guidance
 from ..runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
 from ..runtime.request import Request
 from .checkpoint import Checkpoint
-from .configs import Complete, check_classes, control_config, unet_config
+from .configs import Complete, check_classes, control_config, t2i_config, unet_config
 from .graphs.spec import ComponentSpec
 from .ip_adapter import ENCODER, IPAdapterFile
 
@@ -34,6 +34,7 @@ class Asked:
     guidance: float | None
     controls: Mapping[str, str | Path] = field(default_factory=dict)
     adapters: Mapping[str, IPAdapterFile] = field(default_factory=dict)
+    t2i_adapters: Mapping[str, str | Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Reading:
         Raises `CheckpointError` or `DiffoundryError` for what the checkpoint is not, or cannot do.
         """
         source = source.replace(asked.components).with_controls(asked.controls)
+        source = source.with_controls(asked.t2i_adapters, T2I_PREFIX)
         encoders = encoder_names(asked.adapters)
         source = source.beside({encoders[file.encoder]: file.encoder for file in asked.adapters.values()})
         source = source.beside({PREFIX + name: file.path.parent for name, file in asked.adapters.items()})
@@ -62,6 +64,10 @@ class Reading:
             check_tree(folder, held=False)  # a pipe would be waited for
         family = _family(source, asked.family)
         pipeline = with_controls(source, described(source, family), asked.controls)
+        if asked.t2i_adapters:
+            with _undamaged(source):
+                found = {name: t2i_config(source, name) for name in asked.t2i_adapters}
+                pipeline = with_t2i_adapters(pipeline, unet_config(source), found)
         if asked.adapters:
             pipeline = _with_adapters(source, pipeline, asked.adapters, encoders)
         tasks = _chosen_tasks(shown, pipeline.tasks, asked.tasks)
@@ -127,9 +133,16 @@ def _with_adapters(
 
     with _undamaged(source):
         found = {name: file.describe(encoders[file.encoder]) for name, file in adapters.items()}
-        return with_image_prompts(
-            pipeline, found, int(unet_config(source)["cross_attention_dim"]), cross_attentions(source)
-        )
+        shapes = list(cross_attentions(source).values())
+        made = with_image_prompts(pipeline, found, int(unet_config(source)["cross_attention_dim"]), len(shapes))
+    for name, file in adapters.items():
+        own = [tuple(each.shape) for pair in file.layers() for each in pair]
+        if own != [shape for shape in shapes for _ in range(2)]:
+            raise CheckpointError(
+                f"the keys and values of the IP-Adapter {name} have other shapes than the checkpoint's: it is damaged, "
+                "or was made for another model; give one that was trained with this kind of checkpoint"
+            )
+    return made
 
 
 def _family(source: Checkpoint, name: str | None) -> Family:

@@ -24,7 +24,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 """What torch.compile, FSDP, activation checkpointing and Lightning put into names; no model has such a part."""
 _PARALLEL = "module."
-_TOPS = ("text_model", "encoder", "decoder")
+_TOPS = ("text_model", "encoder", "decoder", "adapter")
 """Parts that all names of a sound model may begin with."""
 
 _ORIGINAL = "give the checkpoint that it was made from"

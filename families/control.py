@@ -14,6 +14,8 @@ from .family import Part, Pipeline
 CONTROLNET = "ControlNetModel"
 PREFIX = "controlnet_"
 """Of the names of components that are controls."""
+T2I_ADAPTER, T2I_PREFIX = "T2IAdapter", "t2i_adapter_"
+"""The class of T2I-Adapters, and how the names of their components begin."""
 CONTROLLED = "{}_controlled"
 """The name of the denoiser that takes residuals, after the plain one."""
 
@@ -59,6 +61,71 @@ def residuals(unet: Mapping[str, Any], pooled: bool = False) -> tuple[Tensor, ..
 
 
 _SIDES = ("height", "width")
+_T2I_BLOCKS = 4
+INTRABLOCK = "down_intrablock_residual_{}"
+"""Inputs of the denoiser that take what T2I-Adapters give."""
+
+
+def intrablocks(unet: Mapping[str, Any]) -> list[tuple[int, Skip]]:
+    """Where a T2I-Adapter adds in a U-Net of this configuration, block by block: the number of the skip, and the skip.
+
+    After the last layer of a block with attention, and after the whole block elsewhere, as diffusers does. Where there
+    are fewer than four blocks (XL), a last one is added to the middle, whose number is that of no skip.
+    """
+    found, kinds = skips(unet), unet["down_block_types"]
+    layers = unet.get("layers_per_block", 2)
+    counts = [layers] * len(kinds) if isinstance(layers, int) else list(layers)
+    places, at = [], 0
+    for i, (kind, count) in enumerate(zip(kinds, counts, strict=True)):
+        at += count
+        last = i + 1 == len(kinds)
+        places.append(at if last or "CrossAttn" in kind else at + 1)
+        at += 0 if last else 1
+    made = [(place, found[place]) for place in places]
+    return made if len(made) >= _T2I_BLOCKS else [*made, (len(found), found[-1])]
+
+
+def intrablock_residuals(unet: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """What a T2I-Adapter gives for each of `intrablocks`."""
+    return tuple(
+        Tensor(
+            INTRABLOCK.format(i),
+            "float32",
+            ("batch_size", each.channels, *(side(axis, each.halvings) for axis in _SIDES)),
+        )
+        for i, (_, each) in enumerate(intrablocks(unet))
+    )
+
+
+def with_t2i_adapters(
+    pipeline: Pipeline, unet: Mapping[str, Any], adapters: Mapping[str, Mapping[str, Any]]
+) -> Pipeline:
+    """`pipeline` with T2I-Adapters, by the names given to them. unet, adapters: their configurations.
+
+    Raises `CheckpointError` for one that was made for another denoiser, or that has the name of a ControlNet.
+    """
+    parts, found = dict(pipeline.parts), dict(pipeline.wiring.controls)
+    denoiser = next(name for name, part in parts.items() if part.role == "denoiser")
+    last = parts.pop(CONTROLLED.format(denoiser), Part("controlled", parts[denoiser].source))
+    due = [each.channels for _, each in intrablocks(unet)]
+    for name, config in adapters.items():
+        if name in found:
+            raise CheckpointError(f"a ControlNet is called {name} already: give the T2I-Adapter another name")
+        own = [int(each) for each in config["channels"]]
+        is_xl = config.get("adapter_type") == "full_adapter_xl"
+        if own != due or is_xl != (len(unet["down_block_types"]) < _T2I_BLOCKS):
+            raise CheckpointError(
+                f"the T2I-Adapter {name} ({config.get('adapter_type')}) gives residuals of {own} channels, this "
+                f"checkpoint takes {due}: it was made for another model; give one that was trained with this kind of "
+                "checkpoint"
+            )
+        parts[T2I_PREFIX + name] = Part("control", T2I_PREFIX + name)
+        multiple = max(int(config.get("downscale_factor", 8)) // pipeline.latents.downscale, 1)
+        channels = int(config.get("in_channels", 3))
+        found[name] = Control(T2I_PREFIX + name, len(due), channels, kind="adapter", multiple=multiple)
+    if found:
+        parts[CONTROLLED.format(denoiser)] = last
+    return replace(pipeline, parts=parts, wiring=replace(pipeline.wiring, controls=found))
 
 
 def side(axis: str, halvings: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..bundle import Tensor
 from ..bundle.wiring import ImagePrompt
+from ..common.checks import is_finite
 from ..common.errors import CheckpointError
 from .control import CONTROLLED
 from .family import Part, Pipeline
@@ -20,6 +21,7 @@ IMAGE_PROMPT = "ip_"
 """Of the names of inputs that take image prompts."""
 TOKENS, SCALE = "ip_tokens_{}", "ip_scale_{}"
 """Inputs of the denoiser, by the number of the adapter."""
+_USUAL = {"do_normalize": True, "do_center_crop": True, "do_resize": True, "do_rescale": True, "resample": 3}
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -68,8 +70,7 @@ def with_image_prompts(pipeline: Pipeline, adapters: Mapping[str, Adapter], text
             )
         parts[adapter.encoder] = Part("image", adapter.encoder)
         parts[PREFIX + name] = Part("image_prompt", PREFIX + name)
-        prepared = {"image_mean": _MEAN, "image_std": _STD, **adapter.preprocessor}
-        (r, g, b), (dr, dg, db) = (map(float, prepared[key]) for key in ("image_mean", "image_std"))
+        (r, g, b), (dr, dg, db) = _normal(name, adapter.preprocessor)
         side = int(adapter.config["image_size"])
         wired = ImagePrompt(
             PREFIX + name,
@@ -86,6 +87,22 @@ def with_image_prompts(pipeline: Pipeline, adapters: Mapping[str, Adapter], text
     if adapters:
         parts[CONTROLLED.format(denoiser)] = controlled
     return replace(pipeline, parts=parts, wiring=replace(pipeline.wiring, image_prompts=found))
+
+
+def _normal(name: str, preprocessor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the channels. Raises `CheckpointError` for a preparation of another kind than CLIP's."""
+    prepared = {"image_mean": _MEAN, "image_std": _STD, **_USUAL, **preprocessor}
+    other = [key for key, usual in _USUAL.items() if prepared[key] != usual]
+    both = [prepared["image_mean"], prepared["image_std"]]
+    numbers = [list(each) if isinstance(each, (list, tuple)) else [] for each in both]
+    good = all(len(each) == 3 and all(is_finite(number) for number in each) for each in numbers)
+    if other or not good or not all(numbers[1]):
+        wrong = other[0] if other else "image_mean" if not good else "image_std"
+        raise CheckpointError(
+            f"the preprocessor_config.json of the image encoder of the IP-Adapter {name} says {wrong} "
+            f"{prepared[wrong]!r:.60}: give that of a CLIP image encoder, or take the file away"
+        )
+    return numbers[0], numbers[1]
 
 
 def inputs(wired: ImagePrompt, text_width: int) -> tuple[Tensor, Tensor]:

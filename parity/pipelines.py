@@ -49,6 +49,8 @@ _HALF_SCHEDULERS = tuple(name for name in SCHEDULERS if name != "lcm")  # pico i
 CONTROLLED = "+control"
 CONTROLS = {"edge": 0, "depth": 1}
 """The ControlNets of a bundle with controls, and the seeds of their weights."""
+SKETCHED, SKETCH = "+t2i", "sketch"
+"""Behind the name of a checkpoint whose bundle has a T2I-Adapter, and the name of that."""
 PROMPTED = "+image-"
 ADAPTERS = ("plain", "plus", "full")
 """The kinds of IP-Adapters, by which they are called."""
@@ -105,7 +107,8 @@ class Case:
         if self.checkpoint == "pico" and (self.controls or self.prompts):
             return f"pico{CONTROLLED}{PROMPTED}plus"
         more = "".join(f"{PROMPTED}{each.name}" for each in self.prompts)
-        return self.checkpoint + (CONTROLLED if self.controls else "") + more
+        sketched = any(each.name == SKETCH for each in self.controls)
+        return self.checkpoint + (SKETCHED if sketched else CONTROLLED if self.controls else "") + more
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.size)) if self.size else "default"
@@ -209,6 +212,7 @@ def cases() -> Iterator[Case]:
     yield from _of_conditions()
     yield from _of_stages()
     yield from _of_controls()
+    yield from _of_t2i_adapters()
     yield from _of_image_prompts()
 
 
@@ -366,6 +370,24 @@ def _of_controls() -> Iterator[Case]:
             yield replace(plain, controls=edge, picture=(77, 93), size=WIDE, label="picture 77x93")
 
 
+def _of_t2i_adapters() -> Iterator[Case]:
+    """T2I-Adapters, which diffusers draws from noise with alone."""
+    for checkpoint, kind in (
+        ("sd15-small", "StableDiffusionAdapterPipeline"),
+        ("sdxl-small", "StableDiffusionXLAdapterPipeline"),
+    ):
+        case = replace(_of(checkpoint, "txt2img", ""), kind=kind)
+        wide = WIDE if checkpoint == "sd15-small" else (112, 80)  # that of XL halves the latents once more
+        for count, size, scale in ((1, None, 1.0), (2, None, 0.6), (1, wide, 1.0), (2, wide, 0.4)):
+            yield replace(case, count=count, size=size, controls=(Steer(SKETCH, scale),))
+        for scheduler in ("ddim", "heun", "dpm++2m", "euler_a"):
+            # of a sampler of two calls a step, diffusers counts calls up to a share of the steps
+            late = Steer(SKETCH, 0.8, (0.0, 0.5 if "XL" in kind and scheduler != "heun" else 1.0))
+            yield replace(case, controls=(late,), scheduler=scheduler)
+        unguided = {**case.options, "guidance": 1.0, "negative_prompt": None}
+        yield replace(case, options=unguided, controls=(Steer(SKETCH),), label="no guidance")
+
+
 def _of_image_prompts() -> Iterator[Case]:
     """Each kind of IP-Adapter in every task, several images, two adapters, and one with ControlNets."""
     for task in _ALL:
@@ -457,7 +479,9 @@ def _oracle(
 
     # Where its package is installed, the pipelines of XL put a watermark into the pixels.
     extra: dict[str, Any] = {"add_watermarker": False} if "XL" in kind else {"safety_checker": None}
-    if controls:
+    if controls and "Adapter" in kind:
+        extra["adapter"] = diffusers.T2IAdapter.from_pretrained(controls[0])
+    elif controls:
         nets = [diffusers.ControlNetModel.from_pretrained(folder) for folder in controls]
         extra["controlnet"] = nets if len(nets) > 1 else nets[0]
     pipeline = getattr(diffusers, kind).from_pretrained(checkpoint, **extra)
@@ -492,7 +516,11 @@ def diffusers_run(
     import torch
 
     with _quiet():
-        folders = tuple(checkpoint_of(f"{case.checkpoint}{CONTROLLED}-{each.name}") for each in case.controls)
+        kind_of = {SKETCH: SKETCHED}
+        folders = tuple(
+            checkpoint_of(f"{case.checkpoint}{kind_of.get(each.name, CONTROLLED)}-{each.name}")
+            for each in case.controls
+        )
         adapters = tuple(checkpoint_of(f"{case.checkpoint}{PROMPTED}{each.name}") for each in case.prompts)
         pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind, setting, folders, adapters)
         if adapters:
@@ -524,7 +552,10 @@ def diffusers_run(
 
     generators = [torch.Generator().manual_seed(SEED + i) for i in range(case.count)]
     with torch.no_grad(), _quiet():
-        found = pipeline(**options, generator=generators, output_type=ends, callback_on_step_end=keep).images
+        watched: dict[str, Any] = {"callback_on_step_end": keep}
+        if "Adapter" in case.kind:
+            watched = {"callback": lambda step, timestep, latents: keep(None, step, timestep, {"latents": latents})}
+        found = pipeline(**options, generator=generators, output_type=ends, **watched).images
     if case.then is not None:
         return diffusers_run(replace(case.then, count=case.count), checkpoint_of, states[-1], setting)
     if ends == "latent":
@@ -536,14 +567,20 @@ def diffusers_run(
 
 def _their_controls(case: Case) -> dict[str, Any]:
     """The options of diffusers' ControlNet pipelines; of one control they are no lists."""
+    if "Adapter" in case.kind:
+        given: dict[str, Any] = {
+            "image": _steering(case) * case.count if case.count > 1 else _steering(case)[0],
+            "adapter_conditioning_scale": case.controls[0].scale,
+        }
+        return given | ({"adapter_conditioning_factor": case.controls[0].interval[1]} if "XL" in case.kind else {})
     named: dict[str, list[Any]] = {
         "image" if case.task == "txt2img" else "control_image": _steering(case),
         "controlnet_conditioning_scale": [each.scale for each in case.controls],
         "control_guidance_start": [each.interval[0] for each in case.controls],
         "control_guidance_end": [each.interval[1] for each in case.controls],
     }
-    given = {name: values if len(values) > 1 else values[0] for name, values in named.items()}
-    return {**given, "guess_mode": case.guess_mode}
+    found = {name: values if len(values) > 1 else values[0] for name, values in named.items()}
+    return {**found, "guess_mode": case.guess_mode}
 
 
 class _quiet:
@@ -753,8 +790,11 @@ def _checkpoint(root: Path, name: str) -> Path:
 
 def make_part(unet: Mapping[str, Any], name: str, folder: Path) -> None:
     """Write what stands beside a checkpoint with this U-Net: `CHECKPOINT+control-NAME` or `CHECKPOINT+image-KIND`."""
-    from ..examples.random_checkpoint import make_controlnet, make_ip_adapter
+    from ..examples.random_checkpoint import make_controlnet, make_ip_adapter, make_t2i_adapter
 
+    if SKETCHED in name:
+        make_t2i_adapter(unet, folder)
+        return
     _, is_control, control = name.partition(f"{CONTROLLED}-")
     if is_control:
         make_controlnet(unet, folder, CONTROLS[control])
@@ -769,6 +809,7 @@ def beside(checkpoint_of: FolderOf, name: str) -> dict[str, Any]:
     nets = CONTROLS if CONTROLLED[1:] in parts else ()
     return {
         "controlnets": {each: checkpoint_of(f"{plain}{CONTROLLED}-{each}") for each in nets},
+        "t2i_adapters": {SKETCH: checkpoint_of(f"{plain}{SKETCHED}-{SKETCH}")} if SKETCHED[1:] in parts else {},
         "ip_adapters": {each: checkpoint_of(f"{plain}{PROMPTED}{each}") for each in adapters},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,10 +43,15 @@ class ImagePrompt:
         if not 1 <= len(images) <= _MOST_IMAGES:
             raise RequestError(f"the IP-Adapter {self.name} takes from 1 to {_MOST_IMAGES} images, found {len(images)}")
         if self.embeds is not None:
-            found = np.asarray(self.embeds)
-            if found.dtype.kind != "f" or found.ndim not in (2, 3) or not found.size or not np.isfinite(found).all():
-                raise RequestError(f"embeds must be finite numbers of shape (images, …), found shape {found.shape}")
-            object.__setattr__(self, "embeds", found.astype(np.float32))
+            found: Array = np.zeros(())
+            with contextlib.suppress(TypeError, ValueError), np.errstate(over="ignore"):
+                found = np.array(self.embeds, np.float32)
+            if found.ndim not in (2, 3) or not 1 <= len(found) <= _MOST_IMAGES or not np.isfinite(found).all():
+                raise RequestError(
+                    f"embeds must be finite numbers of shape (images, …), 1 to {_MOST_IMAGES} images, found shape "
+                    f"{found.shape}"
+                )
+            object.__setattr__(self, "embeds", found)
         scale = self.scale
         scales = scale if isinstance(scale, (list, tuple)) else (scale,)
         if not scales or not all(is_number(each) and 0 <= each <= _LARGEST_SCALE for each in scales):

@@ -53,6 +53,8 @@ def generate_refined(
         width=None,
         height=None,
         clip_skip=None,
+        control=(),
+        image_prompt=(),
     )
     refiner.check(second)
     begun = base.generate(first, batch=batch, low_memory=low_memory, callback=callback)

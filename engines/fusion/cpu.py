@@ -18,7 +18,7 @@ _FUSED, _PER_PROMPT = "fused.onnx", "per_prompt.onnx"
 def fuse_for_cpu(
     model: Path, per_prompt: Sequence[str], names: tuple[str, str] = (_FUSED, _PER_PROMPT)
 ) -> tuple[str, str] | None:
-    """Write the first of `names` beside `model`; None when the model holds no attention to fuse.
+    """Write the first of `names` beside `model`; None when the model has neither attention nor anything to cut off.
 
     per_prompt: inputs that stay the same from step to step. What depends on them alone is cut off into
     the second, whose outputs are inputs of the fused graph. Returns the names of the two graphs, "" for the
@@ -28,10 +28,11 @@ def fuse_for_cpu(
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     loaded = onnx_ir.load(model)
-    if not fuse_attention(loaded, masked=False):
-        return None
+    fused = fuse_attention(loaded, masked=False)
     RemoveUnusedNodesPass()(loaded)
     part = split(loaded, per_prompt)
+    if not fused and part is None:
+        return None
     if part is not None:
         onnx_ir.save(part, model.with_name(names[1]))
     onnx_ir.save(loaded, model.with_name(names[0]))

@@ -35,12 +35,19 @@ class Tokens:
     layers: Sequence[tuple[Array, Array]]
 
 
-def write_controlled(plain: Path, folder: Path, residuals: Sequence[Tensor], tokens: Sequence[Tokens] = ()) -> None:
+def write_controlled(
+    plain: Path,
+    folder: Path,
+    residuals: Sequence[Tensor],
+    tokens: Sequence[Tokens] = (),
+    intrablocks: Sequence[tuple[int, Tensor]] = (),
+) -> None:
     """Write the graph `plain` with further inputs into `folder`; its large weights are linked, not written again.
 
     residuals: one for each skip of a U-Net, in the order in which its way down makes them, and the last for its middle;
     each is added to what the way up reads (Zhang et al. 2023, section 3.2); () for none. tokens: each has an attention
-    of its own beside that to the text (Ye et al. 2023, equation 5).
+    of its own beside that to the text (Ye et al. 2023, equation 5). intrablocks: each is added to the skip of this
+    number where it is made, or to the middle (Mou et al. 2023, section 3.3).
     Raises `CheckpointError` for a graph of another build.
     """
     import onnx_ir
@@ -54,6 +61,9 @@ def write_controlled(plain: Path, folder: Path, residuals: Sequence[Tensor], tok
             f"the U-Net joins {len(joins)} values on its way up where its configuration tells {len(down)}: it is built "
             "in another way, and takes no ControlNet"
         )
+    for number, tensor in intrablocks:
+        made = joins[0].inputs[0] if number == len(joins) else joins[len(joins) - 1 - number].inputs[1]
+        _add_where_made(graph, made, _give(graph, tensor))
     for tensor in residuals:
         _give(graph, tensor)
     if middle is not None:
@@ -176,6 +186,17 @@ def _joins_pictures(node: Any) -> bool:
         and len(node.inputs) == 2
         and (shape is not None and len(shape) == 4)
     )
+
+
+def _add_where_made(graph: Any, value: Any, given: Any) -> None:
+    """Let all that reads `value` read its sum with `given`."""
+    import onnx_ir
+
+    total = onnx_ir.node("Add", [value, given], name=f"{given.name}_added")
+    total.outputs[0].name, total.outputs[0].type, total.outputs[0].shape = f"{given.name}_sum", value.type, value.shape
+    onnx_ir.convenience.replace_all_uses_with(value, total.outputs[0])
+    total.replace_input_with(0, value)
+    graph.insert_after(value.producer(), total)
 
 
 def _add(graph: Any, node: Any, i: int, name: str) -> None:

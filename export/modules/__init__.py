@@ -13,7 +13,7 @@ _MAKERS = {
     "encoder": autoencoder.encoder,
     "decoder": autoencoder.decoder,
     "preview": autoencoder.preview,
-    "control": control.controlnet,
+    "control": control.control,
     "controlled": control.controlled_unet,
     "image": image_prompt.image_encoder,
     "image_prompt": image_prompt.projection,

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 
 from ...bundle import Tensor
 from ...bundle.wiring import PICTURE, SCALE
 from ...families import Pipeline
-from ...families.control import PREFIX, residuals
+from ...families.control import PREFIX, T2I_PREFIX, intrablock_residuals, intrablocks, residuals
 from ...families.image_prompt import SCALE as SCALES
 from ...families.image_prompt import TOKENS, inputs
 from ..checkpoint import Checkpoint
-from ..configs import control_config, unet_config
+from ..configs import control_config, t2i_config, unet_config
 from ..fit import hollow
 from ..graphs.controlled import Tokens, write_controlled
 from ..graphs.spec import Axis, ComponentSpec
@@ -58,6 +59,17 @@ class ControlNet(torch.nn.Module):
             return_dict=False,
         )
         return tuple(value * scale[:, i, None, None, None] for i, value in enumerate((*down, middle)))
+
+
+class Adapter(torch.nn.Module):
+    """The residuals of a T2I-Adapter, each times its scale."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, controlnet_cond: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(value * scale[:, i, None, None, None] for i, value in enumerate(self.model(controlnet_cond)))
 
 
 class ControlledUNet(UNet):
@@ -102,6 +114,7 @@ class ControlledUNet(UNet):
     def _predict(self, given: dict[str, torch.Tensor], added: dict[str, Any]) -> torch.Tensor:
         residuals = [value for name, value in given.items() if "_block_res_sample" in name]
         added = added | {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+        within = [value for name, value in given.items() if "_intrablock_" in name]
         result: torch.Tensor = self.model(
             given["sample"],
             given["timestep"],
@@ -110,6 +123,7 @@ class ControlledUNet(UNet):
             added_cond_kwargs=added or None,
             down_block_additional_residuals=tuple(residuals[:-1]) if residuals else None,
             mid_block_additional_residual=residuals[-1] if residuals else None,
+            down_intrablock_additional_residuals=[value.clone() for value in within] or None,
             return_dict=False,
         )[0]
         return result
@@ -125,6 +139,34 @@ class _Given(torch.nn.Module):
 def _cross_attentions(model: Any) -> list[Any]:
     """The processors of those, in diffusers' order."""
     return [processor for name, processor in model.attn_processors.items() if name.endswith(_CROSS)]
+
+
+def control(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
+    """The component `name`: a ControlNet or a T2I-Adapter."""
+    wired = next(each for each in pipeline.wiring.controls.values() if each.component == name)
+    return (adapter if wired.kind == "adapter" else controlnet)(checkpoint, name, pipeline)
+
+
+def adapter(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
+    """The component `name`, which reads a picture, and a scale for each residual."""
+    config, down = t2i_config(checkpoint, name.removeprefix(T2I_PREFIX)), pipeline.latents.downscale
+    denoiser, made = _denoiser(checkpoint, pipeline), intrablock_residuals(unet_config(checkpoint))
+    multiple = next(each.multiple for each in pipeline.wiring.controls.values() if each.component == name)
+    axes = {axis: replace(each, unit=math.lcm(each.unit, multiple)) for axis, each in denoiser.axes.items()}
+    picture = ("batch_size", int(config["in_channels"]), "sample_height", "sample_width")
+    return replace(
+        denoiser,
+        name=name,
+        source=name,
+        load=lambda: Adapter(load_pretrained(T2IAdapter, checkpoint.folder(name))).eval(),
+        hollow=lambda: Adapter(hollow(T2IAdapter, checkpoint.config(name))),
+        inputs=(Tensor(PICTURE, "float32", picture), Tensor(SCALE, "float32", ("batch_size", len(made)))),
+        outputs=made,
+        axes={axis: axes[axis] for axis in ("batch_size", "height", "width")},
+        tied={"sample_height": ("height", down, 1), "sample_width": ("width", down, 1), **_halves()},
+        repeat="",
+        per_prompt=(PICTURE,),
+    )
 
 
 def controlnet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
@@ -153,7 +195,9 @@ def controlnet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compone
 def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The component `name`: the denoiser that takes residuals and tokens of pictures."""
     denoiser, config, wiring = _denoiser(checkpoint, pipeline), unet_config(checkpoint), pipeline.wiring
-    more = residuals(config) if wiring.controls else ()
+    kinds = {each.kind for each in wiring.controls.values()}
+    more = residuals(config) if "controlnet" in kinds else ()
+    within = intrablock_residuals(config) if "adapter" in kinds else ()
     files = {
         wired: IPAdapterFile.open(checkpoint.folder(wired.component), checkpoint.folder(wired.encoder))
         for wired in wiring.image_prompts.values()
@@ -175,7 +219,7 @@ def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Co
         return ControlledUNet(model, len(files)).eval()
 
     def write(plain: Path, folder: Path) -> None:
-        names = [name.removesuffix(".processor") for name in _names(checkpoint)]
+        names = list(cross_attentions(checkpoint))
         tokens = [
             Tokens(
                 *inputs(wired, int(config["cross_attention_dim"])),
@@ -184,7 +228,8 @@ def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Co
             )
             for wired, file in files.items()
         ]
-        write_controlled(plain, folder, more, tokens)
+        places = [number for number, _ in intrablocks(config)]
+        write_controlled(plain, folder, more, tokens, list(zip(places, within, strict=False)))
 
     sizes = {f"{wired.tokens}_length": Axis(1, 6) for wired in files}
     return replace(
@@ -192,7 +237,7 @@ def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Co
         name=name,
         load=load,
         hollow=lambda: ControlledUNet(hollow(UNet2DConditionModel, checkpoint.config("unet"))),
-        inputs=(*denoiser.inputs, *more, *given),
+        inputs=(*denoiser.inputs, *more, *within, *given),
         axes={**denoiser.axes, **sizes},
         tied=_halves(),
         per_prompt=(*denoiser.per_prompt, *(wired.tokens for wired in files)),
@@ -202,14 +247,11 @@ def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Co
     )
 
 
-def cross_attentions(checkpoint: Checkpoint) -> int:
-    """How many cross-attentions the denoiser has."""
-    return len(_names(checkpoint))
-
-
-def _names(checkpoint: Checkpoint) -> list[str]:
+def cross_attentions(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """The shapes of the keys of the denoiser's cross-attentions, (C, width), by their names, in diffusers' order."""
     model = hollow(UNet2DConditionModel, checkpoint.config("unet"))
-    return [name for name in model.attn_processors if name.endswith(_CROSS)]
+    names = [name.removesuffix(".processor") for name in model.attn_processors if name.endswith(_CROSS)]
+    return {name: tuple(model.get_submodule(name).to_k.weight.shape) for name in names}
 
 
 def _denoiser(checkpoint: Checkpoint, pipeline: Pipeline) -> ComponentSpec:

@@ -9,8 +9,9 @@ from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ...bundle import Tensor
+from ...common.errors import CheckpointError, reason
 from ...families import Pipeline
-from ...families.image_prompt import EMBEDS, HIDDEN
+from ...families.image_prompt import EMBEDS, HIDDEN, PREFIX
 from ..checkpoint import Checkpoint
 from ..fit import hollow
 from ..graphs.spec import Axis, ComponentSpec
@@ -87,7 +88,13 @@ def projection(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compone
         kind = OfEmbedding if adapter.reads == EMBEDS else OfStates
         state = {key: tensor.float() for key, tensor in file.state()["image_proj"].items()}
         loader: Any = UNet2DConditionLoadersMixin
-        made = loader._convert_ip_adapter_image_proj_to_diffusers(None, state, low_cpu_mem_usage=False)
+        try:
+            made = loader._convert_ip_adapter_image_proj_to_diffusers(None, state, low_cpu_mem_usage=False)
+        except Exception as error:  # whatever the loader raises for weights that do not fit together
+            raise CheckpointError(
+                f"the projection of the IP-Adapter {name.removeprefix(PREFIX)} is damaged ({reason(error):.200}): "
+                "download its file again"
+            ) from None
         return kind(made.float()).eval().requires_grad_(False)
 
     return ComponentSpec(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from ...bundle import Bundle
-from ...bundle.wiring import PICTURE, SCALE
+from ...bundle.wiring import PICTURE, SCALE, Wiring
 from ...bundle.wiring import Control as Wired
 from ...common.arrays import Array
 from ...common.errors import RequestError
@@ -16,6 +17,8 @@ from ..control import Control, acts_at
 from ..pictures.preprocess import control_pixels, open_image
 from ..request import Request
 from .condition import Condition, Fed, Job
+
+_NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
 
 
 class ControlCondition(Condition):
@@ -26,6 +29,8 @@ class ControlCondition(Condition):
 
     def __init__(self, bundle: Bundle) -> None:
         self._root, self._controls = bundle.root, bundle.manifest.wiring.controls
+        self._wiring = bundle.manifest.wiring
+        self._downscale = bundle.manifest.latents.downscale
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
         """Any control, of any bundle: `pixels` says which it lacks."""
@@ -42,6 +47,14 @@ class ControlCondition(Condition):
             raise RequestError("a control is a picture of the whole drawing: leave padding_mask_crop out")
         found = {}
         for control in request.control:
+            if control.guess_mode and self._wired(control.name).kind == "adapter":
+                raise RequestError(f"guess_mode has no effect on {control.name}, a T2I-Adapter: leave it out")
+            unit = self._downscale * self._wired(control.name).multiple
+            if any(each % unit for each in size):
+                raise RequestError(
+                    f"the control {control.name} takes sizes that are multiples of {unit}, found {size[0]}x{size[1]}: "
+                    f"try {max(size[0] // unit, 1) * unit}x{max(size[1] // unit, 1) * unit}"
+                )
             image = open_image(control.image, f"image of the control {control.name}")
             found[control.name] = control_pixels(image, *size, channels=self._wired(control.name).channels)
         return found
@@ -75,12 +88,21 @@ class ControlCondition(Condition):
     def _wired(self, name: str) -> Wired:
         if name not in self._controls:
             has = f"it has {', '.join(self._controls)}" if self._controls else "it has none"
-            named = "".join(f" --controlnet {each}=FOLDER" for each in (*self._controls, name))
+            more = parts_again(self._wiring, "--controlnet", name)
             raise RequestError(
-                f"{self._root} has no control {name!r}, {has}: compile the checkpoint again with{named}, "
-                "nothing else is done twice"
+                f"{self._root} has no control {name!r:.60}, {has}: compile the checkpoint again with {more}"
             )
         return self._controls[name]
+
+
+def parts_again(wiring: Wiring, option: str, name: str) -> str:
+    """The options that `compile` takes for what a bundle has, and for one part more: those left out it would lose."""
+    kinds = {"controlnet": "--controlnet", "adapter": "--t2i-adapter"}
+    has = [(kinds[each.kind], known, "FOLDER") for known, each in wiring.controls.items()]
+    has += [("--ip-adapter", known, "FILE") for known in wiring.image_prompts]
+    named = name if _NAME.fullmatch(name) else "NAME"
+    has.append((option, named, "FILE" if option == "--ip-adapter" else "FOLDER"))
+    return " ".join(f"{flag} {known}={what}" for flag, known, what in has)
 
 
 def scales(control: Control | None, wired: Wired, steps: int) -> tuple[Array, Array]:

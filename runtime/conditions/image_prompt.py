@@ -16,6 +16,7 @@ from ..pictures.clip import clip_pixels
 from ..pictures.preprocess import open_image
 from ..request import Request
 from .condition import Condition, Fed, Job
+from .control import parts_again
 
 
 class ImagePromptCondition(Condition):
@@ -40,6 +41,10 @@ class ImagePromptCondition(Condition):
         scales that do not fit.
         """
         found = {}
+        names = [self._name(prompt) for prompt in request.image_prompt]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise RequestError(f"the IP-Adapter {twice[0]} is given twice: give all its images in one ImagePrompt")
         for prompt in request.image_prompt:
             wired = self._prompts[self._name(prompt)]
             if isinstance(prompt.scale, tuple) and len(prompt.scale) != wired.layers:
@@ -134,11 +139,9 @@ class ImagePromptCondition(Condition):
             root, known = self._bundle.root, ", ".join(self._prompts)
             if not name and known:
                 raise RequestError(f"{root} has the IP-Adapters {known}: say for which one the image is")
-            lacks = f"no IP-Adapter {name!r}, it has {known}" if known else "no IP-Adapter"
-            raise RequestError(
-                f"{root} has {lacks}: compile the checkpoint again with --ip-adapter {name or 'NAME'}=FILE, "
-                "nothing else is done twice"
-            )
+            lacks = f"no IP-Adapter {name!r:.60}, it has {known}" if known else "no IP-Adapter"
+            more = parts_again(self._bundle.manifest.wiring, "--ip-adapter", name)
+            raise RequestError(f"{root} has {lacks}: compile the checkpoint again with {more}")
         return name
 
 

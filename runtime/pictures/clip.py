@@ -8,15 +8,22 @@ import numpy as np
 from PIL import Image
 
 from ...common.arrays import Array
+from ...common.errors import RequestError
 
+_MOST_PIXELS = 1 << 26
 _BICUBIC = Image.Resampling.BICUBIC
 
 
 def clip_pixels(image: Image.Image, side: int, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """The middle of `image`, its shorter side scaled to `side`, normalized, float32 (3, side, side)."""
+    """The middle of `image`, its shorter side scaled to `side`, normalized, float32 (3, side, side).
+
+    Raises `RequestError` for a picture that is so narrow that it would become too large.
+    """
     width, height = image.size
     shorter = min(width, height)
     size = int(side * width / shorter), int(side * height / shorter)
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise RequestError(f"a picture of {width}x{height} is too narrow for an image encoder: crop it first")
     scaled = image.resize(size, _BICUBIC)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     middle = np.asarray(scaled.crop((left, top, left + side, top + side)).convert("RGB"))

@@ -17,10 +17,11 @@ from diffoundry.common.errors import CheckpointError, DiffoundryError, EngineErr
 from diffoundry.engines.controlled import ControlledEngine
 from diffoundry.engines.onnxruntime import OrtHostBinding
 from diffoundry.engines.verify import verify
+from diffoundry.examples.random_checkpoint import make_t2i_adapter
 from diffoundry.export.graphs import trace
 from diffoundry.export.graphs.controlled import write_controlled
 from diffoundry.export.single_file.controlnet import ControlNetFile, _original_names
-from diffoundry.families.control import residuals
+from diffoundry.families.control import intrablocks, residuals
 from diffoundry.parity.pipelines import picture
 from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pictures.edges import canny
@@ -292,7 +293,7 @@ def test_controlnets_that_cannot_be_are_refused(checkpoint_of, bundle_of, tmp_pa
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
     cases = [
-        ({"a b": folder}, "the name of a ControlNet has letters, digits and _"),
+        ({"a b": folder}, "the name of a control has letters, digits and _"),
         ({"edge": tmp_path}, "is no ControlNet: give a diffusers folder"),
         ({"edge": checkpoint_of("pico") / "unet"}, "holds a UNet2DConditionModel, which is not supported as a control"),
     ]
@@ -308,4 +309,50 @@ def test_controlnets_that_cannot_be_are_refused(checkpoint_of, bundle_of, tmp_pa
     for nets, problem in cases:
         with pytest.raises(DiffoundryError, match=problem):
             diffoundry.compile(checkpoint_of("pico"), tmp_path / "out", controlnets=nets)
+    assert not (tmp_path / "out").exists()
+
+
+def test_t2i_adapters_add_where_diffusers_adds():
+    of_15 = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
+    of_15["down_block_types"] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    of_xl = {"block_out_channels": (320, 640, 1280), "layers_per_block": 2}
+    of_xl["down_block_types"] = ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2
+    assert [(at, skip.channels, skip.halvings) for at, skip in intrablocks(of_15)] == [
+        *((2, 320, 0), (5, 640, 1), (8, 1280, 2), (11, 1280, 3))
+    ]
+    assert [(at, skip.channels, skip.halvings) for at, skip in intrablocks(of_xl)] == [
+        *((3, 320, 1), (5, 640, 1), (8, 1280, 2), (9, 1280, 2))
+    ]
+
+
+@pytest.mark.slow
+def test_a_t2i_adapter_is_used_as_a_controlnet_is(checkpoint_of, bundle_of):
+    pipe = diffoundry.load(bundle_of("sdxl-small+t2i"))
+    sketch = Control("sketch", picture(128, 128), 0.7)
+    size = {"width": 128, "height": 128}
+    requests = [Request("a star", seed=i, steps=3, control=(sketch,) * (i % 2), **size) for i in range(3)]
+    alone = [pipe.generate(each).latents for each in requests]
+    for found, wanted in zip(pipe.generate_many(requests), alone, strict=True):
+        np.testing.assert_allclose(found.latents, wanted, atol=1e-4)
+    assert np.abs(alone[1] - pipe("a star", seed=1, steps=3, width=128, height=128).latents).max() > 0.05
+    with pytest.raises(RequestError, match="takes sizes that are multiples of 16, found 136x128: try 128x128"):
+        pipe("a star", control=sketch, width=136, height=128)
+    with pytest.raises(RequestError, match="guess_mode has no effect on sketch, a T2I-Adapter"):
+        pipe("a star", control=Control("sketch", picture(128, 128), guess_mode=True))
+
+
+def test_t2i_adapters_that_cannot_be_are_refused(checkpoint_of, tmp_path):
+    net = checkpoint_of("pico+control-edge")
+    made = tmp_path / "made"
+    make_t2i_adapter(
+        {"block_out_channels": (8, 16), "layers_per_block": 1, "down_block_types": ("DownBlock2D",) * 2}, made
+    )
+    for folders, more, problem in (
+        ({"sketch": net}, {}, "holds a ControlNetModel, which is not supported as a control; T2IAdapter is"),
+        ({"sketch": tmp_path}, {}, "is no T2I-Adapter: give a diffusers folder"),
+        ({"sketch": made}, {}, r"gives residuals of \[8, 16, 16\] channels, this checkpoint takes \[48, 96, 96\]"),
+        ({"edge": made}, {"controlnets": {"edge": net}}, "a ControlNet is called edge already"),
+    ):
+        with pytest.raises(CheckpointError, match=problem):
+            diffoundry.compile(checkpoint_of("pico"), tmp_path / "out", t2i_adapters=folders, **more)
     assert not (tmp_path / "out").exists()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +17,12 @@ from transformers import CLIPImageProcessor
 import diffoundry
 from diffoundry import Control, ImagePrompt, Request
 from diffoundry.bundle import Bundle
-from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
+from diffoundry.common.errors import BundleError, CheckpointError, DiffoundryError, RequestError
 from diffoundry.export.graphs import trace
 from diffoundry.export.ip_adapter import IPAdapterFile
 from diffoundry.parity.pipelines import picture
 from diffoundry.runtime.pictures.clip import clip_pixels
+from diffoundry.runtime.refine import generate_refined
 
 NAME = "pico+control+image-plus"
 NEAR = 1e-5
@@ -242,3 +246,83 @@ def test_adapters_that_cannot_be_are_refused(checkpoint_of, tmp_path):
         save_file(tensors, two / f"{name}.safetensors")
     with pytest.raises(CheckpointError, match="holds 2 files that may be an IP-Adapter"):
         IPAdapterFile.open(two, None)
+
+
+def edited(bundle, folder, change):
+    """A bundle of the same files with another manifest."""
+    shutil.copytree(bundle, folder, copy_function=os.link)
+    text = json.loads((bundle / "bundle.json").read_text())
+    change(text)
+    (folder / "bundle.json").unlink()
+    (folder / "bundle.json").write_text(json.dumps(text))
+    return folder
+
+
+def put(*path):
+    """Sets what stands at a path of keys to the last of `path`; None takes it away."""
+
+    def change(text):
+        *keys, last, value = path
+        for key in keys:
+            text = text[key]
+        if value is None:
+            del text[last]
+        else:
+            text[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("wiring", "image_prompts", {}),
+        put("wiring", "image_prompts", "plus", "output", "nope"),
+        put("wiring", "image_prompts", "plus", "component", "unet"),
+        put("wiring", "image_prompts", "plus", "encoder", "ip_adapter_plus"),
+        put("wiring", "image_prompts", "plus", "tokens", ""),
+        put("wiring", "image_prompts", "plus", "layers", 10**12),
+        put("wiring", "image_prompts", "plus", "side", 10**6),
+        put("wiring", "image_prompts", "plus", "std", [1.0, 0.0, 1.0]),
+        put("wiring", "controls", "edge", "residuals", 10**12),
+        put("wiring", "controls", "edge", "channels", 7),
+        put("wiring", "controls", "edge", "component", "missing"),
+        put("wiring", "controls", "edge", "component", "vae_encoder"),
+        put("wiring", "controls", "a\nb/../x", {"component": "controlnet_edge", "residuals": 5}),
+        put("components", "ip_adapter_plus", "outputs", []),
+        put("components", "ip_adapter_plus", "outputs", 0, "shape", ["a", "b", "c"]),
+        put("components", "unet_controlled", None),
+        put("components", "unet_controlled", "role", "control"),
+    ],
+)
+def test_a_manifest_whose_parts_do_not_agree_is_refused_when_it_is_loaded(change, prompted, tmp_path):
+    with pytest.raises(BundleError, match=r"compile (it|the bundle) again"):
+        diffoundry.load(edited(prompted, tmp_path / "b", change))
+
+
+def test_what_one_refiner_lacks_is_for_the_first_model_alone(pipe, bundle_of):
+    refiner = diffoundry.load(bundle_of("pico"))
+    request = Request("a star", seed=1, steps=6, width=64, height=64, control=(Control("edge", picture(64, 64)),))
+    found = generate_refined(pipe, refiner, replace(request, image_prompt=(plus(),)), part=0.5)
+    bare = generate_refined(pipe, refiner, replace(request, control=()), part=0.5)
+    assert np.abs(found.latents - bare.latents).max() > 0.01 and len(found.request["control"]) == 1
+
+
+def test_one_adapter_under_two_names_is_refused(pipe):
+    with pytest.raises(RequestError, match="the IP-Adapter plus is given twice"):
+        drawn(pipe, plus(), ImagePrompt("", picture(9, 9)))
+    with pytest.raises(
+        RequestError, match="again with --controlnet edge=FOLDER --controlnet depth=F.* --ip-adapter plus=F"
+    ):
+        drawn(pipe, ImagePrompt("face", picture(9, 9)))
+    with pytest.raises(RequestError, match="too narrow for an image encoder: crop it first"):
+        drawn(pipe, ImagePrompt("plus", np.zeros((1, 3_000_000, 3), np.uint8)))
+
+
+@pytest.mark.parametrize("wrong", [{"image_std": [0, 0, 0]}, {"image_mean": [1e999] * 3}, {"do_normalize": False}])
+def test_pictures_that_are_prepared_in_another_way_are_refused(wrong, checkpoint_of, tmp_path):
+    folder = shutil.copytree(checkpoint_of("pico+image-plain"), tmp_path / "ip")
+    (folder / "image_encoder" / "preprocessor_config.json").write_text(json.dumps(wrong))
+    with pytest.raises(DiffoundryError, match=f"says {next(iter(wrong))}|preprocessor"):
+        diffoundry.compile(checkpoint_of("pico"), tmp_path / "out", ip_adapters={"look": folder})
+    assert not (tmp_path / "out").exists()
