@@ -529,7 +529,7 @@ def test_pico_compiled_from_one_file_draws_the_identical_image(single_pico, tmp_
 
 def test_pico_with_its_folder_as_configuration(single_pico, tmp_path):
     unpack(single_pico, tmp_path / "out", config=PICO)
-    for path in PICO.glob("*/*.safetensors"):
+    for path in (path for name in ("text_encoder", "unet", "vae") for path in PICO.glob(f"{name}/*.safetensors")):
         due, found = load_file(path), load_file(tmp_path / "out" / path.relative_to(PICO))
         assert due.keys() == found.keys() and all(torch.equal(due[key], found[key]) for key in due)
         assert all(due[key].dtype == found[key].dtype for key in due)

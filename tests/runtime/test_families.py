@@ -166,7 +166,8 @@ def test_compare_allows_what_is_promised_and_no_more():
 def test_the_cases_cover_every_task_of_every_family():
     found = {(case.checkpoint, case.task) for case in cases()}
     assert found == {(name, task) for name, (_, tasks, _) in parity.FAMILIES.items() for task in tasks} | {
-        ("lcm-small", "img2img")
+        ("lcm-small", "img2img"),
+        *(("pico", task) for task in ("txt2img", "img2img", "inpaint")),  # with controls and image prompts
     }
     described = [str(case) for case in cases()]
     assert len(described) == len(set(described))

@@ -379,9 +379,9 @@ def test_a_run_on_a_device_gives_back_what_it_ran_in_when_it_is_left(pipe, on_gp
         for progress in run:
             if progress.step == leave_at:
                 break
-        assert not device._engines._phases._idle
+        assert not device._engines._phases[None]._idle
         run.close()
-        assert len(device._engines._phases._idle) == 1
+        assert len(device._engines._phases[None]._idle) == 1
     memory = simulated_cuda.used
     run = device.steps(asked_of())
     *_, last = run
