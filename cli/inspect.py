@@ -105,6 +105,11 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
             for names, tensor in _grouped(tensors):
                 shape = ", ".join(str(axis) for axis in tensor.shape)
                 console.print(f"{name} {arrow} {names} {tensor.dtype}[{shape}]", soft_wrap=True)
+    for name, control in manifest.wiring.controls.items():
+        kind = "a ControlNet" if control.kind == "controlnet" else "a T2I-Adapter"
+        console.print(f"--control {name}=PICTURE: {kind}, {control.component}", soft_wrap=True)
+    for name, prompt in manifest.wiring.image_prompts.items():
+        console.print(f"--ip-image {name}=PICTURE: an IP-Adapter, {prompt.component}", soft_wrap=True)
     for name, counts in Schedules(opened).traced.items():
         console.print(f"scheduler {name}: read off its code for {', '.join(map(str, sorted(counts)))} steps")
     for line in _precision_lines(reports):

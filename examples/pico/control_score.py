@@ -24,6 +24,7 @@ import click
 import numpy as np
 from PIL import Image
 
+from ...bundle import Bundle
 from ...common.arrays import Array
 from .score import GUIDANCE
 from .scorer import read, read_mask
@@ -193,6 +194,12 @@ def main(
     as_json: bool,
 ) -> None:
     """Draw held-out scenes with BUNDLE and print how well outline and reference are followed, pico alone beside."""
+    wiring = Bundle.open(bundle).manifest.wiring
+    if "outline" not in wiring.controls or "look" not in wiring.image_prompts:
+        raise click.ClickException(
+            f"{bundle} has no control `outline` and IP-Adapter `look`: compile pico with "
+            "--controlnet outline=examples/pico/controlnet --ip-adapter look=examples/pico/ip_adapter"
+        )
     drawers = drawers_of(bundle, steps, guidance)
     if sheet_file is not None:
         sheet(drawers).save(sheet_file, optimize=True)

@@ -263,6 +263,12 @@ def test_the_size_is_that_of_the_picture_and_the_record_says_what_steered(pipe):
     )
 
 
+def test_inspect_says_what_pictures_it_takes(steered, called):
+    shown = called("inspect", steered).stdout
+    assert "--control edge=PICTURE: a ControlNet, controlnet_edge" in shown
+    assert "--ip-image plus=PICTURE: an IP-Adapter, ip_adapter_plus" in shown
+
+
 def test_edges_are_those_of_opencv():
     cv2 = pytest.importorskip("cv2")
     photograph = picture(90, 70)
