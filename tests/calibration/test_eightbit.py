@@ -228,6 +228,7 @@ def test_a_bundle_in_int8_is_run_by_both_engines_and_is_the_same_each_time(bundl
         assert (bundle / path).read_bytes() == (twin / path).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_damaged_and_can_be_made_again_stops_no_run_and_is_mended(bundle, monkeypatch):
     made_of(bundle, engine="onnxruntime")
     whole = {path: path.read_bytes() for path in (bundle / "unet").glob("int8*")}

@@ -126,6 +126,7 @@ def test_graphs_for_cuda_take_controls(steered, tmp_path, simulated_sessions, si
     np.testing.assert_allclose(drawn(pipe, *several), drawn(diffoundry.load(steered), *several), atol=5e-3)
 
 
+@pytest.mark.slow
 def test_another_control_is_added_without_anything_else_being_traced(checkpoint_of, bundle_of, tmp_path, monkeypatch):
     out = shutil.copytree(bundle_of("pico"), tmp_path / "b")
     before = {name: part.key for name, part in Bundle.open(out).manifest.components.items()}

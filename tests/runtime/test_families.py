@@ -32,7 +32,7 @@ LABELS = (
 def is_quick(case: Case) -> bool:
     """Whether a case is run each time: one of each task with all that varies, and one of each option."""
     if case.controls or case.prompts:
-        return case.checkpoint == "pico"
+        return case.checkpoint == "pico" and case.count == 2
     if case.checkpoint not in QUICK:
         return False
     largest = case.count == 2 and case.size == parity.WIDE

@@ -118,6 +118,7 @@ def test_on_a_device_it_is_what_it_is_on_the_host(prompted, pipe):
             np.testing.assert_allclose(found, drawn(pipe, prompt, scheduler="euler", **options), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_graphs_for_cuda_take_images(prompted, tmp_path, simulated_sessions, simulated_cuda):
     copy = shutil.copytree(prompted, tmp_path / "b")
     diffoundry.build(copy, engine="onnxruntime:cuda")
