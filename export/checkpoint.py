@@ -97,9 +97,9 @@ class Checkpoint:
             if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise CheckpointError(f"the name of a control has letters, digits and _, found {name!r:.80}")
             if not (Path(folder) / "config.json").is_file():
-                kind = "ControlNet" if prefix == PREFIX else "T2I-Adapter"
+                kind, more = ("ControlNet", ", or a file of it") if prefix == PREFIX else ("T2I-Adapter", "")
                 raise CheckpointError(
-                    f"{folder} is no {kind}: give a diffusers folder with config.json and weights, or a file of it"
+                    f"{folder} is no {kind}: give a diffusers folder with config.json and weights{more}"
                 )
         return self.beside({prefix + name: Path(folder) for name, folder in folders.items()})
 
