@@ -43,7 +43,7 @@ def main(bundle: Path, engine: str, rounds: int) -> None:
     name = next(iter(manifest.wiring.controls.values())).component
     control = loader.load(name)
     prompts = manifest.wiring.image_prompts.values()
-    own = [*(tensor.name for tensor in plain.inputs), *(n for each in prompts for n in (each.tokens, each.scale))]
+    own = [*(tensor.name for tensor in plain.inputs), *(name for each in prompts for name in each.inputs)]
     both = ControlledEngine(controlled, {name: control}, own)
     sizes = {"height": manifest.default_height, "width": manifest.default_width}
     engines = {"plain denoiser": plain, "controlled denoiser": controlled, "control": control, "both as one": both}

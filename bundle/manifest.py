@@ -10,7 +10,7 @@ from ..common.checks import is_whole
 from ..common.errors import BundleError
 from . import schema1
 from .reader import FieldError, Rule, read
-from .wiring import PICTURE, AtLeast1, Latents, Role, Tokenizer, Wiring
+from .wiring import MODE, PICTURE, AtLeast1, Latents, Role, Tokenizer, Wiring
 
 SCHEMA_VERSION = 2
 """Raised when a reader of the old version would misread the new manifest."""
@@ -122,8 +122,8 @@ class Manifest:
         component = self.components[name]
         if component.role not in ("denoiser", "controlled", "control"):
             return ()
-        tokens = {each.tokens for each in self.wiring.image_prompts.values()}
-        fixed = {*self.wiring.per_prompt(), *tokens, PICTURE}
+        told = {name for each in self.wiring.image_prompts.values() for name in each.inputs if name != each.scale}
+        fixed = {*self.wiring.per_prompt(), *told, PICTURE, MODE}
         return tuple(tensor.name for tensor in component.inputs if tensor.name in fixed)
 
     def all_files(self) -> Files:

@@ -10,6 +10,7 @@ from .reader import Rule
 _SMALLEST, _LARGEST = 1e-12, 1e30
 _SHORTEST_WINDOW = 3  # start, one token, end
 _MOST_TOKENS = 1 << 31
+_MOST_MODES = 64
 
 AtLeast1 = Annotated[int, Rule(lambda value: value >= 1, "be at least 1")]
 NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGEST, "be a number other than zero")]
@@ -109,6 +110,9 @@ class TextEncoder:
 
 PICTURE, SCALE = "controlnet_cond", "scale"
 """Inputs of a control that no denoiser has: the picture, and a factor for each residual."""
+MODE, STRENGTH = "control_type", "strength"
+"""Inputs of a ControlNet-Union beside these, for each of its pictures: what it is of, as ones and zeros, and a
+factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,8 @@ class Control:
 
     component: its name. residuals: how many it makes; each is scaled by itself. channels: of the picture it is given.
     global_pool: whether each residual is one number a channel, and the negative prompt goes without, as in guess mode.
-    kind: a `controlnet`, or an `adapter` (T2I-Adapter, Mou et al. 2023), which reads the picture alone.
+    kind: a `controlnet`, an `adapter` (T2I-Adapter, Mou et al. 2023), which reads the picture alone, or a `union`, a
+    ControlNet that reads pictures of several modes. modes: how many it knows.
     multiple: what the sides of the latents must be multiples of.
     """
 
@@ -125,8 +130,13 @@ class Control:
     residuals: AtLeast1
     channels: AtLeast1 = 3
     global_pool: bool = False
-    kind: Literal["controlnet", "adapter"] = "controlnet"
+    kind: Literal["controlnet", "adapter", "union"] = "controlnet"
     multiple: AtLeast1 = 1
+    modes: Annotated[int, Rule(lambda value: 0 <= value <= _MOST_MODES, f"be from 0 to {_MOST_MODES}")] = 0
+
+    def __post_init__(self) -> None:
+        if (self.kind == "union") != (self.modes > 0):
+            raise ValueError("a union must have modes, and no other control any")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +144,9 @@ class ImagePrompt:
     """A component that makes tokens of an encoded picture, which the denoiser reads beside the text (Ye et al. 2023).
 
     component: its name. encoder: that of the component which encodes pictures. output: of the encoder, that it reads.
-    layers: how many cross-attentions of the denoiser read its tokens; each is scaled by itself. tokens, scale: the
-    inputs of the denoiser. side, mean, std: of the pictures that the encoder reads, in pixels, and of their channels.
+    layers: how many cross-attentions of the denoiser read its tokens; each is scaled by itself. tokens, scale, masks:
+    the inputs of the denoiser; there is a mask for each size of picture that cross-attentions read.
+    side, mean, std: of the pictures that the encoder reads, in pixels, and of their channels.
     """
 
     component: str
@@ -144,9 +155,15 @@ class ImagePrompt:
     layers: AtLeast1
     tokens: str
     scale: str
+    masks: tuple[str, ...]
     side: AtLeast1
     mean: tuple[float, float, float]
     std: tuple[NotZero, NotZero, NotZero]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What the denoiser takes of it."""
+        return self.tokens, self.scale, *self.masks
 
 
 @dataclass(frozen=True, slots=True)

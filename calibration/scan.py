@@ -198,8 +198,11 @@ def requests(bundle: Bundle, scan: Scan) -> list[Request]:
 def _controls(bundle: Bundle, scan: Scan) -> tuple[Control, ...]:
     """Each control of the bundle, with a drawn picture."""
     width, height = scan.size or (bundle.manifest.default_width, bundle.manifest.default_height)
-    names = bundle.manifest.wiring.controls
-    return tuple(Control(name, _picture(width, height, scan.seed + i)) for i, name in enumerate(names))
+    controls = bundle.manifest.wiring.controls.items()
+    return tuple(
+        Control(name, _picture(width, height, scan.seed + i), mode=0 if wired.modes else None)
+        for i, (name, wired) in enumerate(controls)
+    )
 
 
 def _image_prompts(bundle: Bundle, scan: Scan) -> tuple[ImagePrompt, ...]:

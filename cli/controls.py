@@ -16,7 +16,10 @@ _NAME = re.compile(r"\w+")
 def read_controls(
     pictures: Iterable[str], scales: Iterable[str], intervals: Iterable[str], guess_mode: bool, detect: Iterable[str]
 ) -> tuple[Any, ...]:
-    """A `Control` for each of `pictures`. Raises `click.UsageError` for options that do not go together."""
+    """A `Control` for each of `pictures`; of a ControlNet-Union a name is NAME:MODE.
+
+    Raises `click.UsageError` for options that do not go together.
+    """
     from ..runtime.control import Control
     from ..runtime.pictures.edges import CANNY, canny, check_detector
 
@@ -47,23 +50,42 @@ def read_controls(
         if name in detectors:
             check_detector(detectors[name])
             image = canny(picture)
-        controls.append(Control(name, image, **given))
+        called, colon, mode = name.partition(":")
+        if colon:
+            given["mode"] = mode
+        controls.append(Control(called, image, **given))
     return tuple(controls)
 
 
-def read_image_prompts(pictures: Iterable[str], scales: Iterable[str]) -> tuple[Any, ...]:
-    """An `ImagePrompt` for each adapter that is named. Raises `click.UsageError` for a scale without a picture."""
+def read_image_prompts(pictures: Iterable[str], scales: Iterable[str], masks: Iterable[str]) -> tuple[Any, ...]:
+    """An `ImagePrompt` for each adapter that is named.
+
+    Raises `click.UsageError` for a scale without a picture, and for fewer or more masks than pictures.
+    """
     from ..runtime.image_prompt import ImagePrompt
 
     images: dict[str, list[str]] = {}
     for name, picture in map(_named, pictures):
         images.setdefault(name, []).append(picture)
+    masks_of: dict[str, list[str]] = {}
+    for name, mask in map(_named, masks):
+        masks_of.setdefault(name, []).append(mask)
+    for name, found in masks_of.items():
+        count = len(images.get(name, ()))
+        if len(found) != count:
+            given = f"{name}=" if name else ""
+            raise click.UsageError(
+                f"--ip-mask {given}PICTURE is given {len(found)} times, --ip-image {given}PICTURE {count} times: give "
+                "each image a mask, in the same order"
+            )
     scale_of: dict[str, float] = {}
     for name, text in map(_named, scales):
         if name not in images:
             raise click.UsageError(f"--ip-scale {text} goes with --ip-image {name + '=' if name else ''}PICTURE")
         scale_of[name] = _number("--ip-scale", name or "SCALE", text)
-    return tuple(ImagePrompt(name, found, scale_of.get(name, 1.0)) for name, found in images.items())
+    return tuple(
+        ImagePrompt(name, found, scale_of.get(name, 1.0), mask=masks_of.get(name)) for name, found in images.items()
+    )
 
 
 def _named(text: str) -> tuple[str, str]:

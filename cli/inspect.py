@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..families.control import mode_names
 from .options import json_option
 
 _SHOWN = ("precision", "quality", "calibration")
@@ -106,8 +107,9 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
                 shape = ", ".join(str(axis) for axis in tensor.shape)
                 console.print(f"{name} {arrow} {names} {tensor.dtype}[{shape}]", soft_wrap=True)
     for name, control in manifest.wiring.controls.items():
-        kind = "a ControlNet" if control.kind == "controlnet" else "a T2I-Adapter"
-        console.print(f"--control {name}=PICTURE: {kind}, {control.component}", soft_wrap=True)
+        kind = {"controlnet": "a ControlNet", "union": "a ControlNet-Union", "adapter": "a T2I-Adapter"}[control.kind]
+        mode, modes = (":MODE", f" of {', '.join(mode_names(control.modes))}") if control.modes else ("", "")
+        console.print(f"--control {name}{mode}=PICTURE: {kind}{modes}, {control.component}", soft_wrap=True)
     for name, prompt in manifest.wiring.image_prompts.items():
         console.print(f"--ip-image {name}=PICTURE: an IP-Adapter, {prompt.component}", soft_wrap=True)
     for name, counts in Schedules(opened).traced.items():

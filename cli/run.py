@@ -108,6 +108,12 @@ class _Run(click.Command):
 )
 @click.option("--ip-scale", multiple=True, metavar="[NAME=]SCALE", help="How much it adds. [default: 1]")
 @click.option(
+    "--ip-mask",
+    multiple=True,
+    metavar="[NAME=]PICTURE",
+    help="White where the image acts; one for each --ip-image, in the same order. [default: everywhere]",
+)
+@click.option(
     "--scheduler",
     help="A name that `diffoundry schedulers` lists, or a diffusers class. [default: the checkpoint's own]",
 )
@@ -278,7 +284,7 @@ def _request(asked: dict[str, Any]) -> Any:
     sizes = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
     options = read_options(asked.pop("scheduler_options"))
     controls = read_controls(*(asked.pop(name) for name in _OF_CONTROLS))
-    prompts = read_image_prompts(asked.pop("ip_image"), asked.pop("ip_scale"))
+    prompts = read_image_prompts(asked.pop("ip_image"), asked.pop("ip_scale"), asked.pop("ip_mask"))
     conditioning = Conditioning(**{name: value for name, value in sizes.items() if value is not None})
     more: dict[str, Any] = {
         "guidance": guidance,

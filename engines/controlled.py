@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 
 from ..bundle import Tensor
-from ..bundle.wiring import PICTURE, SCALE
+from ..bundle.wiring import MODE, PICTURE, SCALE, STRENGTH
 from ..common.arrays import Array
 from ..common.errors import EngineError
 from ..families.control import halved
 from .engine import DeviceArray, DeviceBinding, Engine, HostBinding
 
-_OF_A_CONTROL = (PICTURE, SCALE)
+_OF_A_CONTROL = (PICTURE, SCALE, MODE, STRENGTH)
 """Inputs that each control has for itself; the others it shares with the denoiser."""
 
 
@@ -25,8 +25,9 @@ def input_name(component: str, name: str) -> str:
 class ControlledEngine(Engine):
     """The residuals of all controls, summed, go into the denoiser. A residual that none makes is zero.
 
-    Its inputs are those of the plain denoiser, and for each control `component.controlnet_cond`, a picture, and
-    `component.scale`, a factor for each residual. On the host a control whose scales are all zero is not run.
+    Its inputs are those of the plain denoiser, and for each control `component.controlnet_cond`, a picture,
+    `component.scale`, a factor for each residual, and what it takes beside these. On the host a control whose scales
+    are all zero is not run.
     """
 
     def __init__(self, denoiser: Engine, controls: Mapping[str, Engine], plain: Collection[str]) -> None:

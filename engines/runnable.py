@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ..bundle import AS_EXPORTED, PRECISIONS, Bundle, Component
-from ..bundle.wiring import PICTURE, SCALE, SOURCES, TASKS
+from ..bundle.wiring import MODE, PICTURE, SCALE, SOURCES, STRENGTH, TASKS
 from ..common.errors import BundleError
 
 _NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
@@ -65,16 +65,21 @@ def _check_told(bundle: Bundle) -> None:
         return
     controlled = part(bundle.manifest.named("controlled"), "controlled")
     takes = {tensor.name: tensor.shape for tensor in controlled.inputs}
-    told = [name for each in wiring.image_prompts.values() for name in (each.tokens, each.scale)]
+    told = [name for each in wiring.image_prompts.values() for name in each.inputs]
     residuals = set(takes) - set(wiring.inputs) - set(told)
     wrong = [name for name in (*wiring.controls, *wiring.image_prompts) if not _NAME.fullmatch(name)]
     wrong += [name for name in told if name not in takes or told.count(name) > 1]
     for name, control in wiring.controls.items():
         made = part(control.component, "control")
         own = {tensor.name: tensor.shape for tensor in made.inputs}
+        many = (MODE, STRENGTH) if control.kind == "union" else ()
+        picture = own.get(PICTURE, ())
         sound = (
-            own.keys() <= {*wiring.inputs, PICTURE, SCALE}
-            and own.get(PICTURE, ())[1:2] == (control.channels,)
+            own.keys() <= {*wiring.inputs, PICTURE, SCALE, *many}
+            and picture[-3:-2] == (control.channels,)
+            and len(picture) == (5 if many else 4)
+            and (not many or own.get(MODE, ())[2:] == (control.modes,))
+            and len(own.get(STRENGTH, ())) == len(many)
             and own.get(SCALE, ())[1:] == (control.residuals,)
             and len(made.outputs) == control.residuals
             and {tensor.name for tensor in made.outputs} <= residuals
@@ -89,6 +94,7 @@ def _check_told(bundle: Bundle) -> None:
             and [len(tensor.shape) for tensor in tokens.outputs] == [3]
             and all(isinstance(size, int) for tensor in tokens.outputs for size in tensor.shape[1:])
             and takes.get(prompt.scale, ())[1:] == (prompt.layers,)
+            and all(len(takes.get(name, ())) == 4 for name in (prompt.tokens, *prompt.masks))
         )
         wrong += [] if sound else [name]
     wrong += [] if all(len(shape) == 4 for name, shape in takes.items() if name in residuals) else ["the denoiser"]

@@ -323,10 +323,10 @@ def make(size: str, out: Path, seed: int = 0) -> None:
             name_as_of_old(out / folder)
 
 
-def make_controlnet(unet: Mapping[str, Any], out: Path, seed: int = 0, *, scaled: bool = True) -> None:
+def make_controlnet(unet: Mapping[str, Any], out: Path, seed: int = 0, *, scaled: bool = True, modes: int = 0) -> None:
     """Write the diffusers folder of a ControlNet with random weights to `out`.
 
-    unet: the configuration of the U-Net that it is for. scaled: see `Size`.
+    unet: the configuration of the U-Net that it is for. scaled: see `Size`. modes: of a ControlNet-Union.
     """
     import inspect
 
@@ -334,12 +334,14 @@ def make_controlnet(unet: Mapping[str, Any], out: Path, seed: int = 0, *, scaled
     import torch
 
     torch.manual_seed(1000 + seed)
-    known = inspect.signature(diffusers.ControlNetModel.__init__).parameters
+    kind = diffusers.ControlNetUnionModel if modes else diffusers.ControlNetModel
+    known = inspect.signature(kind.__init__).parameters
     options = {name: value for name, value in unet.items() if name in known and name != "in_channels"}
+    if modes:
+        width = unet["block_out_channels"][0]
+        options |= {"num_control_type": modes, "num_trans_channel": width, "num_proj_channel": width}
     blocks = (16, 16, 32, 32) if scaled else (16, 32, 96, 256)
-    model = _model(
-        diffusers.ControlNetModel, scaled, False, in_channels=4, conditioning_embedding_out_channels=blocks, **options
-    )
+    model = _model(kind, scaled, False, in_channels=4, conditioning_embedding_out_channels=blocks, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not scaled and name.startswith(_ZERO):  # as it is before a training
@@ -347,6 +349,11 @@ def make_controlnet(unet: Mapping[str, Any], out: Path, seed: int = 0, *, scaled
             elif scaled and name.startswith(_ZERO[:2]):
                 parameter *= 0.3  # residuals are smaller than the streams that they are added to
     model.save_pretrained(out)
+
+
+def make_union(unet: Mapping[str, Any], out: Path, seed: int = 0) -> None:
+    """Write the diffusers folder of a ControlNet-Union of 6 modes with random weights to `out`."""
+    make_controlnet(unet, out, seed, modes=6)
 
 
 def make_t2i_adapter(unet: Mapping[str, Any], out: Path, seed: int = 0) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..common.errors import CheckpointError, reason
 from ..families import Family
-from ..families.control import CONTROLNET, PREFIX, T2I_ADAPTER, T2I_PREFIX
+from ..families.control import CONTROLNET, PREFIX, T2I_ADAPTER, T2I_PREFIX, UNION
 from ..families.parts import KL, TINY, UNET, VAE, VAE_TINY
 from .checkpoint import Checkpoint
 from .loading import quiet
@@ -72,8 +72,11 @@ def vae_config(checkpoint: Checkpoint, name: str = "vae") -> dict[str, Any]:
 
 
 def control_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """The configuration of the ControlNet called `name`. Raises `CheckpointError` for a model of another kind."""
-    return _control(checkpoint, PREFIX + name, CONTROLNET)
+    """The configuration of the ControlNet called `name`. Raises `CheckpointError` for a model of another kind.
+
+    That of a ControlNet-Union alone has `num_control_type`.
+    """
+    return _control(checkpoint, PREFIX + name, CONTROLNET, UNION)
 
 
 def t2i_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
@@ -81,14 +84,14 @@ def t2i_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     return _control(checkpoint, T2I_PREFIX + name, T2I_ADAPTER)
 
 
-def _control(checkpoint: Checkpoint, component: str, due: str) -> dict[str, Any]:
-    kind = checkpoint.config(component).get("_class_name", due)
-    if kind != due:
+def _control(checkpoint: Checkpoint, component: str, *due: str) -> dict[str, Any]:
+    kind = checkpoint.config(component).get("_class_name", due[0])
+    if kind not in due:
         raise CheckpointError(
-            f"{checkpoint.folder(component)} holds a {kind}, which is not supported as a control; {due} is: "
-            f"--{'controlnet' if due == CONTROLNET else 't2i-adapter'} takes it"
+            f"{checkpoint.folder(component)} holds a {kind}, which is not supported as a control; {due[0]} is: "
+            f"--{'controlnet' if due[0] == CONTROLNET else 't2i-adapter'} takes it"
         )
-    return _model_config(checkpoint, component, due)
+    return _model_config(checkpoint, component, kind)
 
 
 def _model_config(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import check_tree
 from ..families import FAMILIES, Family, Pipeline, family_named, family_of
 from ..families.control import T2I_PREFIX, controlled, with_t2i_adapters
-from ..families.image_prompt import PREFIX, with_image_prompts
+from ..families.image_prompt import PREFIX, halvings, with_image_prompts
 from ..runtime.loop.guidance import Guidance
 from ..runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
 from ..runtime.request import Request
@@ -133,8 +133,10 @@ def _with_adapters(
 
     with _undamaged(source):
         found = {name: file.describe(encoders[file.encoder]) for name, file in adapters.items()}
-        shapes = list(cross_attentions(source).values())
-        made = with_image_prompts(pipeline, found, int(unet_config(source)["cross_attention_dim"]), len(shapes))
+        attentions, unet = cross_attentions(source), unet_config(source)
+        shapes = list(attentions.values())
+        levels = [halvings(each, len(unet["block_out_channels"])) for each in attentions]
+        made = with_image_prompts(pipeline, found, int(unet["cross_attention_dim"]), levels)
     for name, file in adapters.items():
         own = [tuple(each.shape) for pair in file.layers() for each in pair]
         if own != [shape for shape in shapes for _ in range(2)]:

@@ -14,6 +14,20 @@ from .family import Part, Pipeline
 CONTROLNET = "ControlNetModel"
 PREFIX = "controlnet_"
 """Of the names of components that are controls."""
+UNION = "ControlNetUnionModel"
+MODES = ("openpose", "depth", "softedge", "canny", "normal", "segment", "tile", "repaint")
+"""What the pictures of a ControlNet-Union are of, by the numbers that its authors gave them."""
+
+
+def mode_names(count: int) -> tuple[str, ...]:
+    """Of the modes of a ControlNet-Union that knows so many: their numbers where there are none."""
+    return tuple(MODES[i] if count in _PUBLISHED else str(i) for i in range(count))
+
+
+PICTURES = "pictures"
+"""The axis of the pictures that one is given."""
+_PUBLISHED = (6, len(MODES))
+"""How many the published ones know."""
 T2I_ADAPTER, T2I_PREFIX = "T2IAdapter", "t2i_adapter_"
 """The class of T2I-Adapters, and how the names of their components begin."""
 CONTROLLED = "{}_controlled"
@@ -151,7 +165,10 @@ def controlled(pipeline: Pipeline, unet: Mapping[str, Any], controls: Mapping[st
         parts[component] = Part("control", component)
         pooled = bool(config.get("global_pool_conditions", False))
         channels = int(config.get("conditioning_channels", 3))
-        found[name] = Control(component, len(residuals(config)), channels, pooled)
+        wired = Control(component, len(residuals(config)), channels, pooled)
+        if "num_control_type" in config:
+            wired = replace(wired, kind="union", modes=int(config["num_control_type"]))
+        found[name] = wired
     if controls:
         parts[CONTROLLED.format(denoiser)] = Part("controlled", parts[denoiser].source)
     return replace(pipeline, parts=parts, wiring=replace(pipeline.wiring, controls=found))

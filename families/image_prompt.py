@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..bundle import Tensor
 from ..bundle.wiring import ImagePrompt
 from ..common.checks import is_finite
 from ..common.errors import CheckpointError
-from .control import CONTROLLED
+from .control import CONTROLLED, side
 from .family import Part, Pipeline
 
 PREFIX = "ip_adapter_"
@@ -19,7 +19,7 @@ EMBEDS, HIDDEN = "image_embeds", "hidden_states"
 """What an image encoder gives: its projected embedding, and the input of its last layer."""
 IMAGE_PROMPT = "ip_"
 """Of the names of inputs that take image prompts."""
-TOKENS, SCALE = "ip_tokens_{}", "ip_scale_{}"
+TOKENS, SCALE, MASK = "ip_tokens_{}", "ip_scale_{}", "ip_mask_{}"
 """Inputs of the denoiser, by the number of the adapter."""
 _USUAL = {"do_normalize": True, "do_center_crop": True, "do_resize": True, "do_rescale": True, "resample": 3}
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -44,12 +44,24 @@ class Adapter:
     layers: int
 
 
-def with_image_prompts(pipeline: Pipeline, adapters: Mapping[str, Adapter], text_width: int, layers: int) -> Pipeline:
+def halvings(attention: str, blocks: int) -> int:
+    """How often the sides of what a cross-attention of a U-Net reads were halved. attention: its name, as diffusers
+    has it. blocks: of the way down."""
+    part, number, *_ = attention.split(".")
+    if part == "mid_block":
+        return blocks - 1
+    return int(number) if part == "down_blocks" else blocks - 1 - int(number)
+
+
+def with_image_prompts(
+    pipeline: Pipeline, adapters: Mapping[str, Adapter], text_width: int, levels: Sequence[int]
+) -> Pipeline:
     """`pipeline` with IP-Adapters, by the names given to them.
 
-    text_width, layers: of the denoiser's cross-attentions. Raises `CheckpointError` for one that does not fit it.
+    text_width, levels: of the denoiser's cross-attentions, their `halvings`. Raises `CheckpointError` for one that does
+    not fit it.
     """
-    parts, found = dict(pipeline.parts), {}
+    parts, found, layers = dict(pipeline.parts), {}, len(levels)
     denoiser = next(name for name, part in parts.items() if part.role == "denoiser")
     controlled = parts.pop(CONTROLLED.format(denoiser), Part("controlled", parts[denoiser].source))
     for i, (name, adapter) in enumerate(adapters.items()):
@@ -71,7 +83,6 @@ def with_image_prompts(pipeline: Pipeline, adapters: Mapping[str, Adapter], text
         parts[adapter.encoder] = Part("image", adapter.encoder)
         parts[PREFIX + name] = Part("image_prompt", PREFIX + name)
         (r, g, b), (dr, dg, db) = _normal(name, adapter.preprocessor)
-        side = int(adapter.config["image_size"])
         wired = ImagePrompt(
             PREFIX + name,
             adapter.encoder,
@@ -79,7 +90,8 @@ def with_image_prompts(pipeline: Pipeline, adapters: Mapping[str, Adapter], text
             layers,
             TOKENS.format(i),
             SCALE.format(i),
-            side,
+            tuple(side(MASK.format(i), level) for level in sorted(set(levels))),
+            int(adapter.config["image_size"]),
             (r, g, b),
             (dr, dg, db),
         )
@@ -105,9 +117,16 @@ def _normal(name: str, preprocessor: Mapping[str, Any]) -> tuple[list[float], li
     return numbers[0], numbers[1]
 
 
-def inputs(wired: ImagePrompt, text_width: int) -> tuple[Tensor, Tensor]:
-    """The inputs of the denoiser for one adapter: its tokens, and a factor for each cross-attention."""
+def inputs(wired: ImagePrompt, text_width: int, levels: Sequence[int]) -> tuple[Tensor, ...]:
+    """The inputs of the denoiser for one adapter.
+
+    Its tokens, in groups that are read apart from each other; a factor for each cross-attention; and where each group
+    is read, for each of `levels` in rising order.
+    """
+    groups = ("batch_size", f"{wired.tokens}_groups")
+    sizes = [(side("height", level), side("width", level)) for level in sorted(set(levels))]
     return (
-        Tensor(wired.tokens, "float32", ("batch_size", f"{wired.tokens}_length", text_width)),
+        Tensor(wired.tokens, "float32", (*groups, f"{wired.tokens}_length", text_width)),
         Tensor(wired.scale, "float32", ("batch_size", wired.layers)),
+        *(Tensor(name, "float32", (*groups, *size)) for name, size in zip(wired.masks, sizes, strict=True)),
     )

@@ -51,6 +51,9 @@ CONTROLS = {"edge": 0, "depth": 1}
 """The ControlNets of a bundle with controls, and the seeds of their weights."""
 SKETCHED, SKETCH = "+t2i", "sketch"
 """Behind the name of a checkpoint whose bundle has a T2I-Adapter, and the name of that."""
+UNITED, UNION = "+union", "union"
+"""Behind the name of a checkpoint whose bundle has a ControlNet-Union, and the name of that."""
+_PARTS = {SKETCH: SKETCHED, UNION: UNITED}
 PROMPTED = "+image-"
 ADAPTERS = ("plain", "plus", "full")
 """The kinds of IP-Adapters, by which they are called."""
@@ -64,15 +67,20 @@ class Steer:
     name: str
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
+    mode: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
-    """An image prompt of a case. name: of an IP-Adapter that `examples.random_checkpoint` makes, in `ADAPTERS`."""
+    """An image prompt of a case. name: of an IP-Adapter that `examples.random_checkpoint` makes, in `ADAPTERS`.
+
+    masked: whether each image acts in a part of the drawing.
+    """
 
     name: str
     scale: float = 1.0
     images: int = 1
+    masked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +115,24 @@ class Case:
         if self.checkpoint == "pico" and (self.controls or self.prompts):
             return f"pico{CONTROLLED}{PROMPTED}plus"
         more = "".join(f"{PROMPTED}{each.name}" for each in self.prompts)
-        sketched = any(each.name == SKETCH for each in self.controls)
-        return self.checkpoint + (SKETCHED if sketched else CONTROLLED if self.controls else "") + more
+        kind = CONTROLLED if self.controls else ""
+        for each in self.controls:
+            kind = _PARTS.get(each.name, kind)
+        return self.checkpoint + kind + more
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.size)) if self.size else "default"
         then = f"-> {self.then.checkpoint} {self.then.task}" if self.then else ""
-        steers = [f"{each.name} {each.scale:g} {each.interval[0]:g}:{each.interval[1]:g}" for each in self.controls]
+        steers = [
+            f"{each.name}{'' if each.mode is None else each.mode} {each.scale:g} "
+            f"{each.interval[0]:g}:{each.interval[1]:g}"
+            for each in self.controls
+        ]
         steers = [f"control {', '.join(steers)}" + (" guess" if self.guess_mode else "")] if steers else []
-        steers += [f"control by image {each.name} {each.scale:g} x{each.images}" for each in self.prompts]
+        steers += [
+            f"control by image {each.name} {each.scale:g} x{each.images}" + (" masked" if each.masked else "")
+            for each in self.prompts
+        ]
         about = (self.checkpoint, self.task, self.kind, self.label, *steers, self.scheduler)
         parts = (*about, size, f"batch {self.count}", then)
         return " ".join(part for part in parts if part)
@@ -212,6 +229,8 @@ def cases() -> Iterator[Case]:
     yield from _of_conditions()
     yield from _of_stages()
     yield from _of_controls()
+    yield from _of_unions()
+    yield from _of_crops()
     yield from _of_t2i_adapters()
     yield from _of_image_prompts()
 
@@ -370,6 +389,32 @@ def _of_controls() -> Iterator[Case]:
             yield replace(plain, controls=edge, picture=(77, 93), size=WIDE, label="picture 77x93")
 
 
+_CONTROLNET_UNION = {
+    "txt2img": "StableDiffusionXLControlNetUnionPipeline",
+    "img2img": "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "inpaint": "StableDiffusionXLControlNetUnionInpaintPipeline",
+}
+
+
+def _of_unions() -> Iterator[Case]:
+    """A ControlNet-Union, which diffusers has for XL, with one picture and with two, in every task."""
+    edge, both = (Steer(UNION, 0.8, mode=3),), (Steer(UNION, 0.7, mode=1), Steer(UNION, 1.2, (0.0, 0.6), mode=3))
+    for task in _ALL:
+        case = replace(_of("sdxl-small", task, ""), kind=_CONTROLNET_UNION[task])
+        for count, size, controls in ((1, None, edge), (2, WIDE, edge), (2, None, both), (1, WIDE, both)):
+            yield replace(case, count=count, size=size, controls=controls)
+        # in guess mode, diffusers' classes fail where there is guidance
+        unguided = {**case.options, "guidance": 1.0, "negative_prompt": None}
+        for controls in (edge, both):
+            yield replace(case, options=unguided, controls=controls, guess_mode=True, label="no guidance")
+        late = (Steer(UNION, 0.5, (0.3, 1.0), mode=5),)
+        options = {**case.options, "steps": 6}
+        for scheduler in ("ddim", "heun", "dpm++2m", "euler_a"):
+            yield replace(case, options=options, controls=late, scheduler=scheduler)
+    case = replace(_of("sdxl-small", "txt2img", ""), kind=_CONTROLNET_UNION["txt2img"])
+    yield replace(case, controls=edge, picture=(77, 93), size=WIDE, label="picture 77x93")
+
+
 def _of_t2i_adapters() -> Iterator[Case]:
     """T2I-Adapters, which diffusers draws from noise with alone."""
     for checkpoint, kind in (
@@ -386,6 +431,14 @@ def _of_t2i_adapters() -> Iterator[Case]:
             yield replace(case, controls=(late,), scheduler=scheduler)
         unguided = {**case.options, "guidance": 1.0, "negative_prompt": None}
         yield replace(case, options=unguided, controls=(Steer(SKETCH),), label="no guidance")
+
+
+def _of_crops() -> Iterator[Case]:
+    """Controls where the part around a mask alone is drawn."""
+    for checkpoint in ("sd15-small", "sdxl-small"):
+        pipelines = FAMILIES[checkpoint][0]
+        case = replace(_of(checkpoint, "inpaint", "crop", padding_mask_crop=8), kind=_CONTROLNET[pipelines, "inpaint"])
+        yield replace(case, controls=(Steer("edge"), Steer("depth", 0.6)), picture=(120, 96))
 
 
 def _of_image_prompts() -> Iterator[Case]:
@@ -407,6 +460,12 @@ def _of_image_prompts() -> Iterator[Case]:
             unguided = {**plain.options, "guidance": 1.0, "negative_prompt": None}
             yield replace(plain, options=unguided, prompts=(Prompted(kind),), label="no guidance")
         for task in tasks:
+            masked = (Prompted("plus", 0.8, 2, masked=True),)
+            yield replace(_of(checkpoint, task, ""), prompts=masked)
+            yield replace(_of(checkpoint, task, ""), prompts=masked, count=2, size=WIDE)
+            apart = (Prompted("plain", 0.7, masked=True), Prompted("full", 0.9, 2, masked=True))
+            yield replace(_of(checkpoint, task, ""), prompts=apart, size=(64, 96))
+            yield replace(_of(checkpoint, task, ""), prompts=(Prompted("full", masked=True),), size=(96, 64))
             both = (Prompted("plain", 0.5), Prompted("plus", 0.9, 2))
             yield replace(_of(checkpoint, task, ""), prompts=both)
             steered = replace(
@@ -460,6 +519,14 @@ def _prompting(case: Case) -> list[list[Image.Image]]:
     return [[picture(50 + 13 * i, 40 + 9 * k) for k in range(each.images)] for i, each in enumerate(case.prompts)]
 
 
+def _regions(prompt: Prompted, case: Case) -> list[Image.Image] | None:
+    """A mask for each image of a prompt, of another size than the drawing."""
+    if not prompt.masked:
+        return None
+    width, height = _size(case)
+    return [mask(2 * width, 2 * height).rotate(180 * i) for i in range(prompt.images)]
+
+
 # ---------------------------------------------------------------------------------------------------------- diffusers
 
 _THEIR_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "mask": "mask_image"}
@@ -482,7 +549,8 @@ def _oracle(
     if controls and "Adapter" in kind:
         extra["adapter"] = diffusers.T2IAdapter.from_pretrained(controls[0])
     elif controls:
-        nets = [diffusers.ControlNetModel.from_pretrained(folder) for folder in controls]
+        net = diffusers.ControlNetUnionModel if "Union" in kind else diffusers.ControlNetModel
+        nets = [net.from_pretrained(folder) for folder in controls]
         extra["controlnet"] = nets if len(nets) > 1 else nets[0]
     pipeline = getattr(diffusers, kind).from_pretrained(checkpoint, **extra)
     pipeline.set_progress_bar_config(disable=True)
@@ -516,11 +584,8 @@ def diffusers_run(
     import torch
 
     with _quiet():
-        kind_of = {SKETCH: SKETCHED}
-        folders = tuple(
-            checkpoint_of(f"{case.checkpoint}{kind_of.get(each.name, CONTROLLED)}-{each.name}")
-            for each in case.controls
-        )
+        names = dict.fromkeys(each.name for each in case.controls)
+        folders = tuple(checkpoint_of(f"{case.checkpoint}{_PARTS.get(name, CONTROLLED)}-{name}") for name in names)
         adapters = tuple(checkpoint_of(f"{case.checkpoint}{PROMPTED}{each.name}") for each in case.prompts)
         pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind, setting, folders, adapters)
         if adapters:
@@ -536,6 +601,9 @@ def diffusers_run(
         inputs |= _their_controls(case)
     if case.prompts:
         inputs["ip_adapter_image"] = _prompting(case)
+        masks = [_their_masks(each, case) for each in case.prompts]
+        if any(each is not None for each in masks):
+            inputs["cross_attention_kwargs"] = {"ip_adapter_masks": masks}
     options = {"prompt": PROMPT, **inputs, **case.options}
     options = {_THEIR_NAMES.get(name, name): value for name, value in options.items()}
     for name in _TEXTS:
@@ -580,7 +648,22 @@ def _their_controls(case: Case) -> dict[str, Any]:
         "control_guidance_end": [each.interval[1] for each in case.controls],
     }
     found = {name: values if len(values) > 1 else values[0] for name, values in named.items()}
+    if "Union" in case.kind:
+        pictures = named.get("image", named.get("control_image"))
+        found = {name: value for name, value in found.items() if name != "image"}
+        found |= {"control_image": pictures, "control_mode": [each.mode for each in case.controls]}
     return {**found, "guess_mode": case.guess_mode}
+
+
+def _their_masks(prompt: Prompted, case: Case) -> Any:
+    """The masks of a prompt as diffusers takes them, (1, images, H, W), or None."""
+    from diffusers.image_processor import IPAdapterMaskProcessor
+
+    masks = _regions(prompt, case)
+    if masks is None:
+        return None
+    width, height = _size(case)
+    return IPAdapterMaskProcessor().preprocess(masks, height=height, width=width).reshape(1, -1, height, width)
 
 
 class _quiet:
@@ -635,10 +718,11 @@ def diffoundry_run(
     if latents is not None:
         options["image"] = latents
     options["image_prompt"] = [
-        ImagePrompt(each.name, images, each.scale) for each, images in zip(case.prompts, _prompting(case), strict=True)
+        ImagePrompt(each.name, images, each.scale, mask=_regions(each, case))
+        for each, images in zip(case.prompts, _prompting(case), strict=True)
     ]
     options["control"] = [
-        Control(each.name, image, each.scale, each.interval, case.guess_mode)
+        Control(each.name, image, each.scale, each.interval, case.guess_mode, each.mode)
         for each, image in zip(case.controls, _steering(case), strict=True)
     ]
     if case.task != "img2img" and latents is None:  # diffusers inpaints at the checkpoint's size
@@ -790,10 +874,10 @@ def _checkpoint(root: Path, name: str) -> Path:
 
 def make_part(unet: Mapping[str, Any], name: str, folder: Path) -> None:
     """Write what stands beside a checkpoint with this U-Net: `CHECKPOINT+control-NAME` or `CHECKPOINT+image-KIND`."""
-    from ..examples.random_checkpoint import make_controlnet, make_ip_adapter, make_t2i_adapter
+    from ..examples.random_checkpoint import make_controlnet, make_ip_adapter, make_t2i_adapter, make_union
 
-    if SKETCHED in name:
-        make_t2i_adapter(unet, folder)
+    if SKETCHED in name or UNITED in name:
+        (make_t2i_adapter if SKETCHED in name else make_union)(unet, folder)
         return
     _, is_control, control = name.partition(f"{CONTROLLED}-")
     if is_control:
@@ -806,9 +890,10 @@ def beside(checkpoint_of: FolderOf, name: str) -> dict[str, Any]:
     """What `compile` is given beside the checkpoint for a bundle of this name; see `Case.source`."""
     plain, *parts = name.split("+")
     adapters = [part.removeprefix(PROMPTED[1:]) for part in parts if part.startswith(PROMPTED[1:])]
-    nets = CONTROLS if CONTROLLED[1:] in parts else ()
+    nets = dict.fromkeys(CONTROLS if CONTROLLED[1:] in parts else (), CONTROLLED)
+    nets |= {UNION: UNITED} if UNITED[1:] in parts else {}
     return {
-        "controlnets": {each: checkpoint_of(f"{plain}{CONTROLLED}-{each}") for each in nets},
+        "controlnets": {each: checkpoint_of(f"{plain}{kind}-{each}") for each, kind in nets.items()},
         "t2i_adapters": {SKETCH: checkpoint_of(f"{plain}{SKETCHED}-{SKETCH}")} if SKETCHED[1:] in parts else {},
         "ip_adapters": {each: checkpoint_of(f"{plain}{PROMPTED}{each}") for each in adapters},
     }

@@ -15,10 +15,13 @@ _ROUNDING = 1e-9
 @dataclass(frozen=True, slots=True, eq=False)
 class Control:
     """Zhang et al. 2023. name: of the control, as the bundle calls it. image: the condition itself, such as edges (a
-    path, a PIL image, or an array (H, W, 3)); it is stretched to the size of the drawing.
+    path, a PIL image, or an array (H, W, 3)); it is stretched to the size of the drawing, or cut to the part that
+    `padding_mask_crop` draws.
 
     scale: a factor on what the control adds. interval: the part of the steps, from 0 to 1, in which it acts.
     guess_mode: it acts on the rows of the prompt alone, and less in the outer layers, as diffusers' `guess_mode`.
+    mode: of a ControlNet-Union, what the picture is of, a name of `families.control.MODES` or its number; several
+    controls of the same name and of different modes act together.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Control:
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     guess_mode: bool = False
+    mode: str | int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -38,6 +42,10 @@ class Control:
             )
         if not isinstance(self.guess_mode, bool):
             raise RequestError(f"guess_mode must be true or false, found {self.guess_mode!r}")
+        if self.mode is not None and (isinstance(self.mode, bool) or not isinstance(self.mode, (str, int))):
+            raise RequestError(
+                f"the mode of the control {self.name} must be a name or a number, found {self.mode!r:.80}"
+            )
         object.__setattr__(self, "scale", float(self.scale))
         object.__setattr__(self, "interval", check_interval(f"the control {self.name}", self.interval))
 
@@ -57,12 +65,15 @@ def acts_at(interval: tuple[float, float], k: int, steps: int) -> bool:
 
 
 def read_controls(name: str, value: Any) -> tuple[Control, ...]:
-    """`value`, a `Control` or several, as a tuple. Raises `RequestError` for anything else, or two of one name."""
+    """`value`, a `Control` or several, as a tuple.
+
+    Raises `RequestError` for anything else, or two of one name and mode.
+    """
     controls = (value,) if isinstance(value, Control) else value
     if not isinstance(controls, (tuple, list)) or not all(isinstance(each, Control) for each in controls):
         raise RequestError(f"{name} takes a list of diffoundry.Control, found {type(value).__name__}")
-    names = [each.name for each in controls]
-    twice = sorted({each for each in names if names.count(each) > 1})
+    known = [(each.name, each.mode) for each in controls]
+    twice = [name for name, mode in known if known.count((name, mode)) > 1]
     if twice:
         raise RequestError(f"the control {twice[0]} is given twice: give each picture a control of its own")
     return tuple(controls)

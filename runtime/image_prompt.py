@@ -26,6 +26,8 @@ class ImagePrompt:
     embeds: in place of images what the image encoder gives for them, float32 (images, …). scale: a factor on what it
     adds, or one for each cross-attention of the denoiser, in diffusers' order. interval: the part of the steps, from 0
     to 1, in which it acts.
+    mask: a picture that is white where the image is to act, stretched to the size of the drawing; of several images a
+    list, one for each. Without masks several images are read as one, everywhere.
     """
 
     name: str
@@ -33,6 +35,7 @@ class ImagePrompt:
     scale: float | tuple[float, ...] = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     embeds: Array | None = None
+    mask: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -52,6 +55,10 @@ class ImagePrompt:
                     f"{found.shape}"
                 )
             object.__setattr__(self, "embeds", found)
+        if self.mask is not None and len(self.masks) != self.count:
+            raise RequestError(
+                f"the IP-Adapter {self.name} takes a mask for each image, {self.count} in all, found {len(self.masks)}"
+            )
         scale = self.scale
         scales = scale if isinstance(scale, (list, tuple)) else (scale,)
         if not scales or not all(is_number(each) and 0 <= each <= _LARGEST_SCALE for each in scales):
@@ -66,15 +73,34 @@ class ImagePrompt:
     @property
     def images(self) -> list[Any]:
         """The pictures, [] where embeddings are given."""
-        if self.image is None:
-            return []
-        return list(self.image) if isinstance(self.image, (list, tuple)) else [self.image]
+        return _listed(self.image)
+
+    @property
+    def masks(self) -> list[Any]:
+        """A mask for each picture, or []."""
+        return _listed(self.mask)
+
+    @property
+    def count(self) -> int:
+        """How many pictures, or embeddings of them, there are."""
+        return len(self.images) if self.embeds is None else len(self.embeds)
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """In how many groups its pictures are read apart from each other, and how many are in each."""
+        return (1, self.count) if self.mask is None else (self.count, 1)
 
     def scales(self, layers: int, steps: int) -> Array:
         """The factor of each of `layers` in each of `steps`, float32 (steps, layers)."""
         found = np.zeros((steps, layers), np.float32)
         found[[acts_at(self.interval, k, steps) for k in range(steps)]] = np.asarray(self.scale, np.float32)
         return found
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def read_image_prompts(name: str, value: Any) -> tuple[ImagePrompt, ...]:

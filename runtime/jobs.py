@@ -69,7 +69,10 @@ class Jobs:
                 f"the mask has {mask.width}x{mask.height} pixels, the latents are of {size[0]}x{size[1]}: "
                 "give a mask of that size"
             )
-        controls = self._control.pixels(request, size)
+        picture = None
+        if request.image is not None:
+            picture = bring_to_size(image, mask, size, request.resize, request.padding_mask_crop)
+        controls = self._control.pixels(request, size, picture)
         table, steps = self._schedules.of(request)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         record = {
@@ -81,9 +84,6 @@ class Jobs:
             "seed": first,
             **({} if request.starts_from_latents else {"width": size[0], "height": size[1]}),
         }
-        picture = None
-        if request.image is not None:
-            picture = bring_to_size(image, mask, size, request.resize, request.padding_mask_crop)
         return Job(
             request,
             table,
@@ -94,6 +94,7 @@ class Jobs:
             record,
             controls,
             self._image_prompt.pixels(request),
+            self._image_prompt.regions(request, size),
         )
 
     def controls_of(self, jobs: Sequence[Job]) -> list[str] | None:

@@ -85,9 +85,7 @@ class LoadedEngines:
         if controls is None:
             return self(self._denoiser)
         plain = [tensor.name for tensor in self._bundle.component(self._denoiser).inputs]
-        plain += [
-            name for each in self._bundle.manifest.wiring.image_prompts.values() for name in (each.tokens, each.scale)
-        ]
+        plain += [name for each in self._bundle.manifest.wiring.image_prompts.values() for name in each.inputs]
         return ControlledEngine(self(self._controlled), {name: self(name) for name in controls}, plain)
 
     def release_denoiser(self) -> None:

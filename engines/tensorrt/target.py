@@ -9,7 +9,7 @@ from ...bundle import Manifest
 from ...bundle.reader import fits
 from ...common.checks import LARGEST_SIDE, MOST_IMAGES, is_whole
 from ...common.errors import DiffoundryError
-from ...families.control import halved
+from ...families.control import PICTURES, halved
 from .plan import FLAGS, Profile, Shape
 
 Size = tuple[int, int]
@@ -139,11 +139,15 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
         "sample_height": heights,
         "sample_width": widths,
     }
+    for control in manifest.wiring.controls.values():
+        if control.component == component and control.modes:
+            axes[PICTURES] = (1, 1, control.modes)
     parts = [halved({"height": axes["height"][i], "width": axes["width"][i]}) for i in range(3)]
     axes |= {name: tuple(part[name] for part in parts) for name in parts[0]}
     for prompt in manifest.wiring.image_prompts.values():
         count = int(manifest.components[prompt.component].outputs[0].shape[1])
         axes[f"{prompt.tokens}_length"] = (count, count, count * _MOST_PROMPTS)
+        axes[f"{prompt.tokens}_groups"] = (1, 1, _MOST_PROMPTS)
     name = "-".join("x".join(map(str, size)) for size in dict.fromkeys((sizes[0], sizes[2])))
     if denoises:
         name += f", batch {'-'.join(map(str, dict.fromkeys(target.batch)))}"

@@ -23,16 +23,17 @@ _PLAIN_DATA = "plain.onnx_data"
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens of a picture that cross-attentions read. tokens, scale: inputs of the graph.
+    """Tokens of pictures that cross-attentions read. tokens, scale, masks: inputs of the graph.
 
     layers: for each of the cross-attentions called `names`, as the checkpoint calls them, the weights of keys and of
-    values, float32 (C, width).
+    values, float32 (C, width), and which of the masks is of its size.
     """
 
     tokens: Tensor
     scale: Tensor
+    masks: Sequence[Tensor]
     names: Sequence[str]
-    layers: Sequence[tuple[Array, Array]]
+    layers: Sequence[tuple[Array, Array, int]]
 
 
 def write_controlled(
@@ -88,12 +89,15 @@ def write_controlled(
 
 
 def _read_tokens(graph: Any, given: Tokens, sources: Mapping[str, Any]) -> None:
-    """Let each of the cross-attentions have an attention to the tokens of a picture added, times its scale."""
-    tokens, scale = _give(graph, given.tokens), _give(graph, given.scale)
+    """Let each of the cross-attentions have an attention to the tokens of pictures added, times its scale.
+
+    Each group of tokens has an attention of its own, as a row of a batch, and is read where its mask says.
+    """
+    tokens, scale, masks = _give(graph, given.tokens), _give(graph, given.scale), [_give(graph, m) for m in given.masks]
     named = {weight: name for name, each in sources.items() for weight in each["weights"]}
     readers = {node.inputs[1].name: node for node in graph if node.op_type == "MatMul" and node.inputs[1] is not None}
-    last = _weight(graph, "ip:last", np.array([2], np.int64))
-    for i, (name, weights) in enumerate(zip(given.names, given.layers, strict=True)):
+    flat = None
+    for i, (name, (*weights, size)) in enumerate(zip(given.names, given.layers, strict=True)):
         query = readers.get(named.get(f"{name}.to_q.weight", ""))
         out = readers.get(named.get(f"{name}.to_out.0.weight", ""))
         split = [use.node for use in query.outputs[0].uses() if use.node.op_type == "Reshape"] if query else []
@@ -104,13 +108,18 @@ def _read_tokens(graph: Any, given: Tokens, sources: Mapping[str, Any]) -> None:
             for kind, weight in zip("kv", weights, strict=True)
         )
         before, attention = _Before(graph, out), out.inputs[0]
-        heads = tuple(int(size) for size in split[0].outputs[0].shape[2:])
-        found = before.attention(query.outputs[0], tokens, keys, values, heads)
+        heads = tuple(int(each) for each in split[0].outputs[0].shape[2:])
         rows = attention.shape[0]
-        layer = _weight(graph, f"ip:layer.{i}", np.array([i], np.int64))
-        own = before.op("Unsqueeze", [before.op("Gather", [scale, layer], [rows, 1], axis=1), last], [rows, 1, 1])
-        scaled = before.op("Mul", [found, own], attention.shape)
-        out.replace_input_with(0, before.op("Add", [attention, scaled], attention.shape))
+        _, seen, width = tokens.shape[1:]
+        picked = before.op("Gather", [scale, before.numbers(i)], [rows, 1], axis=1)
+        own = before.op("Unsqueeze", [picked, before.numbers(2, 3)], [rows, 1, 1, 1])
+        where = before.op("Mul", [masks[size], own], masks[size].shape)
+        if flat is None:
+            flat = before.flat(tokens, (given.tokens.name, seen, width))
+        found = before.attention(before.repeated(query.outputs[0], where), flat, keys, values, heads)
+        scaled = before.op("Mul", [found, before.column(where, found.shape)], found.shape)
+        total = before.summed(scaled, where, attention.shape)
+        out.replace_input_with(0, before.op("Add", [attention, total], attention.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,23 +129,59 @@ class _Before:
     graph: Any
     node: Any
 
-    def op(self, kind: str, inputs: Sequence[Any], shape: Sequence[Any], **attributes: Any) -> Any:
-        """The value of this shape that an operator makes."""
+    def op(self, kind: str, inputs: Sequence[Any], shape: Sequence[Any], int64: bool = False, **attributes: Any) -> Any:
+        """The value of this shape that an operator makes, of floats where it is not of whole numbers."""
         import onnx_ir
 
         made = onnx_ir.node(kind, inputs, attributes)
         self.graph.insert_before(self.node, made)
         [value] = made.outputs
-        value.name, value.type = f"{self.node.name}:{made.name}", onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+        kind_of = onnx_ir.DataType.INT64 if int64 else onnx_ir.DataType.FLOAT
+        value.name, value.type = f"{self.node.name}:{made.name}", onnx_ir.TensorType(kind_of)
         value.shape = onnx_ir.Shape(list(shape))
         return value
+
+    def flat(self, value: Any, shape: Sequence[Any]) -> Any:
+        """`value`, (B, G, N, C), as (B·G, N, C), which are called `shape`."""
+        rows, _, channels = shape
+        whole = self.op("Flatten", [value], [rows, f"{rows}:whole"], axis=2)
+        return self.op("Reshape", [whole, self.numbers(0, -1, channels)], shape)
+
+    def repeated(self, query: Any, where: Any) -> Any:
+        """`query`, (B, N, C), once for each group of `where`, (B, G, H, W): (B·G, N, C)."""
+        rows, pixels, channels = query.shape
+        groups = self.op("Shape", [where], [1], int64=True, start=1, end=2)
+        sizes = [self.numbers(1), groups, self.numbers(1, 1)]
+        shape = self.op("Concat", sizes, [4], int64=True, axis=0)
+        apart = self.op("Unsqueeze", [query, self.numbers(1)], [rows, 1, pixels, channels])
+        every = self.op("Expand", [apart, shape], [rows, where.shape[1], pixels, channels])
+        return self.flat(every, (f"{where.shape[1]}_of_rows", pixels, channels))
+
+    def column(self, where: Any, shape: Sequence[Any]) -> Any:
+        """`where`, (B, G, H, W), as (B·G, H·W, 1)."""
+        rows, pixels, _ = shape
+        flat = self.op("Flatten", [where], [rows, pixels], axis=2)
+        return self.op("Unsqueeze", [flat, self.numbers(2)], [rows, pixels, 1])
+
+    def summed(self, value: Any, where: Any, shape: Sequence[Any]) -> Any:
+        """`value`, (B·G, N, C), summed over the groups of `where`, (B, G, H, W): (B, N, C), called `shape`."""
+        rows, pixels, channels = shape
+        sizes = [self.op("Shape", [where], [2], int64=True, start=0, end=2), self.numbers(-1)]
+        whole = self.op("Concat", sizes, [3], int64=True, axis=0)
+        apart = self.op("Reshape", [value, whole], [rows, where.shape[1], f"{pixels}:whole"])
+        total = self.op("ReduceSum", [apart, self.numbers(1)], [rows, f"{pixels}:whole"], keepdims=0)
+        return self.op("Reshape", [total, self.numbers(0, -1, channels)], shape)
+
+    def numbers(self, *numbers: int) -> Any:
+        """Whole numbers, one initializer for all uses."""
+        return _weight(self.graph, f"ip:{','.join(map(str, numbers))}", np.array(numbers, np.int64))
 
     def attention(self, query: Any, tokens: Any, keys: Any, values: Any, heads: tuple[int, ...]) -> Any:
         """What `query`, (B, N, C), reads of `tokens`. heads: how many, and of what width."""
         count, width = heads
         rows, pixels, channels = query.shape
         seen = tokens.shape[1]
-        split = _weight(self.graph, f"ip:heads.{count}x{width}", np.array([0, 0, count, width], np.int64))
+        split = self.numbers(0, 0, count, width)
         factor = _weight(self.graph, f"ip:factor.{width}", np.array([width**-0.5], np.float32))
 
         def by_head(value: Any, length: Any, axes: list[int]) -> Any:
@@ -151,7 +196,7 @@ class _Before:
         likely = self.op("Softmax", [scores], scores.shape, axis=-1)
         read = self.op("MatMul", [likely, v], [rows, count, pixels, width])
         moved = self.op("Transpose", [read], [rows, pixels, count, width], perm=[0, 2, 1, 3])
-        return self.op("Reshape", [moved, _weight(self.graph, "ip:whole", np.array([0, 0, -1]))], query.shape)
+        return self.op("Reshape", [moved, self.numbers(0, 0, -1)], query.shape)
 
 
 def _weight(graph: Any, name: str, array: Array) -> Any:

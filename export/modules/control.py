@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter, UNet2DConditionModel
+from diffusers.image_processor import IPAdapterMaskProcessor
 
 from ...bundle import Tensor
-from ...bundle.wiring import PICTURE, SCALE
+from ...bundle.wiring import MODE, PICTURE, SCALE, STRENGTH
 from ...families import Pipeline
-from ...families.control import PREFIX, T2I_PREFIX, intrablock_residuals, intrablocks, residuals
+from ...families.control import PICTURES, PREFIX, T2I_PREFIX, intrablock_residuals, intrablocks, residuals
+from ...families.image_prompt import MASK, TOKENS, halvings, inputs
 from ...families.image_prompt import SCALE as SCALES
-from ...families.image_prompt import TOKENS, inputs
 from ..checkpoint import Checkpoint
 from ..configs import control_config, t2i_config, unet_config
 from ..fit import hollow
@@ -59,6 +63,67 @@ class ControlNet(torch.nn.Module):
             return_dict=False,
         )
         return tuple(value * scale[:, i, None, None, None] for i, value in enumerate((*down, middle)))
+
+
+class Union(torch.nn.Module):
+    """The residuals of a ControlNet-Union for several pictures, each of a mode of its own.
+
+    What makes it a ControlNet of one picture is added up here, the rest is diffusers' `ControlNetModel`. Where its
+    layers let tokens read each other, diffusers' class lets the rows of a batch do so, position by position, which are
+    alike: each token reads itself alone.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        controlnet_cond: torch.Tensor,
+        scale: torch.Tensor,
+        control_type: torch.Tensor,
+        strength: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        model, rows = self.model, len(sample)
+        pictures = model.controlnet_cond_embedding(controlnet_cond.flatten(0, 1)).unflatten(0, (rows, -1))
+        factors = strength[..., None]
+        tokens = (pictures.mean((3, 4)) + control_type @ model.task_embedding) * factors
+        for block in model.transformer_layes:
+            attention = block.attn
+            width = tokens.shape[-1]
+            weight, bias = attention.in_proj_weight[-width:], attention.in_proj_bias[-width:]
+            tokens = tokens + attention.out_proj(torch.nn.functional.linear(block.ln_1(tokens), weight, bias))
+            tokens = tokens + block.mlp(block.ln_2(tokens))
+        told = pictures * factors[..., None, None] + (model.spatial_ch_projs(tokens) * factors)[..., None, None]
+        modes = model.control_type_proj(control_type.amax(1).flatten()).reshape(rows, -1)
+        whole = SimpleNamespace(
+            **{name: getattr(model, name) for name in _OF_A_CONTROLNET if hasattr(model, name)},
+            controlnet_cond_embedding=lambda value: value,
+            class_embedding=lambda value: value,
+        )
+        down, middle = ControlNetModel.forward(
+            whole,
+            sample[:, : model.config.in_channels],
+            timestep,
+            encoder_hidden_states,
+            told.sum(1),
+            class_labels=model.control_add_embedding(modes),
+            added_cond_kwargs=None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids},
+            return_dict=False,
+        )
+        return tuple(value * scale[:, i, None, None, None] for i, value in enumerate((*down, middle)))
+
+
+_OF_A_CONTROLNET = (
+    *("config", "dtype", "time_proj", "time_embedding", "add_time_proj", "add_embedding", "conv_in", "down_blocks"),
+    *("mid_block", "controlnet_down_blocks", "controlnet_mid_block"),
+)
+"""What `ControlNetModel.forward` reads of a model."""
 
 
 class Adapter(torch.nn.Module):
@@ -108,10 +173,20 @@ class ControlledUNet(UNet):
             scales = [row[SCALES.format(k)][0].tolist() for k in range(self.adapters)]
             for layer, processor in enumerate(_cross_attentions(self.model)):
                 processor.scale = [each[layer] for each in scales]
-            made.append(self._predict(row, {"image_embeds": tokens}))
+            masks = [self._masks(row, k) for k in range(self.adapters)]
+            with _masks_of_sizes([each[0, 0].numel() for each in masks[0]]):
+                joined = [torch.cat([each.flatten(2)[:, :, None] for each in own], -1) for own in masks]
+                made.append(self._predict(row, {"image_embeds": tokens}, joined))
         return torch.cat(made)
 
-    def _predict(self, given: dict[str, torch.Tensor], added: dict[str, Any]) -> torch.Tensor:
+    @staticmethod
+    def _masks(row: dict[str, torch.Tensor], adapter: int) -> list[torch.Tensor]:
+        name = MASK.format(adapter)
+        return [value for each, value in row.items() if each == name or each.startswith(f"{name}_")]
+
+    def _predict(
+        self, given: dict[str, torch.Tensor], added: dict[str, Any], masks: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         residuals = [value for name, value in given.items() if "_block_res_sample" in name]
         added = added | {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
         within = [value for name, value in given.items() if "_intrablock_" in name]
@@ -121,12 +196,32 @@ class ControlledUNet(UNet):
             given["encoder_hidden_states"],
             timestep_cond=given.get("timestep_cond"),
             added_cond_kwargs=added or None,
+            cross_attention_kwargs={"ip_adapter_masks": masks} if masks else None,
             down_block_additional_residuals=tuple(residuals[:-1]) if residuals else None,
             mid_block_additional_residual=residuals[-1] if residuals else None,
             down_intrablock_additional_residuals=[value.clone() for value in within] or None,
             return_dict=False,
         )[0]
         return result
+
+
+@contextmanager
+def _masks_of_sizes(sizes: Sequence[int]) -> Iterator[None]:
+    """Let diffusers take a mask for the one of its parts, which have these sizes, that an attention has queries for.
+
+    It makes all sizes of one mask, where the graph is given each.
+    """
+    usual = IPAdapterMaskProcessor.downsample
+
+    def part(mask: torch.Tensor, batch_size: int, num_queries: int, value_embed_dim: int) -> torch.Tensor:
+        start = sum(sizes[: sizes.index(num_queries)])
+        return mask.flatten()[None, start : start + num_queries, None].expand(batch_size, -1, value_embed_dim)
+
+    IPAdapterMaskProcessor.downsample = staticmethod(part)
+    try:
+        yield
+    finally:
+        IPAdapterMaskProcessor.downsample = staticmethod(usual)
 
 
 class _Given(torch.nn.Module):
@@ -177,18 +272,24 @@ def controlnet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compone
     made = residuals(config, bool(config.get("global_pool_conditions")))
     down = pipeline.latents.downscale
     denoiser = _denoiser(checkpoint, pipeline)
-    picture = ("batch_size", int(config["conditioning_channels"]), "sample_height", "sample_width")
-    inputs = (*given, Tensor(PICTURE, "float32", picture), Tensor(SCALE, "float32", ("batch_size", len(made))))
+    modes = config.get("num_control_type")
+    module, kind = (ControlNet, ControlNetModel) if modes is None else (Union, ControlNetUnionModel)
+    rows = ("batch_size",) if modes is None else ("batch_size", PICTURES)
+    picture = (*rows, int(config["conditioning_channels"]), "sample_height", "sample_width")
+    inputs = [*given, Tensor(PICTURE, "float32", picture), Tensor(SCALE, "float32", ("batch_size", len(made)))]
+    if modes is not None:
+        inputs += [Tensor(MODE, "float32", (*rows, int(modes))), Tensor(STRENGTH, "float32", rows)]
     return replace(
         denoiser,
         name=name,
         source=name,
-        load=lambda: ControlNet(load_pretrained(ControlNetModel, checkpoint.folder(name))).eval(),
-        hollow=lambda: ControlNet(hollow(ControlNetModel, checkpoint.config(name))),
-        inputs=inputs,
+        load=lambda: module(load_pretrained(kind, checkpoint.folder(name))).eval(),
+        hollow=lambda: module(hollow(kind, checkpoint.config(name))),
+        inputs=tuple(inputs),
         outputs=made,
+        axes=denoiser.axes if modes is None else {**denoiser.axes, PICTURES: Axis(1, 3)},
         tied={"sample_height": ("height", down, 1), "sample_width": ("width", down, 1), **_halves()},
-        per_prompt=(*(each for each in denoiser.per_prompt if each in own), PICTURE),
+        per_prompt=(*(each for each in denoiser.per_prompt if each in own), PICTURE, *([MODE] if modes else [])),
     )
 
 
@@ -202,7 +303,9 @@ def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Co
         wired: IPAdapterFile.open(checkpoint.folder(wired.component), checkpoint.folder(wired.encoder))
         for wired in wiring.image_prompts.values()
     }
-    given = [each for wired in files for each in inputs(wired, int(config["cross_attention_dim"]))]
+    attentions = cross_attentions(checkpoint) if files else {}
+    levels = [halvings(each, len(config["block_out_channels"])) for each in attentions]
+    told = {wired: inputs(wired, int(config["cross_attention_dim"]), levels) for wired in files}
 
     def load() -> Any:
         model = load_pretrained(UNet2DConditionModel, checkpoint.folder("unet"))
@@ -219,28 +322,26 @@ def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Co
         return ControlledUNet(model, len(files)).eval()
 
     def write(plain: Path, folder: Path) -> None:
-        names = list(cross_attentions(checkpoint))
-        tokens = [
-            Tokens(
-                *inputs(wired, int(config["cross_attention_dim"])),
-                names,
-                [(np.asarray(key.float()).T, np.asarray(value.float()).T) for key, value in file.layers()],
-            )
-            for wired, file in files.items()
-        ]
+        sizes = [sorted(set(levels)).index(each) for each in levels]
+        tokens = []
+        for wired, file in files.items():
+            of_tokens, scale, *masks = told[wired]
+            weights = [(np.asarray(key.float()).T, np.asarray(value.float()).T) for key, value in file.layers()]
+            layers = [(key, value, size) for (key, value), size in zip(weights, sizes, strict=True)]
+            tokens.append(Tokens(of_tokens, scale, masks, list(attentions), layers))
         places = [number for number, _ in intrablocks(config)]
         write_controlled(plain, folder, more, tokens, list(zip(places, within, strict=False)))
 
-    sizes = {f"{wired.tokens}_length": Axis(1, 6) for wired in files}
+    axes = {f"{wired.tokens}_{axis}": Axis(1, most) for wired in files for axis, most in (("groups", 3), ("length", 6))}
     return replace(
         denoiser,
         name=name,
         load=load,
         hollow=lambda: ControlledUNet(hollow(UNet2DConditionModel, checkpoint.config("unet"))),
-        inputs=(*denoiser.inputs, *more, *within, *given),
-        axes={**denoiser.axes, **sizes},
+        inputs=(*denoiser.inputs, *more, *within, *(each for given in told.values() for each in given)),
+        axes={**denoiser.axes, **axes},
         tied=_halves(),
-        per_prompt=(*denoiser.per_prompt, *(wired.tokens for wired in files)),
+        per_prompt=(*denoiser.per_prompt, *(name for each in files for name in each.inputs if name != each.scale)),
         more_sources=tuple(wired.component for wired in files),
         rewrites=denoiser.name,
         rewrite=write,

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...common.errors import CheckpointError
 from ...common.files import write_json
+from ...families.control import CONTROLNET, UNION
 from ..fit import hollow
 from ..weight_files import other_kind
 from .names import unet_names
@@ -21,11 +22,13 @@ from .weights import SUFFIXES, Weights, open_weights
 _PREFIX = "control_model."
 _HINT = "input_hint_block."
 _EMBEDDING = "controlnet_cond_embedding."
+_TASKS = "task_embedding"
+"""A weight that a ControlNet-Union alone has."""
+_LAYERS = "transformer_layes."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ANOTHER = "it was made for another model; give one that was trained with this kind of checkpoint"
 _OTHERS = {
     "lllite_": "a ControlNet-LLLite",
-    "task_embedding": "a ControlNet-Union",
     "body.": "a T2I-Adapter",
     "adapter.": "a T2I-Adapter",
     "lora_controlnet": "a Control-LoRA",
@@ -41,7 +44,7 @@ class ControlNetFile:
 
     def __init__(self, path: Path, unet: Mapping[str, Any]) -> None:
         """Raises `CheckpointError` for a file of another kind, a damaged one, and one for another model."""
-        from diffusers import ControlNetModel
+        from diffusers import ControlNetModel, ControlNetUnionModel
 
         if path.suffix.lower() not in SUFFIXES:
             raise other_kind(path) or CheckpointError(
@@ -51,7 +54,7 @@ class ControlNetFile:
         prefix, original = _layout(self._weights)
         embedding = f"{prefix}{_HINT}0.weight" if original else f"{_EMBEDDING}conv_in.weight"
         self.config = _config(unet, self._weights, embedding, original, prefix)
-        module = hollow(ControlNetModel, self.config)
+        module = hollow(ControlNetUnionModel if _TASKS in self._weights.shapes else ControlNetModel, self.config)
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         names = _original_names(shapes, self.config) if original else {name: name for name in shapes}
         self._model = Model("", None, shapes, {name: prefix + old for name, old in names.items()})
@@ -83,7 +86,7 @@ def _layout(weights: Weights) -> tuple[str, bool]:
     for prefix in (_PREFIX, ""):
         if f"{prefix}{_HINT}0.weight" in weights.shapes:
             return prefix, True
-    if f"{_EMBEDDING}conv_in.weight" in weights.shapes and not weights.has("task_embedding"):
+    if f"{_EMBEDDING}conv_in.weight" in weights.shapes:
         return "", False
     kind = next((kind for start, kind in _OTHERS.items() if weights.has(start)), "no ControlNet that is known")
     raise CheckpointError(f"{weights.path} holds {kind}, which is not supported as a control: give a ControlNet")
@@ -102,11 +105,21 @@ def _config(unet: Mapping[str, Any], weights: Weights, first: str, original: boo
     layers = [shapes[name][0] for _, name in found][1 if original else 0 :]
     last = layers[:-1] if original else layers  # the last one makes what the U-Net reads
     own = {
-        "_class_name": "ControlNetModel",
+        "_class_name": CONTROLNET,
         "in_channels": 4,
         "conditioning_channels": shapes[first][1],
         "conditioning_embedding_out_channels": [shapes[first][0], *last[1::2]],
     }
+    if _TASKS in shapes:
+        tasks, width = shapes[_TASKS]
+        blocks = {name.split(".")[1] for name in shapes if name.startswith(_LAYERS)}
+        own |= {
+            "_class_name": UNION,
+            "num_control_type": tasks,
+            "num_trans_channel": width,
+            "num_proj_channel": unet["block_out_channels"][0],
+            "num_trans_layer": len(blocks),
+        }
     return {**{name: value for name, value in unet.items() if name in known}, **own}
 
 

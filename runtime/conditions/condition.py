@@ -49,7 +49,7 @@ class Job:
 
     guidance: of the loop, off where the model is given its scale as an input. size: width and height in pixels.
     record: the request as JSON values, to ask for it again. controls, image_prompts: their pictures, by
-    the names of controls and of IP-Adapters.
+    the names of controls and of IP-Adapters. regions: the masks of image prompts, float32 (images, H, W) of 0 and 1.
     """
 
     request: Request
@@ -61,6 +61,7 @@ class Job:
     record: dict[str, Any]
     controls: Mapping[str, Array] = field(default_factory=dict)
     image_prompts: Mapping[str, Array] = field(default_factory=dict)
+    regions: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Start(NamedTuple):

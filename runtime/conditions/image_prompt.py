@@ -11,9 +11,11 @@ from ...bundle.wiring import ImagePrompt as Wired
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from ...engines import Engine
+from ...families.control import halved
 from ..image_prompt import ImagePrompt
 from ..pictures.clip import clip_pixels
-from ..pictures.preprocess import open_image
+from ..pictures.preprocess import mask_pixels, open_image
+from ..pictures.region import mask_of_queries
 from ..request import Request
 from .condition import Condition, Fed, Job
 from .control import parts_again
@@ -66,14 +68,27 @@ class ImagePromptCondition(Condition):
             )
         return found
 
+    def regions(self, request: Request, size: tuple[int, int]) -> dict[str, Array]:
+        """The masks of the request at (width, height), float32 (images, H, W), by the names of adapters.
+
+        Raises `RequestError` for one that cannot be read.
+        """
+        found = {}
+        for prompt in request.image_prompt:
+            masks = [open_image(mask, f"mask of the IP-Adapter {prompt.name}") for mask in prompt.masks]
+            if masks:
+                found[self._name(prompt)] = np.concatenate([mask_pixels(mask, *size) for mask in masks])
+        return found
+
     def check(self, jobs: Sequence[Job]) -> None:
-        """The jobs of a batch must have as many images for an adapter, or none."""
+        """The jobs of a batch must have as many images for an adapter, or none, and masks for them or not."""
         for name in self._prompts:
-            counts = set(self._counts(name, jobs))
-            if len(counts) > 1:
+            found = sorted(set(self._groups(name, jobs)))
+            if len(found) > 1:
+                said = ", ".join(f"{a * b}{' with masks' if a > 1 else ''}" for a, b in found)
                 raise RequestError(
-                    f"the requests of a batch must have as many images for the IP-Adapter {name}, found "
-                    f"{', '.join(map(str, sorted(counts)))}: run them on their own"
+                    f"the requests of a batch must have as many images for the IP-Adapter {name}, found {said}: run "
+                    "them on their own"
                 )
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
@@ -89,15 +104,18 @@ class ImagePromptCondition(Condition):
             prompt = given.get(name)
             if prompt is None:
                 tokens, width = self._bundle.component(wired.component).outputs[0].shape[1:]
-                count = max(self._counts(name, jobs), default=1)
-                positive = negative = np.zeros((int(tokens) * count, int(width)), np.float32)
+                groups, count = next(iter(self._groups(name, jobs)), (1, 1))
+                positive = negative = np.zeros((groups, int(tokens) * count, int(width)), np.float32)
                 scales = np.zeros((job.table.steps, wired.layers), np.float32)
             else:
-                positive, negative = self._tokens(job, prompt, wired)
+                groups, _ = prompt.groups
+                positive, negative = (
+                    each.reshape(groups, -1, each.shape[-1]) for each in self._tokens(job, prompt, wired)
+                )
                 scales = prompt.scales(wired.layers, job.table.steps)
             steps = {wired.scale: scales}
             fed |= Fed(
-                inputs={wired.tokens: positive},
+                inputs={wired.tokens: positive, **self._masks(wired, job.regions.get(name), groups, job.size)},
                 negative_inputs={wired.tokens: negative},
                 prompt_steps=steps,
                 negative_steps=steps,
@@ -105,8 +123,10 @@ class ImagePromptCondition(Condition):
         return fed
 
     def _tokens(self, job: Job, prompt: ImagePrompt, wired: Wired) -> tuple[Array, Array]:
-        """The tokens of the pictures, (tokens, width), and those of none: as diffusers, of an embedding of zeros, or of
-        the hidden states of a picture of zeros."""
+        """The tokens of the pictures, (images, tokens, width), and those of none.
+
+        As diffusers, of an embedding of zeros, or of the hidden states of a picture of zeros.
+        """
         encoder = self._engine(wired.encoder)
         pixels = job.image_prompts.get(self._name(prompt))
         if prompt.embeds is not None:
@@ -122,13 +142,25 @@ class ImagePromptCondition(Condition):
             side = np.zeros((1, 3, wired.side, wired.side), np.float32)
             empty = np.repeat(encoder({encoder.inputs[0].name: side})[wired.output], len(encoded), axis=0)
         project = self._engine(wired.component)
-        made = [project({project.inputs[0].name: each})["tokens"] for each in (encoded, empty)]
-        positive, negative = (each.reshape(-1, each.shape[-1]) for each in made)
+        positive, negative = (project({project.inputs[0].name: each})["tokens"] for each in (encoded, empty))
         return positive, negative
 
-    def _counts(self, name: str, jobs: Sequence[Job]) -> list[int]:
-        """How many images each job has for an adapter, of those that have any."""
-        return [_count(each) for job in jobs for each in job.request.image_prompt if self._name(each) == name]
+    def _masks(self, wired: Wired, masks: Array | None, groups: int, size: tuple[int, int]) -> dict[str, Array]:
+        """For each input that takes them, the masks at its size, float32 (groups, h, w); ones where there are none."""
+        manifest = self._bundle.manifest
+        axes = halved({"height": size[1] // manifest.latents.downscale, "width": size[0] // manifest.latents.downscale})
+        found = {}
+        for tensor in self._bundle.component(manifest.named("controlled")).inputs:
+            if tensor.name in wired.masks:
+                height, width = (axes[str(axis)] for axis in tensor.shape[2:])
+                ones = np.ones((groups, height, width), np.float32)
+                own = None if masks is None else np.stack([mask_of_queries(mask, height, width) for mask in masks])
+                found[tensor.name] = ones if own is None else own
+        return found
+
+    def _groups(self, name: str, jobs: Sequence[Job]) -> list[tuple[int, int]]:
+        """How each job groups its images for an adapter, of those that have any."""
+        return [each.groups for job in jobs for each in job.request.image_prompt if self._name(each) == name]
 
     def _name(self, prompt: ImagePrompt) -> str:
         """The adapter that a prompt is for."""
@@ -143,8 +175,3 @@ class ImagePromptCondition(Condition):
             more = parts_again(self._bundle.manifest.wiring, "--ip-adapter", name)
             raise RequestError(f"{root} has {lacks}: compile the checkpoint again with {more}")
         return name
-
-
-def _count(prompt: ImagePrompt) -> int:
-    """How many images it has."""
-    return len(prompt.images) if prompt.embeds is None else len(prompt.embeds)

@@ -159,12 +159,13 @@ def image_pixels(
     return np.asarray(pixels.transpose(2, 0, 1), order="C")
 
 
-def control_pixels(image: Image.Image, width: int, height: int, *, channels: int = 3) -> Array:
+def control_pixels(image: Image.Image, width: int, height: int, *, channels: int = 3, crop: Box | None = None) -> Array:
     """Pixels from 0 to 1, float32 (channels, height, width), of a picture that steers the drawing.
 
-    As the `control_image_processor` of diffusers' pipelines. channels: 3, or 1 for shades of grey.
+    As the `control_image_processor` of diffusers' pipelines. channels: 3, or 1 for shades of grey. crop: the part of
+    it that is drawn.
     """
-    fitted = image.resize((width, height), _LANCZOS).convert("RGB" if channels == 3 else "L")
+    fitted = _fit(image, width, height, crop, "fill" if crop else "default").convert("RGB" if channels == 3 else "L")
     unit = np.asarray(fitted).astype(np.float32) / np.float32(255)
     return np.asarray(unit.transpose(2, 0, 1) if channels == 3 else unit[None], order="C")
 
