@@ -10,7 +10,7 @@ from ..bundle import Tensor
 from ..bundle.wiring import MODE, PICTURE, SCALE, STRENGTH
 from ..common.arrays import Array
 from ..common.errors import EngineError
-from ..families.control import halved
+from ..families.control import MOST_SLOTS, halved, slot
 from .engine import DeviceArray, DeviceBinding, Engine, HostBinding
 
 _OF_A_CONTROL = (PICTURE, SCALE, MODE, STRENGTH)
@@ -27,7 +27,8 @@ class ControlledEngine(Engine):
 
     Its inputs are those of the plain denoiser, and for each control `component.controlnet_cond`, a picture,
     `component.scale`, a factor for each residual, and what it takes beside these. On the host a control whose scales
-    are all zero is not run.
+    are all zero is not run. The denoiser takes the residuals of a few controls of a kind as inputs of their own, so
+    that nothing has to be added up outside of it; those of more are, on the host.
     """
 
     def __init__(self, denoiser: Engine, controls: Mapping[str, Engine], plain: Collection[str]) -> None:
@@ -52,7 +53,8 @@ class ControlledEngine(Engine):
             }
             for name, control in self._controls.items()
         }
-        self.binds_device = len(self._controls) <= 1
+        self._taken = self._slots()
+        self.binds_device = self._taken is not None
         super().__init__(denoiser.component, inputs, denoiser.outputs)
 
     def to_device(self, array: Array) -> DeviceArray:
@@ -71,16 +73,33 @@ class ControlledEngine(Engine):
         residuals = self._zeros(feeds)
         for name, control in self._controls.items():
             for residual, array in control(self._of(name, feeds)).items():
-                residuals[residual] += array
+                residuals[self._input(name, residual)] += array
         return self._denoiser({**self._shared(feeds), **residuals})
 
     def _bind_host(self, feeds: Mapping[str, Array], twice: Collection[str]) -> HostBinding:
         return _HostBinding(self, feeds, twice)
 
     def _bind_device(self, tensors: Mapping[str, DeviceArray]) -> DeviceBinding:
-        if len(self._controls) > 1:
-            raise EngineError(f"{self.component}: several controls run with the loop on the host: use the loop 'host'")
+        if self._taken is None:
+            raise EngineError(f"{self.component}: so many controls run with the loop on the host: use the loop 'host'")
         return _DeviceBinding(self, tensors)
+
+    def _slots(self) -> dict[str, dict[str, str]] | None:
+        """For each control the inputs of the denoiser that take its residuals, None where there are too few."""
+        free = {tensor.name for tensor in self._residuals}
+        found = {}
+        for name, control in self._controls.items():
+            ways = ({t.name: slot(t.name, k) for t in control.outputs} for k in range(MOST_SLOTS))
+            taken = next((way for way in ways if free.issuperset(way.values())), None)
+            if taken is None:
+                return None
+            found[name] = taken
+            free -= set(taken.values())
+        return found
+
+    def _input(self, name: str, residual: str) -> str:
+        """The input of the denoiser that this residual of a control goes to; of too many, that of all others."""
+        return residual if self._taken is None else self._taken[name][residual]
 
     def _zeros(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """A residual of zeros for each that the denoiser takes."""
@@ -110,7 +129,7 @@ class _HostBinding:
     """Of one control the denoiser reads the arrays that it writes; of several, their sums."""
 
     def __init__(self, engine: ControlledEngine, feeds: Mapping[str, Array], twice: Collection[str]) -> None:
-        self._names = engine._names
+        self._engine, self._names = engine, engine._names
         self._residuals = engine._zeros(feeds)
         self._scales = {name: feeds[input_name(name, SCALE)] for name in engine._controls}
         self._controls = {
@@ -121,11 +140,12 @@ class _HostBinding:
         self._denoiser = engine._denoiser.bind_host({**engine._shared(feeds), **self._residuals}, twice)
 
     def __call__(self, *changed: str) -> dict[str, Array]:
-        made = []
+        made: list[dict[str, Array]] = []
         for name, control in self._controls.items():
             self._waiting[name].update(own for own, outer in self._names[name].items() if outer in changed)
             if self._scales[name].any():
-                made.append(control(*self._waiting[name]))
+                given = control(*self._waiting[name])
+                made.append({self._engine._input(name, residual): array for residual, array in given.items()})
                 self._waiting[name] = set()
         for residual, array in self._residuals.items():
             arrays = [each[residual] for each in made if residual in each]
@@ -139,16 +159,18 @@ class _HostBinding:
 
 
 class _DeviceBinding:
-    """A control writes the tensors that the denoiser reads; without one they are zero."""
+    """Each control writes tensors that the denoiser reads; those that none writes are zero."""
 
     def __init__(self, engine: ControlledEngine, tensors: Mapping[str, DeviceArray]) -> None:
         sample = engine._denoiser.inputs[0].name
         zeros = engine._zeros({sample: np.broadcast_to(np.zeros((), tensors[sample].dtype), tensors[sample].shape)})
         residuals = {residual: engine.to_device(array) for residual, array in zeros.items()}
-        self._controls = [
-            (engine._names[name], control.bind_device({**engine._of_device(name, tensors), **residuals}))
-            for name, control in engine._controls.items()
-        ]
+        self._controls = []
+        for name, control in engine._controls.items():
+            made = {tensor.name: residuals[engine._input(name, tensor.name)] for tensor in control.outputs}
+            self._controls.append(
+                (engine._names[name], control.bind_device({**engine._of_device(name, tensors), **made}))
+            )
         self._denoiser = engine._denoiser.bind_device({**tensors, **residuals})
 
     def __call__(self) -> None:

@@ -340,6 +340,7 @@ def make_controlnet(unet: Mapping[str, Any], out: Path, seed: int = 0, *, scaled
     if modes:
         width = unet["block_out_channels"][0]
         options |= {"num_control_type": modes, "num_trans_channel": width, "num_proj_channel": width}
+        options["addition_time_embed_dim"] = unet.get("addition_time_embed_dim") or 8
     blocks = (16, 16, 32, 32) if scaled else (16, 32, 96, 256)
     model = _model(kind, scaled, False, in_channels=4, conditioning_embedding_out_channels=blocks, **options)
     with torch.no_grad():

@@ -74,6 +74,15 @@ def residuals(unet: Mapping[str, Any], pooled: bool = False) -> tuple[Tensor, ..
     )
 
 
+MOST_SLOTS = 3
+"""How many controls of a kind the denoiser takes the residuals of, each as inputs of their own."""
+
+
+def slot(name: str, number: int) -> str:
+    """The input of the denoiser that takes the residual `name` of the control in this slot."""
+    return f"{name}.{number}" if number else name
+
+
 _SIDES = ("height", "width")
 _T2I_BLOCKS = 4
 INTRABLOCK = "down_intrablock_residual_{}"

@@ -53,6 +53,8 @@ SKETCHED, SKETCH = "+t2i", "sketch"
 """Behind the name of a checkpoint whose bundle has a T2I-Adapter, and the name of that."""
 UNITED, UNION = "+union", "union"
 """Behind the name of a checkpoint whose bundle has a ControlNet-Union, and the name of that."""
+PICO = "pico+control+union+image-plus"
+"""The bundle of pico with all that steers it."""
 _PARTS = {SKETCH: SKETCHED, UNION: UNITED}
 PROMPTED = "+image-"
 ADAPTERS = ("plain", "plus", "full")
@@ -113,7 +115,7 @@ class Case:
     def source(self) -> str:
         """The name of the checkpoint, with what its bundle has beside it; pico's has all that its cases need."""
         if self.checkpoint == "pico" and (self.controls or self.prompts):
-            return f"pico{CONTROLLED}{PROMPTED}plus"
+            return PICO
         more = "".join(f"{PROMPTED}{each.name}" for each in self.prompts)
         kind = CONTROLLED if self.controls else ""
         for each in self.controls:
@@ -890,7 +892,7 @@ def beside(checkpoint_of: FolderOf, name: str) -> dict[str, Any]:
     """What `compile` is given beside the checkpoint for a bundle of this name; see `Case.source`."""
     plain, *parts = name.split("+")
     adapters = [part.removeprefix(PROMPTED[1:]) for part in parts if part.startswith(PROMPTED[1:])]
-    nets = dict.fromkeys(CONTROLS if CONTROLLED[1:] in parts else (), CONTROLLED)
+    nets: dict[str, str] = dict.fromkeys(CONTROLS if CONTROLLED[1:] in parts else (), CONTROLLED)
     nets |= {UNION: UNITED} if UNITED[1:] in parts else {}
     return {
         "controlnets": {each: checkpoint_of(f"{plain}{kind}-{each}") for each, kind in nets.items()},

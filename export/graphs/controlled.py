@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ...common.arrays import Array
 from ...common.errors import CheckpointError
 from ...common.files import link_or_copy, read_json
 from ...engines.fusion.graph import save
+from ...families.control import slot
 from .trace import DATA_NAME, MODEL_NAME
 from .weights import WEIGHTS_NAME
 
@@ -42,13 +44,15 @@ def write_controlled(
     residuals: Sequence[Tensor],
     tokens: Sequence[Tokens] = (),
     intrablocks: Sequence[tuple[int, Tensor]] = (),
+    slots: tuple[int, int] = (1, 1),
 ) -> None:
     """Write the graph `plain` with further inputs into `folder`; its large weights are linked, not written again.
 
     residuals: one for each skip of a U-Net, in the order in which its way down makes them, and the last for its middle;
     each is added to what the way up reads (Zhang et al. 2023, section 3.2); () for none. tokens: each has an attention
     of its own beside that to the text (Ye et al. 2023, equation 5). intrablocks: each is added to the skip of this
-    number where it is made, or to the middle (Mou et al. 2023, section 3.3).
+    number where it is made, or to the middle (Mou et al. 2023, section 3.3). slots: how often there are residuals, and
+    intrablocks, as inputs; see `families.control.slot`.
     Raises `CheckpointError` for a graph of another build.
     """
     import onnx_ir
@@ -62,15 +66,16 @@ def write_controlled(
             f"the U-Net joins {len(joins)} values on its way up where its configuration tells {len(down)}: it is built "
             "in another way, and takes no ControlNet"
         )
-    for number, tensor in intrablocks:
+    for k, (number, tensor) in itertools.product(range(slots[1]), intrablocks):
         made = joins[0].inputs[0] if number == len(joins) else joins[len(joins) - 1 - number].inputs[1]
-        _add_where_made(graph, made, _give(graph, tensor))
-    for tensor in residuals:
-        _give(graph, tensor)
+        _add_where_made(graph, made, _give(graph, tensor, k))
+    for k, tensor in itertools.product(range(slots[0]), residuals):
+        _give(graph, tensor, k)
     if middle is not None:
-        for node, tensor in zip(joins, reversed(down), strict=True):
-            _add(graph, node, 1, tensor.name)
-        _add(graph, joins[0], 0, middle.name)
+        for k in range(slots[0]):
+            for node, tensor in zip(joins, reversed(down), strict=True):
+                _add(graph, node, 1, slot(tensor.name, k))
+            _add(graph, joins[0], 0, slot(middle.name, k))
     if tokens:
         sources = read_json(plain.with_name(WEIGHTS_NAME), "the sources of its weights")
         for each in tokens:
@@ -211,12 +216,14 @@ def _weight(graph: Any, name: str, array: Array) -> Any:
     return graph.initializers[name]
 
 
-def _give(graph: Any, tensor: Tensor) -> Any:
-    """A new input of the graph."""
+def _give(graph: Any, tensor: Tensor, number: int = 0) -> Any:
+    """A new input of the graph. number: of its slot."""
     import onnx_ir
 
     given = onnx_ir.Value(
-        name=tensor.name, type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT), shape=onnx_ir.Shape(list(tensor.shape))
+        name=slot(tensor.name, number),
+        type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT),
+        shape=onnx_ir.Shape(list(tensor.shape)),
     )
     graph.inputs.append(given)
     return given

@@ -18,7 +18,16 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from ...bundle import Tensor
 from ...bundle.wiring import MODE, PICTURE, SCALE, STRENGTH
 from ...families import Pipeline
-from ...families.control import PICTURES, PREFIX, T2I_PREFIX, intrablock_residuals, intrablocks, residuals
+from ...families.control import (
+    MOST_SLOTS,
+    PICTURES,
+    PREFIX,
+    T2I_PREFIX,
+    intrablock_residuals,
+    intrablocks,
+    residuals,
+    slot,
+)
 from ...families.image_prompt import MASK, TOKENS, halvings, inputs
 from ...families.image_prompt import SCALE as SCALES
 from ..checkpoint import Checkpoint
@@ -187,9 +196,9 @@ class ControlledUNet(UNet):
     def _predict(
         self, given: dict[str, torch.Tensor], added: dict[str, Any], masks: list[torch.Tensor] | None = None
     ) -> torch.Tensor:
-        residuals = [value for name, value in given.items() if "_block_res_sample" in name]
+        residuals = _summed(given, "_block_res_sample")
         added = added | {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
-        within = [value for name, value in given.items() if "_intrablock_" in name]
+        within = _summed(given, "_intrablock_")
         result: torch.Tensor = self.model(
             given["sample"],
             given["timestep"],
@@ -203,6 +212,16 @@ class ControlledUNet(UNet):
             return_dict=False,
         )[0]
         return result
+
+
+def _summed(given: dict[str, torch.Tensor], part: str) -> list[torch.Tensor]:
+    """The inputs with `part` in their names, those of one residual added up over its slots."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in given.items():
+        if part in name:
+            whole = name.partition(".")[0]
+            found[whole] = found[whole] + value if whole in found else value
+    return list(found.values())
 
 
 @contextmanager
@@ -296,9 +315,17 @@ def controlnet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compone
 def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The component `name`: the denoiser that takes residuals and tokens of pictures."""
     denoiser, config, wiring = _denoiser(checkpoint, pipeline), unet_config(checkpoint), pipeline.wiring
-    kinds = {each.kind for each in wiring.controls.values()}
-    more = residuals(config) if "controlnet" in kinds else ()
-    within = intrablock_residuals(config) if "adapter" in kinds else ()
+    adapters = sum(each.kind == "adapter" for each in wiring.controls.values())
+    counts = len(wiring.controls) - adapters, adapters
+    slots = (min(counts[0], MOST_SLOTS), min(counts[1], MOST_SLOTS))
+    more = residuals(config) if counts[0] else ()
+    within = intrablock_residuals(config) if counts[1] else ()
+    taken = [
+        replace(each, name=slot(each.name, k))
+        for i, made in ((1, within), (0, more))
+        for k in range(slots[i])
+        for each in made
+    ]
     files = {
         wired: IPAdapterFile.open(checkpoint.folder(wired.component), checkpoint.folder(wired.encoder))
         for wired in wiring.image_prompts.values()
@@ -330,7 +357,7 @@ def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Co
             layers = [(key, value, size) for (key, value), size in zip(weights, sizes, strict=True)]
             tokens.append(Tokens(of_tokens, scale, masks, list(attentions), layers))
         places = [number for number, _ in intrablocks(config)]
-        write_controlled(plain, folder, more, tokens, list(zip(places, within, strict=False)))
+        write_controlled(plain, folder, more, tokens, list(zip(places, within, strict=False)), slots)
 
     axes = {f"{wired.tokens}_{axis}": Axis(1, most) for wired in files for axis, most in (("groups", 3), ("length", 6))}
     return replace(
@@ -338,7 +365,7 @@ def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Co
         name=name,
         load=load,
         hollow=lambda: ControlledUNet(hollow(UNet2DConditionModel, checkpoint.config("unet"))),
-        inputs=(*denoiser.inputs, *more, *within, *(each for given in told.values() for each in given)),
+        inputs=(*denoiser.inputs, *taken, *(each for given in told.values() for each in given)),
         axes={**denoiser.axes, **axes},
         tied=_halves(),
         per_prompt=(*denoiser.per_prompt, *(name for each in files for name in each.inputs if name != each.scale)),

@@ -23,7 +23,7 @@ _MOST_NOISE_BYTES = 128 << 20
 _RUNNING = ("registers", "position", "sample", "timestep")
 """What a run overwrites on the device."""
 HOST_ONLY = (
-    "the loop on the device takes joint guidance and float32 latents, one control at most, and does not inpaint: "
+    "the loop on the device takes joint guidance and float32 latents, a few controls at most, and does not inpaint: "
     "use the loop 'host'"
 )
 

@@ -14,6 +14,7 @@ import diffoundry
 from diffoundry import Control, Request
 from diffoundry.bundle import Bundle
 from diffoundry.common.errors import CheckpointError, DiffoundryError, EngineError, RequestError
+from diffoundry.engines import controlled
 from diffoundry.engines.controlled import ControlledEngine
 from diffoundry.engines.onnxruntime import OrtHostBinding
 from diffoundry.engines.verify import verify
@@ -22,7 +23,7 @@ from diffoundry.export.graphs import trace
 from diffoundry.export.graphs.controlled import write_controlled
 from diffoundry.export.single_file.controlnet import ControlNetFile, _original_names
 from diffoundry.families.control import intrablocks, residuals
-from diffoundry.parity.pipelines import picture
+from diffoundry.parity.pipelines import PICO, mask, picture
 from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pictures.edges import canny
 
@@ -32,7 +33,7 @@ NEAR = 1e-5
 
 @pytest.fixture(scope="module")
 def steered(bundle_of):
-    return bundle_of("pico+control+image-plus")
+    return bundle_of(PICO)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,10 @@ def edge(**options):
     return Control("edge", picture(64, 64), **options)
 
 
+def union(mode, i=0, **options):
+    return Control("union", picture(64, 64).rotate(90 * i), mode=mode, **options)
+
+
 def test_rows_with_and_without_controls_share_a_batch(pipe):
     def request(i, *controls):
         return Request("a blue ring", seed=i, steps=4 + i, guidance=3.0, width=64, height=64, control=controls)
@@ -58,6 +63,8 @@ def test_rows_with_and_without_controls_share_a_batch(pipe):
         request(1),
         request(2, Control("depth", picture(64, 64).rotate(90), 0.5, (0.2, 0.7)), edge(scale=0.3)),
         request(3, edge(guess_mode=True)),
+        request(4, union("canny", scale=0.5), union(1, 2, interval=(0.0, 0.5))),
+        request(5, union("5"), union("openpose", 1, scale=0.3), edge()),
     ]
     alone = [pipe.generate(each).latents for each in requests]
     for batch in (4, 2):
@@ -106,10 +113,66 @@ def test_on_a_device_it_is_what_it_is_on_the_host(steered, pipe, sampler):
         for _ in range(2):
             found = drawn(device, control, scheduler=sampler)
             np.testing.assert_allclose(found, drawn(pipe, control, scheduler=sampler), atol=1e-4)
-    with pytest.raises(RequestError, match="one control at most"):
-        drawn(device, edge(), Control("depth", picture(64, 64)))
+    several = edge(scale=0.5), Control("depth", picture(64, 64), interval=(0.0, 0.6)), union("canny"), union("depth")
+    for controls in (several[:2], several):
+        found = drawn(device, *controls, scheduler=sampler)
+        np.testing.assert_allclose(found, drawn(pipe, *controls, scheduler=sampler), atol=1e-4)
     split = drawn(pipe, edge(), guidance=Guidance(3.0, mode="split"))
     np.testing.assert_allclose(split, drawn(pipe, edge()), atol=1e-4)
+
+
+def test_of_too_many_controls_residuals_are_added_up_on_the_host(steered, pipe, monkeypatch):
+    both = edge(scale=0.5), Control("depth", picture(64, 64), interval=(0.0, 0.6))
+    wanted = drawn(pipe, *both)
+    monkeypatch.setattr(controlled, "MOST_SLOTS", 1)
+    np.testing.assert_allclose(drawn(diffoundry.load(steered), *both), wanted, atol=1e-4)
+    device = diffoundry.load(steered, loop="device")
+    np.testing.assert_allclose(drawn(device, edge()), drawn(pipe, edge()), atol=1e-4)
+    with pytest.raises(RequestError, match="a few controls"):
+        drawn(device, *both)
+
+
+def test_pictures_of_a_union_act_together(pipe):
+    whole = drawn(pipe, union("canny"), union("depth", 1))
+    np.testing.assert_allclose(drawn(pipe, union("depth", 1), union(3)), whole, atol=NEAR)
+    ways = [whole, drawn(pipe), drawn(pipe, union("canny")), drawn(pipe, union("depth"))]
+    ways += [drawn(pipe, union("canny", scale=0.5), union("depth", 1)), drawn(pipe, union("canny", guess_mode=True))]
+    assert min(np.abs(a - b).max() for i, a in enumerate(ways) for b in ways[:i]) > 1e-3
+    for controls, problem in (
+        ([union(None)], "found no mode: say which one the picture is of, openpose, depth, softedge, canny, normal"),
+        ([union("tile")], "found the mode 'tile'"),
+        ([union(6)], "found the mode 6"),
+        ([union(-1)], "found the mode -1"),
+        ([edge(mode="canny")], "the control edge has no modes, found 'canny': leave the mode out"),
+        ([union("canny"), union(3)], "is given two pictures of one mode"),
+        ([union("canny"), union("canny")], "the control union is given twice"),
+        ([union("canny"), union("depth", guess_mode=True)], "differ in guess_mode"),
+    ):
+        with pytest.raises(RequestError, match=problem):
+            drawn(pipe, *controls)
+    with pytest.raises(RequestError, match="the mode of the control union must be a name or a number"):
+        union(1.5)
+    many = [Request("a ring", control=own, width=64, height=64) for own in ([union(0)], [union(0), union(1)])]
+    with pytest.raises(RequestError, match="must have as many pictures for the control union, found 1, 2: run them"):
+        pipe.generate_many(many)
+
+
+def test_a_union_of_one_file_is_that_of_the_folder(checkpoint_of, tmp_path):
+    folder = checkpoint_of("pico+union-union")
+    config = json.loads((checkpoint_of("pico") / "unet" / "config.json").read_text())
+    found = ControlNetFile(folder / "diffusion_pytorch_model.safetensors", config).config
+    wanted = json.loads((folder / "config.json").read_text())
+    same = ("_class_name", "num_control_type", "num_trans_channel", "num_proj_channel", "num_trans_layer")
+    assert {name: found[name] for name in same} == {name: wanted[name] for name in same}
+
+
+def test_a_control_lies_over_the_image_where_the_part_around_a_mask_is_drawn(pipe):
+    image = picture(120, 96)
+    edit = {"image": image, "mask": mask(120, 96), "padding_mask_crop": 8, "strength": 0.7}
+    found = drawn(pipe, Control("edge", image), **edit)
+    assert np.abs(found - drawn(pipe, Control("edge", image.rotate(180)), **edit)).max() > 0.02
+    with pytest.raises(RequestError, match="it is 64x64 and the image 120x96, give one of this size"):
+        drawn(pipe, edge(), **edit)
 
 
 def test_graphs_for_cuda_take_controls(steered, tmp_path, simulated_sessions, simulated_cuda):
@@ -122,7 +185,7 @@ def test_graphs_for_cuda_take_controls(steered, tmp_path, simulated_sessions, si
     for _ in range(4):
         np.testing.assert_allclose(drawn(pipe, edge(interval=(0.0, 0.7)), scheduler="euler"), wanted, atol=5e-3)
     assert any("steps of 2x4x8x8" in each for each in pipe.info()["captured"])
-    several = edge(), Control("depth", picture(64, 64))  # whose residuals are summed on the host
+    several = edge(), Control("depth", picture(64, 64))
     np.testing.assert_allclose(drawn(pipe, *several), drawn(diffoundry.load(steered), *several), atol=5e-3)
 
 
@@ -142,7 +205,7 @@ def test_another_control_is_added_without_anything_else_being_traced(checkpoint_
     assert list(made.manifest.wiring.controls) == ["edge"]
     weights = [json.loads((out / name / "weights.json").read_text()) for name in ("unet", "unet_controlled")]
     assert weights[0] == weights[1]
-    found, wanted = (drawn(diffoundry.load(each), edge()) for each in (out, bundle_of("pico+control+image-plus")))
+    found, wanted = (drawn(diffoundry.load(each), edge()) for each in (out, bundle_of(PICO)))
     np.testing.assert_allclose(found, wanted, atol=NEAR)
 
 

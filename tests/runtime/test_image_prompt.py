@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
@@ -20,17 +22,18 @@ from diffoundry.bundle import Bundle
 from diffoundry.common.errors import BundleError, CheckpointError, DiffoundryError, RequestError
 from diffoundry.export.graphs import trace
 from diffoundry.export.ip_adapter import IPAdapterFile
-from diffoundry.parity.pipelines import picture
+from diffoundry.parity.pipelines import PICO, mask, picture
 from diffoundry.runtime.pictures.clip import clip_pixels
+from diffoundry.runtime.pictures.preprocess import mask_pixels
+from diffoundry.runtime.pictures.region import mask_of_queries
 from diffoundry.runtime.refine import generate_refined
 
-NAME = "pico+control+image-plus"
 NEAR = 1e-5
 
 
 @pytest.fixture(scope="module")
 def prompted(bundle_of):
-    return bundle_of(NAME)
+    return bundle_of(PICO)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,42 @@ def test_embeddings_take_the_place_of_images(pipe):
         RequestError, match=r"embeds of the IP-Adapter plus must be \(images, 17, 32\), found \(1, 24\)"
     ):
         drawn(pipe, ImagePrompt("plus", embeds=np.zeros((1, 24), np.float32)))
+
+
+def test_masks_part_the_drawing(pipe):
+    pictures = [picture(50, 40), picture(40, 70)]
+    left, right = (np.tile((np.arange(64) // 32 == side).astype(np.uint8) * 255, (64, 1)) for side in (0, 1))
+    both = drawn(pipe, ImagePrompt("plus", pictures, mask=[left, right]))
+    np.testing.assert_allclose(drawn(pipe, ImagePrompt("plus", pictures[::-1], mask=[right, left])), both, atol=NEAR)
+    whole = np.full((64, 64), 255, np.uint8)
+    np.testing.assert_allclose(drawn(pipe, plus(mask=whole)), drawn(pipe, plus()), atol=NEAR)
+    np.testing.assert_allclose(drawn(pipe, plus(mask=0 * whole)), drawn(pipe), atol=NEAR)
+    ways = [both, drawn(pipe, ImagePrompt("plus", pictures)), drawn(pipe, plus(mask=left)), drawn(pipe, plus())]
+    assert min(np.abs(a - b).max() for i, a in enumerate(ways) for b in ways[:i]) > 1e-3
+    device = diffoundry.load(pipe.bundle.root, loop="device")
+    found = drawn(device, ImagePrompt("plus", pictures, mask=[left, right]), scheduler="euler")
+    wanted = drawn(pipe, ImagePrompt("plus", pictures, mask=[left, right]), scheduler="euler")
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    many = [Request("a ring", image_prompt=(ImagePrompt("plus", pictures, mask=own),)) for own in (None, [left, right])]
+    with pytest.raises(RequestError, match="as many images for the IP-Adapter plus, found 2, 2 with masks"):
+        pipe.generate_many(many)
+    with pytest.raises(RequestError, match="takes a mask for each image, 1 in all, found 2"):
+        plus(mask=[left, right])
+    with pytest.raises(RequestError, match="the mask of the IP-Adapter plus 'none.png' does not exist"):
+        drawn(pipe, plus(mask="none.png"))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (72, 56), (104, 72), (8, 64), (333, 64)])
+def test_masks_have_the_sizes_of_diffusers(size):
+    own = mask_pixels(mask(90, 70), *size)
+    wanted = IPAdapterMaskProcessor().preprocess(mask(90, 70), height=size[1], width=size[0])
+    np.testing.assert_array_equal(own, wanted[0].numpy())
+    for halving in range(4):
+        height, width = (-(-side // 8 // 2**halving) for side in size[::-1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = IPAdapterMaskProcessor.downsample(wanted[:, 0], 1, height * width, 1)
+        np.testing.assert_allclose(mask_of_queries(own[0], height, width).ravel(), theirs.numpy().ravel(), atol=1e-5)
 
 
 def test_on_a_device_it_is_what_it_is_on_the_host(prompted, pipe):
@@ -203,7 +242,7 @@ def test_the_requests_of_a_batch_have_as_many_images(pipe, bundle_of):
     pair = [Request("a star", image_prompt=(ImagePrompt("plus", [picture(8, 8)] * n),)) for n in (1, 2)]
     with pytest.raises(RequestError, match="as many images for the IP-Adapter plus, found 1, 2"):
         pipe.generate_many(pair)
-    with pytest.raises(RequestError, match=r"has no IP-Adapter: compile the checkpoint again with --ip-adapter NAME=F"):
+    with pytest.raises(RequestError, match=r"has no IP-Adapter: compile the checkpoint again with --ip-adapter PICO=F"):
         diffoundry.load(bundle_of("pico"))("a star", image_prompt=ImagePrompt("", picture(8, 8)))
 
 
