@@ -15,6 +15,7 @@ _MOST_MODES = 64
 AtLeast1 = Annotated[int, Rule(lambda value: value >= 1, "be at least 1")]
 NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGEST, "be a number other than zero")]
 TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from 0 to {_MOST_TOKENS - 1}")]
+Modes = Annotated[int, Rule(lambda value: 0 <= value <= _MOST_MODES, f"be from 0 to {_MOST_MODES}")]
 Window = Annotated[int, Rule(lambda value: _SHORTEST_WINDOW <= value < _MOST_TOKENS, f"be at least {_SHORTEST_WINDOW}")]
 
 
@@ -132,7 +133,7 @@ class Control:
     global_pool: bool = False
     kind: Literal["controlnet", "adapter", "union"] = "controlnet"
     multiple: AtLeast1 = 1
-    modes: Annotated[int, Rule(lambda value: 0 <= value <= _MOST_MODES, f"be from 0 to {_MOST_MODES}")] = 0
+    modes: Modes = 0
 
     def __post_init__(self) -> None:
         if (self.kind == "union") != (self.modes > 0):

@@ -98,7 +98,7 @@ class Union(torch.nn.Module):
         text_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        model, rows = self.model, len(sample)
+        model, rows = self.model, sample.shape[0]
         pictures = model.controlnet_cond_embedding(controlnet_cond.flatten(0, 1)).unflatten(0, (rows, -1))
         factors = strength[..., None]
         tokens = (pictures.mean((3, 4)) + control_type @ model.task_embedding) * factors

@@ -132,7 +132,7 @@ def test_masks_part_the_drawing(pipe):
         pipe.generate_many(many)
     with pytest.raises(RequestError, match="takes a mask for each image, 1 in all, found 2"):
         plus(mask=[left, right])
-    with pytest.raises(RequestError, match="the mask of the IP-Adapter plus 'none.png' does not exist"):
+    with pytest.raises(RequestError, match=r"the mask of the IP-Adapter plus 'none\.png' does not exist"):
         drawn(pipe, plus(mask="none.png"))
 
 
