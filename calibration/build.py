@@ -30,8 +30,8 @@ from . import fusion, hinted
 from .choice import AUTO, RECORD, candidates, choose
 from .damage import without_damaged
 from .eightbit import stage as eightbit
-from .eightbit.half import record_name as half_name
-from .eightbit.half import write_half
+from .eightbit.controlled import CONTROLLED
+from .eightbit.half import record_names, write_half
 from .eightbit.times import check_time
 from .hinted import HINTED_ENGINES
 from .scan import Scan
@@ -141,7 +141,7 @@ class Goal:
         """The names of the records of what is made."""
         made = [record_name(self.precision)] if self.converts and not self.hinted else []
         if self.eight_bit and self.machine is not None:
-            made += [record_name(BESIDE), half_name(self.precision)]
+            made += [record_name(BESIDE), *record_names(manifest, self.precision)]
         if self.converts and self.hinted:
             made = [hinted.record_name(self.engine, self.precision)]
         if self.chooses:
@@ -222,6 +222,8 @@ def _checked(
     key = f"{goal.precision}/{goal.engine.backend if goal.hinted else STANDARD}"
     parts = [part for part in own.components.values() if part.role != "step"]
     needed = [own.components[own.named("denoiser")]] if goal.hinted or goal.eight_bit else parts
+    if goal.eight_bit and read_report(bundle, "quality").get(goal.precision, {}).get(CONTROLLED, {}).get("kept"):
+        needed += [own.components[name] for name in own.with_role("controlled")]
     converted = all(key in part.variants for part in needed)
     if goal.converts and scan is None and calibration is None and converted:
         goal = replace(goal, converts=False)

@@ -167,8 +167,7 @@ def run_loop(
     asked = requests(bundle, scan)
     results = pipeline.generate_many(asked, batch=1, low_memory=True, callback=report)
     if controlled and bundle.manifest.with_role("controlled"):
-        steered = replace(asked[0], control=_controls(bundle, scan), image_prompt=_image_prompts(bundle, scan))
-        results += pipeline.generate_many([steered], batch=1, low_memory=True, callback=report)
+        results += pipeline.generate_many([_steered(bundle, scan)], batch=1, low_memory=True, callback=report)
     pipeline.release_all()
     images = [np.asarray(image) for result in results for image in result.images]
     if bundle.manifest.with_role("preview"):
@@ -181,6 +180,25 @@ def run_loop(
             pixels = image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(127.5) - 1
             encoder({encoder.inputs[0].name: np.asarray(pixels, encoder.inputs[0].dtype, order="C")})
     return images
+
+
+def run_steered(
+    bundle: Bundle, engines: Mapping[str, Callable[[], Engine]], *, scan: Scan, text: str, progress: Progress
+) -> list[Array]:
+    """The image of the first prompt under all controls and image prompts of a bundle; see `run_loop`."""
+    pipeline = Pipeline(bundle, threads=1, loop="host", engines=engines)
+    asked = _steered(bundle, scan)
+    found = pipeline.generate_many(
+        [asked], batch=1, low_memory=True, callback=lambda done, total, _: progress(text, done, total)
+    )
+    pipeline.release_all()
+    return [np.asarray(image) for result in found for image in result.images]
+
+
+def _steered(bundle: Bundle, scan: Scan) -> Request:
+    return replace(
+        requests(bundle, scan)[0], control=_controls(bundle, scan), image_prompt=_image_prompts(bundle, scan)
+    )
 
 
 def requests(bundle: Bundle, scan: Scan) -> list[Request]:

@@ -131,6 +131,7 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
     """How far each lower precision is from fp32, and how much of each component stays in fp32."""
     from ..bundle import EIGHT_BIT
     from ..bundle.reports import is_quality, is_report
+    from ..calibration.eightbit.controlled import CONTROLLED, under_controls
     from ..calibration.eightbit.times import describe, warnings
 
     for precision, components in reports.get("precision", {}).items():
@@ -142,6 +143,8 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
                 kept.append(f"{name} {counts['kept']} of {counts['kept'] + counts['low']}")
         distance = f"images {quality['psnr_db']:.1f} dB from fp32" if is_quality(quality) else "not measured"
         yield f"{precision}: {distance}; nodes that stay in fp32: {', '.join(kept) or 'not recorded'}"
+        if isinstance(quality, dict) and quality.get(CONTROLLED):
+            yield f"{precision}: {under_controls(quality[CONTROLLED])}"
     for key, quality in reports.get("quality", {}).items():
         if "/" in key and is_quality(quality):
             names = quality.get("lower")

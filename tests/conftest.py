@@ -28,6 +28,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PICO = REPOSITORY / "examples" / "pico"
 
 
+_MANY = 1000
+_SHARED = {"gw0": ("pico", "pico+control+union+image-plus", "sdxl-refiner-small"), "gw1": ("sdxl-small", "sd15-small")}
+
+
 def _once(path: Path, make: Callable[[Path], object]) -> Path:
     """`path`, made by the worker that needs it first while the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +89,14 @@ def bundle_of(shared: Path, checkpoint_of: Callable[[str], Path]) -> Callable[[s
         return _once(shared / "bundles" / name, make)
 
     return get
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_first(request: pytest.FixtureRequest, bundle_of: Callable[[str], Path]) -> None:
+    """In a run of all tests the workers share the largest bundles: one that waited for the other would do nothing."""
+    if len(request.session.items) > _MANY:
+        for name in _SHARED.get(WORKER, ()):
+            bundle_of(name)
 
 
 @pytest.fixture

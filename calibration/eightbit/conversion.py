@@ -25,6 +25,7 @@ from ..graph import read
 from ..quality import QualityError
 from ..scan import Scan, run_loop
 from .attention import LEAST_KEYS, Attention, attentions_of
+from .controlled import CONTROLLED, LEFT_OUT, measure, write_controlled
 from .formats import Format, Scale
 from .layers import Group, groups_of
 from .pictures import sheet
@@ -39,7 +40,7 @@ from .write import write
 
 UNSEEN, FEW_KEYS, LOSS = "never seen", "few keys", "loss"
 """Reasons why a layer is not in eight bits."""
-RULE = 3
+RULE = 4
 """Raise it when the same measurements would give other models."""
 STATISTICS, PICTURES = "{}.statistics.npz", "{}.pictures.png"
 """Beside the models, for readers; of a precision."""
@@ -49,6 +50,17 @@ _JUDGED, _LEAST_JUDGED, _MOST_JUDGED = 1200, 4, 12
 """Calls that scales are judged by: so many over the number of groups, and the least and most."""
 _ALONE, _LEAST_ALONE, _MOST_ALONE = 256, 1, 8
 """Runs of the model in which groups lose alone, and the least and most calls for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """A component in eight bits, as `EightBit` has its own: "" for a graph that there is not."""
+
+    component: str
+    model: str
+    fused: str
+    per_prompt: str
+    files: dict[str, str]
 
 
 Part = Group | Attention
@@ -61,7 +73,7 @@ class EightBit:
 
     model: its graph, and fused and per_prompt the two that ONNX Runtime's CPU and OpenVINO read. files: the hashes of
     all, and of the documents: statistics and pictures, which no run needs. report: what was measured of each group.
-    quality: of the images.
+    quality: of the images. controlled: the denoiser that controls act in, where it is in eight bits too.
     """
 
     model: str
@@ -71,6 +83,7 @@ class EightBit:
     documents: tuple[str, ...]
     report: dict[str, Any]
     quality: dict[str, Any]
+    controlled: Graphs | None = None
 
 
 @dataclass(slots=True)
@@ -175,7 +188,7 @@ class Conversion:
             )
         report = self._report(parts, [*groups, *attentions], scales, alone, flops, total, found, probes, statistics)
         report |= {"biases_corrected": shift, "by_timestep": by_timestep}
-        low = [value for value in flops if value not in found.kept]
+        low = [value for value in order if value not in found.kept]
         return self._write(name, path, scales, low, moved, found, reference, report)
 
     def _attentions(self, attentions: Sequence[Attention], statistics: Statistics) -> dict[Attention, dict[str, Scale]]:
@@ -339,12 +352,8 @@ class Conversion:
         report: Any,
     ) -> EightBit:
         form = self.form.name
-        files = write(path, name, self.form, scales, low, f"{form}.onnx", moved)
-        names = f"{form}.fused.onnx", f"{form}.per_prompt.onnx"
-        fused = None  # no processor computes in 8-bit floats
-        if form == "int8":
-            fused = fuse_for_cpu(files[0], self.bundle.manifest.wiring.per_prompt(), names)
-        graphs = [path.with_name(each) for each in filter(None, fused or ())]
+        made = self._graphs(name, write(path, name, self.form, scales, low, f"{form}.onnx", moved))
+        controlled, measured = self._controlled(path, scales, low, moved)
         saved = path.with_name(STATISTICS.format(form))
         reference.statistics.save(saved)
         with np.load(self._drawn[found.kept], allow_pickle=False) as drawn:
@@ -352,18 +361,56 @@ class Conversion:
         shown = path.with_name(PICTURES.format(form))
         with replacing(shown) as beside:
             beside.write_bytes(pictures)
-        relative = [each.relative_to(self.bundle.root).as_posix() for each in (*files, *graphs)]
-        hashes = {each: sha256_file(self.bundle.root / each) for each in dict.fromkeys(relative)}
-        placed = [f"{name}/{each}" if each else "" for each in fused or ("", "")]
         head = {"precision": form, "rule": RULE, **self.scan.asked(form)}
         quality = {
             **head,
             "scan": self.scan.record(self.bundle),
             "share": round(found.share, 4),
             **found.figures,
+            **measured,
         }
         documents = {f"{name}/{each.name}": sha256_file(each) for each in (saved, shown)}
-        return EightBit(relative[0], placed[0], placed[1], hashes | documents, tuple(documents), report, quality)
+        return EightBit(
+            *(made.model, made.fused, made.per_prompt, made.files | documents),
+            tuple(documents),
+            report,
+            quality,
+            controlled,
+        )
+
+    def _controlled(
+        self, path: Path, scales: Mapping[str, Scale], low: Sequence[str], moved: Mapping[str, Array]
+    ) -> tuple[Graphs | None, dict[str, Any]]:
+        """The denoiser that controls act in, None where there is none or the budget does not hold, and its figures.
+
+        low: first what loses most for its share. Where the budget does not hold, it stays out.
+        """
+        name = self.bundle.manifest.named("controlled")
+        if not name:
+            return None, {}
+        source, figures = self.bundle.path(f"{name}/model.onnx"), {}
+        for part in LEFT_OUT:
+            own = low[round(part * len(low)) :]
+            files = write_controlled(path, source, name, self.form, scales, own, moved)
+            figures = measure(self.bundle, name, files[0], self.form, self.scan, self.progress)
+            figures |= {"kept": self.scan.is_within(figures, self.form.name), "low": len(own), "of": len(low)}
+            if figures["kept"]:
+                return self._graphs(name, files), {CONTROLLED: figures}
+            for each in files:
+                each.unlink()
+        return None, {CONTROLLED: figures}
+
+    def _graphs(self, name: str, files: Sequence[Path]) -> Graphs:
+        """The written `files` of a component, with those that processors read beside them."""
+        form, fused = self.form.name, None  # no processor computes in 8-bit floats
+        if form == "int8":
+            names = f"{form}.fused.onnx", f"{form}.per_prompt.onnx"
+            fused = fuse_for_cpu(files[0], self.bundle.manifest.per_prompt(name), names)
+        graphs = [files[0].with_name(each) for each in filter(None, fused or ())]
+        relative = [each.relative_to(self.bundle.root).as_posix() for each in (*files, *graphs)]
+        hashes = {each: sha256_file(self.bundle.root / each) for each in dict.fromkeys(relative)}
+        placed = [f"{name}/{each}" if each else "" for each in fused or ("", "")]
+        return Graphs(name, relative[0], placed[0], placed[1], hashes)
 
 
 def is_document(path: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from ...bundle import Bundle, Variant
+from ...bundle import Bundle, Manifest, Variant
 from ...bundle.ledger import Kind, Ledger
 from ...bundle.manifest import Files
 from ...bundle.reports import read_report
@@ -41,16 +41,34 @@ class Half:
 HALF = Kind(Half, Half.all_files)
 
 
-def record_name(precision: str) -> str:
-    """Of the stage's record."""
-    return f"eightbit.{BESIDE}.{precision}"
+def record_names(manifest: Manifest, precision: str) -> list[str]:
+    """Of the stage's records."""
+    return [_record_name(name, precision) for name in _parts(manifest)]
 
 
 def write_half(bundle: Bundle, ledger: Ledger, precision: str, meter: Meter) -> Bundle:
-    """`bundle`, which has its denoiser in `precision` and all in fp16, with the graph that GPUs run."""
-    name = bundle.manifest.named("denoiser")
+    """`bundle`, which has its denoiser in `precision` and all in fp16, with the graph that GPUs run.
+
+    So is the denoiser that controls act in, where it is in `precision`, too.
+    """
+    for name in _parts(bundle.manifest):
+        low = bundle.component(name).variants.get(f"{precision}/onnx")
+        if low is not None:
+            bundle = _write(bundle, ledger, precision, name, low, meter)
+    meter.step()
+    return bundle
+
+
+def _parts(manifest: Manifest) -> list[str]:
+    return [*manifest.with_role("denoiser"), *manifest.with_role("controlled")]
+
+
+def _record_name(name: str, precision: str) -> str:
+    return f"eightbit.{BESIDE}.{precision}.{name}"
+
+
+def _write(bundle: Bundle, ledger: Ledger, precision: str, name: str, low: Variant, meter: Meter) -> Bundle:
     part = bundle.component(name)
-    low = part.variants[f"{precision}/onnx"]
     report = read_report(bundle, "precision")[BESIDE][name]
     exact = sorted(str(each["node"]) for each in report["islands"])
     meter.show(f"{precision} and {BESIDE} of {name}")
@@ -64,9 +82,11 @@ def write_half(bundle: Bundle, ledger: Ledger, precision: str, meter: Meter) -> 
         return Half(Variant(next(iter(files)), files))
 
     made = ledger.once(
-        record_name(precision), sha256_json({"revision": _REVISION, "of": asdict(low), "exact": exact}), HALF, make
+        _record_name(name, precision),
+        sha256_json({"revision": _REVISION, "of": asdict(low), "exact": exact}),
+        HALF,
+        make,
     )
-    meter.step()
     variants = part.variants | {f"{precision}/{BACKEND}": made.variant}
     components = bundle.manifest.components | {name: replace(part, variants=variants)}
     return replace(bundle, manifest=replace(bundle.manifest, components=components))

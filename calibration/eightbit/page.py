@@ -12,6 +12,7 @@ from ...bundle.reports import read_report
 from ...common.errors import BundleError
 from ...common.files import replacing
 from ...common.markup import Markup, document, tag
+from .controlled import CONTROLLED, under_controls
 from .conversion import FEW_KEYS, LOSS, PICTURES, UNSEEN
 from .pictures import GAIN, ROWS
 from .stage import REPORT
@@ -64,6 +65,8 @@ def _section(
         f"asked was {asked}. {len(scan['prompts'])} prompts, {scan['steps']} steps of {size}, guidance "
         f"{scan['guidance']:g}, seeds from {scan['seed']} on.",
     )
+    if quality.get(CONTROLLED):
+        yield tag("p", f"{under_controls(quality[CONTROLLED]).capitalize()}.")
     yield from (tag("p", describe(key, each)) for key, each in times.items())
     yield from (tag("p", f"Warning: {line}.") for each in times.values() for line in warnings(each))
     yield from _pictures(bundle, name, precision, quality)

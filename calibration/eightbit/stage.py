@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ...bundle import EIGHT_BIT, FULL, STANDARD, Bundle, Variant
 from ...bundle.ledger import Kind, Ledger
@@ -16,7 +15,7 @@ from ...common.progress import Meter
 from ...engines.names import ONNXRUNTIME
 from ..scan import Scan
 from ..stage import decides, full_models, record_name
-from .conversion import RULE, Conversion, EightBit
+from .conversion import RULE, Conversion, EightBit, Graphs
 from .formats import FORMATS
 from .statistics import REVISION as STATISTICS_REVISION
 
@@ -34,12 +33,18 @@ class Quantized:
     def __post_init__(self) -> None:
         made = self.made
         named = {made.model, *made.documents, *filter(None, (made.fused, made.per_prompt))}
+        told = made.controlled
+        if told is not None:
+            own = {told.model, *filter(None, (told.fused, told.per_prompt))}
+            if not own <= told.files.keys():
+                raise ValueError("it has no model of the denoiser under controls")
         if not named <= made.files.keys() or not is_quality(made.quality) or not is_report(made.report):
             raise ValueError("it has no model, or was not measured")
 
     def all_files(self) -> Files:
         """The files of the model."""
-        return self.made.files
+        told = self.made.controlled
+        return self.made.files | ({} if told is None else told.files)
 
 
 QUANTIZED = Kind(Quantized, Quantized.all_files)
@@ -91,18 +96,24 @@ def carry_over(bundle: Bundle, ledger: Ledger, but: str) -> Bundle:
 
 def _with(bundle: Bundle, precision: str, quantized: Quantized) -> Bundle:
     made, name = quantized.made, bundle.manifest.named("denoiser")
-    graphs = {made.model, made.fused, made.per_prompt}
     documents = {path: made.files[path] for path in made.documents}
-    shared = {path: sha for path, sha in made.files.items() if path not in graphs and path not in documents}
-    part = bundle.component(name)
-    variants: dict[str, Any] = {
-        f"{precision}/{STANDARD}": Variant(made.model, {made.model: made.files[made.model], **shared})
-    }
-    if made.fused:
-        own = {path: made.files[path] for path in (made.fused, made.per_prompt) if path}
-        variants[f"{precision}/{_FUSED}"] = Variant(made.fused, {**own, **shared}, made.per_prompt)
-    components = bundle.manifest.components | {name: replace(part, variants=part.variants | variants)}
+    models = {path: sha for path, sha in made.files.items() if path not in documents}
+    written = [Graphs(name, made.model, made.fused, made.per_prompt, models)]
+    written += [made.controlled] if made.controlled is not None else []
+    components = dict(bundle.manifest.components)
+    for each in written:
+        part = components[each.component]
+        components[each.component] = replace(part, variants=part.variants | _variants(precision, each))
     files = bundle.manifest.files | documents
     bundle = replace(bundle, manifest=replace(bundle.manifest, components=components, files=files))
     bundle = with_report(bundle, "precision", {precision: {name: made.report}})
     return with_report(bundle, "quality", {precision: made.quality})
+
+
+def _variants(precision: str, made: Graphs) -> dict[str, Variant]:
+    shared = {path: sha for path, sha in made.files.items() if path not in (made.model, made.fused, made.per_prompt)}
+    variants = {f"{precision}/{STANDARD}": Variant(made.model, {made.model: made.files[made.model], **shared})}
+    if made.fused:
+        own = {path: made.files[path] for path in (made.fused, made.per_prompt) if path}
+        variants[f"{precision}/{_FUSED}"] = Variant(made.fused, {**own, **shared}, made.per_prompt)
+    return variants
