@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,22 @@ _OF_A_CONTROL = (PICTURE, SCALE, MODE, STRENGTH)
 def input_name(component: str, name: str) -> str:
     """The input of a `ControlledEngine` that is the input `name` of one control alone."""
     return f"{component}.{name}"
+
+
+def slots(takes: Collection[str], made: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[str, str]] | None:
+    """For each control the inputs of the denoiser that take its residuals, None where there are too few.
+
+    takes: the inputs of the denoiser. made: the outputs of each control.
+    """
+    free, found = set(takes), {}
+    for name, outputs in made.items():
+        ways = [{tensor.name: slot(tensor.name, k) for tensor in outputs} for k in range(MOST_SLOTS)]
+        taken = next((way for way in ways if free.issuperset(way.values())), None)
+        if taken is None:
+            return None
+        found[name] = taken
+        free -= set(taken.values())
+    return found
 
 
 class ControlledEngine(Engine):
@@ -53,7 +69,9 @@ class ControlledEngine(Engine):
             }
             for name, control in self._controls.items()
         }
-        self._taken = self._slots()
+        self._taken = slots(
+            {tensor.name for tensor in self._residuals}, {name: each.outputs for name, each in self._controls.items()}
+        )
         self.binds_device = self._taken is not None
         super().__init__(denoiser.component, inputs, denoiser.outputs)
 
@@ -83,19 +101,6 @@ class ControlledEngine(Engine):
         if self._taken is None:
             raise EngineError(f"{self.component}: so many controls run with the loop on the host: use the loop 'host'")
         return _DeviceBinding(self, tensors)
-
-    def _slots(self) -> dict[str, dict[str, str]] | None:
-        """For each control the inputs of the denoiser that take its residuals, None where there are too few."""
-        free = {tensor.name for tensor in self._residuals}
-        found = {}
-        for name, control in self._controls.items():
-            ways = ({t.name: slot(t.name, k) for t in control.outputs} for k in range(MOST_SLOTS))
-            taken = next((way for way in ways if free.issuperset(way.values())), None)
-            if taken is None:
-                return None
-            found[name] = taken
-            free -= set(taken.values())
-        return found
 
     def _input(self, name: str, residual: str) -> str:
         """The input of the denoiser that this residual of a control goes to; of too many, that of all others."""

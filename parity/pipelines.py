@@ -440,7 +440,7 @@ def _of_crops() -> Iterator[Case]:
     for checkpoint in ("sd15-small", "sdxl-small"):
         pipelines = FAMILIES[checkpoint][0]
         case = replace(_of(checkpoint, "inpaint", "crop", padding_mask_crop=8), kind=_CONTROLNET[pipelines, "inpaint"])
-        yield replace(case, controls=(Steer("edge"), Steer("depth", 0.6)), picture=(120, 96))
+        yield replace(case, controls=(Steer("edge"),), picture=(120, 96), size=(64, 72))
 
 
 def _of_image_prompts() -> Iterator[Case]:

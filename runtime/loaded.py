@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ..bundle import Bundle
 from ..common.errors import EngineError
 from ..engines import Engine
-from ..engines.controlled import ControlledEngine
+from ..engines.controlled import ControlledEngine, slots
 from ..engines.loader import EngineLoader
 from .loop.device import Phases
 from .loop.host import HostStepper
@@ -87,6 +87,12 @@ class LoadedEngines:
         plain = [tensor.name for tensor in self._bundle.component(self._denoiser).inputs]
         plain += [name for each in self._bundle.manifest.wiring.image_prompts.values() for name in each.inputs]
         return ControlledEngine(self(self._controlled), {name: self(name) for name in controls}, plain)
+
+    def on_device(self, controls: Sequence[str] | None) -> bool:
+        """Whether what these controls make can stay on a device. Nothing is loaded."""
+        components = self._bundle.manifest.components
+        takes = {tensor.name for tensor in components[self._controlled].inputs} if controls else set()
+        return slots(takes, {name: components[name].outputs for name in controls or ()}) is not None
 
     def release_denoiser(self) -> None:
         """Drop all that steps."""

@@ -193,7 +193,7 @@ class Pipeline:
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
         split = any(job.request.mask is not None or job.guidance.split for job in jobs)
-        if self._loop_asked == "device" and (split or len(self._jobs.controls_of(jobs) or ()) > 1):
+        if self._loop_asked == "device" and (split or not self._engines.on_device(self._jobs.controls_of(jobs))):
             raise RequestError(HOST_ONLY)
         self._jobs.check(jobs)
         return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)

@@ -24,6 +24,7 @@ _HINT = "input_hint_block."
 _EMBEDDING = "controlnet_cond_embedding."
 _TASKS = "task_embedding"
 """A weight that a ControlNet-Union alone has."""
+_MODES = "control_add_embedding.linear_1.weight"
 _LAYERS = "transformer_layes."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ANOTHER = "it was made for another model; give one that was trained with this kind of checkpoint"
@@ -119,6 +120,7 @@ def _config(unet: Mapping[str, Any], weights: Weights, first: str, original: boo
             "num_trans_channel": width,
             "num_proj_channel": unet["block_out_channels"][0],
             "num_trans_layer": len(blocks),
+            "addition_time_embed_dim": shapes.get(_MODES, (0, 0))[-1] // max(tasks, 1),
         }
     return {**{name: value for name, value in unet.items() if name in known}, **own}
 

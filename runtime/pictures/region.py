@@ -22,6 +22,8 @@ def mask_of_queries(mask: Array, height: int, width: int) -> Array:
     rows = int(math.sqrt(queries / (mask.shape[1] / mask.shape[0]))) or 1
     rows += int(queries % rows != 0)
     columns = queries // rows
+    if not columns:  # of a very narrow drawing the guess is none
+        rows, columns = height, width
     smaller = _weights(mask.shape[0], rows) @ mask @ _weights(mask.shape[1], columns).T
     flat = np.zeros(queries, np.float32)
     flat[: smaller.size] = smaller.reshape(-1)[:queries]

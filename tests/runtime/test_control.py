@@ -168,11 +168,12 @@ def test_a_union_of_one_file_is_that_of_the_folder(checkpoint_of, tmp_path):
 
 def test_a_control_lies_over_the_image_where_the_part_around_a_mask_is_drawn(pipe):
     image = picture(120, 96)
-    edit = {"image": image, "mask": mask(120, 96), "padding_mask_crop": 8, "strength": 0.7}
-    found = drawn(pipe, Control("edge", image), **edit)
-    assert np.abs(found - drawn(pipe, Control("edge", image.rotate(180)), **edit)).max() > 0.02
+    edit = {"image": image, "mask": mask(120, 96), "padding_mask_crop": 8, "strength": 1.0}
+    ways = [Control("edge", image, 3.0), ()]
+    found, other = (np.asarray(pipe("a star", steps=3, seed=1, control=way, **edit).images[0], float) for way in ways)
+    assert found.shape == (96, 120, 3) and np.abs(found - other).max() > 5
     with pytest.raises(RequestError, match="it is 64x64 and the image 120x96, give one of this size"):
-        drawn(pipe, edge(), **edit)
+        pipe("a star", control=edge(), **edit)
 
 
 def test_graphs_for_cuda_take_controls(steered, tmp_path, simulated_sessions, simulated_cuda):
