@@ -8,21 +8,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...bundle import Bundle
 from ...common.arrays import Array
 from ...common.errors import OverflowedError
 from ...common.progress import Progress
-from ..graph import read
+from ...engines import Engine
+from ..graph import read, read_blocked
 from ..scan import Scan, run_steered
-from ..sessions import as_it_stands
+from ..sessions import RecordedEngine, as_it_stands, start
 from .formats import Format, Scale
 from .layers import groups_of
+from .probes import Probes
 from .write import write
 
 CONTROLLED = "controlled"
 """In the figures of the images: those of one under controls."""
 
 
+_LARGEST = ":largest"
 LEFT_OUT = (0.0, 0.125, 0.25, 0.5)
 """Of the values that are in eight bits without controls, the parts that are left out in turn until the budget holds."""
 
@@ -38,18 +43,37 @@ def write_controlled(
 ) -> list[Path]:
     """Write the graph `source`, which is `plain` with additions, in eight bits where `plain` is; see `write.write`.
 
-    A layer is known by its name. Where one reads a sum that is not in `plain`, the scale is that of what it read there.
+    scales: of the values of both.
     """
+    was = read_before(plain, source)
+    taken = {value for value in low if value not in was} | {value for value, old in was.items() if old in low}
+    return write(source, component, form, scales, taken, f"{form.name}.onnx", shifts)
+
+
+def read_before(plain: Path, source: Path) -> dict[str, str]:
+    """For each value that a layer of the graph `source` reads, what it reads in `plain`; layers are known by name."""
     known = {layer.name: group.value for group in groups_of(read(plain)) for layer in group.layers}
-    own, taken = dict(scales), set(low)
+    found = {}
     for group in groups_of(read(source)):
-        value = next((known[layer.name] for layer in group.layers if layer.name in known), None)
-        if value != group.value:
-            taken.discard(group.value)
-        if value in low and value is not None:
-            own[group.value] = replace(scales[value], value=group.value)
-            taken.add(group.value)
-    return write(source, component, form, own, taken, f"{form.name}.onnx", shifts)
+        for layer in group.layers:
+            if layer.name in known:
+                found[group.value] = known[layer.name]
+    return found
+
+
+def widened(
+    scales: Mapping[str, Scale], was: Mapping[str, str], plain: Mapping[str, float], under: Mapping[str, float]
+) -> dict[str, Scale]:
+    """`scales`, and those of the values that are keys of `was`, wider where a value is larger under controls.
+
+    was: see `read_before`. plain, under: max |x| of the values without controls, and under them.
+    """
+    found = dict(scales)
+    for value, old in was.items():
+        if old in scales:
+            grown = max(under.get(value, 0.0) / plain[old], 1.0) if plain.get(old) else 1.0
+            found[value] = replace(scales[old], value=value, scale=float(np.float32(scales[old].scale * grown)))
+    return found
 
 
 def under_controls(figures: Any) -> str:
@@ -63,12 +87,42 @@ def under_controls(figures: Any) -> str:
     return f"images under controls {far}{stays}"
 
 
-def measure(bundle: Bundle, name: str, model: Path, form: Format, scan: Scan, progress: Progress) -> dict[str, Any]:
-    """How far a picture under all controls is from that of fp32, with the denoiser `name` run as `model` has it."""
-    draw = partial(run_steered, bundle, scan=scan, progress=progress)
-    exact = draw({}, text="under controls, fp32, step")
+def observe(
+    bundle: Bundle, name: str, values: Collection[str], scan: Scan, progress: Progress
+) -> tuple[list[Array], dict[str, float]]:
+    """A picture under all controls in fp32, and max |x| of these values of the denoiser `name` on the way."""
+    path = bundle.path(f"{name}/model.onnx")
+    model = read_blocked(path)
+    probes, shown = Probes(model.graph), len(model.graph.outputs)
+    for value in sorted(values & probes.values.keys()):
+        of = probes.values[value]
+        probes.give(f"{value}{_LARGEST}", of.producer(), partial(_largest, of), of.dtype, [])
+    largest: dict[str, float] = {}
+
+    def add(feeds: Mapping[str, Array], made: Mapping[str, Array]) -> None:
+        for key, found in made.items():
+            if key.endswith(_LARGEST):
+                of = key.removesuffix(_LARGEST)
+                largest[of] = max(largest.get(of, 0.0), float(found))
+
+    def engine() -> Engine:
+        return RecordedEngine(start(model, path.parent, name), add, shown)
+
+    images = run_steered(bundle, {name: engine}, scan=scan, text="under controls, fp32, step", progress=progress)
+    return images, largest
+
+
+def _largest(value: Any, tape: Any, output: Any) -> None:
+    tape.op("ReduceMax", [tape.op("Abs", [value])], {"keepdims": 0}, output=output)
+
+
+def measure(
+    bundle: Bundle, name: str, model: Path, form: Format, scan: Scan, exact: list[Array], progress: Progress
+) -> dict[str, Any]:
+    """How far the picture under all controls is from `exact`, with the denoiser `name` run as `model` has it."""
+    engines, text = {name: partial(as_it_stands, model, name)}, f"under controls, {form.name}, step"
     try:
-        found = draw({name: partial(as_it_stands, model, name)}, text=f"under controls, {form.name}, step")
+        found = run_steered(bundle, engines, scan=scan, text=text, progress=progress)
     except OverflowedError as error:
         return {"psnr_db": None, "worst_db": None, "measured": None, "problem": str(error)}
     return scan.figures(found, exact, form.name)

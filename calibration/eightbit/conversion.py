@@ -25,7 +25,8 @@ from ..graph import read
 from ..quality import QualityError
 from ..scan import Scan, run_loop
 from .attention import LEAST_KEYS, Attention, attentions_of
-from .controlled import CONTROLLED, LEFT_OUT, measure, write_controlled
+from .controlled import CONTROLLED, LEFT_OUT, measure, read_before, widened, write_controlled
+from .controlled import observe as observe_controlled
 from .formats import Format, Scale
 from .layers import Group, groups_of
 from .pictures import sheet
@@ -353,7 +354,7 @@ class Conversion:
     ) -> EightBit:
         form = self.form.name
         made = self._graphs(name, write(path, name, self.form, scales, low, f"{form}.onnx", moved))
-        controlled, measured = self._controlled(path, scales, low, moved)
+        controlled, measured = self._controlled(path, scales, low, moved, reference.statistics)
         saved = path.with_name(STATISTICS.format(form))
         reference.statistics.save(saved)
         with np.load(self._drawn[found.kept], allow_pickle=False) as drawn:
@@ -379,7 +380,12 @@ class Conversion:
         )
 
     def _controlled(
-        self, path: Path, scales: Mapping[str, Scale], low: Sequence[str], moved: Mapping[str, Array]
+        self,
+        path: Path,
+        scales: Mapping[str, Scale],
+        low: Sequence[str],
+        moved: Mapping[str, Array],
+        statistics: Statistics,
     ) -> tuple[Graphs | None, dict[str, Any]]:
         """The denoiser that controls act in, None where there is none or the budget does not hold, and its figures.
 
@@ -389,10 +395,13 @@ class Conversion:
         if not name:
             return None, {}
         source, figures = self.bundle.path(f"{name}/model.onnx"), {}
+        was = read_before(path, source)
+        exact, largest = observe_controlled(self.bundle, name, was.keys(), self.scan, self.progress)
+        scales = widened(scales, was, statistics.largest(), largest)
         for part in LEFT_OUT:
             own = low[round(part * len(low)) :]
             files = write_controlled(path, source, name, self.form, scales, own, moved)
-            figures = measure(self.bundle, name, files[0], self.form, self.scan, self.progress)
+            figures = measure(self.bundle, name, files[0], self.form, self.scan, exact, self.progress)
             figures |= {"kept": self.scan.is_within(figures, self.form.name), "low": len(own), "of": len(low)}
             if figures["kept"]:
                 return self._graphs(name, files), {CONTROLLED: figures}
