@@ -10,12 +10,12 @@ from .reader import Rule
 _SMALLEST, _LARGEST = 1e-12, 1e30
 _SHORTEST_WINDOW = 3  # start, one token, end
 _MOST_TOKENS = 1 << 31
-_MOST_MODES = 64
+MOST_MODES = 64
 
 AtLeast1 = Annotated[int, Rule(lambda value: value >= 1, "be at least 1")]
 NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGEST, "be a number other than zero")]
 TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from 0 to {_MOST_TOKENS - 1}")]
-Modes = Annotated[int, Rule(lambda value: 0 <= value <= _MOST_MODES, f"be from 0 to {_MOST_MODES}")]
+Modes = Annotated[int, Rule(lambda value: 0 <= value <= MOST_MODES, f"be from 0 to {MOST_MODES}")]
 Window = Annotated[int, Rule(lambda value: _SHORTEST_WINDOW <= value < _MOST_TOKENS, f"be at least {_SHORTEST_WINDOW}")]
 
 
@@ -144,7 +144,8 @@ class Control:
 class ImagePrompt:
     """A component that makes tokens of an encoded picture, which the denoiser reads beside the text (Ye et al. 2023).
 
-    component: its name. encoder: that of the component which encodes pictures. output: of the encoder, that it reads.
+    component: its name. encoder: that of the component which encodes pictures, "" where embeddings are given in their
+    place. output: of the encoder, that it reads.
     layers: how many cross-attentions of the denoiser read its tokens; each is scaled by itself. tokens, scale, masks:
     the inputs of the denoiser; there is a mask for each size of picture that cross-attentions read.
     side, mean, std: of the pictures that the encoder reads, in pixels, and of their channels.

@@ -226,7 +226,18 @@ def _controls(bundle: Bundle, scan: Scan) -> tuple[Control, ...]:
 def _image_prompts(bundle: Bundle, scan: Scan) -> tuple[ImagePrompt, ...]:
     """One for each IP-Adapter of the bundle, with a drawn picture."""
     prompts = bundle.manifest.wiring.image_prompts
-    return tuple(ImagePrompt(name, _picture(each.side, each.side, scan.seed)) for name, each in prompts.items())
+    return tuple(
+        ImagePrompt(name, _picture(each.side, each.side, scan.seed))
+        if each.encoder
+        else ImagePrompt(name, embeds=_embedding(int(bundle.component(each.component).inputs[0].shape[1]), scan.seed))
+        for name, each in prompts.items()
+    )
+
+
+def _embedding(width: int, seed: int) -> Array:
+    """Numbers as large as those of a face, float32 (1, width), whose squares are `width` in all."""
+    found = np.random.default_rng(seed).standard_normal((1, width)).astype(np.float32)
+    return np.asarray(found * np.float32(width**0.5) / np.linalg.norm(found), np.float32)
 
 
 def _picture(width: int, height: int, seed: int) -> Array:

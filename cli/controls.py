@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import click
@@ -34,6 +34,9 @@ def read_controls(
         ("--guess-mode", {"": ""} if guess_mode and not named else {}),
     ):
         for name in found:
+            alike = [each for each in named if name and each.partition(":")[0] == name.partition(":")[0]]
+            if name not in named and alike:
+                raise click.UsageError(f"{option} {name} is none of the controls that are given: {', '.join(alike)}")
             if name not in named:
                 raise click.UsageError(f"{option} {name}".rstrip() + f" goes with --control {name or 'NAME'}=PICTURE")
     controls = []
@@ -51,13 +54,17 @@ def read_controls(
             check_detector(detectors[name])
             image = canny(picture)
         called, colon, mode = name.partition(":")
+        if not called:
+            raise click.UsageError(f"--control {name}=PICTURE has no name: give NAME=PICTURE, or NAME:MODE=PICTURE")
         if colon:
             given["mode"] = mode
         controls.append(Control(called, image, **given))
     return tuple(controls)
 
 
-def read_image_prompts(pictures: Iterable[str], scales: Iterable[str], masks: Iterable[str]) -> tuple[Any, ...]:
+def read_image_prompts(
+    pictures: Iterable[str], embeds: Iterable[str], scales: Iterable[str], masks: Iterable[str]
+) -> tuple[Any, ...]:
     """An `ImagePrompt` for each adapter that is named.
 
     Raises `click.UsageError` for a scale without a picture, and for fewer or more masks than pictures.
@@ -67,11 +74,18 @@ def read_image_prompts(pictures: Iterable[str], scales: Iterable[str], masks: It
     images: dict[str, list[str]] = {}
     for name, picture in map(_named, pictures):
         images.setdefault(name, []).append(picture)
+    embeds_of: dict[str, Any] = {}
+    for name, file in map(_named, embeds):
+        if name in images or name in embeds_of:
+            raise click.UsageError(f"--ip-embeds {file} is given beside other images for the same IP-Adapter: give one")
+        embeds_of[name] = _numbers(file)
+    count_of = {name: len(found) for name, found in images.items()} | {n: len(each) for n, each in embeds_of.items()}
     masks_of: dict[str, list[str]] = {}
     for name, mask in map(_named, masks):
+        name = _same(name, count_of)
         masks_of.setdefault(name, []).append(mask)
     for name, found in masks_of.items():
-        count = len(images.get(name, ()))
+        count = count_of.get(name, 0)
         if len(found) != count:
             given = f"{name}=" if name else ""
             raise click.UsageError(
@@ -80,12 +94,41 @@ def read_image_prompts(pictures: Iterable[str], scales: Iterable[str], masks: It
             )
     scale_of: dict[str, float] = {}
     for name, text in map(_named, scales):
-        if name not in images:
+        name = _same(name, count_of)
+        if name not in count_of:
             raise click.UsageError(f"--ip-scale {text} goes with --ip-image {name + '=' if name else ''}PICTURE")
         scale_of[name] = _number("--ip-scale", name or "SCALE", text)
     return tuple(
-        ImagePrompt(name, found, scale_of.get(name, 1.0), mask=masks_of.get(name)) for name, found in images.items()
+        ImagePrompt(
+            name,
+            images.get(name),
+            scale_of.get(name, 1.0),
+            embeds=embeds_of.get(name),
+            mask=masks_of.get(name),
+        )
+        for name in count_of
     )
+
+
+def _numbers(file: str) -> Any:
+    """The array in a .npy file. Raises `click.UsageError` for anything else."""
+    import numpy as np
+
+    try:
+        found = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise click.UsageError(f"--ip-embeds {file} does not exist: give a .npy file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise click.UsageError(f"--ip-embeds {file} is no .npy file of numbers ({error!s:.80})") from None
+    if not isinstance(found, np.ndarray) or found.ndim == 0:
+        raise click.UsageError(f"--ip-embeds {file} holds no array (images, ...): save one with numpy.save")
+    return found
+
+
+def _same(name: str, known: Collection[str]) -> str:
+    """The name of the only adapter that is given pictures, where one of the two is not named."""
+    only = next(iter(known)) if len(known) == 1 else name
+    return only if "" in (name, only) else name
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -111,7 +111,8 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
         mode, modes = (":MODE", f" of {', '.join(mode_names(control.modes))}") if control.modes else ("", "")
         console.print(f"--control {name}{mode}=PICTURE: {kind}{modes}, {control.component}", soft_wrap=True)
     for name, prompt in manifest.wiring.image_prompts.items():
-        console.print(f"--ip-image {name}=PICTURE: an IP-Adapter, {prompt.component}", soft_wrap=True)
+        given = f"--ip-image {name}=PICTURE" if prompt.encoder else f"--ip-embeds {name}=FILE"
+        console.print(f"{given}: an IP-Adapter, {prompt.component}", soft_wrap=True)
     for name, counts in Schedules(opened).traced.items():
         console.print(f"scheduler {name}: read off its code for {', '.join(map(str, sorted(counts)))} steps")
     for line in _precision_lines(reports):

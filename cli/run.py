@@ -106,6 +106,12 @@ class _Run(click.Command):
     metavar="[NAME=]PICTURE",
     help="A picture that is read beside the prompt, by an IP-Adapter of the bundle. May be repeated.",
 )
+@click.option(
+    "--ip-embeds",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="In place of pictures what an image encoder, or a face model, made of them: a .npy file, (images, ...).",
+)
 @click.option("--ip-scale", multiple=True, metavar="[NAME=]SCALE", help="How much it adds. [default: 1]")
 @click.option(
     "--ip-mask",
@@ -284,7 +290,7 @@ def _request(asked: dict[str, Any]) -> Any:
     sizes = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
     options = read_options(asked.pop("scheduler_options"))
     controls = read_controls(*(asked.pop(name) for name in _OF_CONTROLS))
-    prompts = read_image_prompts(asked.pop("ip_image"), asked.pop("ip_scale"), asked.pop("ip_mask"))
+    prompts = read_image_prompts(*(asked.pop(name) for name in ("ip_image", "ip_embeds", "ip_scale", "ip_mask")))
     conditioning = Conditioning(**{name: value for name, value in sizes.items() if value is not None})
     more: dict[str, Any] = {
         "guidance": guidance,

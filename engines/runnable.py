@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from ..bundle import AS_EXPORTED, PRECISIONS, Bundle, Component
 from ..bundle.wiring import MODE, PICTURE, SCALE, SOURCES, STRENGTH, TASKS
 from ..common.errors import BundleError
+from ..families.control import halved
 
 _NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
 """How a request calls a control or an IP-Adapter."""
@@ -67,15 +69,20 @@ def _check_told(bundle: Bundle) -> None:
     takes = {tensor.name: tensor.shape for tensor in controlled.inputs}
     told = [name for each in wiring.image_prompts.values() for name in each.inputs]
     residuals = set(takes) - set(wiring.inputs) - set(told)
+    made_of = {t.name for each in wiring.controls.values() for t in part(each.component, "control").outputs}
+    unknown = [name for name in residuals if name.partition(".")[0] not in made_of]
+    if unknown:
+        raise _disagree(bundle, unknown[0])
     wrong = [name for name in (*wiring.controls, *wiring.image_prompts) if not _NAME.fullmatch(name)]
-    wrong += [name for name in told if name not in takes or told.count(name) > 1]
+    wrong += [name for name in told if name not in takes or told.count(name) > 1 or name in wiring.inputs]
     for name, control in wiring.controls.items():
         made = part(control.component, "control")
         own = {tensor.name: tensor.shape for tensor in made.inputs}
         many = (MODE, STRENGTH) if control.kind == "union" else ()
         picture = own.get(PICTURE, ())
         sound = (
-            own.keys() <= {*wiring.inputs, PICTURE, SCALE, *many}
+            own.keys() <= {*(() if control.kind == "adapter" else wiring.inputs), PICTURE, SCALE, *many}
+            and (not many or isinstance(picture[1], str))
             and picture[-3:-2] == (control.channels,)
             and len(picture) == (5 if many else 4)
             and (not many or own.get(MODE, ())[2:] == (control.modes,))
@@ -86,19 +93,42 @@ def _check_told(bundle: Bundle) -> None:
         )
         wrong += [] if sound and control.channels in (1, 3) else [name]
     for name, prompt in wiring.image_prompts.items():
-        encoder, tokens = part(prompt.encoder, "image"), part(prompt.component, "image_prompt")
-        given = {tensor.name: tensor.shape for tensor in encoder.outputs}
+        tokens = part(prompt.component, "image_prompt")
+        reads = [tensor.shape[1:] for tensor in tokens.inputs]
+        encoded = len(reads) == 1 and len(reads[0]) == 1
+        if prompt.encoder:
+            encoder = part(prompt.encoder, "image")
+            given = {tensor.name: tensor.shape for tensor in encoder.outputs}
+            encoded = reads == [given.get(prompt.output, ())[1:]]
+            encoded &= [tensor.shape[1:] for tensor in encoder.inputs] == [(3, prompt.side, prompt.side)]
         sound = (
-            [tensor.shape[1:] for tensor in encoder.inputs] == [(3, prompt.side, prompt.side)]
-            and [tensor.shape[1:] for tensor in tokens.inputs] == [given.get(prompt.output, ())[1:]]
+            encoded
             and [len(tensor.shape) for tensor in tokens.outputs] == [3]
             and all(isinstance(size, int) for tensor in tokens.outputs for size in tensor.shape[1:])
             and takes.get(prompt.scale, ())[1:] == (prompt.layers,)
-            and all(len(takes.get(name, ())) == 4 for name in (prompt.tokens, *prompt.masks))
+            and len(takes.get(prompt.tokens, ())) == 4
+            and _are_masks([takes.get(name, ()) for name in prompt.masks], takes[prompt.tokens][1])
         )
         wrong += [] if sound else [name]
     wrong += [] if all(len(shape) == 4 for name, shape in takes.items() if name in residuals) else ["the denoiser"]
     if wrong:
-        raise BundleError(
-            f"{bundle.root}: its wiring and its components do not agree on {wrong[0]!r:.60}; compile the bundle again"
-        )
+        raise _disagree(bundle, wrong[0])
+
+
+def _are_masks(shapes: Sequence[tuple[int | str, ...]], groups: int | str) -> bool:
+    """Whether inputs of these shapes take masks of so many groups, each at a size of its own."""
+    sizes = [shape[2:] for shape in shapes]
+    heights = [name for name in halved({"height": 1, "width": 1}) if name.startswith("height")]
+    names = [(name, name.replace("height", "width")) for name in heights]
+    return (
+        bool(sizes)
+        and all(shape[1:2] == (groups,) for shape in shapes)
+        and len(set(sizes)) == len(sizes)
+        and all(size in names for size in sizes)
+    )
+
+
+def _disagree(bundle: Bundle, name: str) -> BundleError:
+    return BundleError(
+        f"{bundle.root}: its wiring and its components do not agree on {name!r:.60}; compile the bundle again"
+    )

@@ -375,7 +375,7 @@ def make_t2i_adapter(unet: Mapping[str, Any], out: Path, seed: int = 0) -> None:
 def make_ip_adapter(unet: Mapping[str, Any], out: Path, kind: str = "plain", seed: int = 0) -> None:
     """Write `ip_adapter.safetensors` with random weights, and the folder of its image encoder, to `out`.
 
-    unet: the configuration of the U-Net that it is for. kind: `plain`, `plus` or `full`.
+    unet: the configuration of the U-Net that it is for. kind: `plain`, `plus`, `full` or `face`.
     """
     import diffusers
     import torch
@@ -399,6 +399,14 @@ def make_ip_adapter(unet: Mapping[str, Any], out: Path, kind: str = "plain", see
         "plain": {
             "proj.weight": (4 * width, 24),
             "proj.bias": (4 * width,),
+            "norm.weight": (width,),
+            "norm.bias": (width,),
+        },
+        "face": {
+            "proj.0.weight": (2 * 20, 20),
+            "proj.0.bias": (2 * 20,),
+            "proj.2.weight": (3 * width, 2 * 20),
+            "proj.2.bias": (3 * width,),
             "norm.weight": (width,),
             "norm.bias": (width,),
         },

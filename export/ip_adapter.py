@@ -17,17 +17,18 @@ ENCODER = "image_encoder"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _PROJECTION = "image_proj."
 _KEY = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
-_FACE = "it is given embeddings of a face by a model of its own, which is not part of a bundle; give another IP-Adapter"
+_FACE = "give one of the kinds plain, Plus and Full, or a FaceID without a LoRA, such as FaceID-Portrait"
 
 
 @dataclass(frozen=True, slots=True)
 class IPAdapterFile:
-    """kind: `plain`, `plus` or `full`. tensors: by their published names. encoder: the folder of its image encoder."""
+    """kind: `plain`, `plus`, `full` or `face`. tensors: by their published names. encoder: the folder of its image
+    encoder, None for a `face`, which is given embeddings that a face model made."""
 
     path: Path
     kind: str
     tensors: dict[str, Any]
-    encoder: Path
+    encoder: Path | None
 
     @classmethod
     def open(cls, source: Path, encoder: Path | None) -> IPAdapterFile:
@@ -38,6 +39,8 @@ class IPAdapterFile:
         path = _file(source)
         tensors = _read(path)
         kind = _kind(path, tensors)
+        if kind == "face":
+            return cls(path, kind, tensors, None)
         if encoder is None:
             homes = (path.parent / ENCODER, path.parent.parent / "models" / ENCODER)
             encoder = next((home for home in homes if (home / "config.json").is_file()), None)
@@ -52,6 +55,8 @@ class IPAdapterFile:
 
     def describe(self, encoder: str) -> Adapter:
         """What it is. encoder: the name of the component that its image encoder becomes."""
+        if self.encoder is None:
+            return self._face()
         config = read_json(self.encoder / "config.json", "the configuration of the image encoder")
         if config.get("model_type") != "clip_vision_model":
             raise CheckpointError(
@@ -71,6 +76,11 @@ class IPAdapterFile:
         else:
             tokens = (int(config["image_size"]) // int(config["patch_size"])) ** 2 + 1
         return Adapter(encoder, config, prepared, reads, width, tokens, int(key.shape[1]), len(self.layers()))
+
+    def _face(self) -> Adapter:
+        key, width = self.layers()[0][0], int(self.tensors[f"{_PROJECTION}proj.0.weight"].shape[1])
+        tokens = int(self.tensors[f"{_PROJECTION}proj.2.weight"].shape[0]) // int(key.shape[1])
+        return Adapter("", {}, {}, EMBEDS, width, tokens, int(key.shape[1]), len(self.layers()))
 
     def layers(self) -> list[tuple[Any, Any]]:
         """The weights of keys and values for each cross-attention, (C, width) each, in diffusers' order."""
@@ -141,10 +151,12 @@ def _kind(path: Path, tensors: Mapping[str, Any]) -> str:
         raise CheckpointError(f"{path} holds no IP-Adapter (no image_proj.* and ip_adapter.*): give the file of one")
     if any(name.startswith("perceiver_resampler.") for name in names):
         raise CheckpointError(f"{path} is an IP-Adapter FaceID-Plus, which is not supported: {_FACE}")
-    signs = {"plain": "proj.weight", "full": "proj.3.weight", "plus": "latents"}
+    if any("_lora." in name for name in tensors):
+        raise CheckpointError(f"{path} is an IP-Adapter FaceID with a LoRA, which is not supported: {_FACE}")
+    signs = {"plain": "proj.weight", "full": "proj.3.weight", "plus": "latents", "face": "proj.2.weight"}
     kind = next((kind for kind, sign in signs.items() if sign in names), None)
-    if kind is None:
-        raise CheckpointError(f"{path} is an IP-Adapter FaceID, which is not supported: {_FACE}")
+    if kind is None or (kind == "face" and not {"proj.0.weight", "norm.weight"} <= names):
+        raise CheckpointError(f"{path} is an IP-Adapter of an unknown kind: {_FACE}")
     pairs: dict[str, set[str]] = {}
     for name in tensors:
         match = _KEY.fullmatch(name)

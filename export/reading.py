@@ -58,7 +58,7 @@ class Reading:
         source = source.replace(asked.components).with_controls(asked.controls)
         source = source.with_controls(asked.t2i_adapters, T2I_PREFIX)
         encoders = encoder_names(asked.adapters)
-        source = source.beside({encoders[file.encoder]: file.encoder for file in asked.adapters.values()})
+        source = source.beside({name: folder for folder, name in encoders.items()})
         source = source.beside({PREFIX + name: file.path.parent for name, file in asked.adapters.items()})
         for folder in (source.root, *source.replaced.values()):
             check_tree(folder, held=False)  # a pipe would be waited for
@@ -121,7 +121,7 @@ def with_controls(source: Checkpoint, pipeline: Pipeline, names: Iterable[str]) 
 
 def encoder_names(adapters: Mapping[str, IPAdapterFile]) -> dict[Path, str]:
     """The names of the components that the image encoders of adapters become, by their folders."""
-    folders = dict.fromkeys(file.encoder for file in adapters.values())
+    folders = dict.fromkeys(file.encoder for file in adapters.values() if file.encoder is not None)
     return {folder: ENCODER + (f"_{i}" if i > 1 else "") for i, folder in enumerate(folders, 1)}
 
 
@@ -132,7 +132,10 @@ def _with_adapters(
     from .modules.control import cross_attentions
 
     with _undamaged(source):
-        found = {name: file.describe(encoders[file.encoder]) for name, file in adapters.items()}
+        found = {
+            name: file.describe("" if file.encoder is None else encoders[file.encoder])
+            for name, file in adapters.items()
+        }
         attentions, unet = cross_attentions(source), unet_config(source)
         shapes = list(attentions.values())
         levels = [halvings(each, len(unet["block_out_channels"])) for each in attentions]

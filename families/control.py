@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..bundle import Tensor
-from ..bundle.wiring import Control
+from ..bundle.wiring import MOST_MODES, Control
 from ..common.errors import CheckpointError
 from .family import Part, Pipeline
 
@@ -171,6 +171,7 @@ def controlled(pipeline: Pipeline, unet: Mapping[str, Any], controls: Mapping[st
     for name, config in controls.items():
         component = PREFIX + name
         _check(name, config, unet, pipeline.latents.channels)
+        _check_union(name, config)
         parts[component] = Part("control", component)
         pooled = bool(config.get("global_pool_conditions", False))
         channels = int(config.get("conditioning_channels", 3))
@@ -203,6 +204,34 @@ def _check(name: str, config: Mapping[str, Any], unet: Mapping[str, Any], channe
     ):
         if taken:
             raise CheckpointError(f"the ControlNet {name} takes {what}, which is not supported")
+
+
+def _check_union(name: str, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a ControlNet-Union whose numbers cannot be; other ControlNets have none of them."""
+    if "num_control_type" not in config:
+        return
+    width = config["block_out_channels"][0]
+    for key, most in (
+        ("num_control_type", MOST_MODES),
+        ("num_trans_channel", width),
+        ("num_proj_channel", width),
+        ("num_trans_head", width),
+        ("num_trans_layer", None),
+        ("addition_time_embed_dim", None),
+    ):
+        value: Any = config.get(key)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        fits = whole and (most is None or value <= most)
+        if key in ("num_trans_channel", "num_proj_channel"):
+            fits = fits and value == width
+        if key == "num_trans_head":
+            fits = fits and width % value == 0
+        if not fits:
+            due = f"from 1 to {most}" if key == "num_control_type" else f"{width}" if "channel" in key else "otherwise"
+            raise CheckpointError(
+                f"the ControlNet-Union {name} says {key} {value!r:.40} in its config.json, where it must be {due}: "
+                "give the file that came with its weights"
+            )
 
 
 def _shown(config: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -29,9 +29,9 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 class Adapter:
     """What the files of an IP-Adapter say.
 
-    encoder: the component that encodes its pictures. config: of that encoder. preprocessor: how its pictures are
-    prepared, {} for as CLIP's are. reads: `EMBEDS` or `HIDDEN`. width: of what it reads. tokens: that it makes of a
-    picture. text_width: of a token. layers: of the denoiser that read them.
+    encoder: the component that encodes its pictures, "" where it is given embeddings. config: of that encoder.
+    preprocessor: how its pictures are prepared, {} for as CLIP's are. reads: `EMBEDS` or `HIDDEN`. width: of what it
+    reads. tokens: that it makes of a picture. text_width: of a token. layers: of the denoiser that read them.
     """
 
     encoder: str
@@ -74,13 +74,17 @@ def with_image_prompts(
                     f"the IP-Adapter {name} {what} {own}, this checkpoint has {theirs}: it was made for another model; "
                     "give one that was trained with this kind of checkpoint"
                 )
-        given = adapter.config["projection_dim" if adapter.reads == EMBEDS else "hidden_size"]
+        alone = not adapter.encoder
+        given = (
+            adapter.width if alone else adapter.config["projection_dim" if adapter.reads == EMBEDS else "hidden_size"]
+        )
         if given != adapter.width:
             raise CheckpointError(
                 f"the IP-Adapter {name} reads {adapter.width} numbers of a picture, its image encoder gives {given}: "
                 "give the encoder that it was trained with (--image-encoder FOLDER)"
             )
-        parts[adapter.encoder] = Part("image", adapter.encoder)
+        if not alone:
+            parts[adapter.encoder] = Part("image", adapter.encoder)
         parts[PREFIX + name] = Part("image_prompt", PREFIX + name)
         (r, g, b), (dr, dg, db) = _normal(name, adapter.preprocessor)
         wired = ImagePrompt(
@@ -91,7 +95,7 @@ def with_image_prompts(
             TOKENS.format(i),
             SCALE.format(i),
             tuple(side(MASK.format(i), level) for level in sorted(set(levels))),
-            int(adapter.config["image_size"]),
+            1 if alone else int(adapter.config["image_size"]),
             (r, g, b),
             (dr, dg, db),
         )

@@ -57,8 +57,8 @@ PICO = "pico+control+union+image-plus"
 """The bundle of pico with all that steers it."""
 _PARTS = {SKETCH: SKETCHED, UNION: UNITED}
 PROMPTED = "+image-"
-ADAPTERS = ("plain", "plus", "full")
-"""The kinds of IP-Adapters, by which they are called."""
+ADAPTERS, FACE = ("plain", "plus", "full"), "face"
+"""The kinds of IP-Adapters, by which they are called, and one that is given embeddings."""
 _PNDM = {"plms": {"skip_prk_steps": True}, "pndm": {"skip_prk_steps": False}}
 
 
@@ -461,6 +461,9 @@ def _of_image_prompts() -> Iterator[Case]:
                 yield replace(plain, prompts=(Prompted(kind, 0.8),), scheduler=scheduler)
             unguided = {**plain.options, "guidance": 1.0, "negative_prompt": None}
             yield replace(plain, options=unguided, prompts=(Prompted(kind),), label="no guidance")
+        faces = replace(_of(checkpoint, "txt2img", ""), prompts=(Prompted(FACE, 0.8),))
+        yield faces
+        yield replace(faces, prompts=(Prompted(FACE, 0.6, 2, masked=True),), count=2, size=WIDE)
         for task in tasks:
             masked = (Prompted("plus", 0.8, 2, masked=True),)
             yield replace(_of(checkpoint, task, ""), prompts=masked)
@@ -521,6 +524,16 @@ def _prompting(case: Case) -> list[list[Image.Image]]:
     return [[picture(50 + 13 * i, 40 + 9 * k) for k in range(each.images)] for i, each in enumerate(case.prompts)]
 
 
+def _face(prompt: Prompted) -> Array:
+    """The embeddings of a prompt, float32 (images, 20)."""
+    return np.random.default_rng(7).standard_normal((prompt.images, 20)).astype(np.float32)
+
+
+def kind_of(adapter: Path) -> str:
+    """The kind of an IP-Adapter that `make_part` wrote."""
+    return adapter.name.rpartition("-")[2]
+
+
 def _regions(prompt: Prompted, case: Case) -> list[Image.Image] | None:
     """A mask for each image of a prompt, of another size than the drawing."""
     if not prompt.masked:
@@ -562,7 +575,7 @@ def _oracle(
             [str(folder) for folder in adapters],
             subfolder=[""] * len(adapters),
             weight_name=["ip_adapter.safetensors"] * len(adapters),
-            image_encoder_folder=str(adapters[0] / "image_encoder"),
+            image_encoder_folder=None if kind_of(adapters[0]) == FACE else str(adapters[0] / "image_encoder"),
         )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pipeline.to(
@@ -601,8 +614,13 @@ def diffusers_run(
         inputs["image"] = torch.from_numpy(latents)
     if case.controls:
         inputs |= _their_controls(case)
-    if case.prompts:
+    if case.prompts and case.prompts[0].name == FACE:
+        found = torch.from_numpy(_face(case.prompts[0]))[None]  # the negative first, where there is guidance
+        guided = case.options.get("guidance", 1.0) > 1
+        inputs["ip_adapter_image_embeds"] = [torch.cat([0 * found, found]) if guided else found]
+    elif case.prompts:
         inputs["ip_adapter_image"] = _prompting(case)
+    if case.prompts:
         masks = [_their_masks(each, case) for each in case.prompts]
         if any(each is not None for each in masks):
             inputs["cross_attention_kwargs"] = {"ip_adapter_masks": masks}
@@ -720,7 +738,9 @@ def diffoundry_run(
     if latents is not None:
         options["image"] = latents
     options["image_prompt"] = [
-        ImagePrompt(each.name, images, each.scale, mask=_regions(each, case))
+        ImagePrompt(each.name, embeds=_face(each), scale=each.scale, mask=_regions(each, case))
+        if each.name == FACE
+        else ImagePrompt(each.name, images, each.scale, mask=_regions(each, case))
         for each, images in zip(case.prompts, _prompting(case), strict=True)
     ]
     options["control"] = [

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.checks import is_number
+from ..bundle.wiring import MOST_MODES
+from ..common.checks import is_number, whole_number
 from ..common.errors import RequestError
 
 _LARGEST_SCALE = 100.0
@@ -42,10 +43,9 @@ class Control:
             )
         if not isinstance(self.guess_mode, bool):
             raise RequestError(f"guess_mode must be true or false, found {self.guess_mode!r}")
-        if self.mode is not None and (isinstance(self.mode, bool) or not isinstance(self.mode, (str, int))):
-            raise RequestError(
-                f"the mode of the control {self.name} must be a name or a number, found {self.mode!r:.80}"
-            )
+        if self.mode is not None and not isinstance(self.mode, str):
+            mode = whole_number(f"the mode of the control {self.name}", self.mode, 0, MOST_MODES)
+            object.__setattr__(self, "mode", mode)
         object.__setattr__(self, "scale", float(self.scale))
         object.__setattr__(self, "interval", check_interval(f"the control {self.name}", self.interval))
 
@@ -75,5 +75,8 @@ def read_controls(name: str, value: Any) -> tuple[Control, ...]:
     known = [(each.name, each.mode) for each in controls]
     twice = [name for name, mode in known if known.count((name, mode)) > 1]
     if twice:
-        raise RequestError(f"the control {twice[0]} is given twice: give each picture a control of its own")
+        raise RequestError(
+            f"the control {twice[0]} is given twice: give each picture a control of its own, or a mode where it is a "
+            "ControlNet-Union"
+        )
     return tuple(controls)

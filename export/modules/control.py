@@ -35,8 +35,8 @@ from ..configs import control_config, t2i_config, unet_config
 from ..fit import hollow
 from ..graphs.controlled import Tokens, write_controlled
 from ..graphs.spec import Axis, ComponentSpec
-from ..ip_adapter import IPAdapterFile
 from ..loading import load_pretrained, quiet
+from .image_prompt import open_adapter
 from .unet import UNet, unet
 
 _MOST_HALVINGS = 8
@@ -326,10 +326,7 @@ def controlled_unet(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Co
         for k in range(slots[i])
         for each in made
     ]
-    files = {
-        wired: IPAdapterFile.open(checkpoint.folder(wired.component), checkpoint.folder(wired.encoder))
-        for wired in wiring.image_prompts.values()
-    }
+    files = {wired: open_adapter(checkpoint, wired) for wired in wiring.image_prompts.values()}
     attentions = cross_attentions(checkpoint) if files else {}
     levels = [halvings(each, len(config["block_out_channels"])) for each in attentions]
     told = {wired: inputs(wired, int(config["cross_attention_dim"]), levels) for wired in files}

@@ -9,6 +9,7 @@ from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ...bundle import Tensor
+from ...bundle.wiring import ImagePrompt
 from ...common.errors import CheckpointError, reason
 from ...families import Pipeline
 from ...families.image_prompt import EMBEDS, HIDDEN, PREFIX
@@ -75,14 +76,21 @@ def image_encoder(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Comp
     )
 
 
+def open_adapter(checkpoint: Checkpoint, wired: ImagePrompt) -> IPAdapterFile:
+    """The files of an IP-Adapter of the checkpoint."""
+    encoder = checkpoint.folder(wired.encoder) if wired.encoder else None
+    return IPAdapterFile.open(checkpoint.folder(wired.component), encoder)
+
+
 def projection(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The component `name`: tokens of what an image encoder gives."""
     wired = next(each for each in pipeline.wiring.image_prompts.values() if each.component == name)
-    file = IPAdapterFile.open(checkpoint.folder(name), checkpoint.folder(wired.encoder))
+    file = open_adapter(checkpoint, wired)
     adapter = file.describe(wired.encoder)
-    config = checkpoint.config(wired.encoder)
-    seen = (int(config["image_size"]) // int(config["patch_size"])) ** 2 + 1
-    shape = ("batch_size", adapter.width) if adapter.reads == EMBEDS else ("batch_size", seen, adapter.width)
+    shape: tuple[str | int, ...] = ("batch_size", adapter.width)
+    if adapter.reads != EMBEDS:
+        config = checkpoint.config(wired.encoder)
+        shape = ("batch_size", (int(config["image_size"]) // int(config["patch_size"])) ** 2 + 1, adapter.width)
 
     def load() -> Any:
         kind = OfEmbedding if adapter.reads == EMBEDS else OfStates

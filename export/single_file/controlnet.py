@@ -5,12 +5,13 @@ Such a file has no configuration: it is that of the checkpoint's U-Net, which th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import CheckpointError
+from ...common.errors import CheckpointError, reason
 from ...common.files import write_json
 from ...families.control import CONTROLNET, UNION
 from ..fit import hollow
@@ -23,9 +24,11 @@ _PREFIX = "control_model."
 _HINT = "input_hint_block."
 _EMBEDDING = "controlnet_cond_embedding."
 _TASKS = "task_embedding"
-"""A weight that a ControlNet-Union alone has."""
 _MODES = "control_add_embedding.linear_1.weight"
 _LAYERS = "transformer_layes."
+_OF_A_UNION = (_TASKS, _LAYERS, "spatial_ch_projs.", "control_add_embedding.")
+_HEADS = 8
+"""Of its layers, which a file does not tell; each token reads itself alone, so that they change nothing."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ANOTHER = "it was made for another model; give one that was trained with this kind of checkpoint"
 _OTHERS = {
@@ -55,7 +58,13 @@ class ControlNetFile:
         prefix, original = _layout(self._weights)
         embedding = f"{prefix}{_HINT}0.weight" if original else f"{_EMBEDDING}conv_in.weight"
         self.config = _config(unet, self._weights, embedding, original, prefix)
-        module = hollow(ControlNetUnionModel if _TASKS in self._weights.shapes else ControlNetModel, self.config)
+        kind = ControlNetUnionModel if self.config["_class_name"] == UNION else ControlNetModel
+        try:
+            module = hollow(kind, self.config)
+        except Exception as error:  # whatever the class raises for sizes that do not go together
+            raise CheckpointError(
+                f"the sizes of the ControlNet {path} do not go together ({reason(error):.120}): download it again"
+            ) from None
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         names = _original_names(shapes, self.config) if original else {name: name for name in shapes}
         self._model = Model("", None, shapes, {name: prefix + old for name, old in names.items()})
@@ -111,16 +120,17 @@ def _config(unet: Mapping[str, Any], weights: Weights, first: str, original: boo
         "conditioning_channels": shapes[first][1],
         "conditioning_embedding_out_channels": [shapes[first][0], *last[1::2]],
     }
-    if _TASKS in shapes:
-        tasks, width = shapes[_TASKS]
+    if any(name.startswith(_OF_A_UNION) for name in shapes):
+        tasks, width = (*shapes.get(_TASKS, ()), 1, 1)[:2]
         blocks = {name.split(".")[1] for name in shapes if name.startswith(_LAYERS)}
         own |= {
             "_class_name": UNION,
             "num_control_type": tasks,
             "num_trans_channel": width,
             "num_proj_channel": unet["block_out_channels"][0],
-            "num_trans_layer": len(blocks),
-            "addition_time_embed_dim": shapes.get(_MODES, (0, 0))[-1] // max(tasks, 1),
+            "num_trans_head": math.gcd(width, _HEADS),
+            "num_trans_layer": max(len(blocks), 1),
+            "addition_time_embed_dim": max(shapes.get(_MODES, (1, 1))[-1] // max(tasks, 1), 1),
         }
     return {**{name: value for name, value in unet.items() if name in known}, **own}
 

@@ -145,11 +145,16 @@ class ControlCondition(Condition):
             said = "no mode" if mode is None else f"the mode {mode!r:.60}"
             raise RequestError(
                 f"the control {control.name} reads pictures of several modes, found {said}: say which one the picture "
-                f"is of, {', '.join(known)}, as in --control {control.name}:{known[-1]}=PICTURE"
+                f"is of, {', '.join(known)}, as in --control {control.name}:{known[-1]}=PICTURE or mode={known[-1]!r}"
             )
         return known.index(str(mode))
 
     def _wired(self, name: str) -> Wired:
+        before, _, after = name.partition(":")
+        if name not in self._controls and before in self._controls:
+            raise RequestError(
+                f"{self._root} has no control {name!r:.60}: give the name {before!r} and mode={after!r:.60}"
+            )
         if name not in self._controls:
             has = f"it has {', '.join(self._controls)}" if self._controls else "it has none"
             more = parts_again(self._wiring, "--controlnet", name)

@@ -62,6 +62,12 @@ class ImagePromptCondition(Condition):
                         f"embeds of the IP-Adapter {prompt.name} must be ({shape}), found {prompt.embeds.shape}"
                     )
                 continue
+            if not wired.encoder:
+                due = self._bundle.component(wired.component).inputs[0].shape[1:]
+                raise RequestError(
+                    f"the IP-Adapter {self._name(prompt)} is given no pictures, but embeddings that a face model made "
+                    f"of them: give embeds, (images, {', '.join(map(str, due))}), or --ip-embeds FILE"
+                )
             opened = [open_image(image, f"image of the IP-Adapter {prompt.name}") for image in prompt.images]
             found[self._name(prompt)] = np.stack(
                 [clip_pixels(each, wired.side, wired.mean, wired.std) for each in opened]
@@ -85,7 +91,7 @@ class ImagePromptCondition(Condition):
         for name in self._prompts:
             found = sorted(set(self._groups(name, jobs)))
             if len(found) > 1:
-                said = ", ".join(f"{a * b}{' with masks' if a > 1 else ''}" for a, b in found)
+                said = ", ".join(f"{a * b}{' with masks' if a > 1 else ' as one' if b > 1 else ''}" for a, b in found)
                 raise RequestError(
                     f"the requests of a batch must have as many images for the IP-Adapter {name}, found {said}: run "
                     "them on their own"
@@ -127,19 +133,19 @@ class ImagePromptCondition(Condition):
 
         As diffusers, of an embedding of zeros, or of the hidden states of a picture of zeros.
         """
-        encoder = self._engine(wired.encoder)
         pixels = job.image_prompts.get(self._name(prompt))
         if prompt.embeds is not None:
             encoded = prompt.embeds
         else:
             assert pixels is not None  # `pixels` made it of the images
+            encoder = self._engine(wired.encoder)
             encoded = encoder({encoder.inputs[0].name: pixels})[wired.output]
         if not job.guidance.active:
             empty = encoded
         elif encoded.ndim == 2:
             empty = np.zeros_like(encoded)
         else:
-            side = np.zeros((1, 3, wired.side, wired.side), np.float32)
+            encoder, side = self._engine(wired.encoder), np.zeros((1, 3, wired.side, wired.side), np.float32)
             empty = np.repeat(encoder({encoder.inputs[0].name: side})[wired.output], len(encoded), axis=0)
         project = self._engine(wired.component)
         positive, negative = (project({project.inputs[0].name: each})["tokens"] for each in (encoded, empty))

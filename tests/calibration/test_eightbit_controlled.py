@@ -76,4 +76,8 @@ def test_scales_are_as_wide_as_what_is_seen_under_controls():
     found = widened(scales, was, {"a": 4.0, "b": 2.0, "c": 0.0}, {"a": 3.0, "b_sum": 5.0, "c": 9.0})
     assert {name: each.scale for name, each in found.items()} == {"a": 0.5, "b": 0.5, "c": 0.5, "b_sum": 1.25}
     assert all(found[name].value == name for name in found)
-    assert under_controls({"psnr_db": "far"}) == "the figures under controls are damaged"
+    good = {"psnr_db": 30.0, "kept": True, "low": 3, "of": 4}
+    assert under_controls(good) == "images under controls are 30.0 dB from fp32 with 3 of 4 values in eight bits"
+    assert "are not finite, too far" in under_controls({**good, "psnr_db": None, "kept": False})
+    for key, value in (("psnr_db", 10**400), ("psnr_db", "x"), ("psnr_db", np.nan), ("low", "\x1b[31m"), ("kept", 1)):
+        assert under_controls({**good, key: value}) == "the figures under controls are damaged"

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 import diffoundry
 from diffoundry import Control, Request
 from diffoundry.bundle import Bundle
-from diffoundry.common.errors import CheckpointError, DiffoundryError, EngineError, RequestError
+from diffoundry.common.errors import BundleError, CheckpointError, DiffoundryError, EngineError, RequestError
 from diffoundry.engines import controlled
 from diffoundry.engines.controlled import ControlledEngine
 from diffoundry.engines.onnxruntime import OrtHostBinding
+from diffoundry.engines.runnable import check_runnable
 from diffoundry.engines.verify import verify
 from diffoundry.examples.random_checkpoint import make_t2i_adapter
 from diffoundry.export.graphs import trace
@@ -142,7 +143,7 @@ def test_pictures_of_a_union_act_together(pipe):
         ([union(None)], "found no mode: say which one the picture is of, openpose, depth, softedge, canny, normal"),
         ([union("tile")], "found the mode 'tile'"),
         ([union(6)], "found the mode 6"),
-        ([union(-1)], "found the mode -1"),
+        ([union("-1")], "found the mode '-1'"),
         ([edge(mode="canny")], "the control edge has no modes, found 'canny': leave the mode out"),
         ([union("canny"), union(3)], "is given two pictures of one mode"),
         ([union("canny"), union("canny")], "the control union is given twice"),
@@ -150,8 +151,11 @@ def test_pictures_of_a_union_act_together(pipe):
     ):
         with pytest.raises(RequestError, match=problem):
             drawn(pipe, *controls)
-    with pytest.raises(RequestError, match="the mode of the control union must be a name or a number"):
+    with pytest.raises(RequestError, match="the mode of the control union must be a whole number from 0 to 64"):
         union(1.5)
+    with pytest.raises(RequestError, match="give the name 'union' and mode='depth'"):
+        drawn(pipe, Control("union:depth", picture(64, 64)))
+    np.testing.assert_array_equal(drawn(pipe, union(np.int64(3))), drawn(pipe, union("canny")))
     many = [Request("a ring", control=own, width=64, height=64) for own in ([union(0)], [union(0), union(1)])]
     with pytest.raises(RequestError, match="must have as many pictures for the control union, found 1, 2: run them"):
         pipe.generate_many(many)
@@ -164,6 +168,33 @@ def test_a_union_of_one_file_is_that_of_the_folder(checkpoint_of, tmp_path):
     wanted = json.loads((folder / "config.json").read_text())
     same = ("_class_name", "num_control_type", "num_trans_channel", "num_proj_channel", "num_trans_layer")
     assert {name: found[name] for name in same} == {name: wanted[name] for name in same}
+
+
+def test_a_union_that_cannot_be_is_refused(checkpoint_of, tmp_path):
+    folder = checkpoint_of("pico+union-union")
+    tensors, config = load_file(folder / "diffusion_pytorch_model.safetensors"), folder / "config.json"
+    several = {name for name in tensors if name.startswith("transformer_layes.")}
+    for name, content, problem in (
+        ("narrow", {**tensors, "task_embedding": torch.zeros(6, 7)}, "does not fit the checkpoint|do not go together"),
+        ("flat", {name: each for name, each in tensors.items() if name not in several}, "lacks transformer_layes"),
+        ("tasks", {name: each for name, each in tensors.items() if name != "task_embedding"}, "lacks task_embedding"),
+    ):
+        save_file(content, tmp_path / f"{name}.safetensors")
+        files = {"union": tmp_path / f"{name}.safetensors"}
+        with pytest.raises(CheckpointError, match=problem):
+            diffoundry.compile(checkpoint_of("pico"), tmp_path / "out", controlnets=files)
+    for key, value, due in (
+        ("num_control_type", 65, "must be from 1 to 64"),
+        ("num_control_type", True, "must be from 1 to 64"),
+        ("num_trans_channel", 32, "must be 48"),
+        ("num_trans_head", 7, "must be otherwise"),
+        ("addition_time_embed_dim", None, "must be otherwise"),
+    ):
+        copy = shutil.copytree(folder, tmp_path / f"{key}-{value}")
+        (copy / "config.json").write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+        with pytest.raises(CheckpointError, match=f"says {key} {value} in its config.json, where it {due}"):
+            diffoundry.compile(checkpoint_of("pico"), tmp_path / "out", controlnets={"union": copy})
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_control_lies_over_the_image_where_the_part_around_a_mask_is_drawn(pipe):
@@ -427,3 +458,33 @@ def test_t2i_adapters_that_cannot_be_are_refused(checkpoint_of, tmp_path):
         with pytest.raises(CheckpointError, match=problem):
             diffoundry.compile(checkpoint_of("pico"), tmp_path / "out", t2i_adapters=folders, **more)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("wiring", "image_prompts", "plus", "masks"), []),
+        (("wiring", "image_prompts", "plus", "masks"), ["ip_mask_0"]),
+        (("wiring", "image_prompts", "plus", "masks"), ["ip_mask_0", "ip_mask_0_2", "sample"]),
+        (("wiring", "controls", "edge", "kind"), "adapter"),
+        (("wiring", "controls", "union", "modes"), 7),
+        (("wiring", "controls", "union", "kind"), "controlnet"),
+        (("components", "unet_controlled", "ip_mask_0"), ["batch_size", "ip_tokens_0_groups", "hei", "width"]),
+        (("components", "unet_controlled", "ip_mask_0"), ["batch_size", 1, 8, 8]),
+        (("components", "unet_controlled", "ip_mask_0"), ["batch_size", "ip_tokens_0_groups", "height_2", "width_2"]),
+        (("components", "controlnet_union", "controlnet_cond"), ["batch_size", 1, 3, "sample_height", "sample_width"]),
+    ],
+)
+def test_wiring_and_components_must_agree(path, value, steered, tmp_path):
+    (tmp_path / "b").mkdir()
+    manifest = json.loads((steered / "bundle.json").read_text())
+    place = manifest
+    if path[0] == "components":
+        [place] = [each for each in manifest["components"][path[1]]["inputs"] if each["name"] == path[2]]
+        path = ("shape",)
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    (tmp_path / "b" / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"do not agree on|must have modes"):
+        check_runnable(Bundle.open(tmp_path / "b"))

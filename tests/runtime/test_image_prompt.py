@@ -128,7 +128,7 @@ def test_masks_part_the_drawing(pipe):
     wanted = drawn(pipe, ImagePrompt("plus", pictures, mask=[left, right]), scheduler="euler")
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     many = [Request("a ring", image_prompt=(ImagePrompt("plus", pictures, mask=own),)) for own in (None, [left, right])]
-    with pytest.raises(RequestError, match="as many images for the IP-Adapter plus, found 2, 2 with masks"):
+    with pytest.raises(RequestError, match="as many images for the IP-Adapter plus, found 2 as one, 2 with masks"):
         pipe.generate_many(many)
     with pytest.raises(RequestError, match="takes a mask for each image, 1 in all, found 2"):
         plus(mask=[left, right])
@@ -255,6 +255,7 @@ def test_adapters_that_cannot_be_are_refused(checkpoint_of, tmp_path):
         return tmp_path / f"{name}.safetensors"
 
     face = {name: each for name, each in tensors.items() if not name.startswith("image_proj.proj")}
+    lora = {**tensors, "ip_adapter.0.to_q_lora.down.weight": torch.zeros(4, 8)}
     half = {name: each for name, each in tensors.items() if name != "ip_adapter.1.to_k_ip.weight"}
     (tmp_path / "cut.safetensors").write_bytes((folder / "ip_adapter.safetensors").read_bytes()[:500])
     (tmp_path / "code.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
@@ -262,7 +263,8 @@ def test_adapters_that_cannot_be_are_refused(checkpoint_of, tmp_path):
     cases = [
         ({"look": tmp_path / "none"}, {}, "does not exist"),
         ({"look": checkpoint_of("pico") / "unet"}, {}, "holds no IP-Adapter"),
-        ({"look": changed("face", face)}, {}, "is an IP-Adapter FaceID, which is not supported"),
+        ({"look": changed("face", face)}, {}, "is an IP-Adapter of an unknown kind: give one of the kinds plain"),
+        ({"look": changed("lora", lora)}, {}, "is an IP-Adapter FaceID with a LoRA, which is not supported"),
         (
             {"look": changed("half", half)},
             {},
