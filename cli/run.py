@@ -83,8 +83,8 @@ class _Run(click.Command):
     "--control",
     multiple=True,
     metavar="NAME=PICTURE",
-    help="Steer the drawing by a picture of edges, depth or the like, through this control of the bundle. May be "
-    "repeated.",
+    help="Steer the drawing by a picture of edges, depth or the like, through this control of the bundle; of a "
+    "ControlNet-Union, NAME:MODE=PICTURE. May be repeated.",
 )
 @click.option("--control-scale", multiple=True, metavar="NAME=SCALE", help="How much it adds. [default: 1]")
 @click.option(

@@ -26,22 +26,10 @@ from .write import write
 
 CONTROLLED = "controlled"
 """In the figures of the images: those of one under controls."""
-
-
 _LARGEST = ":largest"
 LEFT_OUT = (0.0, 0.125, 0.25, 0.5)
 """Of the values that are in eight bits without controls, the parts that are left out in turn until the budget holds."""
-
-
 _STAYS = ", too far: there the denoiser stays as it is beside eight bits"
-
-
-def _are_sound(figures: Any) -> bool:
-    if not isinstance(figures, dict) or not isinstance(figures.get("kept"), bool):
-        return False
-    counts = [figures.get("low"), figures.get("of")]
-    whole = all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in counts)
-    return whole and (figures.get("psnr_db", False) is None or is_finite(figures.get("psnr_db")))
 
 
 def write_controlled(
@@ -95,6 +83,14 @@ def under_controls(figures: Any) -> str:
     far = "are not finite" if figures["psnr_db"] is None else f"are {figures['psnr_db']:.1f} dB from fp32"
     part = f" with {figures['low']} of {figures['of']} values in eight bits"
     return f"images under controls {far}{part if figures['kept'] else _STAYS}"
+
+
+def _are_sound(figures: Any) -> bool:
+    if not isinstance(figures, dict) or not isinstance(figures.get("kept"), bool):
+        return False
+    counts = [figures.get("low"), figures.get("of")]
+    whole = all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in counts)
+    return whole and (figures.get("psnr_db", False) is None or is_finite(figures.get("psnr_db")))
 
 
 def observe(
