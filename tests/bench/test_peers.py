@@ -182,7 +182,9 @@ def test_an_environment_is_made_once_and_in_place_of_an_older_one(tiny, home):
     assert peers.setup("tiny") == folder and (folder / known.WHOLE).stat().st_mtime_ns == made
 
 
-@pytest.mark.parametrize("gone", ["bin", "lib/python*/site-packages/tiny_torch.py"])
+@pytest.mark.parametrize(
+    "gone", ["bin", pytest.param("lib/python*/site-packages/tiny_torch.py", marks=pytest.mark.slow)]
+)
 def test_an_environment_that_does_not_start_is_made_anew(gone, tiny, home):
     wheel(tiny, "tiny-torch", files={"tiny_torch.py": ""})
     folder = peers.setup("tiny")
@@ -194,6 +196,7 @@ def test_an_environment_that_does_not_start_is_made_anew(gone, tiny, home):
         assert process.ready_s > 0
 
 
+@pytest.mark.slow
 def test_cuda_is_not_fetched_for_a_machine_without_a_gpu(tiny, home, monkeypatch):
     wheel(tiny, "tiny-torch", ["nvidia-cublas"], {"tiny_torch.py": ""})
     wheel(tiny, "nvidia-cublas")

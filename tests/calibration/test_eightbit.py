@@ -486,7 +486,7 @@ def test_what_does_not_go_together_is_refused(case, called, bundle_of):
     assert done.returncode in (1, 2) and expected in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", [pytest.param("int8", marks=pytest.mark.slow), "fp8"])
 def test_plans_for_gpus_have_their_layers_in_eight_bits_beside_fp16(precision, bundle):
     pytest.importorskip("tensorrt_rtx")
     target = diffoundry.Target(archs=("sm89", "sm120"))

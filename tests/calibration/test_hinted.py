@@ -64,6 +64,7 @@ def test_images_too_far_from_fp32_are_refused(bundle):
     assert (bundle / "bundle.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_compile_takes_over_what_was_measured(bundle, checkpoint_of):
     diffoundry.build(bundle, engine="openvino", precision="bf16", scan=Scan(**SCAN, budget_db=10))
     found = quality(bundle)

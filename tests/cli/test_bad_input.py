@@ -127,6 +127,7 @@ def test_an_interrupt_that_a_library_takes_for_an_error_of_its_own_is_one(tmp_pa
     assert done.stderr.splitlines()[-1].startswith("Error: interrupted; what was finished is kept")
 
 
+@pytest.mark.slow
 def test_a_stopped_compile_goes_on_where_it_was(called, tmp_path, checkpoint_of):
     """Interrupted, then killed at a later component, then left to end."""
     line = [sys.executable, "-m", "diffoundry", "compile", str(checkpoint_of("pico")), "-o", str(tmp_path / "b")]

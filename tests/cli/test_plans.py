@@ -65,6 +65,7 @@ def test_inspect_shows_the_plans_and_the_precision(planned, command):
     assert {e["component"] for e in told["engines"] if e["backend"] == "tensorrt-rtx"} == COMPONENTS
 
 
+@pytest.mark.slow
 def test_a_second_compile_builds_nothing_and_one_changed_weight_rebuilds_one_component(
     planned, command, tmp_path, checkpoint_of
 ):

@@ -167,6 +167,7 @@ def test_a_seed_of_a_gpu_gives_the_noise_of_that_gpu(bundle_of):
     assert not np.allclose(latents_of(pipe, steps=2), latents_of(pipe, steps=2, rng="cuda"), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_ones_own_is_traced_and_run(command, checkpoint_of, bundle_of, copied, tmp_path):
     (tmp_path / "own.py").write_text(textwrap.dedent(OWN))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
