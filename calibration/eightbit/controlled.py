@@ -131,4 +131,4 @@ def measure(
         found = run_steered(bundle, engines, scan=scan, text=text, progress=progress)
     except OverflowedError as error:
         return {"psnr_db": None, "worst_db": None, "measured": None, "problem": str(error)}
-    return scan.figures(found, exact, form.name)
+    return replace(scan, prompts=scan.prompts[:1]).figures(found, exact, form.name)

@@ -17,7 +17,7 @@ from diffoundry.calibration.eightbit.controlled import under_controls, widened
 from diffoundry.calibration.eightbit.formats import Scale
 from diffoundry.parity.pipelines import PICO, picture
 
-SCAN = {"prompts": ("a large red star",), "steps": 3, "budget_db": 12.0}
+SCAN = {"prompts": ("a large red star", "a small white ring"), "steps": 3, "budget_db": 12.0}
 
 
 @pytest.fixture
