@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -11,6 +12,8 @@ _SMALLEST, _LARGEST = 1e-12, 1e30
 _SHORTEST_WINDOW = 3  # start, one token, end
 _MOST_TOKENS = 1 << 31
 MOST_MODES = 64
+NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
+"""How controls and IP-Adapters are called."""
 
 AtLeast1 = Annotated[int, Rule(lambda value: value >= 1, "be at least 1")]
 NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGEST, "be a number other than zero")]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from ..bundle import AS_EXPORTED, PRECISIONS, Bundle, Component
-from ..bundle.wiring import MODE, PICTURE, SCALE, SOURCES, STRENGTH, TASKS
+from ..bundle.wiring import MODE, NAME, PICTURE, SCALE, SOURCES, STRENGTH, TASKS
 from ..common.errors import BundleError
 from ..families.control import halved
-
-_NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
-"""How a request calls a control or an IP-Adapter."""
 
 
 def check_runnable(bundle: Bundle) -> None:
@@ -73,7 +69,7 @@ def _check_told(bundle: Bundle) -> None:
     unknown = [name for name in residuals if name.partition(".")[0] not in made_of]
     if unknown:
         raise _disagree(bundle, unknown[0])
-    wrong = [name for name in (*wiring.controls, *wiring.image_prompts) if not _NAME.fullmatch(name)]
+    wrong = [name for name in (*wiring.controls, *wiring.image_prompts) if not NAME.fullmatch(name)]
     wrong += [name for name in told if name not in takes or told.count(name) > 1 or name in wiring.inputs]
     for name, control in wiring.controls.items():
         made = part(control.component, "control")
@@ -82,9 +78,9 @@ def _check_told(bundle: Bundle) -> None:
         picture = own.get(PICTURE, ())
         sound = (
             own.keys() <= {*(() if control.kind == "adapter" else wiring.inputs), PICTURE, SCALE, *many}
+            and len(picture) == (5 if many else 4)
             and (not many or isinstance(picture[1], str))
             and picture[-3:-2] == (control.channels,)
-            and len(picture) == (5 if many else 4)
             and (not many or own.get(MODE, ())[2:] == (control.modes,))
             and len(own.get(STRENGTH, ())) == len(many)
             and own.get(SCALE, ())[1:] == (control.residuals,)

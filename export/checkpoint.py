@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..bundle import MANIFEST_NAME
+from ..bundle.wiring import NAME
 from ..common.errors import CheckpointError, reason
 from ..families.control import PREFIX
 from .weight_files import WeightFiles, find, other_kind, read_stated
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,39}")
 _ADDED = ("vae_tiny",)
 """Components that no checkpoint holds, and that may be given one."""
 _CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}

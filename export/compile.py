@@ -18,6 +18,7 @@ from .. import __version__
 from ..bundle import FULL, Bundle
 from ..bundle.ledger import Ledger
 from ..bundle.precisions import AS_STORED, STORAGE_DTYPES
+from ..bundle.wiring import NAME
 from ..bundle.workspace import UNPACKED, check_target, resolved, working
 from ..calibration import Scan, hinted
 from ..calibration.build import Goal, check_disk, later_stages, publish
@@ -29,7 +30,7 @@ from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
 from ..engines.tensorrt.target import Target
-from .checkpoint import NAME, Checkpoint
+from .checkpoint import Checkpoint
 from .configs import unet_config
 from .fit import check_models, check_parts
 from .ip_adapter import IPAdapterFile

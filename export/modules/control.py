@@ -68,10 +68,20 @@ class ControlNet(torch.nn.Module):
             timestep,
             encoder_hidden_states,
             controlnet_cond,
-            added_cond_kwargs=None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids},
+            added_cond_kwargs=_added(text_embeds, time_ids),
             return_dict=False,
         )
-        return tuple(value * scale[:, i, None, None, None] for i, value in enumerate((*down, middle)))
+        return _scaled((*down, middle), scale)
+
+
+def _scaled(residuals: Sequence[torch.Tensor], scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each residual, (B, C, H, W), times its factor in `scale`, (B, residuals)."""
+    return tuple(value * scale[:, i, None, None, None] for i, value in enumerate(residuals))
+
+
+def _added(text_embeds: torch.Tensor | None, time_ids: torch.Tensor | None) -> dict[str, Any] | None:
+    """What XL is given beside the text, None for other models."""
+    return None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
 
 
 class Union(torch.nn.Module):
@@ -122,10 +132,10 @@ class Union(torch.nn.Module):
             encoder_hidden_states,
             told.sum(1),
             class_labels=model.control_add_embedding(modes),
-            added_cond_kwargs=None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids},
+            added_cond_kwargs=_added(text_embeds, time_ids),
             return_dict=False,
         )
-        return tuple(value * scale[:, i, None, None, None] for i, value in enumerate((*down, middle)))
+        return _scaled((*down, middle), scale)
 
 
 _OF_A_CONTROLNET = (
@@ -143,7 +153,7 @@ class Adapter(torch.nn.Module):
         self.model = model
 
     def forward(self, controlnet_cond: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(value * scale[:, i, None, None, None] for i, value in enumerate(self.model(controlnet_cond)))
+        return _scaled(self.model(controlnet_cond), scale)
 
 
 class ControlledUNet(UNet):

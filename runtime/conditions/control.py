@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from ...bundle import Bundle
-from ...bundle.wiring import MODE, PICTURE, SCALE, STRENGTH, Wiring
+from ...bundle.wiring import MODE, NAME, PICTURE, SCALE, STRENGTH, Wiring
 from ...bundle.wiring import Control as Wired
 from ...common.arrays import Array
 from ...common.errors import RequestError
@@ -21,7 +20,6 @@ from ..request import Request
 from .condition import Condition, Fed, Job
 
 _MOST_DIGITS = 4
-_NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
 
 
 class ControlCondition(Condition):
@@ -169,7 +167,7 @@ def parts_again(wiring: Wiring, option: str, name: str) -> str:
     kinds = {"controlnet": "--controlnet", "union": "--controlnet", "adapter": "--t2i-adapter"}
     has = [(kinds[each.kind], known, "FOLDER") for known, each in wiring.controls.items()]
     has += [("--ip-adapter", known, "FILE") for known in wiring.image_prompts]
-    named = name if _NAME.fullmatch(name) else "NAME"
+    named = name if NAME.fullmatch(name) else "NAME"
     has.append((option, named, "FILE" if option == "--ip-adapter" else "FOLDER"))
     return " ".join(f"{flag} {known}={what}" for flag, known, what in has)
 

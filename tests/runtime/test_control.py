@@ -467,6 +467,7 @@ def test_t2i_adapters_that_cannot_be_are_refused(checkpoint_of, tmp_path):
         (("wiring", "image_prompts", "plus", "masks"), ["ip_mask_0"]),
         (("wiring", "image_prompts", "plus", "masks"), ["ip_mask_0", "ip_mask_0_2", "sample"]),
         (("wiring", "controls", "edge", "kind"), "adapter"),
+        (("components", "controlnet_union", "controlnet_cond"), ["batch_size"]),
         (("wiring", "controls", "union", "modes"), 7),
         (("wiring", "controls", "union", "kind"), "controlnet"),
         (("components", "unet_controlled", "ip_mask_0"), ["batch_size", "ip_tokens_0_groups", "hei", "width"]),
