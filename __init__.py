@@ -32,6 +32,8 @@ __all__ = [
     "EngineError",
     "Guidance",
     "ImagePrompt",
+    "Lora",
+    "LoraError",
     "Pipeline",
     "Request",
     "RequestError",
@@ -45,12 +47,21 @@ __all__ = [
     "load",
 ]
 
-_ERRORS = ("BundleError", "CheckpointError", "DiffoundryError", "EngineError", "RequestError", "StoppedError")
+_ERRORS = (
+    "BundleError",
+    "CheckpointError",
+    "DiffoundryError",
+    "EngineError",
+    "LoraError",
+    "RequestError",
+    "StoppedError",
+)
 _HOMES = {
     **dict.fromkeys(_ERRORS, ".common.errors"),
     "Conditioning": ".runtime.conditioning",
     "Control": ".runtime.control",
     "ImagePrompt": ".runtime.image_prompt",
+    "Lora": ".runtime.lora",
     "Budget": ".calibration",
     "build": ".calibration.build",
     "compile": ".export",

@@ -23,6 +23,10 @@ class EngineError(DiffoundryError):
     """An engine cannot be built, loaded or fed."""
 
 
+class LoraError(DiffoundryError):
+    """A LoRA or a textual inversion cannot be read, or does not fit the model."""
+
+
 class OverflowedError(EngineError):
     """Latents or pictures came out NaN or infinite."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import AS_EXPORTED, EIGHT_BIT, FULL, PRECISIONS, STANDARD, Bundle, Variant
 from ..common.checks import is_whole
 from ..common.errors import EngineError
 from .cache import EngineStore
+from .changed import Changes, NewValue, new_values, places
 from .engine import Engine
 from .names import FUSED_ENGINES, ONNXRUNTIME, OPENVINO, PLANNED, EngineName
 
@@ -64,6 +67,7 @@ class EngineLoader:
         self._plans: dict[str, list[Plan]] = {}
         self._serving: dict[str, Plan] = {}
         self._small: dict[str, bool] = {}
+        self._changes: dict[str, Changes] = {}
         if self.engine.backend == ONNXRUNTIME:
             from .onnxruntime import require_provider
 
@@ -105,16 +109,56 @@ class EngineLoader:
             self._bundle.check(
                 {path for files in (component.files, variant.files, *listed) for path in files}, known=True
             )
+        changes, source = self.changes_of(name)
+        graphs = [self._bundle.path(graph) for graph in (variant.model, variant.per_prompt) if graph]
+        changed = new_values(self._bundle, name, graphs, changes, source) if changes else {}
         if self._fused:
             from .onnxruntime_cuda import load_fused
 
             exact, captured = self.precision == FULL, self._bundle.component(name).role != "text"
-            return load_fused(self._bundle.root, name, variant, self._gpu, exact=exact, captured=captured)
+            return load_fused(
+                self._bundle.root, name, variant, self._gpu, exact=exact, captured=captured, changed=changed
+            )
         if self._gpu is not None:
             return self._load_plans(name, variant)
         if self.engine.backend == OPENVINO:
-            return self._load_openvino(name, variant, threads, share_rows)
-        return load_variant(self._bundle.root, name, variant, provider=self.engine.provider, threads=threads)
+            return self._load_openvino(name, variant, threads, share_rows, changed)
+        return load_variant(
+            self._bundle.root, name, variant, provider=self.engine.provider, threads=threads, changed=changed
+        )
+
+    def change(self, changes: Mapping[str, Changes]) -> None:
+        """Let components be loaded with changed weights from now on, by the component that the weights are of.
+
+        The denoiser's are those of its other forms, too. Raises `EngineError` where the engine cannot.
+        """
+        if changes and self.engine.backend in PLANNED:
+            raise EngineError(
+                f"plans of {self.engine} hold their weights: run it with the engine onnxruntime, give the LoRA to "
+                "`compile --lora`, or build a denoiser that takes it as inputs with `build --lora-rank`"
+            )
+        before, self._changes = self._changes, dict(changes)
+        try:
+            for name in self._bundle.manifest.components:
+                own, source = self.changes_of(name)
+                if own:
+                    variant = self._variant(name)
+                    graphs = [self._bundle.path(graph) for graph in (variant.model, variant.per_prompt) if graph]
+                    places(self._bundle, name, graphs, own, source)
+        except BaseException:
+            self._changes = before
+            raise
+
+    @property
+    def changed(self) -> set[str]:
+        """The components whose weights are changed."""
+        return set(self._changes)
+
+    def changes_of(self, name: str) -> tuple[Changes, str]:
+        """The changes of the weights of component `name`, and the component whose they are."""
+        denoiser = self._bundle.manifest.named("denoiser")
+        source = denoiser if self._bundle.component(name).role in ("denoiser", "controlled") else name
+        return self._changes.get(source, {}), source
 
     def is_small(self, name: str) -> bool:
         """Whether the operators of component `name` are too small to be worth sharing among processors."""
@@ -253,7 +297,14 @@ class EngineLoader:
         self._gpu = shared()
         backend.check_gpu(self._gpu.device.name, self._gpu.device.arch)
 
-    def _load_openvino(self, name: str, variant: Variant, threads: int | None, share_rows: bool) -> Engine:
+    def _load_openvino(
+        self,
+        name: str,
+        variant: Variant,
+        threads: int | None,
+        share_rows: bool,
+        changed: Mapping[Path, Sequence[NewValue]],
+    ) -> Engine:
         from .onnxruntime import default_threads
         from .openvino.load import load_variant
 
@@ -267,6 +318,7 @@ class EngineLoader:
             threads=count,
             streams=count if share_rows else 1,
             small=self.is_small(name),
+            changed=changed,
         )
 
     def _load_plans(self, name: str, variant: Variant) -> Engine:

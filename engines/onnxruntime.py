@@ -10,7 +10,7 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from ..bundle import Tensor, Variant
 from ..common.arrays import Array
 from ..common.errors import EngineError, reason
+from .changed import NewValue
 from .engine import ONE_ENGINE, DeviceArray, Engine
 from .split import SplitEngine
 from .wheel import install, ort
@@ -111,17 +112,20 @@ class OnnxRuntimeEngine(Engine):
         provider: str = "cpu",
         threads: int | None = None,
         low_memory: bool = False,
+        changed: Sequence[NewValue] = (),
     ) -> OnnxRuntimeEngine:
         """Load `model`.
 
-        provider: a key of `PROVIDERS`. threads: of one operator, default all processors.
+        provider: a key of `PROVIDERS`. threads: of one operator, default all processors. changed: initializers that
+        are others than in the file.
         low_memory: for a few calls: nothing is computed or packed ahead, weights are read from the file as they are
         needed, and those in half precision are cast in each call.
         Raises `EngineError` when the model cannot be read or the provider is not there.
         """
         component = component or model.parent.name
         require_provider(provider)
-        session = open_session(model, new_options(threads or default_threads(), low_memory), provider, component)
+        options = new_options(threads or default_threads(), low_memory)
+        session = open_session(model, options, provider, component, changed=changed)
         if provider != "cpu" and (elsewhere := nodes_elsewhere(session, provider)):
             warnings.warn(
                 f"{component}: the provider {provider!r} leaves nodes to others: {elsewhere}",
@@ -237,15 +241,22 @@ def load_variant(
     provider: str = "cpu",
     threads: int | None = None,
     low_memory: bool = False,
+    changed: Mapping[Path, Sequence[NewValue]] | None = None,
 ) -> Engine:
     """The engine of a variant of component `name`.
 
-    root: the bundle's folder. Options and errors are those of `OnnxRuntimeEngine.load`.
+    root: the bundle's folder. changed: by graph. Options and errors are those of `OnnxRuntimeEngine.load`.
     """
 
     def load(graph: str) -> OnnxRuntimeEngine:
+        path = root / graph
         return OnnxRuntimeEngine.load(
-            root / graph, component=name, provider=provider, threads=threads, low_memory=low_memory
+            path,
+            component=name,
+            provider=provider,
+            threads=threads,
+            low_memory=low_memory,
+            changed=(changed or {}).get(path, ()),
         )
 
     per_step = load(variant.model)
@@ -314,16 +325,24 @@ def new_options(threads: int, low_memory: bool = False) -> ort.SessionOptions:
 
 
 def open_session(
-    path: Path, options: ort.SessionOptions, provider: str, component: str, chosen: _Providers | None = None
+    path: Path,
+    options: ort.SessionOptions,
+    provider: str,
+    component: str,
+    chosen: _Providers | None = None,
+    changed: Sequence[NewValue] = (),
 ) -> ort.InferenceSession:
     """A session of the model in `path` on `provider`. chosen: providers and options other than its usual ones.
+
+    changed: initializers that are others than in the file.
 
     Raises `EngineError` when the model cannot be read.
     """
     if not path.is_file():
         raise EngineError(f"{component}: {path} is missing; compile the bundle again")
     try:
-        session = _new_session(str(path), options, provider, chosen)
+        model = _with(path, options, changed) if changed else str(path)
+        session = _new_session(model, options, provider, chosen)
     except Exception as error:
         if lacks_memory(error):
             raise EngineError(f"{component}: {NO_MEMORY_TO_LOAD}") from None
@@ -337,6 +356,29 @@ def open_session(
         ) from None
     _SESSIONS.add(session)
     return session
+
+
+def _with(path: Path, options: ort.SessionOptions, changed: Sequence[NewValue]) -> str | bytes:
+    """The model in `path` with other values of initializers: those beside the graph are given to the session."""
+    apart = [each for each in changed if not each.initializer.embedded]
+    if apart:
+        options.add_external_initializers([each.initializer.name for each in apart], [_value(each) for each in apart])
+    within = [each for each in changed if each.initializer.embedded]
+    if not within:
+        return str(path)
+    content = bytearray(path.read_bytes())
+    for each in within:
+        start = each.initializer.offset
+        content[start : start + each.initializer.length] = each.value.tobytes()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return bytes(content)
+
+
+def _value(changed: NewValue) -> ort.OrtValue:
+    """A value for ONNX Runtime, which knows bfloat16 where NumPy does not."""
+    if changed.value.dtype == np.uint16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(changed.value, changed.initializer.dtype)
+    return ort.OrtValue.ortvalue_from_numpy(changed.value)
 
 
 def _new_session(

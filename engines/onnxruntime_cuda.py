@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from ..bundle import Variant
 from ..common.arrays import Array
 from ..common.errors import EngineError
+from .changed import NewValue
 from .engine import DeviceArray, Engine, HostBinding
 from .gpu.gpu import CapturedLaunches, DeviceTensor, Gpu
 from .onnxruntime import new_options, nodes_elsewhere, open_session, running, tensors_of
@@ -40,15 +41,26 @@ def require_version() -> None:
         )
 
 
-def load_fused(root: Path, name: str, variant: Variant, gpu: Gpu, *, exact: bool, captured: bool) -> Engine:
+def load_fused(
+    root: Path,
+    name: str,
+    variant: Variant,
+    gpu: Gpu,
+    *,
+    exact: bool,
+    captured: bool,
+    changed: Mapping[Path, Sequence[NewValue]] | None = None,
+) -> Engine:
     """The engine of a variant made for CUDA, of component `name`.
 
     root: the bundle's folder. exact: whether float32 is to be float32 in attention, too.
-    captured: whether calls with arrays of the host are captured. Errors are those of `CudaEngine.load`.
+    captured: whether calls with arrays of the host are captured. changed: initializers that are others than in the
+    files, by graph. Errors are those of `CudaEngine.load`.
     """
 
     def load(graph: str) -> CudaEngine:
-        return CudaEngine.load(root / graph, component=name, gpu=gpu, exact=exact, captured=captured)
+        own = (changed or {}).get(root / graph, ())
+        return CudaEngine.load(root / graph, component=name, gpu=gpu, exact=exact, captured=captured, changed=own)
 
     per_step = load(variant.model)
     return SplitEngine(name, load(variant.per_prompt), per_step) if variant.per_prompt else per_step
@@ -71,8 +83,17 @@ class CudaEngine(Engine):
         self._calls: OrderedDict[_Shapes, _Call] = OrderedDict()
 
     @classmethod
-    def load(cls, model: Path, *, component: str, gpu: Gpu, exact: bool = False, captured: bool = True) -> CudaEngine:
-        """Load `model`, which has no node that the GPU cannot run.
+    def load(
+        cls,
+        model: Path,
+        *,
+        component: str,
+        gpu: Gpu,
+        exact: bool = False,
+        captured: bool = True,
+        changed: Sequence[NewValue] = (),
+    ) -> CudaEngine:
+        """Load `model`, which has no node that the GPU cannot run. changed: initializers that are others in it.
 
         Raises `EngineError` when the model cannot be read, or nodes that are more than the arithmetic of shapes do not
         run on the GPU.
@@ -86,7 +107,7 @@ class CudaEngine(Engine):
             "user_compute_stream": str(gpu.device.stream),
             **(_EXACT if exact else {}),
         }
-        session = open_session(model, options, "cuda", component, [("CUDAExecutionProvider", given)])
+        session = open_session(model, options, "cuda", component, [("CUDAExecutionProvider", given)], changed)
         elsewhere = nodes_elsewhere(session, "cuda")
         if elsewhere:
             raise EngineError(

@@ -21,6 +21,7 @@ from ..engines import Engine
 from ..engines.loader import EngineLoader
 from ..engines.runnable import check_runnable
 from ..families import open_bundle
+from ..families.lora import Weights, combined
 from .conditions.condition import Fed, Job
 from .jobs import Jobs
 from .loaded import LoadedEngines
@@ -30,6 +31,7 @@ from .loop.guidance import Guidance
 from .loop.host import HostStepper
 from .loop.noise import GENERATORS
 from .loop.sample import Sample
+from .lora import Lora, as_loras, described, open_loras, weights_of
 from .names import ours
 from .pictures.autoencoder import DECODERS, Autoencoder, check_decoder
 from .pictures.images import to_image
@@ -92,6 +94,36 @@ class Pipeline:
         self._engines = LoadedEngines(bundle, self._loader, threads or default_threads(), engines or {}, wrap)
         self._autoencoder = Autoencoder(bundle, self.engine)
         self._jobs = Jobs(bundle, self.engine, self._autoencoder)
+        self._weights: Weights | None = None
+        self._loras: tuple[Lora, ...] = ()
+        self._loras_record: list[dict[str, Any]] = []
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs that it draws with."""
+        return self._loras
+
+    def set_loras(self, loras: Sequence[Any]) -> None:
+        """Draw with these LoRAs from now on, [] for none: then it is the bare model again, exactly.
+
+        loras: each a `Lora`, a path, a text `FILE=0.8`, or a pair of a path and a strength. Weights that they change
+        are computed anew, over those of the bundle; the parts that have them are loaded again when they are next used,
+        and nothing is traced or built. It is not to be called while the pipeline draws.
+        Raises `LoraError` for a file that cannot be read or is for another model, `EngineError` where the engine or
+        the precision holds weights that cannot be changed; the pipeline is then as it was.
+        """
+        self._engines.check_process()
+        asked = as_loras(loras)
+        if self._weights is None and asked:
+            self._weights = weights_of(self.bundle)
+        opened = open_loras(asked, self._weights) if self._weights is not None else []
+        changes = combined(opened)
+        changed = self._loader.changed | set(changes)
+        self._loader.change(changes)
+        self._loras, self._loras_record = asked, described(opened, asked)
+        roles = {name: self.bundle.component(name).role for name in self.bundle.manifest.components}
+        also = {name for name, role in roles.items() if role == "controlled" and self._denoiser in changed}
+        self._engines.release(*changed, *also)
 
     def engine(self, name: str) -> Engine:
         """The engine of component `name`, loaded on first use.
@@ -187,6 +219,8 @@ class Pipeline:
         if not isinstance(requests, Sequence) or not all(isinstance(request, Request) for request in requests):
             raise RequestError("generate_many takes a list of Request")
         jobs = [self._jobs.make(request) for request in requests]
+        for job in jobs if self._loras else ():
+            job.record["loras"] = self._loras_record
         total = sum(job.request.count for job in jobs)
         if not jobs or total > MOST_IMAGES:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")

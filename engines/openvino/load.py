@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ...bundle import FULL, Bundle, Variant
+from ...common.errors import EngineError
 from ..cache import EngineStore
+from ..changed import NewValue
 from ..engine import Engine
 from ..split import SplitEngine
 from .cache import Cache
@@ -32,10 +35,12 @@ def load_variant(
     threads: int,
     streams: int = 1,
     small: bool = False,
+    changed: Mapping[Path, Sequence[NewValue]] | None = None,
 ) -> Engine:
     """The engine of a variant of component `name` on a device of OpenVINO.
 
-    provider: a key of `device.DEVICES`. precision: of what is not in eight bits. For the rest see `compiled.Recipe`.
+    provider: a key of `device.DEVICES`. precision: of what is not in eight bits. changed: initializers that are others
+    than in the files, by graph. For the rest see `compiled.Recipe`.
     Raises `EngineError` when OpenVINO or the device is not there, or the model cannot be read.
     """
     component, device = bundle.component(name), Device.open(provider, precision)
@@ -51,8 +56,11 @@ def load_variant(
     ) -> Engine:
         store = EngineStore(bundle.root / "engines")
         label = ":".join([graph, *filter(None, [label]), *(rewrite.__name__ for rewrite in rewrites)])
-        cache = None if bundle.foreign else Cache(store, name, variant.files, label)
         path = bundle.path(graph)
+        own = (changed or {}).get(path, ())
+        cache = None if bundle.foreign or own else Cache(store, name, variant.files, label)
+        if own:
+            part = partial(_with, changed=own, part=part)
         return OpenVinoEngine(path, name, device, recipe, component.inputs, component.outputs, cache, part, rewrites)
 
     steps = component.role in ("denoiser", "controlled", "control")
@@ -66,6 +74,24 @@ def load_variant(
     if not variant.per_prompt:
         return per_step
     return SplitEngine(name, load(variant.per_prompt, whole), per_step)
+
+
+def _with(model: Any, changed: Sequence[NewValue], part: Callable[[Any], Any]) -> Any:
+    """What `part` makes of `model` with other values of initializers, which keep their names in it."""
+    from openvino import op
+
+    constants = {each.get_friendly_name(): each for each in model.get_ops() if each.get_type_name() == "Constant"}
+    for each in changed:
+        old = constants.get(each.initializer.name)
+        if old is None:
+            raise EngineError(
+                f"OpenVINO folded {each.initializer.name}, so that it cannot be changed: use the engine onnxruntime"
+            )
+        new = op.Constant(old.get_output_element_type(0), list(each.value.shape), each.value.ravel())
+        new.set_friendly_name(each.initializer.name)
+        for reader in old.output(0).get_target_inputs():
+            reader.replace_source_output(new.output(0))
+    return part(model)
 
 
 def _rewrites(role: str, precision: str) -> tuple[Callable[[Any], Any], ...]:

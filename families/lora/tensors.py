@@ -1,0 +1,93 @@
+"""The tensors of a file as NumPy arrays, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common.arrays import Array
+from ...common.errors import LoraError, reason
+from .pickles import read_pickle
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
+"""What trainers call the file, in a folder that holds nothing else of weights."""
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_MOST_BYTES = 16 << 30
+"""Of a file that is read whole; the largest LoRA has less."""
+
+
+def file_of(path: Path) -> Path:
+    """The file that is meant by `path`, which may be the folder around it. Raises `LoraError`."""
+    if not path.is_dir():
+        return path
+    found = [path / name for name in _NAMES if (path / name).is_file()]
+    found = found[:1] or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        what = "several .safetensors files" if found else f"none of {', '.join(_NAMES)}"
+        raise LoraError(f"{path} is a folder with {what}: give the file itself")
+    return found[0]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a file by their names, floats in float32, and its metadata.
+
+    Raises `LoraError` for a file that is missing, damaged, of another kind, or has numbers that are not finite.
+    """
+    if not path.is_file():
+        raise LoraError(f"{path} is no file: give a LoRA (.safetensors), or the folder that holds it")
+    size = path.stat().st_size
+    if size == 0:
+        raise LoraError(f"{path} is empty (0 bytes): download it again")
+    if size > _MOST_BYTES:
+        raise LoraError(f"{path} has {size / 1e9:.0f} GB: that is no LoRA; give a checkpoint to `compile` instead")
+    tensors, metadata = (read_pickle(path), {}) if path.suffix.lower() in _PICKLES else _read_safetensors(path)
+    if not tensors:
+        raise LoraError(f"{path} holds no tensors: it is no LoRA")
+    for name, array in tensors.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise LoraError(f"{path}: {name:.200} has numbers that are not finite (NaN or infinity): it is damaged")
+    return tensors, metadata
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    try:
+        import safetensors
+    except ImportError:
+        raise LoraError("reading a LoRA needs the package safetensors: run `pip install 'diffoundry[lora]'`") from None
+    try:
+        content = path.read_bytes()
+        if content[:1] in (b"\x80", b"P") and content[8:9] != b"{":
+            raise LoraError(f"{path} is a pickle, not safetensors: give it the suffix .pt")
+        held = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(str(path), framework="np") as file:
+            metadata = dict(file.metadata() or {})
+    except OSError as error:
+        raise LoraError(f"{path} cannot be read: {error.strerror or error}") from None
+    except safetensors.SafetensorError as error:
+        raise LoraError(f"{path} is truncated or no safetensors file ({reason(error)}): download it again") from None
+    return {name: _array(path, name, each) for name, each in held}, metadata
+
+
+def _array(path: Path, name: str, stored: dict[str, Any]) -> Array:
+    """A tensor as an array, floats in float32."""
+    kind, shape = stored["dtype"], stored["shape"]
+    if kind == "BF16":
+        wide = np.frombuffer(stored["data"], "<u2").astype("<u4") << np.uint32(16)
+        return wide.view(np.float32).reshape(shape)
+    if kind not in _DTYPES:
+        raise LoraError(f"{path}: {name:.200} is of the type {kind}, which no LoRA is stored in: save it in float16")
+    array = np.frombuffer(stored["data"], _DTYPES[kind]).reshape(shape)
+    return array.astype(np.float32) if array.dtype.kind == "f" else array

@@ -1,0 +1,136 @@
+"""`Lora`: a file that changes weights, and how much of it; and the set of them that a pipeline runs with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle
+from ..common.checks import is_finite
+from ..common.errors import LoraError, RequestError
+from ..common.files import read_json
+from ..engines.changed import shapes_of
+from ..families.lora import LoraFile, Weights
+
+_MOST = 64
+"""LoRAs at once."""
+_LARGEST = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA of any published form. file: its path, or the folder that holds it.
+
+    strength: how much of it, 1 as it was trained; may be negative. text_strength: the same for the text encoders, where
+    it is to be another. ignore_unused: leave out keys that are for nothing in the model, which is an error otherwise.
+    """
+
+    file: str | Path
+    strength: float = 1.0
+    text_strength: float | None = None
+    ignore_unused: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, (str, Path)) or not str(self.file):
+            raise RequestError(f"a LoRA must be a path, found {self.file!r:.80}")
+        for name in ("strength", "text_strength"):
+            value = getattr(self, name)
+            if value is None and name == "text_strength":
+                continue
+            if not is_finite(value) or abs(value) > _LARGEST:
+                raise RequestError(
+                    f"{name} of the LoRA {self.file} must be a number from -{_LARGEST:g} to {_LARGEST:g}, found "
+                    f"{value!r:.80}"
+                )
+            object.__setattr__(self, name, float(value))
+
+    @classmethod
+    def parse(cls, text: str, *, ignore_unused: bool = False) -> Lora:
+        """`FILE`, `FILE=0.8` or `FILE=0.8:0.5`, the second number for the text encoders. Raises `RequestError`."""
+        file, sign, numbers = text.rpartition("=")
+        if not sign or Path(text).exists():
+            return cls(text, ignore_unused=ignore_unused)
+        try:
+            own, *more = (float(each) for each in numbers.split(":"))
+        except ValueError:
+            raise RequestError(
+                f"the LoRA {text} must be FILE, FILE=STRENGTH or FILE=STRENGTH:STRENGTH_OF_TEXT_ENCODERS"
+            ) from None
+        if len(more) > 1:
+            raise RequestError(f"the LoRA {text} has {1 + len(more)} strengths: one for the denoiser, one for the text")
+        return cls(file, own, more[0] if more else None, ignore_unused)
+
+    def strengths(self, weights: Weights) -> dict[str, float]:
+        """Its strength by component."""
+        text = self.strength if self.text_strength is None else self.text_strength
+        return {name: self.strength if name == weights.denoiser else text for name in weights.shapes}
+
+
+def weights_of(bundle: Bundle) -> Weights:
+    """What a LoRA may change in `bundle`. Raises `BundleError` for one that does not say of what it was made."""
+    manifest = bundle.manifest
+    denoiser = manifest.named("denoiser")
+    names = [denoiser, *manifest.with_role("text")]
+    config = read_json(bundle.path(f"{denoiser}/config.json"), "the configuration of the denoiser")
+    layers = config.get("layers_per_block")
+    return Weights(
+        {name: shapes_of(bundle, name) for name in names},
+        denoiser,
+        layers if isinstance(layers, int) else 0,
+        str(bundle.root),
+    )
+
+
+def as_loras(given: Any) -> tuple[Lora, ...]:
+    """A list of `Lora`, paths, texts as `Lora.parse` takes them, or pairs of a path and a strength.
+
+    Raises `RequestError` for others, and for one file twice.
+    """
+    if isinstance(given, (str, Path, Lora)) or not isinstance(given, Sequence):
+        raise RequestError("LoRAs are given as a list: [Lora(FILE, 0.8)], or [] for none")
+    made = []
+    for each in given:
+        if isinstance(each, Lora):
+            made.append(each)
+        elif isinstance(each, str):
+            made.append(Lora.parse(each))
+        elif isinstance(each, Path):
+            made.append(Lora(each))
+        elif isinstance(each, (tuple, list)) and 2 <= len(each) <= 3:
+            made.append(Lora(*each))
+        else:
+            raise RequestError(f"a LoRA must be a Lora, a path, or a path and a strength, found {each!r:.80}")
+    if len(made) > _MOST:
+        raise RequestError(
+            f"{len(made)} LoRAs at once are too many, {_MOST} are the most: fuse some with `compile --lora`"
+        )
+    places = [Path(lora.file).resolve() for lora in made]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise RequestError(f"the LoRA {made[i].file} is given twice: give it once, with the sum of its strengths")
+    return tuple(made)
+
+
+def open_loras(loras: Sequence[Lora], weights: Weights) -> list[tuple[LoraFile, Mapping[str, float]]]:
+    """The files, read and held against `weights`, each with its strengths. Raises `LoraError`."""
+    opened: list[tuple[LoraFile, Mapping[str, float]]] = []
+    for lora in loras:
+        file = LoraFile.open(lora.file, weights, ignore_unused=lora.ignore_unused)
+        strengths = lora.strengths(weights)
+        for component, changes in file.changes.items():
+            for name, change in changes.items():
+                if not math.isfinite(change.scale * strengths[component]):
+                    raise LoraError(f"{file.path}: the scale of {component}.{name} is not finite: it is damaged")
+        opened.append((file, strengths))
+    return opened
+
+
+def described(opened: Sequence[tuple[LoraFile, Mapping[str, float]]], loras: Sequence[Lora]) -> list[dict[str, Any]]:
+    """For records: the files, their hashes and strengths."""
+    return [
+        {"file": str(lora.file), "sha256": file.sha256, "strength": lora.strength, "text_strength": lora.text_strength}
+        for (file, _), lora in zip(opened, loras, strict=True)
+    ]
