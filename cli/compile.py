@@ -10,6 +10,7 @@ import click
 
 from ..bundle.precisions import STORAGE_DTYPES
 from ..families import FAMILIES
+from .controls import read_loras
 from .goal import goal_options, show_result, take_goal
 from .options import COUNTS, ENGINES, engine_option, json_option, precision_option, read_list, read_pairs
 from .progress import progress
@@ -77,6 +78,14 @@ from .progress import progress
     help="The folder of the image encoder of --ip-adapter. [default: image_encoder beside its file]",
 )
 @click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[=STRENGTH[:TEXT]]",
+    help="A LoRA to change the weights by for good; TEXT is its strength in the text encoders. May be repeated.",
+)
+@click.option("--lora-ignore-unused", is_flag=True, help="Leave out what of a LoRA changes nothing in CHECKPOINT.")
+@click.option(
     "--config",
     type=click.Path(),
     help="For a single file: a diffusers folder whose configurations and tokenizer go with its weights.",
@@ -103,6 +112,8 @@ def compile_command(
     controlnets: tuple[str, ...],
     t2i_adapters: tuple[str, ...],
     ip_adapters: tuple[str, ...],
+    loras: tuple[str, ...],
+    lora_ignore_unused: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -131,6 +142,7 @@ def compile_command(
             components=read_pairs("--component", components, "NAME=FOLDER"),
             t2i_adapters=read_pairs("--t2i-adapter", t2i_adapters, "NAME=FOLDER"),
             ip_adapters=read_pairs("--ip-adapter", ip_adapters, "NAME=FILE_OR_FOLDER"),
+            loras=read_loras(loras, lora_ignore_unused),
             controlnets=read_pairs("--controlnet", controlnets, "NAME=FOLDER_OR_FILE"),
             progress=report,
             **goal,

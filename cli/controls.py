@@ -142,3 +142,13 @@ def _number(option: str, name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise click.UsageError(f"{option} {name} takes numbers, found {text!r}") from None
+
+
+def read_loras(texts: Iterable[str], ignore_unused: bool) -> tuple[Any, ...]:
+    """A `Lora` for each of `texts`. Raises `click.UsageError` for options that do not go together."""
+    from ..runtime.lora import Lora
+
+    loras = tuple(Lora.parse(text, ignore_unused=ignore_unused) for text in texts)
+    if ignore_unused and not loras:
+        raise click.UsageError("--lora-ignore-unused goes with --lora FILE")
+    return loras

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..common.errors import RequestError
-from .controls import read_controls, read_image_prompts
+from .controls import read_controls, read_image_prompts, read_loras
 from .options import GIB, NUMBERS, engine_option, json_option, precision_option, read_options, threads_option
 from .progress import progress
 
@@ -119,6 +119,14 @@ class _Run(click.Command):
     metavar="[NAME=]PICTURE",
     help="White where the image acts; one for each --ip-image, in the same order. [default: everywhere]",
 )
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[=STRENGTH[:TEXT]]",
+    help="A LoRA to draw with; TEXT is its strength in the text encoders. May be repeated.",
+)
+@click.option("--lora-ignore-unused", is_flag=True, help="Leave out what of a LoRA changes nothing in this model.")
 @click.option(
     "--scheduler",
     help="A name that `diffoundry schedulers` lists, or a diffusers class. [default: the checkpoint's own]",
@@ -231,6 +239,7 @@ def run_command(
     if refine_from is not None and refiner is None:
         raise click.UsageError("--refine-from goes with --refiner: give the refiner's bundle too, or leave it out")
     how = {name: asked.pop(name) for name in ("engine", "precision", "threads", "weight_budget")}
+    loras = read_loras(asked.pop("loras"), asked.pop("lora_ignore_unused"))
     request = _request(asked)
     paths = output_paths(Path(output), request.count)
     shown = None if preview is None else output_paths(Path(preview), 1)[0]
@@ -240,6 +249,8 @@ def run_command(
     check_beside(pipeline.bundle, [(path, "--output") for path in (*paths, *([] if shown is None else [shown]))])
     if shown is not None:
         check_decoder(pipeline.bundle, "tiny")
+    if loras:
+        pipeline.set_loras(loras)
     with progress("run", shown=not as_json) as report:
 
         def callback(step: int, total: int, latents: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..bundle import FULL, Bundle
@@ -30,10 +31,12 @@ from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
 from ..engines.tensorrt.target import Target
+from ..runtime.lora import Lora, as_loras
 from .checkpoint import Checkpoint
 from .configs import unet_config
 from .fit import check_models, check_parts
 from .ip_adapter import IPAdapterFile
+from .lora import fuse
 from .reading import Asked, Reading
 from .single_file import SingleFile, is_single_file
 from .single_file.controlnet import ControlNetFile
@@ -62,6 +65,7 @@ def compile(
     t2i_adapters: Mapping[str, str | Path] | None = None,
     ip_adapters: Mapping[str, str | Path] | None = None,
     image_encoder: str | Path | None = None,
+    loras: Sequence[Any] = (),
     config: str | Path | None = None,
     prediction_type: str | None = None,
     default_steps: int | None = None,
@@ -89,6 +93,7 @@ def compile(
     t2i_adapters: the same of T2I-Adapters, in diffusers folders.
     ip_adapters: the same of IP-Adapters, each a file, or a folder with one. image_encoder: the folder of the image
     encoder that they were trained with (default: the folder `image_encoder` beside each).
+    loras: that the weights are changed by for good, each as `Pipeline.set_loras` takes it.
     config: for a single file, a diffusers folder whose configurations, scheduler and tokenizer go with its weights.
     prediction_type: for a single file, what its U-Net predicts, where the file does not tell.
     default_steps, default_guidance: what `run` asks for when it is not told (default: the family's).
@@ -120,8 +125,14 @@ def compile(
         folders = _unpack_controls(asked, source, work, plain)
         files = _unpack_adapters(adapters, work)
         reading = Reading.of(source, replace(asked, controls=folders, adapters=files), checkpoint)
+        fused = as_loras(loras)
+        if fused:
+            changed = _fused(reading, fused, work, storage_dtype == AS_STORED)
+            asked = replace(asked, components={**asked.components, **changed})
+            reading = Reading.of(source, replace(asked, controls=folders, adapters=files), checkpoint)
         name = Path(checkpoint).stem if single is not None else reading.source.root.resolve().name
-        return _run(reading, name, goal, storage_dtype == AS_STORED, traced, Ledger(work, path), progress)
+        told = {"loras": ", ".join(str(each) for each in fused)} if fused else {}
+        return _run(reading, name, goal, storage_dtype == AS_STORED, traced, Ledger(work, path), progress, told)
 
 
 def _run(
@@ -132,8 +143,12 @@ def _run(
     traced: tuple[str, tuple[int, ...]] | None,
     ledger: Ledger,
     progress: Progress | None,
+    told: Mapping[str, str],
 ) -> Bundle:
-    """The stages, one after another. name: of the checkpoint. traced: a scheduler to be traced, and for which steps."""
+    """The stages, one after another. name: of the checkpoint. traced: a scheduler to be traced, and for which steps.
+
+    told: what else the manifest says of the source.
+    """
     source, specs = reading.source, reading.specs
     weights = {folder: source.weights(folder) for folder in sorted({name for spec in specs for name in spec.sources})}
     if keep_half and not any(each.half for each in weights.values()):
@@ -158,7 +173,7 @@ def _run(
         bundle.manifest,
         engine=str(goal.engine),
         precision=goal.precision,
-        source=bundle.manifest.source | {"sha256": sha256_json(hashes)},
+        source=bundle.manifest.source | {"sha256": sha256_json(hashes), **told},
         versions=tools | {"diffoundry": __version__},
     )
     tracer = Tracer(source, ledger, tools, keep_half)
@@ -166,6 +181,14 @@ def _run(
     bundle = eightbit.carry_over(carry_over(bundle, ledger, goal.precision), ledger, goal.precision)
     bundle = hinted.carry_over(bundle, ledger, (str(goal.engine), goal.precision) if goal.hinted else None)
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)
+
+
+def _fused(reading: Reading, loras: Sequence[Lora], work: Path, keep_half: bool) -> dict[str, Path]:
+    """The folders of the components that LoRAs change."""
+    roles = {name: part.role for name, part in reading.pipeline.parts.items()}
+    [denoiser] = [name for name, role in roles.items() if role == "denoiser"]
+    texts = [name for name, role in roles.items() if role == "text"]
+    return fuse(reading.source, loras, denoiser, texts, work / UNPACKED, keep_half=keep_half)
 
 
 def _unpack_adapters(adapters: Mapping[str, IPAdapterFile], work: Path) -> dict[str, IPAdapterFile]:

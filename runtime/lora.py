@@ -47,6 +47,11 @@ class Lora:
                 )
             object.__setattr__(self, name, float(value))
 
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        text = "" if self.text_strength is None else f":{self.text_strength:g}"
+        return f"{self.file}={self.strength:g}{text}"
+
     @classmethod
     def parse(cls, text: str, *, ignore_unused: bool = False) -> Lora:
         """`FILE`, `FILE=0.8` or `FILE=0.8:0.5`, the second number for the text encoders. Raises `RequestError`."""

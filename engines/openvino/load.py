@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...bundle import FULL, Bundle, Variant
 from ...common.errors import EngineError
 from ..cache import EngineStore
@@ -78,7 +80,7 @@ def load_variant(
 
 def _with(model: Any, changed: Sequence[NewValue], part: Callable[[Any], Any]) -> Any:
     """What `part` makes of `model` with other values of initializers, which keep their names in it."""
-    from openvino import op
+    from openvino import Tensor, op
 
     constants = {each.get_friendly_name(): each for each in model.get_ops() if each.get_type_name() == "Constant"}
     for each in changed:
@@ -87,7 +89,9 @@ def _with(model: Any, changed: Sequence[NewValue], part: Callable[[Any], Any]) -
             raise EngineError(
                 f"OpenVINO folded {each.initializer.name}, so that it cannot be changed: use the engine onnxruntime"
             )
-        new = op.Constant(old.get_output_element_type(0), list(each.value.shape), each.value.ravel())
+        kind = old.get_output_element_type(0)
+        half = each.value.dtype == np.uint16  # bfloat16, which NumPy has not
+        new = op.Constant(Tensor(each.value, each.value.shape, kind) if half else each.value, shared_memory=False)
         new.set_friendly_name(each.initializer.name)
         for reader in old.output(0).get_target_inputs():
             reader.replace_source_output(new.output(0))
