@@ -10,7 +10,7 @@ from ..common.checks import is_whole
 from ..common.errors import BundleError
 from . import schema1
 from .reader import FieldError, Rule, read
-from .wiring import MODE, PICTURE, AtLeast1, Latents, Role, Tokenizer, Wiring
+from .wiring import MODE, PICTURE, STEPPING, AtLeast1, Latents, Role, Tokenizer, Wiring
 
 SCHEMA_VERSION = 2
 """Raised when a reader of the old version would misread the new manifest."""
@@ -120,7 +120,7 @@ class Manifest:
     def per_prompt(self, name: str) -> tuple[str, ...]:
         """The inputs of component `name` that stay the same from step to step, () for one that does not step."""
         component = self.components[name]
-        if component.role not in ("denoiser", "controlled", "control"):
+        if component.role not in STEPPING:
             return ()
         told = {name for each in self.wiring.image_prompts.values() for name in each.inputs if name != each.scale}
         fixed = {*self.wiring.per_prompt(), *told, PICTURE, MODE}
@@ -135,7 +135,7 @@ class Manifest:
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as a JSON object, schema version first. What few bundles have is left out where it is empty."""
     value = asdict(manifest)
-    for name in ("controls", "image_prompts"):
+    for name in ("controls", "image_prompts", "lora_inputs"):
         if not value["wiring"][name]:
             del value["wiring"][name]
     return {"schema_version": value.pop("schema_version"), **value}

@@ -12,24 +12,38 @@ _SMALLEST, _LARGEST = 1e-12, 1e30
 _SHORTEST_WINDOW = 3  # start, one token, end
 _MOST_TOKENS = 1 << 31
 MOST_MODES = 64
+MOST_RANK = 1024
 NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
 """How controls and IP-Adapters are called."""
 
 AtLeast1 = Annotated[int, Rule(lambda value: value >= 1, "be at least 1")]
 NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGEST, "be a number other than zero")]
 TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from 0 to {_MOST_TOKENS - 1}")]
+Rank = Annotated[int, Rule(lambda value: 1 <= value <= MOST_RANK, f"be from 1 to {MOST_RANK}")]
 Modes = Annotated[int, Rule(lambda value: 0 <= value <= MOST_MODES, f"be from 0 to {MOST_MODES}")]
 Window = Annotated[int, Rule(lambda value: _SHORTEST_WINDOW <= value < _MOST_TOKENS, f"be at least {_SHORTEST_WINDOW}")]
 
 
 Role = Literal[
-    "text", "denoiser", "encoder", "decoder", "preview", "step", "control", "controlled", "image", "image_prompt"
+    "text",
+    "denoiser",
+    "encoder",
+    "decoder",
+    "preview",
+    "step",
+    "control",
+    "controlled",
+    "image",
+    "image_prompt",
+    "lora",
 ]
 """What a component does: `preview` is a second, small decoder, `step` the step of the loop as a graph.
 
 `control` makes of a picture what is added inside the denoiser, `image` encodes one and `image_prompt` makes tokens of
-that; `controlled` is the denoiser that takes both.
+that; `controlled` is the denoiser that takes both, and `lora` the one that takes the factors of LoRAs.
 """
+STEPPING: tuple[Role, ...] = ("denoiser", "controlled", "control", "lora")
+"""Roles of what is called at every step."""
 TASKS: dict[str, tuple[Role, ...]] = {
     "txt2img": ("decoder",),
     "img2img": ("encoder", "decoder"),
@@ -172,6 +186,20 @@ class ImagePrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraInputs:
+    """A denoiser that takes the factors of LoRAs as inputs (Hu et al. 2021), a set for all rows or one for each.
+
+    rank: the most, of all LoRAs of a row together. weights: of the checkpoint, those that factors can change, in the
+    order of their rows in both inputs. down, up: the names of the inputs.
+    """
+
+    rank: Rank
+    weights: tuple[str, ...]
+    down: str = "lora_down"
+    up: str = "lora_up"
+
+
+@dataclass(frozen=True, slots=True)
 class Wiring:
     """How a denoiser is fed.
 
@@ -179,7 +207,7 @@ class Wiring:
     its source, one of `SOURCES`.
     empty_negative_is_zeros: whether no negative prompt means zeros, rather than the encoded empty text.
     strength_by_sampler: whether a sampler of consistency models spreads its steps over the strength itself.
-    controls, image_prompts: by the name that a request calls each by.
+    controls, image_prompts: by the name that a request calls each by. lora_inputs: by component.
     """
 
     text: tuple[TextEncoder, ...]
@@ -188,6 +216,7 @@ class Wiring:
     strength_by_sampler: bool = False
     controls: dict[str, Control] = field(default_factory=dict)
     image_prompts: dict[str, ImagePrompt] = field(default_factory=dict)
+    lora_inputs: dict[str, LoraInputs] = field(default_factory=dict)
 
     def inputs_from(self, source: str) -> list[str]:
         """The inputs of the denoiser that `source` feeds."""

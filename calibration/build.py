@@ -26,7 +26,7 @@ from ..engines.tensorrt.build import clean
 from ..engines.tensorrt.bundle_plans import BuildMachine, build_plans, count_plans, resolve_machine
 from ..engines.tensorrt.target import Target
 from ..engines.tensorrt.variants import BESIDE
-from . import fusion, hinted
+from . import fusion, hinted, lora_inputs
 from .choice import AUTO, RECORD, candidates, choose
 from .damage import without_damaged
 from .eightbit import stage as eightbit
@@ -49,6 +49,7 @@ class Goal:
 
     machine: what its plans are built with and for, None where it has none. converts: whether a precision is to be made.
     chooses: whether the engine is to be chosen by time, and a precision under fp32 with it where `lower` says so.
+    lora: the denoiser that takes factors of LoRAs, None for as it is.
     """
 
     engine: EngineName
@@ -61,6 +62,7 @@ class Goal:
     lower: bool = False
     calibration: Path | None = None
     force: bool = False
+    lora: lora_inputs.Wanted | None = None
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class Goal:
         scan: Scan | None,
         calibration: str | Path | None = None,
         force: bool = False,
+        lora: lora_inputs.Wanted | None = None,
     ) -> Goal:
         """Hold what is asked for against this machine, before any work is done.
 
@@ -114,7 +117,8 @@ class Goal:
         machine = resolve_machine(name.backend, precision, target or Target()) if plans else None
         asked = scan or (Scan(prompts=Scan().prompts[:1]) if lower else Scan())
         file = None if calibration is None else Path(calibration)
-        return cls(name, precision, target or Target(), asked, machine, precision != FULL, chooses, lower, file, force)
+        made = (name, precision, target or Target(), asked, machine, precision != FULL, chooses, lower, file, force)
+        return cls(*made, lora)
 
     @property
     def hinted(self) -> bool:
@@ -134,6 +138,7 @@ class Goal:
             + 2 * (self.eight_bit and self.machine is not None)
             + self.chooses
             + self.engine.fused
+            + bool(self.lora.rank if self.lora is not None else manifest.wiring.lora_inputs)
             + (0 if self.machine is None else count_plans(manifest, self.target))
         )
 
@@ -147,7 +152,8 @@ class Goal:
         if self.chooses:
             made += [RECORD, *(hinted.record_name(EngineName.parse(each), p) for each, p in candidates(self.lower))]
         fused = [fusion.record_name(self.engine, self.precision, name) for name in manifest.components]
-        return [*made, *(fused if self.engine.fused else ())]
+        adapted = manifest.wiring.lora_inputs or (self.lora is not None and self.lora.rank)
+        return [*made, *(fused if self.engine.fused else ()), *([lora_inputs.RECORD] if adapted else [])]
 
     def written(self) -> float:
         """The weights that are written, as a multiple of those in fp32."""
@@ -166,6 +172,8 @@ def build(
     scan: Scan | None = None,
     calibration: str | Path | None = None,
     force: bool = False,
+    lora_rank: int | None = None,
+    lora_layers: str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Give `bundle` a lower precision, what an engine runs, or both; neither torch nor the checkpoint is needed.
@@ -177,13 +185,16 @@ def build(
     has is taken as it is, unless `scan` says what it is to be measured with; see `compile` for both.
     calibration: for eight bits, a file of statistics of the same model, which are then not gathered again.
     force: take eight bits also where they are slower on this machine.
+    lora_rank: make a denoiser that takes LoRAs as inputs, of up to so much rank in all, 0 for none any more.
+    lora_layers: of it, those that take them, see `lora_inputs.LAYERS`; what most trainers train by default.
     Raises `BundleError` for what is no bundle or was changed, `calibration.QualityError` when the images are too far
     from fp32, `EngineError` or `DiffoundryError`; what was finished is kept for the next run, and `bundle` is either
     the old one or the whole new one.
     """
     path = resolved(bundle)
+    lora = wanted_lora(lora_rank, lora_layers)
 
-    with working(path, lambda: _checked(path, engine, precision, target, scan, calibration, force)) as (
+    with working(path, lambda: _checked(path, engine, precision, target, scan, calibration, force, lora)) as (
         work,
         (old, goal),
     ):
@@ -197,6 +208,15 @@ def build(
         return publish(made, ledger, meter)
 
 
+def wanted_lora(lora_rank: int | None, lora_layers: str | None) -> lora_inputs.Wanted | None:
+    """The denoiser that takes LoRAs, None where nothing is said of it. Raises `DiffoundryError`."""
+    if lora_rank is None:
+        if lora_layers is not None:
+            raise DiffoundryError("LoRA layers go with a LoRA rank: give --lora-rank too")
+        return None
+    return lora_inputs.Wanted(lora_rank) if lora_layers is None else lora_inputs.Wanted(lora_rank, lora_layers)
+
+
 def _checked(
     path: Path,
     engine: str | None,
@@ -205,18 +225,20 @@ def _checked(
     scan: Scan | None,
     calibration: str | Path | None,
     force: bool,
+    lora: lora_inputs.Wanted | None,
 ) -> tuple[Bundle, Goal]:
     """The bundle at `path` and what it is to be run with. Raises for what cannot be built of it."""
     bundle = Bundle.open(path)
     own = bundle.manifest
     open_choice = own.precision == FULL or EngineName.parse(own.engine).backend in HINTED_ENGINES
-    if engine is None and precision is None and target is None and open_choice and EngineName.parse(own.engine).on_cpu:
+    said = (engine, precision, target, lora)
+    if said == (None,) * 4 and open_choice and EngineName.parse(own.engine).on_cpu:
         engine = AUTO
     if engine is None and precision in EIGHT_BIT and target is None and EngineName.parse(own.engine).on_cpu:
         engine = AUTO
     if engine != AUTO:
         precision = own.precision if precision is None else precision
-    goal = Goal.of(own.engine if engine is None else engine, precision, target, scan, calibration, force)
+    goal = Goal.of(own.engine if engine is None else engine, precision, target, scan, calibration, force, lora)
     bundle = without_damaged(bundle, goal.precision)
     own = bundle.manifest
     key = f"{goal.precision}/{goal.engine.backend if goal.hinted else STANDARD}"
@@ -227,7 +249,7 @@ def _checked(
     converted = all(key in part.variants for part in needed)
     if goal.converts and scan is None and calibration is None and converted:
         goal = replace(goal, converts=False)
-    if (goal.converts and not goal.hinted) or goal.engine.fused or goal.machine is not None:
+    if (goal.converts and not goal.hinted) or goal.engine.fused or goal.machine is not None or lora is not None:
         require_modules("build", _MODULES, "build")
     check_runnable(bundle)
     lacking = [name for name, part in own.components.items() if _FP32 not in part.variants]
@@ -271,6 +293,9 @@ def _default(precision: str) -> str:
 
 def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bundle:
     """`bundle`, whose fp32 models lie in the ledger's working folder, with all else that the goal asks for."""
+    bundle, adapted, lora_rank = lora_inputs.without(bundle)
+    if goal.lora is not None:
+        adapted, lora_rank = lora_inputs.chosen(goal.lora.layers), goal.lora.rank
     if goal.chooses:
         bundle, engine, precision = choose(bundle, ledger, goal.lower, goal.scan, meter)
         bundle = replace(bundle, manifest=replace(bundle.manifest, engine=str(engine), precision=precision))
@@ -282,6 +307,8 @@ def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bu
         bundle = _for_the_processor(bundle, ledger, goal, meter)
     elif goal.converts:
         bundle = convert(bundle, ledger, goal.precision, goal.scan, meter)
+    if adapted is not None and lora_rank:
+        bundle = lora_inputs.with_lora(bundle, ledger, adapted, lora_rank, meter)
     bundle = fusion.forget_removed(bundle)
     if goal.engine.fused:
         bundle = fusion.fuse(bundle, ledger, goal.engine, goal.precision, meter)

@@ -114,6 +114,18 @@ _OPTIONS = (
         metavar="FILE",
         help="int8, fp8: statistics of the same model, such as the int8.statistics.npz of another bundle.",
     ),
+    click.option(
+        "--lora-rank",
+        type=int,
+        metavar="R",
+        help="Make a denoiser that takes LoRAs of up to this rank in all as inputs, so that they change at no cost, "
+        "and each picture of a batch has its own; 0: remove it.",
+    ),
+    click.option(
+        "--lora-layers",
+        type=click.Choice(["attention", "transformer", "all"]),
+        help="With --lora-rank: the layers that take them. [default: transformer, what most trainers train]",
+    ),
     click.option("--force", is_flag=True, help="int8: also where it is not faster on this machine."),
 )
 
@@ -146,7 +158,7 @@ def take_goal(options: dict[str, Any]) -> dict[str, Any]:
         "budget_db": options.pop("min_psnr"),
         "budget": options.pop("budget"),
     }
-    more = {name: options.pop(name) for name in ("calibration", "force")}
+    more = {name: options.pop(name) for name in ("calibration", "force", "lora_rank", "lora_layers")}
     return {"target": _said(Target, target), "scan": _said(Scan, scan), **more}
 
 

@@ -16,6 +16,7 @@ from ..bundle import Bundle
 from ..common.arrays import Array
 from ..common.errors import BundleError, EngineError
 from ..common.files import read_json
+from .fusion.lora import unsuffixed
 from .initializers import Initializer, read_initializers
 
 WEIGHTS_NAME = "weights.json"
@@ -101,7 +102,7 @@ def places(
     done: set[str] = set()
     for graph in graphs:
         for initializer, held in read_initializers(graph).items():
-            source = known.get(initializer)
+            source = known.get(unsuffixed(initializer))
             wanted = [] if source is None else [weight for weight in source.weights if weight in changes]
             if source is None or not wanted:
                 continue

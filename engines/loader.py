@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _BESIDE = "bf16"
 """What OpenVINO computes in what is not in eight bits, in the components where that was measured."""
+_DENOISERS = ("denoiser", "controlled", "lora")
+"""Roles of models that have the weights of the denoiser."""
 _SMALL_BYTES = 64 << 20
 """A model under this has operators too small to be worth sharing among processors."""
 
@@ -157,7 +159,7 @@ class EngineLoader:
     def changes_of(self, name: str) -> tuple[Changes, str]:
         """The changes of the weights of component `name`, and the component whose they are."""
         denoiser = self._bundle.manifest.named("denoiser")
-        source = denoiser if self._bundle.component(name).role in ("denoiser", "controlled") else name
+        source = denoiser if self._bundle.component(name).role in _DENOISERS else name
         return self._changes.get(source, {}), source
 
     def is_small(self, name: str) -> bool:

@@ -22,7 +22,7 @@ from ..bundle.precisions import AS_STORED, STORAGE_DTYPES
 from ..bundle.wiring import NAME
 from ..bundle.workspace import UNPACKED, check_target, resolved, working
 from ..calibration import Scan, hinted
-from ..calibration.build import Goal, check_disk, later_stages, publish
+from ..calibration.build import Goal, check_disk, later_stages, publish, wanted_lora
 from ..calibration.eightbit import stage as eightbit
 from ..calibration.stage import carry_over
 from ..common.errors import CheckpointError, DiffoundryError
@@ -66,6 +66,8 @@ def compile(
     ip_adapters: Mapping[str, str | Path] | None = None,
     image_encoder: str | Path | None = None,
     loras: Sequence[Any] = (),
+    lora_rank: int | None = None,
+    lora_layers: str | None = None,
     config: str | Path | None = None,
     prediction_type: str | None = None,
     default_steps: int | None = None,
@@ -93,7 +95,8 @@ def compile(
     t2i_adapters: the same of T2I-Adapters, in diffusers folders.
     ip_adapters: the same of IP-Adapters, each a file, or a folder with one. image_encoder: the folder of the image
     encoder that they were trained with (default: the folder `image_encoder` beside each).
-    loras: that the weights are changed by for good, each as `Pipeline.set_loras` takes it.
+    loras: that the weights are changed by for good, each as `Pipeline.set_loras` takes it. lora_rank, lora_layers: see
+    `build`.
     config: for a single file, a diffusers folder whose configurations, scheduler and tokenizer go with its weights.
     prediction_type: for a single file, what its U-Net predicts, where the file does not tell.
     default_steps, default_guidance: what `run` asks for when it is not told (default: the family's).
@@ -106,7 +109,7 @@ def compile(
         raise DiffoundryError("a scheduler is traced for the step counts named: give both it and the counts")
     if storage_dtype not in STORAGE_DTYPES:
         raise DiffoundryError(f"unknown storage dtype {storage_dtype!r:.80}: choose one of {', '.join(STORAGE_DTYPES)}")
-    goal = Goal.of(engine, precision, target, scan, calibration, force)
+    goal = Goal.of(engine, precision, target, scan, calibration, force, wanted_lora(lora_rank, lora_layers))
     require_modules("compile", _MODULES, "export")
     path, asked = (
         resolved(out),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...bundle import FULL, Bundle, Variant
+from ...bundle.wiring import STEPPING
 from ...common.errors import EngineError
 from ..cache import EngineStore
 from ..changed import NewValue
@@ -65,7 +66,7 @@ def load_variant(
             part = partial(_with, changed=own, part=part)
         return OpenVinoEngine(path, name, device, recipe, component.inputs, component.outputs, cache, part, rewrites)
 
-    steps = component.role in ("denoiser", "controlled", "control")
+    steps = component.role in STEPPING
     timestep = _timestep(bundle) if steps and precision != FULL else ""
     if timestep and waves(device.core.read_model(str(bundle.path(variant.model))), timestep) is not None:
         made = load(variant.model, whole, "waves", partial(waves, timestep=timestep))

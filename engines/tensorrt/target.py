@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from ...bundle import Manifest
 from ...bundle.reader import fits
+from ...bundle.wiring import STEPPING
 from ...common.checks import LARGEST_SIDE, MOST_IMAGES, is_whole
 from ...common.errors import DiffoundryError
 from ...families.control import PICTURES, halved
+from ..fusion.lora import RANK, SETS
 from .plan import FLAGS, Profile, Shape
 
 Size = tuple[int, int]
@@ -128,7 +130,7 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
     widths, heights = (tuple(size[i] for size in sizes) for i in (0, 1))
     latent_widths, latent_heights = (tuple(side // down for side in sides) for sides in (widths, heights))
     tokens = next(iter(manifest.tokenizers.values())).max_length
-    denoises = manifest.components[component].role in ("denoiser", "controlled", "control")
+    denoises = manifest.components[component].role in STEPPING
     axes: dict[str, tuple[int, ...]] = {
         "batch_size": rows_of_denoiser(manifest, target.batch) if denoises else (1, 1, 1),
         "sequence_length": (tokens,) * 3,
@@ -148,6 +150,8 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
         count = int(manifest.components[prompt.component].outputs[0].shape[1])
         axes[f"{prompt.tokens}_length"] = (count, count, count * _MOST_PROMPTS)
         axes[f"{prompt.tokens}_groups"] = (1, 1, _MOST_PROMPTS)
+    for lora in manifest.wiring.lora_inputs.values():
+        axes |= {SETS: (1, 1, axes["batch_size"][2]), RANK: (1, lora.rank, lora.rank)}
     name = "-".join("x".join(map(str, size)) for size in dict.fromkeys((sizes[0], sizes[2])))
     if denoises:
         name += f", batch {'-'.join(map(str, dict.fromkeys(target.batch)))}"

@@ -1,0 +1,238 @@
+"""The stage that writes the denoiser with the factors of LoRAs as inputs, over the weights of the plain one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import FULL, STANDARD, Bundle, Component, Tensor, Variant
+from ..bundle.ledger import Kind, Ledger
+from ..bundle.manifest import Files
+from ..bundle.wiring import MOST_RANK, LoraInputs
+from ..common.arrays import Array
+from ..common.checks import is_whole
+from ..common.errors import DiffoundryError, EngineError
+from ..common.files import link_or_copy, remove, sha256_file, sha256_json
+from ..common.progress import Meter
+from ..engines.changed import new_values, sources_of
+from ..engines.fusion.cpu import fuse_for_cpu
+from ..engines.fusion.graph import open_model, save
+from ..engines.fusion.lora import DOWN, RANK, SETS, UP, Layer, add_lora, names_of
+from ..engines.names import ONNXRUNTIME
+from ..engines.onnxruntime import load_variant
+from ..engines.verify import compare_outputs, recorded_case
+from .hinted import HINTED_ENGINES
+
+NAME = "{}_lora"
+"""The name of the component, after the denoiser."""
+RECORD = "lora_inputs"
+_REVISION = 1
+"""Raise it when the same models would give other graphs."""
+_FILES = {FULL: "model.onnx", "fp16": "fp16.onnx", "bf16": "bf16.onnx"}
+_PLAIN = "plain.{}_data"
+"""The weights that a graph shares with the plain one."""
+LAYERS = {
+    "attention": re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)\.weight$"),
+    "transformer": re.compile(r"(^|\.)(transformer_blocks|attentions|single_transformer_blocks)\."),
+    "all": re.compile(""),
+}
+"""Which weights take factors, by name: those of attentions; all in transformer blocks and before and after them, which
+is what most trainers train; every matrix and convolution."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """rank: the most of all LoRAs of a row together; 0 for a bundle without such a denoiser. layers: of `LAYERS`."""
+
+    rank: int
+    layers: str = "transformer"
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.rank) or not 0 <= self.rank <= MOST_RANK:
+            raise DiffoundryError(
+                f"the LoRA rank must be from 1 to {MOST_RANK}, or 0 for none, found {self.rank!r:.80}"
+            )
+        if self.layers not in LAYERS:
+            raise DiffoundryError(f"unknown LoRA layers {self.layers!r:.80}: choose one of {', '.join(LAYERS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """What was made: the variants of the component, its inputs, the weights that it takes factors for, and a case."""
+
+    variants: dict[str, Variant]
+    files: Files
+    inputs: tuple[Tensor, ...]
+    weights: tuple[str, ...]
+    reference: Files
+
+    def __post_init__(self) -> None:
+        whole = all({each.model, each.per_prompt} <= {"", *each.files} for each in self.variants.values())
+        if not whole or f"{FULL}/{STANDARD}" not in self.variants or not self.weights or not self.reference:
+            raise ValueError("it is not whole")
+
+    def all_files(self) -> Files:
+        """The files of all variants and of the recorded case."""
+        return Component("step", variants=self.variants, files=self.files).all_files() | self.reference
+
+
+ADAPTED = Kind(Adapted, Adapted.all_files)
+
+
+def without(bundle: Bundle) -> tuple[Bundle, Callable[[str], bool] | None, int]:
+    """`bundle` without its denoiser that takes factors; which weights that took them, and of which rank."""
+    manifest = bundle.manifest
+    if not manifest.wiring.lora_inputs:
+        return bundle, None, 0
+    [(name, inputs)] = manifest.wiring.lora_inputs.items()
+    components = {key: part for key, part in manifest.components.items() if key != name}
+    files = {path: sha for path, sha in manifest.files.items() if path != _reference(name)}
+    wiring = replace(manifest.wiring, lora_inputs={})
+    plain = replace(bundle, manifest=replace(manifest, components=components, files=files, wiring=wiring))
+    return plain, set(inputs.weights).__contains__, inputs.rank
+
+
+def chosen(layers: str) -> Callable[[str], bool]:
+    """Whether a weight of this name is among `layers`."""
+    return lambda weight: LAYERS[layers].search(weight) is not None
+
+
+def with_lora(bundle: Bundle, ledger: Ledger, wanted: Callable[[str], bool], lora_rank: int, meter: Meter) -> Bundle:
+    """`bundle`, which lies in the ledger's working folder, with a denoiser that takes factors, in every precision.
+
+    wanted: whether a weight of the checkpoint is to take them. lora_rank: the most.
+    Raises `EngineError` where the graph does not give what the plain one gives with its weights changed.
+    """
+    manifest = bundle.manifest
+    denoiser = manifest.named("denoiser")
+    part, name = manifest.components[denoiser], NAME.format(denoiser)
+    meter.show(f"LoRA inputs of {denoiser}")
+    models = {p: asdict(part.variants[f"{p}/{STANDARD}"]) for p in _FILES if f"{p}/{STANDARD}" in part.variants}
+    named = sorted(weight for source in sources_of(bundle, denoiser).values() for weight in source.weights)
+    key = sha256_json({"revision": _REVISION, "models": models, "weights": [each for each in named if wanted(each)]})
+    made = ledger.once(RECORD, key, ADAPTED, lambda: _adapted(bundle, denoiser, name, wanted))
+    meter.step()
+    variants = dict(made.variants)
+    whole = variants.get(f"{FULL}/{ONNXRUNTIME}:cpu", variants[f"{FULL}/{STANDARD}"])
+    hinted = [own for own in part.variants if own.partition("/")[2] in HINTED_ENGINES]
+    variants |= dict.fromkeys(hinted, whole)  # the same graph, computed in that precision
+    component = Component("lora", made.inputs, part.outputs, variants, made.files, key)
+    wiring = replace(manifest.wiring, lora_inputs={name: LoraInputs(lora_rank, made.weights, DOWN, UP)})
+    components = manifest.components | {name: component}
+    files = manifest.files | made.reference
+    return replace(bundle, manifest=replace(manifest, components=components, wiring=wiring, files=files))
+
+
+def _adapted(bundle: Bundle, denoiser: str, name: str, wanted: Callable[[str], bool]) -> Adapted:
+    part, folder = bundle.component(denoiser), bundle.root / name
+    sources = {key: source.weights for key, source in sources_of(bundle, denoiser).items()}
+    remove(folder)
+    folder.mkdir()
+    variants: dict[str, Variant] = {}
+    layers: list[Layer] = []
+    for precision, file in _FILES.items():
+        plain = part.variants.get(f"{precision}/{STANDARD}")
+        if plain is None:
+            continue
+        own = _write(bundle.path(plain.model), folder, file, lambda model: add_lora(model, names_of(sources), wanted))
+        if layers and own != layers:
+            raise EngineError(f"the {precision} model of {denoiser} has other layers than that in fp32: build it again")
+        layers = own
+        variants[f"{precision}/{STANDARD}"] = _variant(bundle.root, folder, file)
+    if not layers:
+        raise DiffoundryError(f"{denoiser} has none of the layers that are to take LoRAs: choose --lora-layers all")
+    both = fuse_for_cpu(folder / _FILES[FULL], bundle.manifest.per_prompt(denoiser))
+    if both is not None:
+        shared = {path: sha for path, sha in variants[f"{FULL}/{STANDARD}"].files.items() if path.endswith("_data")}
+        graphs = [f"{name}/{each}" for each in filter(None, both)]
+        files = shared | {path: sha256_file(bundle.root / path) for path in graphs}
+        variants[f"{FULL}/{ONNXRUNTIME}:cpu"] = Variant(graphs[0], files, *graphs[1:])
+    given = tuple(
+        Tensor(input_name, "float32", (SETS, sum(sizes), RANK))
+        for input_name, sizes in ((DOWN, [each.reads for each in layers]), (UP, [each.gives for each in layers]))
+    )
+    described = {}
+    for file in ("config.json", "weights.json"):
+        link_or_copy(bundle.path(f"{denoiser}/{file}"), folder / file)
+        described[f"{name}/{file}"] = sha256_file(folder / file)
+    reference = _checked(bundle, denoiser, name, variants, layers)
+    return Adapted(variants, described, (*part.inputs, *given), tuple(each.weight for each in layers), reference)
+
+
+def _write(plain: Path, folder: Path, file: str, change: Callable[[Any], list[Layer]]) -> list[Layer]:
+    """Write the graph in `plain`, changed, into `folder`; its large weights are linked, not written again."""
+    import onnx_ir
+
+    model = open_model(plain)
+    made = change(model)
+    linked = _PLAIN.format(Path(file).stem)
+    for value in model.graph.initializers.values():
+        stored = value.const_value
+        if isinstance(stored, onnx_ir.ExternalTensor):
+            if not (folder / linked).exists():
+                link_or_copy(plain.with_name(str(stored.location)), folder / linked)
+            value.const_value = onnx_ir.ExternalTensor(
+                linked, stored.offset, stored.length, stored.dtype,
+                shape=stored.shape, name=str(stored.name), base_dir=folder,
+            )  # fmt: skip
+    save(model, folder, file)
+    return made
+
+
+def _variant(root: Path, folder: Path, file: str) -> Variant:
+    names = [file, _PLAIN.format(Path(file).stem), f"{file}_data"]
+    paths = [folder / each for each in names if (folder / each).is_file()]
+    files = {path.relative_to(root).as_posix(): sha256_file(path) for path in paths}
+    return Variant(next(iter(files)), files)
+
+
+def _checked(bundle: Bundle, denoiser: str, name: str, variants: dict[str, Variant], layers: list[Layer]) -> Files:
+    """Hold the graph against the plain one with its weights changed, and record a case. Raises `EngineError`."""
+    generator = np.random.default_rng(0)
+    feeds, _ = recorded_case(bundle, denoiser)
+    most = 4
+
+    def factors(sizes: list[int]) -> Array:
+        return (generator.standard_normal((1, sum(sizes), most)) * 0.05).astype(np.float32)
+
+    down, up = factors([each.reads for each in layers]), factors([each.gives for each in layers])
+    rows = zip(
+        _cut(down[0], [each.reads for each in layers]), _cut(up[0], [each.gives for each in layers]), strict=True
+    )
+    changes = {
+        layer.weight: (lambda weight, a=a, b=b: (b @ a.T).reshape(weight.shape))
+        for layer, (a, b) in zip(layers, rows, strict=True)
+    }
+    part = bundle.component(denoiser)
+    plain = part.variant(FULL, f"{ONNXRUNTIME}:cpu")
+    assert plain is not None  # `build` looked
+    graphs = [bundle.path(graph) for graph in (plain.model, plain.per_prompt) if graph]
+    changed = new_values(bundle, denoiser, graphs, changes, denoiser)
+    expected = load_variant(bundle.root, denoiser, plain, changed=changed)(feeds)
+    own = variants.get(f"{FULL}/{ONNXRUNTIME}:cpu", variants[f"{FULL}/{STANDARD}"])
+    feeds = {**feeds, DOWN: down, UP: up}
+    check = compare_outputs(name, FULL, load_variant(bundle.root, name, own)(feeds), expected)
+    if not check.passed:
+        raise EngineError(
+            f"{name}: with factors it is off by {check.max_abs_error:.1e} from the plain graph with its weights "
+            f"changed, {check.allowed:.1e} is allowed: report it"
+        )
+    path = bundle.root / _reference(name)
+    path.unlink(missing_ok=True)
+    arrays = {f"in.{key}": array for key, array in feeds.items()} | {f"out.{key}": a for key, a in expected.items()}
+    with path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    return {_reference(name): sha256_file(path)}
+
+
+def _cut(array: Array, sizes: list[int]) -> list[Array]:
+    return np.split(array, [int(each) for each in np.cumsum(sizes)[:-1]])
+
+
+def _reference(name: str) -> str:
+    return f"reports/reference/{name}.npz"
