@@ -250,7 +250,8 @@ def run_command(
     if shown is not None:
         check_decoder(pipeline.bundle, "tiny")
     if loras:
-        pipeline.set_loras(loras)
+        told = bool(request.control or request.image_prompt)  # which the denoiser that takes LoRAs is not
+        pipeline.set_loras(loras, as_inputs=False if told else None)
     with progress("run", shown=not as_json) as report:
 
         def callback(step: int, total: int, latents: Any) -> None:

@@ -93,10 +93,13 @@ class EngineLoader:
         """Whether its engines can share the rows of a call among the processors, see `load`."""
         return self.engine.backend == OPENVINO and self.engine.on_cpu
 
-    def load(self, name: str, threads: int | None = None, share_rows: bool = False) -> Engine:
+    def load(
+        self, name: str, threads: int | None = None, share_rows: bool = False, more: Changes | None = None
+    ) -> Engine:
         """The engine of component `name`. threads: of one operator on the CPU, or with `share_rows` of all rows.
 
         share_rows: let the engine share the rows of a bound call among the processors, where `splits_rows` says so.
+        more: changes of its weights in place of those of `change`.
         Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
         """
         from .onnxruntime import load_variant
@@ -112,6 +115,9 @@ class EngineLoader:
                 {path for files in (component.files, variant.files, *listed) for path in files}, known=True
             )
         changes, source = self.changes_of(name)
+        changes = changes if more is None else more
+        if changes and self.engine.backend in PLANNED:
+            raise self._cannot_change()
         graphs = [self._bundle.path(graph) for graph in (variant.model, variant.per_prompt) if graph]
         changed = new_values(self._bundle, name, graphs, changes, source) if changes else {}
         if self._fused:
@@ -135,10 +141,7 @@ class EngineLoader:
         The denoiser's are those of its other forms, too. Raises `EngineError` where the engine cannot.
         """
         if changes and self.engine.backend in PLANNED:
-            raise EngineError(
-                f"plans of {self.engine} hold their weights: run it with the engine onnxruntime, give the LoRA to "
-                "`compile --lora`, or build a denoiser that takes it as inputs with `build --lora-rank`"
-            )
+            raise self._cannot_change()
         before, self._changes = self._changes, dict(changes)
         try:
             for name in self._bundle.manifest.components:
@@ -150,6 +153,12 @@ class EngineLoader:
         except BaseException:
             self._changes = before
             raise
+
+    def _cannot_change(self) -> EngineError:
+        return EngineError(
+            f"plans of {self.engine} hold their weights: run it with the engine onnxruntime, give the LoRA to "
+            "`compile --lora`, or build a denoiser that takes it as inputs with `build --lora-rank`"
+        )
 
     @property
     def changed(self) -> set[str]:

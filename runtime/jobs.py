@@ -21,11 +21,14 @@ from .conditions.condition import Condition, Job, is_default, refuse_unheeded
 from .conditions.control import ControlCondition
 from .conditions.guidance import GuidanceCondition
 from .conditions.image_prompt import ImagePromptCondition
+from .conditions.lora import LoraCondition
 from .conditions.picture import Picture
 from .conditions.sizes import Sizes
 from .conditions.text import Text
 from .control import Control
 from .image_prompt import ImagePrompt
+from .lora import Lora
+from .lora_sets import LoraSets
 from .pictures.autoencoder import Autoencoder, check_decoder
 from .pictures.preprocess import bring_to_size, open_image, open_originals
 from .request import Request
@@ -38,19 +41,27 @@ _RECORDED = ("prompt", "negative_prompt", "seed", "count", "timesteps", "sigmas"
 class Jobs:
     """Makes jobs of requests for one bundle. conditions: those that feed them, in the order in which they are fed."""
 
-    def __init__(self, bundle: Bundle, engine: Callable[[str], Engine], autoencoder: Autoencoder) -> None:
-        """engine: loads a component by its name.
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Callable[[str], Engine],
+        autoencoder: Autoencoder,
+        loras: LoraSets,
+        adapted: Callable[[str, Sequence[Lora]], Engine],
+    ) -> None:
+        """engine: loads a component by its name. adapted: the same, with its weights changed by LoRAs.
 
         Raises `BundleError` when the scheduler's configuration cannot be read or was changed.
         """
         manifest = bundle.manifest
         self._bundle, self._schedules = bundle, Schedules(bundle)
-        self.text, self._sizes, self._guidance = Text(bundle, engine), Sizes(manifest), GuidanceCondition(manifest)
+        self.text, self._sizes = Text(bundle, engine, loras, adapted), Sizes(manifest)
+        self._guidance, self._loras = GuidanceCondition(manifest), loras
         picture, self._control = Picture(manifest, autoencoder), ControlCondition(bundle)
         self._image_prompt = ImagePromptCondition(bundle, engine)
         self.conditions: tuple[Condition, ...] = (
             *(self.text, self._sizes, self._guidance, picture),
-            *(self._control, self._image_prompt),
+            *(self._control, self._image_prompt, LoraCondition(loras)),
         )
 
     def make(self, request: Request) -> Job:
@@ -73,6 +84,7 @@ class Jobs:
         if request.image is not None:
             picture = bring_to_size(image, mask, size, request.resize, request.padding_mask_crop)
         controls = self._control.pixels(request, size, picture)
+        loras = self._loras.of(request.loras)
         table, steps = self._schedules.of(request)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         record = {
@@ -95,6 +107,7 @@ class Jobs:
             controls,
             self._image_prompt.pixels(request),
             self._image_prompt.regions(request, size),
+            loras,
         )
 
     def controls_of(self, jobs: Sequence[Job]) -> list[str] | None:
@@ -166,6 +179,6 @@ def _described(value: Any) -> Any:
         return f"sha256:{hashlib.sha256(np.asarray(value, order='C').tobytes()).hexdigest()}"
     if isinstance(value, list):
         return [_described(each) for each in value]
-    if isinstance(value, tuple) and value and all(isinstance(each, (Control, ImagePrompt)) for each in value):
+    if isinstance(value, tuple) and value and all(isinstance(each, (Control, ImagePrompt, Lora)) for each in value):
         return [{item.name: _described(getattr(each, item.name)) for item in fields(each)} for each in value]
     return asdict(value) if isinstance(value, Conditioning) else value

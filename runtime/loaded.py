@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from ..bundle import Bundle
+from ..bundle.wiring import STEPPING
 from ..common.errors import EngineError
 from ..engines import Engine
 from ..engines.controlled import ControlledEngine, slots
@@ -16,6 +19,24 @@ from ..engines.loader import EngineLoader
 from .loop.device import Phases
 from .loop.host import HostStepper
 from .loop.sample import Ports
+from .lora import Lora
+from .lora_sets import LoraSets
+
+
+class Form(NamedTuple):
+    """Which of the denoisers of a bundle is to draw.
+
+    controls: the components that act in it, None where it is told of neither controls nor pictures. loras: whether it
+    takes LoRAs as inputs.
+    """
+
+    controls: tuple[str, ...] | None = None
+    loras: bool = False
+
+
+PLAIN = Form()
+_MOST_ADAPTED = 8
+"""Text encoders with changed weights that are kept in memory."""
 
 
 class LoadedEngines:
@@ -25,7 +46,8 @@ class LoadedEngines:
     """
 
     _engines: dict[str, Engine]
-    _phases: dict[tuple[str, ...] | None, Phases]
+    _phases: dict[Form, Phases]
+    _adapted: OrderedDict[tuple[str, Hashable], Engine]
 
     def __init__(
         self,
@@ -43,8 +65,8 @@ class LoadedEngines:
         self._bundle, self._loader, self._threads, self._given = bundle, loader, threads, dict(given)
         self._wrap = wrap
         self._denoiser, self._step = manifest.named("denoiser"), manifest.named("step")
-        self._controlled, controls = manifest.named("controlled"), manifest.with_role("control")
-        self._stepping = {self._denoiser, self._step, self._controlled, *controls}
+        self._controlled, self._lora = manifest.named("controlled"), manifest.named("lora")
+        self._stepping = {name for role in ("step", *STEPPING) for name in manifest.with_role(role)}
         self._sharing = self._stepping - {self._step}
         sources = {source.partition(".masked")[0]: name for name, source in manifest.wiring.inputs.items()}
         self._ports = Ports(sources["latents"], sources["timestep"])
@@ -65,6 +87,21 @@ class LoadedEngines:
                 self._engines[name] = engine if self._wrap is None else self._wrap(name, engine)
             return self._engines[name]
 
+    def adapted(self, name: str, loras: Sequence[Lora], sets: LoraSets) -> Engine:
+        """The engine of component `name` with its weights changed by `loras`; a few of them are kept."""
+        self.check_process()
+        changes = sets.text_changes(loras).get(name)
+        if changes is None:
+            return self(name)
+        key = name, sets.key(loras)
+        with self._lock:
+            if key not in self._adapted:
+                self._adapted[key] = self._loader.load(name, self._threads, more=changes)
+            self._adapted.move_to_end(key)
+            while len(self._adapted) > _MOST_ADAPTED:
+                self._adapted.popitem(last=False)
+            return self._adapted[key]
+
     @property
     def names(self) -> list[str]:
         """The components whose engines are in memory."""
@@ -77,20 +114,24 @@ class LoadedEngines:
         with self._lock:
             for name in names:
                 self._engines.pop(name, None)
+                for key in [key for key in self._adapted if key[0] == name]:
+                    del self._adapted[key]
                 if name in self._stepping:
                     self._phases.clear()  # which are bound to them
 
-    def denoiser(self, controls: Sequence[str] | None = None) -> Engine:
-        """The plain denoiser, or where `controls` is no None the one that is told more, with these acting in it."""
-        if controls is None:
+    def denoiser(self, form: Form = PLAIN) -> Engine:
+        """The denoiser in this form."""
+        if form.loras:
+            return self(self._lora)
+        if form.controls is None:
             return self(self._denoiser)
         plain = [tensor.name for tensor in self._bundle.component(self._denoiser).inputs]
         plain += [name for each in self._bundle.manifest.wiring.image_prompts.values() for name in each.inputs]
-        return ControlledEngine(self(self._controlled), {name: self(name) for name in controls}, plain)
+        return ControlledEngine(self(self._controlled), {name: self(name) for name in form.controls}, plain)
 
-    def on_device(self, controls: Sequence[str] | None) -> bool:
-        """Whether what these controls make can stay on a device. Nothing is loaded."""
-        components = self._bundle.manifest.components
+    def on_device(self, form: Form) -> bool:
+        """Whether what its controls make can stay on a device. Nothing is loaded."""
+        components, controls = self._bundle.manifest.components, form.controls
         takes = {tensor.name for tensor in components[self._controlled].inputs} if controls else set()
         return slots(takes, {name: components[name].outputs for name in controls or ()}) is not None
 
@@ -98,19 +139,18 @@ class LoadedEngines:
         """Drop all that steps."""
         self.release(*self._sharing)
 
-    def phases(self, controls: Sequence[str] | None = None) -> Phases:
+    def phases(self, form: Form = PLAIN) -> Phases:
         """The denoiser and the `step` graph, bound on their device."""
-        key = None if controls is None else tuple(controls)
         with self._lock:
-            if key not in self._phases:
-                self._phases[key] = Phases(self.denoiser(controls), self(self._step), self._ports)
-            return self._phases[key]
+            if form not in self._phases:
+                self._phases[form] = Phases(self.denoiser(form), self(self._step), self._ports)
+            return self._phases[form]
 
-    def host_stepper(self, controls: Sequence[str] | None = None) -> HostStepper:
+    def host_stepper(self, form: Form = PLAIN) -> HostStepper:
         """The denoiser for a loop on the host; the rows of a call of a small one are shared among the processors."""
         shared = self._is_small() and not self._loader.splits_rows
         pool, workers = (self._pool, self._threads - 1) if shared else (None, 0)
-        return HostStepper(self.denoiser(controls), self._ports, pool=pool, workers=workers)
+        return HostStepper(self.denoiser(form), self._ports, pool=pool, workers=workers)
 
     def check_process(self) -> None:
         """Raise `EngineError` where a GPU was opened before this process was forked: it cannot be used in both."""
@@ -129,6 +169,7 @@ class LoadedEngines:
         self._lock = threading.RLock()
         self._engines = {}
         self._phases = {}
+        self._adapted = OrderedDict()
         self._pool = ThreadPoolExecutor(self._threads - 1, "diffoundry") if self._threads > 1 else None
 
     def _load(self, name: str) -> Engine:

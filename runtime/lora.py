@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..common.checks import is_finite
-from ..common.errors import LoraError, RequestError
+from ..common.errors import RequestError
 from ..common.files import read_json
 from ..engines.changed import shapes_of
 from ..families.lora import LoraFile, Weights
@@ -89,6 +88,11 @@ def weights_of(bundle: Bundle) -> Weights:
     )
 
 
+def read_loras(name: str, value: Any) -> tuple[Lora, ...]:
+    """`value` as LoRAs, one alone or several. Raises `RequestError`."""
+    return as_loras([value] if isinstance(value, (str, Path, Lora)) else value)
+
+
 def as_loras(given: Any) -> tuple[Lora, ...]:
     """A list of `Lora`, paths, texts as `Lora.parse` takes them, or pairs of a path and a strength.
 
@@ -121,16 +125,12 @@ def as_loras(given: Any) -> tuple[Lora, ...]:
 
 def open_loras(loras: Sequence[Lora], weights: Weights) -> list[tuple[LoraFile, Mapping[str, float]]]:
     """The files, read and held against `weights`, each with its strengths. Raises `LoraError`."""
-    opened: list[tuple[LoraFile, Mapping[str, float]]] = []
-    for lora in loras:
-        file = LoraFile.open(lora.file, weights, ignore_unused=lora.ignore_unused)
-        strengths = lora.strengths(weights)
-        for component, changes in file.changes.items():
-            for name, change in changes.items():
-                if not math.isfinite(change.scale * strengths[component]):
-                    raise LoraError(f"{file.path}: the scale of {component}.{name} is not finite: it is damaged")
-        opened.append((file, strengths))
-    return opened
+    return [(open_lora(lora, weights), lora.strengths(weights)) for lora in loras]
+
+
+def open_lora(lora: Lora, weights: Weights) -> LoraFile:
+    """A file, read and held against `weights`. Raises `LoraError`."""
+    return LoraFile.open(lora.file, weights, ignore_unused=lora.ignore_unused)
 
 
 def described(opened: Sequence[tuple[LoraFile, Mapping[str, float]]], loras: Sequence[Lora]) -> list[dict[str, Any]]:

@@ -16,22 +16,23 @@ from ..bundle import Bundle
 from ..bundle.wiring import TASKS
 from ..common.arrays import Array
 from ..common.checks import MOST_IMAGES, MOST_THREADS, whole_number
-from ..common.errors import BundleError, EngineError, RequestError, StoppedError
+from ..common.errors import BundleError, EngineError, LoraError, RequestError, StoppedError
 from ..engines import Engine
 from ..engines.loader import EngineLoader
 from ..engines.runnable import check_runnable
 from ..families import open_bundle
-from ..families.lora import Weights, combined
+from ..families.lora import combined
 from .conditions.condition import Fed, Job
 from .jobs import Jobs
-from .loaded import LoadedEngines
+from .loaded import Form, LoadedEngines
 from .loop.batch import Batch
 from .loop.device import HOST_ONLY, DeviceStepper
 from .loop.guidance import Guidance
 from .loop.host import HostStepper
 from .loop.noise import GENERATORS
 from .loop.sample import Sample
-from .lora import Lora, as_loras, described, open_loras, weights_of
+from .lora import Lora, as_loras, described
+from .lora_sets import LoraSets
 from .names import ours
 from .pictures.autoencoder import DECODERS, Autoencoder, check_decoder
 from .pictures.images import to_image
@@ -93,8 +94,8 @@ class Pipeline:
         self._loop = loop or ("device" if steps and not self._loader.engine.on_cpu else "host")
         self._engines = LoadedEngines(bundle, self._loader, threads or default_threads(), engines or {}, wrap)
         self._autoencoder = Autoencoder(bundle, self.engine)
-        self._jobs = Jobs(bundle, self.engine, self._autoencoder)
-        self._weights: Weights | None = None
+        self._sets = LoraSets(bundle)
+        self._jobs = Jobs(bundle, self.engine, self._autoencoder, self._sets, self._adapted)
         self._loras: tuple[Lora, ...] = ()
         self._loras_record: list[dict[str, Any]] = []
 
@@ -103,27 +104,47 @@ class Pipeline:
         """The LoRAs that it draws with."""
         return self._loras
 
-    def set_loras(self, loras: Sequence[Any]) -> None:
+    def set_loras(self, loras: Sequence[Any], *, as_inputs: bool | None = None) -> None:
         """Draw with these LoRAs from now on, [] for none: then it is the bare model again, exactly.
 
-        loras: each a `Lora`, a path, a text `FILE=0.8`, or a pair of a path and a strength. Weights that they change
-        are computed anew, over those of the bundle; the parts that have them are loaded again when they are next used,
-        and nothing is traced or built. It is not to be called while the pipeline draws.
+        loras: each a `Lora`, a path, a text `FILE=0.8`, or a pair of a path and a strength.
+        as_inputs: whether the denoiser takes them as inputs, which costs nothing to change; by default where the bundle
+        has such a denoiser and all of them are of a form and rank that it takes. Else the weights that they change are
+        computed anew, over those of the bundle; the parts that have them are loaded again when they are next used. In
+        no case is anything traced or built. It is not to be called while the pipeline draws.
         Raises `LoraError` for a file that cannot be read or is for another model, `EngineError` where the engine or
         the precision holds weights that cannot be changed; the pipeline is then as it was.
         """
         self._engines.check_process()
         asked = as_loras(loras)
-        if self._weights is None and asked:
-            self._weights = weights_of(self.bundle)
-        opened = open_loras(asked, self._weights) if self._weights is not None else []
-        changes = combined(opened)
+        opened = self._sets.opened(asked) if asked else []
+        given = self._are_inputs(asked, as_inputs)
+        changes = {} if given else combined(opened)
         changed = self._loader.changed | set(changes)
         self._loader.change(changes)
         self._loras, self._loras_record = asked, described(opened, asked)
+        self._sets.base = asked if given else ()
         roles = {name: self.bundle.component(name).role for name in self.bundle.manifest.components}
-        also = {name for name, role in roles.items() if role == "controlled" and self._denoiser in changed}
-        self._engines.release(*changed, *also)
+        also = {name for name, role in roles.items() if role in ("controlled", "lora") and self._denoiser in changed}
+        if changed:
+            self._engines.release(*changed, *also)
+
+    def _are_inputs(self, loras: Sequence[Lora], asked: bool | None) -> bool:
+        """Whether the denoiser takes these LoRAs as inputs. Raises `LoraError` where it is asked to and cannot."""
+        if not loras or self._sets.inputs is None or asked is False:
+            if asked and loras:
+                self._sets.of(loras)
+            return False
+        try:
+            self._sets.factors(loras)
+        except LoraError:
+            if asked:
+                raise
+            return False
+        return True
+
+    def _adapted(self, name: str, loras: Sequence[Lora]) -> Engine:
+        return self._engines.adapted(name, loras, self._sets)
 
     def engine(self, name: str) -> Engine:
         """The engine of component `name`, loaded on first use.
@@ -220,14 +241,14 @@ class Pipeline:
             raise RequestError("generate_many takes a list of Request")
         jobs = [self._jobs.make(request) for request in requests]
         for job in jobs if self._loras else ():
-            job.record["loras"] = self._loras_record
+            job.record["loras"] = [*self._loras_record, *job.record.get("loras", ())]
         total = sum(job.request.count for job in jobs)
         if not jobs or total > MOST_IMAGES:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
         split = any(job.request.mask is not None or job.guidance.split for job in jobs)
-        if self._loop_asked == "device" and (split or not self._engines.on_device(self._jobs.controls_of(jobs))):
+        if self._loop_asked == "device" and (split or not self._engines.on_device(self._form(jobs))):
             raise RequestError(HOST_ONLY)
         self._jobs.check(jobs)
         return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
@@ -238,11 +259,11 @@ class Pipeline:
         """Feed, load, run, collect. at_once: the steps between two yields, None for as many as go in one piece."""
         seconds: dict[str, float] = {}
         fed = self._feed(jobs, low_memory, seconds)
-        controls = self._jobs.controls_of(jobs)
+        form = self._form(jobs)
         with _timed(seconds, "load"):
-            self._engines.denoiser(controls)
+            self._engines.denoiser(form)
         samples = [sample for job, given in zip(jobs, fed, strict=True) for sample in self._samples(job, given)]
-        latents = yield from self._loop_over(samples, controls, min(batch, self._most_images(jobs)), at_once, seconds)
+        latents = yield from self._loop_over(samples, form, min(batch, self._most_images(jobs)), at_once, seconds)
         if low_memory:
             self._engines.release_denoiser()
         results, ends = [], np.cumsum([job.request.count for job in jobs])
@@ -250,6 +271,11 @@ class Pipeline:
             images = [] if job.request.output == "latent" else self._images(job, own, seconds)
             results.append(Result(images, job.seeds, job.record, dict(given.truncated), seconds, own))
         return results
+
+    def _form(self, jobs: Sequence[Job]) -> Form:
+        """Which denoiser draws these jobs."""
+        controls = self._jobs.controls_of(jobs)
+        return Form(None if controls is None else tuple(controls), any(job.loras for job in jobs))
 
     def _feed(self, jobs: Sequence[Job], low_memory: bool, seconds: dict[str, float]) -> list[Fed]:
         """What the conditions give each job."""
@@ -269,17 +295,17 @@ class Pipeline:
     def _loop_over(
         self,
         samples: Sequence[Sample],
-        controls: Sequence[str] | None,
+        form: Form,
         most: int,
         at_once: int | None,
         seconds: dict[str, float],
     ) -> Generator[Progress, None, Array]:
-        """Step the samples, `most` in one batch, and return their final latents. controls: that act on some."""
+        """Step the samples, `most` in one batch, and return their final latents."""
         parts = [samples[i : i + most] for i in range(0, len(samples), most)]
         total = sum(max(sample.table.steps for sample in part) for part in parts)
         done, latents = 0, []
         for part in parts:
-            with closing(Batch(self._stepper(part, controls))) as batch:
+            with closing(Batch(self._stepper(part, form))) as batch:
                 handles = [batch.add(sample) for sample in part]
                 while batch:
                     with _timed(seconds, "loop"):
@@ -289,13 +315,13 @@ class Pipeline:
                 latents += [batch.take(handle) for handle in handles]
         return np.stack(latents)
 
-    def _stepper(self, samples: Sequence[Sample], controls: Sequence[str] | None) -> HostStepper | DeviceStepper:
+    def _stepper(self, samples: Sequence[Sample], form: Form) -> HostStepper | DeviceStepper:
         """The loop on the device where it was asked for, or is the faster one and takes these samples."""
         if self._loop == "device":
-            phases = self._engines.phases(controls)
+            phases = self._engines.phases(form)
             if self._loop_asked == "device" or all(phases.fits(sample) for sample in samples):
                 return DeviceStepper(phases)
-        return self._engines.host_stepper(controls)
+        return self._engines.host_stepper(form)
 
     def _most_images(self, jobs: Sequence[Job]) -> int:
         """The most images that one call of the U-Net takes."""

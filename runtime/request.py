@@ -20,6 +20,7 @@ from .control import Control, read_controls
 from .image_prompt import ImagePrompt, read_image_prompts
 from .loop.guidance import Guidance
 from .loop.noise import GENERATORS
+from .lora import Lora, read_loras
 from .names import SAME, ours
 from .pictures.autoencoder import DECODERS
 from .text.prompt_syntax import parse
@@ -72,7 +73,8 @@ class Request:
     place of the text, float32 (tokens, width), and pooled (width,).
     conditioning, negative_conditioning: what SDXL is given of sizes; the negative is the same by default.
     control: pictures that steer the drawing, see `Control`; what several add is summed. image_prompt: pictures that
-    are read beside the text, see `ImagePrompt`.
+    are read beside the text, see `ImagePrompt`. loras: LoRAs of this request alone, in a bundle that takes them as
+    inputs (`build --lora-rank`); those of the pipeline act as well.
     guidance_scale, num_inference_steps and mask_image, as diffusers calls them, stand for guidance, steps and mask.
     output: `image`, or `latent` to leave out the decoder. decoder: `full`, or `tiny` where the bundle has it. tiled:
     work through large images in tiles, in the memory that one takes.
@@ -112,6 +114,7 @@ class Request:
     negative_conditioning: Conditioning | None = None
     control: tuple[Control, ...] = ()
     image_prompt: tuple[ImagePrompt, ...] = ()
+    loras: tuple[Lora, ...] = ()
     output: str = "image"
     decoder: str = "full"
     tiled: bool = False
@@ -292,6 +295,7 @@ _READ: dict[str, Callable[[str, Any], Any]] = {
     "scheduler_options": _options,
     "control": read_controls,
     "image_prompt": read_image_prompts,
+    "loras": read_loras,
     "guidance": lambda _, value: value if isinstance(value, Guidance) else Guidance(value),
 }
 """What reads a field that was given: its value as it is kept. All raise `RequestError`."""

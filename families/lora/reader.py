@@ -117,6 +117,10 @@ class LoraFile:
                 f"{file} has keys that change nothing in {weights.title}: {named}{more}: give a LoRA for this "
                 "model, or take what is left with --lora-ignore-unused"
             )
+        for component, found in changes.items():
+            for name, change in found.items():
+                if not math.isfinite(change.scale):
+                    raise LoraError(f"{file}: the scale of {component}.{name} is not finite: it is damaged")
         return cls(file, sha256_file(file), changes, tuple(unused), metadata)
 
 

@@ -15,6 +15,7 @@ from ...common.errors import RequestError
 from ..loop.guidance import Guidance
 from ..loop.noise import Generator
 from ..loop.sample import KeptRegion
+from ..lora import Lora
 from ..pictures.preprocess import Picture
 from ..request import Request
 from ..schedulers import Table
@@ -50,6 +51,7 @@ class Job:
     guidance: of the loop, off where the model is given its scale as an input. size: width and height in pixels.
     record: the request as JSON values, to ask for it again. controls, image_prompts: their pictures, by
     the names of controls and of IP-Adapters. regions: the masks of image prompts, float32 (images, H, W) of 0 and 1.
+    loras: that the denoiser takes as inputs.
     """
 
     request: Request
@@ -62,6 +64,7 @@ class Job:
     controls: Mapping[str, Array] = field(default_factory=dict)
     image_prompts: Mapping[str, Array] = field(default_factory=dict)
     regions: Mapping[str, Array] = field(default_factory=dict)
+    loras: tuple[Lora, ...] = ()
 
 
 class Start(NamedTuple):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from ...bundle import Bundle, Role
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from ...engines import Engine
+from ..lora import Lora
+from ..lora_sets import LoraSets
 from ..request import Request
 from ..text.encoders import PromptSpec, TextEncoders
 from ..text.weighting import Embedding
@@ -21,9 +24,16 @@ class Text(Condition):
 
     loads: Role | None = "text"
 
-    def __init__(self, bundle: Bundle, engine: Callable[[str], Engine]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Callable[[str], Engine],
+        loras: LoraSets,
+        adapted: Callable[[str, Sequence[Lora]], Engine],
+    ) -> None:
+        """engine: loads a component by its name. adapted: the same, with its weights changed by `loras`."""
         manifest = bundle.manifest
-        self.encoders = TextEncoders(bundle, engine)
+        self.encoders, self._loras, self._adapted = TextEncoders(bundle, engine), loras, adapted
         self._zeros = manifest.wiring.empty_negative_is_zeros
         self._second = any(encoder.text == 1 for encoder in manifest.wiring.text)
         inputs = bundle.component(manifest.named("denoiser")).inputs
@@ -51,15 +61,31 @@ class Text(Condition):
             )
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
-        """Encode the prompts of all jobs, one call for each text encoder."""
+        """Encode the prompts of all jobs, one call for each text encoder and each set of LoRAs that changes it."""
+        alike: dict[Hashable, list[int]] = {}
+        for i, job in enumerate(jobs):
+            changes = bool(job.loras) and bool(self._loras.text_changes(job.loras))
+            alike.setdefault(self._loras.key(job.loras) if changes else None, []).append(i)
+        fed: dict[int, Fed] = {}
+        for key, places in alike.items():
+            own = [jobs[i] for i in places]
+            loras = own[0].loras
+            encoders = self.encoders if key is None else self.encoders.with_engines(partial(self._engine_of, loras))
+            fed |= zip(places, self._encoded(own, encoders), strict=True)
+        return [fed[i] for i in range(len(jobs))]
+
+    def _engine_of(self, loras: Sequence[Lora], name: str) -> Engine:
+        return self._adapted(name, loras)
+
+    def _encoded(self, jobs: Sequence[Job], encoders: TextEncoders) -> list[Fed]:
         pairs = [self._pair(job) for job in jobs]
         specs = list(dict.fromkeys(half for pair in pairs for half in pair if isinstance(half, PromptSpec)))
-        made = dict(zip(specs, self.encoders.embed(specs), strict=True)) if specs else {}
+        made = dict(zip(specs, encoders.embed(specs), strict=True)) if specs else {}
         fed = []
         for job, (prompt, negative) in zip(jobs, pairs, strict=True):
             first = made[prompt] if isinstance(prompt, PromptSpec) else prompt
             second = made[negative] if isinstance(negative, PromptSpec) else negative
-            fed.append(self._fed(job, first, second))
+            fed.append(self._fed(job, first, second, encoders))
         return fed
 
     def embeddings(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
@@ -108,11 +134,11 @@ class Text(Condition):
         lengths = {len(h.hidden) if isinstance(h, Embedding) else self.encoders.tokens(h) for h in halves}
         return {max(lengths)} if job.request.windows and job.request.prompt_embeds is None else lengths
 
-    def _fed(self, job: Job, prompt: Embedding, negative: Embedding | None) -> Fed:
+    def _fed(self, job: Job, prompt: Embedding, negative: Embedding | None, encoders: TextEncoders) -> Fed:
         if not job.guidance.active:
             return Fed(prompt.sources(), {}, {"prompt": prompt.truncated} if prompt.truncated else {})
         negative = prompt.zeros() if negative is None else negative
         if job.request.windows:
-            prompt, negative = self.encoders.level([prompt, negative])
+            prompt, negative = encoders.level([prompt, negative])
         truncated = {"prompt": prompt.truncated, "negative_prompt": negative.truncated}
         return Fed(prompt.sources(), negative.sources(), {name: text for name, text in truncated.items() if text})

@@ -11,6 +11,7 @@ import numpy as np
 from ...common.arrays import Array
 from ...common.errors import RequestError
 from ...engines import DeviceArray, DeviceBinding, Engine
+from .host import rows_of
 from .sample import Ports, Row, Sample
 from .step import step_inputs
 
@@ -153,7 +154,7 @@ def _contents(denoiser: Engine, ports: Ports, rows: Sequence[Row]) -> tuple[dict
     prompt_row = np.arange(len(on), len(on) + len(rows), dtype=np.int64)
     negative_row = prompt_row.copy()
     negative_row[on] = np.arange(len(on))
-    specs = {tensor.name: tensor.dtype for tensor in denoiser.inputs}
+    specs = {tensor.name: tensor for tensor in denoiser.inputs}
     contents = {
         **step_inputs([row.state for row in rows]),
         "prompt_row": prompt_row,
@@ -164,7 +165,7 @@ def _contents(denoiser: Engine, ports: Ports, rows: Sequence[Row]) -> tuple[dict
         "sample": np.stack([rows[i].state.model_input() for i in source]),
         "timestep": np.array([rows[i].state.timestep for i in source], np.float32),
     }
-    return contents, {name: np.array([text[name] for text in texts], specs[name]) for name in texts[-1]}
+    return contents, {name: rows_of(texts, specs[name]) for name in texts[-1]}
 
 
 class _Phase:

@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from ...bundle import Tensor
 from ...common.arrays import Array
 from ...common.errors import EngineError
 from ...engines import Engine
+from ...engines.fusion.lora import SETS
 from .guidance import combine
 from .sample import Ports, Row, Sample
 from .step import State
@@ -121,7 +123,7 @@ class _Call:
         timestep = specs[ports.timestep]
         self._each = timestep.shape == specs[ports.sample].shape[:1]
         self._timestep = np.zeros(len(rows) if self._each else (1,) * len(timestep.shape), timestep.dtype)
-        feeds = {name: np.array([text[name] for text in texts], specs[name].dtype) for name in texts[0]}
+        feeds = {name: rows_of(texts, specs[name]) for name in texts[0]}
         self._stepped = [
             (name, feeds[name], [(row.state, _steps(row, negative)[name]) for row, negative in rows])
             for name in _steps(*rows[0])
@@ -142,6 +144,14 @@ class _Call:
         self._timestep[...] = timesteps if self._each else timesteps[0]
         written = [name for name, buffer, values in self._stepped if _write(buffer, values)]
         return self._binding(self._ports.sample, self._ports.timestep, *written)[self._output]
+
+
+def rows_of(texts: Sequence[Mapping[str, Array]], spec: Tensor) -> Array:
+    """The input `spec` of the denoiser for rows that hold `texts`; one set of factors that is that of all, once."""
+    first = texts[0][spec.name]
+    if spec.shape[:1] == (SETS,) and all(text[spec.name] is first for text in texts):
+        return np.asarray(first, spec.dtype)[None]
+    return np.array([text[spec.name] for text in texts], spec.dtype)
 
 
 def _steps(row: Row, negative: bool) -> Mapping[str, Array]:

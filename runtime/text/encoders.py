@@ -33,6 +33,12 @@ class TextEncoders:
         self._encoders = {encoder.component: encoder for encoder in bundle.manifest.wiring.text}
         self._tokenizers: dict[str, PromptTokenizer] = {}
 
+    def with_engines(self, engine: Callable[[str], Engine]) -> TextEncoders:
+        """The same with other engines. engine: loads a component by its name."""
+        other = TextEncoders(self._bundle, engine)
+        other._tokenizers = self._tokenizers
+        return other
+
     @property
     def pooled(self) -> bool:
         """Whether one of them gives a pooled embedding."""

@@ -1,0 +1,178 @@
+"""The LoRAs that a pipeline and its requests ask for: opened once, held against the bundle, and made into factors."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..bundle.wiring import LoraInputs
+from ..common.arrays import Array
+from ..common.errors import LoraError, RequestError
+from ..families.lora import LoraFile, Sum, Weights, combined
+from ..families.lora.tensors import file_of
+from .lora import Lora, as_loras, open_lora, weights_of
+
+_MOST_KEPT = 64
+"""Files, and sets, that are kept open."""
+_Opened = list[tuple[LoraFile, Mapping[str, float]]]
+_Kept = TypeVar("_Kept")
+
+
+class LoraSets:
+    """Sets of LoRAs by what they are: their files, as they are now, and strengths. Several threads may ask."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        inputs = bundle.manifest.wiring.lora_inputs
+        self.inputs: LoraInputs | None = next(iter(inputs.values()), None)
+        self.base: tuple[Lora, ...] = ()
+        """What every request is drawn with, as inputs."""
+        self._lock = threading.RLock()
+        self._weights: Weights | None = None
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+
+    @property
+    def weights(self) -> Weights:
+        """What a LoRA may change in the bundle. Raises `BundleError` for one that does not say of what it was made."""
+        with self._lock:
+            if self._weights is None:
+                self._weights = weights_of(self._bundle)
+            return self._weights
+
+    def of(self, loras: Sequence[Lora]) -> tuple[Lora, ...]:
+        """The set of a request that asks for `loras`, checked: the pipeline's own and these.
+
+        Raises `RequestError` where the bundle takes none as inputs, `LoraError` for what cannot be read or taken.
+        """
+        both = as_loras((*self.base, *loras)) if loras else self.base
+        if loras and self.inputs is None:
+            raise RequestError(
+                f"{self._bundle.root} takes no LoRAs as inputs: run `diffoundry build {self._bundle.root} --lora-rank "
+                "32`, or draw all with the same ones, which `set_loras` and `run --lora` do"
+            )
+        if both:
+            self.factors(both)
+        return both
+
+    def opened(self, loras: Sequence[Lora]) -> _Opened:
+        """The files, each with its strengths by component. Raises `LoraError`."""
+        return [(self._file(lora), lora.strengths(self.weights)) for lora in loras]
+
+    def changes(self, loras: Sequence[Lora]) -> dict[str, dict[str, Sum]]:
+        """What they change together, by component and weight. Raises `LoraError`."""
+        return combined(self.opened(loras))
+
+    def key(self, loras: Sequence[Lora]) -> Hashable:
+        """Equal for sets that are the same."""
+        return tuple((_state(lora), lora.strength, lora.text_strength) for lora in loras)
+
+    def text_changes(self, loras: Sequence[Lora]) -> dict[str, dict[str, Sum]]:
+        """Of these the changes of text encoders."""
+        return {name: each for name, each in self.changes(loras).items() if name != self.weights.denoiser}
+
+    def factors(self, loras: Sequence[Lora]) -> tuple[Array, Array]:
+        """Both inputs of the denoiser for this set, (rows, rank). The same set gives the same arrays.
+
+        Raises `LoraError` for what is no product of two factors, of a weight that takes none, or above the rank.
+        """
+        return self._keep(("factors", self.key(loras)), lambda: self._factors(loras))
+
+    def padded(self, loras: Sequence[Lora], rank: int) -> tuple[Array, Array]:
+        """The same, brought to a rank with zeros; of no LoRA they are zeros."""
+
+        def make() -> tuple[Array, Array]:
+            made = self.factors(loras) if loras else self._empty(1)
+            down, up = (np.pad(each, ((0, 0), (0, rank - each.shape[1]))) for each in made)
+            return down, up
+
+        return self._keep(("padded", self.key(loras), rank), make)
+
+    def _factors(self, loras: Sequence[Lora]) -> tuple[Array, Array]:
+        assert self.inputs is not None  # `of` looked
+        changes = self.changes(loras).get(self.weights.denoiser, {})
+        rows = self._rows()
+        found: dict[str, list[tuple[Array, Array]]] = {}
+        for name, total in changes.items():
+            for change, strength in total.parts:
+                if not change.low_rank:
+                    what = f"{change.form}{' with a magnitude' if 'dora_scale' in change.parts else ''}"
+                    raise LoraError(
+                        f"the change of {name} is a {what}, no product of two factors, and cannot be an input: draw "
+                        "all with it, by set_loras(…, as_inputs=False) or `run --lora`"
+                    )
+                if name not in rows:
+                    raise LoraError(
+                        f"a LoRA changes {name}, which takes no factors in {self._bundle.root}: run "
+                        f"`diffoundry build {self._bundle.root} --lora-rank {self.inputs.rank} --lora-layers all`"
+                    )
+                found.setdefault(name, []).append(change.factors(strength))
+        rank = max((sum(len(down) for down, _ in own) for own in found.values()), default=1)
+        if rank > self.inputs.rank:
+            raise LoraError(
+                f"these LoRAs have the rank {rank} together, {self._bundle.root} takes {self.inputs.rank}: run "
+                f"`diffoundry build {self._bundle.root} --lora-rank {rank}`"
+            )
+        down, up = self._empty(rank)
+        for name, own in found.items():
+            (first, reads), (second, gives) = rows[name]
+            at = 0
+            for own_down, own_up in own:
+                end = at + len(own_down)
+                down[first : first + reads, at:end] = own_down.reshape(len(own_down), -1).T
+                up[second : second + gives, at:end] = own_up
+                at = end
+        return down, up
+
+    def _empty(self, rank: int) -> tuple[Array, Array]:
+        """Factors of this rank that add nothing."""
+        sizes = [sum(sizes) for sizes in zip(*((r[1], g[1]) for r, g in self._rows().values()), strict=True)]
+        down, up = (np.zeros((size, rank), np.float32) for size in sizes)
+        return down, up
+
+    def _rows(self) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+        """For each weight that takes factors where its rows begin in both inputs, and how many they are."""
+        assert self.inputs is not None
+
+        def make() -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+            shapes, made, first, second = self.weights.shapes[self.weights.denoiser], {}, 0, 0
+            for name in self.inputs.weights if self.inputs is not None else ():
+                if name not in shapes:
+                    raise LoraError(
+                        f"{self._bundle.root}: {name:.100} takes factors and is no weight: compile it again"
+                    )
+                gives, reads = shapes[name][0], int(np.prod(shapes[name][1:]))
+                made[name] = (first, reads), (second, gives)
+                first, second = first + reads, second + gives
+            return made
+
+        return self._keep("rows", make)
+
+    def _file(self, lora: Lora) -> LoraFile:
+        return self._keep(("file", _state(lora)), lambda: open_lora(lora, self.weights))
+
+    def _keep(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = make()
+            self._kept.move_to_end(key)
+            while len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+            found: _Kept = self._kept[key]
+            return found
+
+
+def _state(lora: Lora) -> Hashable:
+    """A file as it is now."""
+    path = Path(lora.file)
+    try:
+        path = file_of(path)
+        stat = path.stat()
+    except OSError:
+        return str(path), lora.ignore_unused
+    return str(path), stat.st_mtime_ns, stat.st_size, lora.ignore_unused
