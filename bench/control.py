@@ -15,11 +15,11 @@ import click
 import numpy as np
 
 from ..bundle import Bundle
-from ..common.errors import BundleError
+from ..common.errors import BundleError, DiffoundryError, EngineError
 from ..engines.controlled import ControlledEngine
 from ..engines.engine import Engine
 from ..engines.loader import EngineLoader
-from ..engines.names import ONNXRUNTIME
+from ..engines.names import ONNXRUNTIME, PLANNED, EngineName
 from ..families.control import halved
 
 _ROWS = 2
@@ -32,12 +32,17 @@ _ROWS = 2
 def main(bundle: Path, engine: str, rounds: int) -> None:
     """Time a guided call at the checkpoint's size, turn by turn, and print medians with quartiles."""
     try:
-        opened = Bundle.open(bundle)
-    except BundleError as error:
+        _time(Bundle.open(bundle), engine, rounds)
+    except DiffoundryError as error:
         raise click.ClickException(str(error)) from None
+
+
+def _time(opened: Bundle, engine: str, rounds: int) -> None:
     manifest = opened.manifest
     if not manifest.wiring.controls:
-        raise click.ClickException(f"{bundle} has no control: compile the checkpoint with --controlnet NAME=FOLDER")
+        raise BundleError(f"{opened.root} has no control: compile the checkpoint with --controlnet NAME=FOLDER")
+    if EngineName.parse(engine).backend in PLANNED:
+        raise EngineError(f"this times ONNX models, not the plans of {engine}: use --engine onnxruntime or openvino")
     loader = EngineLoader(opened, engine, "fp32")
     plain, controlled = (loader.load(manifest.named(role)) for role in ("denoiser", "controlled"))
     name = next(iter(manifest.wiring.controls.values())).component

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -72,17 +72,25 @@ def read_image_prompts(
     from ..runtime.image_prompt import ImagePrompt
 
     images: dict[str, list[str]] = {}
-    for name, picture in map(_named, pictures):
+    pictures, embeds, scales, masks = (list(each) for each in (pictures, embeds, scales, masks))
+    said = {name for name, _ in map(_named, (*pictures, *embeds, *scales, *masks)) if name}
+    only = said.pop() if len(said) == 1 else ""
+
+    def named(text: str) -> tuple[str, str]:
+        """Where one adapter alone is named, what has no name is for it, too."""
+        name, value = _named(text)
+        return name or only, value
+
+    for name, picture in map(named, pictures):
         images.setdefault(name, []).append(picture)
     embeds_of: dict[str, Any] = {}
-    for name, file in map(_named, embeds):
+    for name, file in map(named, embeds):
         if name in images or name in embeds_of:
             raise click.UsageError(f"--ip-embeds {file} is given beside other images for the same IP-Adapter: give one")
         embeds_of[name] = _numbers(file)
     count_of = {name: len(found) for name, found in images.items()} | {n: len(each) for n, each in embeds_of.items()}
     masks_of: dict[str, list[str]] = {}
-    for name, mask in map(_named, masks):
-        name = _same(name, count_of)
+    for name, mask in map(named, masks):
         masks_of.setdefault(name, []).append(mask)
     for name, found in masks_of.items():
         count = count_of.get(name, 0)
@@ -93,8 +101,9 @@ def read_image_prompts(
                 "each image a mask, in the same order"
             )
     scale_of: dict[str, float] = {}
-    for name, text in map(_named, scales):
-        name = _same(name, count_of)
+    for name, text in map(named, scales):
+        if name in scale_of:
+            raise click.UsageError(f"--ip-scale is given twice{f' for {name}' if name else ''}: give it once")
         if name not in count_of:
             raise click.UsageError(f"--ip-scale {text} goes with --ip-image {name + '=' if name else ''}PICTURE")
         scale_of[name] = _number("--ip-scale", name or "SCALE", text)
@@ -118,17 +127,13 @@ def _numbers(file: str) -> Any:
         found = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise click.UsageError(f"--ip-embeds {file} does not exist: give a .npy file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise click.UsageError(f"--ip-embeds {file} is no .npy file of numbers ({error!s:.80})") from None
-    if not isinstance(found, np.ndarray) or found.ndim == 0:
-        raise click.UsageError(f"--ip-embeds {file} holds no array (images, ...): save one with numpy.save")
+    except (OSError, ValueError, EOFError):
+        raise click.UsageError(
+            f"--ip-embeds {file} is no .npy file of numbers: save what the encoder gives with numpy.save"
+        ) from None
+    if not isinstance(found, np.ndarray) or found.ndim == 0 or found.dtype.kind not in "fiu":
+        raise click.UsageError(f"--ip-embeds {file} holds no numbers (images, ...): save them with numpy.save")
     return found
-
-
-def _same(name: str, known: Collection[str]) -> str:
-    """The name of the only adapter that is given pictures, where one of the two is not named."""
-    only = next(iter(known)) if len(known) == 1 else name
-    return only if "" in (name, only) else name
 
 
 def _named(text: str) -> tuple[str, str]:

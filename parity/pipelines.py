@@ -24,6 +24,7 @@ from ..bundle import FULL
 from ..calibration import PRECISIONS
 from ..common.arrays import Array
 from ..engines.names import ENGINES, EngineName
+from .lora import KINDS, write_lora
 
 ATOL, RTOL = 1e-4, 1e-2
 """What the project promises of latents and pixels."""
@@ -59,6 +60,8 @@ _PARTS = {SKETCH: SKETCHED, UNION: UNITED}
 PROMPTED = "+image-"
 ADAPTERS, FACE = ("plain", "plus", "full"), "face"
 """The kinds of IP-Adapters, by which they are called, and one that is given embeddings."""
+ADAPTED, LORA = "+lora", "+lora-"
+"""Behind the name of a checkpoint whose bundle takes LoRAs as inputs, and before the kind of one made for it."""
 _PNDM = {"plms": {"skip_prk_steps": True}, "pndm": {"skip_prk_steps": False}}
 
 
@@ -86,6 +89,15 @@ class Prompted:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapted:
+    """A LoRA of a case. kind: of `lora.KINDS`. text: its strength in the text encoders, None for the same."""
+
+    kind: str
+    strength: float = 1.0
+    text: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """One request, as both are given it.
 
@@ -95,6 +107,7 @@ class Case:
     size: width and height, None for the checkpoint's own. picture: size of the image and the mask where it differs.
     then: the second stage, which takes the latents of this one as its image.
     controls: what steers it, and guess_mode whether by the prompt alone. prompts: pictures beside the text.
+    loras: that it is drawn with, and as_inputs whether the denoiser takes them as inputs.
     """
 
     checkpoint: str
@@ -110,12 +123,16 @@ class Case:
     controls: tuple[Steer, ...] = ()
     guess_mode: bool = False
     prompts: tuple[Prompted, ...] = ()
+    loras: tuple[Adapted, ...] = ()
+    as_inputs: bool = False
 
     @property
     def source(self) -> str:
         """The name of the checkpoint, with what its bundle has beside it; pico's has all that its cases need."""
         if self.checkpoint == "pico" and (self.controls or self.prompts):
             return PICO
+        if self.loras:
+            return self.checkpoint + ADAPTED
         more = "".join(f"{PROMPTED}{each.name}" for each in self.prompts)
         kind = CONTROLLED if self.controls else ""
         for each in self.controls:
@@ -135,6 +152,11 @@ class Case:
             f"control by image {each.name} {each.scale:g} x{each.images}" + (" masked" if each.masked else "")
             for each in self.prompts
         ]
+        steers += [
+            f"lora {each.kind} {each.strength:g}" + ("" if each.text is None else f":{each.text:g}")
+            for each in self.loras
+        ]
+        steers += ["as inputs"] if self.as_inputs else []
         about = (self.checkpoint, self.task, self.kind, self.label, *steers, self.scheduler)
         parts = (*about, size, f"batch {self.count}", then)
         return " ".join(part for part in parts if part)
@@ -235,6 +257,7 @@ def cases() -> Iterator[Case]:
     yield from _of_crops()
     yield from _of_t2i_adapters()
     yield from _of_image_prompts()
+    yield from _of_loras()
 
 
 def half_cases() -> Iterator[Case]:
@@ -482,6 +505,30 @@ def _of_image_prompts() -> Iterator[Case]:
 # ---------------------------------------------------------------------------------------------------------- the inputs
 
 
+def _of_loras() -> Iterator[Case]:
+    """Each form; two at once, negative and zero strengths, other ones for the text; every task; as inputs."""
+    for checkpoint in ("sd15-small", "sdxl-small"):
+        case = _of(checkpoint, "txt2img", "")
+        for kind in KINDS:
+            if kind == "original" and checkpoint != "sdxl-small":
+                continue
+            yield replace(case, loras=(Adapted(kind, 0.8),))
+            if kind != "dora":
+                yield replace(case, loras=(Adapted(kind, 0.8),), as_inputs=True)
+        yield replace(case, loras=(Adapted("peft", -0.5),), count=2, size=WIDE)
+        yield replace(case, loras=(Adapted("dora", -0.5),))
+        yield replace(case, loras=(Adapted("peft", 0.0),))
+        yield replace(case, loras=(Adapted("dora", 0.0),))
+        yield replace(case, loras=(Adapted("kohya", 0.9, 0.2),))
+        two = (Adapted("peft", 0.7), Adapted("kohya", -0.4))
+        yield replace(case, loras=two, count=2)
+        yield replace(case, loras=two, count=2, size=WIDE, as_inputs=True)
+        for scheduler in ("ddim", "heun", "dpm++2m", "euler_a"):
+            yield replace(case, loras=two, scheduler=scheduler, as_inputs=scheduler in ("ddim", "heun"))
+        for task in ("img2img", "inpaint"):
+            yield replace(_of(checkpoint, task, ""), loras=two, as_inputs=task == "inpaint")
+
+
 def picture(width: int, height: int) -> Image.Image:
     """An RGB picture with smooth and rough parts."""
     y, x = np.mgrid[0:height, 0:width] / 16.0
@@ -554,7 +601,12 @@ FolderOf = Callable[[str], Path]
 
 @functools.lru_cache(maxsize=8)
 def _oracle(
-    checkpoint: Path, kind: str, setting: Setting, controls: tuple[Path, ...] = (), adapters: tuple[Path, ...] = ()
+    checkpoint: Path,
+    kind: str,
+    setting: Setting,
+    controls: tuple[Path, ...] = (),
+    adapters: tuple[Path, ...] = (),
+    loras: tuple[Path, ...] = (),
 ) -> tuple[Any, Any]:
     import diffusers
     import torch
@@ -581,6 +633,8 @@ def _oracle(
     pipeline.to(
         setting.device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setting.precision]
     )
+    for file in loras:
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=file.stem)
     encoder = pipeline.components.get("text_encoder")
     if encoder is not None and not hasattr(encoder, "text_model"):
         # transformers 5 has dropped a level of modules that diffusers still reads its last norm from for clip_skip
@@ -602,7 +656,12 @@ def diffusers_run(
         names = dict.fromkeys(each.name for each in case.controls)
         folders = tuple(checkpoint_of(f"{case.checkpoint}{_PARTS.get(name, CONTROLLED)}-{name}") for name in names)
         adapters = tuple(checkpoint_of(f"{case.checkpoint}{PROMPTED}{each.name}") for each in case.prompts)
-        pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind, setting, folders, adapters)
+        files = tuple(checkpoint_of(f"{case.checkpoint}{LORA}{each.kind}") for each in case.loras)
+        pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind, setting, folders, adapters, files)
+        if files:
+            pipeline.set_adapters(
+                [file.stem for file in files], [_their_strength(each, pipeline) for each in case.loras]
+            )
         if adapters:
             pipeline.set_ip_adapter_scale([each.scale for each in case.prompts])
     kind = SCHEDULERS.get(case.scheduler, case.scheduler) if case.scheduler else config["_class_name"]
@@ -675,6 +734,13 @@ def _their_controls(case: Case) -> dict[str, Any]:
     return {**found, "guess_mode": case.guess_mode}
 
 
+def _their_strength(lora: Adapted, pipeline: Any) -> Any:
+    if lora.text is None:
+        return lora.strength
+    texts = [name for name in ("text_encoder", "text_encoder_2") if name in pipeline.components]
+    return {"unet": lora.strength, **dict.fromkeys(texts, lora.text)}
+
+
 def _their_masks(prompt: Prompted, case: Case) -> Any:
     """The masks of a prompt as diffusers takes them, (1, images, H, W), or None."""
     from diffusers.image_processor import IPAdapterMaskProcessor
@@ -729,8 +795,13 @@ def diffoundry_run(
     from ..runtime.conditioning import Conditioning
     from ..runtime.control import Control
     from ..runtime.image_prompt import ImagePrompt
+    from ..runtime.lora import Lora
 
     pipeline = _pipeline(bundle_of(case.source), setting)
+    if case.loras:
+        files = [bundle_of(f"{case.checkpoint}{LORA}{each.kind}") for each in case.loras]
+        loras = [Lora(file, each.strength, each.text) for file, each in zip(files, case.loras, strict=True)]
+        pipeline.set_loras(loras, as_inputs=case.as_inputs)
     options = {"prompt": PROMPT, **_pictures(case), **case.options, "scheduler": case.scheduler, "seed": SEED}
     for prefix, name in (("", "conditioning"), ("negative_", "negative_conditioning")):
         told = {ours: options.pop(prefix + theirs) for theirs, ours in _SIZES.items() if prefix + theirs in options}
@@ -886,12 +957,26 @@ def _checkpoint(root: Path, name: str) -> Path:
     folder = root / name
     plain = name.partition("+")[0]
     if plain != name:
+        folder = lora_file(folder) if LORA in name else folder
         if not folder.exists():
-            make_part(json.loads((_checkpoint(root, plain) / "unet" / "config.json").read_text()), name, folder)
+            make_beside(_checkpoint(root, plain), name, folder)
         return folder
     if not (folder / "model_index.json").exists():
         make(name, folder)
     return folder
+
+
+def lora_file(folder: Path) -> Path:
+    """The file of a LoRA of this name."""
+    return folder.with_name(f"{folder.name.replace('+', '-')}.safetensors")
+
+
+def make_beside(checkpoint: Path, name: str, folder: Path) -> None:
+    """Write what stands beside `checkpoint` under this name; see `make_part`."""
+    if LORA in name:
+        write_lora(checkpoint, name.partition(LORA)[2], folder)
+        return
+    make_part(json.loads((checkpoint / "unet" / "config.json").read_text()), name, folder)
 
 
 def make_part(unet: Mapping[str, Any], name: str, folder: Path) -> None:
@@ -918,11 +1003,18 @@ def beside(checkpoint_of: FolderOf, name: str) -> dict[str, Any]:
         "controlnets": {each: checkpoint_of(f"{plain}{kind}-{each}") for each, kind in nets.items()},
         "t2i_adapters": {SKETCH: checkpoint_of(f"{plain}{SKETCHED}-{SKETCH}")} if SKETCHED[1:] in parts else {},
         "ip_adapters": {each: checkpoint_of(f"{plain}{PROMPTED}{each}") for each in adapters},
+        **({"lora_rank": _MOST_RANK, "lora_layers": "all"} if ADAPTED[1:] in parts else {}),
     }
+
+
+_MOST_RANK = 16
 
 
 def _bundle(root: Path, setting: Setting, name: str) -> Path:
     from ..export import compile
+
+    if LORA in name:
+        return _checkpoint(root, name)
 
     made = compile(
         _checkpoint(root, name.partition("+")[0]),

@@ -48,12 +48,16 @@ class ImagePrompt:
         if self.embeds is not None:
             found: Array = np.zeros(())
             with contextlib.suppress(TypeError, ValueError), np.errstate(over="ignore"):
-                found = np.array(self.embeds, np.float32)
-            if found.ndim not in (2, 3) or not 1 <= len(found) <= _MOST_IMAGES or not np.isfinite(found).all():
+                real = np.asarray(self.embeds)
+                found = real.astype(np.float32) if real.dtype.kind in "fiu" else found
+            what = f"embeds of the IP-Adapter {self.name}".rstrip()
+            if found.ndim not in (2, 3) or not 1 <= len(found) <= _MOST_IMAGES:
                 raise RequestError(
-                    f"embeds must be finite numbers of shape (images, …), 1 to {_MOST_IMAGES} images, found shape "
+                    f"{what} must be numbers of shape (images, …), 1 to {_MOST_IMAGES} images, found shape "
                     f"{found.shape}"
                 )
+            if not np.isfinite(found).all():
+                raise RequestError(f"{what} have numbers that are not finite (NaN or infinity): make them again")
             object.__setattr__(self, "embeds", found)
         if self.mask is not None and len(self.masks) != self.count:
             raise RequestError(

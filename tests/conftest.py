@@ -6,7 +6,6 @@ With several workers (`pytest -n 2`) each has a processor of its own: two that s
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -55,12 +54,13 @@ def checkpoint_of(shared: Path) -> Callable[[str], Path]:
 
     def get(name: str) -> Path:
         from diffoundry.examples.random_checkpoint import make
-        from diffoundry.parity.pipelines import make_part
+        from diffoundry.parity.pipelines import LORA, lora_file, make_beside
 
         plain = name.partition("+")[0]
         if plain != name:
-            unet = json.loads((get(plain) / "unet" / "config.json").read_text())
-            return _once(shared / "checkpoints" / name, lambda path: make_part(unet, name, path))
+            folder = shared / "checkpoints" / name
+            folder = lora_file(folder) if LORA in name else folder
+            return _once(folder, lambda path: make_beside(get(plain), name, path))
         return PICO if name == "pico" else _once(shared / "checkpoints" / name, lambda path: make(name, path))
 
     return get
@@ -75,8 +75,10 @@ def bundle_of(shared: Path, checkpoint_of: Callable[[str], Path]) -> Callable[[s
 
     def get(name: str) -> Path:
         import diffoundry
-        from diffoundry.parity.pipelines import beside
+        from diffoundry.parity.pipelines import LORA, beside
 
+        if LORA in name:
+            return checkpoint_of(name)
         plain, more = name.partition("+")[0], beside(checkpoint_of, name)
 
         def make(path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .world import ATTRIBUTES, BACKGROUNDS, COLORS, PLACES, SHAPES, SIDE, SIZES, Scene, coverage
+from .world import ATTRIBUTES, BACKGROUNDS, COLORS, NEW_SHAPES, PLACES, SHAPES, SIDE, SIZES, TWICE, Scene, coverage
 
 MIN_OVERLAP = 0.75
 """Dice coefficient under which a blob counts as no shape."""
@@ -22,10 +22,10 @@ _NOTHING = 24.0
 """Largest difference to the background, of 255, at which a picture shows no shape."""
 
 
-def read(image: np.ndarray) -> dict[str, str | None]:
+def read(image: np.ndarray, *, new: bool = False) -> dict[str, str | None]:
     """The attributes of a uint8 RGB picture of shape (64, 64, 3), each None when it shows none.
 
-    Raises ValueError for another shape or dtype.
+    new: whether it may show what `world` calls new, too. Raises ValueError for another shape or dtype.
     """
     _check_picture(image)
     pixels = image.astype(np.float32)
@@ -42,15 +42,36 @@ def read(image: np.ndarray) -> dict[str, str | None]:
     found["place"] = _nearest(
         {name: (SIDE / 2 + dx, SIDE / 2 + dy) for name, (dx, dy) in PLACES.items()}, np.array([x, y])
     )
+    shapes = (*SHAPES, *NEW_SHAPES) if new else SHAPES
+    halves = _halves(mask)
+    if new and halves is not None:
+        found["place"] = TWICE
+        first, second = (_shape_of(half, shapes) for half in halves)
+        found["shape"], found["size"] = first if first == second else (None, None)
+    else:
+        found["shape"], found["size"] = _shape_of(mask, shapes)
+    return found
+
+
+def _shape_of(mask: np.ndarray, shapes: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """Shape and size of what a mask shows, of these shapes; None for each where it shows none."""
+    y, x = _centroid(mask)
     overlaps = {
         (shape, size): max(_overlap(mask, shape, SIZES[size] * k, x, y) for k in _RADII)
-        for shape in SHAPES
+        for shape in shapes
         for size in SIZES
     }
     shape, size = max(overlaps, key=lambda pair: overlaps[pair])
-    if overlaps[shape, size] >= MIN_OVERLAP:
-        found["shape"], found["size"] = shape, size
-    return found
+    return (shape, size) if overlaps[shape, size] >= MIN_OVERLAP else (None, None)
+
+
+def _halves(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The left and the right half of a mask that shows a thing in each; None where it does not."""
+    left, right = mask.copy(), mask.copy()
+    left[:, SIDE // 2 :], right[:, : SIDE // 2] = 0, 0
+    between, whole = mask[:, SIDE // 2 - 2 : SIDE // 2 + 2].sum(), mask.sum()
+    both = min(left.sum(), right.sum()) > 0.3 * whole and between < 0.03 * whole
+    return (left, right) if both else None
 
 
 def read_mask(image: np.ndarray) -> np.ndarray:
@@ -67,11 +88,11 @@ def read_mask(image: np.ndarray) -> np.ndarray:
     return np.asarray(_between(pixels, background, foreground) > 0.5)
 
 
-def score(pictures: Iterable[np.ndarray], scenes: Iterable[Scene]) -> dict[str, float]:
-    """The share of each attribute that is right over the pairs, and `all`: their mean."""
+def score(pictures: Iterable[np.ndarray], scenes: Iterable[Scene], *, new: bool = False) -> dict[str, float]:
+    """The share of each attribute that is right over the pairs, and `all`: their mean. new: as in `read`."""
     right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     for picture, scene in zip(pictures, scenes, strict=True):
-        found = read(picture)
+        found = read(picture, new=new)
         for name in ATTRIBUTES:
             right[name].append(found[name] == getattr(scene, name))
     shares = {name: float(np.mean(values)) for name, values in right.items()}

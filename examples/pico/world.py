@@ -43,6 +43,10 @@ PLACES = {
     "in the center": (0, 0),
 }
 SIZES = {"small": 9.0, "large": 16.0}
+NEW_SHAPES, TWICE = ("moon",), "twice"
+"""A shape and a place that the world has not, and that LoRAs bring: see `lora`."""
+_APART = 15.0
+"""How far each of two shapes is from the middle, in pixels."""
 _SUPERSAMPLING = 4
 _FURTHEST = 1.12
 """The furthest that a shape reaches from its centre, in radii."""
@@ -137,6 +141,10 @@ def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
             dy = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
             points.append((x + dx * r / 16.5, y - (dy + 2) * r / 15.5))
         return points
+    if shape == "moon":
+        outer = [(0.1 + math.cos(a), math.sin(a)) for a in (0.66 + (2 * math.pi - 1.32) * i / 64 for i in range(65))]
+        inner = [(0.92 + 0.78 * math.cos(a), 0.78 * math.sin(a)) for a in (4.16 - 2.04 * i / 48 for i in range(49))]
+        return [(x + px * r, y + py * r) for px, py in (*outer, *inner)]
     raise ValueError(f"unknown shape {shape!r}; the world has {', '.join(SHAPES)}")
 
 
@@ -163,7 +171,7 @@ class Pose:
 
 def pose(scene: Scene, rng: np.random.Generator | None = None) -> Pose:
     """Where `scene` has its shape; `rng` moves and resizes it a little."""
-    dx, dy = (float(offset) for offset in PLACES[scene.place])
+    dx, dy = (0.0, 0.0) if scene.place == TWICE else (float(offset) for offset in PLACES[scene.place])
     radius = SIZES[scene.size]
     if rng is not None:
         dx, dy = dx + rng.uniform(-1.5, 1.5), dy + rng.uniform(-1.5, 1.5)
@@ -180,7 +188,10 @@ def free_pose(rng: np.random.Generator) -> Pose:
 
 
 def mask_of(scene: Scene, at: Pose) -> np.ndarray:
-    """The `coverage` of the shape of `scene` at a pose."""
+    """The `coverage` of the shape of `scene` at a pose; of two shapes, on both sides of it."""
+    if scene.place == TWICE:
+        both = [coverage(scene.shape, at.x + side * _APART, at.y, at.radius) for side in (-1, 1)]
+        return np.asarray(np.maximum(*both))
     return coverage(scene.shape, at.x, at.y, at.radius)
 
 
