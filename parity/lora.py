@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ def write_lora(checkpoint: Path, kind: str, file: Path) -> None:
     tensors: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     layers = json.loads((checkpoint / "unet" / "config.json").read_text())["layers_per_block"]
-    for component, module, weight in _modules(checkpoint):
+    found = list(_modules(checkpoint))
+    originals = unet_names([f"{module}.weight" for component, module, _ in found if component == "unet"], layers)
+    for component, module, weight in found:
         is_text, flat = component != "unet", weight.ndim == 2
         if not flat and kind not in ("kohya", "original"):
             continue
@@ -37,11 +39,11 @@ def write_lora(checkpoint: Path, kind: str, file: Path) -> None:
         if kind in ("dora", "mixed", "stabilised") and is_text:
             continue
         rank = _RANK if kind != "mixed" else 2 + len(module) % 3
-        size = 0.4 * float(weight.std()) ** 0.5 / weight[0].numel() ** 0.25
+        size = 0.2 * float(weight.std()) ** 0.5 / weight[0].numel() ** 0.25
         down = torch.randn(rank, *weight.shape[1:]) * size
         up = torch.randn(weight.shape[0], rank, *[1] * (weight.ndim - 2)) * size
         if kind in ("kohya", "original"):
-            named = _kohya(component, module, layers, original=kind == "original")
+            named = _kohya(component, module, originals if kind == "original" else {})
             tensors |= {f"{named}.lora_down.weight": down, f"{named}.lora_up.weight": up}
             tensors[f"{named}.alpha"] = torch.tensor(_ALPHA)
         elif kind == "processor":
@@ -80,11 +82,11 @@ def _modules(checkpoint: Path) -> Iterator[tuple[str, str, Any]]:
                         yield component, name.removesuffix(".weight"), weight
 
 
-def _kohya(component: str, module: str, layers: int, *, original: bool) -> str:
+def _kohya(component: str, module: str, originals: Mapping[str, str]) -> str:
+    """originals: of the U-Net's weights, where they are to have the names of their authors."""
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[component]
-    if component == "unet" and original:
-        weight = f"{module}.weight"
-        module = unet_names([weight], layers)[weight].removesuffix(".weight")
+    if component == "unet" and originals:
+        module = originals[f"{module}.weight"].removesuffix(".weight")
     elif component != "unet" and not module.startswith(("text_model", "text_projection")):
         module = f"text_model.{module}"
     return prefix + module.replace(".", "_")

@@ -1,0 +1,400 @@
+"""LoRAs: three ways to the same picture, rows with sets of their own, names that trainers use, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import diffoundry
+from diffoundry import Lora, Request
+from diffoundry.bundle import Bundle
+from diffoundry.calibration.build import build
+from diffoundry.common.errors import DiffoundryError, EngineError, LoraError, RequestError
+from diffoundry.engines.initializers import read_initializers
+from diffoundry.families.lora import LoraFile
+from diffoundry.families.lora.pickles import read_pickle
+from diffoundry.parity.pipelines import ADAPTED, LORA
+from diffoundry.runtime.lora import weights_of
+from diffoundry.runtime.lora_sets import LoraSets
+
+NEAR = 1e-5
+ASKED = {"steps": 4, "guidance": 3.0, "width": 64, "height": 64, "output": "latent"}
+CHECKPOINT, PROMPT = "pico", "a large red star at the left on a navy background"
+OTHER = "a small white ring at the top on a black background"
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_of):
+    return bundle_of(CHECKPOINT + ADAPTED)
+
+
+@pytest.fixture(scope="module")
+def files(checkpoint_of):
+    return {kind: checkpoint_of(f"{CHECKPOINT}{LORA}{kind}") for kind in ("peft", "kohya", "dora")}
+
+
+@pytest.fixture
+def pipe(bundle):
+    return diffoundry.load(bundle, engine="onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def weights(bundle):
+    return weights_of(Bundle.open(bundle))
+
+
+def drawn(pipe, seed=3, prompt=PROMPT, **options):
+    return pipe(prompt, seed=seed, **{**ASKED, **options}).latents
+
+
+def written(path, tensors, **metadata):
+    save_file(
+        {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}, path, metadata or None
+    )
+    return path
+
+
+def test_fused_hot_and_as_inputs_are_the_same(pipe, files, checkpoint_of, tmp_path):
+    loras = [Lora(files["peft"], 0.6), Lora(files["kohya"], -0.3, 0.2)]
+    fused = tmp_path / "fused.bundle"
+    diffoundry.compile(checkpoint_of(CHECKPOINT), fused, tasks=["txt2img"], loras=loras)
+    bare = drawn(pipe)
+    pipe.set_loras(loras, as_inputs=False)
+    hot = drawn(pipe)
+    assert pipe.loras == tuple(loras)
+    pipe.set_loras(loras, as_inputs=True)
+    given = drawn(pipe)
+    assert "unet_lora" in pipe.loaded
+    assert "unet" not in pipe.loaded
+    pipe.set_loras([])
+    np.testing.assert_array_equal(drawn(pipe), bare)
+    assert np.abs(hot - bare).max() > 1e-3
+    np.testing.assert_array_equal(drawn(diffoundry.load(fused, engine="onnxruntime")), hot)
+    np.testing.assert_allclose(given, hot, atol=NEAR, rtol=NEAR)
+    assert "peft" in Bundle.open(fused).manifest.source["loras"]
+
+
+@pytest.mark.parametrize("engine", ["openvino"])
+def test_another_engine_draws_the_same(bundle, files, pipe, engine):
+    other = diffoundry.load(bundle, engine=engine, precision="fp32")
+    for as_inputs in (False, True):
+        for each in (pipe, other):
+            each.set_loras([(files["peft"], 0.6)], as_inputs=as_inputs)
+        np.testing.assert_allclose(drawn(other), drawn(pipe), atol=1e-4, rtol=1e-3)
+    other.set_loras([])
+    pipe.set_loras([])
+    np.testing.assert_allclose(drawn(other), drawn(pipe), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_rows_of_a_batch_have_sets_of_their_own(bundle, files, pipe, loop):
+    rows = diffoundry.load(bundle, engine="onnxruntime", loop=loop)
+    sets = [
+        (Lora(files["peft"], 0.6),),
+        (Lora(files["kohya"], 0.4),),
+        (Lora(files["kohya"], -0.2), Lora(files["peft"], 0.3)),
+    ]
+    requests = [Request(PROMPT, seed=5 + i, loras=each, **ASKED) for i, each in enumerate(sets)]
+    made = rows.generate_many(requests)
+    for request, result in zip(requests, made, strict=True):
+        np.testing.assert_allclose(result.latents, rows.generate(request).latents, atol=NEAR)
+        pipe.set_loras(list(request.loras), as_inputs=False)
+        np.testing.assert_allclose(result.latents, drawn(pipe, request.seed), atol=NEAR, rtol=NEAR)
+    assert [each["strength"] for each in made[2].request["loras"]] == [-0.2, 0.3]
+
+
+def test_a_row_without_runs_beside_one_with(pipe, files):
+    plain = Request(PROMPT, seed=5, **ASKED)
+    both = pipe.generate_many(
+        [
+            plain,
+            Request(
+                "a small white ring at the top on a black background", seed=6, loras=[Lora(files["peft"], 0.6)], **ASKED
+            ),
+        ]
+    )
+    np.testing.assert_allclose(both[0].latents, pipe.generate(plain).latents, atol=1e-4, rtol=1e-3)
+
+
+def test_what_the_pipeline_has_acts_with_what_a_request_has(pipe, files):
+    pipe.set_loras([(files["peft"], 0.6)])
+    both = drawn(pipe, loras=[Lora(files["kohya"], 0.4)])
+    pipe.set_loras([(files["peft"], 0.6), (files["kohya"], 0.4)], as_inputs=False)
+    np.testing.assert_allclose(both, drawn(pipe), atol=NEAR, rtol=NEAR)
+
+
+def test_a_form_without_factors_is_hot_where_nothing_is_asked(pipe, files):
+    pipe.set_loras([(files["dora"], 0.5)])
+    assert pipe.loras
+    drawn(pipe)
+    assert "unet" in pipe.loaded
+    with pytest.raises(LoraError, match="magnitude"):
+        pipe.set_loras([(files["dora"], 0.5)], as_inputs=True)
+    with pytest.raises(LoraError, match="magnitude"):
+        drawn(pipe, loras=[Lora(files["dora"])])
+
+
+def test_a_small_rank_and_few_layers_are_said(copied, files):
+    build(copied, lora_rank=2, lora_layers="attention")
+    pipe = diffoundry.load(copied, engine="onnxruntime")
+    with pytest.raises(LoraError, match="--lora-layers all"):
+        pipe.set_loras([files["peft"]], as_inputs=True)
+    build(copied, lora_rank=2, lora_layers="all")
+    with pytest.raises(LoraError, match="--lora-rank 4`"):
+        diffoundry.load(copied, engine="onnxruntime").set_loras([files["peft"]], as_inputs=True)
+    build(copied, lora_rank=0)
+    assert not Bundle.open(copied).manifest.wiring.lora_inputs
+    with pytest.raises(RequestError, match="build"):
+        drawn(diffoundry.load(copied), loras=[Lora(files["peft"])])
+
+
+def test_a_build_that_is_done_is_not_done_again(copied):
+    build(copied, lora_rank=4)
+    stamps = {path: path.stat().st_mtime_ns for path in (copied / "unet_lora").iterdir()}
+    build(copied, lora_rank=4)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (copied / "unet_lora").iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["peft", "kohya", "dora"])
+def test_a_file_changes_what_it_has_keys_for(weights, files, kind):
+    opened = LoraFile.open(files[kind], weights)
+    count = sum(map(len, opened.changes.values()))
+    parts = 3 if kind in ("kohya", "dora") else 2
+    assert count == len(load_file(files[kind])) // parts
+    assert not opened.unused
+
+
+def test_the_names_of_other_trainers(weights, tmp_path):
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    shape = weights.shapes["unet"][f"{module}.weight"]
+    down, up = np.ones((2, shape[1])), np.ones((shape[0], 2))
+    for prefix, ends in {
+        f"unet.{module}": (".lora_A.weight", ".lora_B.weight"),
+        f"unet.{module} ": (".lora.down.weight", ".lora.up.weight"),
+        f"base_model.model.unet.{module}": (".lora_A.default.weight", ".lora_B.default.weight"),
+        f"base_model.model.{module}": (".lora_A.weight", ".lora_B.weight"),
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora": (".down.weight", ".up.weight"),
+        f"lora_unet_{module.replace('.', '_')}": (".lora_down.weight", ".lora_up.weight"),
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q": (".lora_down.weight", ".lora_up.weight"),
+        "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q": (".lora_A.weight", ".lora_B.weight"),
+    }.items():
+        tensors = {prefix.strip() + end: each for end, each in zip(ends, (down, up), strict=True)}
+        opened = LoraFile.open(written(tmp_path / "x.safetensors", tensors), weights)
+        assert list(opened.changes["unet"]) == [f"{module}.weight"], prefix
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_lists_of_cloneofsimo(weights, tmp_path, suffix):
+    order = [
+        name
+        for side in ("down_blocks", "up_blocks", "mid_block")
+        for name in sorted(weights.shapes["unet"])
+        if name.startswith(side) and ".attn1.to_q." in name
+    ]
+    layers = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")
+    layers += tuple(each.replace("attn1", "attn2") for each in layers[:4])
+    names = [name.replace("attn1.to_q", layer) for name in order for layer in layers]
+    rng = np.random.default_rng(0)
+    pairs = []
+    for name in names:
+        gives, reads = weights.shapes["unet"][name]
+        pairs += [rng.standard_normal((gives, 2)), rng.standard_normal((2, reads))]
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".pt":
+        torch.save([torch.from_numpy(each).float() for each in pairs], path)
+    else:
+        keys = [f"unet:{i}:{end}" for i in range(len(names)) for end in ("up", "down")]
+        written(path, dict(zip(keys, pairs, strict=True)), unet="[]")
+    changes = LoraFile.open(path, weights).changes["unet"]
+    assert set(changes) == set(names)
+    for i, name in enumerate(names):
+        np.testing.assert_allclose(changes[name].parts["up"], pairs[2 * i], rtol=1e-6)
+
+
+def test_the_scales_of_peft_are_read(weights, tmp_path):
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    gives, reads = weights.shapes["unet"][f"{module}.weight"]
+    tensors = {f"unet.{module}.lora_A.weight": np.ones((4, reads)), f"unet.{module}.lora_B.weight": np.ones((gives, 4))}
+
+    def scale(**config):
+        stated = json.dumps({f"unet.{name}": value for name, value in config.items()})
+        file = written(tmp_path / "x.safetensors", tensors, lora_adapter_metadata=stated)
+        return LoraFile.open(file, weights).changes["unet"][f"{module}.weight"].scale
+
+    assert scale(lora_alpha=8) == 2
+    assert scale(lora_alpha=8, use_rslora=True) == 4
+    assert scale(lora_alpha=8, alpha_pattern={"attn1.to_q": 2}) == 0.5
+    assert scale(r=4) == 1
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    bare = {name.replace("unet.", "base_model.model."): value for name, value in tensors.items()}
+    written(folder / "adapter_model.safetensors", bare)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
+    assert LoraFile.open(folder, weights).changes["unet"][f"{module}.weight"].scale == 0.5
+
+
+def test_initializers_are_those_that_onnx_reads(bundle):
+    for path in sorted(bundle.glob("*/*.onnx")):
+        stored = {each.name: each for each in onnx.load(path).graph.initializer}
+        found = read_initializers(path)
+        assert found.keys() <= stored.keys()
+        for name, each in found.items():
+            np.testing.assert_array_equal(each.read(), onnx.numpy_helper.to_array(stored[name]))
+        assert all(not tensor.raw_data for name, tensor in stored.items() if name not in found)
+
+
+def test_a_damaged_model_is_no_model(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x3a\xff\xff\xff\x7f")
+    with pytest.raises(EngineError, match="compile the bundle again"):
+        read_initializers(tmp_path / "model.onnx")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("evil",))
+
+
+def test_a_pickle_is_read_as_weights_alone(tmp_path, capsys):
+    held = {"a": torch.randn(3, 4).half(), "b": [torch.randn(2, 5).t(), torch.nn.Parameter(torch.ones(2))]}
+    torch.save({**held, "c": torch.full((3,), 1.5, dtype=torch.bfloat16)}, tmp_path / "x.pt")
+    found = read_pickle(tmp_path / "x.pt")
+    np.testing.assert_array_equal(found["a"], held["a"].float().numpy())
+    np.testing.assert_array_equal(found["b.0"], held["b"][0].numpy())
+    np.testing.assert_array_equal(found["c"], np.full(3, 1.5, np.float32))
+    torch.save(Evil(), tmp_path / "evil.pt")
+    with pytest.raises(LoraError, match="holds code"):
+        read_pickle(tmp_path / "evil.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:-100])
+    with pytest.raises(LoraError, match="truncated"):
+        read_pickle(tmp_path / "cut.pt")
+    assert "evil" not in capsys.readouterr().out
+
+
+REFUSED = {
+    "empty": "is empty",
+    "missing": "is no file",
+    "text": "truncated or no safetensors",
+    "nan": "not finite",
+    "other": "changes nothing in",
+    "flux": "is a LoRA for FLUX",
+    "ip": "is an IP-Adapter: give it to",
+    "wide": "other widths than",
+    "more": "keys that change nothing in .*extra.lora_A",
+    "half": "no up",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_files_are_refused_in_one_line(bundle, files, tmp_path, called, what):
+    good, path = load_file(files["peft"]), tmp_path / "x.safetensors"
+    first = next(iter(good))
+    if what == "empty":
+        path.touch()
+    elif what == "text":
+        path.write_bytes(Path(files["peft"]).read_bytes()[:2000])
+    elif what == "nan":
+        written(path, good | {first: np.full_like(good[first], np.nan)})
+    elif what == "other":
+        written(path, {"a.lora_A.weight": np.ones((2, 2)), "a.lora_B.weight": np.ones((2, 2))})
+    elif what == "flux":
+        written(path, {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": np.ones((2, 2))})
+    elif what == "ip":
+        written(path, {"ip_adapter.1.to_k_ip.weight": np.ones((2, 2))})
+    elif what == "wide":
+        written(path, {name: np.concatenate([each, each], axis=int("lora_A" in name)) for name, each in good.items()})
+    elif what == "more":
+        written(path, good | {"unet.extra.lora_A.weight": np.ones((2, 2))})
+    elif what == "half":
+        written(path, {name: each for name, each in good.items() if name != first.replace("lora_A", "lora_B")})
+    done = called("run", bundle, "a ring", "--lora", path, "-o", tmp_path / "x.png")
+    assert done.returncode == 1
+    [line] = done.stderr.strip().splitlines()
+    assert re.search(REFUSED[what], line), line
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_keys_that_are_not_used_may_be_left_out(pipe, files, tmp_path):
+    path = written(tmp_path / "x.safetensors", load_file(files["peft"]) | {"unet.extra.lora_A.weight": np.ones((2, 2))})
+    with pytest.raises(LoraError, match="lora-ignore-unused"):
+        pipe.set_loras([path])
+    pipe.set_loras([Lora(path, 0.6, ignore_unused=True)])
+    found = drawn(pipe)
+    pipe.set_loras([(files["peft"], 0.6)])
+    np.testing.assert_array_equal(found, drawn(pipe))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x=nan", "strength"),
+        ("x=inf", "strength"),
+        ("x=1:2:3", "strengths"),
+        ("x=one", "FILE=STRENGTH"),
+        ("=1", "path"),
+    ],
+)
+def test_bad_strengths_are_refused(text, said):
+    with pytest.raises(RequestError, match=said):
+        Lora.parse(text)
+
+
+def test_strengths_are_read_off_a_text(tmp_path):
+    assert Lora.parse("a/b.safetensors") == Lora("a/b.safetensors")
+    assert Lora.parse("b=0.8") == Lora("b", 0.8)
+    assert Lora.parse("a=b=-0.8:0") == Lora("a=b", -0.8, 0.0)
+    (tmp_path / "v=2").touch()
+    assert Lora.parse(str(tmp_path / "v=2")).strength == 1
+    assert Lora.parse(str(Lora("b", 0.5, 0.25))) == Lora("b", 0.5, 0.25)
+
+
+def test_the_same_file_twice_and_too_many_are_refused(pipe, files):
+    with pytest.raises(RequestError, match="twice"):
+        pipe.set_loras([files["peft"], (files["peft"], 0.5)])
+    with pytest.raises(RequestError, match="too many"):
+        pipe.set_loras([f"{i}.safetensors" for i in range(200)])
+    for bad in ("x", [3], {"x": 1}, [("a", "b", "c", "d")]):
+        with pytest.raises(DiffoundryError):
+            pipe.set_loras(bad)
+
+
+def test_a_failed_change_leaves_the_pipeline_as_it_was(pipe, files):
+    pipe.set_loras([(files["peft"], 0.6)])
+    before = drawn(pipe)
+    with pytest.raises(LoraError):
+        pipe.set_loras(["nowhere.safetensors"])
+    assert [lora.strength for lora in pipe.loras] == [0.6]
+    np.testing.assert_array_equal(drawn(pipe), before)
+
+
+def test_a_file_that_changes_is_read_again(pipe, files, tmp_path):
+    path = tmp_path / "x.safetensors"
+    shutil.copy(files["peft"], path)
+    pipe.set_loras([(path, 0.6)])
+    first = drawn(pipe)
+    written(path, {name: 0.5 * each for name, each in load_file(files["peft"]).items()}, other="size")
+    pipe.set_loras([(path, 0.6)])
+    assert np.abs(drawn(pipe) - first).max() > 1e-3
+
+
+def test_equal_sets_have_the_same_factors(bundle, files):
+    sets = LoraSets(Bundle.open(bundle))
+    first, second = (sets.padded((Lora(files["peft"], 0.6),), 8) for _ in "12")
+    assert first[0] is second[0]
+    assert first[0].shape[1] == 8
+    assert sets.padded((), 8)[0] is sets.padded((), 8)[0]
+
+
+def test_weights_in_eight_bits_are_said(bundle_of, files, pipe):
+    loader = pipe._loader
+    changes = {"unet": {"no.such.weight": lambda weight: weight}}
+    with pytest.raises(EngineError, match=r"--precision fp32.*compile --lora"):
+        loader.change(changes)
+    assert not loader.changed
