@@ -126,6 +126,13 @@ class _Run(click.Command):
     metavar="FILE[=STRENGTH[:TEXT]]",
     help="A LoRA to draw with; TEXT is its strength in the text encoders. May be repeated.",
 )
+@click.option(
+    "--embedding",
+    "embeddings",
+    multiple=True,
+    metavar="FILE[=WORD]",
+    help="A textual inversion: prompts may have its word. May be repeated.",
+)
 @click.option("--lora-ignore-unused", is_flag=True, help="Leave out what of a LoRA changes nothing in this model.")
 @click.option(
     "--scheduler",
@@ -240,6 +247,7 @@ def run_command(
         raise click.UsageError("--refine-from goes with --refiner: give the refiner's bundle too, or leave it out")
     how = {name: asked.pop(name) for name in ("engine", "precision", "threads", "weight_budget")}
     loras = read_loras(asked.pop("loras"), asked.pop("lora_ignore_unused"))
+    words = asked.pop("embeddings")
     request = _request(asked)
     paths = output_paths(Path(output), request.count)
     shown = None if preview is None else output_paths(Path(preview), 1)[0]
@@ -249,6 +257,8 @@ def run_command(
     check_beside(pipeline.bundle, [(path, "--output") for path in (*paths, *([] if shown is None else [shown]))])
     if shown is not None:
         check_decoder(pipeline.bundle, "tiny")
+    if words:
+        pipeline.set_embeddings(list(words))
     if loras:
         told = bool(request.control or request.image_prompt)  # which the denoiser that takes LoRAs is not
         pipeline.set_loras(loras, as_inputs=False if told else None)

@@ -24,6 +24,8 @@ Change = Callable[[Array], Array]
 """Of a weight as the checkpoint has it, float32, what is added to it."""
 Changes = Mapping[str, Change]
 """By the names of weights in the checkpoint."""
+Rows = Mapping[str, Mapping[int, Array]]
+"""Rows in place of a weight's own, or after them, by the names of weights in the checkpoint: of new words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +82,19 @@ def shapes_of(bundle: Bundle, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def new_values(
-    bundle: Bundle, name: str, graphs: Sequence[Path], changes: Changes, sources: str
+    bundle: Bundle, name: str, graphs: Sequence[Path], changes: Changes, sources: str, rows: Rows | None = None
 ) -> dict[Path, list[NewValue]]:
-    """For each of the graphs of component `name` what its initializers become; see `places`."""
+    """For each of the graphs of component `name` what its initializers become; see `places`.
+
+    rows: of weights, in place of their own rows or behind them.
+    """
+    rows = rows or {}
     return {
-        graph: [NewValue(held, _changed(held, axes, changes[weight])) for held, axes, weight in found]
-        for graph, found in places(bundle, name, graphs, changes, sources).items()
+        graph: [
+            NewValue(held, _changed(held, axes, changes.get(weight), rows.get(weight, {})))
+            for held, axes, weight in found
+        ]
+        for graph, found in places(bundle, name, graphs, {*changes, *rows}, sources).items()
     }
 
 
@@ -123,10 +132,19 @@ def places(
     return made
 
 
-def _changed(held: Initializer, axes: tuple[int, ...] | None, change: Change) -> Array:
+def _changed(
+    held: Initializer, axes: tuple[int, ...] | None, change: Change | None, rows: Mapping[int, Array]
+) -> Array:
     value = np.array(held.read(), np.float32, order="C")
     weight = value if axes is None else value.transpose(np.argsort(axes))
-    weight += change(weight)
+    if change is not None:
+        weight += change(weight)
+    if rows:
+        more = max(0, max(rows) + 1 - len(weight))
+        weight = np.concatenate([weight, np.zeros((more, *weight.shape[1:]), np.float32)])
+        for i, row in rows.items():
+            weight[i] = row
+        value = weight if axes is None else weight.transpose(axes)
     return held.stored(value)
 
 

@@ -7,7 +7,7 @@ which each tensor has its dims (1), data_type (2), name (8) and either raw_data 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,54 @@ def read_initializers(model: Path) -> dict[str, Initializer]:
     except (OSError, ValueError, IndexError, UnicodeDecodeError) as error:
         raise EngineError(f"{model} cannot be read ({error}): compile the bundle again") from None
     return found
+
+
+def with_values(model: Path, values: Mapping[str, tuple[int, Array]]) -> bytes:
+    """The model in `model` with other values of initializers, each with the type as ONNX numbers it, in the model."""
+    content = bytearray()
+    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for start, end, number, inner in _pieces(data, 0, len(data)):
+            if number != _GRAPH:
+                content += data[start:end]
+                continue
+            graph = bytearray()
+            for first, last, kind, body in _pieces(data, *inner):
+                found = _initializer(data, *body, model) if kind == _INITIALIZER else None
+                if found is None or found.name not in values:
+                    graph += data[first:last]
+                else:
+                    graph += _message(_INITIALIZER, _tensor(found.name, *values[found.name]))
+            content += _message(_GRAPH, bytes(graph))
+    return bytes(content)
+
+
+def _pieces(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+    """Each field of a message: where it begins and ends, its number, and where its body does."""
+    at = start
+    for number, kind, first, last in _fields(data, start, end):
+        yield at, last, number, (first, last) if kind == _BYTES else (at, at)
+        at = last
+
+
+def _tensor(name: str, dtype: int, value: Array) -> bytes:
+    dims = b"".join(_number(_DIMS, size) for size in value.shape)
+    return dims + _number(_TYPE, dtype) + _message(_NAME, name.encode()) + _message(_RAW, value.tobytes())
+
+
+def _message(number: int, body: bytes) -> bytes:
+    return _as_varint(number << 3 | _BYTES) + _as_varint(len(body)) + body
+
+
+def _number(number: int, value: int) -> bytes:
+    return _as_varint(number << 3) + _as_varint(value)
+
+
+def _as_varint(value: int) -> bytes:
+    made = bytearray()
+    while value > 0x7F:
+        made.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*made, value])
 
 
 def _initializer(data: mmap.mmap, start: int, end: int, model: Path) -> Initializer | None:

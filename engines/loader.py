@@ -11,7 +11,7 @@ from ..bundle import AS_EXPORTED, EIGHT_BIT, FULL, PRECISIONS, STANDARD, Bundle,
 from ..common.checks import is_whole
 from ..common.errors import EngineError
 from .cache import EngineStore
-from .changed import Changes, NewValue, new_values, places
+from .changed import Changes, NewValue, Rows, new_values, places
 from .engine import Engine
 from .names import FUSED_ENGINES, ONNXRUNTIME, OPENVINO, PLANNED, EngineName
 
@@ -70,6 +70,7 @@ class EngineLoader:
         self._serving: dict[str, Plan] = {}
         self._small: dict[str, bool] = {}
         self._changes: dict[str, Changes] = {}
+        self._rows: dict[str, Rows] = {}
         if self.engine.backend == ONNXRUNTIME:
             from .onnxruntime import require_provider
 
@@ -116,10 +117,11 @@ class EngineLoader:
             )
         changes, source = self.changes_of(name)
         changes = changes if more is None else more
-        if changes and self.engine.backend in PLANNED:
+        rows = self._rows.get(name, {})
+        if (changes or rows) and self.engine.backend in PLANNED:
             raise self._cannot_change()
         graphs = [self._bundle.path(graph) for graph in (variant.model, variant.per_prompt) if graph]
-        changed = new_values(self._bundle, name, graphs, changes, source) if changes else {}
+        changed = new_values(self._bundle, name, graphs, changes, source, rows) if changes or rows else {}
         if self._fused:
             from .onnxruntime_cuda import load_fused
 
@@ -135,23 +137,25 @@ class EngineLoader:
             self._bundle.root, name, variant, provider=self.engine.provider, threads=threads, changed=changed
         )
 
-    def change(self, changes: Mapping[str, Changes]) -> None:
+    def change(self, changes: Mapping[str, Changes], rows: Mapping[str, Rows]) -> None:
         """Let components be loaded with changed weights from now on, by the component that the weights are of.
 
-        The denoiser's are those of its other forms, too. Raises `EngineError` where the engine cannot.
+        rows: of weights, in place of their own rows or behind them. The denoiser's changes are those of its other
+        forms, too. Raises `EngineError` where the engine cannot; all is then as it was.
         """
-        if changes and self.engine.backend in PLANNED:
+        if (changes or rows) and self.engine.backend in PLANNED:
             raise self._cannot_change()
-        before, self._changes = self._changes, dict(changes)
+        before = self._changes, self._rows
+        self._changes, self._rows = dict(changes), dict(rows)
         try:
             for name in self._bundle.manifest.components:
                 own, source = self.changes_of(name)
-                if own:
+                if own or name in self._rows:
                     variant = self._variant(name)
                     graphs = [self._bundle.path(graph) for graph in (variant.model, variant.per_prompt) if graph]
-                    places(self._bundle, name, graphs, own, source)
+                    places(self._bundle, name, graphs, {*own, *self._rows.get(name, {})}, source)
         except BaseException:
-            self._changes = before
+            self._changes, self._rows = before
             raise
 
     def _cannot_change(self) -> EngineError:
@@ -163,7 +167,7 @@ class EngineLoader:
     @property
     def changed(self) -> set[str]:
         """The components whose weights are changed."""
-        return set(self._changes)
+        return {*self._changes, *self._rows}
 
     def changes_of(self, name: str) -> tuple[Changes, str]:
         """The changes of the weights of component `name`, and the component whose they are."""

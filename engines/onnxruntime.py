@@ -21,6 +21,7 @@ from ..common.arrays import Array
 from ..common.errors import EngineError, reason
 from .changed import NewValue
 from .engine import ONE_ENGINE, DeviceArray, Engine
+from .initializers import with_values
 from .split import SplitEngine
 from .wheel import install, ort
 
@@ -360,18 +361,15 @@ def open_session(
 
 def _with(path: Path, options: ort.SessionOptions, changed: Sequence[NewValue]) -> str | bytes:
     """The model in `path` with other values of initializers: those beside the graph are given to the session."""
-    apart = [each for each in changed if not each.initializer.embedded]
+    whole = [each for each in changed if each.value.shape == each.initializer.shape]
+    apart = [each for each in whole if not each.initializer.embedded]
     if apart:
         options.add_external_initializers([each.initializer.name for each in apart], [_value(each) for each in apart])
-    within = [each for each in changed if each.initializer.embedded]
+    within = [each for each in changed if each.initializer.embedded or each.value.shape != each.initializer.shape]
     if not within:
         return str(path)
-    content = bytearray(path.read_bytes())
-    for each in within:
-        start = each.initializer.offset
-        content[start : start + each.initializer.length] = each.value.tobytes()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return bytes(content)
+    return with_values(path, {each.initializer.name: (each.initializer.dtype, each.value) for each in within})
 
 
 def _value(changed: NewValue) -> ort.OrtValue:

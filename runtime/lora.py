@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
+from ..common.arrays import Array
 from ..common.checks import is_finite
-from ..common.errors import RequestError
+from ..common.errors import LoraError, RequestError
 from ..common.files import read_json
 from ..engines.changed import shapes_of
 from ..families.lora import LoraFile, Weights
+from ..families.lora.embeddings import EmbeddingFile
 
 _MOST = 64
 """LoRAs at once."""
@@ -71,6 +73,59 @@ class Lora:
         """Its strength by component."""
         text = self.strength if self.text_strength is None else self.text_strength
         return {name: self.strength if name == weights.denoiser else text for name in weights.shapes}
+
+
+@dataclass(frozen=True, slots=True)
+class TextualInversion:
+    """Vectors for a new word of prompts (Gal et al. 2022). file: in any published form. token: the word, where it is to
+    be another than the file says."""
+
+    file: str | Path
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, (str, Path)) or not str(self.file):
+            raise RequestError(f"a textual inversion must be a path, found {self.file!r:.80}")
+        if self.token is not None and (not isinstance(self.token, str) or not self.token.strip()):
+            raise RequestError(
+                f"the word of the textual inversion {self.file} must be a text, found {self.token!r:.80}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> TextualInversion:
+        """`FILE` or `FILE=WORD`."""
+        file, sign, token = text.rpartition("=")
+        return cls(text) if not sign or Path(text).exists() else cls(file, token)
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        return str(self.file) if self.token is None else f"{self.file}={self.token}"
+
+
+def as_inversions(given: Any) -> tuple[TextualInversion, ...]:
+    """A list of `TextualInversion`, paths, or texts as `TextualInversion.parse` takes them. Raises `RequestError`."""
+    if isinstance(given, (str, Path, TextualInversion)) or not isinstance(given, Sequence):
+        raise RequestError("textual inversions are given as a list: [TextualInversion(FILE)], or [] for none")
+    made = []
+    for each in given:
+        if not isinstance(each, (str, Path, TextualInversion)):
+            raise RequestError(f"a textual inversion must be a path or a TextualInversion, found {each!r:.80}")
+        made.append(TextualInversion.parse(each) if isinstance(each, str) else each)
+    return tuple(TextualInversion(each) if isinstance(each, Path) else each for each in made)
+
+
+def open_inversions(inversions: Sequence[TextualInversion], weights: Weights) -> dict[str, dict[str, Array]]:
+    """The vector of each new word, by text encoder. Raises `LoraError`."""
+    words: dict[str, dict[str, Array]] = {}
+    for each in inversions:
+        file = EmbeddingFile.open(each.file, weights, each.token)
+        for name in file.vectors:
+            own = file.words(name)
+            twice = sorted(own.keys() & words.get(name, {}).keys())
+            if twice:
+                raise LoraError(f"{file.path}: the word {twice[0]!r:.60} is given twice: give one another, FILE=WORD")
+            words.setdefault(name, {}).update(own)
+    return words
 
 
 def weights_of(bundle: Bundle) -> Weights:

@@ -18,10 +18,12 @@ from ..common.arrays import Array
 from ..common.checks import MOST_IMAGES, MOST_THREADS, whole_number
 from ..common.errors import BundleError, EngineError, LoraError, RequestError, StoppedError
 from ..engines import Engine
+from ..engines.changed import Changes, Rows
 from ..engines.loader import EngineLoader
 from ..engines.runnable import check_runnable
 from ..families import open_bundle
 from ..families.lora import combined
+from ..families.lora.embeddings import matrix_of
 from .conditions.condition import Fed, Job
 from .jobs import Jobs
 from .loaded import Form, LoadedEngines
@@ -31,7 +33,7 @@ from .loop.guidance import Guidance
 from .loop.host import HostStepper
 from .loop.noise import GENERATORS
 from .loop.sample import Sample
-from .lora import Lora, as_loras, described
+from .lora import Lora, as_inversions, as_loras, described, open_inversions
 from .lora_sets import LoraSets
 from .names import ours
 from .pictures.autoencoder import DECODERS, Autoencoder, check_decoder
@@ -97,6 +99,10 @@ class Pipeline:
         self._sets = LoraSets(bundle)
         self._jobs = Jobs(bundle, self.engine, self._autoencoder, self._sets, self._adapted)
         self._loras: tuple[Lora, ...] = ()
+        self._changes: Mapping[str, Changes] = {}
+        self._rows: Mapping[str, Rows] = {}
+        self._words: Mapping[str, Mapping[str, Array]] = {}
+        self._embeddings_record: list[str] = []
         self._loras_record: list[dict[str, Any]] = []
 
     @property
@@ -120,10 +126,34 @@ class Pipeline:
         opened = self._sets.opened(asked) if asked else []
         given = self._are_inputs(asked, as_inputs)
         changes = {} if given else combined(opened)
-        changed = self._loader.changed | set(changes)
-        self._loader.change(changes)
+        self._change(changes, self._rows)
         self._loras, self._loras_record = asked, described(opened, asked)
         self._sets.base = asked if given else ()
+
+    def set_embeddings(self, embeddings: Sequence[Any]) -> None:
+        """Let prompts have these new words from now on, [] for none.
+
+        embeddings: textual inversions, each a `TextualInversion`, a path, or a text `FILE=WORD`. A word of several
+        vectors is spelt out as diffusers does. Errors are those of `set_loras`.
+        """
+        self._engines.check_process()
+        asked = as_inversions(embeddings)
+        words = open_inversions(asked, self._sets.weights) if asked else {}
+        encoders = self._jobs.text.encoders
+        rows = encoders.set_words(words)
+        placed = {name: {matrix_of(self._sets.weights, name)[0]: each} for name, each in rows.items()}
+        try:
+            self._change(self._changes, placed)
+        except BaseException:
+            encoders.set_words(self._words)
+            raise
+        self._words, self._embeddings_record = words, [str(each) for each in asked]
+
+    def _change(self, changes: Mapping[str, Changes], rows: Mapping[str, Rows]) -> None:
+        """Load parts with these weights when they are next used. Raises `EngineError`; all is then as it was."""
+        changed = self._loader.changed | {*changes, *rows}
+        self._loader.change(changes, rows)
+        self._changes, self._rows = changes, rows
         roles = {name: self.bundle.component(name).role for name in self.bundle.manifest.components}
         also = {name for name, role in roles.items() if role in ("controlled", "lora") and self._denoiser in changed}
         if changed:
@@ -242,6 +272,8 @@ class Pipeline:
         jobs = [self._jobs.make(request) for request in requests]
         for job in jobs if self._loras else ():
             job.record["loras"] = [*self._loras_record, *job.record.get("loras", ())]
+        for job in jobs if self._embeddings_record else ():
+            job.record["embeddings"] = self._embeddings_record
         total = sum(job.request.count for job in jobs)
         if not jobs or total > MOST_IMAGES:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")

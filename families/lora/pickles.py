@@ -33,8 +33,8 @@ class _Storage(NamedTuple):
     kind: str
 
 
-def read_pickle(path: Path) -> dict[str, Array]:
-    """The tensors in nested dicts and lists, with dotted names, floats in float32.
+def read_pickle(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors in nested dicts and lists, with dotted names, floats in float32; and the texts, by their keys.
 
     Raises `LoraError` for a file that holds code, is damaged, or was written by torch before 1.6.
     """
@@ -54,7 +54,8 @@ def read_pickle(path: Path) -> dict[str, Array]:
         ) from None
     except Exception as error:  # a damaged pickle raises anything
         raise LoraError(f"{path} is damaged, or holds code ({reason(error, 120)}): get it as .safetensors") from None
-    return _flat(content)
+    pairs = content.items() if isinstance(content, dict) else ()
+    return _flat(content), {str(key): value for key, value in pairs if isinstance(value, str)}
 
 
 class _Reader(pickle.Unpickler):

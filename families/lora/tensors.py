@@ -53,7 +53,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         raise LoraError(f"{path} is empty (0 bytes): download it again")
     if size > _MOST_BYTES:
         raise LoraError(f"{path} has {size / 1e9:.0f} GB: that is no LoRA; give a checkpoint to `compile` instead")
-    tensors, metadata = (read_pickle(path), {}) if path.suffix.lower() in _PICKLES else _read_safetensors(path)
+    tensors, metadata = read_pickle(path) if path.suffix.lower() in _PICKLES else _read_safetensors(path)
     if not tensors:
         raise LoraError(f"{path} holds no tensors: it is no LoRA")
     for name, array in tensors.items():

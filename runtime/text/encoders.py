@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +32,22 @@ class TextEncoders:
         self._bundle, self._engine = bundle, engine
         self._encoders = {encoder.component: encoder for encoder in bundle.manifest.wiring.text}
         self._tokenizers: dict[str, PromptTokenizer] = {}
+
+    def set_words(self, words: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[int, Array]]:
+        """Let words be tokens with vectors of their own, and forget those of before.
+
+        words: by text encoder, a vector for each. Returns the rows of the matrices of tokens, by text encoder.
+        Raises `LoraError` for a word that is a token; the tokenizers are then as they were.
+        """
+        made: dict[str, PromptTokenizer] = {}
+        rows: dict[str, dict[int, Array]] = {}
+        for name, vectors in words.items():
+            made[name] = self._new_tokenizer(name)
+            ids = made[name].with_words(list(vectors))
+            rows[name] = {ids[word]: vector for word, vector in vectors.items()}
+        self._tokenizers.clear()
+        self._tokenizers.update(made)
+        return rows
 
     def with_engines(self, engine: Callable[[str], Engine]) -> TextEncoders:
         """The same with other engines. engine: loads a component by its name."""
@@ -121,10 +137,12 @@ class TextEncoders:
     def tokenizer(self, name: str) -> PromptTokenizer:
         """The tokenizer of the encoder `name`, loaded on first use."""
         if name not in self._tokenizers:  # two threads may both load it: the first one is kept
-            folder = self._encoders[name].tokenizer
-            spec = self._bundle.manifest.tokenizers[folder]
-            self._tokenizers.setdefault(name, PromptTokenizer(self._bundle.path(folder), spec))
+            self._tokenizers.setdefault(name, self._new_tokenizer(name))
         return self._tokenizers[name]
+
+    def _new_tokenizer(self, name: str) -> PromptTokenizer:
+        folder = self._encoders[name].tokenizer
+        return PromptTokenizer(self._bundle.path(folder), self._bundle.manifest.tokenizers[folder])
 
 
 def _joined(encoders: Sequence[TextEncoder], embeddings: Sequence[Embedding]) -> Embedding:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ...bundle import Tokenizer as Spec
 from ...bundle.tokens import read_tokens
 from ...common.arrays import Array
-from ...common.errors import BundleError
+from ...common.errors import BundleError, LoraError
 from ...common.files import check_regular
 
 _CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -31,6 +31,21 @@ class PromptTokenizer:
         self.window, self.room = spec.max_length, spec.max_length - 2
         self._tokenizer = _load(folder)
         self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+
+    def with_words(self, words: Sequence[str]) -> dict[str, int]:
+        """Let these be tokens of their own, each with the next id. Returns the ids.
+
+        Raises `LoraError` for one that the vocabulary has.
+        """
+        known = self._tokenizer.get_vocab(with_added_tokens=True)
+        for word in words:
+            if word in known:
+                raise LoraError(
+                    f"the word {word!r:.60} is a token already: give the textual inversion another, FILE=WORD"
+                )
+        self._tokenizer.add_tokens([AddedToken(word, special=False, normalized=True) for word in words])
+        self._added |= set(words)
+        return {word: int(self._tokenizer.token_to_id(word) or 0) for word in words}
 
     def encode(self, texts: Sequence[str]) -> tuple[Array, list[str]]:
         """Token ids, int64 (len(texts), max_length), and for each text the part that did not fit ("" if all did)."""

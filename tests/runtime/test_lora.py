@@ -264,8 +264,9 @@ class Evil:
 
 def test_a_pickle_is_read_as_weights_alone(tmp_path, capsys):
     held = {"a": torch.randn(3, 4).half(), "b": [torch.randn(2, 5).t(), torch.nn.Parameter(torch.ones(2))]}
-    torch.save({**held, "c": torch.full((3,), 1.5, dtype=torch.bfloat16)}, tmp_path / "x.pt")
-    found = read_pickle(tmp_path / "x.pt")
+    torch.save({**held, "c": torch.full((3,), 1.5, dtype=torch.bfloat16), "name": "fox"}, tmp_path / "x.pt")
+    found, texts = read_pickle(tmp_path / "x.pt")
+    assert texts == {"name": "fox"}
     np.testing.assert_array_equal(found["a"], held["a"].float().numpy())
     np.testing.assert_array_equal(found["b.0"], held["b"][0].numpy())
     np.testing.assert_array_equal(found["c"], np.full(3, 1.5, np.float32))
@@ -396,5 +397,5 @@ def test_weights_in_eight_bits_are_said(bundle_of, files, pipe):
     loader = pipe._loader
     changes = {"unet": {"no.such.weight": lambda weight: weight}}
     with pytest.raises(EngineError, match=r"--precision fp32.*compile --lora"):
-        loader.change(changes)
+        loader.change(changes, {})
     assert not loader.changed

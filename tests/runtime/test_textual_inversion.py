@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
+from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 import diffoundry
+from diffoundry.common.errors import LoraError
 from diffoundry.examples.random_checkpoint import _tokenizer
 from diffoundry.export.loading import load_tokenizer
+from diffoundry.families.lora.embeddings import EmbeddingFile, matrix_of
+from diffoundry.runtime.lora import weights_of
 from diffoundry.runtime.text.tokenizer import PromptTokenizer
 from diffoundry.runtime.text.weighting import weighted_embeddings
 
@@ -83,3 +87,113 @@ def test_two_tokenizers_with_tokens_of_their_own_draw_as_diffusers_does(tmp_path
         theirs = pipe(**asked, num_inference_steps=3, generator=generator, output_type="latent").images.numpy()
         found = ours(**asked, steps=3, seed=3, output="latent").latents
         np.testing.assert_allclose(found, theirs, atol=1e-3 * np.abs(theirs).max())
+
+
+FORMS = ("diffusers", "a1111", "safetensors", "tensor", "one vector")
+
+
+def inversion(path, form, width):
+    """A file of this form, and what diffusers is given for it."""
+    torch.manual_seed(3)
+    vectors = torch.randn(1 if form == "one vector" else 3, width) * 0.7
+    if form == "a1111":
+        torch.save({"string_to_param": {"*": vectors}, "name": "<fox>", "step": 3}, path.with_suffix(".pt"))
+        return path.with_suffix(".pt"), vectors
+    if form == "tensor":
+        torch.save(vectors, path.with_suffix(".bin"))
+        return f"{path.with_suffix('.bin')}=<fox>", vectors
+    if form == "safetensors":
+        named = path.with_name("<fox>.safetensors")
+        save_file({"emb_params": vectors}, named)
+        return named, vectors
+    save_file({"<fox>": vectors}, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors"), vectors
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint_of):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(checkpoint_of("pico"), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def their_latents(pipe, prompt, steps=4):
+    made = pipe(
+        prompt,
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(2),
+        output_type="latent",
+    )
+    return made.images.numpy()
+
+
+ASKED = {"steps": 4, "guidance": 3.0, "seed": 2, "output": "latent"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_word_at_run_draws_as_diffusers_does(form, theirs, bundle_of, tmp_path):
+    given, vectors = inversion(tmp_path / "x", form, theirs.text_encoder.config.hidden_size)
+    ours = diffoundry.load(bundle_of("pico"), engine="onnxruntime")
+    bare = ours("a large <fox> at the left", **ASKED).latents
+    ours.set_embeddings([str(given)])
+    theirs.load_textual_inversion({"<fox>": vectors}, token="<fox>")
+    try:
+        for prompt in ("a large <fox> at the left", "<fox>, a <fox>", "a ring"):
+            made = ours(prompt, **ASKED)
+            np.testing.assert_allclose(made.latents, their_latents(theirs, prompt), atol=1e-4, rtol=1e-2)
+        assert made.request["embeddings"] == [str(given)]
+    finally:
+        theirs.unload_textual_inversion()
+    assert np.abs(ours("a large <fox> at the left", **ASKED).latents - bare).max() > 1e-3
+    ours.set_embeddings([])
+    np.testing.assert_array_equal(ours("a large <fox> at the left", **ASKED).latents, bare)
+
+
+def test_two_words_a_lora_and_another_engine(theirs, bundle_of, checkpoint_of, tmp_path):
+    fox, vectors = inversion(tmp_path / "x", "diffusers", theirs.text_encoder.config.hidden_size)
+    lora = checkpoint_of("pico+lora-peft")
+    prompt = "a <fox> and an <owl>"
+    theirs.load_textual_inversion({"<fox>": vectors}, token="<fox>")
+    theirs.load_textual_inversion({"<owl>": vectors[:2].flip(0)}, token="<owl>")
+    save_file({"<owl>": vectors[:2].flip(0).contiguous()}, tmp_path / "owl.safetensors")
+    theirs.load_lora_weights(lora.parent, weight_name=lora.name)
+    expected = their_latents(theirs, prompt)
+    theirs.unload_lora_weights()
+    theirs.unload_textual_inversion(["<fox>", "<owl>"])
+    for engine in ("onnxruntime", "openvino"):
+        ours = diffoundry.load(bundle_of("pico"), engine=engine, precision="fp32")
+        ours.set_embeddings([fox, tmp_path / "owl.safetensors"])
+        ours.set_loras([lora])
+        np.testing.assert_allclose(ours(prompt, **ASKED).latents, expected, atol=1e-4, rtol=1e-2)
+
+
+def test_each_encoder_of_xl_has_its_vectors(bundle_of, tmp_path):
+    ours = diffoundry.load(bundle_of("sdxl-small"), engine="onnxruntime")
+    weights = weights_of(ours.bundle)
+    widths = [matrix_of(weights, name)[1][1] for name in ("text_encoder", "text_encoder_2")]
+    both = {key: torch.randn(2, width) for key, width in zip(("clip_l", "clip_g"), widths, strict=True)}
+    save_file(both, tmp_path / "xl.safetensors")
+    opened = EmbeddingFile.open(tmp_path / "xl.safetensors", weights, "<fox>")
+    assert [opened.vectors[name].shape[1] for name in ("text_encoder", "text_encoder_2")] == widths
+    ours.set_embeddings([f"{tmp_path / 'xl.safetensors'}=<fox>"])
+    first, second = (ours.encode([text])[0] for text in ("a <fox>", "a <owl>"))
+    assert np.abs(first - second).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("tensors", "given", "said"),
+    [
+        ({"<fox>": (2, 63)}, "", "width 63, the text encoders of .* 64: it was made for another model"),
+        ({"a": (2, 64), "b": (2, 64)}, "", "is no textual inversion"),
+        ({"<fox>": (2, 64)}, "=a", "is a token already"),
+        ({"<fox>": (2, 64)}, "=a fox", "no spaces"),
+        ({"<fox>": (90, 64)}, "", "shape"),
+    ],
+)
+def test_bad_inversions_are_refused(tensors, given, said, bundle_of, tmp_path):
+    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "x.safetensors")
+    ours = diffoundry.load(bundle_of("pico"), engine="onnxruntime")
+    with pytest.raises(LoraError, match=said):
+        ours.set_embeddings([f"{tmp_path / 'x.safetensors'}{given}"])
+    ours("a ring", **ASKED)
