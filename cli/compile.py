@@ -84,6 +84,13 @@ from .progress import progress
     metavar="FILE[=STRENGTH[:TEXT]]",
     help="A LoRA to change the weights by for good; TEXT is its strength in the text encoders. May be repeated.",
 )
+@click.option(
+    "--embedding",
+    "embeddings",
+    multiple=True,
+    metavar="FILE[=WORD]",
+    help="A textual inversion, whose word prompts may have. May be repeated.",
+)
 @click.option("--lora-ignore-unused", is_flag=True, help="Leave out what of a LoRA changes nothing in CHECKPOINT.")
 @click.option(
     "--config",
@@ -114,6 +121,7 @@ def compile_command(
     ip_adapters: tuple[str, ...],
     loras: tuple[str, ...],
     lora_ignore_unused: bool,
+    embeddings: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -142,6 +150,7 @@ def compile_command(
             components=read_pairs("--component", components, "NAME=FOLDER"),
             t2i_adapters=read_pairs("--t2i-adapter", t2i_adapters, "NAME=FOLDER"),
             ip_adapters=read_pairs("--ip-adapter", ip_adapters, "NAME=FILE_OR_FOLDER"),
+            embeddings=embeddings,
             loras=read_loras(loras, lora_ignore_unused),
             controlnets=read_pairs("--controlnet", controlnets, "NAME=FOLDER_OR_FILE"),
             progress=report,

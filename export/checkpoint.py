@@ -122,12 +122,15 @@ class Checkpoint:
             )
         return folder
 
-    def weights(self, name: str) -> WeightFiles:
-        """The weights of component `name`, whose files were checked to be whole. Raises `CheckpointError`."""
+    def weights(self, name: str, *, adapted: bool = False) -> WeightFiles:
+        """The weights of component `name`, whose files were checked to be whole. Raises `CheckpointError`.
+
+        adapted: whether they may have an adapter beside them, see `lora.merged`.
+        """
         library = (self.index.get(name) or [None])[0]
         if library is None and name in self.replaced:
             library = "transformers" if "model_type" in self.config(name) else "diffusers"
-        return find(self.folder(name), "transformers" if library == "transformers" else "diffusers")
+        return find(self.folder(name), "transformers" if library == "transformers" else "diffusers", adapted=adapted)
 
     def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
         """The JSON configuration of component `name`. Raises `CheckpointError`."""

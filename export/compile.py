@@ -31,12 +31,12 @@ from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
 from ..engines.tensorrt.target import Target
-from ..runtime.lora import Lora, as_loras
+from ..runtime.lora import as_inversions, as_loras
 from .checkpoint import Checkpoint
 from .configs import unet_config
 from .fit import check_models, check_parts
 from .ip_adapter import IPAdapterFile
-from .lora import fuse
+from .lora import Fused, fuse, merged
 from .reading import Asked, Reading
 from .single_file import SingleFile, is_single_file
 from .single_file.controlnet import ControlNetFile
@@ -66,6 +66,7 @@ def compile(
     ip_adapters: Mapping[str, str | Path] | None = None,
     image_encoder: str | Path | None = None,
     loras: Sequence[Any] = (),
+    embeddings: Sequence[Any] = (),
     lora_rank: int | None = None,
     lora_layers: str | None = None,
     config: str | Path | None = None,
@@ -95,7 +96,8 @@ def compile(
     t2i_adapters: the same of T2I-Adapters, in diffusers folders.
     ip_adapters: the same of IP-Adapters, each a file, or a folder with one. image_encoder: the folder of the image
     encoder that they were trained with (default: the folder `image_encoder` beside each).
-    loras: that the weights are changed by for good, each as `Pipeline.set_loras` takes it. lora_rank, lora_layers: see
+    loras: that the weights are changed by for good, each as `Pipeline.set_loras` takes it. embeddings:
+    textual inversions, each as `Pipeline.set_embeddings` takes it. lora_rank, lora_layers: see
     `build`.
     config: for a single file, a diffusers folder whose configurations, scheduler and tokenizer go with its weights.
     prediction_type: for a single file, what its U-Net predicts, where the file does not tell.
@@ -125,17 +127,20 @@ def compile(
         plain = partial(Reading.of, asked=replace(asked, controls={}, t2i_adapters={}), shown=checkpoint)
         single = _unpack(checkpoint, work, config, prediction_type, plain)
         source = Checkpoint.open(single or checkpoint)
+        if single is None:
+            whole = merged(source.replace(asked.components), work / UNPACKED)
+            asked = replace(asked, components={**asked.components, **whole})
         folders = _unpack_controls(asked, source, work, plain)
         files = _unpack_adapters(adapters, work)
         reading = Reading.of(source, replace(asked, controls=folders, adapters=files), checkpoint)
-        fused = as_loras(loras)
+        fused = Fused(as_loras(loras), as_inversions(embeddings))
         if fused:
             changed = _fused(reading, fused, work, storage_dtype == AS_STORED)
             asked = replace(asked, components={**asked.components, **changed})
             reading = Reading.of(source, replace(asked, controls=folders, adapters=files), checkpoint)
         name = Path(checkpoint).stem if single is not None else reading.source.root.resolve().name
-        told = {"loras": ", ".join(str(each) for each in fused)} if fused else {}
-        return _run(reading, name, goal, storage_dtype == AS_STORED, traced, Ledger(work, path), progress, told)
+        keep_half, ledger = storage_dtype == AS_STORED, Ledger(work, path)
+        return _run(reading, name, goal, keep_half, traced, ledger, progress, fused.told())
 
 
 def _run(
@@ -186,12 +191,11 @@ def _run(
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)
 
 
-def _fused(reading: Reading, loras: Sequence[Lora], work: Path, keep_half: bool) -> dict[str, Path]:
-    """The folders of the components that LoRAs change."""
-    roles = {name: part.role for name, part in reading.pipeline.parts.items()}
-    [denoiser] = [name for name, role in roles.items() if role == "denoiser"]
-    texts = [name for name, role in roles.items() if role == "text"]
-    return fuse(reading.source, loras, denoiser, texts, work / UNPACKED, keep_half=keep_half)
+def _fused(reading: Reading, asked: Fused, work: Path, keep_half: bool) -> dict[str, Path]:
+    """The folders of the components that LoRAs and new words change."""
+    [denoiser] = [name for name, part in reading.pipeline.parts.items() if part.role == "denoiser"]
+    texts = {encoder.component: encoder.tokenizer for encoder in reading.pipeline.wiring.text}
+    return fuse(reading.source, asked, denoiser, texts, work / UNPACKED, keep_half=keep_half)
 
 
 def _unpack_adapters(adapters: Mapping[str, IPAdapterFile], work: Path) -> dict[str, IPAdapterFile]:

@@ -49,8 +49,9 @@ _SUFFIXES = {
     ".h5": "TensorFlow weights: give a checkpoint for PyTorch",
     ".xml": f"an OpenVINO model: {_ORIGINAL}",
 }
+BASE_LAYER = r"\.base_layer\."
 FOREIGN = {
-    r"\.base_layer\.": "a LoRA that was not merged into the weights (PEFT's base_layer): save the pipeline after "
+    BASE_LAYER: "a LoRA that was not merged into the weights (PEFT's base_layer): save the pipeline after "
     "`pipe.fuse_lora()` and `pipe.unload_lora_weights()`",
     r"\.((nested_)?(absmax|quant_map)|SCB)$|\.quant_state\.": f"weights quantized by bitsandbytes: {_ORIGINAL}",
     r"\.(qweight|qzeros|g_idx)$": f"weights quantized by GPTQ or AWQ: {_ORIGINAL}",
@@ -125,8 +126,10 @@ class WeightFiles:
         return {self.names[stored]: tensor for stored, tensor in tensors.items() if stored in self.names}
 
 
-def find(folder: Path, library: str) -> WeightFiles:
+def find(folder: Path, library: str, *, adapted: bool = False) -> WeightFiles:
     """The weights that are read from `folder`, whole and of a kind that can be. library: diffusers or transformers.
+
+    adapted: whether they may have an adapter beside them, as PEFT saves a model that has one.
 
     The rules are those of the library's `from_pretrained`, full precision first:
 
@@ -141,7 +144,7 @@ def find(folder: Path, library: str) -> WeightFiles:
     config = _config(folder)
     variant, path = _chosen(folder, library, config)
     types, files = _shards(path) if path.suffix == ".json" else (stored_types(path), (path,))
-    check_names(path, types)
+    check_names(path, types, adapted=adapted)
     odd = [
         f"{name} ({kind})" for name, kind in types.items() if name.endswith((".weight", ".bias")) and "F" not in kind
     ]
@@ -261,11 +264,11 @@ def _shards(index: Path) -> tuple[dict[str, str], tuple[Path, ...]]:
     return types, tuple(index.with_name(shard) for shard in shards)
 
 
-def check_names(path: Path, names: Iterable[str]) -> None:
-    """Raise `CheckpointError` for weights that no reader of plain checkpoints understands."""
+def check_names(path: Path, names: Iterable[str], *, adapted: bool = False) -> None:
+    """Raise `CheckpointError` for weights that no reader of plain checkpoints understands. adapted: see `find`."""
     joined = "\n".join(names)
     for pattern, what in FOREIGN.items():
-        if re.search(pattern, joined, re.MULTILINE):
+        if not (adapted and pattern == BASE_LAYER) and re.search(pattern, joined, re.MULTILINE):
             raise CheckpointError(f"{path} holds {what}")
 
 

@@ -91,6 +91,19 @@ class LoraFile:
         """
         file = file_of(Path(path))
         tensors, metadata = read_tensors(file)
+        return cls.of(file, tensors, metadata, weights, ignore_unused=ignore_unused)
+
+    @classmethod
+    def of(
+        cls,
+        file: Path,
+        tensors: Mapping[str, Array],
+        metadata: Mapping[str, str],
+        weights: Weights,
+        *,
+        ignore_unused: bool = False,
+    ) -> LoraFile:
+        """The same of tensors that were read from `file`."""
         tensors = cloneofsimo.named(tensors, metadata, weights.shapes, weights.denoiser) or tensors
         parts, unused = _sorted_out(tensors, weights)
         if not parts:

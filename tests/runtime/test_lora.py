@@ -7,10 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import onnx
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
 import diffoundry
@@ -399,3 +401,22 @@ def test_weights_in_eight_bits_are_said(bundle_of, files, pipe):
     with pytest.raises(EngineError, match=r"--precision fp32.*compile --lora"):
         loader.change(changes, {})
     assert not loader.changed
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_an_adapter_inside_is_both(checkpoint_of, tmp_path):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(checkpoint_of(CHECKPOINT), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    targets = ["to_q", "to_k", "conv1", "linear_1"]
+    pipe.unet.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=targets, init_lora_weights=False))
+    pipe.save_pretrained(tmp_path / "adapted")
+    made = pipe(
+        PROMPT,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+    )
+    ours = diffoundry.load(diffoundry.compile(tmp_path / "adapted", tmp_path / "b", tasks=["txt2img"]).root)
+    np.testing.assert_allclose(drawn(ours), made.images.numpy(), atol=1e-4, rtol=1e-2)

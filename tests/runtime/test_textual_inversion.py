@@ -197,3 +197,19 @@ def test_bad_inversions_are_refused(tensors, given, said, bundle_of, tmp_path):
     with pytest.raises(LoraError, match=said):
         ours.set_embeddings([f"{tmp_path / 'x.safetensors'}{given}"])
     ours("a ring", **ASKED)
+
+
+@pytest.mark.slow
+def test_a_word_at_compile_draws_as_at_run(bundle_of, checkpoint_of, theirs, tmp_path):
+    fox, _ = inversion(tmp_path / "x", "a1111", theirs.text_encoder.config.hidden_size)
+    lora = checkpoint_of("pico+lora-peft")
+    asked = {"embeddings": [fox], "loras": [f"{lora}=0.5"], "tasks": ["txt2img"]}
+    fused = diffoundry.load(diffoundry.compile(checkpoint_of("pico"), tmp_path / "b", **asked).root)
+    ours = diffoundry.load(bundle_of("pico"), engine="onnxruntime")
+    ours.set_embeddings([fox])
+    ours.set_loras([(lora, 0.5)])
+    made = fused("a large <fox> at the left", **ASKED).latents
+    np.testing.assert_array_equal(made, ours("a large <fox> at the left", **ASKED).latents)
+    assert {"loras", "embeddings"} <= fused.bundle.manifest.source.keys()
+    with pytest.raises(LoraError, match="token already"):
+        fused.set_embeddings([fox])
