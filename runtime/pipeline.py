@@ -22,7 +22,7 @@ from ..engines.changed import Changes, Rows
 from ..engines.loader import EngineLoader
 from ..engines.runnable import check_runnable
 from ..families import open_bundle
-from ..families.lora import combined
+from ..families.lora import LoraFile, combined
 from ..families.lora.embeddings import matrix_of
 from .conditions.condition import Fed, Job
 from .jobs import Jobs
@@ -103,7 +103,7 @@ class Pipeline:
         self._rows: Mapping[str, Rows] = {}
         self._words: Mapping[str, Mapping[str, Array]] = {}
         self._embeddings_record: list[str] = []
-        self._loras_record: list[dict[str, Any]] = []
+        self._opened: list[tuple[LoraFile, Mapping[str, float]]] = []
 
     @property
     def loras(self) -> tuple[Lora, ...]:
@@ -127,7 +127,7 @@ class Pipeline:
         given = self._are_inputs(asked, as_inputs)
         changes = {} if given else combined(opened)
         self._change(changes, self._rows)
-        self._loras, self._loras_record = asked, described(opened, asked)
+        self._loras, self._opened = asked, opened
         self._sets.base = asked if given else ()
 
     def set_embeddings(self, embeddings: Sequence[Any]) -> None:
@@ -271,7 +271,7 @@ class Pipeline:
             raise RequestError("generate_many takes a list of Request")
         jobs = [self._jobs.make(request) for request in requests]
         for job in jobs if self._loras else ():
-            job.record["loras"] = [*self._loras_record, *job.record.get("loras", ())]
+            job.record["loras"] = [*described(self._opened, self._loras), *job.record.get("loras", ())]
         for job in jobs if self._embeddings_record else ():
             job.record["embeddings"] = self._embeddings_record
         total = sum(job.request.count for job in jobs)

@@ -45,7 +45,9 @@ class EmbeddingFile:
         """
         file = Path(path)
         tensors, metadata = read_tensors(file)
-        matrices = {name: np.atleast_2d(each) for name, each in tensors.items() if each.dtype.kind == "f"}
+        matrices = {
+            name: np.atleast_2d(each.astype(np.float32)) for name, each in tensors.items() if each.dtype.kind == "f"
+        }
         widths = {name: matrix_of(weights, name)[1][1] for name in weights.texts}
         found: dict[str, Array] = {}
         said = ""

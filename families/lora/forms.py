@@ -54,6 +54,8 @@ _MARKS = {
     "diff": "full",
 }
 """Which form a part belongs to, by its name up to the first underscore or by all of it."""
+LAZY = ("down", "up")
+"""Parts that are made float32 where they are used, so that a large file is not held twice."""
 _BESIDE = frozenset({"alpha", "dora_scale", "rescale"})
 
 
@@ -93,7 +95,9 @@ class Change:
             factor = alpha / rank if alpha else 1.0
         change = cls(form, parts, factor, shape)
         change._check()
-        return change
+        if change.low_rank and "mid" not in parts:
+            return change
+        return cls(form, {name: each.astype(np.float32, copy=False) for name, each in parts.items()}, factor, shape)
 
     @property
     def rank(self) -> int:
@@ -106,11 +110,14 @@ class Change:
         return self.form == "lora" and "dora_scale" not in self.parts
 
     def factors(self, strength: float) -> tuple[Array, Array]:
-        """Of a low-rank form: down (rank, in, …) and up (out, rank), whose product is what it adds at this strength."""
+        """Of a low-rank form: down (rank, in, …), in the type that it is stored in, and up (out, rank), in float32.
+
+        Their product is what it adds at this strength.
+        """
         down, up = self.parts["down"], self.parts["up"].reshape(self.shape[0], -1)
         if "mid" in self.parts:
             down = _einsum("mn...,ni->mi...", self.parts["mid"], down.reshape(len(down), -1))
-        return down.reshape(len(down), *self.shape[1:]), up * np.float32(self.scale * strength)
+        return down.reshape(len(down), *self.shape[1:]), up.astype(np.float32) * np.float32(self.scale * strength)
 
     def added(self, weight: Array, strength: float) -> Array:
         """What is added to `weight`, float32 of its shape, at this strength."""
@@ -125,7 +132,7 @@ class Change:
     def _product(self, weight: Array, strength: float) -> Array:
         """up · down, laid out in memory as the weight is."""
         down, up = self.factors(strength)
-        down = down.reshape(len(down), -1)
+        down = down.reshape(len(down), -1).astype(np.float32, copy=False)
         if weight.ndim == 2 and weight.flags.f_contiguous and not weight.flags.c_contiguous:
             transposed: Array = np.matmul(down.T, up.T).T
             return transposed

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ...common.arrays import Array
 from ...common.errors import LoraError
 from ...common.files import read_json, sha256_file
 from . import cloneofsimo
-from .forms import Change
+from .forms import LAZY, Change
 from .names import Modules
 from .tensors import file_of, read_tensors
 
@@ -45,7 +46,7 @@ _OTHER = (
 """Keys of files that are no LoRA for a U-Net, and what they are."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Weights:
     """The weights of the components that a LoRA may change.
 
@@ -63,24 +64,28 @@ class Weights:
         """The text encoders."""
         return tuple(name for name in self.shapes if name != self.denoiser)
 
-    @property
+    @cached_property
     def modules(self) -> Modules:
         """Its modules, by the names that files have for them."""
         return Modules(self.shapes, self.denoiser, self.texts, self.layers)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoraFile:
     """A file that fits a checkpoint. changes: by component and by the name of the weight. unused: keys left over.
 
-    sha256: of the file. metadata: that its trainer wrote.
+    metadata: that its trainer wrote.
     """
 
     path: Path
-    sha256: str
     changes: Mapping[str, Mapping[str, Change]] = field(repr=False)
     unused: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the file."""
+        return sha256_file(self.path)
 
     @classmethod
     def open(cls, path: str | Path, weights: Weights, *, ignore_unused: bool = False) -> LoraFile:
@@ -134,7 +139,7 @@ class LoraFile:
             for name, change in found.items():
                 if not math.isfinite(change.scale):
                     raise LoraError(f"{file}: the scale of {component}.{name} is not finite: it is damaged")
-        return cls(file, sha256_file(file), changes, tuple(unused), metadata)
+        return cls(file, changes, tuple(unused), metadata)
 
 
 def _sorted_out(
@@ -149,7 +154,9 @@ def _sorted_out(
         if key is None or key.part in parts.get((key.component, key.module), {}):
             unused.append(name)
             continue
-        parts.setdefault((key.component, key.module), {})[key.part] = tensor.astype(np.float32, copy=False)
+        parts.setdefault((key.component, key.module), {})[key.part] = (
+            tensor if key.part in LAZY else tensor.astype(np.float32, copy=False)
+        )
     for own in parts.values():
         if "magnitude" in own:
             own["dora_scale"] = own.pop("magnitude").reshape(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def file_of(path: Path) -> Path:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """The tensors of a file by their names, floats in float32, and its metadata.
+    """The tensors of a file by their names, as they are stored (bfloat16 in float32), and its metadata.
 
     Raises `LoraError` for a file that is missing, damaged, of another kind, or has numbers that are not finite.
     """
@@ -71,23 +72,27 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         content = path.read_bytes()
         if content[:1] in (b"\x80", b"P") and content[8:9] != b"{":
             raise LoraError(f"{path} is a pickle, not safetensors: give it the suffix .pt")
-        held = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
-        with safetensors.safe_open(str(path), framework="np") as file:
-            metadata = dict(file.metadata() or {})
+        with safetensors.safe_open(str(path), framework="np"):
+            pass  # it looks whether the header is sound, and all tensors lie in the file; what it reads, it copies
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
     except OSError as error:
         raise LoraError(f"{path} cannot be read: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:
         raise LoraError(f"{path} is truncated or no safetensors file ({reason(error)}): download it again") from None
-    return {name: _array(path, name, each) for name, each in held}, metadata
+    return {name: _array(path, name, each, content, start) for name, each in header.items()}, metadata
 
 
-def _array(path: Path, name: str, stored: dict[str, Any]) -> Array:
-    """A tensor as an array, floats in float32."""
-    kind, shape = stored["dtype"], stored["shape"]
-    if kind == "BF16":
-        wide = np.frombuffer(stored["data"], "<u2").astype("<u4") << np.uint32(16)
-        return wide.view(np.float32).reshape(shape)
-    if kind not in _DTYPES:
+def _array(path: Path, name: str, stored: dict[str, Any], content: bytes, start: int) -> Array:
+    """A tensor as an array: a view of `content`, but of bfloat16, which NumPy has not."""
+    kind, shape, (first, last) = stored["dtype"], stored["shape"], stored["data_offsets"]
+    dtype = np.dtype("<u2" if kind == "BF16" else _DTYPES.get(kind, "V1"))
+    if dtype.kind == "V":
         raise LoraError(f"{path}: {name:.200} is of the type {kind}, which no LoRA is stored in: save it in float16")
-    array = np.frombuffer(stored["data"], _DTYPES[kind]).reshape(shape)
-    return array.astype(np.float32) if array.dtype.kind == "f" else array
+    if first == last:
+        raise LoraError(f"{path}: {name:.200} is empty, of shape {shape}: it is damaged")
+    array = np.frombuffer(content, dtype, (last - first) // dtype.itemsize, start + first)
+    if kind == "BF16":
+        array = (array.astype("<u4") << np.uint32(16)).view(np.float32)
+    return array.reshape(shape)
