@@ -110,6 +110,11 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
         kind = {"controlnet": "a ControlNet", "union": "a ControlNet-Union", "adapter": "a T2I-Adapter"}[control.kind]
         mode, modes = (":MODE", f" of {', '.join(mode_names(control.modes))}") if control.modes else ("", "")
         console.print(f"--control {name}{mode}=PICTURE: {kind}{modes}, {control.component}", soft_wrap=True)
+    for name, lora in manifest.wiring.lora_inputs.items():
+        console.print(
+            f"--lora FILE: {name} takes LoRAs as inputs, of rank {lora.rank} in all, in {len(lora.weights)} layers",
+            soft_wrap=True,
+        )
     for name, prompt in manifest.wiring.image_prompts.items():
         given = f"--ip-image {name}=PICTURE" if prompt.encoder else f"--ip-embeds {name}=FILE"
         console.print(f"{given}: an IP-Adapter, {prompt.component}", soft_wrap=True)

@@ -18,9 +18,11 @@ from safetensors.numpy import load_file, save_file
 import diffoundry
 from diffoundry import Lora, Request
 from diffoundry.bundle import Bundle
+from diffoundry.bundle.reports import read_report
 from diffoundry.calibration.build import build
 from diffoundry.common.errors import DiffoundryError, EngineError, LoraError, RequestError
 from diffoundry.engines.initializers import read_initializers
+from diffoundry.engines.verify import verify
 from diffoundry.families.lora import LoraFile
 from diffoundry.families.lora.pickles import read_pickle
 from diffoundry.parity.pipelines import ADAPTED, LORA
@@ -420,3 +422,20 @@ def test_a_checkpoint_with_an_adapter_inside_is_both(checkpoint_of, tmp_path):
     )
     ours = diffoundry.load(diffoundry.compile(tmp_path / "adapted", tmp_path / "b", tasks=["txt2img"]).root)
     np.testing.assert_allclose(drawn(ours), made.images.numpy(), atol=1e-4, rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_plans_and_graphs_for_cuda_take_loras(copied):
+    build(copied, lora_rank=8, lora_layers="all")
+    scan = diffoundry.Scan(prompts=(PROMPT,), steps=3)
+    build(copied, engine="onnxruntime:cuda", precision="fp16", scan=scan)
+    fused = read_report(Bundle.open(copied), "fusion")["fp16/onnxruntime:cuda"]["unet_lora"]
+    assert fused["max_abs_error"] < fused["allowed"]
+    assert fused["operators"]["after"]["MultiHeadAttention"] == 8
+    build(copied, engine="tensorrt-rtx", precision="fp16", target=diffoundry.Target(archs=("sm89",), batch=(1, 2)))
+    made = Bundle.open(copied)
+    plans = {each["component"]: each for each in read_report(made, "plans")["plans"]}
+    shapes = plans["unet_lora"]["profile"]["shapes"]["lora_down"]
+    assert [each[0] for each in shapes] == [1, 1, 4]
+    assert [each[2] for each in shapes] == [1, 8, 8]
+    assert all(check.passed for check in verify(made))
