@@ -30,18 +30,19 @@ def named(
 ) -> dict[str, Array] | None:
     """The tensors under names that say what they are for; None for another kind, or where it does not fit."""
     lists: dict[str, dict[tuple[int, str], Array]] = {}
+    made: dict[str, Array] = {}
     if tensors and all(name.isdigit() for name in tensors):
         kinds = ("up", "down")
         lists["unet"] = {(int(name) // 2, kinds[int(name) % 2]): array for name, array in tensors.items()}
     elif any(_KEY.fullmatch(name) for name in tensors):
         for name, array in tensors.items():
             found = _KEY.fullmatch(name)
-            if found is None:
-                return None
-            lists.setdefault(found[1], {})[int(found[2]), found[3]] = array
+            if found is None:  # vectors of new words, which stand beside the factors
+                made[name] = array
+            else:
+                lists.setdefault(found[1], {})[int(found[2]), found[3]] = array
     if not lists:
         return None
-    made: dict[str, Array] = {}
     for component, own in lists.items():
         walked = _walks(component, shapes.get(denoiser if component == "unet" else component, {}))
         pairs = [(own.get((i, "up")), own.get((i, "down"))) for i in range(1 + max(place[0] for place in own))]

@@ -37,7 +37,7 @@ _OTHER = (
     (re.compile(r"blocks\.\d+\.(self|cross)_attn\."), "a video model"),
     (re.compile(r"to_[kv]_ip|image_proj\."), "an IP-Adapter: give it to `compile --ip-adapter`"),
     (re.compile(r"control_model\.|controlnet_"), "a ControlNet: give it to `compile --controlnet`"),
-    (re.compile(r"string_to_param|emb_params|clip_[lg]$"), "a textual inversion: give it as an embedding"),
+    (re.compile(r"string_to_param|emb_params|clip_[lg]$"), "a textual inversion: give it with --embedding"),
     (
         re.compile(r"first_stage_model\.|model\.diffusion_model\.|conditioner\."),
         "a whole checkpoint: give it to `compile`",
@@ -126,7 +126,7 @@ class LoraFile:
         if misfits and (not changes or not ignore_unused):
             another = f"it was made for a model of other widths than {weights.title}; give one for this model"
             wrong = "; ".join(misfits[:1]) + (f" ({len(misfits)} in all)" if len(misfits) > 1 else "")
-            hint = another if len(misfits) * 2 > len(parts) else "it is damaged: download it again"
+            hint = another if len(misfits) > 1 else "it is damaged: download it again"
             raise LoraError(f"{file} has {wrong}: {hint}")
         if unused and not ignore_unused:
             named = ", ".join(f"{name:.120}" for name in unused[:_MOST_NAMED])
@@ -204,6 +204,8 @@ def _what(tensors: Mapping[str, Array], weights: Weights) -> str:
                 kind = what if ":" in what else f"a LoRA for {what}, not for {weights.title}: give one for it"
                 return f"is {kind}"
     first = next(iter(tensors))
+    if all(each.ndim < 3 for each in tensors.values()) and len(tensors) < 3 and "." not in first:
+        return "is a textual inversion: give it with --embedding"
     return f"changes nothing in {weights.title} (its first key is {first:.120}): give a LoRA for this model"
 
 

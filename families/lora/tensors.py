@@ -26,6 +26,7 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_POINTER = b"version https://git-lfs"
 _MOST_BYTES = 16 << 30
 """Of a file that is read whole; the largest LoRA has less."""
 
@@ -54,6 +55,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         raise LoraError(f"{path} is empty (0 bytes): download it again")
     if size > _MOST_BYTES:
         raise LoraError(f"{path} has {size / 1e9:.0f} GB: that is no LoRA; give a checkpoint to `compile` instead")
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise LoraError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder")
     tensors, metadata = read_pickle(path) if path.suffix.lower() in _PICKLES else _read_safetensors(path)
     if not tensors:
         raise LoraError(f"{path} holds no tensors: it is no LoRA")
