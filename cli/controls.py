@@ -149,11 +149,12 @@ def _number(option: str, name: str, text: str) -> float:
         raise click.UsageError(f"{option} {name} takes numbers, found {text!r}") from None
 
 
-def read_loras(texts: Iterable[str], ignore_unused: bool) -> tuple[Any, ...]:
+def read_loras(texts: Iterable[str], ignore_unused: bool, approximate: bool = False) -> tuple[Any, ...]:
     """A `Lora` for each of `texts`. Raises `click.UsageError` for options that do not go together."""
     from ..runtime.lora import Lora
 
-    loras = tuple(Lora.parse(text, ignore_unused=ignore_unused) for text in texts)
-    if ignore_unused and not loras:
-        raise click.UsageError("--lora-ignore-unused goes with --lora FILE")
+    loras = tuple(Lora.parse(text, ignore_unused=ignore_unused, approximate=approximate) for text in texts)
+    for option, given in (("--lora-ignore-unused", ignore_unused), ("--lora-approximate", approximate)):
+        if given and not loras:
+            raise click.UsageError(f"{option} goes with --lora FILE")
     return loras

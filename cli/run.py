@@ -133,6 +133,11 @@ class _Run(click.Command):
     metavar="FILE[=WORD]",
     help="A textual inversion: prompts may have its word. May be repeated.",
 )
+@click.option(
+    "--lora-approximate",
+    is_flag=True,
+    help="As an input, bring a form that is no product of two factors to the nearest one; what is lost is told.",
+)
 @click.option("--lora-ignore-unused", is_flag=True, help="Leave out what of a LoRA changes nothing in this model.")
 @click.option(
     "--scheduler",
@@ -246,7 +251,7 @@ def run_command(
     if refine_from is not None and refiner is None:
         raise click.UsageError("--refine-from goes with --refiner: give the refiner's bundle too, or leave it out")
     how = {name: asked.pop(name) for name in ("engine", "precision", "threads", "weight_budget")}
-    loras = read_loras(asked.pop("loras"), asked.pop("lora_ignore_unused"))
+    loras = read_loras(asked.pop("loras"), asked.pop("lora_ignore_unused"), asked.pop("lora_approximate"))
     words = asked.pop("embeddings")
     request = _request(asked)
     paths = output_paths(Path(output), request.count)

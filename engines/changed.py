@@ -81,6 +81,20 @@ def shapes_of(bundle: Bundle, name: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def weights_in(bundle: Bundle, name: str, wanted: Collection[str]) -> dict[str, Array]:
+    """The values of these weights of component `name`, float32, as the checkpoint has them."""
+    component = bundle.component(name)
+    variant = component.variant("fp32") or next(iter(component.variants.values()))
+    held = read_initializers(bundle.path(variant.model))
+    found = {}
+    for initializer, source in sources_of(bundle, name).items():
+        for weight in source.weights:
+            if weight in wanted and initializer in held:
+                value = np.asarray(held[initializer].read(), np.float32)
+                found[weight] = value if source.axes is None else value.transpose(np.argsort(source.axes))
+    return found
+
+
 def new_values(
     bundle: Bundle, name: str, graphs: Sequence[Path], changes: Changes, sources: str, rows: Rows | None = None
 ) -> dict[Path, list[NewValue]]:

@@ -27,12 +27,14 @@ class Lora:
 
     strength: how much of it, 1 as it was trained; may be negative. text_strength: the same for the text encoders, where
     it is to be another. ignore_unused: leave out keys that are for nothing in the model, which is an error otherwise.
+    approximate: as an input, bring a form that is no product of two factors to the nearest one that is.
     """
 
     file: str | Path
     strength: float = 1.0
     text_strength: float | None = None
     ignore_unused: bool = False
+    approximate: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.file, (str, Path)) or not str(self.file):
@@ -54,11 +56,11 @@ class Lora:
         return f"{self.file}={self.strength:g}{text}"
 
     @classmethod
-    def parse(cls, text: str, *, ignore_unused: bool = False) -> Lora:
+    def parse(cls, text: str, *, ignore_unused: bool = False, approximate: bool = False) -> Lora:
         """`FILE`, `FILE=0.8` or `FILE=0.8:0.5`, the second number for the text encoders. Raises `RequestError`."""
         file, sign, numbers = text.rpartition("=")
         if not sign or Path(text).exists():
-            return cls(text, ignore_unused=ignore_unused)
+            return cls(text, ignore_unused=ignore_unused, approximate=approximate)
         try:
             own, *more = (float(each) for each in numbers.split(":"))
         except ValueError:
@@ -67,7 +69,7 @@ class Lora:
             ) from None
         if len(more) > 1:
             raise RequestError(f"the LoRA {text} has {1 + len(more)} strengths: one for the denoiser, one for the text")
-        return cls(file, own, more[0] if more else None, ignore_unused)
+        return cls(file, own, more[0] if more else None, ignore_unused, approximate)
 
     def strengths(self, weights: Weights) -> dict[str, float]:
         """Its strength by component."""

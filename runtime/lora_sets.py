@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from ..bundle import Bundle
 from ..bundle.wiring import LoraInputs
 from ..common.arrays import Array
 from ..common.errors import LoraError, RequestError
-from ..families.lora import LoraFile, Sum, Weights, combined
+from ..engines.changed import weights_in
+from ..families.lora import Change, LoraFile, Sum, Weights, combined
 from ..families.lora.tensors import file_of
 from .lora import Lora, as_loras, open_lora, weights_of
 
@@ -70,7 +72,7 @@ class LoraSets:
 
     def key(self, loras: Sequence[Lora]) -> Hashable:
         """Equal for sets that are the same."""
-        return tuple((_state(lora), lora.strength, lora.text_strength) for lora in loras)
+        return tuple((_state(lora), lora.strength, lora.text_strength, lora.approximate) for lora in loras)
 
     def text_changes(self, loras: Sequence[Lora]) -> dict[str, dict[str, Sum]]:
         """Of these the changes of text encoders."""
@@ -95,23 +97,29 @@ class LoraSets:
 
     def _factors(self, loras: Sequence[Lora]) -> tuple[Array, Array]:
         assert self.inputs is not None  # `of` looked
-        changes = self.changes(loras).get(self.weights.denoiser, {})
-        rows = self._rows()
+        denoiser, rows = self.weights.denoiser, self._rows()
         found: dict[str, list[tuple[Array, Array]]] = {}
-        for name, total in changes.items():
-            for change, strength in total.parts:
-                if not change.low_rank:
-                    what = f"{change.form}{' with a magnitude' if 'dora_scale' in change.parts else ''}"
-                    raise LoraError(
-                        f"the change of {name} is a {what}, no product of two factors, and cannot be an input: draw "
-                        "all with it, by set_loras(…, as_inputs=False) or `run --lora`"
-                    )
+        others: list[tuple[str, Change, float, Lora]] = []
+        for lora, (file, strengths) in zip(loras, self.opened(loras), strict=True):
+            for name, total in combined([(file, strengths)]).get(denoiser, {}).items():
                 if name not in rows:
                     raise LoraError(
-                        f"a LoRA changes {name}, which takes no factors in {self._bundle.root}: run "
-                        f"`diffoundry build {self._bundle.root} --lora-rank {self.inputs.rank} --lora-layers all`"
+                        f"{lora.file} changes {name}, which takes no factors in {self._bundle.root}: run `diffoundry "
+                        f"build {self._bundle.root} --lora-rank {self.inputs.rank} --lora-layers all`"
                     )
-                found.setdefault(name, []).append(change.factors(strength))
+                for change, strength in total.parts:
+                    if change.low_rank:
+                        found.setdefault(name, []).append(change.factors(strength))
+                    elif lora.approximate:
+                        others.append((name, change, strength, lora))
+                    else:
+                        what = f"{change.form}{' with a magnitude' if 'dora_scale' in change.parts else ''}"
+                        raise LoraError(
+                            f"{lora.file} changes {name} by a {what}, no product of two factors, which cannot be an "
+                            "input: draw all with it, by set_loras(…, as_inputs=False) or `run --lora`, or bring it to "
+                            "the rank with --lora-approximate"
+                        )
+        self._approximate(others, found)
         rank = max((sum(len(down) for down, _ in own) for own in found.values()), default=1)
         if rank > self.inputs.rank:
             raise LoraError(
@@ -128,6 +136,32 @@ class LoraSets:
                 up[second : second + gives, at:end] = own_up
                 at = end
         return down, up
+
+    def _approximate(
+        self, others: Sequence[tuple[str, Change, float, Lora]], found: dict[str, list[tuple[Array, Array]]]
+    ) -> None:
+        """Add to `found` the factors nearest to changes of other forms, and tell what is lost."""
+        assert self.inputs is not None
+        values = weights_in(self._bundle, self.weights.denoiser, {name for name, *_ in others})
+        lost: dict[str, float] = {}
+        taken_of = {name: sum(len(down) for down, _ in own) for name, own in found.items()}
+        for name, change, strength, lora in others:
+            taken = taken_of.get(name, 0)
+            beside = sum(other == name for other, *_ in others)
+            room = (self.inputs.rank - taken) // beside if taken < self.inputs.rank else 0
+            if not room or len(change.shape) < 2:
+                raise LoraError(
+                    f"{lora.file}: no rank is left for {name}: draw all with it, by `run --lora` without it"
+                )
+            down, up, share = change.nearest(values[name], strength, room)
+            found.setdefault(name, []).append((down, up))
+            lost[str(lora.file)] = max(lost.get(str(lora.file), 0.0), share)
+        for file, share in lost.items():
+            warnings.warn(
+                f"{file} was brought to rank {self.inputs.rank}: up to {100 * share:.1f} % of a layer's change is lost",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _empty(self, rank: int) -> tuple[Array, Array]:
         """Factors of this rank that add nothing."""

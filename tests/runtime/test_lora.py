@@ -439,3 +439,30 @@ def test_plans_and_graphs_for_cuda_take_loras(copied):
     assert [each[0] for each in shapes] == [1, 1, 4]
     assert [each[2] for each in shapes] == [1, 8, 8]
     assert all(check.passed for check in verify(made))
+
+
+def test_other_forms_are_brought_to_the_rank(pipe, weights, tmp_path):
+    """A LoHa of rank 3 is a product of rank 9 at most; of 16 nothing is lost, and what is lost is told."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for module in ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.resnets.0.conv1"):
+        gives, *reads = weights.shapes["unet"][f"{module}.weight"]
+        named = f"lora_unet_{module.replace('.', '_')}"
+        for i in (1, 2):
+            tensors[f"{named}.hada_w{i}_a"] = 0.5 * rng.standard_normal((gives, 3))
+            tensors[f"{named}.hada_w{i}_b"] = 0.5 * rng.standard_normal((3, int(np.prod(reads))))
+    file = written(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(LoraError, match=r"loha, no product of two factors.*--lora-approximate"):
+        pipe.set_loras([file], as_inputs=True)
+    pipe.set_loras([(file, 0.2)], as_inputs=False)
+    hot = drawn(pipe)
+    with pytest.warns(RuntimeWarning, match=r"rank 16: up to 0\.0 %"):
+        pipe.set_loras([Lora(file, 0.2, approximate=True)])
+    assert np.abs(hot - drawn(pipe)).max() < 1e-4
+    assert "unet_lora" in pipe.loaded
+    change = LoraFile.open(file, weights).changes["unet"]["down_blocks.0.resnets.0.conv1.weight"]
+    whole = change.added(np.zeros(change.shape, np.float32), 1.0).reshape(change.shape[0], -1)
+    down, up, share = change.nearest(np.zeros(change.shape, np.float32), 1.0, 4)
+    sizes = np.linalg.svd(whole, compute_uv=False)
+    np.testing.assert_allclose(share, np.linalg.norm(sizes[4:]) / np.linalg.norm(sizes), rtol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(whole - up @ down.reshape(4, -1)), np.linalg.norm(sizes[4:]), rtol=1e-3)
