@@ -173,7 +173,7 @@ def simulated_sessions(simulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
     made: list[Any] = []
 
-    def open_session(path: Path, options: Any, provider: str, component: str, chosen: Any) -> Any:
+    def open_session(path: Path, options: Any, provider: str, component: str, chosen: Any, changed: Any = ()) -> Any:
         ((name, given),) = chosen
         assert (provider, name) == ("cuda", "CUDAExecutionProvider")
         made.append(SimulatedSession(path, simulated_cuda, given))

@@ -32,16 +32,28 @@ def test_names_that_do_not_go_together_are_refused(pictures, scales, problem):
         read_controls(pictures, scales, (), False, ())
 
 
-def test_scales_and_masks_are_of_the_only_adapter_with_a_name_and_without():
+def test_scales_and_masks_are_of_the_only_adapter_that_is_named():
     for image, other in (("look=a.png", "b.png"), ("a.png", "look=b.png"), ("look=a.png", "look=b.png")):
         scale = "look=0.5" if other.startswith("look") else "0.5"
         [found] = read_image_prompts((image,), (), (scale,), (other,))
         assert (found.name, found.images, found.masks, found.scale) == (
-            "look" if image.startswith("look") else "",
+            "look",
             ["a.png"],
             ["b.png"],
             0.5,
         )
+
+
+def test_what_is_for_an_adapter_without_images_is_not_taken_for_another():
+    for scales, said in ((("foo=0.2",), None), (("0.2", "look=0.9"), "given twice for look")):
+        if said is None:
+            [found] = read_image_prompts(("a.png",), (), scales, ())
+            assert found.name == "foo"  # which the bundle then lacks
+            continue
+        with pytest.raises(click.UsageError, match=said):
+            read_image_prompts(("a.png",), (), scales, ())
+    with pytest.raises(click.UsageError, match="goes with --ip-image foo=PICTURE"):
+        read_image_prompts(("look=a.png",), (), ("foo=0.2",), ())
 
 
 def test_embeddings_are_read_from_a_file(tmp_path):
@@ -56,9 +68,9 @@ def test_embeddings_are_read_from_a_file(tmp_path):
     (tmp_path / "empty.npy").write_bytes(b"")
     for name, problem in (
         ("there.npy", "does not exist: give a .npy file"),
-        ("many.npz", "holds no array"),
+        ("many.npz", "holds no numbers"),
         ("objects.npy", "is no .npy file of numbers"),
-        ("none.npy", "holds no array"),
+        ("none.npy", "holds no numbers"),
         ("cut.npy", "is no .npy file of numbers"),
         ("empty.npy", "is no .npy file of numbers"),
     ):

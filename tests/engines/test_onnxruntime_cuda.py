@@ -175,7 +175,7 @@ def test_without_graphs_of_its_own_the_plain_ones_run_and_a_warning_says_what_to
     remedy = f"run `diffoundry build {bundle.root} --engine onnxruntime:cuda --precision fp32`"
     with pytest.warns(RuntimeWarning, match=re.escape(remedy)):
         EngineLoader(bundle, ENGINE).load("unet")
-    assert loaded == [("unet/model.onnx", {"provider": "cuda", "threads": None})]
+    assert loaded == [("unet/model.onnx", {"provider": "cuda", "threads": None, "changed": {}})]
 
 
 def test_with_graphs_of_its_own_there_is_no_warning(built):

@@ -210,7 +210,10 @@ def test_an_adapter_is_added_without_anything_else_being_traced(checkpoint_of, b
         ({"scale": float("nan")}, "must be from 0 to 100, or one such number for each cross-attention, found nan"),
         ({"scale": ()}, "must be from 0 to 100"),
         ({"interval": (0.9, 0.1)}, "the interval of the IP-Adapter look must be two numbers"),
-        ({"image": None, "embeds": np.full((1, 3), np.nan)}, "embeds must be finite numbers"),
+        (
+            {"image": None, "embeds": np.full((1, 3), np.nan)},
+            "embeds of the IP-Adapter look have numbers that are not finite",
+        ),
     ],
 )
 def test_an_image_prompt_that_cannot_be_is_refused(options, problem):

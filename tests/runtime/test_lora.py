@@ -21,8 +21,11 @@ from diffoundry.bundle import Bundle
 from diffoundry.bundle.reports import read_report
 from diffoundry.calibration.build import build
 from diffoundry.common.errors import DiffoundryError, EngineError, LoraError, RequestError
+from diffoundry.engines.changed import new_values, sources_of
 from diffoundry.engines.initializers import read_initializers
 from diffoundry.engines.verify import verify
+from diffoundry.export.checkpoint import Checkpoint
+from diffoundry.export.lora import Fused, fuse
 from diffoundry.families.lora import LoraFile
 from diffoundry.families.lora.pickles import read_pickle
 from diffoundry.parity.pipelines import ADAPTED, LORA
@@ -66,6 +69,24 @@ def written(path, tensors, **metadata):
     return path
 
 
+def test_weights_at_compile_are_those_at_run(bundle, files, checkpoint_of, tmp_path):
+    loras, opened = (Lora(files["peft"], 0.6), Lora(files["kohya"], -0.3, 0.2)), Bundle.open(bundle)
+    source = Checkpoint.open(checkpoint_of(CHECKPOINT))
+    made = fuse(source, Fused(loras), "unet", {"text_encoder": "tokenizer"}, tmp_path, keep_half=False)
+    assert set(made) == {"unet", "text_encoder"}
+    for name, changes in LoraSets(opened).changes(loras).items():
+        [file] = made[name].glob("*.safetensors")
+        fused, graph = load_file(file), opened.path(f"{name}/model.onnx")
+        found = new_values(opened, name, [graph], changes, name)[graph]
+        sources = sources_of(opened, name)
+        assert len(found) == len(changes)
+        for each in found:
+            source_of = sources[each.initializer.name]
+            value = each.value if source_of.axes is None else each.value.transpose(np.argsort(source_of.axes))
+            np.testing.assert_array_equal(fused[source_of.weights[0]], value)
+
+
+@pytest.mark.slow
 def test_fused_hot_and_as_inputs_are_the_same(pipe, files, checkpoint_of, tmp_path):
     loras = [Lora(files["peft"], 0.6), Lora(files["kohya"], -0.3, 0.2)]
     fused = tmp_path / "fused.bundle"
@@ -466,3 +487,35 @@ def test_other_forms_are_brought_to_the_rank(pipe, weights, tmp_path):
     sizes = np.linalg.svd(whole, compute_uv=False)
     np.testing.assert_allclose(share, np.linalg.norm(sizes[4:]) / np.linalg.norm(sizes), rtol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(whole - up @ down.reshape(4, -1)), np.linalg.norm(sizes[4:]), rtol=1e-3)
+
+
+def test_hot_and_as_inputs_draw_the_same(pipe, files):
+    bare = drawn(pipe)
+    loras = [Lora(files["peft"], 0.6), Lora(files["kohya"], -0.3, 0.2)]
+    pipe.set_loras(loras, as_inputs=False)
+    hot = drawn(pipe)
+    pipe.set_loras(loras, as_inputs=True)
+    assert pipe.loras == tuple(loras)
+    np.testing.assert_allclose(drawn(pipe), hot, atol=NEAR, rtol=NEAR)
+    assert "unet" not in pipe.loaded
+    pipe.set_loras([])
+    np.testing.assert_array_equal(drawn(pipe), bare)
+    assert np.abs(hot - bare).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_the_simulated_device_takes_loras(copied, files, simulated_sessions):
+    build(copied, lora_rank=16, lora_layers="all")
+    cpu = diffoundry.load(copied, engine="onnxruntime")
+    build(copied, engine="onnxruntime:cuda", precision="fp32")
+    gpu = diffoundry.load(copied, engine="onnxruntime:cuda", precision="fp32")
+    sets = (), (Lora(files["peft"], 0.6),), (Lora(files["kohya"], 0.4), Lora(files["peft"], -0.2))
+    requests = [Request(PROMPT, seed=5 + i, loras=each, **ASKED) for i, each in enumerate(sets)]
+    wanted = cpu.generate_many(requests)
+    for _ in range(4):
+        for found, expected in zip(gpu.generate_many(requests), wanted, strict=True):
+            np.testing.assert_allclose(found.latents, expected.latents, atol=5e-3)
+    assert gpu.info()["captured"]
+    for each in (gpu, cpu):
+        each.set_loras([(files["peft"], 0.6)])
+    np.testing.assert_allclose(drawn(gpu), drawn(cpu), atol=5e-3)

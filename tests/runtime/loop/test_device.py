@@ -16,6 +16,7 @@ from diffoundry.bundle import Bundle
 from diffoundry.common.errors import EngineError, StoppedError
 from diffoundry.engines.gpu.gpu import Gpu
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
+from diffoundry.runtime.loaded import PLAIN
 from diffoundry.runtime.loop import device
 from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.pipeline import Pipeline, Request, load
@@ -158,7 +159,7 @@ def test_a_phase_that_is_used_again_takes_the_new_prompt_where_a_part_is_compute
     pipe = load(bundle.root, loop="device")
     for prompt in (PROMPT, "a small blue ring", "a ring", PROMPT):
         assert_same(pipe, host, prompt=prompt)
-    assert len(pipe._engines._phases[None]._idle) == 1
+    assert len(pipe._engines._phases[PLAIN]._idle) == 1
 
 
 def test_two_shapes_in_turn(pipe, host, simulated_cuda):
@@ -208,7 +209,7 @@ def test_a_callback_sees_each_step_and_can_stop(pipe, host, simulated_cuda, sche
             pipe(PROMPT, seed=1, steps=6, scheduler=scheduler, callback=lambda k, total, latents: k < 3)
     # a stopped run gives back what it used, and both ways of running share the tensors
     assert_same(pipe, host, scheduler=scheduler)
-    assert len(pipe._engines._phases[None]._idle) == 1
+    assert len(pipe._engines._phases[PLAIN]._idle) == 1
     assert simulated_cuda.calls["cudaGraphInstantiate"] == 2  # one for each turn of the registers
 
 
@@ -230,7 +231,7 @@ def test_only_so_many_phases_are_kept(pipe, host, simulated_cuda, monkeypatch):
     kept = simulated_cuda.used
     for steps in (2, 3, 4, 5, 6, 6):
         assert_same(pipe, host, steps=steps)
-        assert len(pipe._engines._phases[None]._idle) <= 2
+        assert len(pipe._engines._phases[PLAIN]._idle) <= 2
     assert simulated_cuda.used < 3 * kept
     assert len(simulated_cuda.graphs) == 1
 
@@ -260,7 +261,7 @@ def test_an_engine_that_is_released_during_a_run_is_not_kept(pipe, host):
     pipe(PROMPT, steps=3, callback=lambda *step: pipe.release("unet"))
     assert pipe._engines._phases == {}
     assert_same(pipe, host, steps=3)
-    assert len(pipe._engines._phases[None]._idle) == 1
+    assert len(pipe._engines._phases[PLAIN]._idle) == 1
 
 
 def test_an_engine_that_fails_is_not_run_with_what_it_left(pipe, host, trt, monkeypatch):
@@ -276,7 +277,7 @@ def test_an_engine_that_fails_is_not_run_with_what_it_left(pipe, host, trt, monk
 
         with pytest.raises(EngineError, match="TensorRT did not run it"):
             pipe(PROMPT, steps=6, callback=fail)
-    assert not pipe._engines._phases[None]._idle
+    assert not pipe._engines._phases[PLAIN]._idle
     assert_same(pipe, host)
 
 

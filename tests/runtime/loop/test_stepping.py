@@ -18,6 +18,7 @@ from diffoundry.engines.engine import Engine
 from diffoundry.engines.gpu.gpu import Gpu
 from diffoundry.engines.onnxruntime import OnnxRuntimeEngine
 from diffoundry.engines.tensorrt.engine import TensorRTEngine
+from diffoundry.runtime.loaded import PLAIN
 from diffoundry.runtime.loop.batch import Batch
 from diffoundry.runtime.loop.device import DeviceStepper, Phases
 from diffoundry.runtime.loop.guidance import Guidance
@@ -379,9 +380,9 @@ def test_a_run_on_a_device_gives_back_what_it_ran_in_when_it_is_left(pipe, on_gp
         for progress in run:
             if progress.step == leave_at:
                 break
-        assert not device._engines._phases[None]._idle
+        assert not device._engines._phases[PLAIN]._idle
         run.close()
-        assert len(device._engines._phases[None]._idle) == 1
+        assert len(device._engines._phases[PLAIN]._idle) == 1
     memory = simulated_cuda.used
     run = device.steps(asked_of())
     *_, last = run
