@@ -251,6 +251,7 @@ def test_what_is_damaged_and_can_be_made_again_stops_no_run_and_is_mended(bundle
     assert report(bundle, "quality") == before
 
 
+@pytest.mark.slow
 def test_statistics_of_another_bundle_serve_and_those_of_another_model_do_not(bundle, tmp_path, monkeypatch):
     made_of(bundle, engine="onnxruntime")
     kept = Path(shutil.copy(bundle / "unet" / "int8.statistics.npz", tmp_path / "s.npz"))

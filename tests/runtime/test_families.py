@@ -33,7 +33,7 @@ def is_quick(case: Case) -> bool:
     """Whether a case is run each time: one of each task with all that varies, and one of each option."""
     if case.controls or case.prompts:
         return case.checkpoint == "pico" and case.count == 2
-    if case.checkpoint not in QUICK:
+    if case.checkpoint not in QUICK or (case.loras and case.checkpoint != "sd15-small"):
         return False
     largest = case.count == 2 and case.size == parity.WIDE
     return largest or (case.checkpoint != "sd15-small" and case.scheduler is None and case.label in LABELS)
