@@ -25,8 +25,8 @@ def generate_refined(
     """Run `request` on `base` up to `part` of the schedule and on `refiner` from there.
 
     Podell et al. 2023, section 2.5, as diffusers' `denoising_end` and `denoising_start`. The refiner gets the prompts,
-    steps, guidance and scheduler of the request; layers are skipped for the first alone, which alone has controls, pictures and LoRAs. Options and errors are those
-    of `Pipeline.generate`.
+    steps, guidance and scheduler of the request; skipped layers, controls, pictures and LoRAs are for the first alone.
+    Options and errors are those of `Pipeline.generate`.
     """
     if request.denoising_start is not None or request.denoising_end is not None:
         raise RequestError("the refiner shares the schedule by itself: leave denoising_start and denoising_end out")
