@@ -44,6 +44,16 @@ class NewValue:
     value: Array
 
 
+def together(first: Changes, second: Changes) -> dict[str, Change]:
+    """What both add to the bare weights."""
+
+    def both(a: Change, b: Change) -> Change:
+        return lambda weight: a(weight) + b(weight)
+
+    shared = first.keys() & second.keys()
+    return {**first, **second, **{name: both(first[name], second[name]) for name in shared}}
+
+
 def sources_of(bundle: Bundle, name: str) -> dict[str, Source]:
     """The weight of the checkpoint that each initializer of component `name` is.
 

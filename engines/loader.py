@@ -11,7 +11,7 @@ from ..bundle import AS_EXPORTED, EIGHT_BIT, FULL, PRECISIONS, STANDARD, Bundle,
 from ..common.checks import is_whole
 from ..common.errors import EngineError
 from .cache import EngineStore
-from .changed import Changes, NewValue, Rows, new_values, places
+from .changed import Changes, NewValue, Rows, new_values, places, together
 from .engine import Engine
 from .names import FUSED_ENGINES, ONNXRUNTIME, OPENVINO, PLANNED, EngineName
 
@@ -100,7 +100,7 @@ class EngineLoader:
         """The engine of component `name`. threads: of one operator on the CPU, or with `share_rows` of all rows.
 
         share_rows: let the engine share the rows of a bound call among the processors, where `splits_rows` says so.
-        more: changes of its weights in place of those of `change`.
+        more: changes of its weights beside those of `change`.
         Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
         """
         from .onnxruntime import load_variant
@@ -116,7 +116,7 @@ class EngineLoader:
                 {path for files in (component.files, variant.files, *listed) for path in files}, known=True
             )
         changes, source = self.changes_of(name)
-        changes = changes if more is None else more
+        changes = together(changes, more) if more else changes
         rows = self._rows.get(name, {})
         if (changes or rows) and self.engine.backend in PLANNED:
             raise self._cannot_change()

@@ -34,6 +34,7 @@ def check_runnable(bundle: Bundle) -> None:
         if not manifest.with_role(role):
             raise BundleError(f"{root} has no {role} among its components: compile it again")
     _check_told(bundle)
+    _check_adapted(bundle)
     inputs = {tensor.name for tensor in bundle.component(manifest.named("denoiser")).inputs}
     if inputs != set(manifest.wiring.inputs):
         wrong = ", ".join(sorted(inputs ^ set(manifest.wiring.inputs)))
@@ -109,6 +110,21 @@ def _check_told(bundle: Bundle) -> None:
     wrong += [] if all(len(shape) == 4 for name, shape in takes.items() if name in residuals) else ["the denoiser"]
     if wrong:
         raise _disagree(bundle, wrong[0])
+
+
+def _check_adapted(bundle: Bundle) -> None:
+    """Raise `BundleError` unless the denoiser that takes LoRAs is what the wiring says of it."""
+    manifest = bundle.manifest
+    named = list(manifest.wiring.lora_inputs)
+    if named != manifest.with_role("lora") or len(named) > 1:
+        raise _disagree(bundle, next(iter(named), "lora"))
+    for name, inputs in manifest.wiring.lora_inputs.items():
+        takes = {tensor.name: tensor.shape for tensor in manifest.components[name].inputs}
+        factors = [takes.pop(each, ()) for each in (inputs.down, inputs.up)]
+        sound = all(len(shape) == 3 and isinstance(shape[1], int) for shape in factors)
+        listed = bool(inputs.weights) and len(set(inputs.weights)) == len(inputs.weights)
+        if not sound or not listed or set(takes) != set(manifest.wiring.inputs):
+            raise _disagree(bundle, name)
 
 
 def _are_masks(shapes: Sequence[tuple[int | str, ...]], groups: int | str) -> bool:

@@ -27,7 +27,7 @@ from .conditions.sizes import Sizes
 from .conditions.text import Text
 from .control import Control
 from .image_prompt import ImagePrompt
-from .lora import Lora
+from .lora import Lora, printable
 from .lora_sets import LoraSets
 from .pictures.autoencoder import Autoencoder, check_decoder
 from .pictures.preprocess import bring_to_size, open_image, open_originals
@@ -174,7 +174,7 @@ def _record(request: Request) -> dict[str, Any]:
 def _described(value: Any) -> Any:
     """A picture or an array by its path or its hash."""
     if isinstance(value, Path):
-        return str(value)
+        return printable(value)
     if isinstance(value, (np.ndarray, Image.Image)):
         return f"sha256:{hashlib.sha256(np.asarray(value, order='C').tobytes()).hexdigest()}"
     if isinstance(value, list):

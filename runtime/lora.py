@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,32 @@ from ..common.files import read_json
 from ..engines.changed import shapes_of
 from ..families.lora import LoraFile, Weights
 from ..families.lora.embeddings import EmbeddingFile
+from ..families.lora.tensors import file_of
 
 _MOST = 64
 """LoRAs at once."""
 _LARGEST = 1000.0
+
+
+def _exists(text: str) -> bool:
+    """Whether a file has this name; one that no file can have is none."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _place(file: str | Path) -> str:
+    """Where a file lies, or the folder around it."""
+    with contextlib.suppress(LoraError, OSError, ValueError):
+        file = file_of(Path(file))
+    return os.path.realpath(file)
+
+
+def _check_path(what: str, file: Any) -> None:
+    """Raise `RequestError` for what is no path."""
+    if not isinstance(file, (str, Path)) or not str(file) or "\0" in str(file):
+        raise RequestError(f"{what} must be a path, found {file!r:.80}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +61,7 @@ class Lora:
     approximate: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.file, (str, Path)) or not str(self.file):
-            raise RequestError(f"a LoRA must be a path, found {self.file!r:.80}")
+        _check_path("a LoRA", self.file)
         for name in ("strength", "text_strength"):
             value = getattr(self, name)
             if value is None and name == "text_strength":
@@ -59,7 +82,7 @@ class Lora:
     def parse(cls, text: str, *, ignore_unused: bool = False, approximate: bool = False) -> Lora:
         """`FILE`, `FILE=0.8` or `FILE=0.8:0.5`, the second number for the text encoders. Raises `RequestError`."""
         file, sign, numbers = text.rpartition("=")
-        if not sign or Path(text).exists():
+        if not sign or _exists(text):
             return cls(text, ignore_unused=ignore_unused, approximate=approximate)
         try:
             own, *more = (float(each) for each in numbers.split(":"))
@@ -86,8 +109,7 @@ class TextualInversion:
     token: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.file, (str, Path)) or not str(self.file):
-            raise RequestError(f"a textual inversion must be a path, found {self.file!r:.80}")
+        _check_path("a textual inversion", self.file)
         if self.token is not None and (not isinstance(self.token, str) or not self.token.strip()):
             raise RequestError(
                 f"the word of the textual inversion {self.file} must be a text, found {self.token!r:.80}"
@@ -97,7 +119,7 @@ class TextualInversion:
     def parse(cls, text: str) -> TextualInversion:
         """`FILE` or `FILE=WORD`."""
         file, sign, token = text.rpartition("=")
-        return cls(text) if not sign or Path(text).exists() else cls(file, token)
+        return cls(text) if not sign or _exists(text) else cls(file, token)
 
     def __str__(self) -> str:
         """As `parse` reads it."""
@@ -173,7 +195,7 @@ def as_loras(given: Any) -> tuple[Lora, ...]:
         raise RequestError(
             f"{len(made)} LoRAs at once are too many, {_MOST} are the most: fuse some with `compile --lora`"
         )
-    places = [Path(lora.file).resolve() for lora in made]
+    places = [_place(lora.file) for lora in made]
     for i, place in enumerate(places):
         if place in places[:i]:
             raise RequestError(f"the LoRA {made[i].file} is given twice: give it once, with the sum of its strengths")
@@ -190,9 +212,19 @@ def open_lora(lora: Lora, weights: Weights) -> LoraFile:
     return LoraFile.open(lora.file, weights, ignore_unused=lora.ignore_unused)
 
 
+def printable(file: str | Path) -> str:
+    """A path as text, whatever bytes are in it."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
+
+
 def described(opened: Sequence[tuple[LoraFile, Mapping[str, float]]], loras: Sequence[Lora]) -> list[dict[str, Any]]:
     """For records: the files, their hashes and strengths."""
     return [
-        {"file": str(lora.file), "sha256": file.sha256, "strength": lora.strength, "text_strength": lora.text_strength}
+        {
+            "file": printable(lora.file),
+            "sha256": file.sha256,
+            "strength": lora.strength,
+            "text_strength": lora.text_strength,
+        }
         for (file, _), lora in zip(opened, loras, strict=True)
     ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,9 +36,12 @@ class LoraSets:
         self._bundle = bundle
         inputs = bundle.manifest.wiring.lora_inputs
         self.inputs: LoraInputs | None = next(iter(inputs.values()), None)
+        self._component = next(iter(inputs), "")
         self.base: tuple[Lora, ...] = ()
         """What every request is drawn with, as inputs."""
+        self._pinned: dict[Lora, tuple[Hashable, LoraFile]] = {}
         self._lock = threading.RLock()
+        _ALL.add(self)
         self._weights: Weights | None = None
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
 
@@ -62,6 +68,21 @@ class LoraSets:
             self.factors(both)
         return both
 
+    def set_base(self, loras: Sequence[Lora]) -> None:
+        """Let every request be drawn with these, as their files are now, whatever becomes of them."""
+        pinned = {lora: (_state(lora), self._file(lora)) for lora in loras}
+        self.base, self._pinned = tuple(loras), pinned
+
+    @contextmanager
+    def reading_again(self) -> Iterator[None]:
+        """Let the files of the base be read as they are now; where the block fails, the base stays what it was."""
+        before, self._pinned = self._pinned, {}
+        try:
+            yield
+        except BaseException:
+            self._pinned = before
+            raise
+
     def opened(self, loras: Sequence[Lora]) -> _Opened:
         """The files, each with its strengths by component. Raises `LoraError`."""
         return [(self._file(lora), lora.strengths(self.weights)) for lora in loras]
@@ -72,7 +93,7 @@ class LoraSets:
 
     def key(self, loras: Sequence[Lora]) -> Hashable:
         """Equal for sets that are the same."""
-        return tuple((_state(lora), lora.strength, lora.text_strength, lora.approximate) for lora in loras)
+        return tuple((self._state(lora), lora.strength, lora.text_strength, lora.approximate) for lora in loras)
 
     def text_changes(self, loras: Sequence[Lora]) -> dict[str, dict[str, Sum]]:
         """Of these the changes of text encoders."""
@@ -183,11 +204,21 @@ class LoraSets:
                 gives, reads = shapes[name][0], int(np.prod(shapes[name][1:]))
                 made[name] = (first, reads), (second, gives)
                 first, second = first + reads, second + gives
+            shape = {tensor.name: tensor.shape[1:2] for tensor in self._bundle.component(self._component).inputs}
+            if self.inputs is not None and ((first,), (second,)) != (shape[self.inputs.down], shape[self.inputs.up]):
+                raise LoraError(
+                    f"{self._bundle.root}: the weights that take factors are not those of its graph: build again"
+                )
             return made
 
         return self._keep("rows", make)
 
+    def _state(self, lora: Lora) -> Hashable:
+        return self._pinned[lora][0] if lora in self._pinned else _state(lora)
+
     def _file(self, lora: Lora) -> LoraFile:
+        if lora in self._pinned:
+            return self._pinned[lora][1]
         return self._keep(("file", _state(lora)), lambda: open_lora(lora, self.weights))
 
     def _keep(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
@@ -210,3 +241,16 @@ def _state(lora: Lora) -> Hashable:
     except OSError:
         return str(path), lora.ignore_unused
     return str(path), stat.st_mtime_ns, stat.st_size, lora.ignore_unused
+
+
+_ALL: weakref.WeakSet[LoraSets] = weakref.WeakSet()
+
+
+def _start_in_child() -> None:
+    """In a forked process another thread may hold a lock that nobody gives back."""
+    for sets in list(_ALL):
+        sets._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=_start_in_child)

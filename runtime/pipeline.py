@@ -33,7 +33,7 @@ from .loop.guidance import Guidance
 from .loop.host import HostStepper
 from .loop.noise import GENERATORS
 from .loop.sample import Sample
-from .lora import Lora, as_inversions, as_loras, described, open_inversions
+from .lora import Lora, as_inversions, as_loras, described, open_inversions, printable
 from .lora_sets import LoraSets
 from .names import ours
 from .pictures.autoencoder import DECODERS, Autoencoder, check_decoder
@@ -122,13 +122,15 @@ class Pipeline:
         the precision holds weights that cannot be changed; the pipeline is then as it was.
         """
         self._engines.check_process()
+        if as_inputs not in (None, True, False):
+            raise RequestError(f"as_inputs must be true, false or None, found {as_inputs!r:.80}")
         asked = as_loras(loras)
-        opened = self._sets.opened(asked) if asked else []
-        given = self._are_inputs(asked, as_inputs)
-        changes = {} if given else combined(opened)
-        self._change(changes, self._rows)
+        with self._sets.reading_again():
+            opened = self._sets.opened(asked) if asked else []
+            given = self._are_inputs(asked, as_inputs)
+            self._change({} if given else combined(opened), self._rows)
+            self._sets.set_base(asked if given else ())
         self._loras, self._opened = asked, opened
-        self._sets.base = asked if given else ()
 
     def set_embeddings(self, embeddings: Sequence[Any]) -> None:
         """Let prompts have these new words from now on, [] for none.
@@ -147,7 +149,7 @@ class Pipeline:
         except BaseException:
             encoders.set_words(self._words)
             raise
-        self._words, self._embeddings_record = words, [str(each) for each in asked]
+        self._words, self._embeddings_record = words, [printable(str(each)) for each in asked]
 
     def _change(self, changes: Mapping[str, Changes], rows: Mapping[str, Rows]) -> None:
         """Load parts with these weights when they are next used. Raises `EngineError`; all is then as it was."""

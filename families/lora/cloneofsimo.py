@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from ...common.arrays import Array
 
-_KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+_KEY = re.compile(r"(unet|text_encoder):([0-9]{1,4}):(up|down)")
+_NUMBER = re.compile(r"[0-9]{1,4}")
 _BLOCK = re.compile(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.(.+)\.weight")
 _SIDES = ("down", "up", "mid")
 _ORDERS = (("attn1", "ff", "attn2"), ("attn1", "attn2", "ff"))
@@ -31,7 +32,7 @@ def named(
     """The tensors under names that say what they are for; None for another kind, or where it does not fit."""
     lists: dict[str, dict[tuple[int, str], Array]] = {}
     made: dict[str, Array] = {}
-    if tensors and all(name.isdigit() for name in tensors):
+    if tensors and all(_NUMBER.fullmatch(name) for name in tensors):
         kinds = ("up", "down")
         lists["unet"] = {(int(name) // 2, kinds[int(name) % 2]): array for name, array in tensors.items()}
     elif any(_KEY.fullmatch(name) for name in tensors):

@@ -71,9 +71,12 @@ class EmbeddingFile:
                 )
         for name, vectors in found.items():
             if vectors.ndim != 2 or vectors.shape[1] != widths[name] or not 1 <= len(vectors) <= _MOST_VECTORS:
-                raise LoraError(f"{file} has vectors of shape {vectors.shape}, {name} takes (n, {widths[name]})")
+                raise LoraError(
+                    f"{file} has {len(vectors)} vectors of width {vectors.shape[-1]}, {name} takes from 1 to "
+                    f"{_MOST_VECTORS} of width {widths[name]}"
+                )
         word = token or (metadata.get("name", "") if said in _NAMELESS else said) or file.stem
-        if not word.strip() or any(letter.isspace() for letter in word):
+        if not word.isprintable() or any(letter.isspace() for letter in word):
             raise LoraError(f"{file}: the word of a textual inversion has no spaces, found {word!r:.60}: give another")
         return cls(file, sha256_file(file), word, found)
 

@@ -56,6 +56,14 @@ _MARKS = {
 """Which form a part belongs to, by its name up to the first underscore or by all of it."""
 LAZY = ("down", "up")
 """Parts that are made float32 where they are used, so that a large file is not held twice."""
+_MATRICES = frozenset(
+    {
+        *("up", "down", "mid", "a1", "a2", "b1", "b2", "bm"),
+        *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        *(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")),
+    }
+)
+"""Parts that have two axes at least."""
 _BESIDE = frozenset({"alpha", "dora_scale", "rescale"})
 
 
@@ -81,11 +89,16 @@ class Change:
         if len(forms) != 1 or "" in forms:
             raise LoraError(f"parts of no one form ({', '.join(sorted(parts))})")
         [form] = forms
+        flat = [name for name, each in parts.items() if each.ndim < 2 and name in _MATRICES]
+        if flat or any(not each.size for each in parts.values()):
+            raise LoraError(f"no matrix in {', '.join(flat) or 'it'}")
+        if "alpha" in parts and parts["alpha"].size != 1:
+            raise LoraError(f"an alpha of {parts['alpha'].size} numbers")
         missing = _NEEDED[form] - parts.keys()
         if missing:
             raise LoraError(f"no {', '.join(sorted(missing))}")
         rank = _rank(form, parts)
-        alpha = float(parts["alpha"].reshape(-1)[0]) if "alpha" in parts and parts["alpha"].size == 1 else 0.0
+        alpha = float(parts["alpha"].reshape(-1)[0]) if "alpha" in parts else 0.0
         whole = {"lokr_w1", "lokr_w2"} <= parts.keys()  # where alpha has no say
         if form in ("oft", "ia3", "full") or whole:
             factor = 1.0
@@ -228,24 +241,38 @@ class Change:
         made: Array = whole * (magnitude.reshape([-1 if axis == kept else 1 for axis in range(whole.ndim)]) / norm)
         return made
 
+    def _takes(self, magnitude: tuple[int, ...]) -> bool:
+        """Whether a magnitude of this shape is one of the outputs or of the inputs."""
+        if len(self.shape) < 2:
+            return False
+        outputs, inputs = self.shape[:2]
+        size = math.prod(magnitude)
+        of_inputs = len(magnitude) > 1 and magnitude[0] == 1 < magnitude[1]
+        return size == inputs == magnitude[1] if of_inputs else size == outputs == magnitude[0]
+
     def _check(self) -> None:
         """Raise `LoraError` for parts that do not fit the weight."""
         empty = np.broadcast_to(np.zeros((), np.float32), self.shape)
         try:
             if self.form == "oft":
-                count = math.prod(self.parts["oft_blocks"].shape[-3:-1])
+                count, square = math.prod(self.parts["oft_blocks"].shape[-3:-1]), self.parts["oft_blocks"].shape[-2:]
+                odd = self.parts["oft_blocks"].ndim == 4 and square[0] % 2
+                if square[0] != square[1] or odd:
+                    raise ValueError(f"blocks of {square}")
                 if count != self.shape[0] or self.parts["oft_blocks"].ndim not in (3, 4):
                     raise ValueError(f"blocks of {count} outputs")
                 rescale = self._rescale()
                 if rescale is not None and len(rescale) not in (1, self.shape[0]):
                     raise ValueError(f"{len(rescale)} factors")
+                if self.parts["oft_blocks"].ndim == 4:
+                    self._boft(np.zeros((self.shape[0], *[1] * (len(self.shape) - 1)), np.float32), 1.0)
                 return
             found = _shape_of(self.form, self.parts, empty)
             if math.prod(found) != math.prod(self.shape) or found[0] != self.shape[0]:
                 raise ValueError(f"{found}")
-            if "dora_scale" in self.parts and self.parts["dora_scale"].size not in self.shape[:2]:
-                raise ValueError(f"a magnitude of {self.parts['dora_scale'].size}")
-        except (ValueError, IndexError, TypeError) as error:
+            if "dora_scale" in self.parts and not self._takes(self.parts["dora_scale"].shape):
+                raise ValueError(f"a magnitude of {self.parts['dora_scale'].shape}")
+        except (ValueError, IndexError, TypeError, np.linalg.LinAlgError) as error:
             raise LoraError(f"parts for another shape than {self.shape} ({error})") from None
 
 
@@ -272,13 +299,15 @@ def _shape_of(form: str, parts: Parts, weight: Array) -> tuple[int, ...]:
             raise ValueError(" and ".join(map(str, shapes)))
         return shapes.pop()
     if form == "lokr":
-        first, second = _kronecker_part(parts, 1), _kronecker_part(parts, 2)
-        return (first.shape[0] * second.shape[0], first.shape[1] * second.shape[1], *second.shape[2:])
+        first, second = _kronecker_shape(parts, 1), _kronecker_shape(parts, 2)
+        return (first[0] * second[0], first[1] * second[1], *second[2:])
     if form == "glora":
         inner = product(parts["a1"], parts["a2"])
         if inner != (weight.shape[1], weight.shape[1]):
             raise ValueError(f"{inner} behind {weight.shape}")
         if "bm" in parts:
+            if parts["bm"].shape[:2] != (_matrix(parts["b1"]).shape[1], len(parts["b2"])):
+                raise ValueError(f"{parts['b1'].shape}, {parts['bm'].shape} and {parts['b2'].shape}")
             return (len(_matrix(parts["b1"])), _matrix(parts["b2"]).shape[1], *parts["bm"].shape[2:])
         return product(parts["b1"], parts["b2"])
     if form == "ia3":
@@ -324,9 +353,25 @@ def _hadamard_shape(parts: Parts, i: int) -> tuple[int, ...]:
         if _matrix(a).shape[1] != len(b):
             raise ValueError(f"{a.shape} times {b.shape}")
         return len(a), _matrix(b).shape[1]
-    if core.shape[:2] != (len(a), len(b)):
+    if core.shape[:2] != (len(a), len(b)) or a.ndim != 2 or b.ndim != 2:
         raise ValueError(f"{a.shape}, {core.shape} and {b.shape}")
     return (a.shape[1], b.shape[1], *core.shape[2:])
+
+
+def _kronecker_shape(parts: Parts, i: int) -> tuple[int, ...]:
+    """Of `_kronecker_part`, which is not made. Raises `ValueError` where its parts do not fit."""
+    whole, a, b, core = (parts.get(f"lokr_{name}") for name in (f"w{i}", f"w{i}_a", f"w{i}_b", f"t{i}"))
+    if whole is not None:
+        return whole.shape
+    if a is None or b is None:
+        raise ValueError(f"no lokr_w{i}")
+    if core is not None:
+        if core.shape[:2] != (len(a), len(b)) or a.ndim != 2 or b.ndim != 2:
+            raise ValueError(f"{a.shape}, {core.shape} and {b.shape}")
+        return (a.shape[1], b.shape[1], *core.shape[2:])
+    if _matrix(a).shape[1] != len(b):
+        raise ValueError(f"{a.shape} times {b.shape}")
+    return (len(a), *b.shape[1:])
 
 
 def _kronecker_part(parts: Parts, i: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -25,7 +26,7 @@ _STORAGES = {
     "ByteStorage": "<u1",
     "BoolStorage": "?",
 }
-_DEEPEST = 4
+_DEEPEST, _MOST_ITEMS = 4, 100_000
 _MOST_BYTES = 16 << 30
 
 
@@ -54,7 +55,7 @@ def read_pickle(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         ) from None
     except Exception as error:  # a damaged pickle raises anything
         raise LoraError(f"{path} is damaged, or holds code ({reason(error, 120)}): get it as .safetensors") from None
-    pairs = content.items() if isinstance(content, dict) else ()
+    pairs: Any = content.items() if isinstance(content, dict) else ()
     return _flat(content), {str(key): value for key, value in pairs if isinstance(value, str)}
 
 
@@ -81,6 +82,8 @@ class _Reader(pickle.Unpickler):
         if what != "storage" or not isinstance(storage, _Storage):
             raise pickle.UnpicklingError("a value that is no tensor")
         info = self._archive.getinfo(f"{self._folder}data/{key}")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise pickle.UnpicklingError("a tensor that is compressed, as torch stores none")
         if info.file_size > _MOST_BYTES:
             raise pickle.UnpicklingError("a tensor too large for a LoRA")
         content = self._archive.read(info)
@@ -96,6 +99,8 @@ def _rebuilt(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Arra
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if min(size, default=1) < 0 or min(stride, default=0) < 0 or offset < 0 or (0 not in size and last >= storage.size):
         raise pickle.UnpicklingError("a tensor outside of its storage")
+    if math.prod(size) > storage.size:
+        raise pickle.UnpicklingError("a tensor that repeats its storage")
     if 0 in size:
         return np.zeros(size, storage.dtype)
     steps = [step * storage.itemsize for step in stride]
@@ -108,8 +113,13 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 def _flat(content: Any) -> dict[str, Array]:
     found: dict[str, Array] = {}
+    seen = 0
 
     def walk(value: Any, name: str, depth: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > _MOST_ITEMS:
+            raise LoraError(f"it holds more than {_MOST_ITEMS} things: it is no LoRA")
         if isinstance(value, np.ndarray):
             found[name] = value.astype(np.float32) if value.dtype.kind == "f" else value
         elif isinstance(value, dict) and depth:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from ...common.arrays import Array
+from ...common.checks import is_finite
 from ...common.errors import LoraError
 from ...common.files import read_json, sha256_file
 from . import cloneofsimo
 from .forms import LAZY, Change
 from .names import Modules
-from .tensors import file_of, read_tensors
+from .tensors import file_of, read_tensors, shown
 
 _MOST_NAMED = 3
 _OTHER = (
@@ -70,22 +71,18 @@ class Weights:
         return Modules(self.shapes, self.denoiser, self.texts, self.layers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LoraFile:
     """A file that fits a checkpoint. changes: by component and by the name of the weight. unused: keys left over.
 
-    metadata: that its trainer wrote.
+    sha256: of the file. metadata: that its trainer wrote.
     """
 
     path: Path
+    sha256: str
     changes: Mapping[str, Mapping[str, Change]] = field(repr=False)
     unused: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def sha256(self) -> str:
-        """The hash of the file."""
-        return sha256_file(self.path)
 
     @classmethod
     def open(cls, path: str | Path, weights: Weights, *, ignore_unused: bool = False) -> LoraFile:
@@ -110,7 +107,10 @@ class LoraFile:
     ) -> LoraFile:
         """The same of tensors that were read from `file`."""
         tensors = cloneofsimo.named(tensors, metadata, weights.shapes, weights.denoiser) or tensors
-        parts, unused = _sorted_out(tensors, weights)
+        try:
+            parts, unused = _sorted_out(tensors, weights)
+        except LoraError as error:
+            raise LoraError(f"{file}: {error}: it is damaged") from None
         if not parts:
             raise LoraError(f"{file} {_what(tensors, weights)}")
         scales = _Scales.of(file, metadata)
@@ -129,7 +129,7 @@ class LoraFile:
             hint = another if len(misfits) > 1 else "it is damaged: download it again"
             raise LoraError(f"{file} has {wrong}: {hint}")
         if unused and not ignore_unused:
-            named = ", ".join(f"{name:.120}" for name in unused[:_MOST_NAMED])
+            named = ", ".join(shown(name) for name in unused[:_MOST_NAMED])
             more = f" … ({len(unused)} of {len(tensors)})" if len(unused) > _MOST_NAMED else ""
             raise LoraError(
                 f"{file} has keys that change nothing in {weights.title}: {named}{more}: give a LoRA for this "
@@ -139,7 +139,7 @@ class LoraFile:
             for name, change in found.items():
                 if not math.isfinite(change.scale):
                     raise LoraError(f"{file}: the scale of {component}.{name} is not finite: it is damaged")
-        return cls(file, changes, tuple(unused), metadata)
+        return cls(file, sha256_file(file), changes, tuple(unused), metadata)
 
 
 def _sorted_out(
@@ -151,6 +151,8 @@ def _sorted_out(
     unused = []
     for name, tensor in tensors.items():
         key = modules.find(name)
+        if key is not None and tensor.dtype.kind != "f" and key.part not in ("on_input", "alpha"):
+            raise LoraError(f"{shown(name)} is of the type {tensor.dtype}, which no change is stored in")
         if key is None or key.part in parts.get((key.component, key.module), {}):
             unused.append(name)
             continue
@@ -204,9 +206,9 @@ def _what(tensors: Mapping[str, Array], weights: Weights) -> str:
                 kind = what if ":" in what else f"a LoRA for {what}, not for {weights.title}: give one for it"
                 return f"is {kind}"
     first = next(iter(tensors))
-    if all(each.ndim < 3 for each in tensors.values()) and len(tensors) < 3 and "." not in first:
+    if all(each.ndim < 3 for each in tensors.values()) and len(tensors) < 3 and first.startswith("<"):
         return "is a textual inversion: give it with --embedding"
-    return f"changes nothing in {weights.title} (its first key is {first:.120}): give a LoRA for this model"
+    return f"changes nothing in {weights.title} (its first key is {shown(first)}): give a LoRA for this model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,7 @@ class _Scales:
         if text:
             try:
                 stated = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise LoraError(f"{file}: its metadata are damaged: download it again") from None
         elif beside.is_file() and file.name.startswith("adapter_model"):
             stated = {f"unet.{name}": value for name, value in read_json(beside, "the configuration of PEFT").items()}
@@ -235,6 +237,12 @@ class _Scales:
         for name, value in stated.items():
             component, _, option = name.partition(".")
             configs.setdefault(component, {})[option] = value
+        for config in configs.values():
+            patterns = config.get("alpha_pattern") or {}
+            alphas = [config.get("lora_alpha", 1), *(patterns.values() if isinstance(patterns, dict) else [None])]
+            stable = config.get("use_rslora")
+            if not all(map(is_finite, alphas)) or not (stable is None or isinstance(stable, bool)):
+                raise LoraError(f"{file}: its metadata say an alpha that is no number: download it again")
         return cls(configs)
 
     def for_module(self, component: str, module: str) -> Any:
@@ -250,10 +258,7 @@ class _Scales:
                     usual = value
             return float(usual)
 
-        try:
-            alpha = listed("alpha_pattern", config["lora_alpha"])
-        except (TypeError, ValueError):
-            raise LoraError("an alpha that is no number in its metadata") from None
+        alpha = listed("alpha_pattern", config["lora_alpha"])
         stable = bool(config.get("use_rslora"))
         return lambda rank: alpha / (math.sqrt(rank) if stable else rank)
 

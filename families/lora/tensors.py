@@ -26,6 +26,7 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_LARGEST = 1e12
 _POINTER = b"version https://git-lfs"
 _MOST_BYTES = 16 << 30
 """Of a file that is read whole; the largest LoRA has less."""
@@ -62,9 +63,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     if not tensors:
         raise LoraError(f"{path} holds no tensors: it is no LoRA")
     for name, array in tensors.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise LoraError(f"{path}: {name:.200} has numbers that are not finite (NaN or infinity): it is damaged")
+        if array.dtype.kind != "f":
+            continue
+        if array.dtype.itemsize > np.dtype(np.float32).itemsize:
+            with np.errstate(over="ignore"):
+                array = tensors[name] = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise LoraError(f"{path}: {shown(name)} has numbers that are not finite (NaN or infinity): it is damaged")
+        if array.size and array.dtype == np.float32 and max(-array.min(), array.max()) > _LARGEST:
+            raise LoraError(f"{path}: {shown(name)} has numbers above {_LARGEST:g}: it is damaged")
     return tensors, metadata
+
+
+def shown(name: str) -> str:
+    """The name of a tensor, for messages."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:120])
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -93,9 +106,9 @@ def _array(path: Path, name: str, stored: dict[str, Any], content: bytes, start:
     kind, shape, (first, last) = stored["dtype"], stored["shape"], stored["data_offsets"]
     dtype = np.dtype("<u2" if kind == "BF16" else _DTYPES.get(kind, "V1"))
     if dtype.kind == "V":
-        raise LoraError(f"{path}: {name:.200} is of the type {kind}, which no LoRA is stored in: save it in float16")
+        raise LoraError(f"{path}: {shown(name)} is of the type {kind}, which no LoRA is stored in: save it in float16")
     if first == last:
-        raise LoraError(f"{path}: {name:.200} is empty, of shape {shape}: it is damaged")
+        raise LoraError(f"{path}: {shown(name)} is empty, of shape {shape}: it is damaged")
     array = np.frombuffer(content, dtype, (last - first) // dtype.itemsize, start + first)
     if kind == "BF16":
         array = (array.astype("<u4") << np.uint32(16)).view(np.float32)

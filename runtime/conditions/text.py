@@ -69,10 +69,15 @@ class Text(Condition):
         fed: dict[int, Fed] = {}
         for key, places in alike.items():
             own = [jobs[i] for i in places]
-            loras = own[0].loras
-            encoders = self.encoders if key is None else self.encoders.with_engines(partial(self._engine_of, loras))
+            encoders = self.encoders if key is None else self._encoders_of(own[0].loras)
             fed |= zip(places, self._encoded(own, encoders), strict=True)
         return [fed[i] for i in range(len(jobs))]
+
+    def _encoders_of(self, loras: Sequence[Lora]) -> TextEncoders:
+        """The text encoders, with what this set changes in them."""
+        if not loras or not self._loras.text_changes(loras):
+            return self.encoders
+        return self.encoders.with_engines(partial(self._engine_of, loras))
 
     def _engine_of(self, loras: Sequence[Lora], name: str) -> Engine:
         return self._adapted(name, loras)
@@ -93,8 +98,9 @@ class Text(Condition):
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise RequestError("encode takes a list of texts, one at least")
         specs = [PromptSpec((prompt, prompt)) for prompt in prompts]
-        self.encoders.tokens(specs[0])
-        made = self.encoders.embed(specs)
+        encoders = self._encoders_of(self._loras.base)
+        encoders.tokens(specs[0])
+        made = encoders.embed(specs)
         return np.stack([each.hidden for each in made]), [each.truncated for each in made]
 
     def _check_embeds(self, request: Request) -> None:

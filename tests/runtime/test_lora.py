@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import diffusers
@@ -20,7 +21,7 @@ from diffoundry import Lora, Request
 from diffoundry.bundle import Bundle
 from diffoundry.bundle.reports import read_report
 from diffoundry.calibration.build import build
-from diffoundry.common.errors import DiffoundryError, EngineError, LoraError, RequestError
+from diffoundry.common.errors import BundleError, DiffoundryError, EngineError, LoraError, RequestError
 from diffoundry.engines.changed import new_values, sources_of
 from diffoundry.engines.initializers import read_initializers
 from diffoundry.engines.verify import verify
@@ -519,3 +520,119 @@ def test_the_simulated_device_takes_loras(copied, files, simulated_sessions):
     for each in (gpu, cpu):
         each.set_loras([(files["peft"], 0.6)])
     np.testing.assert_allclose(drawn(gpu), drawn(cpu), atol=5e-3)
+
+
+HOSTILE = {
+    "index": {"unet:900000000:up": (2, 2), "unet:0:down": (2, 2)},
+    "digits": {"unet:\u00b2:up": (2, 2)},
+    "scalar": {"{}.lora_down.weight": (), "{}.lora_up.weight": (48, 4)},
+    "zero": {"{}.lora_down.weight": (0, 384), "{}.lora_up.weight": (48, 0)},
+    "magnitude": {"{}.lora_down.weight": (4, 48), "{}.lora_up.weight": (48, 4), "{}.dora_scale": (1, 49)},
+    "blocks": {"{}.oft_blocks": (12, 4, 3)},
+    "butterfly": {"{}.oft_blocks": (3, 16, 3, 3)},
+    "kronecker": {"{}.lokr_w1_a": (60000, 1), "{}.lokr_w1_b": (1, 60000), "{}.lokr_w2": (1, 1)},
+    "alpha": {"{}.lora_down.weight": (4, 48), "{}.lora_up.weight": (48, 4), "{}.alpha": (3,)},
+    "core": {"{}.a1.weight": (48, 4), "{}.a2.weight": (4, 48), "{}.b1.weight": (48, 4), "{}.b2.weight": (4, 48),
+             "{}.bm.weight": (3, 3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_files_are_refused_by_their_shapes(pipe, tmp_path, what):
+    module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {name.format(module): np.ones(shape) for name, shape in HOSTILE[what].items()}
+    with pytest.raises(LoraError):
+        pipe.set_loras([written(tmp_path / "x.safetensors", tensors)])
+    assert not pipe.loras
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ("[" * 100_000, "damaged"),
+        ('{"unet.lora_alpha": 1' + "0" * 400 + "}", "alpha"),
+        ('{"unet.lora_alpha": [1]}', "alpha"),
+    ],
+)
+def test_hostile_metadata_are_refused(pipe, files, tmp_path, stated, said):
+    with pytest.raises(LoraError, match=said):
+        pipe.set_loras([written(tmp_path / "x.safetensors", load_file(files["peft"]), lora_adapter_metadata=stated)])
+
+
+@pytest.mark.parametrize("kind", ["many", "repeated", "packed"])
+def test_a_small_pickle_stays_small(tmp_path, kind):
+    path = tmp_path / "x.pt"
+    if kind == "many":
+        torch.save([[[[0] * 100] * 100] * 100] * 100, path)
+    elif kind == "repeated":
+        torch.save(torch.zeros(1).expand(1 << 33), path)
+    else:
+        torch.save(torch.zeros(1000), tmp_path / "y.pt")
+        with zipfile.ZipFile(tmp_path / "y.pt") as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for info in old.infolist():
+                new.writestr(info.filename, old.read(info))
+    with pytest.raises(LoraError):
+        read_pickle(path)
+
+
+def test_numbers_that_are_too_large_are_refused(pipe, files, tmp_path):
+    good = {name: each.astype(np.float64) for name, each in load_file(files["peft"]).items()}
+    first = next(iter(good))
+    for value, said in ((1e300, "not finite"), (1e30, "above")):
+        save_file(good | {first: np.full_like(good[first], value)}, tmp_path / "x.safetensors")
+        with pytest.raises(LoraError, match=said):
+            pipe.set_loras([tmp_path / "x.safetensors"])
+    save_file({name: each.astype(np.int8) for name, each in good.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(LoraError, match="type int8"):
+        pipe.set_loras([tmp_path / "x.safetensors"])
+
+
+def test_a_hot_set_and_that_of_a_request_are_added_in_the_text_too(pipe, checkpoint_of):
+    moon, twice = (checkpoint_of(CHECKPOINT) / "lora" / f"{name}.safetensors" for name in ("moon", "twice"))
+    pipe.set_loras([moon], as_inputs=False)
+    both = drawn(pipe, prompt="a small green moon twice on a black background", loras=[Lora(twice)])
+    pipe.set_loras([moon, twice])
+    found = drawn(pipe, prompt="a small green moon twice on a black background")
+    np.testing.assert_allclose(both, found, atol=1e-4, rtol=1e-3)
+
+
+def test_texts_are_encoded_with_what_the_pipeline_has(pipe, checkpoint_of):
+    moon = checkpoint_of(CHECKPOINT) / "lora" / "moon.safetensors"
+    found = []
+    for as_inputs in (False, True):
+        pipe.set_loras([moon], as_inputs=as_inputs)
+        found.append(pipe.encode(["a moon"])[0])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    pipe.set_loras([])
+    assert np.abs(pipe.encode(["a moon"])[0] - found[0]).max() > 0.1
+
+
+def test_a_set_stays_what_it_was_when_its_file_goes(pipe, files, tmp_path):
+    for as_inputs in (True, False):
+        path = tmp_path / "x.safetensors"
+        shutil.copy(files["peft"], path)
+        pipe.set_loras([(path, 0.6)], as_inputs=as_inputs)
+        before = pipe(PROMPT, seed=3, **ASKED)
+        written(path, {name: 0.5 * each for name, each in load_file(files["peft"]).items()}, other="size")
+        for _ in "12":
+            after = pipe(PROMPT, seed=3, **ASKED)
+            np.testing.assert_array_equal(after.latents, before.latents)
+            assert after.request["loras"] == before.request["loras"]
+            path.unlink(missing_ok=True)
+
+
+def test_a_bundle_whose_wiring_and_graph_disagree_is_refused(copied):
+    build(copied, lora_rank=4)
+    manifest = json.loads((copied / "bundle.json").read_text())
+    own = manifest["wiring"]["lora_inputs"]
+    for wrong in (
+        {**own, "unet": own["unet_lora"]},
+        {"unet": own["unet_lora"]},
+        {"unet_lora": {**own["unet_lora"], "weights": []}},
+        {"unet_lora": {**own["unet_lora"], "down": "sample"}},
+        {"unet_lora": {**own["unet_lora"], "weights": own["unet_lora"]["weights"][:1] * 2}},
+    ):
+        changed = {**manifest, "wiring": {**manifest["wiring"], "lora_inputs": wrong}}
+        (copied / "bundle.json").write_text(json.dumps(changed))
+        with pytest.raises(BundleError, match="do not agree"):
+            diffoundry.load(copied)

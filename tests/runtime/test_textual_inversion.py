@@ -188,7 +188,7 @@ def test_each_encoder_of_xl_has_its_vectors(bundle_of, tmp_path):
         ({"a": (2, 64), "b": (2, 64)}, "", "is no textual inversion"),
         ({"<fox>": (2, 64)}, "=a", "is a token already"),
         ({"<fox>": (2, 64)}, "=a fox", "no spaces"),
-        ({"<fox>": (90, 64)}, "", "shape"),
+        ({"<fox>": (90, 64)}, "", "90 vectors"),
     ],
 )
 def test_bad_inversions_are_refused(tensors, given, said, bundle_of, tmp_path):
