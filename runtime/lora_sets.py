@@ -163,6 +163,8 @@ class LoraSets:
     ) -> None:
         """Add to `found` the factors nearest to changes of other forms, and tell what is lost."""
         assert self.inputs is not None
+        if not others:
+            return
         values = weights_in(self._bundle, self.weights.denoiser, {name for name, *_ in others})
         lost: dict[str, float] = {}
         taken_of = {name: sum(len(down) for down, _ in own) for name, own in found.items()}
