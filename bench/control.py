@@ -6,7 +6,7 @@ python -m diffoundry.bench.control BUNDLE
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -15,6 +15,7 @@ import click
 import numpy as np
 
 from ..bundle import Bundle
+from ..common.arrays import Array
 from ..common.errors import BundleError, DiffoundryError, EngineError
 from ..engines.controlled import ControlledEngine
 from ..engines.engine import Engine
@@ -52,7 +53,7 @@ def _time(opened: Bundle, engine: str, rounds: int) -> None:
     both = ControlledEngine(controlled, {name: control}, own)
     sizes = {"height": manifest.default_height, "width": manifest.default_width}
     engines = {"plain denoiser": plain, "controlled denoiser": controlled, "control": control, "both as one": both}
-    calls = {label: _bound(each, sizes, manifest.latents.downscale) for label, each in engines.items()}
+    calls = {label: bound(each, sizes, manifest.latents.downscale) for label, each in engines.items()}
     seconds: dict[str, list[float]] = {label: [] for label in calls}
     for _ in range(rounds):
         for label, call in calls.items():
@@ -70,14 +71,16 @@ def _show(label: str, values: list[float], unit: str) -> None:
     print(f"{label:<30}{middle:10.3f} ({low:.3f}-{high:.3f}) {unit}".rstrip())
 
 
-def _bound(engine: Engine, pixels: dict[str, int], downscale: int) -> Callable[[], Any]:
-    """A call of `engine` on random inputs, of which latents and timestep change."""
+def bound(
+    engine: Engine, pixels: dict[str, int], downscale: int, given: Mapping[str, Array] | None = None
+) -> Callable[[], Any]:
+    """A call of `engine` on random inputs beside those given, of which latents and timestep change."""
     latents = {axis: size // downscale for axis, size in pixels.items()}
     sizes = {"batch_size": _ROWS, "sequence_length": 77, **halved(latents)}
     sizes |= {f"sample_{axis}": size for axis, size in pixels.items()}
     rng = np.random.default_rng(0)
-    feeds = {}
-    for tensor in engine.inputs:
+    feeds = dict(given or {})
+    for tensor in (tensor for tensor in engine.inputs if tensor.name not in feeds):
         shape = [sizes.get(axis, 4) if isinstance(axis, str) else axis for axis in tensor.shape]
         feeds[tensor.name] = rng.random(shape).astype(tensor.dtype)
     binding = engine.bind_host(feeds)

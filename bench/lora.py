@@ -24,10 +24,10 @@ import click
 import numpy as np
 
 from ..common.errors import DiffoundryError
-from ..engines.engine import Engine
 from ..engines.onnxruntime import default_threads
 from ..runtime.lora import Lora
 from ..runtime.pipeline import load
+from .control import bound
 
 _WAYS = {
     "as inputs": "ours: factors as inputs of the denoiser",
@@ -166,10 +166,9 @@ def _time_steps(pipe: Any, file: Path, calls: int) -> None:
     [inputs] = manifest.wiring.lora_inputs.values()
     down, up = pipe._sets.factors(pipe.loras)
     factors = {inputs.down: down[None], inputs.up: up[None]}
-    latents = {"height": manifest.default_height, "width": manifest.default_width}
-    sizes = {axis: size // manifest.latents.downscale for axis, size in latents.items()}
+    pixels, downscale = {"height": manifest.default_height, "width": manifest.default_width}, manifest.latents.downscale
     plain, adapted = pipe.engine(manifest.named("denoiser")), pipe.engine(manifest.named("lora"))
-    first, second = _bound(plain, sizes, {}), _bound(adapted, sizes, factors)
+    first, second = bound(plain, pixels, downscale), bound(adapted, pixels, downscale, factors)
     seconds: dict[str, list[float]] = {"plain": [], "with LoRA": []}
     for _ in range(calls):
         for label, call in (("plain", first), ("with LoRA", second)):
@@ -188,19 +187,6 @@ def _time_steps(pipe: Any, file: Path, calls: int) -> None:
         pipe.set_loras([Lora(file)] if i % 2 else [], as_inputs=True)
         changes.append(time.perf_counter() - start)
     print(f"a change to a set that was used before: {1000 * median(changes[4:]):.3f} ms")
-
-
-def _bound(engine: Engine, sizes: dict[str, int], given: dict[str, Any]) -> Callable[[], Any]:
-    axes = {"batch_size": 2, "sequence_length": 77, **sizes}
-    rng = np.random.default_rng(0)
-    feeds = dict(given)
-    for tensor in engine.inputs:
-        if tensor.name not in feeds:
-            shape = [axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
-            feeds[tensor.name] = rng.random(shape).astype(tensor.dtype)
-    binding = engine.bind_host(feeds)
-    binding(*feeds)
-    return lambda: binding("sample", "timestep")
 
 
 if __name__ == "__main__":

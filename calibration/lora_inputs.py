@@ -25,7 +25,7 @@ from ..engines.fusion.graph import open_model, save
 from ..engines.fusion.lora import DOWN, RANK, SETS, UP, Layer, add_lora, names_of
 from ..engines.names import ONNXRUNTIME
 from ..engines.onnxruntime import load_variant
-from ..engines.verify import compare_outputs, recorded_case
+from ..engines.verify import compare_outputs, recorded_case, save_case
 from .hinted import HINTED_ENGINES
 
 NAME = "{}_lora"
@@ -223,10 +223,7 @@ def _checked(bundle: Bundle, denoiser: str, name: str, variants: dict[str, Varia
             f"changed, {check.allowed:.1e} is allowed: report it"
         )
     path = bundle.root / _reference(name)
-    path.unlink(missing_ok=True)
-    arrays = {f"in.{key}": array for key, array in feeds.items()} | {f"out.{key}": a for key, a in expected.items()}
-    with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    save_case(path, feeds, expected)
     return {_reference(name): sha256_file(path)}
 
 

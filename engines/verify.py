@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -122,3 +123,12 @@ def recorded_case(bundle: Bundle, name: str) -> tuple[dict[str, Array], dict[str
     if set(expected) != outputs or not numbers:
         raise BundleError(f"{path} does not hold every output of {name}; compile the bundle again")
     return feeds, expected
+
+
+def save_case(path: Path, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    """Write the inputs and outputs of a component, for `recorded_case` to read."""
+    arrays = {f"in.{name}": array for name, array in feeds.items()} | {f"out.{n}": a for n, a in outputs.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # it may be linked to a finished bundle's, which must not change
+    with path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,13 +68,3 @@ def compare(component: str, engine: Engine, cases: list[Case]) -> dict[str, Any]
                     f"allowed {TOLERANCE:g} of that) for {shapes}: the trace is wrong, do not use it"
                 )
     return {"tolerance": TOLERANCE, "cases": report}
-
-
-def save_reference(path: Path, case: Case) -> None:
-    """Write the inputs and torch's outputs of one case, for `verify` to hold the bundle against later."""
-    feeds, outputs = case
-    arrays = {f"in.{name}": array for name, array in feeds.items()} | {f"out.{n}": a for n, a in outputs.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # it may be linked to a finished bundle's, which must not change
-    with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from ...common.arrays import Array
+from ...engines.changed import WEIGHTS_NAME
 
-WEIGHTS_NAME = "weights.json"
+__all__ = ["WEIGHTS_NAME", "weight_sources"]
+
 _NAMED = re.compile(r"model\.(.*?)((?:_axes(?:_\d+)+)*)")
 """An initializer that kept the name of its parameter, and in which orders its axes were put one after another."""
 _WIDENED = re.compile(r"\.parametrizations\.(\w+)\.original\b")

@@ -17,6 +17,7 @@ from ...common.progress import Meter
 from ...engines.fusion.cpu import fuse_for_cpu
 from ...engines.names import ONNXRUNTIME
 from ...engines.onnxruntime import OnnxRuntimeEngine, load_variant
+from ...engines.verify import save_case
 from ...runtime.loop.step import STEP_NAME
 from ..checkpoint import Checkpoint
 from ..graphs import step
@@ -162,10 +163,8 @@ class Tracer:
         return Traced(variants, described, parity, self._reference(name, cases))
 
     def _reference(self, name: str, cases: Sequence[Any]) -> Files:
-        from ..graphs.validate import save_reference
-
         path = f"reports/reference/{name}.npz"
-        save_reference(self.ledger.work / path, cases[0])
+        save_case(self.ledger.work / path, *cases[0])
         return {path: sha256_file(self.ledger.work / path)}
 
     def _load(self, name: str, variants: dict[str, Variant], *, low_memory: bool = False) -> Any:

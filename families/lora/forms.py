@@ -113,11 +113,6 @@ class Change:
         return cls(form, {name: each.astype(np.float32, copy=False) for name, each in parts.items()}, factor, shape)
 
     @property
-    def rank(self) -> int:
-        """Of a low-rank form, 0 for others."""
-        return len(self.parts["down"]) if self.form == "lora" else 0
-
-    @property
     def low_rank(self) -> bool:
         """Whether it is a product of two factors that does not ask for the weight."""
         return self.form == "lora" and "dora_scale" not in self.parts

@@ -419,7 +419,7 @@ def test_equal_sets_have_the_same_factors(bundle, files):
     assert sets.padded((), 8)[0] is sets.padded((), 8)[0]
 
 
-def test_weights_in_eight_bits_are_said(bundle_of, files, pipe):
+def test_weights_that_a_model_has_in_another_form_are_said(pipe):
     loader = pipe._loader
     changes = {"unet": {"no.such.weight": lambda weight: weight}}
     with pytest.raises(EngineError, match=r"--precision fp32.*compile --lora"):
