@@ -13,6 +13,7 @@ _SHORTEST_WINDOW = 3  # start, one token, end
 _MOST_TOKENS = 1 << 31
 MOST_MODES = 64
 MOST_RANK = 1024
+MOST_TOKENS = 1024
 NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
 """How controls and IP-Adapters are called."""
 
@@ -21,6 +22,7 @@ NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGES
 TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from 0 to {_MOST_TOKENS - 1}")]
 Rank = Annotated[int, Rule(lambda value: 1 <= value <= MOST_RANK, f"be from 1 to {MOST_RANK}")]
 Modes = Annotated[int, Rule(lambda value: 0 <= value <= MOST_MODES, f"be from 0 to {MOST_MODES}")]
+Tokens = Annotated[int, Rule(lambda value: 0 <= value <= MOST_TOKENS, f"be from 0 to {MOST_TOKENS}")]
 Window = Annotated[int, Rule(lambda value: _SHORTEST_WINDOW <= value < _MOST_TOKENS, f"be at least {_SHORTEST_WINDOW}")]
 
 
@@ -97,10 +99,13 @@ class Latents:
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """How text becomes the token ids of one text encoder. max_length: its window, in tokens."""
+    """How text becomes the token ids of one text encoder. max_length: its window, in tokens.
+
+    bos_token_id: the token that begins a window, None where none does, as in T5's.
+    """
 
     max_length: Window
-    bos_token_id: TokenId
+    bos_token_id: TokenId | None
     eos_token_id: TokenId
     pad_token_id: TokenId
 
@@ -109,21 +114,37 @@ class Tokenizer:
 class TextEncoder:
     """One text encoder, and what the denoiser reads of it.
 
-    component: its name. tokenizer: the folder of its tokenizer. text: 0 for `prompt`, 1 for `prompt_2`, which is
-    `prompt` where none is given.
+    component: its name. tokenizer: the folder of its tokenizer. text: 0 for `prompt`, 1 for `prompt_2`, 2 for
+    `prompt_3`, which are `prompt` where none are given.
     hidden: the output that becomes hidden states, "" for none; skips: those in its place when 1, 2, … layers are
     skipped. pooled: the output that becomes the pooled embedding, "" for none.
     join: how its hidden states join those of the encoders before it: side by side along the `width`, or after them
     along the `sequence`, where the narrower ones are filled with zeros.
+    length: tokens of its window where a request may choose how many, up to the tokenizer's; 0 where it may not.
     """
 
     component: str
     tokenizer: str
-    text: Literal[0, 1] = 0
+    text: Literal[0, 1, 2] = 0
     hidden: str = "last_hidden_state"
     skips: tuple[str, ...] = ()
     pooled: str = ""
     join: Literal["width", "sequence"] = "width"
+    length: Tokens = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """How a pipeline of flow matching asks for its schedule.
+
+    patch: latents a side of a token; the tokens of a picture decide how far a schedule is shifted that shifts with
+    its size. even: whether the steps are even in sigma, from 1 down to one over their number, before they are shifted.
+    max_shift: of the largest picture, where the scheduler's configuration does not tell.
+    """
+
+    patch: AtLeast1
+    even: bool = False
+    max_shift: float = 1.15
 
 
 PICTURE, SCALE = "controlnet_cond", "scale"
@@ -208,6 +229,8 @@ class Wiring:
     empty_negative_is_zeros: whether no negative prompt means zeros, rather than the encoded empty text.
     strength_by_sampler: whether a sampler of consistency models spreads its steps over the strength itself.
     controls, image_prompts: by the name that a request calls each by. lora_inputs: by component.
+    flow: of a pipeline of flow matching. zeros: tokens of zeros that follow the hidden states of the text, in the
+    place of an encoder that the checkpoint does without; a request may choose how many.
     """
 
     text: tuple[TextEncoder, ...]
@@ -217,6 +240,8 @@ class Wiring:
     controls: dict[str, Control] = field(default_factory=dict)
     image_prompts: dict[str, ImagePrompt] = field(default_factory=dict)
     lora_inputs: dict[str, LoraInputs] = field(default_factory=dict)
+    flow: Flow | None = None
+    zeros: Tokens = 0
 
     def inputs_from(self, source: str) -> list[str]:
         """The inputs of the denoiser that `source` feeds."""

@@ -15,6 +15,7 @@ from .weight_files import WeightFiles, find, other_kind, read_stated
 
 _ADDED = ("vae_tiny",)
 """Components that no checkpoint holds, and that may be given one."""
+_TEXT = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 _CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 """What a replaced text encoder is read as: its own configuration shows whether it is one."""
 
@@ -109,7 +110,7 @@ class Checkpoint:
     def _kind_of_folder(self, name: str, own: list[Any]) -> list[Any]:
         """The index entry of a replaced component: of a diffusers model its own class, of others the pipeline's."""
         if name.startswith(("text_encoder", "tokenizer")):
-            return [own[0], _CLIP.get(name, own[1])]
+            return own if own[1] in _TEXT else [own[0], _CLIP.get(name, own[1])]
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         return [own[0], self.config(name, file).get("_class_name", own[1])]
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.errors import CheckpointError, reason
-from ..families import Family
+from ..families import Family, Pipeline
 from ..families.control import CONTROLNET, PREFIX, T2I_ADAPTER, T2I_PREFIX, UNION
-from ..families.parts import KL, TINY, UNET, VAE, VAE_TINY
+from ..families.parts import KL, TINY, TRANSFORMER, UNET, VAE, VAE_TINY
 from .checkpoint import Checkpoint
 from .loading import quiet
 
 _TEXT_TYPES = ("clip", "clip_text_model")
+T5 = "T5EncoderModel"
 _LIBRARIES = ("diffusers", "transformers")
 
 
@@ -30,6 +31,8 @@ class Complete:
             return vae_config(self._checkpoint, name)
         if name == "unet":
             return unet_config(self._checkpoint)
+        if name == TRANSFORMER:
+            return transformer_config(self._checkpoint)
         found: Mapping[str, Any] = text_config(self._checkpoint, name).to_dict()
         return found
 
@@ -40,7 +43,7 @@ def check_classes(checkpoint: Checkpoint, family: Family) -> None:
         if name in family.optional and not checkpoint.has(family.optional[0]):
             continue
         if not checkpoint.has(name):
-            home = "transformers" if classes[0].startswith("CLIP") else "diffusers"
+            home = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
             raise CheckpointError(
                 f"the model_index.json of {checkpoint.root} has no {name}, which a {checkpoint.class_name} needs: "
                 f'add "{name}": ["{home}", "{classes[0]}"] to it, and the folder'
@@ -58,6 +61,18 @@ def check_classes(checkpoint: Checkpoint, family: Family) -> None:
 def unet_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The configuration of the U-Net. Raises `CheckpointError`."""
     return _model_config(checkpoint, "unet", UNET)
+
+
+def transformer_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration of the transformer, its class as `_class_name`. Raises `CheckpointError`."""
+    kind = checkpoint.kind(TRANSFORMER)[1]
+    return {**_model_config(checkpoint, TRANSFORMER, kind), "_class_name": kind}
+
+
+def denoiser_config(checkpoint: Checkpoint, pipeline: Pipeline) -> dict[str, Any]:
+    """The configuration of the denoiser, whichever it is. Raises `CheckpointError`."""
+    [source] = [part.source for part in pipeline.parts.values() if part.role == "denoiser"]
+    return transformer_config(checkpoint) if source == TRANSFORMER else unet_config(checkpoint)
 
 
 def vae_config(checkpoint: Checkpoint, name: str = "vae") -> dict[str, Any]:
@@ -110,22 +125,28 @@ def _model_config(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any
 
 
 def text_config(checkpoint: Checkpoint, name: str) -> Any:
-    """The `CLIPTextConfig` of the text encoder `name`, also where it is part of a whole CLIP's.
+    """The configuration of the text encoder `name`: a `T5Config`, or a `CLIPTextConfig`, also of a whole CLIP's.
 
-    Raises `CheckpointError` for the configuration of another kind of model.
+    Raises `CheckpointError` for that of another kind of model.
     """
-    from transformers import CLIPTextConfig
+    from transformers import CLIPTextConfig, T5Config
 
-    kind = checkpoint.config(name).get("model_type", _TEXT_TYPES[0])
-    if kind not in _TEXT_TYPES:
+    t5 = is_t5(checkpoint, name)
+    found = checkpoint.config(name).get("model_type", "t5" if t5 else _TEXT_TYPES[0])
+    if found != "t5" if t5 else found not in _TEXT_TYPES:
         raise CheckpointError(
-            f"{checkpoint.folder(name)} holds a text encoder of the type {kind!r}, which is not supported; "
-            f"CLIP is: give one with --component {name}=FOLDER"
+            f"{checkpoint.folder(name)} holds a text encoder of the type {found!r}, which is not supported; "
+            f"{'T5' if t5 else 'CLIP'} is: give one with --component {name}=FOLDER"
         )
     try:
         with quiet():
-            return CLIPTextConfig.from_pretrained(checkpoint.folder(name))
+            return (T5Config if t5 else CLIPTextConfig).from_pretrained(checkpoint.folder(name))
     except Exception as error:  # each version has its own ways of refusing a configuration
         raise CheckpointError(
-            f"{checkpoint.folder(name)}/config.json is no CLIP text encoder's ({reason(error)})"
+            f"{checkpoint.folder(name)}/config.json is no {'T5' if t5 else 'CLIP'} text encoder's ({reason(error)})"
         ) from None
+
+
+def is_t5(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the text encoder `name` is a T5, by the class that the pipeline index names."""
+    return checkpoint.kind(name)[1] == T5

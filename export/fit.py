@@ -11,10 +11,13 @@ from typing import Any
 from ..bundle import Tensor
 from ..common.errors import CheckpointError, reason
 from ..families import Pipeline
+from ..families.parts import TRANSFORMER
 from .graphs.spec import ComponentSpec
 from .guard import guarded
 from .loading import quiet
 
+UNET = "unet"
+_KINDS = {UNET: ("U-Net", "cross_attention_dim"), TRANSFORMER: ("transformer", "joint_attention_dim")}
 _ODD = (5, 7)
 """Sides, in units, that no power of two divides."""
 
@@ -81,25 +84,38 @@ def check_parts(specs: Sequence[ComponentSpec], pipeline: Pipeline) -> None:
     """Hold text encoders and autoencoder against the denoiser. Raises `CheckpointError` naming both and a remedy."""
     by_name = {spec.name: spec for spec in specs}
     denoiser = next(by_name[name] for name, part in pipeline.parts.items() if part.role == "denoiser")
+    kind, option = _KINDS.get(denoiser.source, _KINDS[UNET])
     latents, sources = pipeline.latents, pipeline.wiring.inputs
-    unet = {sources[tensor.name].partition(".masked")[0]: tensor.shape for tensor in denoiser.inputs}
-    widths = {each.component: _width(by_name[each.component], each.hidden) for each in pipeline.wiring.text}
-    if sum(widths.values()) != unet["text.hidden"][2]:
-        gives = " and ".join(f"{name} gives {width}" for name, width in widths.items())
+    taken = {sources[tensor.name].partition(".masked")[0]: tensor.shape for tensor in denoiser.inputs}
+    widths: dict[str, list[int]] = {"width": [], "sequence": []}
+    for each in pipeline.wiring.text:
+        if each.hidden:
+            widths[each.join].append(_width(by_name[each.component], each.hidden))
+    wide, text = max(sum(widths["width"]), *widths["sequence"]), [each.component for each in pipeline.wiring.text]
+    read = int(taken["text.hidden"][2])
+    if wide > read or (wide < read and not pipeline.wiring.zeros):  # before zeros what is narrow is filled up
+        shown = [(n, _width(by_name[n], e.hidden)) for n, e in zip(text, pipeline.wiring.text, strict=True) if e.hidden]
+        gives = " and ".join(f"{name} gives {width}" for name, width in shown)
         raise CheckpointError(
-            f"{gives} numbers a token, the U-Net takes {unet['text.hidden'][2]} (cross_attention_dim): they "
-            f"are not of one checkpoint; give parts that belong together ({_remedy((*widths, 'unet'))})"
+            f"{gives} numbers a token, the {kind} takes {taken['text.hidden'][2]} ({option}): they "
+            f"are not of one checkpoint; give parts that belong together ({_remedy((*text, denoiser.source))})"
         )
-    made, taken = denoiser.outputs[0].shape[1], unet["latents"][1]
-    if made != latents.channels or taken not in (latents.channels, 2 * latents.channels + 1):
+    pooled = sum(_width(by_name[e.component], e.pooled, 1) for e in pipeline.wiring.text if e.pooled)
+    if "text.pooled" in taken and pooled != taken["text.pooled"][1]:
         raise CheckpointError(
-            f"the autoencoder has {latents.channels} latent channels, the U-Net takes {taken} and gives {made}: they "
-            f"are not of one checkpoint; give parts that belong together ({_remedy(('vae', 'unet'))})"
+            f"the text encoders give {pooled} pooled numbers, the {kind} takes {taken['text.pooled'][1]}: they are "
+            f"not of one checkpoint; give parts that belong together ({_remedy((*text, denoiser.source))})"
+        )
+    made, channels = denoiser.outputs[0].shape[1], taken["latents"][1]
+    if made != latents.channels or channels not in (latents.channels, 2 * latents.channels + 1):
+        raise CheckpointError(
+            f"the autoencoder has {latents.channels} latent channels, the {kind} takes {channels} and gives {made}: "
+            f"they are not of one checkpoint; give parts that belong together ({_remedy(('vae', denoiser.source))})"
         )
 
 
-def _width(spec: ComponentSpec, output: str) -> int:
-    return next(int(tensor.shape[2]) for tensor in spec.outputs if tensor.name == output)
+def _width(spec: ComponentSpec, output: str, axis: int = 2) -> int:
+    return next(int(tensor.shape[axis]) for tensor in spec.outputs if tensor.name == output)
 
 
 def _remedy(names: Sequence[str]) -> str:

@@ -15,6 +15,8 @@ from ..common.errors import CheckpointError, reason
 from .weight_files import WeightFiles, find
 
 _CLIP_FILES = ("vocab.json", "merges.txt")
+_EXTRA = 128
+"""T5's own tokenizer may have so many tokens more than its encoder, which stand for gaps and occur in no text."""
 _SHORTEST_WINDOW = 3  # start, one token, end
 
 
@@ -161,13 +163,44 @@ def load_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> 
             f"the tokenizer in {source} has token {largest} and windows of {length}, the text encoder {vocabulary} "
             "tokens: they are not of one checkpoint, download it again"
         )
+    _write_clip_files(json.loads(_write_tokenizer(source, target, tokenizer))["model"], target)
+    return Tokenizer(length, *ids)
+
+
+def load_unigram_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> Tokenizer:
+    """Copy a T5 tokenizer to `target`, as the `tokenizer.json` of the `tokenizers` library.
+
+    window: the tokens that are read at most. vocabulary: those that the text encoder knows.
+    Raises `CheckpointError` when files are missing or the tokenizer has other tokens than the text encoder.
+    """
+    from transformers import T5TokenizerFast
+
+    if not any((source / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise CheckpointError(f"{source} holds neither tokenizer.json nor spiece.model: download it again")
+    try:
+        with quiet():
+            tokenizer = T5TokenizerFast.from_pretrained(source)
+        eos, pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
+        largest = max(tokenizer.get_vocab().values())
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {source} cannot be loaded ({error}): download it again") from None
+    if max(eos, pad) >= vocabulary or largest >= vocabulary + _EXTRA:
+        raise CheckpointError(
+            f"the tokenizer in {source} has token {largest}, the text encoder {vocabulary} tokens: they are not of "
+            "one checkpoint, download it again"
+        )
+    _write_tokenizer(source, target, tokenizer)
+    return Tokenizer(window, None, eos, pad)
+
+
+def _write_tokenizer(source: Path, target: Path, tokenizer: Any) -> str:
+    """Copy the files of a tokenizer, with its `tokenizer.json`, whose contents are returned."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.suffix in (".json", ".txt") and path.is_file():
             shutil.copyfile(path, target / path.name)
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
-    text = tokenizer.backend_tokenizer.to_str()
+    text: str = tokenizer.backend_tokenizer.to_str()
     (target / "tokenizer.json").write_text(text, encoding="utf-8")
-    _write_clip_files(json.loads(text)["model"], target)
-    return Tokenizer(length, *ids)
+    return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from ..bundle import FULL, Component, Manifest
 from ..bundle.wiring import TASKS, Tokenizer
 from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import check_tree
-from ..families import FAMILIES, Family, Pipeline, family_named, family_of
+from ..families import FAMILIES, Family, Pipeline, family_named, family_of, parts
 from ..families.control import T2I_PREFIX, controlled, with_t2i_adapters
 from ..families.image_prompt import PREFIX, halvings, with_image_prompts
 from ..runtime.loop.guidance import Guidance
@@ -63,6 +63,8 @@ class Reading:
         for folder in (source.root, *source.replaced.values()):
             check_tree(folder, held=False)  # a pipe would be waited for
         family = _family(source, asked.family)
+        if parts.UNET not in [each for kinds in family.models.values() for each in kinds]:
+            _refuse_unet_only(asked, source.class_name)
         pipeline = with_controls(source, described(source, family), asked.controls)
         if asked.t2i_adapters:
             with _undamaged(source):
@@ -71,8 +73,8 @@ class Reading:
         if asked.adapters:
             pipeline = _with_adapters(source, pipeline, asked.adapters, encoders)
         tasks = _chosen_tasks(shown, pipeline.tasks, asked.tasks)
-        steps = family.steps if asked.steps is None else asked.steps
-        guidance = family.guidance if asked.guidance is None else asked.guidance
+        steps = next(each for each in (asked.steps, pipeline.steps, family.steps) if each is not None)
+        guidance = next(each for each in (asked.guidance, pipeline.guidance, family.guidance) if each is not None)
         Request(steps=steps, guidance=Guidance(guidance))  # refuses what cannot be run
         return cls(source, family, pipeline, tasks, steps, float(guidance), _specs(source, pipeline, tasks))
 
@@ -80,10 +82,10 @@ class Reading:
         self, tokenizers: dict[str, Tokenizer], scheduler: dict[str, dict[str, bool | int]], name: str
     ) -> Manifest:
         """The manifest before any file is made. name: of the checkpoint."""
-        parts = self.pipeline.parts
-        drafts = {spec.name: Component(parts[spec.name].role, spec.inputs, spec.outputs) for spec in self.specs}
+        components = self.pipeline.parts
+        drafts = {spec.name: Component(components[spec.name].role, spec.inputs, spec.outputs) for spec in self.specs}
         drafts[STEP_NAME] = Component("step", STEP_INPUTS, STEP_OUTPUTS)
-        unit = next(spec.axes["height"].unit for spec in self.specs if parts[spec.name].role == "denoiser")
+        unit = next(spec.axes["height"].unit for spec in self.specs if components[spec.name].role == "denoiser")
         latents = replace(self.pipeline.latents, multiple=unit)
         width, height = (
             -(-side // latents.unit) * latents.unit for side in (self.pipeline.width, self.pipeline.height)
@@ -113,8 +115,10 @@ def described(source: Checkpoint, family: Family) -> Pipeline:
         return family.describe(Complete(source))
 
 
-def with_controls(source: Checkpoint, pipeline: Pipeline, names: Iterable[str]) -> Pipeline:
+def with_controls(source: Checkpoint, pipeline: Pipeline, names: Collection[str]) -> Pipeline:
     """`pipeline` with the ControlNets of these names. Raises `CheckpointError` for one that does not go with it."""
+    if not names:
+        return pipeline
     with _undamaged(source):
         return controlled(pipeline, unet_config(source), {name: control_config(source, name) for name in names})
 
@@ -148,6 +152,14 @@ def _with_adapters(
                 "or was made for another model; give one that was trained with this kind of checkpoint"
             )
     return made
+
+
+def _refuse_unet_only(asked: Asked, kind: str) -> None:
+    """Raise `DiffoundryError` for what goes with a U-Net alone."""
+    given = {"a ControlNet": asked.controls, "an IP-Adapter": asked.adapters, "a T2I-Adapter": asked.t2i_adapters}
+    for what, value in given.items():
+        if value:
+            raise DiffoundryError(f"{what} goes with a U-Net, a {kind} has a transformer: leave it out")
 
 
 def _family(source: Checkpoint, name: str | None) -> Family:

@@ -40,6 +40,7 @@ class Pipeline:
     """What a pipeline is. parts: by the names of components, smallest first, of all tasks.
 
     inputs: of the denoiser, as its configuration says. width, height: in pixels, what is drawn by default.
+    steps, guidance: what is run by default, where that is not what the family runs.
     """
 
     tasks: tuple[str, ...]
@@ -49,6 +50,8 @@ class Pipeline:
     inputs: tuple[Tensor, ...]
     width: int
     height: int
+    steps: int | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from ..common.errors import CheckpointError
-from . import latent_consistency, stable_diffusion, stable_diffusion_xl
+from . import flux, latent_consistency, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from .family import Family
 
-_ALL: tuple[Family, ...] = (stable_diffusion.FAMILY, stable_diffusion_xl.FAMILY, latent_consistency.FAMILY)
+_ALL: tuple[Family, ...] = (
+    stable_diffusion.FAMILY,
+    stable_diffusion_xl.FAMILY,
+    latent_consistency.FAMILY,
+    stable_diffusion_3.FAMILY,
+    flux.FAMILY,
+)
 FAMILIES = {family.name: family for family in _ALL}
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ..bundle import Tensor
-from ..bundle.wiring import TASKS, Latents, TextEncoder, Wiring
+from ..bundle.wiring import TASKS, Flow, Latents, TextEncoder, Wiring
 from ..common.checks import is_finite
 from ..common.errors import CheckpointError
 from .family import Configs, Part, Pipeline
 
 UNET = "UNet2DConditionModel"
+TRANSFORMER = "transformer"
 KL = "AutoencoderKL"
 TINY = "AutoencoderTiny"
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
 VAE = "vae"
 VAE_TINY = "vae_tiny"
 """A second, small autoencoder, whose decoder is an alternative and a preview."""
@@ -51,18 +53,88 @@ def pipeline(
     }
     return Pipeline(
         tasks=("inpaint",) if inpaints else tasks,
-        parts={
-            **{encoder.component: Part("text", encoder.component) for encoder in text},
-            **({"vae_tiny_decoder": Part("preview", VAE_TINY)} if configs.has(VAE_TINY) else {}),
-            "vae_encoder": Part("encoder", VAE),
-            "vae_decoder": Part("decoder", VAE),
-            "unet": Part("denoiser", "unet"),
-        },
+        parts=_parts(configs, text, "unet"),
         wiring=Wiring(tuple(text), {tensor.name: sources[tensor.name] for tensor in inputs}, **wiring),
         latents=latents,
         inputs=inputs,
         width=side * latents.downscale,
         height=side * latents.downscale,
+    )
+
+
+def transformer_pipeline(
+    configs: Configs,
+    text: list[TextEncoder],
+    latents: Latents,
+    inputs: tuple[Tensor, ...],
+    *,
+    side: int,
+    flow: Flow,
+    steps: int | None = None,
+    guidance: float | None = None,
+    **wiring: Any,
+) -> Pipeline:
+    """The pipeline of text encoders, a transformer that was trained by flow matching, and autoencoders.
+
+    inputs: of the transformer, see `transformer_inputs`. side: what is drawn by default, in latents. steps, guidance:
+    see `Pipeline`. wiring: see `Wiring`.
+    """
+    sources = {tensor.name: _TRANSFORMER_SOURCES[tensor.name] for tensor in inputs}
+    return Pipeline(
+        tasks=tuple(TASKS),
+        parts=_parts(configs, text, TRANSFORMER),
+        wiring=Wiring(tuple(text), sources, flow=flow, **wiring),
+        latents=latents,
+        inputs=inputs,
+        width=side * latents.downscale,
+        height=side * latents.downscale,
+        steps=steps,
+        guidance=guidance,
+    )
+
+
+def transformer_inputs(*, channels: int, text: int, pooled: int, guided: bool = False) -> tuple[Tensor, ...]:
+    """The inputs of a transformer of these widths. guided: whether it is given the guidance."""
+    inputs = [
+        Tensor("sample", "float32", ("batch_size", channels, "height", "width")),
+        Tensor("timestep", "float32", ("batch_size",)),
+        Tensor("encoder_hidden_states", "float32", ("batch_size", "sequence_length", text)),
+        Tensor("pooled_projections", "float32", ("batch_size", pooled)),
+    ]
+    return (*inputs, Tensor("guidance", "float32", ("batch_size",))) if guided else tuple(inputs)
+
+
+_TRANSFORMER_SOURCES = {
+    "sample": "latents",
+    "timestep": "timestep",
+    "encoder_hidden_states": "text.hidden",
+    "pooled_projections": "text.pooled",
+    "guidance": "guidance",
+}
+
+
+def _parts(configs: Configs, text: list[TextEncoder], denoiser: str) -> dict[str, Part]:
+    return {
+        **{encoder.component: Part("text", encoder.component) for encoder in text},
+        **({"vae_tiny_decoder": Part("preview", VAE_TINY)} if configs.has(VAE_TINY) else {}),
+        "vae_encoder": Part("encoder", VAE),
+        "vae_decoder": Part("decoder", VAE),
+        denoiser: Part("denoiser", denoiser),
+    }
+
+
+def before_last(
+    configs: Configs, name: str, tokenizer: str, text: Literal[0, 1], *, pooled: bool = True
+) -> TextEncoder:
+    """A CLIP text encoder of which the input of the last layer is read. pooled: and the projected embedding."""
+    last = int(configs.config(name)["num_hidden_layers"]) - 1
+    return TextEncoder(
+        name,
+        tokenizer,
+        text=text,
+        hidden=f"hidden_states.{last}",
+        skips=tuple(f"hidden_states.{i}" for i in reversed(range(last))),
+        pooled="text_embeds" if pooled else "",
     )
 
 
@@ -80,10 +152,13 @@ def downscale(config: Mapping[str, Any]) -> int:
     return int(2 ** (blocks - 1))
 
 
-def latents_of(config: Mapping[str, Any], *, deviations: bool = False) -> Latents:
+def latents_of(
+    config: Mapping[str, Any], *, deviations: bool = False, shifted: bool = False, multiple: int = 1
+) -> Latents:
     """How latents relate to the pixels of the autoencoder with this configuration.
 
-    deviations: whether the pipeline classes read `latents_mean` and `latents_std`. No class reads `shift_factor`.
+    deviations: whether the pipeline classes read `latents_mean` and `latents_std`. shifted: whether they read
+    `shift_factor`. multiple: what the denoiser takes, in latents a side.
     Raises `CheckpointError` when there is not one mean and deviation for each channel, or the factor is no number.
     """
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -101,6 +176,11 @@ def latents_of(config: Mapping[str, Any], *, deviations: bool = False) -> Latent
             f"the scaling_factor in the vae's config.json must be a number other than 0, found {factor!r}: "
             "give that of the model (0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL)"
         )
+    shift = (config.get("shift_factor") or 0.0) if shifted else 0.0
+    if not is_finite(shift):
+        raise CheckpointError(
+            f"the shift_factor in the vae's config.json must be a number, found {shift!r}: give that of the model"
+        )
     down = downscale(config)
     side = config.get("sample_size")
     return Latents(
@@ -112,6 +192,8 @@ def latents_of(config: Mapping[str, Any], *, deviations: bool = False) -> Latent
         std=tuple(float(value) for value in std),
         encoded="sample" if is_tiny(config) else "parameters",
         inpaint_by_factor=bool(mean),
+        shift_factor=float(shift),
+        multiple=multiple,
     )
 
 

@@ -45,6 +45,8 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "plms": "PNDMScheduler",
     "pndm": "PNDMScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
+    "flow-lcm": "FlowMatchLCMScheduler",
 }
 _HALF_SCHEDULERS = tuple(name for name in SCHEDULERS if name != "lcm")  # pico is no consistency model
 CONTROLLED = "+control"
@@ -125,6 +127,11 @@ class Case:
     prompts: tuple[Prompted, ...] = ()
     loras: tuple[Adapted, ...] = ()
     as_inputs: bool = False
+
+    @property
+    def flows(self) -> bool:
+        """Whether its model is one of flow matching."""
+        return self.checkpoint in TRANSFORMERS
 
     @property
     def source(self) -> str:
@@ -258,6 +265,7 @@ def cases() -> Iterator[Case]:
     yield from _of_t2i_adapters()
     yield from _of_image_prompts()
     yield from _of_loras()
+    yield from _of_transformers()
 
 
 def half_cases() -> Iterator[Case]:
@@ -529,6 +537,56 @@ def _of_loras() -> Iterator[Case]:
             yield replace(_of(checkpoint, task, ""), loras=two, as_inputs=task == "inpaint")
 
 
+def _of_transformers() -> Iterator[Case]:
+    """Stable Diffusion 3 and FLUX.1: every task, batch and size; then samplers, prompts, guidance, steps."""
+    for checkpoint, (kind, options) in TRANSFORMERS.items():
+        for task, middle in (("txt2img", ""), ("img2img", "Img2Img"), ("inpaint", "Inpaint")):
+            plain = Case(checkpoint, task, f"{kind}{middle}Pipeline", options, size=(64, 64))
+            for count, size in ((1, (64, 64)), (2, (64, 64)), (1, _WIDE_TOKENS), (2, _WIDE_TOKENS)):
+                strengths = _STRENGTHS_OF_FLOW[(count + size[0]) % 3 :] if task != "txt2img" else ()
+                strength = {"strength": strengths[0]} if strengths and strengths[0] else {}
+                yield replace(
+                    plain, options={**options, **strength}, label=_DIT + _named(strength), count=count, size=size
+                )
+        plain = Case(checkpoint, "txt2img", f"{kind}Pipeline", options, size=(64, 64))
+        more: list[dict[str, Any]] = [{"prompt_2": OTHER}, {"max_sequence_length": 40}, {"steps": 7}]
+        if "negative_prompt" in options:
+            more += [{"negative_prompt": ""}, {"negative_prompt": OTHER_NEGATIVE, "negative_prompt_2": NEGATIVE}]
+        if checkpoint == "sd3-small":
+            more += [{"prompt_3": OTHER, "negative_prompt_3": OTHER_NEGATIVE}]
+        if kind == "StableDiffusion3":
+            more += [{"clip_skip": 1}, {"guidance": 1.0, "negative_prompt": None}]
+        if checkpoint == "flux-dev-small":
+            more += [{"true_cfg_scale": 1.0, "negative_prompt": None}, {"guidance": 0.0}, {"guidance": 30.0}]
+        for each in more:
+            yield replace(plain, options={**options, **each}, label=_DIT + _named(each))
+        for scheduler in _FLOW_SAMPLERS:
+            if scheduler not in _REFUSED.get(checkpoint, ()):
+                yield replace(plain, scheduler=scheduler, label=_DIT)
+
+
+def _named(options: Mapping[str, Any]) -> str:
+    return "".join(f" {name} {value}" for name, value in options.items())
+
+
+_DIT = "dit"
+_WIDE_TOKENS = (112, 80)
+_STRENGTHS_OF_FLOW = (0.5, 0.85, None, 1.0)
+_REFUSED = {"flux-dev-small": ("flow-heun",), "flux-schnell-small": ("flow-heun", "dpm++2m")}
+"""Samplers that take none of what FLUX's pipelines ask for, in diffusers."""
+_FLOW_SAMPLERS = ("flow-heun", "flow-lcm", "dpm++2m")
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd3-small": ("StableDiffusion3", {**_GUIDED, "guidance": 7.0}),
+    "sd35-small": ("StableDiffusion3", {**_GUIDED, "guidance": 4.5}),
+    "flux-dev-small": (
+        "Flux",
+        {"steps": 4, "guidance": 3.5, "true_cfg_scale": 2.0, "negative_prompt": NEGATIVE},
+    ),
+    "flux-schnell-small": ("Flux", {"steps": 4}),
+}
+"""Checkpoint: its pipelines, and the options it is used with."""
+
+
 def picture(width: int, height: int) -> Image.Image:
     """An RGB picture with smooth and rough parts."""
     y, x = np.mgrid[0:height, 0:width] / 16.0
@@ -594,7 +652,9 @@ def _regions(prompt: Prompted, case: Case) -> list[Image.Image] | None:
 _THEIR_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "mask": "mask_image"}
 
 
-_TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+_TEXTS = (*("prompt", "prompt_2", "prompt_3"), *("negative_prompt", "negative_prompt_2", "negative_prompt_3"))
+_FLOWS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+"""Options of a scheduler for noise under which it is one of flow matching."""
 FolderOf = Callable[[str], Path]
 """The folder of a checkpoint, or of its bundle, by the name of the checkpoint."""
 
@@ -613,6 +673,10 @@ def _oracle(
 
     # Where its package is installed, the pipelines of XL put a watermark into the pixels.
     extra: dict[str, Any] = {"add_watermarker": False} if "XL" in kind else {"safety_checker": None}
+    if kind.startswith("StableDiffusion3") and not (checkpoint / "text_encoder_3").is_dir():
+        extra = {"text_encoder_3": None, "tokenizer_3": None}
+    elif kind.startswith(("Flux", "StableDiffusion3")):
+        extra = {}
     if controls and "Adapter" in kind:
         extra["adapter"] = diffusers.T2IAdapter.from_pretrained(controls[0])
     elif controls:
@@ -665,7 +729,8 @@ def diffusers_run(
         if adapters:
             pipeline.set_ip_adapter_scale([each.scale for each in case.prompts])
     kind = SCHEDULERS.get(case.scheduler, case.scheduler) if case.scheduler else config["_class_name"]
-    pipeline.scheduler = getattr(diffusers, kind).from_config(config, **_PNDM.get(case.scheduler or "", {}))
+    changes = _PNDM.get(case.scheduler or "", _FLOWS if case.flows and not kind.startswith("FlowMatch") else {})
+    pipeline.scheduler = getattr(diffusers, kind).from_config(config, **changes)
     inputs: dict[str, Any] = dict(_pictures(case))
     if case.count > 1:  # of a single image, inpainting draws one sample for all
         inputs = {name: [value] * case.count for name, value in inputs.items()}
@@ -688,21 +753,30 @@ def diffusers_run(
     for name in _TEXTS:
         if case.count > 1 and options.get(name) is not None:
             options[name] = [options[name]] * case.count
-    if case.size and case.task != "img2img":
+    if case.size and (case.task != "img2img" or case.flows):
         options["width"], options["height"] = case.size
     ends = "latent" if "denoising_end" in case.options else "pil" if "padding_mask_crop" in case.options else "np"
     states: list[Any] = []
 
     def keep(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        states.append(values["latents"].float().cpu().numpy().copy())
+        made = values["latents"]
+        if case.kind.startswith("Flux"):
+            made = pipe._unpack_latents(made, *_size(case)[::-1], pipe.vae_scale_factor)
+        states.append(made.float().cpu().numpy().copy())
         return values
 
     generators = [torch.Generator().manual_seed(SEED + i) for i in range(case.count)]
+    if case.flows and case.scheduler == "flow-lcm":
+        pipeline.scheduler.step = _drawing(pipeline, case, generators)
     with torch.no_grad(), _quiet():
         watched: dict[str, Any] = {"callback_on_step_end": keep}
         if "Adapter" in case.kind:
             watched = {"callback": lambda step, timestep, latents: keep(None, step, timestep, {"latents": latents})}
         found = pipeline(**options, generator=generators, output_type=ends, **watched).images
+        if case.kind == "StableDiffusion3InpaintPipeline":  # which forgets the shift of its autoencoder
+            latents_of, own = torch.from_numpy(states[-1]), pipeline.vae.config
+            made = pipeline.vae.decode(latents_of / own.scaling_factor + own.shift_factor, return_dict=False)[0]
+            found = pipeline.image_processor.postprocess(made, output_type=ends)
     if case.then is not None:
         return diffusers_run(replace(case.then, count=case.count), checkpoint_of, states[-1], setting)
     if ends == "latent":
@@ -710,6 +784,24 @@ def diffusers_run(
     if ends == "pil":
         return Outcome(states[-1], None, np.stack([np.asarray(image) for image in found]))
     return Outcome(states[-1], found, np.round(found * 255).astype(np.uint8))
+
+
+def _drawing(pipeline: Any, case: Case, generators: list[Any]) -> Any:
+    """The step of its scheduler with our generators, which the pipelines of flow matching do not hand on.
+
+    Noise is drawn for latents, not for the tokens that FLUX's pipelines step.
+    """
+    step, packs = pipeline.scheduler.step, case.kind.startswith("Flux")
+    width, height = _size(case)
+
+    def unpacked(tokens: Any) -> Any:
+        return pipeline._unpack_latents(tokens, height, width, pipeline.vae_scale_factor) if packs else tokens
+
+    def stepped(output: Any, timestep: Any, sample: Any, return_dict: bool) -> Any:
+        made = step(unpacked(output), timestep, unpacked(sample), generator=generators, return_dict=return_dict)[0]
+        return (pipeline._pack_latents(made, *made.shape) if packs else made,)
+
+    return stepped
 
 
 def _their_controls(case: Case) -> dict[str, Any]:
@@ -818,7 +910,9 @@ def diffoundry_run(
         Control(each.name, image, each.scale, each.interval, case.guess_mode, each.mode)
         for each, image in zip(case.controls, _steering(case), strict=True)
     ]
-    if case.task != "img2img" and latents is None:  # diffusers inpaints at the checkpoint's size
+    if case.flows and case.scheduler == "dpm++2m":
+        options["scheduler_options"] = _FLOWS
+    if (case.task != "img2img" or case.flows) and latents is None:  # diffusers inpaints at the checkpoint's size
         manifest = pipeline.bundle.manifest
         options["width"], options["height"] = case.size or (manifest.default_width, manifest.default_height)
     ends_early = "denoising_end" in case.options
@@ -950,6 +1044,7 @@ def _is_alike(psnr: float, ssim: float, ours: float, theirs: float) -> bool:
 
 
 def _checkpoint(root: Path, name: str) -> Path:
+    from ..examples import random_transformer
     from ..examples.random_checkpoint import make
 
     if name == "pico":
@@ -962,7 +1057,7 @@ def _checkpoint(root: Path, name: str) -> Path:
             make_beside(_checkpoint(root, plain), name, folder)
         return folder
     if not (folder / "model_index.json").exists():
-        make(name, folder)
+        (random_transformer.make if name in TRANSFORMERS else make)(name, folder)
     return folder
 
 

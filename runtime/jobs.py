@@ -27,6 +27,7 @@ from .conditions.sizes import Sizes
 from .conditions.text import Text
 from .control import Control
 from .image_prompt import ImagePrompt
+from .loop.guidance import Guidance
 from .lora import Lora, printable
 from .lora_sets import LoraSets
 from .pictures.autoencoder import Autoencoder, check_decoder
@@ -69,8 +70,11 @@ class Jobs:
         guidance = request.guidance
         if guidance.scale is None:
             guidance = replace(guidance, scale=self._bundle.manifest.default_guidance)
-        given = self._guidance.given
-        refuse_unheeded(request, self.conditions, guided=guidance.active and not given, given=given)
+        given, scale = self._guidance.given, guidance.scale or 0.0
+        if given:
+            true = guidance.true_cfg_scale
+            guidance = replace(guidance, scale=true, mode=guidance.mode if true > 1 else "off")
+        refuse_unheeded(request, self.conditions, guided=guidance.active, given=given)
         self._check_task(request)
         check_decoder(self._bundle, request.decoder)
         image, mask = open_originals(None if request.starts_from_latents else request.image, request.mask)
@@ -85,11 +89,11 @@ class Jobs:
             picture = bring_to_size(image, mask, size, request.resize, request.padding_mask_crop)
         controls = self._control.pixels(request, size, picture)
         loras = self._loras.of(request.loras)
-        table, steps = self._schedules.of(request)
+        table, steps = self._schedules.of(request, size)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         record = {
             **_record(request),
-            "guidance": {**asdict(request.guidance), "scale": guidance.scale},
+            "guidance": {**_guidance(request.guidance), "scale": scale},
             "scheduler_options": dict(request.scheduler_options),
             "scheduler": self._schedules.named(request.scheduler),
             "steps": steps,
@@ -99,7 +103,7 @@ class Jobs:
         return Job(
             request,
             table,
-            replace(guidance, mode="off") if given else guidance,
+            guidance,
             picture,
             [first + i for i in range(request.count)],
             size,
@@ -108,6 +112,7 @@ class Jobs:
             self._image_prompt.pixels(request),
             self._image_prompt.regions(request, size),
             loras,
+            scale,
         )
 
     def controls_of(self, jobs: Sequence[Job]) -> list[str] | None:
@@ -159,6 +164,11 @@ class Jobs:
                     f"{name} must be a multiple of {unit} from {unit} to {LARGEST_SIDE}, found {value}: try {near}"
                 )
         return width, height
+
+
+def _guidance(guidance: Guidance) -> dict[str, Any]:
+    """As JSON values; what few models have is left out where it is the default."""
+    return {name: value for name, value in asdict(guidance).items() if (name, value) != ("true_cfg_scale", 1.0)}
 
 
 def _record(request: Request) -> dict[str, Any]:

@@ -46,6 +46,7 @@ _GUIDANCE = {
     "guidance_mode": "mode",
     "guidance_interval": "interval",
     "guidance_rescale": "rescale",
+    "true_cfg_scale": "true_cfg_scale",
 }
 _RUN = ("batch", "low_memory", "callback")
 _OPTIONS = tuple(item.name for item in fields(Request) if item.name != "prompt")
@@ -399,7 +400,7 @@ class Pipeline:
         """`generate` with plain keywords.
 
         They are those of `Request` (guidance as a number), `guidance_mode`, `guidance_interval`, `guidance_rescale`,
-        and those of `generate`: `batch`, `low_memory`, `callback`. Raises `RequestError` for others.
+        `true_cfg_scale`, and those of `generate`: `batch`, `low_memory`, `callback`. Raises `RequestError` for others.
         """
         options = ours(options, (*_OPTIONS, *_GUIDANCE, *_RUN))
         run = {key: options.pop(key) for key in _RUN if key in options}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.wiring import MOST_TOKENS
 from ..common.arrays import Array
 from ..common.checks import LARGEST_SIDE, MOST_IMAGES, is_number, whole_number
 from ..common.errors import RequestError
@@ -28,7 +29,7 @@ from .text.prompt_syntax import parse
 _SMALLEST_SEED, _LARGEST_SEED = -(2**63), 2**64 - 1
 """The seeds that `torch.Generator().manual_seed` takes."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+_TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 _CHOICES = {
     "rng": tuple(GENERATORS),
     "output": ("image", "latent"),
@@ -38,12 +39,13 @@ _CHOICES = {
 _ONE_OF = (
     (("timesteps",), "sigmas", "are two ways to say the same"),
     (("strength",), "denoising_start", "both say where to start"),
-    (("prompt", "prompt_2"), "prompt_embeds", "say the same"),
-    (("negative_prompt", "negative_prompt_2"), "negative_prompt_embeds", "say the same"),
+    (("prompt", "prompt_2", "prompt_3"), "prompt_embeds", "say the same"),
+    (("negative_prompt", "negative_prompt_2", "negative_prompt_3"), "negative_prompt_embeds", "say the same"),
 )
 """Fields, one that does not go with any of them, and why."""
 _TOGETHER = {
     "negative_prompt_2": "negative_prompt",
+    "negative_prompt_3": "negative_prompt",
     "pooled_prompt_embeds": "prompt_embeds",
     "negative_pooled_prompt_embeds": "negative_prompt_embeds",
 }
@@ -54,15 +56,17 @@ _TOGETHER = {
 class Request:
     """What to draw. None stands for the bundle's own default; a `seed` of None for a fresh random one.
 
-    prompt_2, negative_prompt_2: for the second text encoder, where it gets others than the first. negative_prompt:
-    None is none, which SDXL takes for nothing at all, where "" is an empty text.
+    prompt_2, negative_prompt_2: for the second text encoder, where it gets others than the first; prompt_3,
+    negative_prompt_3: for the third, that of Stable Diffusion 3. negative_prompt: None is none, which SDXL takes for
+    nothing at all, where "" is an empty text. max_sequence_length: tokens that T5 reads of a prompt.
     scheduler: a short name or a diffusers class. scheduler_options: laid over the checkpoint's scheduler configuration.
     timesteps, sigmas: a schedule of one's own, in place of `steps`. rng: whose generator `seed` is for, `cpu` or
     `cuda`.
 
     image: what to start from (a path, a PIL image, an array (H, W, 3)), or latents, float32 (N, C, h, w), one image
     each. mask: bright where the image is to be drawn anew. strength: how much of the schedule is run, above 0 to 1
-    (default 0.8, and 1 with a mask). resize: how the image comes to size, as diffusers' `VaeImageProcessor` names it.
+    (default 0.8, and 1 with a mask; 0.6 for models of flow matching).
+    resize: how the image comes to size, as diffusers' `VaeImageProcessor` names it.
     forecast: after the first steps call the model in every second one alone, and forecast what it would give in the
     others, see `schedulers.forecast`.
     padding_mask_crop: draw only the part around the mask, with so many pixels about it, and lay it over the image.
@@ -95,6 +99,9 @@ class Request:
     rng: str = "cpu"
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
+    prompt_3: str | None = None
+    negative_prompt_3: str | None = None
+    max_sequence_length: int | None = None
     image: Any = None
     mask: Any = None
     strength: float | None = None
@@ -290,6 +297,7 @@ _READ: dict[str, Callable[[str, Any], Any]] = {
     "count": partial(whole_number, low=1, high=MOST_IMAGES),
     "seed": partial(whole_number, low=_SMALLEST_SEED, high=_LARGEST_SEED),
     "padding_mask_crop": partial(whole_number, low=0, high=LARGEST_SIDE),
+    "max_sequence_length": partial(whole_number, low=1, high=MOST_TOKENS),
     "clip_skip": partial(whole_number, low=0, high=1000),
     "scheduler": _kind(str, "unknown {name} {value!r}: give the name of one"),
     "scheduler_options": _options,

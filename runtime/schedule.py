@@ -10,12 +10,15 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from ..bundle import Bundle
 from ..common.errors import BundleError, RequestError
 from .request import Request
 from .schedulers import Steps, Table, find_sampler, is_known, make_table
 from .schedulers.config import Config, train_steps
 from .schedulers.consistency import lcm, tcd
+from .schedulers.flow_match import flow_euler, flow_lcm, shift_of
 from .schedulers.forecast import with_forecasts
 from .schedulers.stored import TRACED, load_table
 
@@ -24,6 +27,7 @@ _CONFIG = "scheduler/scheduler_config.json"
 _TRAIN_STEPS = "num_train_timesteps"
 _MOST_TABLES = 256
 _STRENGTH = {"img2img": 0.8, "inpaint": 1.0}
+_STRENGTH_OF_FLOW = 0.6
 
 
 class Schedules:
@@ -64,11 +68,14 @@ class Schedules:
         except RequestError as error:
             raise BundleError(f"{error}: compile the bundle again") from None
 
-    def of(self, request: Request) -> tuple[Table, int]:
-        """The calls that a request makes, and the steps of the whole schedule. Raises `RequestError`."""
+    def of(self, request: Request, size: tuple[int, int]) -> tuple[Table, int]:
+        """The calls that a request makes, and the steps of the whole schedule. Raises `RequestError`.
+
+        size: width and height of the picture in pixels.
+        """
         manifest, name = self._bundle.manifest, request.scheduler
         count = manifest.default_steps if request.steps is None else request.steps
-        asked = Steps(count, timesteps=request.timesteps, sigmas=request.sigmas)
+        asked = self._of_flow(Steps(count, timesteps=request.timesteps, sigmas=request.sigmas), request, size)
 
         def make(steps: Steps) -> Table:
             return self.table(steps, request.task, name, request.scheduler_options)
@@ -80,12 +87,28 @@ class Schedules:
             and is_known(self.named(name))
             and find_sampler(self.config, name)[1].table in (lcm, tcd)
         )
-        table = _part(request, asked, make, self.train_steps, by_strength=by_strength)
+        flows = manifest.wiring.flow is not None
+        table = _part(request, asked, make, self.train_steps, by_strength=by_strength, flows=flows)
         if request.forecast:
             if make(asked).steps != asked.count:
                 raise RequestError("a forecast needs a scheduler with one model call a step, as euler: leave it out")
             table = with_forecasts(table)
         return table, asked.count
+
+    def _of_flow(self, steps: Steps, request: Request, size: tuple[int, int]) -> Steps:
+        """`steps` as a pipeline of flow matching asks for them; see `bundle.wiring.Flow`."""
+        manifest, name, options = self._bundle.manifest, request.scheduler, request.scheduler_options
+        flow = manifest.wiring.flow
+        if flow is None or not is_known(self.named(name)):
+            return steps
+        config = {**self._config(request.task, name), **options}
+        if config.get("use_dynamic_shifting") and options.get("mu") is None:
+            width, height = (side // manifest.latents.downscale // flow.patch for side in size)
+            steps = replace(steps, mu=shift_of({"max_shift": flow.max_shift, **config}, width * height))
+        own = find_sampler(self.config, name)[1].table in (flow_euler, flow_lcm)
+        if flow.even and own and steps.sigmas is None and steps.timesteps is None:
+            steps = replace(steps, sigmas=tuple(np.linspace(1.0, 1 / steps.count, steps.count).tolist()))
+        return steps
 
     def table(
         self, steps: Steps, task: str, name: str | None = None, options: Mapping[str, Any] | None = None
@@ -124,11 +147,13 @@ class Schedules:
 
 
 def _part(
-    request: Request, steps: Steps, make: Callable[[Steps], Table], train_steps: int, *, by_strength: bool
+    request: Request, steps: Steps, make: Callable[[Steps], Table], train_steps: int, *, by_strength: bool, flows: bool
 ) -> Table:
     """The part of the schedule that the request runs. Raises `RequestError` when nothing of it is left.
 
     by_strength: the model's sampler takes the strength itself and makes all the steps asked for (consistency models).
+    flows: whether it is a model of flow matching, whose pipelines have another strength by default, and run the step
+    that a strength lies within.
     """
     table = make(steps)
 
@@ -146,8 +171,11 @@ def _part(
         if before >= of_first:  # of a step of two calls, both or none
             table = make(replace(steps, start=before // of_first))
     elif request.image is not None:
-        strength = _STRENGTH[request.task] if request.strength is None else request.strength
+        usual = _STRENGTH_OF_FLOW if flows else _STRENGTH[request.task]
+        strength = usual if request.strength is None else request.strength
         kept = min(int(steps.count * strength), steps.count)
+        if flows:
+            kept = steps.count - int(steps.count - min(steps.count * strength, steps.count))
         if by_strength and request.task == "img2img" and steps.timesteps is None:
             table = make(replace(steps, strength=strength))
         elif kept < 1:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ...families import Pipeline
+from ...families.parts import TRANSFORMER
 from ..checkpoint import Checkpoint
 from ..graphs.spec import ComponentSpec
-from . import autoencoder, clip, control, image_prompt, unet
+from . import autoencoder, control, image_prompt, text, transformer, unet
 
 _MAKERS = {
-    "text": clip.text_encoder,
-    "denoiser": unet.unet,
+    "text": text.text_encoder,
     "encoder": autoencoder.encoder,
     "decoder": autoencoder.decoder,
     "preview": autoencoder.preview,
@@ -25,4 +25,8 @@ def component_specs(checkpoint: Checkpoint, pipeline: Pipeline) -> list[Componen
 
     Raises `CheckpointError` for a model that is not supported.
     """
-    return [_MAKERS[part.role](checkpoint, name, pipeline) for name, part in pipeline.parts.items()]
+    denoisers = {TRANSFORMER: transformer.transformer}
+    return [
+        _MAKERS.get(part.role, denoisers.get(part.source, unet.unet))(checkpoint, name, pipeline)
+        for name, part in pipeline.parts.items()
+    ]

@@ -23,9 +23,9 @@ def write_files(reading: Reading, work: Path, name: str, traced: tuple[str, tupl
     name: of the checkpoint. traced: a scheduler to be traced, and for which steps.
     Raises `CheckpointError` or `DiffoundryError` for a tokenizer or scheduler that cannot be written.
     """
-    from ..modules.clip import tokenizer
+    from ..modules.text import tokenizer
 
-    source, folders = reading.source, ("tokenizer", "tokenizer_2", "scheduler")
+    source, folders = reading.source, ("tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
     for folder in folders:
         remove(work / folder)
     tokenizers = {

@@ -40,6 +40,10 @@ _WHY = {
     "tiled": "on latents: leave it out",
     "prompt_2": "on this model, which has no second text encoder: leave it out",
     "negative_prompt_2": "on this model, which has no second text encoder: leave it out",
+    "prompt_3": "on this model, which has no third text encoder: leave it out",
+    "negative_prompt_3": "on this model, which has no third text encoder: leave it out",
+    "max_sequence_length": "on this model, whose text encoders read as many tokens of every prompt: leave it out",
+    "guidance.true_cfg_scale": "on this model, which is not given the guidance: leave it out, and give it as guidance",
 }
 """What is missing where a field has no effect, if it is more than the model."""
 
@@ -48,7 +52,8 @@ _WHY = {
 class Job:
     """A request checked against a bundle, with all that the loop needs.
 
-    guidance: of the loop, off where the model is given its scale as an input. size: width and height in pixels.
+    guidance: of the loop, off where the model is given its scale as an input and no other is asked for. given: that
+    scale. size: width and height in pixels.
     record: the request as JSON values, to ask for it again. controls, image_prompts: their pictures, by
     the names of controls and of IP-Adapters. regions: the masks of image prompts, float32 (images, H, W) of 0 and 1.
     loras: that the denoiser takes as inputs.
@@ -65,6 +70,7 @@ class Job:
     image_prompts: Mapping[str, Array] = field(default_factory=dict)
     regions: Mapping[str, Array] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()
+    given: float = 0.0
 
 
 class Start(NamedTuple):
@@ -153,7 +159,7 @@ def refuse_unheeded(request: Request, conditions: Iterable[Condition], *, guided
         if name in heeded:
             continue
         why = _WHY.get(name, "on this model: leave it out")
-        if name.startswith(("negative", "guidance.")) and not guided:
+        if name.startswith(("negative", "guidance.")) and not guided and name != "guidance.true_cfg_scale":
             why = _NO_NEGATIVE if given else _NO_GUIDANCE
         raise RequestError(f"{_said(name)} has no effect {why}")
 

@@ -27,15 +27,14 @@ class GuidanceCondition(Condition):
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
         """Rescale and interval act where the loop guides."""
-        always = frozenset({"guidance.scale", "guidance.mode"})
+        always = frozenset({"guidance.scale", "guidance.mode", *(["guidance.true_cfg_scale"] if self.given else [])})
         return always | {"guidance.rescale", "guidance.interval"} if guided else always
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """The scale, and its embedding."""
-        return [self._fed(job.guidance.scale) if self.given else Fed() for job in jobs]
+        return [self._fed(job.given) if self.given else Fed() for job in jobs]
 
-    def _fed(self, scale: float | None) -> Fed:
-        scale = scale or 0.0
+    def _fed(self, scale: float) -> Fed:
         made: dict[str, Array] = {"guidance": np.array(scale, np.float32)}
         if self._width:
             made[_SINUSOID] = guidance_embedding(scale, self._width)

@@ -27,6 +27,7 @@ class Picture(Condition):
     def __init__(self, manifest: Manifest, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder
         self._seen = bool(manifest.wiring.inputs_from("latents.masked"))
+        self._noise_alone = (1.0,) if manifest.wiring.flow else (None, 1.0)
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
         """The decoder, where pixels are asked for. Latents have a size of their own and are not encoded."""
@@ -53,7 +54,7 @@ class Picture(Condition):
         shape, tiled = autoencoder.shape(job.size), request.tiled
         alpha, sigma = table.alpha_sigma[0].astype(np.float32)
         inpaints = mask is not None
-        from_noise = inpaints and request.denoising_start is None and request.strength in (None, 1.0)
+        from_noise = inpaints and request.denoising_start is None and request.strength in self._noise_alone
         encoded = masked = None
         if pixels is not None and not (from_noise and self._seen):  # which needs what is around the mask alone
             encoded = autoencoder.encode(pixels, tiled=tiled)

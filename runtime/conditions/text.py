@@ -35,7 +35,7 @@ class Text(Condition):
         manifest = bundle.manifest
         self.encoders, self._loras, self._adapted = TextEncoders(bundle, engine), loras, adapted
         self._zeros = manifest.wiring.empty_negative_is_zeros
-        self._second = any(encoder.text == 1 for encoder in manifest.wiring.text)
+        self._more = {f"prompt_{each.text + 1}" for each in manifest.wiring.text if each.text}
         inputs = bundle.component(manifest.named("denoiser")).inputs
         sources = manifest.wiring.inputs
         self._widths = {sources.get(tensor.name, ""): tensor.shape[-1] for tensor in inputs if tensor.shape}
@@ -43,8 +43,9 @@ class Text(Condition):
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
         """Embeddings take the place of their texts and of what is done to these."""
         embeds = {"prompt_embeds", *(["pooled_prompt_embeds"] if self.encoders.pooled else [])}
-        texts = {"prompt", *(["prompt_2"] if self._second else [])}
-        names = embeds if request.prompt_embeds is not None else {*embeds, *texts, "clip_skip", "weights", "windows"}
+        texts, length = {"prompt", *self._more}, {"max_sequence_length"} if self.encoders.longest else set()
+        how = {"clip_skip", *(["weights", "windows"] if self.encoders.weighted else []), *length}
+        names = embeds if request.prompt_embeds is not None else {*embeds, *texts, *how}
         return frozenset({*names, *(f"negative_{name}" for name in embeds | texts if guided)})
 
     def check(self, jobs: Sequence[Job]) -> None:
@@ -53,6 +54,9 @@ class Text(Condition):
         for job in jobs:
             self._check_embeds(job.request)
             self.encoders.check_skip(job.request.clip_skip or 0)
+            length, most = job.request.max_sequence_length, self.encoders.longest
+            if length is not None and most and length > most:
+                raise RequestError(f"max_sequence_length must be at most {most} with this model, found {length}")
             lengths |= self._lengths(job)
         if len(lengths) > 1:
             raise RequestError(
@@ -97,7 +101,7 @@ class Text(Condition):
         """The hidden states of prompts, (len(prompts), tokens, width), and what of each did not fit."""
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise RequestError("encode takes a list of texts, one at least")
-        specs = [PromptSpec((prompt, prompt)) for prompt in prompts]
+        specs = [PromptSpec((prompt,) * 3) for prompt in prompts]
         encoders = self._encoders_of(self._loras.base)
         encoders.tokens(specs[0])
         made = encoders.embed(specs)
@@ -119,20 +123,22 @@ class Text(Condition):
         Layers are skipped for the prompt alone, as in diffusers.
         """
         request, prompt, negative = job.request, job.request.prompt, job.request.negative_prompt or ""
+        length = request.max_sequence_length
         first: PromptSpec | Embedding
         if request.prompt_embeds is not None:
             first = Embedding(request.prompt_embeds, request.pooled_prompt_embeds)
         else:
-            texts = (prompt, prompt if request.prompt_2 is None else request.prompt_2)
-            first = PromptSpec(texts, request.clip_skip or 0, request.weights, request.windows)
+            texts = (prompt, *(prompt if each is None else each for each in (request.prompt_2, request.prompt_3)))
+            first = PromptSpec(texts, request.clip_skip or 0, request.weights, request.windows, length)
         if not job.guidance.active:
             return first, None
         if request.negative_prompt_embeds is not None:
             return first, Embedding(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
         if request.negative_prompt is None and self._zeros:
             return first, None
-        texts = (negative, negative if request.negative_prompt_2 is None else request.negative_prompt_2)
-        return first, PromptSpec(texts, 0, request.weights, request.windows)
+        others = (request.negative_prompt_2, request.negative_prompt_3)
+        texts = (negative, *(negative if each is None else each for each in others))
+        return first, PromptSpec(texts, 0, request.weights, request.windows, length)
 
     def _lengths(self, job: Job) -> set[int]:
         """The tokens that the prompt and the negative prompt of a job take, as `_fed` makes them."""

@@ -23,6 +23,8 @@ class Guidance:
     scale: None is the bundle's default. mode: `joint` runs both halves in one call, `split` in two calls of half the
     memory, `off` runs the prompt alone.
     interval: the part of the steps, from 0 to 1, in which guidance is on (Kynkäänniemi et al. 2024).
+    true_cfg_scale: the scale of guidance by the loop in a model that is given another as an input (FLUX.1 [dev]);
+    1 is none.
     rescale: φ from 0 to 1, the part of m that gets the deviation of m_prompt (Lin et al. 2023, section 3.4).
     """
 
@@ -30,12 +32,17 @@ class Guidance:
     mode: str = "joint"
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
+    true_cfg_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.scale is not None:
             if not is_number(self.scale) or not 0 <= self.scale <= _LARGEST_SCALE:
                 raise RequestError(f"guidance must be a number from 0 to {_LARGEST_SCALE:g}, found {self.scale!r}")
             object.__setattr__(self, "scale", float(self.scale))
+        true = self.true_cfg_scale
+        if not is_number(true) or not 0 <= true <= _LARGEST_SCALE:
+            raise RequestError(f"true_cfg_scale must be a number from 0 to {_LARGEST_SCALE:g}, found {true!r}")
+        object.__setattr__(self, "true_cfg_scale", float(true))
         if self.mode not in MODES:
             raise RequestError(f"unknown guidance mode {self.mode!r}: choose one of {', '.join(MODES)}")
         found = self.interval

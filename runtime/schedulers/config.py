@@ -39,6 +39,8 @@ _RANGES = _WHOLE | {
     **dict.fromkeys(("flow_shift", "timestep_scaling"), (_TINY, _LARGE)),
     **dict.fromkeys(("shift", "s_tmin", "s_tmax"), (0.0, _LARGE)),
     **dict.fromkeys(("s_churn", "s_noise"), (0.0, 1e6)),
+    **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), (1, _MOST_TRAINING_STEPS)),
+    **dict.fromkeys(("base_shift", "max_shift"), (-50.0, 50.0)),
 }
 """Options that are numbers, whole ones among them, and what they may be."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from ...common.arrays import Array
@@ -101,6 +104,23 @@ def _even(config: Config, steps: Steps, shift: float) -> Array:
     scale, count = train_steps(config), count_of(config, steps)
     high, low = shifted(np.array([scale, 1], np.float32) / np.float32(scale), shift)
     return np.asarray(np.linspace(float(high) * scale, float(low) * scale, count) / scale)
+
+
+def shift_of(config: Mapping[str, Any], tokens: int) -> float:
+    """The mu of a picture of so many tokens: on the line through the shifts of the smallest and the largest.
+
+    Raises `RequestError` for options that are no numbers.
+    """
+    read = Config({name: config[name] for name in _SHIFT if name in config})
+    low, high, base, most = (float(read.get(name, default)) for name, default in _SHIFT.items())
+    if low == high:
+        raise RequestError("base_image_seq_len and max_image_seq_len must differ: mend the scheduler options")
+    slope = (most - base) / (high - low)
+    return tokens * slope + (base - slope * low)
+
+
+_SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+"""Options of a schedule that shifts with the size, and what they are by default; diffusers' values for FLUX."""
 
 
 def shifted(sigmas: Array, shift: float) -> Array:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...bundle import Bundle, TextEncoder
+from ...bundle.wiring import MOST_TOKENS
 from ...common.arrays import Array
 from ...common.errors import BundleError, RequestError
 from ...engines import Engine
@@ -17,12 +18,16 @@ from .weighting import Embedding, count_windows, pad_to_longest, weighted_embedd
 
 @dataclass(frozen=True, slots=True)
 class PromptSpec:
-    """One prompt: `texts` for the first and the second text encoder. skip: layers to leave out."""
+    """One prompt: `texts` for `prompt`, `prompt_2` and `prompt_3`. skip: layers to leave out.
 
-    texts: tuple[str, str]
+    length: the tokens of encoders that take windows of any length, None for as many as they take.
+    """
+
+    texts: tuple[str, ...]
     skip: int = 0
     weights: bool = False
     windows: bool = False
+    length: int | None = None
 
 
 class TextEncoders:
@@ -30,7 +35,11 @@ class TextEncoders:
 
     def __init__(self, bundle: Bundle, engine: Callable[[str], Engine]) -> None:
         self._bundle, self._engine = bundle, engine
-        self._encoders = {encoder.component: encoder for encoder in bundle.manifest.wiring.text}
+        wiring = bundle.manifest.wiring
+        self._encoders, self._zeros = {encoder.component: encoder for encoder in wiring.text}, wiring.zeros
+        inputs = bundle.component(bundle.manifest.named("denoiser")).inputs
+        widths = [tensor.shape[-1] for tensor in inputs if wiring.inputs.get(tensor.name) == "text.hidden"]
+        self._width = next((width for width in widths if isinstance(width, int)), 0)
         self._tokenizers: dict[str, PromptTokenizer] = {}
 
     def set_words(self, words: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[int, Array]]:
@@ -60,9 +69,26 @@ class TextEncoders:
         """Whether one of them gives a pooled embedding."""
         return any(encoder.pooled for encoder in self._encoders.values())
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that a request may choose to have, 0 where it may not choose."""
+        tokenizers = self._bundle.manifest.tokenizers
+        most = [tokenizers[each.tokenizer].max_length for each in self._encoders.values() if each.length]
+        return min([*most, *([MOST_TOKENS] if self._zeros else [])], default=0)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether weights and long prompts have a meaning: where every encoder gives hidden states of windows."""
+        return self._width_alone() and not self._zeros
+
+    def _width_alone(self) -> bool:
+        return all(each.hidden and each.join == "width" for each in self._encoders.values())
+
     def check_skip(self, skip: int) -> None:
         """Raise `RequestError` for more layers skipped than there are."""
         for name, encoder in self._encoders.items():
+            if encoder.length or not encoder.hidden:
+                continue
             if skip > len(encoder.skips):
                 raise RequestError(
                     f"clip_skip must be from 0 to {len(encoder.skips)} with this {name}, found {skip}"
@@ -73,10 +99,12 @@ class TextEncoders:
         """How many tokens the embedding of a prompt has. Raises `RequestError` where the two encoders do not agree."""
         total = 0
         for name, encoder in self._encoders.items():
-            tokenizer, text = self.tokenizer(name), spec.texts[encoder.text]
-            tokens = tokenizer.window * count_windows(text, tokenizer, weights=spec.weights, windows=spec.windows)
             if not encoder.hidden:
                 continue
+            tokenizer, text = self.tokenizer(name), spec.texts[encoder.text]
+            tokens = tokenizer.window * count_windows(text, tokenizer, weights=spec.weights, windows=spec.windows)
+            if encoder.length:
+                tokens = spec.length or encoder.length
             if not total or encoder.join == "sequence":
                 total += tokens
             elif tokens != total:
@@ -84,34 +112,45 @@ class TextEncoders:
                     f"the prompts for the two text encoders take {total} and {tokens} tokens: "
                     "make them of one length, or leave prompt_2 out"
                 )
-        return total
+        return total + (self._zeros if spec.length is None else spec.length) * bool(self._zeros)
 
     def embed(self, specs: Sequence[PromptSpec]) -> list[Embedding]:
         """The embeddings of each prompt; plain ones go through each encoder in one call."""
         parts = [self._encode(name, specs) for name in self._encoders]
-        return [_joined(list(self._encoders.values()), embeddings) for embeddings in zip(*parts, strict=True)]
+        joined = [_joined(list(self._encoders.values()), embeddings) for embeddings in zip(*parts, strict=True)]
+        return [self._followed(each, spec) for each, spec in zip(joined, specs, strict=True)] if self._zeros else joined
+
+    def _followed(self, embedding: Embedding, spec: PromptSpec) -> Embedding:
+        """An embedding filled with zeros to the width of the denoiser, and followed by tokens of zeros."""
+        tokens, width = embedding.hidden.shape
+        more = self._zeros if spec.length is None else spec.length
+        return replace(embedding, hidden=np.pad(embedding.hidden, ((0, more), (0, max(self._width - width, 0)))))
 
     def level(self, embeddings: Sequence[Embedding]) -> list[Embedding]:
         """The same, brought to one length with windows of the empty prompt."""
         if len({len(each.hidden) for each in embeddings}) == 1:
             return list(embeddings)
-        empty = self.embed([PromptSpec(("", ""))])[0].hidden
+        empty = self.embed([PromptSpec(("",) * 3)])[0].hidden
         padded = pad_to_longest([each.hidden for each in embeddings], empty)
         return [replace(each, hidden=hidden) for hidden, each in zip(padded, embeddings, strict=True)]
 
     def _encode(self, name: str, specs: Sequence[PromptSpec]) -> list[Embedding]:
         encoder, tokenizer = self._encoders[name], self.tokenizer(name)
         plain = list(dict.fromkeys(spec.texts[encoder.text] for spec in specs if not (spec.weights or spec.windows)))
-        ids, truncated = tokenizer.encode(plain)
+        lengths = {spec.length or encoder.length or None for spec in specs} if encoder.length else {None}
+        if len(lengths) > 1:
+            raise RequestError("the prompts of a batch must have one max_sequence_length")
+        ids, truncated = tokenizer.encode(plain, *lengths)
         outputs = self._run(name, ids) if plain else {}
 
         def embedding(spec: PromptSpec) -> Embedding:
             text = spec.texts[encoder.text]
-            hidden = encoder.skips[spec.skip - 1] if spec.skip else encoder.hidden
+            hidden = encoder.skips[spec.skip - 1] if spec.skip and encoder.skips else encoder.hidden
             if not (spec.weights or spec.windows):
                 row = plain.index(text)
                 pooled = outputs[encoder.pooled][row] if encoder.pooled else None
-                return Embedding(outputs[hidden][row], pooled, truncated[row])
+                states = outputs[hidden][row] if hidden else np.zeros((0, 0), np.float32)
+                return Embedding(states, pooled, truncated[row])
 
             def run(ids: Array) -> tuple[Array, Array | None]:
                 made = self._run(name, ids)
@@ -127,7 +166,7 @@ class TextEncoders:
         spec = engine.inputs[0]
         output = engine({spec.name: ids.astype(spec.dtype)})
         encoder = self._encoders[name]
-        if self._bundle.foreign and encoder.hidden not in output:
+        if self._bundle.foreign and encoder.hidden and encoder.hidden not in output:
             output = {**output, encoder.hidden: output[engine.outputs[0].name]}
         for wanted in filter(None, (encoder.hidden, *encoder.skips, encoder.pooled)):
             if wanted not in output or (wanted != encoder.pooled and output[wanted].ndim != 3):

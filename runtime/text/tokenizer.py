@@ -28,7 +28,8 @@ class PromptTokenizer:
     def __init__(self, folder: Path, spec: Spec) -> None:
         """Raises `BundleError` when the tokenizer's files are missing or damaged."""
         self._spec = spec
-        self.window, self.room = spec.max_length, spec.max_length - 2
+        self._first = [] if spec.bos_token_id is None else [spec.bos_token_id]
+        self.window, self.room = spec.max_length, spec.max_length - len(self._first) - 1
         self._tokenizer = _load(folder)
         self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
@@ -47,11 +48,14 @@ class PromptTokenizer:
         self._added |= set(words)
         return {word: int(self._tokenizer.token_to_id(word) or 0) for word in words}
 
-    def encode(self, texts: Sequence[str]) -> tuple[Array, list[str]]:
-        """Token ids, int64 (len(texts), max_length), and for each text the part that did not fit ("" if all did)."""
-        tokens = self.tokens(texts)
-        rows = np.array([self.row(ids[: self.room]) for ids in tokens], np.int64)
-        return rows, [self.text(ids[self.room :]) for ids in tokens]
+    def encode(self, texts: Sequence[str], window: int | None = None) -> tuple[Array, list[str]]:
+        """Token ids, int64 (len(texts), window), and for each text the part that did not fit ("" if all did).
+
+        window: a shorter one than `max_length`.
+        """
+        tokens, room = self.tokens(texts), self.room if window is None else self.room - (self.window - window)
+        rows = np.array([self.row(ids[:room], room) for ids in tokens], np.int64)
+        return rows, [self.text(ids[room:]) for ids in tokens]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """All token ids of each text, without start, end and padding.
@@ -74,10 +78,10 @@ class PromptTokenizer:
                 text = text.replace(token, " ".join(vectors))
         return text
 
-    def row(self, tokens: Sequence[int]) -> list[int]:
-        """The ids of a window of at most `room` tokens."""
-        padding = [self._spec.pad_token_id] * (self.room - len(tokens))
-        return [self._spec.bos_token_id, *tokens, self._spec.eos_token_id, *padding]
+    def row(self, tokens: Sequence[int], room: int | None = None) -> list[int]:
+        """The ids of a window of at most `room` tokens, by default as many as there is room for."""
+        padding = [self._spec.pad_token_id] * ((self.room if room is None else room) - len(tokens))
+        return [*self._first, *tokens, self._spec.eos_token_id, *padding]
 
     def text(self, tokens: Sequence[int]) -> str:
         """What the tokens say."""

@@ -1,0 +1,175 @@
+"""Transformers of flow matching, each behind one signature: latents, timestep, text, and what else they are told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+
+from ...bundle import Tensor
+from ...common.errors import CheckpointError
+from ...families import Pipeline
+from ...families.parts import TRANSFORMER
+from ..checkpoint import Checkpoint
+from ..configs import transformer_config
+from ..fit import hollow
+from ..graphs.spec import Axis, ComponentSpec
+from ..loading import load_pretrained
+
+_TIMESTEPS = 1000
+_PERIOD = 10000
+_MOST_POSITIONS = 1024
+"""Tokens a side of the largest picture: 16,384 pixels."""
+
+
+class StableDiffusion3(torch.nn.Module):
+    """`SD3Transformer2DModel`, which packs latents into tokens itself."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        model.time_text_embed.time_proj = Frequencies(model.time_text_embed.time_proj)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+    ) -> torch.Tensor:
+        made: torch.Tensor = self.model(sample, encoder_hidden_states, pooled_projections, timestep, return_dict=False)[
+            0
+        ]
+        return made
+
+
+class Flux(torch.nn.Module):
+    """`FluxTransformer2DModel` with the packing of its pipelines, and tables in the place of its rotations.
+
+    The angles of a position are multiples of it that need float64; the sines and cosines of all positions that a
+    picture can have are made here, and the graph looks them up.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        model.time_text_embed.time_proj = Frequencies(model.time_text_embed.time_proj)
+        model.pos_embed = Rotations(model.pos_embed)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        height, width = sample.shape[2] // 2, sample.shape[3] // 2
+        made = self.model(
+            packed(sample, 2),
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep / _TIMESTEPS,
+            img_ids=positions(height, width, sample.device),
+            txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, dtype=torch.int64, device=sample.device),
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return unpacked(made, height, width, 2)
+
+
+class Frequencies(torch.nn.Module):
+    """`Timesteps` with the frequencies that torch makes, which the angles of large numbers show every rounding of."""
+
+    def __init__(self, embed: Any) -> None:
+        super().__init__()
+        half = embed.num_channels // 2
+        exponent = -math.log(_PERIOD) * torch.arange(half, dtype=torch.float32, device="cpu")
+        self.register_buffer("frequencies", torch.exp(exponent / (half - embed.downscale_freq_shift)), persistent=False)
+        self.scale, self.flipped = embed.scale, embed.flip_sin_to_cos
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        angles = self.scale * (timesteps[:, None].float() * self.frequencies)
+        waves = [torch.cos(angles), torch.sin(angles)]
+        return torch.cat(waves if self.flipped else waves[::-1], -1)
+
+
+class Rotations(torch.nn.Module):
+    """Cosines and sines of whole positions on each axis, (tokens, sum of the axes' widths) each."""
+
+    def __init__(self, embed: Any) -> None:
+        super().__init__()
+        steps = torch.arange(_MOST_POSITIONS)
+        with torch.device("cpu"):
+            for i in range(len(embed.axes_dim)):
+                ids = torch.zeros(len(steps), len(embed.axes_dim))
+                ids[:, i] = steps
+                start = sum(embed.axes_dim[:i])
+                for name, table in zip(("cos", "sin"), embed(ids), strict=True):
+                    own = table[:, start : start + embed.axes_dim[i]].contiguous()
+                    self.register_buffer(f"{name}_{i}", own, persistent=False)
+        self.axes = len(embed.axes_dim)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = (
+            torch.cat([getattr(self, f"{name}_{i}")[ids[:, i]] for i in range(self.axes)], -1)
+            for name in ("cos", "sin")
+        )
+        return cos, sin
+
+
+def packed(sample: torch.Tensor, patch: int) -> torch.Tensor:
+    """Latents (N, C, H, W) to tokens (N, H/patch · W/patch, C · patch²), channels first within a token."""
+    rows, channels, height, width = sample.shape
+    tokens = sample.reshape(rows, channels, height // patch, patch, width // patch, patch)
+    return tokens.permute(0, 2, 4, 1, 3, 5).reshape(rows, (height // patch) * (width // patch), channels * patch**2)
+
+
+def unpacked(tokens: torch.Tensor, height: int, width: int, patch: int) -> torch.Tensor:
+    """Tokens back to latents; height, width: in tokens."""
+    rows, _, channels = tokens.shape
+    sample = tokens.reshape(rows, height, width, channels // patch**2, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return sample.reshape(rows, channels // patch**2, height * patch, width * patch)
+
+
+def positions(height: int, width: int, device: Any, first: int = 0) -> torch.Tensor:
+    """Whole positions of the tokens of a picture, (height · width, 3): `first`, row, column."""
+    rows = torch.arange(height, device=device)[:, None].expand(height, width).reshape(-1)
+    columns = torch.arange(width, device=device)[None].expand(height, width).reshape(-1)
+    return torch.stack([torch.full_like(rows, first), rows, columns], -1)
+
+
+_WRAPPERS: dict[str, Callable[[Any], torch.nn.Module]] = {
+    "FluxTransformer2DModel": Flux,
+    "SD3Transformer2DModel": StableDiffusion3,
+}
+
+
+def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
+    """The component `name`. Raises `CheckpointError` for a class that has no wrapper here."""
+    config = transformer_config(checkpoint)
+    kind, wrap = getattr(diffusers, config["_class_name"]), _WRAPPERS[config["_class_name"]]
+    unit, sources = pipeline.latents.multiple, pipeline.wiring.inputs
+    channels, most = pipeline.latents.channels, config.get("pos_embed_max_size")
+    if most is not None and int(most) < 20 // unit:
+        raise CheckpointError(f"the transformer knows {most} positions a side, which is too few to be run")
+    return ComponentSpec(
+        name=name,
+        source=TRANSFORMER,
+        load=lambda: wrap(load_pretrained(kind, checkpoint.folder(TRANSFORMER))).eval(),
+        hollow=lambda: wrap(hollow(kind, checkpoint.config(TRANSFORMER))).to("meta"),
+        inputs=pipeline.inputs,
+        outputs=(Tensor("out_sample", "float32", ("batch_size", channels, "height", "width")),),
+        axes={
+            "batch_size": Axis(1, 3),
+            "height": Axis(8, 20, unit),
+            "width": Axis(8, 20, unit),
+            "sequence_length": Axis(8, 77),
+        },
+        scale={"timestep": 999.0, "guidance": 10.0},
+        repeat="timestep",
+        per_prompt=tuple(each for each in sources if not sources[each].startswith(("latents", "timestep"))),
+    )
