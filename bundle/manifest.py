@@ -135,7 +135,7 @@ class Manifest:
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as a JSON object, schema version first. What few bundles have is left out where it is empty."""
     value = asdict(manifest)
-    for name in ("controls", "image_prompts", "lora_inputs", "flow", "zeros"):
+    for name in ("controls", "image_prompts", "lora_inputs", "flow", "zeros", "picture_sizes"):
         if not value["wiring"][name]:
             del value["wiring"][name]
     return {"schema_version": value.pop("schema_version"), **value}

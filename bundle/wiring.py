@@ -55,6 +55,9 @@ TASKS: dict[str, tuple[Role, ...]] = {
 SOURCES = {
     "latents": "the latents of the step",
     "latents.masked": "the latents, the mask and the masked image, along the channels",
+    "latents.filled": "the latents, the masked image and the mask, each of its pixels a channel, along the channels",
+    "latents.beside": "the latents, and those of the picture, along the channels",
+    "picture": "the latents of the picture",
     "timestep": "the timestep of each row",
     "text.hidden": "the hidden states of the text encoders, joined",
     "text.pooled": "their pooled embeddings, joined",
@@ -64,6 +67,11 @@ SOURCES = {
     "guidance.sinusoid": "sines and cosines of the guidance scale",
 }
 """What an input of a denoiser can be fed with."""
+
+
+def plain(source: str) -> str:
+    """A source without what goes along with it: `latents` for what has them and something beside them."""
+    return "latents" if source.startswith("latents.") else source
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +147,14 @@ class Flow:
 
     patch: latents a side of a token; the tokens of a picture decide how far a schedule is shifted that shifts with
     its size. even: whether the steps are even in sigma, from 1 down to one over their number, before they are shifted.
-    max_shift: of the largest picture, where the scheduler's configuration does not tell.
+    max_shift: of the largest picture, where the scheduler's configuration does not tell. strength: how much of the
+    schedule a picture is drawn anew for, where a request does not tell.
     """
 
     patch: AtLeast1
     even: bool = False
     max_shift: float = 1.15
+    strength: float = 0.6
 
 
 PICTURE, SCALE = "controlnet_cond", "scale"
@@ -231,6 +241,8 @@ class Wiring:
     controls, image_prompts: by the name that a request calls each by. lora_inputs: by component.
     flow: of a pipeline of flow matching. zeros: tokens of zeros that follow the hidden states of the text, in the
     place of an encoder that the checkpoint does without; a request may choose how many.
+    picture_sizes: width and height, in pixels, of those that the denoiser reads a picture in; it is brought to the one
+    of the nearest shape.
     """
 
     text: tuple[TextEncoder, ...]
@@ -242,6 +254,12 @@ class Wiring:
     lora_inputs: dict[str, LoraInputs] = field(default_factory=dict)
     flow: Flow | None = None
     zeros: Tokens = 0
+    picture_sizes: tuple[tuple[AtLeast1, AtLeast1], ...] = ()
+
+    @property
+    def edits(self) -> bool:
+        """Whether the denoiser sees the picture of a request, rather than starting from it."""
+        return bool(self.inputs_from("picture") or self.inputs_from("latents.beside"))
 
     def inputs_from(self, source: str) -> list[str]:
         """The inputs of the denoiser that `source` feeds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..bundle import AS_EXPORTED, PRECISIONS, Bundle, Component
-from ..bundle.wiring import MODE, NAME, PICTURE, SCALE, SOURCES, STRENGTH, TASKS
+from ..bundle.wiring import MODE, NAME, PICTURE, SCALE, SOURCES, STRENGTH, TASKS, plain
 from ..common.errors import BundleError
 from ..families.control import halved
 
@@ -21,7 +21,7 @@ def check_runnable(bundle: Bundle) -> None:
         )
     if not manifest.wiring.text:
         raise BundleError(f"{root}: field 'wiring.text' is empty; compile the bundle again")
-    if not {"latents", "timestep"} <= {source.partition(".masked")[0] for source in manifest.wiring.inputs.values()}:
+    if not {"latents", "timestep"} <= {plain(source) for source in manifest.wiring.inputs.values()}:
         raise BundleError(f"{root}: no input of the denoiser takes the latents or the timestep; compile it again")
     if manifest.precision not in (*PRECISIONS, AS_EXPORTED):
         raise BundleError(f"{root} has precision {manifest.precision!r}; this version runs {', '.join(PRECISIONS)}")

@@ -42,6 +42,7 @@ _FLUX = {
     "pooled_projection_dim": 32,
     "axes_dims_rope": (4, 6, 6),
 }
+_FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 _SHIFTING = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
 
 
@@ -68,10 +69,21 @@ SIZES = {
         "FluxPipeline",
         {**_FLUX, "guidance_embeds": True},
         _SHIFTING,
-        vae={"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        vae=_FLUX_VAE,
     ),
-    "flux-schnell-small": Size(
-        "FluxPipeline", _FLUX, {"shift": 1.0}, vae={"scaling_factor": 0.3611, "shift_factor": 0.1159}
+    "flux-schnell-small": Size("FluxPipeline", _FLUX, {"shift": 1.0}, vae=_FLUX_VAE),
+    "flux-kontext-small": Size("FluxKontextPipeline", {**_FLUX, "guidance_embeds": True}, _SHIFTING, vae=_FLUX_VAE),
+    "flux-fill-small": Size(
+        "FluxFillPipeline",
+        {**_FLUX, "guidance_embeds": True, "in_channels": 384, "out_channels": 64},
+        _SHIFTING,
+        vae=_FLUX_VAE,
+    ),
+    "flux-control-small": Size(
+        "FluxControlPipeline",
+        {**_FLUX, "guidance_embeds": True, "in_channels": 128, "out_channels": 64},
+        _SHIFTING,
+        vae=_FLUX_VAE,
     ),
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..bundle import Tensor
+from ..bundle.wiring import plain
 from ..common.errors import CheckpointError, reason
 from ..families import Pipeline
 from ..families.parts import TRANSFORMER
@@ -86,12 +87,12 @@ def check_parts(specs: Sequence[ComponentSpec], pipeline: Pipeline) -> None:
     denoiser = next(by_name[name] for name, part in pipeline.parts.items() if part.role == "denoiser")
     kind, option = _KINDS.get(denoiser.source, _KINDS[UNET])
     latents, sources = pipeline.latents, pipeline.wiring.inputs
-    taken = {sources[tensor.name].partition(".masked")[0]: tensor.shape for tensor in denoiser.inputs}
+    taken = {plain(sources[tensor.name]): tensor.shape for tensor in denoiser.inputs}
     widths: dict[str, list[int]] = {"width": [], "sequence": []}
     for each in pipeline.wiring.text:
         if each.hidden:
             widths[each.join].append(_width(by_name[each.component], each.hidden))
-    wide, text = max(sum(widths["width"]), *widths["sequence"]), [each.component for each in pipeline.wiring.text]
+    wide, text = max([sum(widths["width"]), *widths["sequence"]]), [each.component for each in pipeline.wiring.text]
     read = int(taken["text.hidden"][2])
     if wide > read or (wide < read and not pipeline.wiring.zeros):  # before zeros what is narrow is filled up
         shown = [(n, _width(by_name[n], e.hidden)) for n, e in zip(text, pipeline.wiring.text, strict=True) if e.hidden]
@@ -107,7 +108,9 @@ def check_parts(specs: Sequence[ComponentSpec], pipeline: Pipeline) -> None:
             f"not of one checkpoint; give parts that belong together ({_remedy((*text, denoiser.source))})"
         )
     made, channels = denoiser.outputs[0].shape[1], taken["latents"][1]
-    if made != latents.channels or channels not in (latents.channels, 2 * latents.channels + 1):
+    own = latents.channels
+    known = (own, 2 * own + 1) if denoiser.source == UNET else (own, 2 * own, 2 * own + latents.downscale**2)
+    if made != own or channels not in known:
         raise CheckpointError(
             f"the autoencoder has {latents.channels} latent channels, the {kind} takes {channels} and gives {made}: "
             f"they are not of one checkpoint; give parts that belong together ({_remedy(('vae', denoiser.source))})"

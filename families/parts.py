@@ -72,16 +72,18 @@ def transformer_pipeline(
     flow: Flow,
     steps: int | None = None,
     guidance: float | None = None,
+    tasks: tuple[str, ...] = tuple(TASKS),
+    latents_from: str = "latents",
     **wiring: Any,
 ) -> Pipeline:
     """The pipeline of text encoders, a transformer that was trained by flow matching, and autoencoders.
 
     inputs: of the transformer, see `transformer_inputs`. side: what is drawn by default, in latents. steps, guidance:
-    see `Pipeline`. wiring: see `Wiring`.
+    see `Pipeline`. latents_from: what feeds its `sample`, see `bundle.wiring.SOURCES`. wiring: see `Wiring`.
     """
-    sources = {tensor.name: _TRANSFORMER_SOURCES[tensor.name] for tensor in inputs}
+    sources = {tensor.name: _TRANSFORMER_SOURCES[tensor.name] for tensor in inputs} | {"sample": latents_from}
     return Pipeline(
-        tasks=tuple(TASKS),
+        tasks=tasks,
         parts=_parts(configs, text, TRANSFORMER),
         wiring=Wiring(tuple(text), sources, flow=flow, **wiring),
         latents=latents,
@@ -93,15 +95,21 @@ def transformer_pipeline(
     )
 
 
-def transformer_inputs(*, channels: int, text: int, pooled: int, guided: bool = False) -> tuple[Tensor, ...]:
-    """The inputs of a transformer of these widths. guided: whether it is given the guidance."""
+def transformer_inputs(
+    *, channels: int, text: int, pooled: int, guided: bool = False, shown: bool = False
+) -> tuple[Tensor, ...]:
+    """The inputs of a transformer of these widths. guided: whether it is given the guidance, shown: and a picture."""
     inputs = [
         Tensor("sample", "float32", ("batch_size", channels, "height", "width")),
         Tensor("timestep", "float32", ("batch_size",)),
         Tensor("encoder_hidden_states", "float32", ("batch_size", "sequence_length", text)),
         Tensor("pooled_projections", "float32", ("batch_size", pooled)),
     ]
-    return (*inputs, Tensor("guidance", "float32", ("batch_size",))) if guided else tuple(inputs)
+    if guided:
+        inputs.append(Tensor("guidance", "float32", ("batch_size",)))
+    if shown:
+        inputs.append(Tensor("picture", "float32", ("batch_size", channels, "picture_height", "picture_width")))
+    return tuple(inputs)
 
 
 _TRANSFORMER_SOURCES = {
@@ -110,6 +118,7 @@ _TRANSFORMER_SOURCES = {
     "encoder_hidden_states": "text.hidden",
     "pooled_projections": "text.pooled",
     "guidance": "guidance",
+    "picture": "picture",
 }
 
 

@@ -540,6 +540,9 @@ def _of_loras() -> Iterator[Case]:
 def _of_transformers() -> Iterator[Case]:
     """Stable Diffusion 3 and FLUX.1: every task, batch and size; then samplers, prompts, guidance, steps."""
     for checkpoint, (kind, options) in TRANSFORMERS.items():
+        if checkpoint in EDITING:
+            yield from _of_editing(checkpoint, kind, options)
+            continue
         for task, middle in (("txt2img", ""), ("img2img", "Img2Img"), ("inpaint", "Inpaint")):
             plain = Case(checkpoint, task, f"{kind}{middle}Pipeline", options, size=(64, 64))
             for count, size in ((1, (64, 64)), (2, (64, 64)), (1, _WIDE_TOKENS), (2, _WIDE_TOKENS)):
@@ -565,6 +568,26 @@ def _of_transformers() -> Iterator[Case]:
                 yield replace(plain, scheduler=scheduler, label=_DIT)
 
 
+def _of_editing(checkpoint: str, kind: str, options: Mapping[str, Any]) -> Iterator[Case]:
+    """Models that see a picture: batch and size; for Fill strengths too."""
+    plain = Case(checkpoint, EDITING[checkpoint], f"{kind}Pipeline", options)
+    for count, size in ((1, (64, 64)), (2, (64, 64)), (1, _WIDE_TOKENS), (2, _WIDE_TOKENS)):
+        yield replace(plain, label=_DIT, count=count, size=size)
+    yield replace(plain, label=_DIT, size=(64, 64), picture=(96, 48))
+    yield replace(plain, label=_DIT, size=(64, 64), scheduler="flow-lcm")
+    if checkpoint == "flux-fill-small":
+        for strength in (0.5, 0.85):
+            changed = {"strength": strength}
+            yield replace(plain, options={**options, **changed}, label=_DIT + _named(changed), size=(64, 64))
+    if checkpoint == "flux-kontext-small":
+        guided = {"true_cfg_scale": 2.0, "negative_prompt": NEGATIVE}
+        yield replace(plain, options={**options, **guided}, label=_DIT + _named(guided), size=(64, 64))
+
+
+EDITING = {"flux-kontext-small": "img2img", "flux-fill-small": "inpaint", "flux-control-small": "img2img"}
+"""Checkpoints whose model sees a picture, and what they do."""
+
+
 def _named(options: Mapping[str, Any]) -> str:
     return "".join(f" {name} {value}" for name, value in options.items())
 
@@ -583,6 +606,9 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"steps": 4, "guidance": 3.5, "true_cfg_scale": 2.0, "negative_prompt": NEGATIVE},
     ),
     "flux-schnell-small": ("Flux", {"steps": 4}),
+    "flux-kontext-small": ("FluxKontext", {"steps": 3, "guidance": 2.5}),
+    "flux-fill-small": ("FluxFill", {"steps": 4, "guidance": 30.0}),
+    "flux-control-small": ("FluxControl", {"steps": 4, "guidance": 10.0}),
 }
 """Checkpoint: its pipelines, and the options it is used with."""
 
@@ -755,6 +781,10 @@ def diffusers_run(
             options[name] = [options[name]] * case.count
     if case.size and (case.task != "img2img" or case.flows):
         options["width"], options["height"] = case.size
+    if "Control" in case.kind and case.flows:
+        options["control_image"] = options.pop("image")
+    if "Kontext" in case.kind:
+        options["max_area"] = case.size[0] * case.size[1] if case.size else 1024**2
     ends = "latent" if "denoising_end" in case.options else "pil" if "padding_mask_crop" in case.options else "np"
     states: list[Any] = []
 

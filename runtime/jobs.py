@@ -31,7 +31,7 @@ from .loop.guidance import Guidance
 from .lora import Lora, printable
 from .lora_sets import LoraSets
 from .pictures.autoencoder import Autoencoder, check_decoder
-from .pictures.preprocess import bring_to_size, open_image, open_originals
+from .pictures.preprocess import bring_to_size, open_image, open_originals, picture_size
 from .request import Request
 from .schedule import Schedules
 
@@ -129,6 +129,8 @@ class Jobs:
         root, known = self._bundle.root, self._bundle.manifest.tasks
         if request.task in known:
             return
+        if known == ("img2img",) and self._bundle.manifest.wiring.edits and request.task == "txt2img":
+            raise RequestError(f"{root} draws by a picture beside the prompt: give one as the image")
         if known == ("inpaint",):
             raise RequestError(f"{root} is an inpainting model: give an image and a mask")
         if request.task == "txt2img" and self._sizes.scored:
@@ -153,7 +155,9 @@ class Jobs:
         width, height = manifest.default_width, manifest.default_height
         if image is None and request.control and not request.starts_from_latents:
             image = open_image(request.control[0].image, f"image of the control {request.control[0].name}")
-        if image is not None and request.padding_mask_crop is None:
+        if image is not None and manifest.wiring.picture_sizes:
+            width, height = picture_size(image, manifest.wiring.picture_sizes)
+        elif image is not None and request.padding_mask_crop is None:
             width, height = (max(side // unit, 1) * unit for side in image.size)
         width = width if request.width is None else request.width
         height = height if request.height is None else request.height

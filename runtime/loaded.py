@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from ..bundle import Bundle
-from ..bundle.wiring import STEPPING
+from ..bundle.wiring import STEPPING, plain
 from ..common.errors import EngineError
 from ..engines import Engine
 from ..engines.controlled import ControlledEngine, slots
@@ -68,7 +68,7 @@ class LoadedEngines:
         self._controlled, self._lora = manifest.named("controlled"), manifest.named("lora")
         self._stepping = {name for role in ("step", *STEPPING) for name in manifest.with_role(role)}
         self._sharing = self._stepping - {self._step}
-        sources = {source.partition(".masked")[0]: name for name, source in manifest.wiring.inputs.items()}
+        sources = {plain(source): name for name, source in manifest.wiring.inputs.items()}
         self._ports = Ports(sources["latents"], sources["timestep"])
         self._process = os.getpid()
         self._start()

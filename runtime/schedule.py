@@ -27,7 +27,6 @@ _CONFIG = "scheduler/scheduler_config.json"
 _TRAIN_STEPS = "num_train_timesteps"
 _MOST_TABLES = 256
 _STRENGTH = {"img2img": 0.8, "inpaint": 1.0}
-_STRENGTH_OF_FLOW = 0.6
 
 
 class Schedules:
@@ -87,8 +86,15 @@ class Schedules:
             and is_known(self.named(name))
             and find_sampler(self.config, name)[1].table in (lcm, tcd)
         )
-        flows = manifest.wiring.flow is not None
-        table = _part(request, asked, make, self.train_steps, by_strength=by_strength, flows=flows)
+        wiring = manifest.wiring
+        usual = _STRENGTH.get(request.task, 1.0) if wiring.flow is None else wiring.flow.strength
+        if request.image is None or wiring.edits:
+            strength = None
+        else:
+            strength = usual if request.strength is None else request.strength
+        table = _part(
+            request, asked, make, self.train_steps, strength, by_strength=by_strength, flows=wiring.flow is not None
+        )
         if request.forecast:
             if make(asked).steps != asked.count:
                 raise RequestError("a forecast needs a scheduler with one model call a step, as euler: leave it out")
@@ -147,13 +153,20 @@ class Schedules:
 
 
 def _part(
-    request: Request, steps: Steps, make: Callable[[Steps], Table], train_steps: int, *, by_strength: bool, flows: bool
+    request: Request,
+    steps: Steps,
+    make: Callable[[Steps], Table],
+    train_steps: int,
+    strength: float | None,
+    *,
+    by_strength: bool,
+    flows: bool,
 ) -> Table:
     """The part of the schedule that the request runs. Raises `RequestError` when nothing of it is left.
 
     by_strength: the model's sampler takes the strength itself and makes all the steps asked for (consistency models).
-    flows: whether it is a model of flow matching, whose pipelines have another strength by default, and run the step
-    that a strength lies within.
+    strength: None where it starts from noise. flows: whether it is a model of flow matching, whose pipelines run the
+    step that a strength lies within, too.
     """
     table = make(steps)
 
@@ -170,9 +183,7 @@ def _part(
         of_first = table.steps - make(replace(steps, start=1)).steps if before else 1
         if before >= of_first:  # of a step of two calls, both or none
             table = make(replace(steps, start=before // of_first))
-    elif request.image is not None:
-        usual = _STRENGTH_OF_FLOW if flows else _STRENGTH[request.task]
-        strength = usual if request.strength is None else request.strength
+    elif strength is not None:
         kept = min(int(steps.count * strength), steps.count)
         if flows:
             kept = steps.count - int(steps.count - min(steps.count * strength, steps.count))

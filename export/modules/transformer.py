@@ -66,19 +66,24 @@ class Flux(torch.nn.Module):
         encoder_hidden_states: torch.Tensor,
         pooled_projections: torch.Tensor,
         guidance: torch.Tensor | None = None,
+        picture: torch.Tensor | None = None,
     ) -> torch.Tensor:
         height, width = sample.shape[2] // 2, sample.shape[3] // 2
+        tokens, ids = packed(sample, 2), positions(height, width, sample.device)
+        if picture is not None:
+            tokens = torch.cat([tokens, packed(picture, 2)], 1)
+            ids = torch.cat([ids, positions(picture.shape[2] // 2, picture.shape[3] // 2, sample.device, first=1)])
         made = self.model(
-            packed(sample, 2),
+            tokens,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             timestep=timestep / _TIMESTEPS,
-            img_ids=positions(height, width, sample.device),
+            img_ids=ids,
             txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, dtype=torch.int64, device=sample.device),
             guidance=guidance,
             return_dict=False,
         )[0]
-        return unpacked(made, height, width, 2)
+        return unpacked(made[:, : height * width], height, width, 2)
 
 
 class Frequencies(torch.nn.Module):
@@ -153,6 +158,7 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
     config = transformer_config(checkpoint)
     kind, wrap = getattr(diffusers, config["_class_name"]), _WRAPPERS[config["_class_name"]]
     unit, sources = pipeline.latents.multiple, pipeline.wiring.inputs
+    shown = bool(pipeline.wiring.inputs_from("picture"))
     channels, most = pipeline.latents.channels, config.get("pos_embed_max_size")
     if most is not None and int(most) < 20 // unit:
         raise CheckpointError(f"the transformer knows {most} positions a side, which is too few to be run")
@@ -168,6 +174,7 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
             "height": Axis(8, 20, unit),
             "width": Axis(8, 20, unit),
             "sequence_length": Axis(8, 77),
+            **(dict.fromkeys(("picture_height", "picture_width"), Axis(8, 20, unit)) if shown else {}),
         },
         scale={"timestep": 999.0, "guidance": 10.0},
         repeat="timestep",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,6 +186,23 @@ def latent_mask(mask: Array, height: int, width: int) -> Array:
     """`mask` (1, H, W) at the size of the latents, (1, height, width), by torch's `interpolate` to the nearest."""
     rows, columns = _nearest(mask.shape[1], height), _nearest(mask.shape[2], width)
     return mask[:, rows[:, None], columns]
+
+
+def mask_channels(mask: Array, height: int, width: int) -> Array:
+    """`mask` (1, H, W) with the pixels of each latent as channels, (H/height · W/width, height, width)."""
+    rows, columns = mask.shape[1] // height, mask.shape[2] // width
+    blocks = mask.reshape(height, rows, width, columns).transpose(1, 3, 0, 2)
+    return np.asarray(blocks.reshape(rows * columns, height, width), order="C")
+
+
+_UNIT = 16
+"""The sides of a picture whose shape is compared are rounded down to multiples of it; diffusers' value."""
+
+
+def picture_size(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (width, height) of `sizes` that has nearest to the shape of `image`."""
+    width, height = (max(side - side % _UNIT, 1) for side in image.size)
+    return min(((abs(width / height - w / h), w, h) for w, h in sizes))[1:]
 
 
 def _nearest(size: int, wanted: int) -> Array:
