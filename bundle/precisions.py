@@ -18,6 +18,10 @@ AS_STORED = "auto"
 STORAGE_DTYPES = (FULL, AS_STORED)
 """In what type the weights of the models in float32 are kept: float32, or that of the checkpoint."""
 
+FULL_MODEL, TWIN = "full", "twin"
+VALIDATIONS = (FULL_MODEL, TWIN)
+"""What of a component that has a twin is held against torch: all of it, or a few of its layers."""
+
 
 def check_precision(name: object) -> str:
     """`name`. Raises `DiffoundryError` for an unknown precision."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..bundle.precisions import STORAGE_DTYPES
+from ..bundle.precisions import STORAGE_DTYPES, VALIDATIONS
 from ..families import FAMILIES
 from .controls import read_loras
 from .goal import goal_options, show_result, take_goal
@@ -30,8 +30,14 @@ from .progress import progress
 @click.option(
     "--storage-dtype",
     type=click.Choice(STORAGE_DTYPES),
-    default="fp32",
-    help="Of the weights in the fp32 models. auto: that of the checkpoint, for less disk, and less memory to compile.",
+    help="Of the weights in the fp32 models. auto: that of the checkpoint, for less disk, and less memory to compile "
+    "(default: auto for transformers, fp32 for U-Nets).",
+)
+@click.option(
+    "--validate",
+    type=click.Choice(VALIDATIONS),
+    help="Hold whole transformers against torch, or twins with a few of their layers (default: the whole where there "
+    "is memory for it).",
 )
 @goal_options
 @click.option(
@@ -161,7 +167,8 @@ def compile_command(
     worst = {
         name: max(case["max_abs_error"] for case in part["cases"]) for name, part in parity.items() if name != step
     }
-    errors = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+    twins = {name: f" (of a twin, {part['twin']})" for name, part in parity.items() if "twin" in part}
+    errors = ", ".join(f"{name} {error:.1e}{twins.get(name, '')}" for name, error in worst.items())
     show_result(bundle, f"{output} is ready. Largest difference to torch: {errors}", as_json, max_abs_error=worst)
     if not as_json:
         try:

@@ -1,10 +1,16 @@
 """Checkpoints of transformers with random weights: the topologies of Stable Diffusion 3 and FLUX.1, with small widths.
 
-python -m diffoundry.examples.random_transformer flux-dev-small build/flux-dev-small
+    python -m diffoundry.examples.random_transformer flux-dev-small build/flux-dev-small
+    python -m diffoundry.examples.random_transformer flux-dev build/flux-dev --layers 8 --single-layers 23
+
+`flux-dev` has the published widths, its weights in bfloat16 (24 GB with all its layers) and small text encoders; it is
+written a shard at a time, and is there to see what a large checkpoint takes.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,8 +94,8 @@ SIZES = {
 }
 
 
-def make(size: str, out: Path, seed: int = 0) -> None:
-    """Write a diffusers folder of the given size to `out`."""
+def make(size: str, out: Path, seed: int = 0, texts: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Write a diffusers folder of the given size to `out`. texts: configurations of text encoders, by suffix."""
     import diffusers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -106,13 +112,15 @@ def make(size: str, out: Path, seed: int = 0) -> None:
         return model.eval()
 
     def clip(kind: Any, suffix: str, **options: Any) -> None:
-        config = CLIPTextConfig(vocab_size=1000, max_position_embeddings=77, **{**ids, **_TEXT, **options})
+        own = (texts or {}).get(suffix, {})
+        config = CLIPTextConfig(vocab_size=1000, max_position_embeddings=77, **{**ids, **_TEXT, **options, **own})
         parts["tokenizer" + suffix], parts["text_encoder" + suffix] = tokenizer, drawn(kind(config))
 
     def t5(suffix: str) -> None:
         own = _unigram()
         parts["tokenizer" + suffix] = own
-        parts["text_encoder" + suffix] = drawn(T5EncoderModel(T5Config(vocab_size=len(own), **_T5)))
+        options = {**_T5, **(texts or {}).get(suffix, {})}
+        parts["text_encoder" + suffix] = drawn(T5EncoderModel(T5Config(vocab_size=len(own), **options)))
 
     if of_flux:
         clip(CLIPTextModel, "")
@@ -125,7 +133,8 @@ def make(size: str, out: Path, seed: int = 0) -> None:
         else:
             parts |= {"tokenizer_3": None, "text_encoder_3": None}
     kind = diffusers.FluxTransformer2DModel if of_flux else diffusers.SD3Transformer2DModel
-    parts["transformer"] = drawn(kind(**asked.transformer))
+    options = dict(asked.transformer) | ({"joint_attention_dim": 4096, "pooled_projection_dim": 768} if texts else {})
+    parts["transformer"] = drawn(kind(**options))
     parts["vae"] = drawn(
         diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -143,6 +152,56 @@ def make(size: str, out: Path, seed: int = 0) -> None:
             name_as_of_old(out / name)
 
 
+_LARGE = {
+    **_FLUX,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": (16, 56, 56),
+    "guidance_embeds": True,
+}
+_SHARD_BYTES = 1 << 30
+
+
+def make_large(out: Path, layers: int, single_layers: int, seed: int = 0) -> None:
+    """Write a diffusers folder of the widths of FLUX.1 [dev] and so many layers to `out`."""
+    import diffusers
+    import torch
+    from safetensors.torch import save_file
+
+    config = {**_LARGE, "num_layers": layers, "num_single_layers": single_layers}
+    texts: dict[str, dict[str, Any]] = {
+        "": {**_TEXT, "hidden_size": 768, "num_attention_heads": 12},
+        "_2": {**_T5, "d_model": 4096},
+    }
+    make("flux-dev-small", out, seed, texts)
+    shutil.rmtree(out / "transformer")
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(**config)
+    model.save_config(out / "transformer")
+    generator = torch.Generator().manual_seed(seed)
+    shard: dict[str, Any] = {}
+    names: dict[str, str] = {}
+
+    def write() -> None:
+        name = f"diffusion_pytorch_model-{len(set(names.values())) + 1:05}.safetensors"
+        save_file(shard, out / "transformer" / name, metadata={"format": "pt"})
+        names.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, weight in model.state_dict().items():
+        spread = 0.1 if weight.ndim == 1 else weight[0].numel() ** -0.5
+        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32) * spread
+        shard[name] = (drawn + float(weight.ndim == 1 and name.endswith("weight"))).to(torch.bfloat16)
+        if sum(each.nbytes for each in shard.values()) > _SHARD_BYTES:
+            write()
+    write()
+    total = sum(2 * weight.numel() for weight in model.state_dict().values())
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (out / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
 def _unigram() -> Any:
     """A tokenizer of T5's kind, whose pieces are letters and a few words."""
     from transformers import T5TokenizerFast
@@ -154,11 +213,16 @@ def _unigram() -> Any:
 
 
 @click.command()
-@click.argument("size", type=click.Choice(list(SIZES)))
+@click.argument("size", type=click.Choice([*SIZES, "flux-dev"]))
 @click.argument("out", type=click.Path(path_type=Path))
-def main(size: str, out: Path) -> None:
+@click.option("--layers", default=19, show_default=True, help="Of flux-dev, those with two streams.")
+@click.option("--single-layers", default=38, show_default=True, help="Of flux-dev, those with one.")
+def main(size: str, out: Path, layers: int, single_layers: int) -> None:
     """Write a checkpoint with random weights."""
-    make(size, out)
+    if size == "flux-dev":
+        make_large(out, layers, single_layers)
+    else:
+        make(size, out)
 
 
 if __name__ == "__main__":

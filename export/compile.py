@@ -18,7 +18,7 @@ from typing import Any
 from .. import __version__
 from ..bundle import FULL, Bundle
 from ..bundle.ledger import Ledger
-from ..bundle.precisions import AS_STORED, STORAGE_DTYPES
+from ..bundle.precisions import AS_STORED, STORAGE_DTYPES, VALIDATIONS
 from ..bundle.wiring import NAME
 from ..bundle.workspace import UNPACKED, check_target, resolved, working
 from ..calibration import Scan, hinted
@@ -53,7 +53,8 @@ def compile(
     *,
     engine: str = "onnxruntime",
     precision: str | None = FULL,
-    storage_dtype: str = FULL,
+    storage_dtype: str | None = None,
+    validate: str | None = None,
     target: Target | None = None,
     scan: Scan | None = None,
     calibration: str | Path | None = None,
@@ -84,9 +85,11 @@ def compile(
     installed for this processor, in a precision under fp32 where `precision` is None and the images are near enough.
     precision: fp32, fp16 or bf16. The lower ones are written beside fp32, with what must stay in fp32 found by running
     the loop as `scan` says; `calibration.QualityError` is raised when the images are too far from fp32.
-    storage_dtype: of the weights of the fp32 models. `auto` keeps those of a component that the checkpoint stores in
-    fp16 or bf16 as they are, which takes half the disk, and less memory to compile but more to run on the CPU; the
-    models compute in float32 all the same.
+    storage_dtype: of the weights of the fp32 models; by default `auto` for transformers and fp32 for U-Nets. `auto`
+    keeps those of a component that the checkpoint stores in fp16 or bf16 as they are, which takes half the disk, and
+    less memory to compile but more to run on the CPU; the models compute in float32 all the same.
+    validate: what is held against torch of transformers and T5 in half precision: the `full` model, or a `twin` with a
+    few of its layers and of its weights; by default the twin where there is no memory for the whole.
     family: overrides the family found by the pipeline class. progress: see `Progress`.
     tasks: of those that the checkpoint can do, the ones that the bundle is for (default: all); components that only
     the others need are left out. components: folders in place of components of the checkpoint, such as the U-Net of a
@@ -109,7 +112,9 @@ def compile(
     """
     if (trace_scheduler is None) != (not steps):
         raise DiffoundryError("a scheduler is traced for the step counts named: give both it and the counts")
-    if storage_dtype not in STORAGE_DTYPES:
+    if validate not in (None, *VALIDATIONS):
+        raise DiffoundryError(f"unknown validation {validate!r:.80}: choose one of {', '.join(VALIDATIONS)}")
+    if storage_dtype not in (None, *STORAGE_DTYPES):
         raise DiffoundryError(f"unknown storage dtype {storage_dtype!r:.80}: choose one of {', '.join(STORAGE_DTYPES)}")
     goal = Goal.of(engine, precision, target, scan, calibration, force, wanted_lora(lora_rank, lora_layers))
     require_modules("compile", _MODULES, "export")
@@ -139,15 +144,15 @@ def compile(
             asked = replace(asked, components={**asked.components, **changed})
             reading = Reading.of(source, replace(asked, controls=folders, adapters=files), checkpoint)
         name = Path(checkpoint).stem if single is not None else reading.source.root.resolve().name
-        keep_half, ledger = storage_dtype == AS_STORED, Ledger(work, path)
-        return _run(reading, name, goal, keep_half, traced, ledger, progress, fused.told())
+        return _run(reading, name, goal, storage_dtype, validate, traced, Ledger(work, path), progress, fused.told())
 
 
 def _run(
     reading: Reading,
     name: str,
     goal: Goal,
-    keep_half: bool,
+    storage_dtype: str | None,
+    validate: str | None,
     traced: tuple[str, tuple[int, ...]] | None,
     ledger: Ledger,
     progress: Progress | None,
@@ -159,7 +164,9 @@ def _run(
     """
     source, specs = reading.source, reading.specs
     weights = {folder: source.weights(folder) for folder in sorted({name for spec in specs for name in spec.sources})}
-    if keep_half and not any(each.half for each in weights.values()):
+    flows = reading.pipeline.wiring.flow is not None
+    keep_half = storage_dtype == AS_STORED or (storage_dtype is None and flows)
+    if storage_dtype == AS_STORED and not any(each.half for each in weights.values()):
         raise DiffoundryError(
             f"the storage dtype {AS_STORED} has no effect: {name} stores no component in fp16 or bf16: leave it out"
         )
@@ -184,7 +191,7 @@ def _run(
         source=bundle.manifest.source | {"sha256": sha256_json(hashes), **told},
         versions=tools | {"diffoundry": __version__},
     )
-    tracer = Tracer(source, ledger, tools, keep_half)
+    tracer = Tracer(source, ledger, tools, keep_half, validate)
     bundle = tracer.trace(replace(bundle, manifest=manifest), specs, hashes, meter)
     bundle = eightbit.carry_over(carry_over(bundle, ledger, goal.precision), ledger, goal.precision)
     bundle = hinted.carry_over(bundle, ledger, (str(goal.engine), goal.precision) if goal.hinted else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,44 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
         )
     model = model.eval().requires_grad_(False)
     return model.float() if half is None else _widened(model)
+
+
+def load_mapped(kind: Any, folder: Path, config: Any, rename: Callable[[str], str] = lambda name: name) -> Any:
+    """A model whose weights are mapped from safetensors and read where they are used; else as `load_pretrained`.
+
+    kind: a class without buffers that no file has. config: that of the model, or of one with fewer layers.
+    rename: what a weight of the model is called in the files.
+    Raises `CheckpointError` for missing weights.
+    """
+    import diffusers
+    import torch
+
+    of_diffusers = issubclass(kind, diffusers.ModelMixin)
+    stored = find(folder, "diffusers" if of_diffusers else "transformers")
+    tensors = stored.mapped() if stored.half else None
+    if tensors is None:
+        return load_pretrained(kind, folder)
+    with torch.device("meta"), quiet():
+        model = kind.from_config(config) if of_diffusers else kind(config)
+    wanted = {name: tensors[rename(name)] for name in model.state_dict() if rename(name) in tensors}
+    wrong = [name for name, tensor in wanted.items() if tensor.shape != model.state_dict()[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: the weight {rename(wrong[0])} has the shape {tuple(wanted[wrong[0]].shape)}, its config.json "
+            f"asks for {tuple(model.state_dict()[wrong[0]].shape)}: they are not of one model; give the config.json "
+            "that belongs to these weights"
+        )
+    model.load_state_dict(wanted, strict=False, assign=True)
+    if not of_diffusers:
+        model.tie_weights()
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing = sorted(name for name, tensor in held.items() if tensor.is_meta)
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks the weights {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} "
+            f"({len(missing)} in all): the checkpoint is incomplete, download it again"
+        )
+    return _widened(model.eval().requires_grad_(False))
 
 
 def _load_unwrapped(kind: Any, stored: WeightFiles, dtype: Any) -> tuple[Any, Iterable[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import warnings
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..common.arrays import Array
 from ..common.errors import BundleError, CheckpointError, reason
 from ..common.files import read_json, sha256_file, sha256_json
 
@@ -66,6 +70,26 @@ FOREIGN = {
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """The bytes of a tensor in a file. kind: of its numbers, as safetensors names it."""
+
+    path: Path
+    offset: int
+    size: int
+    kind: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Array:
+        """The tensor, read and not mapped, so that its memory is free when it is done with."""
+        import ml_dtypes
+
+        dtype = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}[self.kind]
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return np.frombuffer(file.read(self.size), dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
 class WeightFiles:
     """The weights of one model in `folder`.
 
@@ -115,6 +139,28 @@ class WeightFiles:
         """A hash of the configuration and of the files that are read, and of no others."""
         read = [path for path in (self.folder / "config.json", self.index, *self.files) if path and path.is_file()]
         return sha256_json({path.name: sha256_file(path) for path in read})
+
+    def mapped(self) -> dict[str, Any] | None:
+        """The tensors by the model's names, mapped and not read; None for pickles."""
+        from safetensors.torch import load_file
+
+        if not self.safetensors:
+            return None
+        return {self.names[name]: tensor for path in self.files for name, tensor in load_file(path).items()}
+
+    def places(self) -> dict[str, Place]:
+        """Where the bytes of each tensor lie, by the model's names; none of pickles."""
+        found = {}
+        for path in self.files if self.safetensors else ():
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            for name, entry in header.items():
+                if name in self.names:
+                    start, end = entry["data_offsets"]
+                    place = Place(path, 8 + length + start, end - start, entry["dtype"], tuple(entry["shape"]))
+                    found[self.names[name]] = place
+        return found
 
     def read(self) -> dict[str, Any]:
         """The tensors by the model's names, mapped where the files can be."""

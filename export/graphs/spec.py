@@ -40,6 +40,8 @@ class ComponentSpec:
     facts: numbers that `load` writes into the graph beside the weights. per_prompt: inputs that a whole run shares.
     tied: axes that follow another: its name, and what it is multiplied with and then divided by, rounded up.
     more_sources: of other weights that are written into it.
+    twin: makes the same with a few layers of the same weights, which is held against torch where the whole is too
+    large to be. about_twin: what it is, in words.
     rewrites: the component whose graph this one's is made of, by `rewrite(graph, folder)`; "" for one that is traced.
     """
 
@@ -59,6 +61,8 @@ class ComponentSpec:
     more_sources: tuple[str, ...] = ()
     rewrites: str = ""
     rewrite: Callable[[Path, Path], None] | None = None
+    twin: Callable[[], ComponentSpec] | None = None
+    about_twin: str = ""
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import numpy as np
 
 from ...common.errors import CheckpointError, reason
 from ...common.files import write_json
+from ..weight_files import Place
 from .simplify import simplify
 from .spec import OPSET, ComponentSpec
 from .weights import WEIGHTS_NAME, weight_sources
+from .weights import WIDENED as _WIDENED
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
@@ -27,12 +29,19 @@ _CHATTY = ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir", "t
 
 
 def trace(
-    spec: ComponentSpec, module: Any, folder: Path, stored: Collection[str] = (), *, keep_half: bool = False
+    spec: ComponentSpec,
+    module: Any,
+    folder: Path,
+    stored: Collection[str] = (),
+    *,
+    keep_half: bool = False,
+    places: Mapping[str, Place] | None = None,
 ) -> None:
     """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large), and `weights.json`.
 
     stored: the names of the weights in the checkpoint, none where there is none. The module has no weights after that.
     keep_half: write weights that the module holds in half precision as they are, each with a cast to float32 after it.
+    places: where the weights lie by the module's names; they are then read from there, one at a time.
     Raises `CheckpointError` when the exporter fails or fixed an axis that the spec names.
     """
     import onnx_ir
@@ -62,6 +71,7 @@ def trace(
     model = program.model
     simplify(model)
     _name_axes(spec, model)
+    _read_from(model, places or {})
     _fold_weights(model, keep_half)
     if spec.repeat:
         _repeat(spec.repeat, model)
@@ -126,7 +136,7 @@ def _fold_weights(model: Any, keep_half: bool) -> None:
     import onnx_ir
 
     graph = model.graph
-    half: dict[str, Any] = {}
+    half: dict[str, tuple[Any, list[int]]] = {}
     for node in [node for node in graph if node.op_type in ("Cast", "Transpose")]:
         stored, made = node.inputs[0], node.outputs[0]
         if stored is None or stored.name not in graph.initializers or stored.const_value is None:
@@ -135,27 +145,27 @@ def _fold_weights(model: Any, keep_half: bool) -> None:
             continue
         axes = list(node.attributes["perm"].as_ints() if node.op_type == "Transpose" else range(len(stored.shape)))
         name = "_".join([str(stored.name), "axes", *map(str, axes)])
-        half[name] = half.get(stored.name, stored.dtype)
+        whole, order = half.get(stored.name, (stored.const_value, list(range(len(stored.shape)))))
+        half[name] = whole, [order[axis] for axis in axes]
         _replace(graph, node, _folded(stored.const_value, axes, name))
     if keep_half:
-        order = {node: i for i, node in enumerate(graph)}
-        for name, dtype in half.items():
-            if name in graph.initializers and dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16):
-                reader = min(graph.initializers[name].consumers(), key=order.__getitem__)
-                _narrow(graph, name, dtype, reader)
+        place = {node: i for i, node in enumerate(graph)}
+        for name, (whole, order) in half.items():
+            if name in graph.initializers and whole.dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16):
+                reader = min(graph.initializers[name].consumers(), key=place.__getitem__)
+                _narrow(graph, name, whole, order, reader)
 
 
-def _narrow(graph: Any, name: str, dtype: Any, reader: Any) -> None:
-    """Hold the float32 weight `name` in `dtype`, whose values it has, and cast it before its first `reader`."""
+def _narrow(graph: Any, name: str, whole: Any, order: list[int], reader: Any) -> None:
+    """Hold the float32 weight `name` as it is stored, with its axes in this order, and cast it before its `reader`."""
     import onnx_ir
 
     wide = graph.initializers.pop(name)
-    tensor = wide.const_value
-    value = onnx_ir.Value(name=name, shape=wide.shape, type=onnx_ir.TensorType(dtype))
+    value = onnx_ir.Value(name=name, shape=wide.shape, type=onnx_ir.TensorType(whole.dtype))
     value.const_value = onnx_ir.LazyTensor(
-        lambda: onnx_ir.tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=name),
-        dtype=dtype,
-        shape=tensor.shape,
+        lambda: onnx_ir.tensor(np.asarray(whole.numpy().transpose(order), order="C"), dtype=whole.dtype, name=name),
+        dtype=whole.dtype,
+        shape=wide.shape,
         name=name,
     )
     graph.register_initializer(value)
@@ -164,6 +174,22 @@ def _narrow(graph: Any, name: str, dtype: Any, reader: Any) -> None:
     cast.outputs[0].dtype, cast.outputs[0].shape = onnx_ir.DataType.FLOAT, wide.shape
     onnx_ir.convenience.replace_all_uses_with(wide, cast.outputs[0])
     graph.insert_before(reader, cast)
+
+
+def _read_from(model: Any, places: Mapping[str, Place]) -> None:
+    """Let the weights of the module be read from their files when they are written, rather than from its memory."""
+    import onnx_ir
+
+    for value in model.graph.initializers.values():
+        place = places.get(_WIDENED.sub(r".\1", str(value.name).removeprefix("model.")))
+        tensor = value.const_value
+        if place is not None and tensor is not None and tuple(tensor.shape) == place.shape:
+            value.const_value = onnx_ir.LazyTensor(
+                lambda place=place, tensor=tensor: onnx_ir.tensor(place.read(), dtype=tensor.dtype, name=tensor.name),
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+            )
 
 
 def _folded(tensor: Any, axes: list[int], name: str) -> Any:

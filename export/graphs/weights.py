@@ -21,11 +21,11 @@ import numpy as np
 from ...common.arrays import Array
 from ...engines.changed import WEIGHTS_NAME
 
-__all__ = ["WEIGHTS_NAME", "weight_sources"]
+__all__ = ["WEIGHTS_NAME", "WIDENED", "weight_sources"]
 
 _NAMED = re.compile(r"model\.(.*?)((?:_axes(?:_\d+)+)*)")
 """An initializer that kept the name of its parameter, and in which orders its axes were put one after another."""
-_WIDENED = re.compile(r"\.parametrizations\.(\w+)\.original\b")
+WIDENED = re.compile(r"\.parametrizations\.(\w+)\.original\b")
 
 
 def weight_sources(module: Any, model: Any, stored: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -33,7 +33,7 @@ def weight_sources(module: Any, model: Any, stored: Collection[str]) -> dict[str
 
     stored: the names of the weights in the checkpoint, which may have one part more in front than the model's own.
     """
-    weights = {_WIDENED.sub(r".\1", name): tensor for name, tensor in module.model.state_dict().items()}
+    weights = {WIDENED.sub(r".\1", name): tensor for name, tensor in module.model.state_dict().items()}
     found: dict[str, dict[str, Any]] = {}
     unnamed = []
     for name, value in model.graph.initializers.items():
@@ -62,7 +62,7 @@ def weight_sources(module: Any, model: Any, stored: Collection[str]) -> dict[str
 def _by_name(name: str, shape: list[int], weights: dict[str, Any]) -> tuple[str, list[int]] | None:
     """The weight that an initializer is named after, and the order of its axes; None where there is none."""
     match = _NAMED.fullmatch(name)
-    weight = _WIDENED.sub(r".\1", match[1]) if match else ""
+    weight = WIDENED.sub(r".\1", match[1]) if match else ""
     if match is None or weight not in weights:
         return None
     axes = list(range(weights[weight].dim()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from ..checkpoint import Checkpoint
 from ..configs import text_config
 from ..fit import hollow
 from ..graphs.spec import Axis, ComponentSpec
-from ..loading import load_pretrained, load_unigram_tokenizer
+from ..loading import load_mapped, load_unigram_tokenizer
 
 _HIDDEN = "last_hidden_state"
 _LONGEST = 512
@@ -36,16 +38,27 @@ class TextEncoder(torch.nn.Module):
 def text_encoder(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The encoder `name`."""
     config, folder = text_config(checkpoint, name), checkpoint.folder(name)
-    return ComponentSpec(
+    count = int(config.num_layers)
+    few = min(2, count)
+
+    def twin() -> ComponentSpec:
+        smaller = copy.deepcopy(config)
+        smaller.num_layers = few
+        return replace(spec, load=lambda: TextEncoder(load_mapped(T5EncoderModel, folder, smaller)).eval(), twin=None)
+
+    spec = ComponentSpec(
         name=name,
         source=name,
-        load=lambda: TextEncoder(load_pretrained(T5EncoderModel, folder)).eval(),
+        twin=twin,
+        about_twin=f"{few} of {count} encoder.block",
+        load=lambda: TextEncoder(load_mapped(T5EncoderModel, folder, config)).eval(),
         hollow=lambda: TextEncoder(hollow(T5EncoderModel, config)),
         inputs=(Tensor("input_ids", "int64", ("batch_size", "sequence_length")),),
         outputs=(Tensor(_HIDDEN, "float32", ("batch_size", "sequence_length", int(config.d_model))),),
         axes={"batch_size": Axis(1, 3), "sequence_length": Axis(8, 77)},
         integers={"input_ids": int(config.vocab_size)},
     )
+    return spec
 
 
 def tokenizer(checkpoint: Checkpoint, encoder: str, name: str, folder: Path) -> Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -17,7 +18,7 @@ from ..checkpoint import Checkpoint
 from ..configs import transformer_config
 from ..fit import hollow
 from ..graphs.spec import Axis, ComponentSpec
-from ..loading import load_pretrained
+from ..loading import load_mapped
 
 _TIMESTEPS = 1000
 _PERIOD = 10000
@@ -153,6 +154,10 @@ _WRAPPERS: dict[str, Callable[[Any], torch.nn.Module]] = {
 }
 
 
+_LAYERS = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
+"""The options that say how many layers there are, and the lists that hold them."""
+
+
 def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The component `name`. Raises `CheckpointError` for a class that has no wrapper here."""
     config = transformer_config(checkpoint)
@@ -162,10 +167,29 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
     channels, most = pipeline.latents.channels, config.get("pos_embed_max_size")
     if most is not None and int(most) < 20 // unit:
         raise CheckpointError(f"the transformer knows {most} positions a side, which is too few to be run")
-    return ComponentSpec(
+    folder, raw = checkpoint.folder(TRANSFORMER), checkpoint.config(TRANSFORMER)
+    few = {option: min(2, int(config[option])) for option in _LAYERS if option in config}
+    counts = {option: int(config[option]) for option in few}
+
+    def rename(weight: str) -> str:
+        """The first layers are the twin's first, the last ones its last."""
+        for option, block in _LAYERS.items():
+            last = f"{block}.{few.get(option, 0) - 1}."
+            if option in few and weight.startswith(last):
+                return f"{block}.{counts[option] - 1}.{weight.removeprefix(last)}"
+        return weight
+
+    def twin() -> ComponentSpec:
+        return replace(spec, load=lambda: wrap(load_mapped(kind, folder, {**raw, **few}, rename)).eval(), twin=None)
+
+    spec = ComponentSpec(
         name=name,
         source=TRANSFORMER,
-        load=lambda: wrap(load_pretrained(kind, checkpoint.folder(TRANSFORMER))).eval(),
+        twin=twin,
+        about_twin=" and ".join(
+            f"{few[each]} of {counts[each]} {block}" for each, block in _LAYERS.items() if each in few
+        ),
+        load=lambda: wrap(load_mapped(kind, folder, raw)).eval(),
         hollow=lambda: wrap(hollow(kind, checkpoint.config(TRANSFORMER))).to("meta"),
         inputs=pipeline.inputs,
         outputs=(Tensor("out_sample", "float32", ("batch_size", channels, "height", "width")),),
@@ -180,3 +204,4 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
         repeat="timestep",
         per_prompt=tuple(each for each in sources if not sources[each].startswith(("latents", "timestep"))),
     )
+    return spec

@@ -11,8 +11,10 @@ from typing import Any
 from ...bundle import FULL, STANDARD, Bundle, Component, Variant
 from ...bundle.ledger import Kind, Ledger
 from ...bundle.manifest import Files
+from ...bundle.precisions import FULL_MODEL
 from ...bundle.reports import with_report
 from ...common.files import remove, sha256_file, sha256_json
+from ...common.machine import available_memory
 from ...common.progress import Meter
 from ...engines.fusion.cpu import fuse_for_cpu
 from ...engines.names import ONNXRUNTIME
@@ -26,6 +28,8 @@ from ..guard import guarded
 
 _REVISION = 10
 """Raise it when the exporter writes something else from the same input."""
+_FULL_SHARE = 2.5
+"""Of the bytes of the weights, what holding a whole component against torch takes."""
 _STANDARD = f"{FULL}/{STANDARD}"
 _FUSED = f"{FULL}/{ONNXRUNTIME}:cpu"
 
@@ -45,7 +49,8 @@ class Traced:
         except (LookupError, TypeError, OverflowError):
             measured = False
         whole = all({each.model, each.per_prompt} <= {"", *each.files} for each in self.variants.values())
-        if not measured or not whole or not self.reference or _STANDARD not in self.variants:
+        recorded = bool(self.reference) or "twin" in self.parity
+        if not measured or not whole or not recorded or _STANDARD not in self.variants:
             raise ValueError("it is not whole")
 
     def all_files(self) -> Files:
@@ -61,13 +66,15 @@ class Tracer:
     """What components are traced with, and where what was done once is found.
 
     versions: of every tool that influences the traced graph; part of the key.
-    keep_half: whether weights that are stored in half precision stay in it.
+    keep_half: whether weights that are stored in half precision stay in it. validate: what is held against torch of
+    components that have a twin: `full`, `twin`, or None for the whole where there is memory for it.
     """
 
     source: Checkpoint
     ledger: Ledger
     versions: Mapping[str, str]
     keep_half: bool = False
+    validate: str | None = None
 
     def trace(self, bundle: Bundle, specs: Sequence[ComponentSpec], hashes: Mapping[str, str], meter: Meter) -> Bundle:
         """`bundle`, which lies in the ledger's working folder, with the variants of its components in fp32.
@@ -137,13 +144,15 @@ class Tracer:
         with guarded(f"the {name} cannot be loaded"):
             module = spec.load()
         # the cases first: tracing may leave its marks on the module
+        twin = self._twin(spec)
         with guarded(f"the {name} cannot be run in torch"):
-            cases = torch_cases(spec, module)
+            cases = [] if twin else torch_cases(spec, module)
+        stored = self.source.weights(spec.source)
         with guarded(f"the {name} cannot be traced to ONNX"):
             if spec.rewrite is not None:
                 spec.rewrite(work / spec.rewrites / "model.onnx", folder)
             else:
-                trace(spec, module, folder, self.source.weights(spec.source).types, keep_half=kept)
+                trace(spec, module, folder, stored.types, keep_half=kept, places=stored.places() if kept else None)
         del module
         gc.collect()
         with guarded(f"the graph of the {name} cannot be fused"):
@@ -153,14 +162,51 @@ class Tracer:
         described = {path: files.pop(path) for path in list(files) if path.endswith(".json")}
         model, others = f"{name}/model.onnx", [f"{name}/{graph}" for graph in graphs or ()]
         variants = {_STANDARD: Variant(model, {path: files[path] for path in files if path not in others})}
-        if graphs is not None:
+        if graphs is not None and twin is None:
             plain = OnnxRuntimeEngine.load(work / model, component=name, low_memory=kept)
             compare(name, plain, cases)
             del plain
+        if graphs is not None:
             shared = {path: sha for path, sha in files.items() if path != model}
             variants[_FUSED] = Variant(others[0], shared, others[1] if graphs[1] else "")
+        if twin is not None:
+            return Traced(variants, described, self._compared(twin) | {"twin": spec.about_twin}, {})
         parity = compare(name, self._load(name, variants, low_memory=kept), cases)
         return Traced(variants, described, parity, self._reference(name, cases))
+
+    def _twin(self, spec: ComponentSpec) -> ComponentSpec | None:
+        """What is held against torch in the place of a component, None where the component itself is."""
+        kept, size = self._kept(spec) is not None, self.source.weights(spec.source).size
+        memory = available_memory()
+        small = memory is not None and size * _FULL_SHARE > memory
+        if spec.twin is None or not kept or self.validate == FULL_MODEL or (self.validate is None and not small):
+            return None
+        return spec.twin()
+
+    def _compared(self, twin: ComponentSpec) -> dict[str, Any]:
+        """The parity report of a twin, which is traced beside the component and removed again."""
+        from ..graphs.trace import trace
+        from ..graphs.validate import compare, torch_cases
+
+        folder = self.ledger.work / f".{twin.name}.twin"
+        remove(folder)
+        folder.mkdir()
+        try:
+            module, stored = twin.load(), self.source.weights(twin.source)
+            cases = torch_cases(twin, module)
+            trace(twin, module, folder, stored.types, keep_half=True)
+            del module
+            gc.collect()
+            graphs = fuse_for_cpu(folder / "model.onnx", twin.per_prompt)
+            path = folder.relative_to(self.ledger.work).as_posix()
+            variant = Variant(f"{path}/model.onnx", {})
+            report = compare(twin.name, load_variant(self.ledger.work, twin.name, variant, low_memory=True), cases)
+            if graphs is not None:
+                variant = Variant(f"{path}/{graphs[0]}", {}, f"{path}/{graphs[1]}" if graphs[1] else "")
+                report = compare(twin.name, load_variant(self.ledger.work, twin.name, variant, low_memory=True), cases)
+        finally:
+            remove(folder)
+        return report
 
     def _reference(self, name: str, cases: Sequence[Any]) -> Files:
         path = f"reports/reference/{name}.npz"
