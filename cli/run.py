@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..bundle.wiring import MOST_TOKENS
 from ..common.errors import RequestError
 from .controls import read_controls, read_image_prompts, read_loras
 from .options import GIB, NUMBERS, engine_option, json_option, precision_option, read_options, threads_option
@@ -182,12 +183,26 @@ class _Run(click.Command):
     help="The part of the steps, from 0 to 1, that is guided.",
 )
 @click.option("--guidance-rescale", default=0.0, type=float, help="0 to 1, against overexposure (Lin 2023).")
+@click.option(
+    "--true-cfg-scale",
+    default=1.0,
+    type=float,
+    help="FLUX.1: guidance by a negative prompt, beside the one that the model is given; 1 is none.",
+)
 @click.option("--forecast", is_flag=True, help="Call the model in 3 steps, then in every second: 12 calls for 20.")
 @click.option("--weights", is_flag=True, help="The prompt holds weights: (a red star)1.3, ring++, heart-.")
 @click.option("--windows", is_flag=True, help="A prompt that is too long takes several windows of the text encoder.")
 @click.option("--clip-skip", type=int, metavar="LAYERS", help="Leave out the last layers of the text encoder.")
-@click.option("--prompt-2", help="SDXL: another prompt for the second text encoder.")
-@click.option("--negative-2", "--negative-prompt-2", "negative_prompt_2", help="SDXL: another negative prompt for it.")
+@click.option("--prompt-2", help="SDXL, SD3, FLUX.1: another prompt for the second text encoder.")
+@click.option("--negative-2", "--negative-prompt-2", "negative_prompt_2", help="Another negative prompt for it.")
+@click.option("--prompt-3", help="SD3: another prompt for the third text encoder.")
+@click.option("--negative-3", "--negative-prompt-3", "negative_prompt_3", help="Another negative prompt for it.")
+@click.option(
+    "--max-sequence-length",
+    type=click.IntRange(1, MOST_TOKENS),
+    metavar="TOKENS",
+    help="SD3, FLUX.1: of a prompt for T5; fewer take less time. [default: 256, 512]",
+)
 @click.option("--original-size", nargs=2, type=int, metavar="HEIGHT WIDTH", help="SDXL: size that the picture had.")
 @click.option("--crop", nargs=2, type=int, metavar="TOP LEFT", help="SDXL: where it was cut.")
 @click.option("--target-size", nargs=2, type=int, metavar="HEIGHT WIDTH", help="SDXL: size that it got.")
@@ -286,10 +301,11 @@ def run_command(
     made |= {name: info[name] for name in ("engine", "precision")}
     for path, image, own in zip(paths, result.images, result.seeds, strict=True):
         save_png(image, path, made | {"seed": own})
+    remedy = "" if pipeline.bundle.manifest.wiring.flow else " (--windows takes it in)"
     for name, text in result.truncated.items():
         left = "".join(letter if letter.isprintable() else " " for letter in text[:_LONGEST_SHOWN])
         more = f" … ({len(text)} letters)" if len(text) > _LONGEST_SHOWN else ""
-        print(f"Warning: {name} is too long, this was left out: {left}{more} (--windows takes it in)", file=sys.stderr)
+        print(f"Warning: {name} is too long, this was left out: {left}{more}{remedy}", file=sys.stderr)
     if as_json:
         described = {
             "images": [{"path": str(path), "seed": own} for path, own in zip(paths, result.seeds, strict=True)],
@@ -312,7 +328,7 @@ def _request(asked: dict[str, Any]) -> Any:
 
     if asked["steps"] is not None and (asked["timesteps"] is not None or asked["sigmas"] is not None):
         raise click.UsageError("--timesteps and --sigmas take the place of --steps: leave --steps out")
-    guided = ("guidance", "guidance_mode", "guidance_interval", "guidance_rescale")
+    guided = ("guidance", "guidance_mode", "guidance_interval", "guidance_rescale", "true_cfg_scale")
     guidance = Guidance(*(asked.pop(name) for name in guided))
     sizes = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
     options = read_options(asked.pop("scheduler_options"))

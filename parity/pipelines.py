@@ -755,7 +755,9 @@ def diffusers_run(
         if adapters:
             pipeline.set_ip_adapter_scale([each.scale for each in case.prompts])
     kind = SCHEDULERS.get(case.scheduler, case.scheduler) if case.scheduler else config["_class_name"]
-    changes = _PNDM.get(case.scheduler or "", _FLOWS if case.flows and not kind.startswith("FlowMatch") else {})
+    changes: dict[str, Any] = _PNDM.get(case.scheduler or "", {})
+    if case.flows and not kind.startswith("FlowMatch"):
+        changes = {**_FLOWS, "flow_shift": config["shift"]}
     pipeline.scheduler = getattr(diffusers, kind).from_config(config, **changes)
     inputs: dict[str, Any] = dict(_pictures(case))
     if case.count > 1:  # of a single image, inpainting draws one sample for all
@@ -940,8 +942,6 @@ def diffoundry_run(
         Control(each.name, image, each.scale, each.interval, case.guess_mode, each.mode)
         for each, image in zip(case.controls, _steering(case), strict=True)
     ]
-    if case.flows and case.scheduler == "dpm++2m":
-        options["scheduler_options"] = _FLOWS
     if (case.task != "img2img" or case.flows) and latents is None:  # diffusers inpaints at the checkpoint's size
         manifest = pipeline.bundle.manifest
         options["width"], options["height"] = case.size or (manifest.default_width, manifest.default_height)

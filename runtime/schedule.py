@@ -15,7 +15,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..common.errors import BundleError, RequestError
 from .request import Request
-from .schedulers import Steps, Table, find_sampler, is_known, make_table
+from .schedulers import Steps, Table, find_sampler, flowing, is_known, make_table
 from .schedulers.config import Config, train_steps
 from .schedulers.consistency import lcm, tcd
 from .schedulers.flow_match import flow_euler, flow_lcm, shift_of
@@ -138,7 +138,10 @@ class Schedules:
     def _make(self, steps: Steps, task: str, name: str | None, options_json: str) -> Table:
         known, options = self.named(name), json.loads(options_json)
         if is_known(known):
-            return make_table(self._config(task, name), steps, name, options)
+            config = self._config(task, name)
+            if self._bundle.manifest.wiring.flow is not None:
+                config = flowing({**config, **options}, name)
+            return make_table(config, steps, name, options)
         counts = self.traced[known]
         plain = not steps.start and steps.timesteps is None and steps.sigmas is None and not options
         if not plain or steps.count not in counts:

@@ -183,7 +183,10 @@ def _read_from(model: Any, places: Mapping[str, Place]) -> None:
     for value in model.graph.initializers.values():
         place = places.get(_WIDENED.sub(r".\1", str(value.name).removeprefix("model.")))
         tensor = value.const_value
-        if place is not None and tensor is not None and tuple(tensor.shape) == place.shape:
+        kinds = {"BF16": onnx_ir.DataType.BFLOAT16, "F16": onnx_ir.DataType.FLOAT16, "F32": onnx_ir.DataType.FLOAT}
+        if place is None or tensor is None or kinds.get(place.kind) != tensor.dtype:
+            continue
+        if tuple(tensor.shape) == place.shape:
             value.const_value = onnx_ir.LazyTensor(
                 lambda place=place, tensor=tensor: onnx_ir.tensor(place.read(), dtype=tensor.dtype, name=tensor.name),
                 dtype=tensor.dtype,

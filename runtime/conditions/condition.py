@@ -22,7 +22,9 @@ from ..schedulers import Table
 
 _NO_IMAGE = "without an image: give an image, or leave it out"
 _NO_GUIDANCE = "without guidance: leave it out, or set guidance above 1"
-_NO_NEGATIVE = "on this model, which is given the guidance and predicts once: leave it out"
+_NO_NEGATIVE = (
+    "on this model, which is given the guidance and predicts once: leave it out, or set true_cfg_scale above 1"
+)
 _ALWAYS = frozenset(
     {
         *("seed", "rng", "count", "width", "height", "output"),
@@ -159,6 +161,8 @@ def refuse_unheeded(request: Request, conditions: Iterable[Condition], *, guided
         if name in heeded:
             continue
         why = _WHY.get(name, "on this model: leave it out")
+        if why == _NO_IMAGE and request.image is not None:
+            why = "on this model, which sees the image and starts from noise: leave it out"
         if name.startswith(("negative", "guidance.")) and not guided and name != "guidance.true_cfg_scale":
             why = _NO_NEGATIVE if given else _NO_GUIDANCE
         raise RequestError(f"{_said(name)} has no effect {why}")

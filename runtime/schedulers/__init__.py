@@ -23,7 +23,17 @@ from .predictor_corrector import sa_solver, unipc
 from .spacing import trailing_remedy
 from .table import ARRAYS, Steps, Table
 
-__all__ = ["SAMPLERS", "STEP_ARGUMENTS", "Sampler", "Steps", "Table", "find_sampler", "is_known", "make_table"]
+__all__ = [
+    "SAMPLERS",
+    "STEP_ARGUMENTS",
+    "Sampler",
+    "Steps",
+    "Table",
+    "find_sampler",
+    "flowing",
+    "is_known",
+    "make_table",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +117,8 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": _UNIPC("multistep predictor-corrector"),
     "unipc-karras": _UNIPC("unipc, Karras sigmas", _KARRAS),
 }
+_OF_FLOW = (flow_euler, flow_heun, flow_lcm)
+_ALSO_OF_FLOW = (dpm_multistep, dpm_singlestep, deis, unipc, sa_solver)
 _BY_CLASS = {sampler.class_name: sampler for sampler in reversed(SAMPLERS.values())}
 """The first sampler of each diffusers class."""
 
@@ -137,6 +149,23 @@ def find_sampler(config: Mapping[str, Any], name: str | None) -> tuple[str, Samp
     near = difflib.get_close_matches(str(name).lower(), [*SAMPLERS, *_BY_CLASS], n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise RequestError(f"unknown scheduler {short(name)}: {hint}`diffoundry schedulers` lists them")
+
+
+def flowing(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """`config` for a model of flow matching under the sampler `name`: some samplers of noise have a form for it.
+
+    Raises `RequestError` for one that has none.
+    """
+    key, sampler = find_sampler(config, name)
+    if sampler.table in _OF_FLOW or config.get("use_flow_sigmas"):
+        return dict(config)
+    if sampler.table not in _ALSO_OF_FLOW:
+        raise RequestError(
+            f"{key} is a scheduler of models that predict noise, this one is of flow matching: choose flow-euler, "
+            "flow-lcm, dpm++2m, unipc or deis"
+        )
+    shift = {} if config.get("shift") is None else {"flow_shift": config["shift"]}
+    return {**config, **shift, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
 def make_table(

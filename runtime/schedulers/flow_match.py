@@ -49,8 +49,12 @@ def flow_heun(config: Config, steps: Steps) -> Table:
 
     s_churn, s_tmin, s_tmax and s_noise are the algorithm's. Noise is drawn in both calls and used in the first.
     """
-    if steps.timesteps is not None or steps.sigmas is not None or steps.mu is not None:
-        raise RequestError("flow-heun takes no timesteps, sigmas or mu: ask for a number of --steps, or for flow-euler")
+    if steps.mu is not None:
+        raise RequestError(
+            "flow-heun knows no shift that follows the size, as this schedule has: choose flow-euler or dpm++2m"
+        )
+    if steps.timesteps is not None or steps.sigmas is not None:
+        raise RequestError("flow-heun takes no timesteps or sigmas: ask for a number of --steps, or for flow-euler")
     shift = float(config.get("shift", 1.0))
     sigmas = np.append(as_float32(shifted(_even(config, steps, shift), shift)), 0.0)
     hat, deviation = churned(config, sigmas[:-1], 2 * steps.count - 1)
