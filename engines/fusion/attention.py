@@ -31,8 +31,11 @@ _ON_THE_WAY = ("Cast", "Mul", "Transpose", "Reshape")
 """What lies between the projections, (B, S, H·D), and the product of queries and keys."""
 _APART = (0, 2, 1, 3)
 """(B, S, H, D) to (B, H, S, D), and back."""
-_KEY_MOVES = [[(0, 2, 3, 1)], [_APART, (0, 1, 3, 2)], [_APART, (0, 2, 1)]]
+_KEY_MOVES: list[list[tuple[int, ...]]] = [[(0, 2, 3, 1)], [_APART, (0, 1, 3, 2)], [_APART, (0, 2, 1)]]
 """(B, S, H, D) to (B, H, D, S); the last of them by way of (B·H, S, D)."""
+_TURNED = (0, 2, 1)
+_KEYS_APART: list[list[tuple[int, ...]]] = [[(0, 1, 3, 2)], [_TURNED]]
+"""(B, H, S, D) to (B, H, D, S)."""
 _MASKED = -1e4
 """A score that is this low or lower has no weight."""
 
@@ -43,7 +46,7 @@ def fuse_attention(model: Any, *, masked: bool) -> int:
     It computes the scores in float32 whatever their type. masked: whether those with a mask are fused, too: a causal
     mask becomes an attribute, any other an input.
     """
-    found = [_fuse(model, attention, masked) for attention in attentions_of(model)]
+    found = [_fuse(model, attention, masked) for attention in attentions_of(model, joined=True)]
     if any(found):
         model.graph.opset_imports[DOMAIN] = 1
     return sum(found)
@@ -51,12 +54,17 @@ def fuse_attention(model: Any, *, masked: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A projection (B, S, H·D), and what was done to it: by what it was scaled, its heads, and its transpositions."""
+    """A projection (B, S, H·D), and what was done to it: by what it was scaled, its heads, and its transpositions.
+
+    apart: whether its heads are apart in `value`, (B, S, H, D), or (B, H, S, D) where there are no transpositions but
+    of keys: what is normed, turned or joined head by head.
+    """
 
     value: Any
     scale: float
     heads: int
     moves: list[tuple[int, ...]]
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +95,13 @@ class Attention:
         return [self.query.value, self.key.value, self.value.value], attributes
 
 
-def attentions_of(model: Any) -> list[Attention]:
-    """All attentions of a model, in the order of its nodes."""
-    found = (_found(node) for node in list(model.graph) if node.op_type == "Softmax")
+def attentions_of(model: Any, *, joined: bool = False) -> list[Attention]:
+    """All attentions of a model, in the order of its nodes. joined: also those whose heads were apart before."""
+    found = (_found(node, joined) for node in list(model.graph) if node.op_type == "Softmax")
     return [each for each in found if each is not None]
 
 
-def _found(softmax: Any) -> Attention | None:
+def _found(softmax: Any, joined: bool) -> Attention | None:
     scores, mask = _before(softmax)
     product, guarded = _after(softmax)
     if scores is None or product is None or attribute(softmax, "axis", -1) not in (-1, 3):
@@ -101,9 +109,13 @@ def _found(softmax: Any) -> Attention | None:
     merged = reader(product.outputs[0], "Transpose")
     output = None if merged is None else reader(merged.outputs[0], "Reshape")
     query, key, value = (_source(each) for each in (*scores.inputs, product.inputs[1]))
+    if joined and (query is None or key is None or value is None):
+        query, key, value = (_source_apart(each) for each in (*scores.inputs, product.inputs[1]))
     if query is None or key is None or value is None or output is None:
         return None
-    apart = query.moves == value.moves == [_APART] and key.moves in _KEY_MOVES and _moves(merged) == _APART
+    moved = query.moves == value.moves == [_APART] and key.moves in _KEY_MOVES
+    moved |= query.apart and query.moves == value.moves == [] and key.moves in _KEYS_APART
+    apart = moved and _moves(merged) == _APART
     heads, scale = query.heads, query.scale * key.scale
     if not apart or heads < 1 or value.scale != 1 or not heads == key.heads == value.heads or not math.isfinite(scale):
         return None
@@ -134,6 +146,9 @@ def _fuse(model: Any, attention: Attention, masked: bool) -> bool:
             model.graph.insert_before(output, onnx_ir.node("Unsqueeze", given, outputs=[wide]))
             mask = wide
         inputs += [None, None, mask]
+    for i, source in enumerate((attention.query, attention.key, attention.value)):
+        if source.apart:
+            inputs[i] = _together(model.graph, source, i, output)
     replace(model.graph, output, make_node(ATTENTION, inputs, attributes, output.outputs))
     return True
 
@@ -190,6 +205,55 @@ def _source(value: Any) -> Source | None:
             break  # the cast of the projection itself
         value = node.inputs[0]
     return Source(value, scale, heads, moves) if heads and rank(value) == 3 else None
+
+
+def _source_apart(value: Any) -> Source | None:
+    """What `value` is of a value whose heads are apart; None where that is not known."""
+    scale = 1.0
+    moves: list[tuple[int, ...]] = []
+    while (node := value.producer()) is not None:
+        if node.op_type == "Mul":
+            factor = numbers_of(node.inputs[1], 1)
+            if factor is None:
+                break
+            scale *= float(factor[0])
+        elif node.op_type == "Transpose":
+            moves.insert(0, _moves(node))
+        elif node.op_type != "Reshape" or not (_turned(node.inputs[0]) or _turned(*_readers(value))):
+            break
+        value = node.inputs[0]
+    shape: tuple[Any, ...] = dims(value) or ()
+    heads = shape[2 if _APART in moves or _KEY_MOVES[0][0] in moves else 1] if len(shape) == 4 else None
+    return Source(value, scale, heads, moves, apart=True) if isinstance(heads, int) else None
+
+
+def _readers(value: Any) -> list[Any]:
+    return [made for node, _ in value.uses() for made in node.outputs][:1]
+
+
+def _turned(value: Any = None) -> bool:
+    """Whether keys of all rows and heads were transposed to make `value`, (B·H, D, S)."""
+    node = None if value is None else maker(value, "Transpose")
+    return node is not None and _moves(node) == _TURNED
+
+
+def _together(graph: Any, source: Source, place: int, before: Any) -> Any:
+    """The heads of a source joined, (B, S, H·D), before the node `before`."""
+    import onnx_ir
+
+    value, name, kind = source.value, f"{before.outputs[0].name}:{place}", source.value.type
+    shape: tuple[Any, ...] = dims(value) or ()
+    size = shape[3]
+    if source.moves in ([], *_KEYS_APART):
+        moved = onnx_ir.Shape([value.shape[i] for i in _APART])
+        made = onnx_ir.Value(name=f"{name}:apart", type=kind, shape=moved)
+        graph.insert_before(before, onnx_ir.node("Transpose", [value], {"perm": _APART}, outputs=[made]))
+        value = made
+    joined = onnx_ir.Value(name=f"{name}:joined", type=kind)
+    if isinstance(size, int):
+        joined.shape = onnx_ir.Shape([value.shape[0], value.shape[1], source.heads * size])
+    graph.insert_before(before, onnx_ir.node("Reshape", [value, add_sizes(graph, 0, 0, -1)], outputs=[joined]))
+    return joined
 
 
 def _moves(transpose: Any) -> tuple[int, ...]:

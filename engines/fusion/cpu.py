@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .attention import fuse_attention
+from .norms import fuse_rms_norms
 from .per_prompt import split
 
 _FUSED, _PER_PROMPT = "fused.onnx", "per_prompt.onnx"
@@ -28,7 +29,7 @@ def fuse_for_cpu(
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     loaded = onnx_ir.load(model)
-    fused = fuse_attention(loaded, masked=False)
+    fused = fuse_attention(loaded, masked=False) + fuse_rms_norms(loaded.graph)
     RemoveUnusedNodesPass()(loaded)
     part = split(loaded, per_prompt)
     if not fused and part is None:

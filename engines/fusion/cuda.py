@@ -10,7 +10,7 @@ from .attention import fuse_attention
 from .channels_last import channels_last, merge_sizes
 from .graph import DOMAIN, dtype_of, open_model, save
 from .linear import fuse_activations, fuse_residuals
-from .norms import fuse_group_norms, fuse_skips
+from .norms import fuse_group_norms, fuse_rms_norms, fuse_skips
 from .per_prompt import split
 
 # fmt: off
@@ -35,6 +35,7 @@ def fuse_for_cuda(source: Path, per_prompt: Sequence[str]) -> tuple[list[Path], 
     model = open_model(source)
     model.graph.opset_imports[DOMAIN] = 1
     fuse_attention(model, masked=True)
+    fuse_rms_norms(model.graph)
     fuse_group_norms(model.graph)
     fuse_activations(model.graph)
     fuse_skips(model.graph)

@@ -26,6 +26,9 @@ from .graph import (
 
 _LARGEST_GROUP = 512
 """Channels of a group that ONNX Runtime's kernel takes."""
+_RMS = "SimplifiedLayerNormalization"
+_SMALLEST_EPSILON = 1e-6
+"""In the place of one that float16 has no number for."""
 
 
 def fuse_group_norms(graph: Any) -> None:
@@ -36,6 +39,14 @@ def fuse_group_norms(graph: Any) -> None:
     for node in list(graph):
         if node.op_type == "InstanceNormalization":
             _group_norm(graph, node)
+
+
+def fuse_rms_norms(graph: Any) -> int:
+    """`SimplifiedLayerNormalization` in the place of a root-mean-square norm (Zhang & Sennrich 2019); how many.
+
+    It computes in float32 whatever its type.
+    """
+    return sum(_rms_norm(graph, node) for node in list(graph) if node.op_type == "Reciprocal")
 
 
 def fuse_skips(graph: Any) -> None:
@@ -79,6 +90,40 @@ def _group_norm(graph: Any, norm: Any) -> None:
     if silu is not None and {node for node, _ in moved.outputs[0].uses()} == {sigmoid, silu}:
         attributes["activation"], last = 1, silu
     replace(graph, last, make_node("GroupNorm", [x, *weights], attributes, last.outputs))
+
+
+def _rms_norm(graph: Any, inverse: Any) -> bool:
+    import onnx_ir
+
+    root = maker(inverse.inputs[0], "Sqrt")
+    moved = None if root is None else maker(root.inputs[0], "Add")
+    mean = None if moved is None else maker(moved.inputs[0], "ReduceMean")
+    squares = None if mean is None or len(mean.inputs) < 2 else maker(mean.inputs[0], "Pow")
+    normed = _next(inverse, "Mul")
+    if squares is None or mean is None or moved is None or normed is None or attribute(mean, "keepdims", 1) != 1:
+        return False
+    x, axes = squares.inputs[0], numbers_of(mean.inputs[1], 1)
+    power, epsilon = numbers_of(squares.inputs[1], 1), numbers_of(moved.inputs[1], 1)
+    last, scaled = (dims(x) or (None,))[-1], _next(normed, "Mul")
+    if power is None or power[0] != 2 or axes is None or axes[0] not in (-1, rank(x) - 1) or epsilon is None:
+        return False
+    if not isinstance(last, int) or scaled is None or dtype_of(x) not in FLOATS:
+        return False
+    if not any(each is x or _same(each, x) for each in normed.inputs):
+        return False
+    weights = [each for each in scaled.inputs if dims(each) == (last,) and dtype_of(each) == dtype_of(x)]
+    if len(weights) != 1 or dtype_of(scaled.outputs[0]) != dtype_of(x):
+        return False
+    made = [onnx_ir.Value(name=each.name, type=each.type, shape=each.shape) for each in scaled.outputs]
+    attributes = {"axis": -1, "epsilon": float(epsilon[0]) or _SMALLEST_EPSILON, "stash_type": 1}
+    replace(graph, scaled, onnx_ir.node(_RMS, [x, weights[0]], attributes, outputs=made))
+    return True
+
+
+def _same(value: Any, x: Any) -> bool:
+    """Whether a cast of `x` makes it, or both are casts of one value."""
+    a, b = maker(value, "Cast"), maker(x, "Cast")
+    return (a is not None and a.inputs[0] is x) or (b is not None and b.inputs[0] is value)
 
 
 def _skip_group_norm(graph: Any, norm: Any) -> None:
