@@ -53,14 +53,15 @@ def checkpoint_of(shared: Path) -> Callable[[str], Path]:
     """The diffusers folder of pico, of a name in `examples.random_checkpoint`, or what is beside one."""
 
     def get(name: str) -> Path:
-        from diffoundry.examples.random_checkpoint import make
-        from diffoundry.parity.pipelines import LORA, lora_file, make_beside
+        from diffoundry.examples import random_checkpoint, random_transformer
+        from diffoundry.parity.pipelines import LORA, TRANSFORMERS, lora_file, make_beside
 
         plain = name.partition("+")[0]
         if plain != name:
             folder = shared / "checkpoints" / name
             folder = lora_file(folder) if LORA in name else folder
             return _once(folder, lambda path: make_beside(get(plain), name, path))
+        make = (random_transformer if name in TRANSFORMERS else random_checkpoint).make
         return PICO if name == "pico" else _once(shared / "checkpoints" / name, lambda path: make(name, path))
 
     return get

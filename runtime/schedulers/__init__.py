@@ -118,7 +118,7 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc-karras": _UNIPC("unipc, Karras sigmas", _KARRAS),
 }
 _OF_FLOW = (flow_euler, flow_heun, flow_lcm)
-_ALSO_OF_FLOW = (dpm_multistep, dpm_singlestep, deis, unipc, sa_solver)
+_ALSO_OF_FLOW = (dpm_multistep, dpm_singlestep, deis, unipc)
 _BY_CLASS = {sampler.class_name: sampler for sampler in reversed(SAMPLERS.values())}
 """The first sampler of each diffusers class."""
 

@@ -29,8 +29,16 @@ LABELS = (
 )
 
 
+QUICK_TRANSFORMERS = ("sd35-small", "flux-dev-small")
+LABELS_OF_TRANSFORMERS = ("max_sequence_length", "guidance 30.0", "clip_skip")
+
+
 def is_quick(case: Case) -> bool:
     """Whether a case is run each time: one of each task with all that varies, and one of each option."""
+    if case.flows:
+        all_varies = case.count == 2 and case.size != (64, 64)
+        told = any(label in case.label for label in LABELS_OF_TRANSFORMERS) or case.scheduler == "dpm++2m"
+        return case.checkpoint in QUICK_TRANSFORMERS and (all_varies or told)
     if case.controls or case.prompts:
         return case.checkpoint == "pico" and case.count == 2
     if case.checkpoint not in QUICK or (case.loras and case.checkpoint != "sd15-small"):

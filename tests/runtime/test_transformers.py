@@ -1,0 +1,154 @@
+"""Models of flow matching: their schedules, their text encoders, and what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffoundry import Guidance, Request, load
+from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
+from diffoundry.export import compile
+from diffoundry.export.loading import load_mapped
+from diffoundry.export.modules.transformer import Frequencies, Rotations, packed, positions, unpacked
+from diffoundry.runtime.pictures.preprocess import mask_channels
+from diffoundry.runtime.schedulers import flowing, make_table
+from diffoundry.runtime.schedulers.flow_match import shift_of
+
+
+@pytest.mark.parametrize("tokens", [16, 256, 1000, 4096, 9000])
+def test_the_shift_follows_the_size_as_in_diffusers(tokens):
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config = {"base_image_seq_len": 300, "max_image_seq_len": 5000, "base_shift": 0.4, "max_shift": 1.3}
+    assert shift_of(config, tokens) == calculate_shift(tokens, 300, 5000, 0.4, 1.3)
+    assert shift_of({}, tokens) == calculate_shift(tokens)
+
+
+def test_samplers_of_noise_take_their_form_for_flow_or_are_refused():
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    for name in ("dpm++2m", "dpm++2s", "unipc", "deis"):
+        table = make_table(flowing(config, name), 4, name)
+        assert np.allclose(table.alpha_sigma.sum(1), 1)  # x = (1 - σ) · image + σ · noise
+    assert flowing(config, "flow-heun") == config
+    for name in ("euler", "ddim", "EulerAncestralDiscreteScheduler", "lcm", "sa"):
+        with pytest.raises(RequestError, match="predict noise, this one is of flow matching: choose flow-euler"):
+            flowing(config, name)
+
+
+def test_packing_and_positions_are_those_of_the_pipelines():
+    from diffusers import FluxPipeline
+
+    latents = torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))
+    tokens = packed(latents, 2)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 6, 10))
+    assert torch.equal(unpacked(tokens, 3, 5, 2), latents)
+    ids = FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32)
+    assert torch.equal(positions(3, 5, "cpu").float(), ids)
+
+
+def test_the_tables_are_what_the_model_computes():
+    from diffusers.models.embeddings import Timesteps
+    from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
+    embed = FluxPosEmbed(10000, [4, 6, 6])
+    ids = positions(5, 7, "cpu", first=1)
+    for found, expected in zip(Rotations(embed)(ids), embed(ids.float()), strict=True):
+        assert torch.equal(found, expected)
+    for flip in (True, False):
+        plain = Timesteps(16, flip_sin_to_cos=flip, downscale_freq_shift=0)
+        numbers = torch.tensor([0.0, 3.5, 1000.0, 30000.0])
+        assert torch.equal(Frequencies(plain)(numbers), plain(numbers))
+
+
+def test_a_mask_becomes_channels_as_in_the_fill_pipeline():
+    mask = (np.random.default_rng(0).random((1, 48, 32)) > 0.5).astype(np.float32)
+    whole = torch.from_numpy(mask)
+    theirs = whole[:, :, :].view(1, 6, 8, 4, 8).permute(0, 2, 4, 1, 3).reshape(64, 6, 4)
+    assert np.array_equal(mask_channels(mask, 6, 4), theirs.numpy())
+
+
+def test_t5_reads_the_tokens_that_its_own_tokenizer_gives(checkpoint_of, bundle_of):
+    from transformers import T5TokenizerFast
+
+    theirs = T5TokenizerFast.from_pretrained(checkpoint_of("flux-dev-small") / "tokenizer_2")
+    ours = load(bundle_of("flux-dev-small"))._jobs.text.encoders.tokenizer("text_encoder_2")
+    texts = ["a large red star", "", "ring,  on the left - it's", "a star " * 400]
+    for window in (12, 512):
+        found, left = ours.encode(texts, window)
+        expected = theirs(texts, padding="max_length", truncation=True, max_length=window, return_tensors="np")
+        assert np.array_equal(found, expected.input_ids)
+        assert [bool(each) for each in left] == [False, False, window == 12, True]
+
+
+def said(pipe, **options):
+    with pytest.raises(RequestError) as refused:
+        pipe.check(Request("a star", width=64, height=64, **options))
+    return str(refused.value)
+
+
+def test_what_a_model_of_flow_does_not_take_is_said(bundle_of):
+    flux, sd3 = load(bundle_of("flux-dev-small")), load(bundle_of("sd35-small"))
+    assert "true_cfg_scale above 1" in said(flux, negative_prompt="a ring")
+    assert "give it as guidance" in said(sd3, guidance=Guidance(4.0, true_cfg_scale=2.0))
+    assert "at most 512" in said(flux, max_sequence_length=600)
+    assert "no third text encoder" in said(flux, prompt_3="a ring")
+    assert "weights has no effect" in said(flux, weights=True)
+    assert "windows has no effect" in said(sd3, windows=True)
+    assert "choose flow-euler or dpm++2m" in said(flux, scheduler="flow-heun")
+    assert "is a scheduler of models that predict noise" in said(sd3, scheduler="euler")
+    with pytest.raises(RequestError, match="multiple of 16 from 16 to 16384, found 72: try 64"):
+        flux.check(Request("a star", width=64, height=72))
+
+
+def test_models_that_see_no_pictures_of_others_and_no_unets_parts_are_refused(checkpoint_of, tmp_path):
+    flux = checkpoint_of("flux-dev-small")
+    with pytest.raises(DiffoundryError, match="a ControlNet goes with a U-Net, a FluxPipeline has a transformer"):
+        compile(flux, tmp_path / "b", controlnets={"edge": flux / "vae"})
+    with pytest.raises(CheckpointError, match=r"holds a text encoder of the type .clip_text_model.*T5 is"):
+        compile(flux, tmp_path / "b", components={"text_encoder_2": flux / "text_encoder"})
+    with pytest.raises(DiffoundryError, match="unknown validation 'none': choose one of full, twin"):
+        compile(flux, tmp_path / "b", validate="none")
+    assert not (tmp_path / "b").exists()
+
+
+def test_mapped_weights_are_those_of_the_file_and_none_may_be_missing(tmp_path):
+    from diffusers import FluxTransformer2DModel
+    from safetensors.torch import load_file, save_file
+
+    from diffoundry.examples.random_transformer import _FLUX
+
+    model = FluxTransformer2DModel(**_FLUX).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    mapped = load_mapped(FluxTransformer2DModel, tmp_path, dict(model.config))
+    name = "transformer_blocks.1.attn.to_q"
+    assert torch.equal(mapped.get_submodule(name).weight, model.get_submodule(name).weight.float())
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({key: value for key, value in tensors.items() if key != "proj_out.weight"}, path)
+    with pytest.raises(CheckpointError, match=r"lacks the weights proj_out\..*download it again"):
+        load_mapped(FluxTransformer2DModel, tmp_path, dict(model.config))
+    save_file({**tensors, "proj_out.bias": tensors["proj_out.bias"][:3].clone()}, path)
+    with pytest.raises(CheckpointError, match=r"the weight proj_out.bias has the shape \(3,\), its config.json asks"):
+        load_mapped(FluxTransformer2DModel, tmp_path, dict(model.config))
+
+
+@pytest.mark.slow
+def test_a_twin_is_held_against_torch_and_the_whole_is_the_same(checkpoint_of, tmp_path):
+    from diffusers import FluxPipeline
+
+    from diffoundry.bundle.reports import read_report
+
+    FluxPipeline.from_pretrained(checkpoint_of("flux-dev-small")).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    bundles = {
+        each: compile(tmp_path / "half", tmp_path / each, tasks=["txt2img"], validate=each) for each in ("full", "twin")
+    }
+    told = {each: read_report(bundle, "parity")["transformer"].get("twin") for each, bundle in bundles.items()}
+    assert told == {"full": None, "twin": "2 of 2 transformer_blocks and 2 of 2 single_transformer_blocks"}
+    models = [bundle.component("transformer").variants["fp32/onnx"].files for bundle in bundles.values()]
+    assert models[0] == models[1]
+    pictures = [
+        np.asarray(load(bundle.root)("a star", width=64, height=64, steps=2, seed=1).images[0])
+        for bundle in bundles.values()
+    ]
+    assert np.array_equal(*pictures)
