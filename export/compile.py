@@ -140,7 +140,7 @@ def compile(
         reading = Reading.of(source, replace(asked, controls=folders, adapters=files), checkpoint)
         fused = Fused(as_loras(loras), as_inversions(embeddings))
         if fused:
-            changed = _fused(reading, fused, work, storage_dtype == AS_STORED)
+            changed = _fused(reading, fused, work, _keeps(storage_dtype, reading))
             asked = replace(asked, components={**asked.components, **changed})
             reading = Reading.of(source, replace(asked, controls=folders, adapters=files), checkpoint)
         name = Path(checkpoint).stem if single is not None else reading.source.root.resolve().name
@@ -164,8 +164,7 @@ def _run(
     """
     source, specs = reading.source, reading.specs
     weights = {folder: source.weights(folder) for folder in sorted({name for spec in specs for name in spec.sources})}
-    flows = reading.pipeline.wiring.flow is not None
-    keep_half = storage_dtype == AS_STORED or (storage_dtype is None and flows)
+    keep_half = _keeps(storage_dtype, reading)
     if storage_dtype == AS_STORED and not any(each.half for each in weights.values()):
         raise DiffoundryError(
             f"the storage dtype {AS_STORED} has no effect: {name} stores no component in fp16 or bf16: leave it out"
@@ -196,6 +195,11 @@ def _run(
     bundle = eightbit.carry_over(carry_over(bundle, ledger, goal.precision), ledger, goal.precision)
     bundle = hinted.carry_over(bundle, ledger, (str(goal.engine), goal.precision) if goal.hinted else None)
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)
+
+
+def _keeps(storage_dtype: str | None, reading: Reading) -> bool:
+    """Whether weights that are stored in half precision stay in it."""
+    return storage_dtype == AS_STORED or (storage_dtype is None and reading.pipeline.wiring.flow is not None)
 
 
 def _fused(reading: Reading, asked: Fused, work: Path, keep_half: bool) -> dict[str, Path]:

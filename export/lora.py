@@ -15,7 +15,6 @@ from ..families.lora import LoraFile, Weights, combined
 from ..families.lora.embeddings import matrix_of
 from ..runtime.lora import Lora, TextualInversion, open_inversions, open_loras
 from .checkpoint import Checkpoint
-from .configs import unet_config
 from .weight_files import BASE_LAYER, WeightFiles, read_stated
 
 _ADAPTED = "unet"
@@ -51,7 +50,7 @@ def fuse(
     """
     stored = {name: source.weights(name) for name in (denoiser, *texts)}
     tensors = {name: files.read() for name, files in stored.items()}  # mapped, where they are safetensors
-    layers = unet_config(source).get("layers_per_block")
+    layers = source.config(denoiser).get("layers_per_block")
     weights = Weights(
         {name: {key: tuple(each.shape) for key, each in own.items()} for name, own in tensors.items()},
         denoiser,

@@ -27,11 +27,13 @@ def write_lora(checkpoint: Path, kind: str, file: Path) -> None:
     torch.manual_seed(KINDS.index(kind))
     tensors: dict[str, Any] = {}
     metadata: dict[str, str] = {}
-    layers = json.loads((checkpoint / "unet" / "config.json").read_text())["layers_per_block"]
-    found = list(_modules(checkpoint))
-    originals = unet_names([f"{module}.weight" for component, module, _ in found if component == "unet"], layers)
+    denoiser = "unet" if (checkpoint / "unet").is_dir() else "transformer"
+    layers = json.loads((checkpoint / denoiser / "config.json").read_text()).get("layers_per_block")
+    found = list(_modules(checkpoint, denoiser))
+    weights = [f"{module}.weight" for component, module, _ in found if component == denoiser]
+    originals = unet_names(weights, layers) if layers else {}
     for component, module, weight in found:
-        is_text, flat = component != "unet", weight.ndim == 2
+        is_text, flat = component != denoiser, weight.ndim == 2
         if not flat and kind not in ("kohya", "original"):
             continue
         if kind in ("dora", "processor") and not _ATTENTION.search(module):
@@ -69,11 +71,13 @@ def write_lora(checkpoint: Path, kind: str, file: Path) -> None:
     save_file(tensors, file)
 
 
-def _modules(checkpoint: Path) -> Iterator[tuple[str, str, Any]]:
-    """Component, module and weight of each linear layer and convolution of the U-Net and the text encoders."""
+def _modules(checkpoint: Path, denoiser: str) -> Iterator[tuple[str, str, Any]]:
+    """Component, module and weight of each linear layer and convolution of the denoiser and the CLIP text encoders."""
     from safetensors import safe_open
 
-    for component in ("unet", "text_encoder", "text_encoder_2"):
+    texts = [name for name in ("text_encoder", "text_encoder_2") if (checkpoint / name).is_dir()]
+    clips = [name for name in texts if "clip" in (checkpoint / name / "config.json").read_text().lower()]
+    for component in (denoiser, *clips):
         for path in sorted((checkpoint / component).glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys()):

@@ -266,6 +266,7 @@ def cases() -> Iterator[Case]:
     yield from _of_image_prompts()
     yield from _of_loras()
     yield from _of_transformers()
+    yield from _of_loras_of_transformers()
 
 
 def half_cases() -> Iterator[Case]:
@@ -535,6 +536,18 @@ def _of_loras() -> Iterator[Case]:
             yield replace(case, loras=two, scheduler=scheduler, as_inputs=scheduler in ("ddim", "heun"))
         for task in ("img2img", "inpaint"):
             yield replace(_of(checkpoint, task, ""), loras=two, as_inputs=task == "inpaint")
+
+
+def _of_loras_of_transformers() -> Iterator[Case]:
+    for checkpoint in ("sd35-small", "flux-dev-small"):
+        kind, options = TRANSFORMERS[checkpoint]
+        case = Case(checkpoint, "txt2img", f"{kind}Pipeline", options, _DIT, size=(64, 64))
+        for form in ("peft", "mixed", "dora"):
+            yield replace(case, loras=(Adapted(form, 0.8),))
+        yield replace(case, loras=(Adapted("peft", -0.5),), count=2, size=_WIDE_TOKENS, as_inputs=True)
+        two = (Adapted("peft", 0.7), Adapted("mixed", -0.4))
+        yield replace(case, loras=two)
+        yield replace(case, loras=two, count=2, as_inputs=True)
 
 
 def _of_transformers() -> Iterator[Case]:
@@ -862,7 +875,8 @@ def _their_strength(lora: Adapted, pipeline: Any) -> Any:
     if lora.text is None:
         return lora.strength
     texts = [name for name in ("text_encoder", "text_encoder_2") if name in pipeline.components]
-    return {"unet": lora.strength, **dict.fromkeys(texts, lora.text)}
+    denoiser = "unet" if "unet" in pipeline.components else "transformer"
+    return {denoiser: lora.strength, **dict.fromkeys(texts, lora.text)}
 
 
 def _their_masks(prompt: Prompted, case: Case) -> Any:

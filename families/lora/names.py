@@ -42,6 +42,7 @@ _PREFIXES = (
     (re.compile(r"base_model\.model\."), ""),
     (re.compile(r"lora_unet_|unet[._]|diffusion_model[._]|lora_transformer_|transformer[._]"), "denoiser"),
     (re.compile(r"lora_te2_|text_encoder_2\."), "text_2"),
+    (re.compile(r"lora_te3_|text_encoder_3\."), "text_3"),
     (re.compile(r"lora_te1?_|text_encoder\."), "text"),
 )
 
@@ -60,12 +61,12 @@ class Modules:
     def __init__(
         self, weights: Mapping[str, Iterable[str]], denoiser: str, texts: tuple[str, ...], layers: int
     ) -> None:
-        """weights: the names of weights by component. texts: `text_encoder` and `text_encoder_2`, those that are there.
+        """weights: the names of weights by component. texts: the text encoders that are there.
 
         layers: `layers_per_block` of a U-Net, 0 for another denoiser.
         """
         self._roles = {"denoiser": denoiser}
-        self._roles |= {"text_2" if name.endswith("_2") else "text": name for name in texts}
+        self._roles |= {name.replace("_encoder", ""): name for name in texts}
         self._found: dict[tuple[str, str], str] = {}
         for component, names in weights.items():
             for name in sorted({name.rpartition(".")[0] for name in names}):
