@@ -138,6 +138,9 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
     for name in ("controls", "image_prompts", "lora_inputs", "flow", "zeros", "picture_sizes"):
         if not value["wiring"][name]:
             del value["wiring"][name]
+    for encoder in value["wiring"]["text"]:
+        if not encoder["length"]:
+            del encoder["length"]
     return {"schema_version": value.pop("schema_version"), **value}
 
 

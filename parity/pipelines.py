@@ -45,9 +45,8 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "plms": "PNDMScheduler",
     "pndm": "PNDMScheduler",
-    "flow-heun": "FlowMatchHeunDiscreteScheduler",
-    "flow-lcm": "FlowMatchLCMScheduler",
 }
+_OF_FLOW = {"flow-heun": "FlowMatchHeunDiscreteScheduler", "flow-lcm": "FlowMatchLCMScheduler"}
 _HALF_SCHEDULERS = tuple(name for name in SCHEDULERS if name != "lcm")  # pico is no consistency model
 CONTROLLED = "+control"
 CONTROLS = {"edge": 0, "depth": 1}
@@ -586,7 +585,7 @@ def _of_editing(checkpoint: str, kind: str, options: Mapping[str, Any]) -> Itera
     plain = Case(checkpoint, EDITING[checkpoint], f"{kind}Pipeline", options)
     for count, size in ((1, (64, 64)), (2, (64, 64)), (1, _WIDE_TOKENS), (2, _WIDE_TOKENS)):
         yield replace(plain, label=_DIT, count=count, size=size)
-    yield replace(plain, label=_DIT, size=(64, 64), picture=(96, 48))
+    yield replace(plain, label=f"{_DIT} picture 96x48", size=(64, 64), picture=(96, 48))
     yield replace(plain, label=_DIT, size=(64, 64), scheduler="flow-lcm")
     if checkpoint == "flux-fill-small":
         for strength in (0.5, 0.85):
@@ -599,6 +598,11 @@ def _of_editing(checkpoint: str, kind: str, options: Mapping[str, Any]) -> Itera
 
 EDITING = {"flux-kontext-small": "img2img", "flux-fill-small": "inpaint", "flux-control-small": "img2img"}
 """Checkpoints whose model sees a picture, and what they do."""
+
+
+def tasks_of(checkpoint: str) -> tuple[str, ...]:
+    """The tasks of one of `TRANSFORMERS`."""
+    return (EDITING[checkpoint],) if checkpoint in EDITING else _ALL
 
 
 def _named(options: Mapping[str, Any]) -> str:
@@ -767,7 +771,7 @@ def diffusers_run(
             )
         if adapters:
             pipeline.set_ip_adapter_scale([each.scale for each in case.prompts])
-    kind = SCHEDULERS.get(case.scheduler, case.scheduler) if case.scheduler else config["_class_name"]
+    kind = {**SCHEDULERS, **_OF_FLOW}.get(case.scheduler, case.scheduler) if case.scheduler else config["_class_name"]
     changes: dict[str, Any] = _PNDM.get(case.scheduler or "", {})
     if case.flows and not kind.startswith("FlowMatch"):
         changes = {**_FLOWS, "flow_shift": config["shift"]}

@@ -93,7 +93,7 @@ def test_round_trip():
         (("tokenizers", "tokenizer", "max_length"), True, "tokenizer.max_length must be a whole number"),
         (("tokenizers", "tokenizer", "bos_token_id"), -1, "bos_token_id must be from 0"),
         (("wiring", "text", 0, "component"), "other", "wiring.text names 'other'"),
-        (("wiring", "text", 0, "text"), 2, r"wiring.text\[0\].text must be one of 0, 1"),
+        (("wiring", "text", 0, "text"), 3, r"wiring.text\[0\].text must be one of 0, 1, 2"),
         (("tasks",), [1], r"tasks\[0\] must be a text"),
         (("tasks",), [], "tasks must not be empty"),
         (("files",), [], "files must be an object"),

@@ -176,6 +176,7 @@ def test_the_cases_cover_every_task_of_every_family():
     assert found == {(name, task) for name, (_, tasks, _) in parity.FAMILIES.items() for task in tasks} | {
         ("lcm-small", "img2img"),
         *(("pico", task) for task in ("txt2img", "img2img", "inpaint")),  # with controls and image prompts
+        *((name, task) for name in parity.TRANSFORMERS for task in parity.tasks_of(name)),
     }
     described = [str(case) for case in cases()]
     assert len(described) == len(set(described))
