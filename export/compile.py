@@ -31,6 +31,7 @@ from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
 from ..engines.tensorrt.target import Target
+from ..families.parts import TRANSFORMER
 from ..runtime.lora import as_inversions, as_loras
 from .checkpoint import Checkpoint
 from .configs import unet_config
@@ -40,6 +41,7 @@ from .lora import Fused, fuse, merged
 from .reading import Asked, Reading
 from .single_file import SingleFile, is_single_file
 from .single_file.controlnet import ControlNetFile
+from .single_file.transformer import write_transformer
 from .stages.components import Tracer
 from .stages.files import write_files
 
@@ -132,6 +134,7 @@ def compile(
         plain = partial(Reading.of, asked=replace(asked, controls={}, t2i_adapters={}), shown=checkpoint)
         single = _unpack(checkpoint, work, config, prediction_type, plain)
         source = Checkpoint.open(single or checkpoint)
+        asked = replace(asked, components=_unpack_transformer(asked.components, source, work))
         if single is None:
             whole = merged(source.replace(asked.components), work / UNPACKED)
             asked = replace(asked, components={**asked.components, **whole})
@@ -242,6 +245,24 @@ def _unpack_controls(
         if not Path(folders[name]).is_dir():
             found.write(Path(folders[name]))
     return folders
+
+
+def _unpack_transformer(
+    components: Mapping[str, str | Path], source: Checkpoint, work: Path
+) -> Mapping[str, str | Path]:
+    """`components`, of which a transformer in one file is unpacked, once for each content."""
+    path = Path(components.get(TRANSFORMER, ""))
+    if TRANSFORMER not in components or not is_single_file(path):
+        return components
+    if not source.has(TRANSFORMER):
+        raise CheckpointError(f"{source.root} has no component {TRANSFORMER!r} to replace by {path}")
+    config = {**source.config(TRANSFORMER), "_class_name": source.kind(TRANSFORMER)[1]}
+    folder = work / UNPACKED / f"transformer-{sha256_json([sha256_file(path), config])[:16]}"
+    if not folder.is_dir():
+        check_disk(folder.parent.parent, 1.0 * path.stat().st_size)
+        folder.parent.mkdir(exist_ok=True)
+        write_transformer(path, config, folder)
+    return {**components, TRANSFORMER: folder}
 
 
 def _unpack(

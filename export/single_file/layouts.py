@@ -99,8 +99,10 @@ _OTHERS = {
     r"motion_modules\.": "a motion module of AnimateDiff",
     r"\.time_stack\.|\.time_mixer\.": "a Stable Video Diffusion model",
     r"^edm_(mean|std)$|^edm_vpred\.": "trained in the EDM way (Playground 2.5, CosXL)",
-    r"double_blocks\.|single_transformer_blocks\.": "a FLUX model",
-    r"joint_blocks\.|^transformer_blocks\.\d+\.norm1_context": "a Stable Diffusion 3 model",
+    r"double_blocks\.|single_transformer_blocks\.": "a FLUX model: compile the diffusers folder of one, with "
+    "--component transformer=FILE, this file",
+    r"joint_blocks\.|^transformer_blocks\.\d+\.norm1_context": "a Stable Diffusion 3 model: compile the diffusers "
+    "folder of one, with --component transformer=FILE, this file",
 }
 """Names that a supported checkpoint never has."""
 _PARTS = {

@@ -1,0 +1,106 @@
+"""Transformers in one file: in the layout of the original authors, of diffusers, whole or in eight bits."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffoundry.common.errors import CheckpointError
+from diffoundry.examples.random_transformer import _FLUX, _SD3
+from diffoundry.export.single_file.transformer import write_transformer
+from diffoundry.families.original_transformer import originals
+
+CONFIGS = {
+    "flux": {"_class_name": "FluxTransformer2DModel", **_FLUX, "guidance_embeds": True},
+    "sd3": {"_class_name": "SD3Transformer2DModel", **_SD3},
+    "sd35": {"_class_name": "SD3Transformer2DModel", **_SD3, "qk_norm": "rms_norm", "dual_attention_layers": [0, 1]},
+}
+
+
+def model(config):
+    import diffusers
+
+    torch.manual_seed(0)
+    return getattr(diffusers, config["_class_name"])(**{k: v for k, v in config.items() if k[0] != "_"})
+
+
+def original(config, tensors, prefix="model.diffusion_model."):
+    """The same weights in the original layout."""
+    rows = {}
+    for name, found in originals(config["_class_name"], tensors).items():
+        rows.setdefault(found.name, []).append((found.order, tensors[name], found.swapped))
+    made = {}
+    for name, parts in rows.items():
+        whole = torch.cat([each for _, each, _ in sorted(parts, key=lambda part: part[0])])
+        made[prefix + name] = torch.cat(list(reversed(whole.chunk(2)))) if parts[0][2] else whole
+    return made
+
+
+def theirs(config, tensors):
+    """What diffusers makes of a file in the original layout; it knows one width of FLUX."""
+    from diffusers.loaders import single_file_utils
+
+    name = "flux" if "Flux" in config["_class_name"] else "sd3"
+    function = f"convert_{name}_transformer_checkpoint_to_diffusers"
+    scope = dict(vars(single_file_utils))
+    exec(inspect.getsource(getattr(single_file_utils, function)).replace("3072", "32"), scope)
+    return scope[function](dict(tensors))
+
+
+def written(folder):
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
+    return {name: tensor for shard in set(index.values()) for name, tensor in load_file(folder / shard).items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_original_layout_is_read_as_diffusers_reads_it(tmp_path, name):
+    config = CONFIGS[name]
+    tensors = dict(model(config).state_dict())
+    stored = original(config, tensors)
+    expected = theirs(config, stored)
+    beside = {"vae.encoder.conv_in.weight": torch.zeros(1), "text_encoders.clip_l.x": torch.zeros(1)}
+    for i, content in enumerate((stored, {**stored, **beside}, tensors)):
+        save_file(content, tmp_path / "file.safetensors")
+        write_transformer(tmp_path / "file.safetensors", config, tmp_path / str(i))
+        found = written(tmp_path / str(i))
+        assert found.keys() == tensors.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) and torch.equal(found[key], tensors[key]) for key in found)
+
+
+def test_eight_bits_become_bfloat16_with_their_scales(tmp_path):
+    config, file = CONFIGS["flux"], tmp_path / "file.safetensors"
+    stored = original(config, dict(model(config).state_dict()), "")
+    narrow = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in stored.items()}
+    save_file(narrow, file)
+    write_transformer(file, config, tmp_path / "plain")
+    found = written(tmp_path / "plain")["proj_out.weight"]
+    assert torch.equal(found, narrow["final_layer.linear.weight"].to(torch.bfloat16))
+    marked = {**narrow, "scaled_fp8": torch.zeros(0)}
+    save_file(marked, file)
+    with pytest.raises(CheckpointError, match=r"in fp8 without its scale .*scale_weight\): download it again"):
+        write_transformer(file, config, tmp_path / "none")
+    scales = {f"{name.removesuffix('.weight')}.scale_weight": torch.tensor(2.0) for name in narrow}
+    save_file({**marked, **scales}, file)
+    write_transformer(file, config, tmp_path / "scaled")
+    assert torch.equal(written(tmp_path / "scaled")["proj_out.weight"], 2 * found)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_file_for_another_transformer_is_refused_by_name(tmp_path):
+    config, file = CONFIGS["flux"], tmp_path / "file.safetensors"
+    stored = original(config, dict(model(config).state_dict()))
+    cases = {
+        "has no place for": {**stored, "model.diffusion_model.distilled_guidance_layer.x": torch.zeros(1)},
+        "lacks the weights .*txt_in.bias": {k: v for k, v in stored.items() if not k.endswith("txt_in.bias")},
+        "asks for 32 rows": {**stored, "model.diffusion_model.txt_in.bias": torch.zeros(7)},
+        "holds no weights of a FluxTransformer2DModel": {"down_blocks.0.weight": torch.zeros(1)},
+    }
+    for message, content in cases.items():
+        save_file(content, file)
+        with pytest.raises(CheckpointError, match=message):
+            write_transformer(file, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
