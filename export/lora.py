@@ -50,12 +50,14 @@ def fuse(
     """
     stored = {name: source.weights(name) for name in (denoiser, *texts)}
     tensors = {name: files.read() for name, files in stored.items()}  # mapped, where they are safetensors
-    layers = source.config(denoiser).get("layers_per_block")
+    config = source.config(denoiser)
+    layers = config.get("layers_per_block")
     weights = Weights(
         {name: {key: tuple(each.shape) for key, each in own.items()} for name, own in tensors.items()},
         denoiser,
         layers if isinstance(layers, int) else 0,
         str(source.root),
+        str(config.get("_class_name", "")),
     )
     opened = open_loras(asked.loras, weights)
     changes, words = combined(opened), open_inversions(asked.inversions, weights)

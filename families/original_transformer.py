@@ -7,7 +7,8 @@ the last norms diffusers has the two halves in another order.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -98,6 +99,36 @@ def originals(kind: str, names: Iterable[str]) -> dict[str, Original]:
         is_last = kind.startswith("SD3") and name.startswith(f"transformer_blocks.{last}.norm1_context.")
         made[name] = Original(whole, order, name.startswith("norm_out.") or is_last)
     return made
+
+
+class Joined(NamedTuple):
+    """A weight of the original authors that is several of diffusers', one after another, or has its halves swapped.
+
+    rows: the weights, each with its first row and how many it has.
+    """
+
+    rows: tuple[tuple[str, int, int], ...]
+    swapped: bool
+
+
+def joined(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], dict[str, Joined]]:
+    """The weights of the original layout that are one of diffusers', and the others, each by its name.
+
+    shapes: of diffusers' weights. Both are empty for a class whose original layout is not known.
+    """
+    found: dict[str, list[tuple[int, str, bool]]] = {}
+    for name, (original, order, swapped) in (originals(kind, shapes) if kind in _TOPS else {}).items():
+        found.setdefault(original, []).append((order, name, swapped))
+    single, several = {}, {}
+    for original, parts in found.items():
+        parts.sort()
+        if len(parts) == 1 and not parts[0][2]:
+            single[original] = parts[0][1]
+            continue
+        starts = accumulate((shapes[name][0] for _, name, _ in parts), initial=0)
+        rows = tuple((name, start, shapes[name][0]) for (_, name, _), start in zip(parts, starts, strict=False))
+        several[original] = Joined(rows, parts[0][2])
+    return single, several
 
 
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")

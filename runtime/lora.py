@@ -164,6 +164,7 @@ def weights_of(bundle: Bundle) -> Weights:
         denoiser,
         layers if isinstance(layers, int) else 0,
         str(bundle.root),
+        str(config.get("_class_name", "")),
     )
 
 

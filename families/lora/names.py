@@ -4,6 +4,8 @@
     ….attn1.processor.to_q_lora.down.weight         diffusers before that
     lora_unet_down_blocks_0_…_to_q.lora_down.weight kohya and LyCORIS; `lora_te_`, `lora_te1_`, `lora_te2_` beside it
     lora_unet_input_blocks_4_1_….alpha              the same, by the names of the original authors
+    lora_unet_double_blocks_0_img_attn_qkv.…        of a transformer: three weights of diffusers at once
+    double_blocks.0.processor.qkv_lora1.down.weight xlabs' names of those
 
 A name is compared without its dots and with both kinds of names for each module, so that no table of them is needed.
 """
@@ -11,10 +13,11 @@ A name is compared without its dots and with both kinds of names for each module
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..original import unet_names
+from ..original_transformer import joined
 
 _OLD = (
     (re.compile(r"\.processor\."), "."),
@@ -23,6 +26,8 @@ _OLD = (
     (re.compile(r"\.to_([qkv])_lora\."), r".to_\1.lora."),
     (re.compile(r"\.to_out_lora\."), ".to_out.0.lora."),
     (re.compile(r"\.to_out\.lora_magnitude_vector"), ".to_out.0.lora_magnitude_vector"),
+    (re.compile(r"(double_blocks\.\d+)\.(qkv|proj)_lora1\."), r"\1.img_attn.\2.lora."),
+    (re.compile(r"(double_blocks\.\d+)\.(qkv|proj)_lora2\."), r"\1.txt_attn.\2.lora."),
     (re.compile(r"\.default(_\d+)?\.(weight|bias)$"), r".\2"),
 )
 """What names were before, and the names of adapters that PEFT puts into them."""
@@ -59,11 +64,16 @@ class Modules:
     """The modules of the components of a checkpoint, found by what files call them."""
 
     def __init__(
-        self, weights: Mapping[str, Iterable[str]], denoiser: str, texts: tuple[str, ...], layers: int
+        self,
+        weights: Mapping[str, Mapping[str, tuple[int, ...]]],
+        denoiser: str,
+        texts: tuple[str, ...],
+        layers: int,
+        kind: str = "",
     ) -> None:
-        """weights: the names of weights by component. texts: the text encoders that are there.
+        """weights: the shapes of weights by component. texts: the text encoders that are there.
 
-        layers: `layers_per_block` of a U-Net, 0 for another denoiser.
+        layers: `layers_per_block` of a U-Net, 0 for another denoiser. kind: the class of a transformer.
         """
         self._roles = {"denoiser": denoiser}
         self._roles |= {name.replace("_encoder", ""): name for name in texts}
@@ -76,6 +86,10 @@ class Modules:
                 for name, original in unet_names(sorted(names), layers).items():
                     module = name.rpartition(".")[0]
                     self._found.setdefault((component, _bare(original.rpartition(".")[0])), module)
+        single, self.joined = joined(kind, weights.get(denoiser, {}))
+        for original, name in (*single.items(), *((each, each) for each in self.joined)):
+            alias, module = (each.rpartition(".")[0] for each in (original, name))
+            self._found.setdefault((denoiser, _bare(alias)), module)
 
     def find(self, key: str) -> Key | None:
         """What a key is for; None for one of no known form, or for a module that is not there."""

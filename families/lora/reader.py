@@ -52,13 +52,14 @@ class Weights:
     """The weights of the components that a LoRA may change.
 
     shapes: by component and name, as the checkpoint has them. denoiser: its component. layers: `layers_per_block` of a
-    U-Net, 0 for another. title: what the checkpoint is, for errors.
+    U-Net, 0 for another. title: what the checkpoint is, for errors. kind: the class of a transformer.
     """
 
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     denoiser: str
     layers: int
     title: str = "this model"
+    kind: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -68,7 +69,7 @@ class Weights:
     @cached_property
     def modules(self) -> Modules:
         """Its modules, by the names that files have for them."""
-        return Modules(self.shapes, self.denoiser, self.texts, self.layers)
+        return Modules(self.shapes, self.denoiser, self.texts, self.layers, self.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class LoraFile:
         misfits = []
         for (component, module), own in parts.items():
             try:
-                made = _changes(module, own, weights.shapes[component], scales, component)
+                made = _of_module(module, own, weights, scales, component)
             except LoraError as error:
                 misfits.append(f"{component}.{module}: {error}")
                 continue
@@ -169,6 +170,31 @@ def _sorted_out(
         gone = set(alone)
         unused += [name for name in tensors if (key := modules.find(name)) and (key.component, key.module) in gone]
     return parts, unused
+
+
+def _of_module(
+    module: str, parts: dict[str, Array], weights: Weights, scales: _Scales, component: str
+) -> dict[str, Change]:
+    """The changes of one module, or of those that are its rows. Raises `LoraError`."""
+    shapes, joined = weights.shapes[component], weights.modules.joined
+    both = {end: joined[f"{module}.{end}"] for end in ("weight", "bias") if f"{module}.{end}" in joined}
+    if component != weights.denoiser or not both:
+        return _changes(module, parts, shapes, scales, component)
+    whole = {}
+    for end, each in both.items():
+        count = sum(rows for _, _, rows in each.rows)
+        whole[f"{module}.{end}"] = (count, *shapes[each.rows[0][0]][1:])
+    made: dict[str, Change] = {}
+    for name, change in _changes(module, parts, whole, scales, component).items():
+        own = both[name.rpartition(".")[2]]
+        key = {"lora": "up", "full": "diff"}.get(change.form, "")
+        if not key or "dora_scale" in change.parts:
+            raise LoraError(f"a {change.form} of several weights at once, which cannot be told apart")
+        of_rows = np.concatenate(np.split(change.parts[key], 2)[::-1]) if own.swapped else change.parts[key]
+        for weight, start, rows in own.rows:
+            cut = {**change.parts, key: of_rows[start : start + rows]}
+            made[weight] = Change(change.form, cut, change.scale, shapes[weight])
+    return made
 
 
 def _changes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffoundry.common.errors import CheckpointError
 from diffoundry.examples.random_transformer import _FLUX, _SD3
 from diffoundry.export.single_file.transformer import write_transformer
+from diffoundry.families.lora import LoraFile, Weights
 from diffoundry.families.original_transformer import originals
 
 CONFIGS = {
@@ -104,3 +106,33 @@ def test_a_file_for_another_transformer_is_refused_by_name(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             write_transformer(file, config, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_lora_by_the_original_names_changes_the_rows_of_each(tmp_path, name, prefix):
+    """As if it had changed the weights of the original layout, before they were read as diffusers'."""
+    config = CONFIGS[name]
+    tensors = {key: value.detach() for key, value in model(config).state_dict().items()}
+    stored, lora = original(config, tensors, ""), {}
+    torch.manual_seed(1)
+    for key, weight in list(stored.items()):
+        if key.endswith(".weight") and weight.ndim == 2:
+            down, up, alpha = torch.randn(3, weight.shape[1]), torch.randn(weight.shape[0], 3), torch.tensor(1.5)
+            module = key.removesuffix(".weight")
+            kohya = prefix == "lora_unet_"
+            names = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
+            place = prefix + (module.replace(".", "_") if kohya else module)
+            lora |= {f"{place}.{names[0]}.weight": down, f"{place}.{names[1]}.weight": up, f"{place}.alpha": alpha}
+            stored[key] = weight + 0.5 * up @ down
+    save_file(stored, tmp_path / "changed.safetensors")
+    write_transformer(tmp_path / "changed.safetensors", config, tmp_path / "changed")
+    save_file(lora, tmp_path / "lora.safetensors")
+    shapes = {"transformer": {key: tuple(value.shape) for key, value in tensors.items()}}
+    weights = Weights(shapes, "transformer", 0, kind=config["_class_name"])
+    changes = LoraFile.open(tmp_path / "lora.safetensors", weights).changes["transformer"]
+    expected = written(tmp_path / "changed")
+    assert changes.keys() == {key for key in tensors if not torch.equal(tensors[key], expected[key])}
+    for key, change in changes.items():
+        found = tensors[key].numpy() + change.added(tensors[key].numpy(), 1.0)
+        np.testing.assert_allclose(found, expected[key].numpy(), atol=1e-5)
