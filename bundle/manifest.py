@@ -10,7 +10,7 @@ from ..common.checks import is_whole
 from ..common.errors import BundleError
 from . import schema1
 from .reader import FieldError, Rule, read
-from .wiring import MODE, PICTURE, STEPPING, AtLeast1, Latents, Role, Tokenizer, Wiring
+from .wiring import MODE, PICTURE, STEPPING, AtLeast1, Latents, Role, TextEncoder, Tokenizer, Wiring
 
 SCHEMA_VERSION = 2
 """Raised when a reader of the old version would misread the new manifest."""
@@ -116,6 +116,20 @@ class Manifest:
     def named(self, role: Role) -> str:
         """The name of the component with this role, "" where there is none."""
         return next(iter(self.with_role(role)), "")
+
+    def tokens_of(self, encoder: TextEncoder) -> int:
+        """The tokens of a window of a text encoder, where a request does not choose another number."""
+        return encoder.length or self.tokenizers[encoder.tokenizer].max_length
+
+    @property
+    def text_tokens(self) -> int:
+        """The tokens that the denoiser reads of a prompt of one window, where a request does not choose."""
+        total = 0
+        for encoder in self.wiring.text:
+            if encoder.hidden:
+                own = self.tokens_of(encoder)
+                total = total + own if encoder.join == "sequence" else max(total, own)
+        return total + self.wiring.zeros
 
     def per_prompt(self, name: str) -> tuple[str, ...]:
         """The inputs of component `name` that stay the same from step to step, () for one that does not step."""

@@ -82,6 +82,11 @@ class Target:
             low, high = self.dynamic
             usual = tuple(min(max(side, a), b) for side, a, b in zip(own, low, high, strict=True))
             ranges.append((low, (usual[0], usual[1]), high))
+        _need(
+            not manifest.wiring.inputs_from("picture"),
+            "plans of TensorRT are not built for a model that reads a picture as tokens (FLUX.1 Kontext): use "
+            "--engine onnxruntime:cuda",
+        )
         unit = manifest.latents.unit
         for side in (side for part in ranges for size in part for side in size):
             _need(
@@ -105,8 +110,7 @@ def profiles(manifest: Manifest, component: str, target: Target) -> list[Profile
     ranges = target.all_sizes(manifest)
     role = manifest.components[component].role
     if role == "text":
-        encoder = next(each for each in manifest.wiring.text if each.component == component)
-        tokens = manifest.tokenizers[encoder.tokenizer].max_length
+        tokens = manifest.tokens_of(next(each for each in manifest.wiring.text if each.component == component))
         rows = max(_MOST_PROMPTS, 2 * target.batch[1])
         axes = {"batch_size": (1, 2, rows), "sequence_length": (tokens,) * 3}
         return [_profile(manifest, component, f"{tokens} tokens, 1-{rows} prompts", axes)]
@@ -129,7 +133,7 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
     down = manifest.latents.downscale
     widths, heights = (tuple(size[i] for size in sizes) for i in (0, 1))
     latent_widths, latent_heights = (tuple(side // down for side in sides) for sides in (widths, heights))
-    tokens = next(iter(manifest.tokenizers.values())).max_length
+    tokens = manifest.text_tokens
     denoises = manifest.components[component].role in STEPPING
     axes: dict[str, tuple[int, ...]] = {
         "batch_size": rows_of_denoiser(manifest, target.batch) if denoises else (1, 1, 1),
