@@ -225,8 +225,9 @@ def _grouped(tensors: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 def _worst(part: Any) -> str:
     try:
-        return f"{max(float(case['max_abs_error']) for case in part['cases']):.1e}"
-    except (TypeError, ValueError, LookupError):
+        worst = f"{max(float(case['max_abs_error']) for case in part['cases']):.1e}"
+        return f"{worst} (twin)" if part.get("twin") else worst
+    except (TypeError, ValueError, LookupError, AttributeError):
         return "not measured"
 
 

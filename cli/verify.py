@@ -23,7 +23,7 @@ def verify_command(bundle: str, engine: str, precision: str | None, threads: int
     at their own shapes and are held against ONNX Runtime; with another engine, their hashes alone are checked.
     """
     from ..common.errors import BundleError
-    from ..engines.verify import verify
+    from ..engines.verify import twins, verify
     from ..families import open_bundle
 
     opened = open_bundle(bundle)
@@ -39,6 +39,8 @@ def verify_command(bundle: str, engine: str, precision: str | None, threads: int
         rows = [asdict(check) for check in checks]
         print(json.dumps({"bundle": str(opened.root), "files": len(opened.manifest.all_files()), "components": rows}))
     else:
+        for name, what in twins(opened).items():
+            click.echo(f"{name}: not run, of it a twin was held against torch ({what})")
         click.echo(f"{len(opened.manifest.all_files())} files unchanged")
     if failed:
         raise BundleError(

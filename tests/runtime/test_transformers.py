@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from diffoundry import Guidance, Request, load
-from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
+from diffoundry.common.errors import BundleError, CheckpointError, DiffoundryError, RequestError
+from diffoundry.engines.verify import recorded_case, verify
 from diffoundry.export import compile
 from diffoundry.export.loading import load_mapped
 from diffoundry.export.modules.transformer import Frequencies, Rotations, packed, positions, unpacked
@@ -147,6 +148,10 @@ def test_a_twin_is_held_against_torch_and_the_whole_is_the_same(checkpoint_of, t
     assert told == {"full": None, "twin": "2 of 2 transformer_blocks and 2 of 2 single_transformer_blocks"}
     models = [bundle.component("transformer").variants["fp32/onnx"].files for bundle in bundles.values()]
     assert models[0] == models[1]
+    assert {check.component for check in verify(bundles["twin"])} == {"text_encoder", "vae_decoder", "step"}
+    assert all(check.passed for check in verify(bundles["full"]))
+    with pytest.raises(BundleError, match="of the transformer a twin alone .* --validate full"):
+        recorded_case(bundles["twin"], "transformer")
     pictures = [
         np.asarray(load(bundle.root)("a star", width=64, height=64, steps=2, seed=1).images[0])
         for bundle in bundles.values()
