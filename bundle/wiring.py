@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from ..common.checks import LARGEST_SIDE
 from .reader import Rule
 
 _SMALLEST, _LARGEST = 1e-12, 1e30
@@ -23,6 +24,9 @@ TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from
 Rank = Annotated[int, Rule(lambda value: 1 <= value <= MOST_RANK, f"be from 1 to {MOST_RANK}")]
 Modes = Annotated[int, Rule(lambda value: 0 <= value <= MOST_MODES, f"be from 0 to {MOST_MODES}")]
 Tokens = Annotated[int, Rule(lambda value: 0 <= value <= MOST_TOKENS, f"be from 0 to {MOST_TOKENS}")]
+Share = Annotated[float, Rule(lambda value: 0 < value <= 1, "be above 0 and at most 1")]
+Side = Annotated[int, Rule(lambda value: 0 <= value <= LARGEST_SIDE, f"be from 0 to {LARGEST_SIDE}")]
+Pixels = Annotated[int, Rule(lambda value: 16 <= value <= LARGEST_SIDE, f"be from 16 to {LARGEST_SIDE}")]
 Window = Annotated[int, Rule(lambda value: _SHORTEST_WINDOW <= value < _MOST_TOKENS, f"be at least {_SHORTEST_WINDOW}")]
 
 
@@ -148,13 +152,14 @@ class Flow:
     patch: latents a side of a token; the tokens of a picture decide how far a schedule is shifted that shifts with
     its size. even: whether the steps are even in sigma, from 1 down to one over their number, before they are shifted.
     max_shift: of the largest picture, where the scheduler's configuration does not tell. strength: how much of the
-    schedule a picture is drawn anew for, where a request does not tell.
+    schedule a picture is drawn anew for, where a request does not tell. most: tokens a side, 0 for any number.
     """
 
     patch: AtLeast1
     even: bool = False
     max_shift: float = 1.15
-    strength: float = 0.6
+    strength: Share = 0.6
+    most: Side = 0
 
 
 PICTURE, SCALE = "controlnet_cond", "scale"
@@ -254,7 +259,7 @@ class Wiring:
     lora_inputs: dict[str, LoraInputs] = field(default_factory=dict)
     flow: Flow | None = None
     zeros: Tokens = 0
-    picture_sizes: tuple[tuple[AtLeast1, AtLeast1], ...] = ()
+    picture_sizes: tuple[tuple[Pixels, Pixels], ...] = ()
 
     @property
     def edits(self) -> bool:

@@ -66,7 +66,8 @@ class _Run(click.Command):
 @click.option(
     "--strength",
     type=float,
-    help="With --image: how much of the schedule is run, above 0 to 1. [default: 0.8; 1 with --mask]",
+    help="With --image: how much of the schedule is run, above 0 to 1. [default: 0.8; 1 with --mask; 0.6 for SD3 and "
+    "FLUX.1]",
 )
 @click.option(
     "--resize",
@@ -223,8 +224,8 @@ class _Run(click.Command):
 )
 @click.option("--count", default=1, type=int, help="Number of images.")
 @click.option("--batch", default=4, type=click.IntRange(1), help="Most images in one U-Net call.")
-@click.option("--width", type=int, help="In pixels, a multiple of 8. [default: the picture's, else the checkpoint's]")
-@click.option("--height", type=int, help="In pixels, a multiple of 8. [default: the picture's or the checkpoint's]")
+@click.option("--width", type=int, help="A multiple of 8, or 16. [default: the picture's, else the checkpoint's]")
+@click.option("--height", type=int, help="A multiple of 8, or 16. [default: the picture's or the checkpoint's]")
 @click.option(
     "--decoder",
     default="full",

@@ -33,6 +33,7 @@ def check_runnable(bundle: Bundle) -> None:
     for role in ("denoiser", *dict.fromkeys(role for task in known for role in TASKS[task])):
         if not manifest.with_role(role):
             raise BundleError(f"{root} has no {role} among its components: compile it again")
+    _check_shapes(bundle)
     _check_told(bundle)
     _check_adapted(bundle)
     inputs = {tensor.name for tensor in bundle.component(manifest.named("denoiser")).inputs}
@@ -49,6 +50,24 @@ def check_runnable(bundle: Bundle) -> None:
         if unlisted:
             raise BundleError(f"{root}: the manifest has no hash for {', '.join(unlisted)}; compile the bundle again")
         bundle.check(small)
+
+
+_AXES = {"latents": 4, "picture": 4, "text.hidden": 3, "text.pooled": 2, "guidance": 1}
+"""How many axes an input has that is fed with each."""
+
+
+def _check_shapes(bundle: Bundle) -> None:
+    """Raise `BundleError` for an input of the denoiser that has other axes than what feeds it."""
+    wiring = bundle.manifest.wiring
+    for tensor in bundle.component(bundle.manifest.named("denoiser")).inputs:
+        due = _AXES.get(plain(wiring.inputs.get(tensor.name, "")), len(tensor.shape))
+        if len(tensor.shape) != due:
+            raise BundleError(
+                f"{bundle.root}: the input {tensor.name} of the denoiser has {len(tensor.shape)} axes, what feeds it "
+                f"has {due}; compile the bundle again"
+            )
+    if wiring.inputs_from("picture") and not wiring.picture_sizes:
+        raise BundleError(f"{bundle.root}: field 'wiring.picture_sizes' is empty; compile the bundle again")
 
 
 def _check_told(bundle: Bundle) -> None:

@@ -25,7 +25,7 @@ from ..calibration import Scan, hinted
 from ..calibration.build import Goal, check_disk, later_stages, publish, wanted_lora
 from ..calibration.eightbit import stage as eightbit
 from ..calibration.stage import carry_over
-from ..common.errors import CheckpointError, DiffoundryError
+from ..common.errors import CheckpointError, DiffoundryError, RequestError
 from ..common.files import remove, sha256_file, sha256_json, sha256_tree
 from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
@@ -33,6 +33,8 @@ from ..engines import EngineStore
 from ..engines.tensorrt.target import Target
 from ..families.parts import TRANSFORMER
 from ..runtime.lora import as_inversions, as_loras
+from ..runtime.request import Request
+from ..runtime.schedule import Schedules
 from .checkpoint import Checkpoint
 from .configs import unet_config
 from .fit import check_models, check_parts
@@ -173,6 +175,7 @@ def _run(
             f"the storage dtype {AS_STORED} has no effect: {name} stores no component in fp16 or bf16: leave it out"
         )
     bundle = write_files(reading, ledger.work, name, traced)
+    _check_schedule(bundle, reading)
     check_parts(specs, reading.pipeline)
     check_models(specs)
     meter = Meter(progress, len(specs) + 3 + goal.parts(bundle.manifest))
@@ -198,6 +201,17 @@ def _run(
     bundle = eightbit.carry_over(carry_over(bundle, ledger, goal.precision), ledger, goal.precision)
     bundle = hinted.carry_over(bundle, ledger, (str(goal.engine), goal.precision) if goal.hinted else None)
     return publish(later_stages(bundle, ledger, goal, meter), ledger, meter)
+
+
+def _check_schedule(bundle: Bundle, reading: Reading) -> None:
+    """Raise `CheckpointError` for a scheduler of a model of flow matching that makes no schedule by default."""
+    manifest = bundle.manifest
+    if manifest.wiring.flow is None:
+        return
+    try:
+        Schedules(bundle).of(Request(), (manifest.default_width, manifest.default_height))
+    except RequestError as error:
+        raise CheckpointError(f"the scheduler_config.json of {reading.source.root} cannot be used: {error}") from None
 
 
 def _keeps(storage_dtype: str | None, reading: Reading) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..bundle.wiring import Flow, TextEncoder
+from ..common.errors import CheckpointError
 from . import parts
 from .family import Configs, Family, Pipeline
 
@@ -34,6 +35,13 @@ def _describe(configs: Configs) -> Pipeline:
     kind, transformer = str(configs.index.get("_class_name")), configs.config("transformer")
     guided = bool(transformer["guidance_embeds"])
     latents = parts.latents_of(configs.config(parts.VAE), shifted=True, multiple=_PATCH)
+    beside = {_FILL: latents.channels + latents.downscale**2, _CONTROL: latents.channels}.get(kind, 0)
+    due = (latents.channels + beside) * _PATCH**2
+    if transformer["in_channels"] != due:
+        raise CheckpointError(
+            f"the transformer takes {transformer['in_channels']} numbers a token (in_channels), a {kind} gives it "
+            f"{due}: it is of another kind; name its pipeline class in model_index.json, or give its own checkpoint"
+        )
     inputs = parts.transformer_inputs(
         channels=int(transformer["in_channels"]) // _PATCH**2,
         text=int(transformer["joint_attention_dim"]),

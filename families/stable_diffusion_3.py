@@ -29,7 +29,7 @@ def _describe(configs: Configs) -> Pipeline:
             pooled=int(transformer["pooled_projection_dim"]),
         ),
         side=int(transformer["sample_size"]),
-        flow=Flow(patch, max_shift=1.16),
+        flow=Flow(patch, max_shift=1.16, most=int(transformer["pos_embed_max_size"])),
         zeros=0 if third else _T5_TOKENS,
     )
 

@@ -161,11 +161,14 @@ class Jobs:
             width, height = (max(side // unit, 1) * unit for side in image.size)
         width = width if request.width is None else request.width
         height = height if request.height is None else request.height
+        flow = manifest.wiring.flow
+        tokens = 0 if flow is None else flow.most * flow.patch * manifest.latents.downscale
+        largest = min(LARGEST_SIDE, tokens // unit * unit) if tokens else LARGEST_SIDE
         for name, value in (("width", width), ("height", height)):
-            if value < unit or value % unit or value > LARGEST_SIDE:
-                near = min(max(unit, round(value / unit) * unit), LARGEST_SIDE)
+            if value < unit or value % unit or value > largest:
+                near = min(max(unit, round(value / unit) * unit), largest)
                 raise RequestError(
-                    f"{name} must be a multiple of {unit} from {unit} to {LARGEST_SIDE}, found {value}: try {near}"
+                    f"{name} must be a multiple of {unit} from {unit} to {largest}, found {value}: try {near}"
                 )
         return width, height
 

@@ -18,13 +18,14 @@ from .request import Request
 from .schedulers import Steps, Table, find_sampler, flowing, is_known, make_table
 from .schedulers.config import Config, train_steps
 from .schedulers.consistency import lcm, tcd
-from .schedulers.flow_match import flow_euler, flow_lcm, shift_of
+from .schedulers.flow_match import SHIFT, flow_euler, flow_lcm, shift_of
 from .schedulers.forecast import with_forecasts
 from .schedulers.stored import TRACED, load_table
 
 _TRACED = re.compile(rf"scheduler/{TRACED}/(?P<name>\w+)/(?P<count>\d+)\.json")
 _CONFIG = "scheduler/scheduler_config.json"
 _TRAIN_STEPS = "num_train_timesteps"
+_OF_FLOW = ("use_flow_sigmas", "prediction_type")
 _MOST_TABLES = 256
 _STRENGTH = {"img2img": 0.8, "inpaint": 1.0}
 
@@ -141,6 +142,11 @@ class Schedules:
             config = self._config(task, name)
             if self._bundle.manifest.wiring.flow is not None:
                 config = flowing({**config, **options}, name)
+                fixed = [key for key in _OF_FLOW if key in options and options[key] != config.get(key)]
+                if fixed:
+                    raise RequestError(f"{fixed[0]} is what the model was trained for: leave it out")
+                if steps.mu is not None:  # made of these
+                    options = {key: value for key, value in options.items() if key not in SHIFT}
             return make_table(config, steps, name, options)
         counts = self.traced[known]
         plain = not steps.start and steps.timesteps is None and steps.sigmas is None and not options

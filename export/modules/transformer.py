@@ -18,6 +18,7 @@ from ..checkpoint import Checkpoint
 from ..configs import transformer_config
 from ..fit import hollow
 from ..graphs.spec import Axis, ComponentSpec
+from ..guard import guarded
 from ..loading import load_mapped
 
 _TIMESTEPS = 1000
@@ -167,6 +168,15 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
     channels, most = pipeline.latents.channels, config.get("pos_embed_max_size")
     if most is not None and int(most) < 20 // unit:
         raise CheckpointError(f"the transformer knows {most} positions a side, which is too few to be run")
+    with guarded("the transformer cannot be built from its configuration"):
+        known = set(hollow(kind, checkpoint.config(TRANSFORMER)).state_dict())
+    spare = sorted(set(checkpoint.weights(TRANSFORMER).names.values()) - known)
+    if spare:
+        raise CheckpointError(
+            f"{checkpoint.folder(TRANSFORMER)} holds weights that its config.json has no place for: "
+            f"{', '.join(spare[:3])}{' …' if len(spare) > 3 else ''} ({len(spare)} in all): give the config.json that "
+            "belongs to them"
+        )
     folder, raw = checkpoint.folder(TRANSFORMER), checkpoint.config(TRANSFORMER)
     few = {option: min(2, int(config[option])) for option in _LAYERS if option in config}
     counts = {option: int(config[option]) for option in few}

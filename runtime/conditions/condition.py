@@ -44,7 +44,7 @@ _WHY = {
     "negative_prompt_2": "on this model, which has no second text encoder: leave it out",
     "prompt_3": "on this model, which has no third text encoder: leave it out",
     "negative_prompt_3": "on this model, which has no third text encoder: leave it out",
-    "max_sequence_length": "on this model, whose text encoders read as many tokens of every prompt: leave it out",
+    "max_sequence_length": "where embeddings are given, or text encoders have one length: leave it out",
     "guidance.true_cfg_scale": "on this model, which is not given the guidance: leave it out, and give it as guidance",
 }
 """What is missing where a field has no effect, if it is more than the model."""

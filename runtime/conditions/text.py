@@ -43,8 +43,10 @@ class Text(Condition):
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
         """Embeddings take the place of their texts and of what is done to these."""
         embeds = {"prompt_embeds", *(["pooled_prompt_embeds"] if self.encoders.pooled else [])}
-        texts, length = {"prompt", *self._more}, {"max_sequence_length"} if self.encoders.longest else set()
-        how = {"clip_skip", *(["weights", "windows"] if self.encoders.weighted else []), *length}
+        texts = {"prompt", *self._more}
+        how = {"clip_skip"} if self.encoders.skippable else set()
+        how |= {"weights", "windows"} if self.encoders.weighted else set()
+        how |= {"max_sequence_length"} if self.encoders.longest else set()
         names = embeds if request.prompt_embeds is not None else {*embeds, *texts, *how}
         return frozenset({*names, *(f"negative_{name}" for name in embeds | texts if guided)})
 
@@ -59,6 +61,8 @@ class Text(Condition):
                 raise RequestError(f"max_sequence_length must be at most {most} with this model, found {length}")
             lengths |= self._lengths(job)
         if len(lengths) > 1:
+            if len({job.request.max_sequence_length for job in jobs}) > 1:
+                raise RequestError("the requests of a batch must have one max_sequence_length: run others on their own")
             raise RequestError(
                 f"the prompts and negative prompts of a batch must take as many tokens, found {sorted(lengths)}: "
                 "give embeddings of one length, and run longer prompts on their own"

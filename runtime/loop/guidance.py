@@ -40,9 +40,13 @@ class Guidance:
                 raise RequestError(f"guidance must be a number from 0 to {_LARGEST_SCALE:g}, found {self.scale!r}")
             object.__setattr__(self, "scale", float(self.scale))
         true = self.true_cfg_scale
-        if not is_number(true) or not 0 <= true <= _LARGEST_SCALE:
-            raise RequestError(f"true_cfg_scale must be a number from 0 to {_LARGEST_SCALE:g}, found {true!r}")
+        if not is_number(true) or not 1 <= true <= _LARGEST_SCALE:
+            raise RequestError(
+                f"true_cfg_scale must be a number from 1, which is none, to {_LARGEST_SCALE:g}, found {true!r}"
+            )
         object.__setattr__(self, "true_cfg_scale", float(true))
+        if self.mode == "off" and true > 1:
+            raise RequestError("guidance is off, and true_cfg_scale asks for some: leave one of them out")
         if self.mode not in MODES:
             raise RequestError(f"unknown guidance mode {self.mode!r}: choose one of {', '.join(MODES)}")
         found = self.interval

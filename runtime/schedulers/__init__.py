@@ -157,7 +157,10 @@ def flowing(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     Raises `RequestError` for one that has none.
     """
     key, sampler = find_sampler(config, name)
-    if sampler.table in _OF_FLOW or config.get("use_flow_sigmas"):
+    curved = sampler.table is not unipc and key in SAMPLERS and sampler.fixed.get("use_karras_sigmas")
+    if sampler.table in _ALSO_OF_FLOW and curved:
+        raise RequestError(f"{key} has no form for flow matching, as this model wants: choose {key.split('-')[0]}")
+    if sampler.table in _OF_FLOW:
         return dict(config)
     if sampler.table not in _ALSO_OF_FLOW:
         raise RequestError(
@@ -165,7 +168,7 @@ def flowing(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
             "flow-lcm, dpm++2m, unipc or deis"
         )
     shift = {} if config.get("shift") is None else {"flow_shift": config["shift"]}
-    return {**config, **shift, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return {**shift, **config, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
 def make_table(

@@ -78,7 +78,8 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
 
     The model is given the timesteps that were asked for as they are; only their sigmas are shifted.
     """
-    dynamic, shift = config.get("use_dynamic_shifting", False), float(config.get("shift", 1.0))
+    dynamic = config.get("use_dynamic_shifting", False)
+    shift = 1.0 if dynamic else float(config.get("shift", 1.0))
     config.one_of("time_shift_type", "exponential", "linear")  # a wrong one is refused where it has no effect too
     # what was asked for is shifted in float32, as diffusers does
     if steps.sigmas is not None:
@@ -115,15 +116,16 @@ def shift_of(config: Mapping[str, Any], tokens: int) -> float:
 
     Raises `RequestError` for options that are no numbers.
     """
-    read = Config({name: config[name] for name in _SHIFT if name in config})
-    low, high, base, most = (float(read.get(name, default)) for name, default in _SHIFT.items())
+    read = Config({name: config[name] for name in SHIFT if name in config})
+    given = {name: read.get(name) for name in SHIFT}
+    low, high, base, most = (float(SHIFT[name] if value is None else value) for name, value in given.items())
     if low == high:
         raise RequestError("base_image_seq_len and max_image_seq_len must differ: mend the scheduler options")
     slope = (most - base) / (high - low)
     return tokens * slope + (base - slope * low)
 
 
-_SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 """Options of a schedule that shifts with the size, and what they are by default; diffusers' values for FLUX."""
 
 

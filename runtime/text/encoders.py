@@ -81,6 +81,11 @@ class TextEncoders:
         """Whether weights and long prompts have a meaning: where every encoder gives hidden states of windows."""
         return self._width_alone() and not self._zeros
 
+    @property
+    def skippable(self) -> bool:
+        """Whether layers of one of them may be skipped."""
+        return any(each.hidden and not each.length for each in self._encoders.values())
+
     def _width_alone(self) -> bool:
         return all(each.hidden and each.join == "width" for each in self._encoders.values())
 

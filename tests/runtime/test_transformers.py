@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -96,10 +99,56 @@ def test_what_a_model_of_flow_does_not_take_is_said(bundle_of):
     assert "no third text encoder" in said(flux, prompt_3="a ring")
     assert "weights has no effect" in said(flux, weights=True)
     assert "windows has no effect" in said(sd3, windows=True)
+    assert "clip_skip has no effect" in said(flux, clip_skip=1)
+    assert "no scheduler option 'shift'" in said(flux, scheduler_options={"shift": 5.0})
+    assert "what the model was trained for" in said(
+        sd3, scheduler="unipc", scheduler_options={"use_flow_sigmas": False}
+    )
+    assert "has no form for flow matching, as this model wants: choose dpm++2m" in said(sd3, scheduler="dpm++2m-karras")
+    with pytest.raises(RequestError, match="from 16 to 384, found 400: try 384"):
+        sd3.check(Request("a star", width=400, height=64))
+    with pytest.raises(RequestError, match="one max_sequence_length: run others on their own"):
+        flux.generate_many([Request("a", width=64, height=64, max_sequence_length=n) for n in (20, 40)])
+    with pytest.raises(RequestError, match="guidance is off, and true_cfg_scale asks for some"):
+        Guidance(mode="off", true_cfg_scale=2.0)
     assert "choose flow-euler or dpm++2m" in said(flux, scheduler="flow-heun")
     assert "is a scheduler of models that predict noise" in said(sd3, scheduler="euler")
     with pytest.raises(RequestError, match="multiple of 16 from 16 to 16384, found 72: try 64"):
         flux.check(Request("a star", width=64, height=72))
+
+
+def test_a_shift_may_be_asked_for_and_null_is_the_default(bundle_of):
+    flux = load(bundle_of("flux-dev-small"))
+
+    def timesteps(**options):
+        request = Request("a star", width=64, height=64, steps=3, scheduler_options=options)
+        return flux._jobs.make(request).table.timesteps
+
+    assert np.array_equal(timesteps(base_shift=None), timesteps())
+    assert not np.array_equal(timesteps(base_shift=2.0), timesteps())
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "model_index.json",
+            {"_class_name": "FluxFillPipeline"},
+            "64 numbers a token .* a FluxFillPipeline gives it 384",
+        ),
+        ("transformer/config.json", {"num_layers": 0}, r"no place for: transformer_blocks\.0\..* in all"),
+        ("transformer/config.json", {"guidance_embeds": False}, "no place for: time_text_embed.guidance_embedder"),
+        ("scheduler/scheduler_config.json", {"base_shift": "a"}, "scheduler_config.json of .* base_shift must be"),
+    ],
+)
+def test_a_checkpoint_whose_parts_do_not_go_together_is_refused(checkpoint_of, tmp_path, file, change, message):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint_of("flux-dev-small"), folder)
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=message):
+        compile(folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_models_that_see_no_pictures_of_others_and_no_unets_parts_are_refused(checkpoint_of, tmp_path):
@@ -150,7 +199,7 @@ def test_a_twin_is_held_against_torch_and_the_whole_is_the_same(checkpoint_of, t
     assert models[0] == models[1]
     assert {check.component for check in verify(bundles["twin"])} == {"text_encoder", "vae_decoder", "step"}
     assert all(check.passed for check in verify(bundles["full"]))
-    with pytest.raises(BundleError, match="of the transformer a twin alone .* --validate full"):
+    with pytest.raises(BundleError, match=r"of the transformer a twin alone .* --validate full"):
         recorded_case(bundles["twin"], "transformer")
     pictures = [
         np.asarray(load(bundle.root)("a star", width=64, height=64, steps=2, seed=1).images[0])
