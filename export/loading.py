@@ -185,6 +185,7 @@ def load_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> 
     """
     from transformers import CLIPTokenizerFast
 
+    _check_kind(source, "BPE", "CLIP")
     if not (source / "tokenizer.json").is_file() and not all((source / f).is_file() for f in _CLIP_FILES):
         raise CheckpointError(
             f"{source} holds neither tokenizer.json nor {' and '.join(_CLIP_FILES)}: download it again"
@@ -213,6 +214,7 @@ def load_unigram_tokenizer(source: Path, target: Path, window: int, vocabulary: 
     """
     from transformers import T5TokenizerFast
 
+    _check_kind(source, "Unigram", "T5")
     if not any((source / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise CheckpointError(f"{source} holds neither tokenizer.json nor spiece.model: download it again")
     try:
@@ -229,6 +231,21 @@ def load_unigram_tokenizer(source: Path, target: Path, window: int, vocabulary: 
         )
     _write_tokenizer(source, target, tokenizer)
     return Tokenizer(window, None, eos, pad)
+
+
+def _check_kind(source: Path, kind: str, whose: str) -> None:
+    """Raise `CheckpointError` for a `tokenizer.json` with a model of another kind."""
+    path = source / "tokenizer.json"
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"] if path.is_file() else {}
+        found = model.get("type", kind)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return  # its reader says what is wrong
+    if found != kind:
+        raise CheckpointError(
+            f"the tokenizer in {source} is a {found!s:.20} model, a {whose} text encoder has a {kind}: give the "
+            "tokenizer that belongs to it"
+        )
 
 
 def _write_tokenizer(source: Path, target: Path, tokenizer: Any) -> str:

@@ -157,6 +157,10 @@ def test_models_that_see_no_pictures_of_others_and_no_unets_parts_are_refused(ch
         compile(flux, tmp_path / "b", controlnets={"edge": flux / "vae"})
     with pytest.raises(CheckpointError, match=r"holds a text encoder of the type .clip_text_model.*T5 is"):
         compile(flux, tmp_path / "b", components={"text_encoder_2": flux / "text_encoder"})
+    with pytest.raises(CheckpointError, match=r"is a Unigram model, a CLIP text encoder has a BPE"):
+        compile(flux, tmp_path / "b", components={"tokenizer": flux / "tokenizer_2"})
+    with pytest.raises(CheckpointError, match=r"is a BPE model, a T5 text encoder has a Unigram"):
+        compile(flux, tmp_path / "b", components={"tokenizer_2": flux / "tokenizer"})
     with pytest.raises(DiffoundryError, match="unknown validation 'none': choose one of full, twin"):
         compile(flux, tmp_path / "b", validate="none")
     assert not (tmp_path / "b").exists()
