@@ -12,7 +12,7 @@ goes on where it was stopped:
 
 from __future__ import annotations
 
-import shutil
+import json
 from pathlib import Path
 
 import click
@@ -33,6 +33,7 @@ from .world import random_caption, split_scenes
 PICO = Path(__file__).parent
 _WINDOW = 24
 _WIDTH = 64
+_KEPT_POSITIONS = 8
 _ZEROS = (1, 2, 4, 8, 16, 64, 256)
 _SHARES = (0.3, 0.2, 0.2, 0.15, 0.08, 0.05, 0.02)
 """How many tokens of zeros a step has, and how often."""
@@ -144,13 +145,19 @@ def train(work: Path, pico: Path, steps: int, batch: int, pictures: int, rate: f
     )
 
 
-def write(pipeline: StableDiffusion3Pipeline, pico: Path, out: Path) -> None:
-    """Write the diffusers folder, in fp16."""
+def write(pipeline: StableDiffusion3Pipeline, out: Path) -> None:
+    """Write the diffusers folder, in fp16, as small as it can be read: of the positions the middle ones alone."""
+    embed, kept = pipeline.transformer.pos_embed, _KEPT_POSITIONS
+    first = (embed.pos_embed_max_size - kept) // 2
+    grid = embed.pos_embed.reshape(embed.pos_embed_max_size, embed.pos_embed_max_size, -1)
+    embed.pos_embed = grid[first : first + kept, first : first + kept].reshape(1, kept * kept, -1).clone()
+    embed.pos_embed_max_size = kept
+    pipeline.transformer.register_to_config(pos_embed_max_size=kept)
     pipeline.to(torch.float16).save_pretrained(out, safe_serialization=True)
     for folder in ("tokenizer", "tokenizer_2"):
-        for name in ("vocab.json", "merges.txt"):
-            if (pico / "tokenizer" / name).is_file():
-                shutil.copy(pico / "tokenizer" / name, out / folder / name)
+        path = out / folder / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 @click.command()
@@ -170,7 +177,7 @@ def write(pipeline: StableDiffusion3Pipeline, pico: Path, out: Path) -> None:
 def main(pico: Path, out: Path, work: Path, steps: int, batch: int, pictures: int, rate: float) -> None:
     """Train pico's transformer, or go on where an earlier run stopped."""
     work.mkdir(parents=True, exist_ok=True)
-    write(train(work, pico, steps, batch, pictures, rate), pico, out)
+    write(train(work, pico, steps, batch, pictures, rate), out)
     print(f"wrote {out}", flush=True)
 
 

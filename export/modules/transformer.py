@@ -166,8 +166,12 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
     unit, sources = pipeline.latents.multiple, pipeline.wiring.inputs
     shown = bool(pipeline.wiring.inputs_from("picture"))
     channels, most = pipeline.latents.channels, config.get("pos_embed_max_size")
-    if most is not None and int(most) < 20 // unit:
-        raise CheckpointError(f"the transformer knows {most} positions a side, which is too few to be run")
+    longest = 20 if most is None else min(20, int(most) * unit)
+    if longest < 16:
+        raise CheckpointError(
+            f"the transformer knows {most} positions a side (pos_embed_max_size), 8 are the least that are supported: "
+            "give the configuration that belongs to its weights"
+        )
     with guarded("the transformer cannot be built from its configuration"):
         known = set(hollow(kind, checkpoint.config(TRANSFORMER)).state_dict())
     spare = sorted(set(checkpoint.weights(TRANSFORMER).names.values()) - known)
@@ -205,8 +209,8 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
         outputs=(Tensor("out_sample", "float32", ("batch_size", channels, "height", "width")),),
         axes={
             "batch_size": Axis(1, 3),
-            "height": Axis(8, 20, unit),
-            "width": Axis(8, 20, unit),
+            "height": Axis(8, longest, unit),
+            "width": Axis(8, longest, unit),
             "sequence_length": Axis(8, 77),
             **(dict.fromkeys(("picture_height", "picture_width"), Axis(8, 20, unit)) if shown else {}),
         },

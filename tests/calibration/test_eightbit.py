@@ -284,6 +284,7 @@ def test_what_loses_most_stays_in_fp32_where_the_budget_asks_for_it(bundle):
     assert shares == sorted(shares, reverse=True) and shares[0] > 0.9
 
 
+@pytest.mark.slow
 def test_slower_is_refused_with_its_figures(bundle, monkeypatch):
     taken = {"fp32": 0.002, "bf16": 0.001, "int8": 0.0015}
     monkeypatch.setattr(times, "times", lambda bundle, engine, precision: [taken[precision]])
@@ -321,6 +322,7 @@ def test_a_value_that_is_not_finite_is_named_with_its_timestep(bundle):
         reference.observe(opened, "unet", groups, attentions, Scan(**SCAN), parts, "m", None, lambda *told: None)
 
 
+@pytest.mark.slow
 def test_a_build_that_is_killed_goes_on(bundle, tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("\n".join(f"a large red star, number {i}" for i in range(6)))
@@ -345,6 +347,7 @@ def test_a_build_that_is_killed_goes_on(bundle, tmp_path):
     assert Bundle.open(bundle).manifest.precision == "int8" and not list(bundle.parent.glob(".b.*"))
 
 
+@pytest.mark.slow
 def test_a_budget_of_another_measure_decides(bundle):
     pytest.importorskip("skimage")
     scan = Scan(**SCAN, budget=Budget("ssim", 0.5))
@@ -440,6 +443,7 @@ def test_a_page_shows_what_was_measured(bundle, called, tmp_path):
     assert done.returncode == 1 and "precision.json" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_other_recipes_stand_in_one_table(bundle):
     made_of(bundle, engine="onnxruntime")
     before = sorted(path for path in bundle.parent.rglob("*"))

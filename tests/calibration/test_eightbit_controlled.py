@@ -29,6 +29,7 @@ def quality(bundle):
     return json.loads((bundle / "reports" / "quality.json").read_text())["int8"]["controlled"]
 
 
+@pytest.mark.slow
 def test_it_is_where_a_picture_under_controls_is_within_the_budget(bundle, bundle_of, monkeypatch, command):
     made = diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=Scan(**SCAN), force=True)
     plain, controlled = (made.component(name).variants for name in ("unet", "unet_controlled"))

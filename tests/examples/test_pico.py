@@ -73,9 +73,10 @@ def test_the_checkpoint_is_small_and_diffusers_draws_with_it(checkpoint_of):
 
     folder = checkpoint_of("pico")
     files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    loras = [path for path in files if "lora" in path.parts]
-    assert sum(path.stat().st_size for path in files if path not in loras) <= 13e6
-    assert 0 < sum(path.stat().st_size for path in loras) <= 1e6
+    sizes = dict.fromkeys(("lora", "dit", ""), 0)
+    for path in files:
+        sizes[next((part for part in ("lora", "dit") if part in path.parts), "")] += path.stat().st_size
+    assert 0 < sizes["lora"] <= 1e6 and 0 < sizes["dit"] < 6.1e6 and 0 < sizes[""] <= 13e6
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)

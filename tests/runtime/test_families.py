@@ -29,7 +29,7 @@ LABELS = (
 )
 
 
-QUICK_TRANSFORMERS = ("sd35-small", "flux-dev-small")
+QUICK_TRANSFORMERS = ("flux-dev-small",)
 LABELS_OF_TRANSFORMERS = ("max_sequence_length", "guidance 30.0", "clip_skip")
 
 
