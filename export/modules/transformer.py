@@ -160,7 +160,7 @@ _LAYERS = {"num_layers": "transformer_blocks", "num_single_layers": "single_tran
 
 
 def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
-    """The component `name`. Raises `CheckpointError` for a class that has no wrapper here."""
+    """The component `name`. Raises `CheckpointError` for a configuration and weights that are not of one model."""
     config = transformer_config(checkpoint)
     kind, wrap = getattr(diffusers, config["_class_name"]), _WRAPPERS[config["_class_name"]]
     unit, sources = pipeline.latents.multiple, pipeline.wiring.inputs
@@ -172,16 +172,16 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
             f"the transformer knows {most} positions a side (pos_embed_max_size), 8 are the least that are supported: "
             "give the configuration that belongs to its weights"
         )
+    folder, raw = checkpoint.folder(TRANSFORMER), checkpoint.config(TRANSFORMER)
     with guarded("the transformer cannot be built from its configuration"):
-        known = set(hollow(kind, checkpoint.config(TRANSFORMER)).state_dict())
+        known = set(hollow(kind, raw).state_dict())
     spare = sorted(set(checkpoint.weights(TRANSFORMER).names.values()) - known)
     if spare:
         raise CheckpointError(
-            f"{checkpoint.folder(TRANSFORMER)} holds weights that its config.json has no place for: "
+            f"{folder} holds weights that its config.json has no place for: "
             f"{', '.join(spare[:3])}{' …' if len(spare) > 3 else ''} ({len(spare)} in all): give the config.json that "
             "belongs to them"
         )
-    folder, raw = checkpoint.folder(TRANSFORMER), checkpoint.config(TRANSFORMER)
     few = {option: min(2, int(config[option])) for option in _LAYERS if option in config}
     counts = {option: int(config[option]) for option in few}
 
@@ -204,7 +204,7 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
             f"{few[each]} of {counts[each]} {block}" for each, block in _LAYERS.items() if each in few
         ),
         load=lambda: wrap(load_mapped(kind, folder, raw)).eval(),
-        hollow=lambda: wrap(hollow(kind, checkpoint.config(TRANSFORMER))).to("meta"),
+        hollow=lambda: wrap(hollow(kind, raw)).to("meta"),
         inputs=pipeline.inputs,
         outputs=(Tensor("out_sample", "float32", ("batch_size", channels, "height", "width")),),
         axes={

@@ -86,7 +86,7 @@ class Tracer:
             meter.show(spec.name)
             key = self._key(spec, hashes)
             traced = self.ledger.find(spec.name, key, TRACED)
-            if traced is None:
+            if traced is None or ("twin" in traced.parity and self._twin(spec) is None):  # what is whole is worth more
                 traced = self.ledger.keep(spec.name, key, self._traced(spec))
             made[spec.name] = traced, key
             meter.step()

@@ -79,15 +79,12 @@ class TextEncoders:
     @property
     def weighted(self) -> bool:
         """Whether weights and long prompts have a meaning: where every encoder gives hidden states of windows."""
-        return self._width_alone() and not self._zeros
+        return not self._zeros and all(each.hidden and each.join == "width" for each in self._encoders.values())
 
     @property
     def skippable(self) -> bool:
         """Whether layers of one of them may be skipped."""
         return any(each.hidden and not each.length for each in self._encoders.values())
-
-    def _width_alone(self) -> bool:
-        return all(each.hidden and each.join == "width" for each in self._encoders.values())
 
     def check_skip(self, skip: int) -> None:
         """Raise `RequestError` for more layers skipped than there are."""

@@ -218,3 +218,6 @@ def test_a_twin_is_held_against_torch_and_the_whole_is_the_same(checkpoint_of, t
         for bundle in bundles.values()
     ]
     assert np.array_equal(*pictures)
+    again = compile(tmp_path / "half", bundles["twin"].root, tasks=["txt2img"], validate="full")
+    assert "twin" not in read_report(again, "parity")["transformer"]  # as the message above asks for
+    assert recorded_case(again, "transformer")[1]
