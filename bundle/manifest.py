@@ -149,12 +149,17 @@ class Manifest:
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as a JSON object, schema version first. What few bundles have is left out where it is empty."""
     value = asdict(manifest)
-    for name in ("controls", "image_prompts", "lora_inputs", "flow", "zeros", "picture_sizes"):
+    for name in ("controls", "image_prompts", "lora_inputs", "flow", "zeros", "picture_sizes", "guidance_added"):
         if not value["wiring"][name]:
             del value["wiring"][name]
     for encoder in value["wiring"]["text"]:
-        if not encoder["length"]:
-            del encoder["length"]
+        for name in ("length", "bucket"):
+            if not encoder[name]:
+                del encoder[name]
+    for tokenizer in value["tokenizers"].values():
+        for name in ("before", "after"):
+            if not tokenizer[name]:
+                del tokenizer[name]
     return {"schema_version": value.pop("schema_version"), **value}
 
 

@@ -65,6 +65,7 @@ SOURCES = {
     "timestep": "the timestep of each row",
     "text.hidden": "the hidden states of the text encoders, joined",
     "text.pooled": "their pooled embeddings, joined",
+    "text.mask": "1 for each of the hidden states that stands for a token of the prompt, 0 for others",
     "sizes": "original size, crop and target size of the picture (6 numbers)",
     "sizes.scored": "original size, crop and aesthetic score (5 numbers)",
     "guidance": "the guidance scale",
@@ -113,13 +114,17 @@ class Latents:
 class Tokenizer:
     """How text becomes the token ids of one text encoder. max_length: its window, in tokens.
 
-    bos_token_id: the token that begins a window, None where none does, as in T5's.
+    bos_token_id: the token that begins a window, None where none does, as in T5's; eos_token_id: the one after the
+    text, None where none is, as in Qwen's. before, after: the texts that a prompt is put between, which are part of
+    what has to fit.
     """
 
     max_length: Window
     bos_token_id: TokenId | None
-    eos_token_id: TokenId
+    eos_token_id: TokenId | None
     pad_token_id: TokenId
+    before: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +138,8 @@ class TextEncoder:
     join: how its hidden states join those of the encoders before it: side by side along the `width`, or after them
     along the `sequence`, where the narrower ones are filled with zeros.
     length: tokens of its window where a request may choose how many, up to the tokenizer's; 0 where it may not.
+    bucket: where a window is as long as its prompt, the number that its tokens are a multiple of; `length` is then the
+    most of them.
     """
 
     component: str
@@ -143,6 +150,7 @@ class TextEncoder:
     pooled: str = ""
     join: Literal["width", "sequence"] = "width"
     length: Tokens = 0
+    bucket: Tokens = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +160,20 @@ class Flow:
     patch: latents a side of a token; the tokens of a picture decide how far a schedule is shifted that shifts with
     its size. even: whether the steps are even in sigma, from 1 down to one over their number, before they are shifted.
     max_shift: of the largest picture, where the scheduler's configuration does not tell. strength: how much of the
-    schedule a picture is drawn anew for, where a request does not tell. most: tokens a side, 0 for any number.
+    schedule a picture is drawn anew for, where a request does not tell; inpaint_strength: the same with a mask, None
+    where it makes no difference. most: tokens a side, 0 for any number.
     """
 
     patch: AtLeast1
     even: bool = False
     max_shift: float = 1.15
     strength: Share = 0.6
+    inpaint_strength: Share | None = None
     most: Side = 0
+
+    def usual_strength(self, task: str) -> float:
+        """The strength of a task of `TASKS` where a request tells none."""
+        return (self.inpaint_strength if task == "inpaint" else None) or self.strength
 
 
 PICTURE, SCALE = "controlnet_cond", "scale"
@@ -248,6 +262,7 @@ class Wiring:
     place of an encoder that the checkpoint does without; a request may choose how many.
     picture_sizes: width and height, in pixels, of those that the denoiser reads a picture in; it is brought to the one
     of the nearest shape.
+    guidance_added: what is added to the guidance that a request asks for: 1 where its pipelines take 0 for none.
     """
 
     text: tuple[TextEncoder, ...]
@@ -260,6 +275,11 @@ class Wiring:
     flow: Flow | None = None
     zeros: Tokens = 0
     picture_sizes: tuple[tuple[Pixels, Pixels], ...] = ()
+    guidance_added: Literal[0, 1] = 0
+
+    def __post_init__(self) -> None:
+        if len(self.text) > 1 and any(each.bucket for each in self.text):
+            raise ValueError("a text encoder whose windows are as long as their prompts must be the only one")
 
     @property
     def edits(self) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers with random weights: the topologies of Stable Diffusion 3 and FLUX.1, with small widths.
+"""Checkpoints of transformers with random weights: Stable Diffusion 3, FLUX.1 and Z-Image, with small widths.
 
     python -m diffoundry.examples.random_transformer flux-dev-small build/flux-dev-small
     python -m diffoundry.examples.random_transformer flux-dev build/flux-dev --layers 8 --single-layers 23
@@ -9,6 +9,7 @@ written a shard at a time, and is there to see what a large checkpoint takes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import string
@@ -48,6 +49,32 @@ _FLUX = {
     "pooled_projection_dim": 32,
     "axes_dims_rope": (4, 6, 6),
 }
+_Z_IMAGE = {
+    "in_channels": 16,
+    "dim": 48,
+    "n_layers": 3,
+    "n_refiner_layers": 1,
+    "n_heads": 3,
+    "n_kv_heads": 3,
+    "cap_feat_dim": 40,
+    "axes_dims": (4, 6, 6),
+    "axes_lens": (256, 64, 64),
+}
+_QWEN3 = {
+    "hidden_size": 40,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+_CHAT = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+"""As Qwen's, without tools and without what was thought before."""
 _FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 _SHIFTING = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
 
@@ -85,6 +112,7 @@ SIZES = {
         _SHIFTING,
         vae=_FLUX_VAE,
     ),
+    "z-image-small": Size("ZImagePipeline", _Z_IMAGE, {"shift": 3.0}, vae=_FLUX_VAE),
     "flux-control-small": Size(
         "FluxControlPipeline",
         {**_FLUX, "guidance_embeds": True, "in_channels": 128, "out_channels": 64},
@@ -98,11 +126,19 @@ def make(size: str, out: Path, seed: int = 0, texts: Mapping[str, Mapping[str, A
     """Write a diffusers folder of the given size to `out`. texts: configurations of text encoders, by suffix."""
     import diffusers
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        T5Config,
+        T5EncoderModel,
+    )
 
     asked = SIZES[size]
     torch.manual_seed(seed)
-    of_flux = asked.pipeline.startswith("Flux")
+    of_flux, of_z_image = (asked.pipeline.startswith(name) for name in ("Flux", "ZImage"))
     tokenizer = _tokenizer(1000, "<|endoftext|>")
     ids = _special_ids(tokenizer)
     parts: dict[str, Any] = {}
@@ -122,7 +158,11 @@ def make(size: str, out: Path, seed: int = 0, texts: Mapping[str, Mapping[str, A
         options = {**_T5, **(texts or {}).get(suffix, {})}
         parts["text_encoder" + suffix] = drawn(T5EncoderModel(T5Config(vocab_size=len(own), **options)))
 
-    if of_flux:
+    if of_z_image:
+        parts["tokenizer"] = own = _chat()
+        config = Qwen3Config(vocab_size=len(own), **_QWEN3)
+        parts["text_encoder"] = drawn(Qwen3ForCausalLM(config))
+    elif of_flux:
         clip(CLIPTextModel, "")
         t5("_2")
     else:
@@ -133,6 +173,7 @@ def make(size: str, out: Path, seed: int = 0, texts: Mapping[str, Mapping[str, A
         else:
             parts |= {"tokenizer_3": None, "text_encoder_3": None}
     kind = diffusers.FluxTransformer2DModel if of_flux else diffusers.SD3Transformer2DModel
+    kind = diffusers.ZImageTransformer2DModel if of_z_image else kind
     options = dict(asked.transformer) | ({"joint_attention_dim": 4096, "pooled_projection_dim": 768} if texts else {})
     parts["transformer"] = drawn(kind(**options))
     parts["vae"] = drawn(
@@ -148,7 +189,8 @@ def make(size: str, out: Path, seed: int = 0, texts: Mapping[str, Mapping[str, A
     pipeline = getattr(diffusers, asked.pipeline)(**parts)
     pipeline.save_pretrained(out)
     for name in ("text_encoder", "text_encoder_2"):
-        if (out / name / "model.safetensors").exists() and not (of_flux and name != "text_encoder"):
+        theirs = of_z_image or (of_flux and name != "text_encoder")
+        if (out / name / "model.safetensors").exists() and not theirs:
             name_as_of_old(out / name)
 
 
@@ -210,6 +252,21 @@ def _unigram() -> Any:
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in words), *string.ascii_lowercase, *",.'-"]
     scores = {f"▁{word}": -2.0 for word in words}
     return T5TokenizerFast(vocab=[(piece, scores.get(piece, -5.0)) for piece in pieces], extra_ids=0)
+
+
+def _chat() -> Any:
+    """A tokenizer of Qwen's kind, of bytes and pairs of letters, with a chat template."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2TokenizerFast
+
+    merges = list(itertools.product(string.ascii_lowercase, repeat=2))
+    pieces = [*sorted(ByteLevel.alphabet()), *map("".join, merges)]
+    return Qwen2TokenizerFast(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=merges,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=_CHAT,
+    )
 
 
 @click.command()

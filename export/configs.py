@@ -15,6 +15,13 @@ from .loading import quiet
 
 _TEXT_TYPES = ("clip", "clip_text_model")
 T5 = "T5EncoderModel"
+QWEN3 = ("Qwen3Model", "Qwen3ForCausalLM")
+_TEXT_KINDS = {
+    "clip": ("CLIP", _TEXT_TYPES, "CLIPTextConfig"),
+    "t5": ("T5", ("t5",), "T5Config"),
+    "qwen3": ("Qwen3", ("qwen3",), "Qwen3Config"),
+}
+"""By kind of text encoder: what people call it, the types that its configuration may state, and their class."""
 _LIBRARIES = ("diffusers", "transformers")
 
 
@@ -125,28 +132,29 @@ def _model_config(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any
 
 
 def text_config(checkpoint: Checkpoint, name: str) -> Any:
-    """The configuration of the text encoder `name`: a `T5Config`, or a `CLIPTextConfig`, also of a whole CLIP's.
+    """The configuration of the text encoder `name`: a `CLIPTextConfig`, also of a whole CLIP's, or that of its kind.
 
     Raises `CheckpointError` for that of another kind of model.
     """
-    from transformers import CLIPTextConfig, T5Config
+    import transformers
 
-    t5 = is_t5(checkpoint, name)
-    found = checkpoint.config(name).get("model_type", "t5" if t5 else _TEXT_TYPES[0])
-    if found != "t5" if t5 else found not in _TEXT_TYPES:
+    title, types, config = _TEXT_KINDS[text_kind(checkpoint, name)]
+    found = checkpoint.config(name).get("model_type", types[0])
+    if found not in types:
         raise CheckpointError(
             f"{checkpoint.folder(name)} holds a text encoder of the type {found!r}, which is not supported; "
-            f"{'T5' if t5 else 'CLIP'} is: give one with --component {name}=FOLDER"
+            f"{title} is: give one with --component {name}=FOLDER"
         )
     try:
         with quiet():
-            return (T5Config if t5 else CLIPTextConfig).from_pretrained(checkpoint.folder(name))
+            return getattr(transformers, config).from_pretrained(checkpoint.folder(name))
     except Exception as error:  # each version has its own ways of refusing a configuration
         raise CheckpointError(
-            f"{checkpoint.folder(name)}/config.json is no {'T5' if t5 else 'CLIP'} text encoder's ({reason(error)})"
+            f"{checkpoint.folder(name)}/config.json is no {title} text encoder's ({reason(error)})"
         ) from None
 
 
-def is_t5(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the text encoder `name` is a T5, by the class that the pipeline index names."""
-    return checkpoint.kind(name)[1] == T5
+def text_kind(checkpoint: Checkpoint, name: str) -> str:
+    """The kind of the text encoder `name`, by the class that the pipeline index names: `clip`, `t5` or `qwen3`."""
+    kind = checkpoint.kind(name)[1]
+    return "t5" if kind == T5 else "qwen3" if kind in QWEN3 else "clip"

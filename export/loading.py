@@ -17,6 +17,8 @@ from .weight_files import WeightFiles, find
 _CLIP_FILES = ("vocab.json", "merges.txt")
 _EXTRA = 128
 """T5's own tokenizer may have so many tokens more than its encoder, which stand for gaps and occur in no text."""
+_SAID = "a lighthouse at dusk"
+"""A prompt to see by what a chat template puts it between."""
 _SHORTEST_WINDOW = 3  # start, one token, end
 
 
@@ -193,7 +195,7 @@ def load_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> 
     try:
         tokenizer = CLIPTokenizerFast.from_pretrained(source)
         length = min(int(tokenizer.model_max_length), window)
-        ids = [int(token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)]
+        bos, eos, pad = (int(each) for each in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id))
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {source} cannot be loaded ({error}): download it again") from None
@@ -203,7 +205,7 @@ def load_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> 
             "tokens: they are not of one checkpoint, download it again"
         )
     _write_clip_files(json.loads(_write_tokenizer(source, target, tokenizer))["model"], target)
-    return Tokenizer(length, *ids)
+    return Tokenizer(length, bos, eos, pad)
 
 
 def load_unigram_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> Tokenizer:
@@ -231,6 +233,50 @@ def load_unigram_tokenizer(source: Path, target: Path, window: int, vocabulary: 
         )
     _write_tokenizer(source, target, tokenizer)
     return Tokenizer(window, None, eos, pad)
+
+
+def load_chat_tokenizer(source: Path, target: Path, window: int, vocabulary: int) -> Tokenizer:
+    """Copy the tokenizer of a language model to `target`; a prompt is what its user says first.
+
+    window: the tokens that are read at most. vocabulary: those that the text encoder knows.
+    Raises `CheckpointError` when files are missing, there is no chat template, or it changes what the user says.
+    """
+    from transformers import Qwen2TokenizerFast
+
+    _check_kind(source, "BPE", "Qwen")
+    if not (source / "tokenizer.json").is_file() and not all((source / f).is_file() for f in _CLIP_FILES):
+        raise CheckpointError(
+            f"{source} holds neither tokenizer.json nor {' and '.join(_CLIP_FILES)}: download it again"
+        )
+
+    def told(text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        )
+
+    try:
+        with quiet():
+            tokenizer = Qwen2TokenizerFast.from_pretrained(source)
+        pad, largest = int(tokenizer.pad_token_id), max(tokenizer.get_vocab().values())
+        before, _, after = told(_SAID).partition(_SAID)
+        kept = told(f" {_SAID}\n") == f"{before} {_SAID}\n{after}"
+    except Exception as error:
+        raise CheckpointError(
+            f"the tokenizer in {source} cannot be loaded ({reason(error)}): download it again"
+        ) from None
+    if max(largest, pad) >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer in {source} has token {max(largest, pad)}, the text encoder {vocabulary} tokens: they are "
+            "not of one checkpoint, download it again"
+        )
+    if not kept:
+        raise CheckpointError(
+            f"the chat template of the tokenizer in {source} changes what the user says, which is not supported: give "
+            "the tokenizer that the model was published with"
+        )
+    _write_tokenizer(source, target, tokenizer)
+    return Tokenizer(window, None, None, pad, before, after)
 
 
 def _check_kind(source: Path, kind: str, whose: str) -> None:

@@ -28,6 +28,8 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 """What torch.compile, FSDP, activation checkpointing and Lightning put into names; no model has such a part."""
 _PARALLEL = "module."
+_LANGUAGE_MODEL, _HEAD = "model.", "lm_head."
+"""What a language model puts before the names of its layers, and its last layer, which a text encoder has not."""
 _TOPS = ("text_model", "encoder", "decoder", "adapter")
 """Parts that all names of a sound model may begin with."""
 
@@ -197,6 +199,10 @@ def find(folder: Path, library: str, *, adapted: bool = False) -> WeightFiles:
     if odd:
         raise CheckpointError(f"{path} holds {odd[0]}, a weight that is quantized: {_ORIGINAL}")
     names = unwrapped(path, types)
+    if library == "transformers" and all(name.startswith((_LANGUAGE_MODEL, _HEAD)) for name in names.values()):
+        names = {
+            stored: name.removeprefix(_LANGUAGE_MODEL) for stored, name in names.items() if not name.startswith(_HEAD)
+        }
     first = {name.partition(".")[0] for name in names.values()}
     if len(names) > 1 and len(first) == 1 and not first <= set(_TOPS):
         raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..common.errors import CheckpointError
-from . import flux, latent_consistency, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from . import flux, latent_consistency, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, z_image
 from .family import Family
 
 _ALL: tuple[Family, ...] = (
@@ -12,6 +12,7 @@ _ALL: tuple[Family, ...] = (
     latent_consistency.FAMILY,
     stable_diffusion_3.FAMILY,
     flux.FAMILY,
+    z_image.FAMILY,
 )
 FAMILIES = {family.name: family for family in _ALL}
 

@@ -128,4 +128,6 @@ def read_tokenizer(path: Path, text: Mapping[str, Any]) -> Tokenizer:
         if known.get(token, _CLIP_TOKENS) >= text.get("vocab_size", _CLIP_TOKENS):
             raise BundleError(f"{path} has no token {token!r}: export the model again")
         ids.append(int(known[token]))
-    return Tokenizer(min(int(config.get("model_max_length", 77)), int(text["max_position_embeddings"])), *ids)
+    bos, eos, pad = ids
+    window = min(int(config.get("model_max_length", 77)), int(text["max_position_embeddings"]))
+    return Tokenizer(window, bos, eos, pad)

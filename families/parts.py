@@ -96,15 +96,22 @@ def transformer_pipeline(
 
 
 def transformer_inputs(
-    *, channels: int, text: int, pooled: int, guided: bool = False, shown: bool = False
+    *, channels: int, text: int, pooled: int = 0, masked: bool = False, guided: bool = False, shown: bool = False
 ) -> tuple[Tensor, ...]:
-    """The inputs of a transformer of these widths. guided: whether it is given the guidance, shown: and a picture."""
+    """The inputs of a transformer of these widths.
+
+    pooled: 0 where it takes no pooled embedding. masked: whether it is told which hidden states are of the prompt,
+    guided: and the guidance, shown: and a picture.
+    """
     inputs = [
         Tensor("sample", "float32", ("batch_size", channels, "height", "width")),
         Tensor("timestep", "float32", ("batch_size",)),
         Tensor("encoder_hidden_states", "float32", ("batch_size", "sequence_length", text)),
-        Tensor("pooled_projections", "float32", ("batch_size", pooled)),
     ]
+    if masked:
+        inputs.append(Tensor("encoder_hidden_states_mask", "float32", ("batch_size", "sequence_length")))
+    if pooled:
+        inputs.append(Tensor("pooled_projections", "float32", ("batch_size", pooled)))
     if guided:
         inputs.append(Tensor("guidance", "float32", ("batch_size",)))
     if shown:
@@ -116,6 +123,7 @@ _TRANSFORMER_SOURCES = {
     "sample": "latents",
     "timestep": "timestep",
     "encoder_hidden_states": "text.hidden",
+    "encoder_hidden_states_mask": "text.mask",
     "pooled_projections": "text.pooled",
     "guidance": "guidance",
     "picture": "picture",

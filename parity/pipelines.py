@@ -564,8 +564,12 @@ def _of_transformers() -> Iterator[Case]:
                     plain, options={**options, **strength}, label=_DIT + _named(strength), count=count, size=size
                 )
         plain = Case(checkpoint, "txt2img", f"{kind}Pipeline", options, size=(64, 64))
-        more: list[dict[str, Any]] = [{"prompt_2": OTHER}, {"max_sequence_length": 40}, {"steps": 7}]
-        if "negative_prompt" in options:
+        more: list[dict[str, Any]] = [{"max_sequence_length": 40}, {"steps": 7}]
+        if kind == "ZImage":
+            more += [{"negative_prompt": ""}, {"guidance": 0.5}, {"guidance": 0.0, "negative_prompt": None}]
+        else:
+            more.append({"prompt_2": OTHER})
+        if "negative_prompt" in options and kind != "ZImage":
             more += [{"negative_prompt": ""}, {"negative_prompt": OTHER_NEGATIVE, "negative_prompt_2": NEGATIVE}]
         if checkpoint == "sd3-small":
             more += [{"prompt_3": OTHER, "negative_prompt_3": OTHER_NEGATIVE}]
@@ -613,7 +617,8 @@ _DIT = "dit"
 _WIDE_TOKENS = (112, 80)
 _STRENGTHS_OF_FLOW = (0.5, 0.85, None, 1.0)
 _REFUSED = {"flux-dev-small": ("flow-heun",), "flux-schnell-small": ("flow-heun", "dpm++2m")}
-"""Samplers that take none of what FLUX's pipelines ask for, in diffusers."""
+_REFUSED["z-image-small"] = _REFUSED["flux-schnell-small"]
+"""Samplers that take none of what the pipelines of FLUX.1 and Z-Image ask for, in diffusers."""
 _FLOW_SAMPLERS = ("flow-heun", "flow-lcm", "dpm++2m")
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3-small": ("StableDiffusion3", {**_GUIDED, "guidance": 7.0}),
@@ -623,6 +628,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"steps": 4, "guidance": 3.5, "true_cfg_scale": 2.0, "negative_prompt": NEGATIVE},
     ),
     "flux-schnell-small": ("Flux", {"steps": 4}),
+    "z-image-small": ("ZImage", {"steps": 4, "guidance": 4.0, "negative_prompt": NEGATIVE}),
     "flux-kontext-small": ("FluxKontext", {"steps": 3, "guidance": 2.5}),
     "flux-fill-small": ("FluxFill", {"steps": 4, "guidance": 30.0}),
     "flux-control-small": ("FluxControl", {"steps": 4, "guidance": 10.0}),
@@ -718,7 +724,7 @@ def _oracle(
     extra: dict[str, Any] = {"add_watermarker": False} if "XL" in kind else {"safety_checker": None}
     if kind.startswith("StableDiffusion3") and not (checkpoint / "text_encoder_3").is_dir():
         extra = {"text_encoder_3": None, "tokenizer_3": None}
-    elif kind.startswith(("Flux", "StableDiffusion3")):
+    elif kind.startswith(("Flux", "StableDiffusion3", "ZImage")):
         extra = {}
     if controls and "Adapter" in kind:
         extra["adapter"] = diffusers.T2IAdapter.from_pretrained(controls[0])

@@ -71,10 +71,12 @@ class Jobs:
         if guidance.scale is None:
             guidance = replace(guidance, scale=self._bundle.manifest.default_guidance)
         given, scale = self._guidance.given, guidance.scale or 0.0
+        added = self._bundle.manifest.wiring.guidance_added
+        guidance = replace(guidance, scale=scale + added)
         if given:
             true = guidance.true_cfg_scale
             guidance = replace(guidance, scale=true, mode=guidance.mode if true > 1 else "off")
-        refuse_unheeded(request, self.conditions, guided=guidance.active, given=given)
+        refuse_unheeded(request, self.conditions, guided=guidance.active, given=given, unguided=1 - added)
         self._check_task(request)
         check_decoder(self._bundle, request.decoder)
         image, mask = open_originals(None if request.starts_from_latents else request.image, request.mask)

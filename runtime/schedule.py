@@ -88,7 +88,7 @@ class Schedules:
             and find_sampler(self.config, name)[1].table in (lcm, tcd)
         )
         wiring = manifest.wiring
-        usual = _STRENGTH.get(request.task, 1.0) if wiring.flow is None else wiring.flow.strength
+        usual = _STRENGTH.get(request.task, 1.0) if wiring.flow is None else wiring.flow.usual_strength(request.task)
         if request.image is None or wiring.edits:
             strength = None
         else:

@@ -110,10 +110,11 @@ def profiles(manifest: Manifest, component: str, target: Target) -> list[Profile
     ranges = target.all_sizes(manifest)
     role = manifest.components[component].role
     if role == "text":
-        tokens = manifest.tokens_of(next(each for each in manifest.wiring.text if each.component == component))
-        rows = max(_MOST_PROMPTS, 2 * target.batch[1])
-        axes = {"batch_size": (1, 2, rows), "sequence_length": (tokens,) * 3}
-        return [_profile(manifest, component, f"{tokens} tokens, 1-{rows} prompts", axes)]
+        encoder = next(each for each in manifest.wiring.text if each.component == component)
+        tokens, rows = manifest.tokens_of(encoder), max(_MOST_PROMPTS, 2 * target.batch[1])
+        axes = {"batch_size": (1, 2, rows), "sequence_length": _lengths(encoder.bucket, tokens)}
+        least = f"{encoder.bucket}-" if encoder.bucket else ""
+        return [_profile(manifest, component, f"{least}{tokens} tokens, 1-{rows} prompts", axes)]
     if role in ("image", "image_prompt"):
         return [_profile(manifest, component, f"1-{_MOST_PROMPTS} images", {"batch_size": (1, 1, _MOST_PROMPTS)})]
     if role == "step":
@@ -124,20 +125,25 @@ def profiles(manifest: Manifest, component: str, target: Target) -> list[Profile
 def rows_of_denoiser(manifest: Manifest, batch: tuple[int, int]) -> tuple[int, int, int]:
     """The least, usual and largest number of rows of a call: two an image where it is guided."""
     given = any(source.startswith("guidance") for source in manifest.wiring.inputs.values())
-    halves = 2 if manifest.default_guidance > 1 and not given else 1
+    halves = 2 if manifest.default_guidance + manifest.wiring.guidance_added > 1 and not given else 1
     low, high = batch
     return (halves * low,) * 3 if low == high else (low, halves * low, halves * high)
+
+
+def _lengths(bucket: int, tokens: int) -> tuple[int, int, int]:
+    """The least, usual and largest number of tokens. bucket: where they are as many as the prompt has, else 0."""
+    return (bucket, min(2 * bucket, tokens), tokens) if bucket else (tokens,) * 3
 
 
 def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tuple[Size, Size, Size]) -> Profile:
     down = manifest.latents.downscale
     widths, heights = (tuple(size[i] for size in sizes) for i in (0, 1))
     latent_widths, latent_heights = (tuple(side // down for side in sides) for sides in (widths, heights))
-    tokens = manifest.text_tokens
+    bucket = max((each.bucket for each in manifest.wiring.text), default=0)
     denoises = manifest.components[component].role in STEPPING
     axes: dict[str, tuple[int, ...]] = {
         "batch_size": rows_of_denoiser(manifest, target.batch) if denoises else (1, 1, 1),
-        "sequence_length": (tokens,) * 3,
+        "sequence_length": _lengths(bucket, manifest.text_tokens),
         "height": latent_heights,
         "width": latent_widths,
         "latent_height": latent_heights,

@@ -36,7 +36,8 @@ class ComponentSpec:
     load: returns the torch module, in eval mode, whose keyword arguments are the inputs and which returns the
     outputs (one tensor, or a tuple). hollow: returns the same on the meta device, without weights.
     integers: exclusive upper bounds of integer inputs. scale: a factor on the random values of an input, such as the
-    range of timesteps. repeat: an input that is a vector over the batch and is to accept one value for all rows.
+    range of timesteps. masks: inputs (rows, tokens) of ones, and then zeros. repeat: an input that is a vector over the
+    batch and is to accept one value for all rows.
     facts: numbers that `load` writes into the graph beside the weights. per_prompt: inputs that a whole run shares.
     tied: axes that follow another: its name, and what it is multiplied with and then divided by, rounded up.
     more_sources: of other weights that are written into it.
@@ -54,6 +55,7 @@ class ComponentSpec:
     axes: dict[str, Axis]
     integers: dict[str, int] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
+    masks: tuple[str, ...] = ()
     repeat: str = ""
     facts: tuple[float, ...] = ()
     per_prompt: tuple[str, ...] = ()
@@ -88,6 +90,9 @@ class ComponentSpec:
             shape = [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
             if tensor.name in self.integers:
                 result[tensor.name] = rng.integers(0, self.integers[tensor.name], shape).astype(tensor.dtype)
+            elif tensor.name in self.masks:
+                counts = rng.integers(1, shape[1] + 1, (shape[0], 1))
+                result[tensor.name] = (np.arange(shape[1]) < counts).astype(tensor.dtype)
             elif tensor.name in self.scale:
                 result[tensor.name] = (rng.random(shape) * self.scale[tensor.name]).astype(tensor.dtype)
             else:

@@ -1,4 +1,4 @@
-"""Text encoders, by the class of each: CLIP's or T5's."""
+"""Text encoders, by the kind of each: CLIP's, T5's or a language model's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 from ...bundle import Tokenizer
 from ...families import Pipeline
 from ..checkpoint import Checkpoint
-from ..configs import is_t5
+from ..configs import text_kind
 from ..graphs.spec import ComponentSpec
-from . import clip, t5
+from . import clip, qwen3, t5
+
+_KINDS = {"clip": clip, "t5": t5, "qwen3": qwen3}
 
 
 def text_encoder(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The encoder `name`, with the outputs that the wiring reads."""
-    return (t5 if is_t5(checkpoint, name) else clip).text_encoder(checkpoint, name, pipeline)
+    return _KINDS[text_kind(checkpoint, name)].text_encoder(checkpoint, name, pipeline)
 
 
 def tokenizer(checkpoint: Checkpoint, encoder: str, name: str, folder: Path) -> Tokenizer:
@@ -22,4 +24,4 @@ def tokenizer(checkpoint: Checkpoint, encoder: str, name: str, folder: Path) -> 
 
     Raises `CheckpointError` when the two do not belong together.
     """
-    return (t5 if is_t5(checkpoint, encoder) else clip).tokenizer(checkpoint, encoder, name, folder)
+    return _KINDS[text_kind(checkpoint, encoder)].tokenizer(checkpoint, encoder, name, folder)

@@ -20,6 +20,7 @@ from ..fit import hollow
 from ..graphs.spec import Axis, ComponentSpec
 from ..guard import guarded
 from ..loading import load_mapped
+from .z_image import ZImage
 
 _TIMESTEPS = 1000
 _PERIOD = 10000
@@ -152,10 +153,15 @@ def positions(height: int, width: int, device: Any, first: int = 0) -> torch.Ten
 _WRAPPERS: dict[str, Callable[[Any], torch.nn.Module]] = {
     "FluxTransformer2DModel": Flux,
     "SD3Transformer2DModel": StableDiffusion3,
+    "ZImageTransformer2DModel": ZImage,
 }
 
 
-_LAYERS = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
+_LAYERS = {
+    "num_layers": "transformer_blocks",
+    "num_single_layers": "single_transformer_blocks",
+    "n_layers": "layers",
+}
 """The options that say how many layers there are, and the lists that hold them."""
 
 
@@ -215,6 +221,7 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
             **(dict.fromkeys(("picture_height", "picture_width"), Axis(8, 20, unit)) if shown else {}),
         },
         scale={"timestep": 999.0, "guidance": 10.0},
+        masks=tuple(pipeline.wiring.inputs_from("text.mask")),
         repeat="timestep",
         per_prompt=tuple(each for each in sources if not sources[each].startswith(("latents", "timestep"))),
     )

@@ -21,7 +21,7 @@ from ..request import Request
 from ..schedulers import Table
 
 _NO_IMAGE = "without an image: give an image, or leave it out"
-_NO_GUIDANCE = "without guidance: leave it out, or set guidance above 1"
+_NO_GUIDANCE = "without guidance: leave it out, or set guidance above {}"
 _NO_NEGATIVE = (
     "on this model, which is given the guidance and predicts once: leave it out, or set true_cfg_scale above 1"
 )
@@ -151,10 +151,13 @@ def asked(request: Request) -> Iterator[str]:
             yield from [f"{item.name}.{each.name}" for each, own in inner if not is_default(each, own)] or [item.name]
 
 
-def refuse_unheeded(request: Request, conditions: Iterable[Condition], *, guided: bool, given: bool) -> None:
+def refuse_unheeded(
+    request: Request, conditions: Iterable[Condition], *, guided: bool, given: bool, unguided: float = 1
+) -> None:
     """Raise `RequestError` for a field that was asked for and that no condition heeds.
 
-    guided: see `Condition.heeds`. given: whether the model is given the guidance as an input.
+    guided: see `Condition.heeds`. given: whether the model is given the guidance as an input. unguided: the guidance
+    that is none.
     """
     heeded = _ALWAYS.union(*(condition.heeds(request, guided) for condition in conditions))
     for name in asked(request):
@@ -164,7 +167,7 @@ def refuse_unheeded(request: Request, conditions: Iterable[Condition], *, guided
         if why == _NO_IMAGE and request.image is not None:
             why = "on this model, which sees the image and starts from noise: leave it out"
         if name.startswith(("negative", "guidance.")) and not guided and name != "guidance.true_cfg_scale":
-            why = _NO_NEGATIVE if given else _NO_GUIDANCE
+            why = _NO_NEGATIVE if given else _NO_GUIDANCE.format(f"{unguided:g}")
         raise RequestError(f"{_said(name)} has no effect {why}")
 
 

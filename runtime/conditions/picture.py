@@ -29,7 +29,7 @@ class Picture(Condition):
         self._autoencoder, self._wiring = autoencoder, manifest.wiring
         self._masked = bool(self._wiring.inputs_from("latents.masked"))
         self._filled = bool(self._wiring.inputs_from("latents.filled"))
-        usual = 1.0 if self._wiring.flow is None else self._wiring.flow.strength
+        usual = 1.0 if self._wiring.flow is None else self._wiring.flow.usual_strength("inpaint")
         self._noise_alone = (None, 1.0) if usual == 1.0 else (1.0,)
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:

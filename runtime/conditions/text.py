@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -60,7 +61,7 @@ class Text(Condition):
             if length is not None and most and length > most:
                 raise RequestError(f"max_sequence_length must be at most {most} with this model, found {length}")
             lengths |= self._lengths(job)
-        if len(lengths) > 1:
+        if len(lengths) > 1 and not self.encoders.bucket:
             if len({job.request.max_sequence_length for job in jobs}) > 1:
                 raise RequestError("the requests of a batch must have one max_sequence_length: run others on their own")
             raise RequestError(
@@ -74,12 +75,15 @@ class Text(Condition):
         for i, job in enumerate(jobs):
             changes = bool(job.loras) and bool(self._loras.text_changes(job.loras))
             alike.setdefault(self._loras.key(job.loras) if changes else None, []).append(i)
-        fed: dict[int, Fed] = {}
+        made: dict[int, list[Embedding]] = {}
         for key, places in alike.items():
             own = [jobs[i] for i in places]
             encoders = self.encoders if key is None else self._encoders_of(own[0].loras)
-            fed |= zip(places, self._encoded(own, encoders), strict=True)
-        return [fed[i] for i in range(len(jobs))]
+            made |= zip(places, self._encoded(own, encoders), strict=True)
+        if self.encoders.bucket:
+            level = iter(self.encoders.level([each for halves in made.values() for each in halves]))
+            made = {i: [next(level) for _ in halves] for i, halves in made.items()}
+        return [_fed(*made[i]) for i in range(len(jobs))]
 
     def _encoders_of(self, loras: Sequence[Lora]) -> TextEncoders:
         """The text encoders, with what this set changes in them."""
@@ -90,16 +94,20 @@ class Text(Condition):
     def _engine_of(self, loras: Sequence[Lora], name: str) -> Engine:
         return self._adapted(name, loras)
 
-    def _encoded(self, jobs: Sequence[Job], encoders: TextEncoders) -> list[Fed]:
+    def _encoded(self, jobs: Sequence[Job], encoders: TextEncoders) -> list[list[Embedding]]:
+        """Of each job the embedding of its prompt, and that of its negative prompt where it is guided."""
         pairs = [self._pair(job) for job in jobs]
         specs = list(dict.fromkeys(half for pair in pairs for half in pair if isinstance(half, PromptSpec)))
         made = dict(zip(specs, encoders.embed(specs), strict=True)) if specs else {}
-        fed = []
+        halves = []
         for job, (prompt, negative) in zip(jobs, pairs, strict=True):
             first = made[prompt] if isinstance(prompt, PromptSpec) else prompt
-            second = made[negative] if isinstance(negative, PromptSpec) else negative
-            fed.append(self._fed(job, first, second, encoders))
-        return fed
+            if not job.guidance.active:
+                halves.append([first])
+                continue
+            second = made[negative] if isinstance(negative, PromptSpec) else negative or first.zeros()
+            halves.append(encoders.level([first, second]) if job.request.windows else [first, second])
+        return halves
 
     def embeddings(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """The hidden states of prompts, (len(prompts), tokens, width), and what of each did not fit."""
@@ -108,7 +116,9 @@ class Text(Condition):
         specs = [PromptSpec((prompt,) * 3) for prompt in prompts]
         encoders = self._encoders_of(self._loras.base)
         encoders.tokens(specs[0])
-        made = encoders.embed(specs)
+        made = [replace(each, hidden=each.hidden[: each.tokens]) for each in encoders.embed(specs)]
+        if len({len(each.hidden) for each in made}) > 1:
+            raise RequestError("these prompts have as many hidden states as they have tokens: encode one at a time")
         return np.stack([each.hidden for each in made]), [each.truncated for each in made]
 
     def _check_embeds(self, request: Request) -> None:
@@ -150,11 +160,9 @@ class Text(Condition):
         lengths = {len(h.hidden) if isinstance(h, Embedding) else self.encoders.tokens(h) for h in halves}
         return {max(lengths)} if job.request.windows and job.request.prompt_embeds is None else lengths
 
-    def _fed(self, job: Job, prompt: Embedding, negative: Embedding | None, encoders: TextEncoders) -> Fed:
-        if not job.guidance.active:
-            return Fed(prompt.sources(), {}, {"prompt": prompt.truncated} if prompt.truncated else {})
-        negative = prompt.zeros() if negative is None else negative
-        if job.request.windows:
-            prompt, negative = encoders.level([prompt, negative])
-        truncated = {"prompt": prompt.truncated, "negative_prompt": negative.truncated}
-        return Fed(prompt.sources(), negative.sources(), {name: text for name, text in truncated.items() if text})
+
+def _fed(prompt: Embedding, negative: Embedding | None = None) -> Fed:
+    """What the rows of a job are fed. negative: where it is guided."""
+    halves = {"prompt": prompt, "negative_prompt": negative} if negative is not None else {"prompt": prompt}
+    truncated = {name: half.truncated for name, half in halves.items() if half.truncated}
+    return Fed(prompt.sources(), {} if negative is None else negative.sources(), truncated)

@@ -79,7 +79,13 @@ class TextEncoders:
     @property
     def weighted(self) -> bool:
         """Whether weights and long prompts have a meaning: where every encoder gives hidden states of windows."""
-        return not self._zeros and all(each.hidden and each.join == "width" for each in self._encoders.values())
+        windows = (each.hidden and each.join == "width" and not each.bucket for each in self._encoders.values())
+        return not self._zeros and all(windows)
+
+    @property
+    def bucket(self) -> int:
+        """What the tokens of a prompt are a multiple of, where a window is as long as its prompt; 0 where it is not."""
+        return max(encoder.bucket for encoder in self._encoders.values())
 
     @property
     def skippable(self) -> bool:
@@ -107,6 +113,8 @@ class TextEncoders:
             tokens = tokenizer.window * count_windows(text, tokenizer, weights=spec.weights, windows=spec.windows)
             if encoder.length:
                 tokens = spec.length or encoder.length
+            if encoder.bucket:
+                tokens = _full(tokenizer.counts([text], tokens)[0], encoder.bucket)
             if not total or encoder.join == "sequence":
                 total += tokens
             elif tokens != total:
@@ -129,9 +137,12 @@ class TextEncoders:
         return replace(embedding, hidden=np.pad(embedding.hidden, ((0, more), (0, max(self._width - width, 0)))))
 
     def level(self, embeddings: Sequence[Embedding]) -> list[Embedding]:
-        """The same, brought to one length with windows of the empty prompt."""
-        if len({len(each.hidden) for each in embeddings}) == 1:
+        """The same, brought to one length with windows of the empty prompt, or with what stands for nothing."""
+        if len({len(each.hidden) for each in embeddings}) == 1 and not self.bucket:
             return list(embeddings)
+        if self.bucket:
+            longest = _full(max(len(each.hidden) for each in embeddings), self.bucket)
+            return [each.longer(longest) for each in embeddings]
         empty = self.embed([PromptSpec(("",) * 3)])[0].hidden
         padded = pad_to_longest([each.hidden for each in embeddings], empty)
         return [replace(each, hidden=hidden) for hidden, each in zip(padded, embeddings, strict=True)]
@@ -143,6 +154,10 @@ class TextEncoders:
         if len(lengths) > 1:
             raise RequestError("the prompts of a batch must have one max_sequence_length")
         ids, truncated = tokenizer.encode(plain, *lengths)
+        counts: list[int] = []
+        if encoder.bucket:
+            counts = tokenizer.counts(plain, ids.shape[1])
+            ids = tokenizer.fitted(ids, _full(max(counts), encoder.bucket))
         outputs = self._run(name, ids) if plain else {}
 
         def embedding(spec: PromptSpec) -> Embedding:
@@ -152,7 +167,7 @@ class TextEncoders:
                 row = plain.index(text)
                 pooled = outputs[encoder.pooled][row] if encoder.pooled else None
                 states = outputs[hidden][row] if hidden else np.zeros((0, 0), np.float32)
-                return Embedding(states, pooled, truncated[row])
+                return Embedding(states, pooled, truncated[row], counts[row] if encoder.bucket else None)
 
             def run(ids: Array) -> tuple[Array, Array | None]:
                 made = self._run(name, ids)
@@ -186,6 +201,11 @@ class TextEncoders:
         return PromptTokenizer(self._bundle.path(folder), self._bundle.manifest.tokenizers[folder])
 
 
+def _full(tokens: int, bucket: int) -> int:
+    """The least multiple of `bucket` that holds so many."""
+    return -(-tokens // bucket) * bucket
+
+
 def _joined(encoders: Sequence[TextEncoder], embeddings: Sequence[Embedding]) -> Embedding:
     """What the denoiser reads of one prompt; see `TextEncoder.join`. Of what was truncated, the longest."""
     parts = [(encoder.join, each.hidden) for encoder, each in zip(encoders, embeddings, strict=True) if encoder.hidden]
@@ -200,4 +220,5 @@ def _joined(encoders: Sequence[TextEncoder], embeddings: Sequence[Embedding]) ->
             hidden = np.concatenate([hidden, other], axis=1)
     pooled = [part.pooled for part in embeddings if part.pooled is not None]
     truncated = max((part.truncated for part in embeddings), key=len)
-    return Embedding(hidden, np.concatenate(pooled) if pooled else None, truncated)
+    tokens = embeddings[0].tokens if len(embeddings) == 1 else None
+    return Embedding(hidden, np.concatenate(pooled) if pooled else None, truncated, tokens)

@@ -29,8 +29,10 @@ class PromptTokenizer:
         """Raises `BundleError` when the tokenizer's files are missing or damaged."""
         self._spec = spec
         self._first = [] if spec.bos_token_id is None else [spec.bos_token_id]
-        self.window, self.room = spec.max_length, spec.max_length - len(self._first) - 1
+        self._last = [] if spec.eos_token_id is None else [spec.eos_token_id]
+        self.window, self.room = spec.max_length, spec.max_length - len(self._first) - len(self._last)
         self._tokenizer = _load(folder)
+        self._after = self._tokenizer.encode(spec.after, add_special_tokens=False).ids if spec.after else []
         self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
     def with_words(self, words: Sequence[str]) -> dict[str, int]:
@@ -55,17 +57,28 @@ class PromptTokenizer:
         """
         tokens, room = self.tokens(texts), self.room if window is None else self.room - (self.window - window)
         rows = np.array([self.row(ids[:room], room) for ids in tokens], np.int64)
-        return rows, [self.text(ids[room:]) for ids in tokens]
+        return rows, [self.text(ids[room : len(ids) - len(self._after)]) for ids in tokens]
+
+    def fitted(self, ids: Array, window: int) -> Array:
+        """Rows of token ids with as much padding at their end as makes them `window` long, or without some of it."""
+        more = max(0, window - ids.shape[1])
+        return np.pad(ids[:, :window], ((0, 0), (0, more)), constant_values=self._spec.pad_token_id)
+
+    def counts(self, texts: Sequence[str], most: int) -> list[int]:
+        """How many tokens each text has in a window that holds `most`."""
+        more = len(self._first) + len(self._last)
+        return [min(len(ids) + more, most) for ids in self.tokens(texts)]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """All token ids of each text, without start, end and padding.
+        """All token ids of each text and of what it is put between, without start, end and padding.
 
         A token of several vectors (textual inversion) is spelt out first, as diffusers does: `<fox>` becomes
         `<fox> <fox>_1 <fox>_2` where the tokenizer has those too.
         """
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        texts = [f"{self._spec.before}{text}{self._spec.after}" for text in texts]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         spelt = [self._spelt_out(text, each.tokens) for text, each in zip(texts, encodings, strict=True)]
-        if spelt != list(texts):
+        if spelt != texts:
             encodings = self._tokenizer.encode_batch(spelt, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -81,7 +94,7 @@ class PromptTokenizer:
     def row(self, tokens: Sequence[int], room: int | None = None) -> list[int]:
         """The ids of a window of at most `room` tokens, by default as many as there is room for."""
         padding = [self._spec.pad_token_id] * ((self.room if room is None else room) - len(tokens))
-        return [*self._first, *tokens, self._spec.eos_token_id, *padding]
+        return [*self._first, *tokens, *self._last, *padding]
 
     def text(self, tokens: Sequence[int]) -> str:
         """What the tokens say."""

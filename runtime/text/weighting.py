@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -32,19 +32,33 @@ _WORD_END = "</w>"
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """One prompt, encoded: hidden (k * max_length, width) for k windows, pooled (p,) or None, what was truncated."""
+    """One prompt, encoded: hidden (k * max_length, width) for k windows, pooled (p,) or None, what was truncated.
+
+    tokens: how many of the hidden states, from the first, stand for the prompt; None for all.
+    """
 
     hidden: Array
     pooled: Array | None = None
     truncated: str = ""
+    tokens: int | None = None
 
     def zeros(self) -> Embedding:
         """Nothing at all, of the same shape."""
-        return Embedding(np.zeros_like(self.hidden), None if self.pooled is None else np.zeros_like(self.pooled))
+        pooled = None if self.pooled is None else np.zeros_like(self.pooled)
+        return Embedding(np.zeros_like(self.hidden), pooled, tokens=self.tokens)
+
+    def longer(self, length: int) -> Embedding:
+        """The same, filled with zeros to so many hidden states, which stand for nothing."""
+        more = length - len(self.hidden)
+        tokens = len(self.hidden) if self.tokens is None else self.tokens
+        return replace(self, hidden=np.pad(self.hidden, ((0, more), (0, 0))), tokens=tokens)
 
     def sources(self) -> dict[str, Array]:
         """By the sources of the wiring."""
-        return {"text.hidden": self.hidden, **({} if self.pooled is None else {"text.pooled": self.pooled})}
+        count = len(self.hidden)
+        mask = (np.arange(count) < (count if self.tokens is None else self.tokens)).astype(np.float32)
+        pooled = {} if self.pooled is None else {"text.pooled": self.pooled}
+        return {"text.hidden": self.hidden, "text.mask": mask, **pooled}
 
 
 @dataclass(frozen=True, slots=True)
