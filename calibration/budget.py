@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from ..common.arrays import Array
 from ..common.checks import is_finite
 from ..common.errors import DiffoundryError, RequestError, reason
+from ..common.imports import imported
 from ..common.machine import require_modules
 from .quality import psnr
 
@@ -85,14 +85,7 @@ class Budget:
         return float(found)
 
     def _function(self) -> Function:
-        module, _, name = self.measure.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except Exception as error:
-            raise DiffoundryError(
-                f"the budget's {self.measure} cannot be loaded ({reason(error)}): name a function of a module that "
-                "Python finds, in PYTHONPATH for instance"
-            ) from None
+        found = imported(self.measure, "the budget's", "a function")
         if not callable(found):
             raise DiffoundryError(f"the budget's {self.measure} is no function: name one of (images, exact, prompts)")
         return found  # type: ignore[no-any-return]

@@ -38,7 +38,9 @@ _PLAIN = "plain.{}_data"
 """The weights that a graph shares with the plain one."""
 LAYERS = {
     "attention": re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)\.weight$"),
-    "transformer": re.compile(r"(^|\.)(transformer_blocks|attentions|single_transformer_blocks)\."),
+    "transformer": re.compile(
+        r"(^|\.)(transformer_blocks|attentions|single_transformer_blocks|layers|noise_refiner|context_refiner)\."
+    ),
     "all": re.compile(""),
 }
 """Which weights take factors, by name: those of attentions; all in transformer blocks and before and after them, which

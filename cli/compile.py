@@ -42,8 +42,8 @@ from .progress import progress
 @goal_options
 @click.option(
     "--family",
-    type=click.Choice(list(FAMILIES)),
-    help="Override the family found in model_index.json.",
+    metavar="FAMILY",
+    help=f"Override the family found in model_index.json: {', '.join(FAMILIES)}, or module:FAMILY of your own.",
 )
 @click.option(
     "--tasks",
@@ -143,7 +143,7 @@ def compile_command(
     from ..export import compile
     from ..runtime.schedule import Schedules
 
-    if ":" in (options["trace_scheduler"] or ""):
+    if ":" in f"{options['trace_scheduler']}{options['family']}":
         sys.path.insert(0, str(Path.cwd()))  # a module of one's own lies where one stands
     goal = take_goal(options)
     if options["precision"] is None and options["engine"] != "auto":

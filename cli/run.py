@@ -202,7 +202,7 @@ class _Run(click.Command):
     "--max-sequence-length",
     type=click.IntRange(1, MOST_TOKENS),
     metavar="TOKENS",
-    help="SD3, FLUX.1: of a prompt for T5; fewer take less time. [default: 256, 512]",
+    help="SD3, FLUX.1, Z-Image: of a prompt for T5 or Qwen3; fewer take less time. [default: 256, 512, 512]",
 )
 @click.option("--original-size", nargs=2, type=int, metavar="HEIGHT WIDTH", help="SDXL: size that the picture had.")
 @click.option("--crop", nargs=2, type=int, metavar="TOP LEFT", help="SDXL: where it was cut.")

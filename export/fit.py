@@ -18,7 +18,8 @@ from .guard import guarded
 from .loading import quiet
 
 UNET = "unet"
-_KINDS = {UNET: ("U-Net", "cross_attention_dim"), TRANSFORMER: ("transformer", "joint_attention_dim")}
+_KINDS = {UNET: ("U-Net", " (cross_attention_dim)"), TRANSFORMER: ("transformer", "")}
+"""What a denoiser is called, and the option that says how wide its text is, where that is one for all of the kind."""
 _ODD = (5, 7)
 """Sides, in units, that no power of two divides."""
 
@@ -98,7 +99,7 @@ def check_parts(specs: Sequence[ComponentSpec], pipeline: Pipeline) -> None:
         shown = [(n, _width(by_name[n], e.hidden)) for n, e in zip(text, pipeline.wiring.text, strict=True) if e.hidden]
         gives = " and ".join(f"{name} gives {width}" for name, width in shown)
         raise CheckpointError(
-            f"{gives} numbers a token, the {kind} takes {taken['text.hidden'][2]} ({option}): they "
+            f"{gives} numbers a token, the {kind} takes {taken['text.hidden'][2]}{option}: they "
             f"are not of one checkpoint; give parts that belong together ({_remedy((*text, denoiser.source))})"
         )
     pooled = sum(_width(by_name[e.component], e.pooled, 1) for e in pipeline.wiring.text if e.pooled)

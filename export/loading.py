@@ -66,11 +66,17 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
     return model.float() if half is None else _widened(model)
 
 
-def load_mapped(kind: Any, folder: Path, config: Any, rename: Callable[[str], str] = lambda name: name) -> Any:
+def load_mapped(
+    kind: Any,
+    folder: Path,
+    config: Any,
+    rename: Callable[[str], str] = lambda name: name,
+    complete: Callable[[Any], None] = lambda model: None,
+) -> Any:
     """A model whose weights are mapped from safetensors and read where they are used; else as `load_pretrained`.
 
-    kind: a class without buffers that no file has. config: that of the model, or of one with fewer layers.
-    rename: what a weight of the model is called in the files.
+    config: that of the model, or of one with fewer layers. rename: what a weight of the model is called in the files.
+    complete: makes the buffers of a model that no file has, in place.
     Raises `CheckpointError` for missing weights.
     """
     import diffusers
@@ -83,6 +89,7 @@ def load_mapped(kind: Any, folder: Path, config: Any, rename: Callable[[str], st
         return load_pretrained(kind, folder)
     with torch.device("meta"), quiet():
         model = kind.from_config(config) if of_diffusers else kind(config)
+    complete(model)
     wanted = {name: tensors[rename(name)] for name in model.state_dict() if rename(name) in tensors}
     wrong = [name for name, tensor in wanted.items() if tensor.shape != model.state_dict()[name].shape]
     if wrong:

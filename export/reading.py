@@ -169,7 +169,9 @@ def _family(source: Checkpoint, name: str | None) -> Family:
         known = ", ".join(sorted(each for family in FAMILIES.values() for each in family.pipelines))
         raise CheckpointError(
             f"{source.root} is a {source.class_name or 'pipeline without a class name'}; "
-            f"the pipeline classes known are {known} (--family overrides)"
+            f"the pipeline classes known are {known}; one that is like another of these can be read as it with "
+            '--family, and one that is not takes a family of your own (--family module:FAMILY, see "A family of your '
+            'own" in docs/transformers.md)'
         )
     return found
 

@@ -29,10 +29,15 @@ class Configs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A component of a pipeline. source: the model of the checkpoint that it is made of."""
+    """A component of a pipeline. source: the model of the checkpoint that it is made of.
+
+    wrapper: of a transformer, `module:Class` of the torch module that gives it the inputs of the wiring; "" where
+    diffoundry has one for its class.
+    """
 
     role: Role
     source: str
+    wrapper: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..common.errors import CheckpointError
+from ..common.imports import imported
 from . import flux, latent_consistency, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, z_image
 from .family import Family
 
@@ -18,9 +19,16 @@ FAMILIES = {family.name: family for family in _ALL}
 
 
 def family_named(name: str) -> Family:
-    """The family called `name`. Raises `CheckpointError` listing what there is."""
+    """The family called `name`, or the one that `module:NAME` is. Raises `CheckpointError` listing what there is."""
+    if ":" in name:
+        found = imported(name, "the family", "a Family")
+        if not isinstance(found, Family):
+            raise CheckpointError(f"the family {name:.200} is no diffoundry.families.Family: name one")
+        return found
     if name not in FAMILIES:
-        raise CheckpointError(f"unknown family {name!r}: choose one of {', '.join(FAMILIES)}")
+        raise CheckpointError(
+            f"unknown family {name!r:.80}: choose one of {', '.join(FAMILIES)}, or name your own as module:FAMILY"
+        )
     return FAMILIES[name]
 
 

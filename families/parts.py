@@ -74,17 +74,19 @@ def transformer_pipeline(
     guidance: float | None = None,
     tasks: tuple[str, ...] = tuple(TASKS),
     latents_from: str = "latents",
+    wrapper: str = "",
     **wiring: Any,
 ) -> Pipeline:
     """The pipeline of text encoders, a transformer that was trained by flow matching, and autoencoders.
 
     inputs: of the transformer, see `transformer_inputs`. side: what is drawn by default, in latents. steps, guidance:
-    see `Pipeline`. latents_from: what feeds its `sample`, see `bundle.wiring.SOURCES`. wiring: see `Wiring`.
+    see `Pipeline`. latents_from: what feeds its `sample`, see `bundle.wiring.SOURCES`. wrapper: see `Part`. wiring: see
+    `Wiring`.
     """
     sources = {tensor.name: _TRANSFORMER_SOURCES[tensor.name] for tensor in inputs} | {"sample": latents_from}
     return Pipeline(
         tasks=tasks,
-        parts=_parts(configs, text, TRANSFORMER),
+        parts={**_parts(configs, text, TRANSFORMER), TRANSFORMER: Part("denoiser", TRANSFORMER, wrapper)},
         wiring=Wiring(tuple(text), sources, flow=flow, **wiring),
         latents=latents,
         inputs=inputs,

@@ -538,7 +538,7 @@ def _of_loras() -> Iterator[Case]:
 
 
 def _of_loras_of_transformers() -> Iterator[Case]:
-    for checkpoint in ("sd35-small", "flux-dev-small"):
+    for checkpoint in ("sd35-small", "flux-dev-small", "z-image-small"):
         kind, options = TRANSFORMERS[checkpoint]
         case = Case(checkpoint, "txt2img", f"{kind}Pipeline", options, _DIT, size=(64, 64))
         for form in ("peft", "mixed", "dora"):

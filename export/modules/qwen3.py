@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from ...bundle import Tensor, Tokenizer
 from ...bundle.wiring import MOST_TOKENS
@@ -43,6 +44,13 @@ class TextEncoder(torch.nn.Module):
         return hidden
 
 
+def _load(folder: Path, config: Any) -> Any:
+    def complete(model: Any) -> None:
+        model.rotary_emb = Qwen3RotaryEmbedding(config)
+
+    return load_mapped(Qwen3Model, folder, config, complete=complete)
+
+
 def text_encoder(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The encoder `name`."""
     config, folder = text_config(checkpoint, name), checkpoint.folder(name)
@@ -56,14 +64,14 @@ def text_encoder(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compo
     def twin() -> ComponentSpec:
         smaller = copy.deepcopy(config)
         smaller.num_hidden_layers, smaller.layer_types = few, config.layer_types[:few]
-        return replace(spec, load=lambda: TextEncoder(load_mapped(Qwen3Model, folder, smaller)).eval(), twin=None)
+        return replace(spec, load=lambda: TextEncoder(_load(folder, smaller)).eval(), twin=None)
 
     spec = ComponentSpec(
         name=name,
         source=name,
         twin=twin,
         about_twin=f"{few} of {count} layers",
-        load=lambda: TextEncoder(load_mapped(Qwen3Model, folder, config)).eval(),
+        load=lambda: TextEncoder(_load(folder, config)).eval(),
         hollow=lambda: TextEncoder(hollow(Qwen3Model, config)),
         inputs=(Tensor("input_ids", "int64", ("batch_size", "sequence_length")),),
         outputs=(Tensor("hidden_state", "float32", ("batch_size", "sequence_length", int(config.hidden_size))),),

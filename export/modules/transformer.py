@@ -12,7 +12,8 @@ import torch
 
 from ...bundle import Tensor
 from ...common.errors import CheckpointError
-from ...families import Pipeline
+from ...common.imports import imported
+from ...families import Part, Pipeline
 from ...families.parts import TRANSFORMER
 from ..checkpoint import Checkpoint
 from ..configs import transformer_config
@@ -157,6 +158,19 @@ _WRAPPERS: dict[str, Callable[[Any], torch.nn.Module]] = {
 }
 
 
+def _wrapper(kind: str, part: Part) -> Callable[[Any], torch.nn.Module]:
+    """What gives a transformer of the class `kind` the inputs of the wiring. Raises `CheckpointError` for none."""
+    if part.wrapper:
+        found: Callable[[Any], torch.nn.Module] = imported(part.wrapper, "the wrapper", "a torch module")
+        return found
+    if kind not in _WRAPPERS:
+        raise CheckpointError(
+            f"there is no wrapper for a {kind}, only for {', '.join(_WRAPPERS)}: let the family name one "
+            "(wrapper='module:Class')"
+        )
+    return _WRAPPERS[kind]
+
+
 _LAYERS = {
     "num_layers": "transformer_blocks",
     "num_single_layers": "single_transformer_blocks",
@@ -168,7 +182,7 @@ _LAYERS = {
 def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The component `name`. Raises `CheckpointError` for a configuration and weights that are not of one model."""
     config = transformer_config(checkpoint)
-    kind, wrap = getattr(diffusers, config["_class_name"]), _WRAPPERS[config["_class_name"]]
+    kind, wrap = getattr(diffusers, config["_class_name"]), _wrapper(config["_class_name"], pipeline.parts[name])
     unit, sources = pipeline.latents.multiple, pipeline.wiring.inputs
     shown = bool(pipeline.wiring.inputs_from("picture"))
     channels, most = pipeline.latents.channels, config.get("pos_embed_max_size")

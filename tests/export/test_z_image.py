@@ -1,0 +1,203 @@
+"""Z-Image: its transformer in real numbers, its chat tokenizer, texts of any length, and a family of one's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImageTransformer2DModel
+
+from diffoundry import Request, load
+from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
+from diffoundry.examples.random_transformer import _Z_IMAGE, _chat
+from diffoundry.export import compile
+from diffoundry.export.loading import load_chat_tokenizer
+from diffoundry.export.modules.z_image import ZImage, turned
+from diffoundry.runtime.text.tokenizer import PromptTokenizer
+
+
+@pytest.mark.parametrize("sides", [(8, 12), (16, 16), (2, 2)])
+@torch.no_grad()
+def test_the_transformer_is_that_of_diffusers_for_rows_of_different_texts(sides):
+    torch.manual_seed(0)
+    model = ZImageTransformer2DModel(**_Z_IMAGE).eval()
+    sample, timestep = torch.randn(3, 16, *sides), torch.tensor([700.0, 300.0, 999.0])
+    texts = [torch.randn(count, 40) for count in (40, 96, 3)]
+    given = [each[:, None] for each in sample]
+    expected = -torch.stack(model(given, (1000 - timestep) / 1000, texts, return_dict=False)[0])[:, :, 0]
+    hidden, mask = torch.full((3, 96, 40), 7.0), torch.zeros(3, 96)  # what stands for no token is not read
+    for i, text in enumerate(texts):
+        hidden[i, : len(text)], mask[i, : len(text)] = text, 1
+    found = ZImage(model)(sample, timestep, hidden, mask)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_pairs_are_turned_as_complex_numbers_are():
+    heads, angles = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 4)
+    complex_heads = torch.view_as_complex(heads.unflatten(-1, (4, 2)))
+    expected = torch.view_as_real(complex_heads * torch.polar(torch.ones(2, 5, 4), angles)[:, :, None]).flatten(3)
+    assert torch.allclose(turned(heads, angles.cos(), angles.sin()), expected, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    _chat().save_pretrained(folder / "theirs")
+    return folder
+
+
+def test_a_prompt_is_what_the_user_says_in_the_chat_template(chat):
+    theirs = _chat()
+    ours = PromptTokenizer(chat / "ours", load_chat_tokenizer(chat / "theirs", chat / "ours", 512, 1000))
+    texts = ["a large red star", "", "  two\nlines <|im_end|> ", "a star " * 90]
+    said = [
+        theirs.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        for text in texts
+    ]
+    for window in (20, 64, 512):
+        expected = theirs(said, padding="max_length", truncation=True, max_length=window, return_tensors="np")
+        found, left = ours.encode(texts, window)
+        assert np.array_equal(found, expected.input_ids)
+        assert ours.counts(texts, window) == expected.attention_mask.sum(1).tolist()
+        assert bool(left[3]) == (expected.attention_mask[3].all() and window < 512)
+        assert "assistant" not in left[3]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages[0].content | trim }}", "changes what the user says"),
+        ("{{ messages[0].content | upper }}", "changes what the user says"),
+        ("{{ messages[0].nothing.here }}", "cannot be loaded"),
+        (None, "cannot be loaded .*chat_template"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_two_texts_is_refused(chat, tmp_path, template, said):
+    shutil.copytree(chat / "theirs", tmp_path / "t")
+    (tmp_path / "t/chat_template.jinja").unlink()
+    if template is not None:
+        (tmp_path / "t/chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=said):
+        load_chat_tokenizer(tmp_path / "t", tmp_path / "out", 512, 1000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(chat, tmp_path):
+    with pytest.raises(CheckpointError, match="the text encoder 600 tokens: they are not of one checkpoint"):
+        load_chat_tokenizer(chat / "theirs", tmp_path / "out", 512, 600)
+
+
+@pytest.fixture
+def damaged(checkpoint_of, tmp_path):
+    """A copy of the checkpoint, and what changes one of its JSON files."""
+    folder = shutil.copytree(checkpoint_of("z-image-small"), tmp_path / "z")
+
+    def change(file, **values):
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "said"),
+    [
+        ("transformer/config.json", {"all_patch_size": [4]}, "patches of .*its pipelines use"),
+        ("transformer/config.json", {"axes_lens": [256]}, "damaged or of another kind"),
+        ("transformer/config.json", {"cap_feat_dim": 41}, "text_encoder gives 40 numbers a token, .*takes 41"),
+        ("text_encoder/config.json", {"model_type": "llama"}, "type 'llama', which is not supported; Qwen3 is"),
+        ("text_encoder/config.json", {"layer_types": ["sliding_attention"] * 4}, "other than full_attention"),
+        ("model_index.json", {"_class_name": "OvisImagePipeline"}, "ZImagePipeline.*a family of your own"),
+        ("model_index.json", {"tokenizer": ["transformers", "T5Tokenizer"]}, "tokenizer .*is a T5Tokenizer"),
+    ],
+)
+def test_what_is_no_z_image_is_said_before_anything_is_loaded(damaged, tmp_path, file, values, said):
+    with pytest.raises(CheckpointError, match=said):
+        compile(damaged(file, **values), tmp_path / "b", engine="onnxruntime")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("nowhere:FAMILY", "the family nowhere:FAMILY cannot be loaded .*name a Family of a module"),
+        ("json:dumps", "json:dumps is no diffoundry.families.Family"),
+        ("z-imagine", "unknown family 'z-imagine': choose one of .*z-image, or name your own as module:FAMILY"),
+    ],
+)
+def test_a_family_that_is_none_is_refused(checkpoint_of, tmp_path, family, said):
+    with pytest.raises(DiffoundryError, match=said):
+        compile(checkpoint_of("z-image-small"), tmp_path / "b", family=family, engine="onnxruntime")
+
+
+OWN = """
+import dataclasses
+
+import torch
+
+from diffoundry.export.modules.z_image import ZImage
+from diffoundry.families import parts, z_image
+
+
+class Louder(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.model = ZImage(model), model
+
+    def forward(self, sample, timestep, encoder_hidden_states, encoder_hidden_states_mask):
+        return 2 * self.inner(sample, timestep, encoder_hidden_states, encoder_hidden_states_mask)
+
+
+def describe(configs):
+    found = z_image.FAMILY.describe(configs)
+    denoiser = dataclasses.replace(found.parts[parts.TRANSFORMER], wrapper="my_family:Louder")
+    return dataclasses.replace(found, parts={**found.parts, parts.TRANSFORMER: denoiser})
+
+
+FAMILY = dataclasses.replace(z_image.FAMILY, name="louder", pipelines=("LouderPipeline",), describe=describe)
+"""
+
+
+@pytest.mark.slow
+def test_a_family_of_ones_own_lies_outside_of_the_package(damaged, tmp_path, monkeypatch, bundle_of):
+    (tmp_path / "my_family.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = damaged("model_index.json", _class_name="LouderPipeline")
+    bundle = compile(folder, tmp_path / "b", family="my_family:FAMILY", engine="onnxruntime", tasks=["txt2img"])
+    assert bundle.manifest.family == "louder"
+    request = Request("a red star", seed=3, width=64, height=64, steps=1, guidance=0.0, output="latent")
+    plain, louder = (load(each).generate(request) for each in (bundle_of("z-image-small"), tmp_path / "b"))
+    # one step of Euler: noise + (0 - 1) * output
+    noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(3)).numpy()
+    assert np.allclose(louder.latents - noise, 2 * (plain.latents - noise), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_rows_of_different_texts_go_as_each_goes_alone(bundle_of):
+    pipe = load(bundle_of("z-image-small"))
+    texts = ["a star", "a large red star at the left on a navy background, " * 3, "a ring and a small blue star"]
+    options = {"width": 64, "height": 64, "steps": 3, "output": "latent"}
+    requests = [Request(text, seed=i, guidance=2.0 * i, **options) for i, text in enumerate(texts)]
+    together = pipe.generate_many(requests)
+    for request, found in zip(requests, together, strict=True):
+        assert np.allclose(found.latents, pipe.generate(request).latents, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_embeddings_take_the_place_of_a_prompt(bundle_of):
+    pipe = load(bundle_of("z-image-small"))
+    options = {"width": 64, "height": 64, "steps": 2, "output": "latent", "seed": 1, "guidance": 0.0}
+    [hidden], [left] = pipe.encode(["a red star"])
+    assert left == "" and hidden.shape[1] == 40 and len(hidden) % 32
+    plain = pipe.generate(Request("a red star", **options))
+    assert np.allclose(pipe.generate(Request(prompt_embeds=hidden, **options)).latents, plain.latents, atol=1e-5)
+    with pytest.raises(RequestError, match="encode one at a time"):
+        pipe.encode(["a red star", "a"])
+    with pytest.raises(RequestError, match="without guidance: leave it out, or set guidance above 0"):
+        pipe.check(Request("a star", negative_prompt="a ring", **options))
+    with pytest.raises(RequestError, match="weights has no effect"):
+        pipe.check(Request("a star", weights=True, width=64, height=64))
