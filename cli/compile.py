@@ -54,8 +54,9 @@ from .progress import progress
     "--component",
     "components",
     multiple=True,
-    metavar="NAME=FOLDER",
-    help="Another folder for a component (unet, scheduler, vae …); vae_tiny adds an AutoencoderTiny. May be repeated.",
+    metavar="NAME=FOLDER_OR_FILE",
+    help="Another folder for a component (unet, scheduler, vae …), or a single file for a model; vae_tiny adds an "
+    "AutoencoderTiny. May be repeated.",
 )
 @click.option(
     "--controlnet",
@@ -101,7 +102,8 @@ from .progress import progress
 @click.option(
     "--config",
     type=click.Path(),
-    help="For a single file: a diffusers folder whose configurations and tokenizer go with its weights.",
+    help="For a single file: a diffusers folder whose configurations and tokenizers go with its weights, and whose "
+    "own weights stand in for parts of FLUX.1 and Stable Diffusion 3 that it lacks.",
 )
 @click.option(
     "--prediction-type",
@@ -153,7 +155,7 @@ def compile_command(
             checkpoint,
             output,
             tasks=None if tasks is None else read_list([tasks]),
-            components=read_pairs("--component", components, "NAME=FOLDER"),
+            components=read_pairs("--component", components, "NAME=FOLDER_OR_FILE"),
             t2i_adapters=read_pairs("--t2i-adapter", t2i_adapters, "NAME=FOLDER"),
             ip_adapters=read_pairs("--ip-adapter", ip_adapters, "NAME=FILE_OR_FOLDER"),
             embeddings=embeddings,

@@ -20,6 +20,11 @@ _CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithPr
 """What a replaced text encoder is read as: its own configuration shows whether it is one."""
 
 
+def is_part(component: str) -> bool:
+    """Whether a component of this name has weights, which may lie in a single file."""
+    return component in ("transformer", "unet", "vae") or component.startswith("text_encoder")
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A folder with `model_index.json`; `index` is its contents.
@@ -79,7 +84,11 @@ class Checkpoint:
             if name not in known:
                 raise CheckpointError(f"{self.root} has no component {name!r} to replace: it has {', '.join(known)}")
             if not Path(folder).is_dir():
-                raise CheckpointError(f"{folder} is no folder: give the diffusers folder of the component {name!r}")
+                found = other_kind(Path(folder)) if Path(folder).is_file() else None
+                file = ", or a file that ends in .safetensors" if is_part(name) else ""
+                raise found or CheckpointError(
+                    f"{folder} is no folder: give the diffusers folder of the component {name!r}{file}"
+                )
         index = {key: value for key, value in self.index.items() if key not in folders}
         replaced = {**self.replaced, **{name: Path(folder) for name, folder in folders.items()}}
         changed = Checkpoint(self.root, index, replaced)

@@ -8,7 +8,6 @@ bundle that stands there.
 from __future__ import annotations
 
 import importlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,12 +25,11 @@ from ..calibration.build import Goal, check_disk, later_stages, publish, wanted_
 from ..calibration.eightbit import stage as eightbit
 from ..calibration.stage import carry_over
 from ..common.errors import CheckpointError, DiffoundryError, RequestError
-from ..common.files import remove, sha256_file, sha256_json, sha256_tree
+from ..common.files import sha256_file, sha256_json
 from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
 from ..engines.tensorrt.target import Target
-from ..families.parts import TRANSFORMER
 from ..runtime.lora import as_inversions, as_loras
 from ..runtime.request import Request
 from ..runtime.schedule import Schedules
@@ -41,11 +39,10 @@ from .fit import check_models, check_parts
 from .ip_adapter import IPAdapterFile
 from .lora import Fused, fuse, merged
 from .reading import Asked, Reading
-from .single_file import SingleFile, is_single_file
 from .single_file.controlnet import ControlNetFile
-from .single_file.transformer import write_transformer
 from .stages.components import Tracer
 from .stages.files import write_files
+from .unpacked import unpack
 
 _MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 _TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnxruntime")
@@ -97,7 +94,8 @@ def compile(
     family: overrides the family found by the pipeline class. progress: see `Progress`.
     tasks: of those that the checkpoint can do, the ones that the bundle is for (default: all); components that only
     the others need are left out. components: folders in place of components of the checkpoint, such as the U-Net of a
-    distilled model with its scheduler; `vae_tiny` adds an `AutoencoderTiny` as a second decoder.
+    distilled model with its scheduler, or of its models single files, by the names of diffusers or of the original
+    authors; `vae_tiny` adds an `AutoencoderTiny` as a second decoder.
     controlnets: by the names that requests call them by, ControlNets in diffusers folders or in files. A bundle that
     stands gets them without anything else being traced again; name all that it is to have.
     t2i_adapters: the same of T2I-Adapters, in diffusers folders.
@@ -106,7 +104,8 @@ def compile(
     loras: that the weights are changed by for good, each as `Pipeline.set_loras` takes it. embeddings:
     textual inversions, each as `Pipeline.set_embeddings` takes it. lora_rank, lora_layers: see
     `build`.
-    config: for a single file, a diffusers folder whose configurations, scheduler and tokenizer go with its weights.
+    config: for a single file, a diffusers folder whose configurations, scheduler and tokenizers go with its weights,
+    and whose own weights are taken for what a file of FLUX.1 or Stable Diffusion 3 lacks.
     prediction_type: for a single file, what its U-Net predicts, where the file does not tell.
     default_steps, default_guidance: what `run` asks for when it is not told (default: the family's).
     trace_scheduler: a diffusers class or `module:Class` that diffoundry has no function for; its tables are read off
@@ -133,11 +132,10 @@ def compile(
     adapters = {name: IPAdapterFile.open(Path(file), encoder) for name, file in (ip_adapters or {}).items()}
     traced = None if trace_scheduler is None else (trace_scheduler, tuple(steps))
     with working(path, lambda: check_target(path, checkpoint)) as (work, _):
+        opened = unpack(checkpoint, work, config, prediction_type, asked)
+        source, asked = opened.source, replace(asked, components=opened.components)
         plain = partial(Reading.of, asked=replace(asked, controls={}, t2i_adapters={}), shown=checkpoint)
-        single = _unpack(checkpoint, work, config, prediction_type, plain)
-        source = Checkpoint.open(single or checkpoint)
-        asked = replace(asked, components=_unpack_transformer(asked.components, source, work))
-        if single is None:
+        if not opened.single:
             whole = merged(source.replace(asked.components), work / UNPACKED)
             asked = replace(asked, components={**asked.components, **whole})
         folders = _unpack_controls(asked, source, work, plain)
@@ -148,7 +146,7 @@ def compile(
             changed = _fused(reading, fused, work, _keeps(storage_dtype, reading))
             asked = replace(asked, components={**asked.components, **changed})
             reading = Reading.of(source, replace(asked, controls=folders, adapters=files), checkpoint)
-        name = Path(checkpoint).stem if single is not None else reading.source.root.resolve().name
+        name = Path(checkpoint).stem if opened.single else reading.source.root.resolve().name
         return _run(reading, name, goal, storage_dtype, validate, traced, Ledger(work, path), progress, fused.told())
 
 
@@ -259,55 +257,3 @@ def _unpack_controls(
         if not Path(folders[name]).is_dir():
             found.write(Path(folders[name]))
     return folders
-
-
-def _unpack_transformer(
-    components: Mapping[str, str | Path], source: Checkpoint, work: Path
-) -> Mapping[str, str | Path]:
-    """`components`, of which a transformer in one file is unpacked, once for each content."""
-    path = Path(components.get(TRANSFORMER, ""))
-    if TRANSFORMER not in components or not is_single_file(path):
-        return components
-    if not source.has(TRANSFORMER):
-        raise CheckpointError(f"{source.root} has no component {TRANSFORMER!r} to replace by {path}")
-    config = {**source.config(TRANSFORMER), "_class_name": source.kind(TRANSFORMER)[1]}
-    folder = work / UNPACKED / f"transformer-{sha256_json([sha256_file(path), config])[:16]}"
-    if not folder.is_dir():
-        check_disk(folder.parent.parent, 1.0 * path.stat().st_size)
-        folder.parent.mkdir(exist_ok=True)
-        write_transformer(path, config, folder)
-    return {**components, TRANSFORMER: folder}
-
-
-def _unpack(
-    checkpoint: str | Path,
-    work: Path,
-    config: str | Path | None,
-    prediction_type: str | None,
-    check: Callable[[Checkpoint], object],
-) -> Path | None:
-    """The diffusers folder made of a single file, once for each content; None when `checkpoint` is no file.
-
-    check: raises for what the configurations already tell, before the file is hashed and unpacked.
-    """
-    if not isinstance(checkpoint, (str, Path)) or not is_single_file(Path(checkpoint)):
-        for name, value in (("config", config), ("prediction type", prediction_type)):
-            if value is not None:
-                raise DiffoundryError(f"the {name} goes with a single file, which {checkpoint} is not: leave it out")
-        return None
-    path = Path(checkpoint)
-    folder = None if config is None else Path(config)
-    single = SingleFile.open(path, config=folder, prediction_type=prediction_type)
-    with tempfile.TemporaryDirectory(prefix="diffoundry-") as outline:
-        single.write_outline(Path(outline))
-        try:
-            check(Checkpoint.open(outline))
-        except CheckpointError as error:
-            raise CheckpointError(str(error).replace(outline, str(path))) from None
-        decided = [sha256_file(path), sha256_tree(Path(outline))]
-    unpacked = work / UNPACKED / sha256_json(decided)[:16]
-    if not unpacked.is_dir():
-        remove(work / UNPACKED)
-        unpacked.parent.mkdir()
-        single.write(unpacked)
-    return unpacked

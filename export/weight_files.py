@@ -413,9 +413,9 @@ def other_kind(path: Path) -> CheckpointError | None:
     what = next((what for pattern, what in _STARTS if re.match(pattern, start)), None)
     if start.startswith(b"PK") and zipfile.is_zipfile(path):
         what = f"is a pickle of torch: {_PICKLE}" if _is_torch(path) else _ARCHIVE
-    elif path.suffix == ".safetensors" and start.startswith(b"\x80"):
+    elif path.suffix in (".safetensors", ".sft") and start.startswith(b"\x80"):
         what = f"is a pickle: {_PICKLE}"
-    elif path.suffix == ".safetensors" and what == _SAFETENSORS:
+    elif path.suffix in (".safetensors", ".sft") and what == _SAFETENSORS:
         return None
     return CheckpointError(f"{path} {what}") if what else None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...common.errors import CheckpointError
 from ..checkpoint import Checkpoint
-from .layouts import SD2, UNET, VAE, Layout, TextEncoder
+from .layouts import SD2, UNET, VAE, Layout
 from .names import clip_names
 from .stated import check_architecture, prediction_type, zero_snr
 from .tokenizer import TOKENS
@@ -20,7 +20,7 @@ from .weights import Weights
 Config = dict[str, Any]
 
 COND_PROJ = "time_embed.cond_proj.weight"
-_CHANNELS_A_HEAD = 64
+CHANNELS_A_HEAD = 64
 _DIGITS = 9
 """Of an index in a name; Python refuses to read thousands of them."""
 _SD2_BASE_STEPS = 875_000
@@ -94,12 +94,12 @@ def built_in(weights: Weights, layout: Layout, predicts: str | None) -> dict[str
     setup = layout.published()
     forms = setup.pop("forms")
     unet, vae = setup["unet"], setup["vae"]
-    vae.update(_vae_sizes(weights, vae))
+    vae.update(vae_sizes(Part.of(weights, VAE), vae))
     unet.update(_unet_sizes(weights, unet))
     if layout.sizes:
         unet.update(_embedded_sizes(weights, layout))
     for text in layout.text_encoders:
-        setup[text.name].update(_text_sizes(weights, layout, text, setup[text.name]))
+        setup[text.name].update(text_sizes(Part.of(weights, text.prefix), text.open_clip, layout, setup[text.name]))
     inpaints = _inpaints(weights, layout, unet["in_channels"], vae["latent_channels"], "inpainting" in forms)
     predicts = predicts or prediction_type(weights, layout) or _assumed_prediction(weights, layout, inpaints)
     for form in ["inpainting"] * inpaints + [predicts] + ["zero_snr"] * zero_snr(weights):
@@ -176,7 +176,7 @@ def _unet_sizes(weights: Weights, published: Config) -> Config:
     # Distilled models keep one residual block of the middle, and no attention there.
     bare = part.count(r"middle_block\.(\d+)\.") == 1
     return {
-        "attention_head_dim": published.get("attention_head_dim") or [_heads(part, width) for width in widths],
+        "attention_head_dim": published.get("attention_head_dim") or [heads(part, width) for width in widths],
         "block_out_channels": _grouped(part, widths, published),
         "cross_attention_dim": part.size(1, attention),
         "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attentive],
@@ -202,10 +202,11 @@ def _depth(found: list[int], other: list[int], default: int = 1) -> int | list[i
     return filled if set(filled) - {deepest} else deepest
 
 
-def _heads(part: Part, width: int) -> int:
-    if width % _CHANNELS_A_HEAD:
-        raise part.unknown(f"{width} channels are no multiple of {_CHANNELS_A_HEAD}, the channels of a head")
-    return width // _CHANNELS_A_HEAD
+def heads(part: Part, width: int) -> int:
+    """The heads of an attention of this width. Raises `CheckpointError` for a width of no whole number of them."""
+    if width % CHANNELS_A_HEAD:
+        raise part.unknown(f"{width} channels are no multiple of {CHANNELS_A_HEAD}, the channels of a head")
+    return width // CHANNELS_A_HEAD
 
 
 def _grouped(part: Part, widths: list[int], published: Config) -> list[int]:
@@ -226,9 +227,8 @@ def _embedded_sizes(weights: Weights, layout: Layout) -> Config:
     return {"addition_time_embed_dim": rest // layout.sizes, "projection_class_embeddings_input_dim": width}
 
 
-def _vae_sizes(weights: Weights, published: Config) -> Config:
-    """What the shapes say of an `AutoencoderKL`."""
-    part = Part.of(weights, VAE)
+def vae_sizes(part: Part, published: Config) -> Config:
+    """What the shapes say of an `AutoencoderKL`. Raises `CheckpointError` where they do not say it."""
     levels = part.count(r"encoder\.down\.(\d+)\.")
     blocks = [f"encoder.down.{level}.block.0" for level in range(levels)]
     widths = [part.size(0, f"{block}.conv1.weight", f"{block}.conv2.weight") for block in blocks]
@@ -240,30 +240,33 @@ def _vae_sizes(weights: Weights, published: Config) -> Config:
         "layers_per_block": part.count(r"encoder\.down\.0\.block\.(\d+)\."),
         "out_channels": part.size(0, "decoder.conv_out.weight"),
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_quant_conv": weights.has(f"{VAE}quant_conv."),
-        "use_post_quant_conv": weights.has(f"{VAE}post_quant_conv."),
+        "use_quant_conv": any(name.startswith("quant_conv.") for name in part.shapes),
+        "use_post_quant_conv": any(name.startswith("post_quant_conv.") for name in part.shapes),
     }
 
 
-def _text_sizes(weights: Weights, layout: Layout, text: TextEncoder, published: Config) -> Config:
-    """What the shapes say of a `CLIPTextConfig`."""
-    part = Part.of(weights, text.prefix)
-    names = clip_names((name for name, _ in _CLIP_SIZES.values()), text.open_clip)
+def text_sizes(part: Part, open_clip: bool, layout: Layout | None, published: Config) -> Config:
+    """What the shapes say of a `CLIPTextConfig`. Raises `CheckpointError` where they do not say it.
+
+    open_clip: whether the names are OpenCLIP's. layout: None for Stable Diffusion 3.
+    """
+    names = clip_names((name for name, _ in _CLIP_SIZES.values()), open_clip)
     sizes = {key: part.size(axis, names[name]) for key, (name, axis) in _CLIP_SIZES.items()}
     if sizes["vocab_size"] < TOKENS:
         raise part.unknown(f"its text encoder knows {sizes['vocab_size']} tokens, CLIP's tokenizer has {TOKENS}")
-    blocks = r"transformer\.resblocks" if text.open_clip else r"text_model\.encoder\.layers"
+    blocks = r"transformer\.resblocks" if open_clip else r"text_model\.encoder\.layers"
     layers, width = part.count(rf"{blocks}\.(\d+)\."), sizes["hidden_size"]
     if layout is SD2:
         # Files that were made from a diffusers folder lack the projection, and with it the last layer.
         whole = layers in (_SD2_LAYERS, _SD2_LAYERS + 1)
         layers = _SD2_LAYERS if whole else layers - ("text_projection" in part.shapes)
-    projects = published["architectures"] == ["CLIPTextModelWithProjection"]
+    projection = "text_projection" if open_clip else "text_projection.weight"
+    projects = published["architectures"] == ["CLIPTextModelWithProjection"] and (layout or projection in part.shapes)
     return {
         **sizes,
-        "num_attention_heads": _heads(part, width),
+        "num_attention_heads": heads(part, width),
         "num_hidden_layers": layers,
-        "projection_dim": part.size(1, "text_projection") if projects else width,
+        "projection_dim": part.size(1 if open_clip else 0, projection) if projects else width,
     }
 
 

@@ -89,32 +89,42 @@ REFINER = Layout(
 )
 LAYOUTS = (SD1, SD2, SDXL, REFINER)
 
+_FLUX, _SD3 = (
+    r"double_blocks\.|single_transformer_blocks\.",
+    r"joint_blocks\.|(^|\.)transformer_blocks\.\d+\.norm1_context",
+)
 _OTHERS = {
-    r"lora_(unet|te|down|up|A|B)|\.lora\.|\.hada_w|\.lokr_w": "a LoRA, which changes a checkpoint and is none itself: "
-    "give what diffusers saves after `load_lora_weights`, `fuse_lora` and `unload_lora_weights`",
+    r"lora_(unet|te|down|up|A|B)|\.lora\.|_lora\d?\.(down|up)\.|\.hada_w|\.lokr_w": "a LoRA, which changes a "
+    "checkpoint and is none itself: give what diffusers saves after `load_lora_weights`, `fuse_lora` and `unload_lora_weights`",
     r"^(string_to_param|emb_params$|clip_[lg]$)": "a textual inversion, which adds to a checkpoint and is none itself",
     r"^control_model\.|^controlnet_|zero_convs\.": "a ControlNet",
-    r"^(ip_adapter|image_proj)\.": "an IP-Adapter, which adds to a checkpoint and is none itself",
+    r"^(ip_adapter|image_proj)\.|\.ip_adapter_": "an IP-Adapter, which adds to a checkpoint and is none itself",
     r"^(adapter\.)?body\.\d+\.": "a T2I-Adapter or an upscaler, which adds to a checkpoint and is none itself",
     r"motion_modules\.": "a motion module of AnimateDiff",
     r"\.time_stack\.|\.time_mixer\.": "a Stable Video Diffusion model",
     r"^edm_(mean|std)$|^edm_vpred\.": "trained in the EDM way (Playground 2.5, CosXL)",
-    r"double_blocks\.|single_transformer_blocks\.": "a FLUX model: compile the diffusers folder of one, with "
-    "--component transformer=FILE, this file",
-    r"joint_blocks\.|^transformer_blocks\.\d+\.norm1_context": "a Stable Diffusion 3 model: compile the diffusers "
-    "folder of one, with --component transformer=FILE, this file",
+    r"distilled_guidance_layer\.": "a Chroma model",
+    r"_stream_modulation": "a FLUX.2 model",
+    r"individual_token_refiner\.": "a HunyuanVideo model",
+    _FLUX: "a FLUX model: compile it with --config FOLDER, the diffusers folder of one",
+    _SD3: "a Stable Diffusion 3 model: compile it with --config FOLDER, the diffusers folder of one",
 }
-"""Names that a supported checkpoint never has."""
+"""Names that a checkpoint with a U-Net never has."""
+_FLOW = {_OTHERS[_FLUX]: "FluxTransformer2DModel", _OTHERS[_SD3]: "SD3Transformer2DModel"}
 _PARTS = {
-    rf"^{UNET}(in|out)put_blocks\.": "a U-Net without text encoder (no cond_stage_model.*, no conditioner.embedders.*)",
-    r"^(unet\.)?(down_blocks|mid_block)\.": "a U-Net in the diffusers layout: give the folder of a whole checkpoint, "
-    "and with --component unet=FOLDER the folder of this file and its config.json",
-    r"^(vae\.)?(encoder\.down_blocks|decoder\.up_blocks)\.": "a VAE in the diffusers layout: give the folder of a "
-    "whole checkpoint, and with --component vae=FOLDER the folder of this file and its config.json",
-    r"^input_blocks\.": f"a U-Net alone, without the prefix {UNET}",
-    r"^(first_stage_model\.|vae\.)?(encoder\.down|decoder\.up)\.": "a VAE alone",
+    rf"^{UNET}(in|out)put_blocks\.": "a U-Net without text encoder (no cond_stage_model.*, no "
+    "conditioner.embedders.*): compile a whole checkpoint, with --component unet=FILE, this file",
+    r"^(unet\.)?(down_blocks|mid_block)\.": "a U-Net in the diffusers layout: compile a whole checkpoint, with "
+    "--component unet=FILE, this file",
+    r"^(vae\.)?(encoder\.down_blocks|decoder\.up_blocks)\.": "a VAE in the diffusers layout: compile a whole "
+    "checkpoint, with --component vae=FILE, this file",
+    r"^input_blocks\.": f"a U-Net alone, without the prefix {UNET}: compile a whole checkpoint, with --component "
+    "unet=FILE, this file",
+    r"^(first_stage_model\.|vae\.)?(encoder\.down|decoder\.up)\.": "a VAE alone: compile a whole checkpoint, with "
+    "--component vae=FILE, this file",
     r"^(vision_model|visual)\.": "an image encoder alone",
-    r"^(text_model|cond_stage_model|conditioner|embeddings)\.|resblocks\.|^encoder\.block\.": "a text encoder alone",
+    r"^(text_model|cond_stage_model|conditioner|embeddings)\.|resblocks\.|^encoder\.block\.": "a text encoder alone: "
+    "compile a whole checkpoint, with --component text_encoder=FILE, this file",
     r"^model_ema\.": "the moving average (EMA) of a U-Net alone",
     r"^(optimizer|optimizer_states|lr_schedulers)\b": "the state of a training",
 }
@@ -135,6 +145,17 @@ def recognise(weights: Weights) -> Layout:
     raise CheckpointError(
         f"{weights.path} is no whole Stable Diffusion 1, 2 or XL checkpoint in the original layout: {found}"
     )
+
+
+def looks_like(weights: Weights) -> str | None:
+    """What else a file holds than what was looked for, None for what is not known."""
+    found = _look(weights, _OTHERS) or _look(weights, _PARTS)
+    return found and re.split(r"[,:]", found)[0]
+
+
+def transformer_kind(weights: Weights) -> str | None:
+    """The class of the transformer of FLUX.1 or Stable Diffusion 3 in a file, None for a file of another kind."""
+    return _FLOW.get(_look(weights, _OTHERS) or "")
 
 
 def _look(weights: Weights, table: Mapping[str, str]) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,18 @@ class SingleFile:
         prediction_type: `epsilon`, `v_prediction` or `sample`, instead of what the file says or is taken for.
         Raises `CheckpointError` when it is damaged, incomplete, of no known layout or has shapes that do not fit.
         """
+        return cls.of(open_weights(source), config=config, prediction_type=prediction_type)
+
+    @classmethod
+    def of(cls, weights: Weights, *, config: Path | None = None, prediction_type: str | None = None) -> SingleFile:
+        """The same of weights that were opened."""
         if prediction_type not in (None, *PREDICTION_TYPES):
             known = ", ".join(PREDICTION_TYPES)
             raise DiffoundryError(f"unknown prediction type {prediction_type!r}: choose one of {known}")
-        weights = open_weights(source)
         layout = recognise(weights)
         setup = setup_of(config, layout, prediction_type) if config else built_in(weights, layout, prediction_type)
         models = tuple(_model(name, setup, layout) for name in layout.models)
-        _check(weights, f"{source}, a {layout.title} checkpoint,", models, config)
+        _check(weights, f"{weights.path}, a {layout.title} checkpoint,", models, config)
         return cls(weights, layout, setup, models, config)
 
     def write_outline(self, root: Path) -> None:
@@ -123,8 +127,9 @@ class SingleFile:
 
 def _model(folder: str, setup: dict[str, Config], layout: Layout) -> Model:
     text = next((text for text in layout.text_encoders if text.name == folder), None)
-    module = _module(folder, setup[folder], *setup["model_index"][folder])
-    shapes = {_published(name, text): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    library, kind = setup["model_index"][folder]
+    module = module_of(folder, setup[folder], library, kind)
+    shapes = {published_name(name, kind): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if text:
         prefix, names = text.prefix, clip_names(shapes, text.open_clip)
     elif folder == "vae":
@@ -139,8 +144,8 @@ def _model(folder: str, setup: dict[str, Config], layout: Layout) -> Model:
     return Model(folder, text, shapes, {name: prefix + original for name, original in names.items()})
 
 
-def _module(folder: str, config: Config, library: str, kind: str) -> Any:
-    """The model on the meta device: shapes without values."""
+def module_of(folder: str, config: Mapping[str, Any], library: str, kind: str) -> Any:
+    """A model on the meta device: shapes without values. Raises `CheckpointError` for what describes none."""
     found = getattr(importlib.import_module(library), kind)
     try:
         with quiet():  # of transformers a copy, because its version 4 adds to what it reads
@@ -149,9 +154,12 @@ def _module(folder: str, config: Config, library: str, kind: str) -> Any:
         raise CheckpointError(f"the {folder} configuration describes no model: {reason(error)}") from None
 
 
-def _published(name: str, text: TextEncoder | None) -> str:
-    """transformers 5 leaves the prefix `text_model.` out, with which CLIP is published and which all versions read."""
-    bare = text is not None and not name.startswith((_CLIP_PREFIX, "text_projection."))
+def published_name(name: str, kind: str) -> str:
+    """The name of a weight of the class `kind` in files.
+
+    transformers 5 leaves the prefix `text_model.` out, with which CLIP is published and which all versions read.
+    """
+    bare = kind.startswith("CLIPText") and not name.startswith((_CLIP_PREFIX, "text_projection."))
     return _CLIP_PREFIX + name if bare else name
 
 

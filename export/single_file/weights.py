@@ -12,7 +12,7 @@ from ...common.errors import CheckpointError
 from ..weight_files import open_safetensors, read_pickle, type_name, unwrapped
 
 PICKLES = (".ckpt", ".pt", ".pth")
-SUFFIXES = (".safetensors", *PICKLES)
+SUFFIXES = (".safetensors", ".sft", *PICKLES)
 _DEEPEST = 4
 """Wrappers around the weights of a pickle; one that holds itself has no end."""
 _BARE_CLIP = re.compile(r"^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.")
@@ -39,7 +39,7 @@ class Weights:
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a `.safetensors` file or a pickle. Raises `CheckpointError` when it is damaged or holds code."""
+    """Open a safetensors file or a pickle. Raises `CheckpointError` when it is damaged or holds code."""
     try:
         return _open_pickle(path) if path.suffix.lower() in PICKLES else _open_safetensors(path)
     except OSError as error:

@@ -5,7 +5,7 @@
     lora_unet_down_blocks_0_…_to_q.lora_down.weight kohya and LyCORIS; `lora_te_`, `lora_te1_`, `lora_te2_` beside it
     lora_unet_input_blocks_4_1_….alpha              the same, by the names of the original authors
     lora_unet_double_blocks_0_img_attn_qkv.…        of a transformer: three weights of diffusers at once
-    double_blocks.0.processor.qkv_lora1.down.weight xlabs' names of those
+    double_blocks.0.processor.qkv_lora1.down.weight xlabs' names of those; single_blocks.0.processor.qkv_lora.…
 
 A name is compared without its dots and with both kinds of names for each module, so that no table of them is needed.
 """
@@ -28,6 +28,8 @@ _OLD = (
     (re.compile(r"\.to_out\.lora_magnitude_vector"), ".to_out.0.lora_magnitude_vector"),
     (re.compile(r"(double_blocks\.\d+)\.(qkv|proj)_lora1\."), r"\1.img_attn.\2.lora."),
     (re.compile(r"(double_blocks\.\d+)\.(qkv|proj)_lora2\."), r"\1.txt_attn.\2.lora."),
+    (re.compile(r"(single_blocks\.\d+)\.qkv_lora\."), r"\1.qkv.lora."),
+    (re.compile(r"(single_blocks\.\d+)\.proj_lora[12]?\."), r"\1.linear2.lora."),
     (re.compile(r"\.default(_\d+)?\.(weight|bias)$"), r".\2"),
 )
 """What names were before, and the names of adapters that PEFT puts into them."""
@@ -50,6 +52,10 @@ _PREFIXES = (
     (re.compile(r"lora_te3_|text_encoder_3\."), "text_3"),
     (re.compile(r"lora_te1?_|text_encoder\."), "text"),
 )
+
+
+_FUSED = re.compile(r"(single_blocks\.\d+)\.linear1\.weight")
+"""Queries, keys and values with a product of their own beside them, which xlabs leaves as it is."""
 
 
 class Key(NamedTuple):
@@ -87,6 +93,10 @@ class Modules:
                     module = name.rpartition(".")[0]
                     self._found.setdefault((component, _bare(original.rpartition(".")[0])), module)
         single, self.joined = joined(kind, weights.get(denoiser, {}))
+        for original, own in list(self.joined.items()):
+            of_block = _FUSED.fullmatch(original)
+            if of_block:
+                self.joined[f"{of_block[1]}.qkv.weight"] = own._replace(rows=own.rows[:3])
         for original, name in (*single.items(), *((each, each) for each in self.joined)):
             alias, module = (each.rpartition(".")[0] for each in (original, name))
             self._found.setdefault((denoiser, _bare(alias)), module)

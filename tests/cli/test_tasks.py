@@ -68,9 +68,9 @@ def test_wrong_options_are_one_line(command, bundle_of, tmp_path, options, code,
     ("options", "code", "message"),
     [
         (["--tasks", "upscale"], 1, "cannot do the task upscale"),
-        (["--component", "unet"], 2, "--component takes NAME=FOLDER, found 'unet'"),
+        (["--component", "unet"], 2, "--component takes NAME=FOLDER_OR_FILE, found 'unet'"),
         (["--component", "unet=/none"], 1, "/none is no folder"),
-        (["--component", "unet="], 2, "--component takes NAME=FOLDER, found 'unet='"),
+        (["--component", "unet="], 2, "--component takes NAME=FOLDER_OR_FILE, found 'unet='"),
         (["--config", "x"], 1, "goes with a single file"),
     ],
 )
