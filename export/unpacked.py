@@ -22,6 +22,7 @@ from .single_file.flow import FlowFile, missing
 from .single_file.part_names import held
 from .single_file.parts import PartFile
 from .single_file.weights import Weights, open_weights
+from .weight_files import holds_weights
 
 _OUTLINE = "outline"
 
@@ -115,17 +116,13 @@ def _unpack_flow(flow: FlowFile, config: Path | None, work: Path, asked: Asked) 
     own = [name for name in models if name not in asked.components]
     here = [name for name in own if name == TRANSFORMER or held(flow.weights, name, source.kind(name)[1])]
     for name in own:
-        if name not in here and not (config and _has_weights(config / name)):
+        if name not in here and not (config and holds_weights(config / name)):
             raise missing(path, name, config)
     files = {**_files(source, asked.components), **dict.fromkeys(here, path)}
     try:
         return Unpacked(source, _with_parts(source, asked, files, {path: flow.weights}, work, path), True)
     except CheckpointError as error:  # nobody knows the folder that was made
         raise CheckpointError(str(error) if config else str(error).replace(str(root), str(path))) from None
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*"))
 
 
 def _with_parts(

@@ -212,6 +212,11 @@ def find(folder: Path, library: str, *, adapted: bool = False) -> WeightFiles:
     return WeightFiles(folder, variant, path if path.suffix == ".json" else None, files, types, names)
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a model's folder holds any; one that only lends its configuration does not."""
+    return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*"))
+
+
 def _candidates(library: str, variant: str | None = None) -> list[str]:
     """The names that weights may have, in the library's order."""
     order = []

@@ -21,6 +21,7 @@ from ..fit import hollow
 from ..graphs.spec import Axis, ComponentSpec
 from ..guard import guarded
 from ..loading import load_mapped
+from ..weight_files import holds_weights
 from .z_image import ZImage
 
 _TIMESTEPS = 1000
@@ -195,7 +196,8 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
     folder, raw = checkpoint.folder(TRANSFORMER), checkpoint.config(TRANSFORMER)
     with guarded("the transformer cannot be built from its configuration"):
         known = set(hollow(kind, raw).state_dict())
-    spare = sorted(set(checkpoint.weights(TRANSFORMER).names.values()) - known)
+    stored = set(checkpoint.weights(TRANSFORMER).names.values()) if holds_weights(folder) else known
+    spare = sorted(stored - known)
     if spare:
         raise CheckpointError(
             f"{folder} holds weights that its config.json has no place for: "

@@ -64,6 +64,9 @@ class FlowFile:
                 f"{_BY_CONFIG}"
             )
         published = json.loads((files(__package__) / "data" / "stable-diffusion-3.json").read_text(encoding="utf-8"))
+        for name in ("vae", *_PADS):
+            if name not in replaced and not held(self.weights, name, ""):
+                raise missing(self.weights.path, name, None)
         configs = {"transformer": published["transformer"] | _transformer_sizes(self._part("transformer"))}
         for name in ("vae", *_PADS):
             place = self._part(name) if name not in replaced else _given(name, Path(replaced[name]))
@@ -79,11 +82,8 @@ class FlowFile:
             write_clip_tokenizer(root / name.replace("text_encoder", "tokenizer"), pad, window)
 
     def _part(self, name: str) -> Part:
-        """The shapes of a component of Stable Diffusion 3. Raises `CheckpointError` where it is not in the file."""
-        found = _part_in(self.weights, name)
-        if found is None and name != "transformer" and not held(self.weights, name, ""):
-            raise missing(self.weights.path, name, None)
-        return found or _unread(self.weights.path, name)
+        """The shapes of a component of Stable Diffusion 3. Raises `CheckpointError` where its names do not tell it."""
+        return _part_in(self.weights, name) or _unread(self.weights.path, name)
 
 
 def missing(path: Path, name: str, config: Path | None) -> CheckpointError:

@@ -95,7 +95,8 @@ _FLUX, _SD3 = (
 )
 _OTHERS = {
     r"lora_(unet|te|down|up|A|B)|\.lora\.|_lora\d?\.(down|up)\.|\.hada_w|\.lokr_w": "a LoRA, which changes a "
-    "checkpoint and is none itself: give what diffusers saves after `load_lora_weights`, `fuse_lora` and `unload_lora_weights`",
+    "checkpoint and is none itself: give what diffusers saves after `load_lora_weights`, `fuse_lora` and "
+    "`unload_lora_weights`",
     r"^(string_to_param|emb_params$|clip_[lg]$)": "a textual inversion, which adds to a checkpoint and is none itself",
     r"^control_model\.|^controlnet_|zero_convs\.": "a ControlNet",
     r"^(ip_adapter|image_proj)\.|\.ip_adapter_": "an IP-Adapter, which adds to a checkpoint and is none itself",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffoundry.common.errors import CheckpointError
+from diffoundry.common.errors import CheckpointError, LoraError
 from diffoundry.examples.random_transformer import _FLUX, _SD3
 from diffoundry.export.single_file.parts import PartFile
 from diffoundry.export.single_file.weights import open_weights
@@ -141,3 +141,44 @@ def test_a_lora_by_the_original_names_changes_the_rows_of_each(tmp_path, name, p
     for key, change in changes.items():
         found = tensors[key].numpy() + change.added(tensors[key].numpy(), 1.0)
         np.testing.assert_allclose(found, expected[key].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_a_lora_by_xlabs_names_changes_what_diffusers_changes(tmp_path, prefix):
+    from diffusers import FluxPipeline
+
+    config = CONFIGS["flux"]
+    tensors = {key: value.detach() for key, value in model(config).state_dict().items()}
+    stored, lora = original(config, tensors, ""), {}
+    torch.manual_seed(1)
+
+    def put(name, outputs, inputs):
+        lora[f"{prefix}{name}.down.weight"], lora[f"{prefix}{name}.up.weight"] = (
+            torch.randn(3, inputs),
+            torch.randn(outputs, 3),
+        )
+
+    for i in range(2):
+        for stream, number in (("img", 1), ("txt", 2)):
+            for part in ("qkv", "proj"):
+                whole = stored[f"double_blocks.{i}.{stream}_attn.{part}.weight"]
+                put(f"double_blocks.{i}.processor.{part}_lora{number}", *whole.shape)
+        width = tensors["proj_out.weight"].shape[1]
+        put(f"single_blocks.{i}.processor.qkv_lora", 3 * width, width)
+        put(f"single_blocks.{i}.processor.proj_lora", *stored[f"single_blocks.{i}.linear2.weight"].shape)
+    save_file(lora, tmp_path / "lora.safetensors")
+    shapes = {"transformer": {key: tuple(value.shape) for key, value in tensors.items()}}
+    weights = Weights(shapes, "transformer", 0, kind=config["_class_name"])
+    file = LoraFile.open(tmp_path / "lora.safetensors", weights)
+    theirs = FluxPipeline.lora_state_dict(dict(lora))
+    modules = {key.removeprefix("transformer.").rpartition(".lora_")[0] for key in theirs}
+    assert not file.unused and file.changes["transformer"].keys() == {f"{name}.weight" for name in modules}
+    for name in modules:
+        down, up = (theirs[f"transformer.{name}.lora_{part}.weight"] for part in "AB")
+        weight = tensors[f"{name}.weight"].numpy()
+        found = file.changes["transformer"][f"{name}.weight"].added(weight, 1.0)
+        np.testing.assert_allclose(found, (up @ down).numpy(), atol=1e-5)
+    lora[f"{prefix}single_blocks.0.processor.proj_lora2.up.weight"] = torch.zeros(32, 3)
+    save_file(lora, tmp_path / "twice.safetensors")
+    with pytest.raises(LoraError, match=r"keys that change nothing in this model: .*proj_lora2\.up"):
+        LoraFile.open(tmp_path / "twice.safetensors", weights)
