@@ -1,4 +1,4 @@
-"""Checkpoints in one file, in the layout of the original authors: Stable Diffusion 1, 2, XL and its refiner."""
+"""Checkpoints in one file, and parts of them, by the names of the original authors."""
 
 from .unpack import SingleFile, is_single_file
 

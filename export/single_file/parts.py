@@ -63,11 +63,11 @@ class PartFile:
         shapes = {name: each for name, each in named.items() if kind != T5 or name != "encoder.embed_tokens.weight"}
         prefix, naming = _chosen(weights, component, kind, config, shapes)
         due = _due(naming, shapes)
-        _check(weights, component, kind, due)
+        _check(weights, component, due)
         layers = config.get("num_hidden_layers")
         refuse(
             (name for name in sorted(weights.shapes) if name not in due and not is_beside(name, prefix, kind, layers)),
-            f"{weights.path} holds what the checkpoint's {component}, a {kind}, has no place for:",
+            f"{weights.path} holds what the checkpoint's {component} ({kind}) has no place for:",
             "give the folder of a checkpoint of the same kind",
         )
         narrow = [stored for stored in due if weights.dtypes[stored] in _FP8]
@@ -177,7 +177,7 @@ def _chosen(
             f"it looks like {looks}" if looks else f"its tensors are {', '.join(sorted(weights.shapes)[:3]) or 'none'}"
         )
         raise CheckpointError(
-            f"{weights.path} holds no weights of a {kind}, which the checkpoint's {component} is ({shown}): give a "
+            f"{weights.path} holds no weights of {kind}, the class of the checkpoint's {component} ({shown}): give a "
             f"file with the {component} of this kind of checkpoint"
         )
     return best[1], best[2]
@@ -201,9 +201,11 @@ def _fits(found: tuple[int, ...], due: tuple[int, ...]) -> bool:
     return found[: len(due)] == due and all(size == 1 for size in found[len(due) :])
 
 
-def _check(weights: Weights, component: str, kind: str, due: Mapping[str, tuple[int, ...]]) -> None:
+def _check(weights: Weights, component: str, due: Mapping[str, tuple[int, ...]]) -> None:
     """Raise `CheckpointError` unless the file has each tensor that is due, as floats of the right shape."""
     path, there = weights.path, [stored for stored in due if stored in weights.shapes]
+    odd = (f"{stored} ({weights.dtypes[stored]})" for stored in there if weights.dtypes[stored] not in (*_BITS, *_FP8))
+    refuse(odd, f"{path} holds types other than {', '.join((*_BITS, *_FP8))}:", "use a version of it in one of these")
     wrong = (
         f"{stored} has the shape {list(weights.shapes[stored])}, the checkpoint's {component} asks for "
         f"{list(due[stored])}"
@@ -213,12 +215,10 @@ def _check(weights: Weights, component: str, kind: str, due: Mapping[str, tuple[
     refuse(wrong, f"{path}:", f"give a file for a {component} of this size")
     refuse(
         (stored for stored in due if stored not in weights.shapes),
-        f"{path}, a {kind}, lacks the weights",
+        f"{path} lacks the weights",
         f"it is of another size or kind than the checkpoint's {component}, or incomplete; give a file for this kind of "
         "checkpoint",
     )
-    odd = (f"{stored} ({weights.dtypes[stored]})" for stored in there if weights.dtypes[stored] not in (*_BITS, *_FP8))
-    refuse(odd, f"{path} holds types other than {', '.join((*_BITS, *_FP8))}:", "use a version of it in one of these")
 
 
 def _scale(weights: Weights, stored: str) -> str | None:

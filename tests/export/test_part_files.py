@@ -393,8 +393,8 @@ def test_stable_diffusion_3_without_a_configuration_is_what_diffusers_loads(tmp_
 
 
 REFUSED = {
-    "a VAE for a T5": ("text_encoder_2", "vae", {}, "holds no weights of a T5EncoderModel, .*looks like a VAE alone"),
-    "a CLIP for a VAE": ("vae", "text_encoder", {}, "holds no weights of a AutoencoderKL, .*like a text encoder alone"),
+    "a VAE for a T5": ("text_encoder_2", "vae", {}, "holds no weights of T5EncoderModel, .*looks like a VAE alone"),
+    "a CLIP for a VAE": ("vae", "text_encoder", {}, "holds no weights of AutoencoderKL, .*like a text encoder alone"),
     "another width": (
         "text_encoder",
         "text_encoder",

@@ -25,6 +25,7 @@ from diffoundry.export.single_file import SingleFile, is_single_file
 from diffoundry.export.single_file.configs import built_in
 from diffoundry.export.single_file.layouts import SD1, recognise
 from diffoundry.export.single_file.names import clip_names, unet_names, vae_names
+from diffoundry.export.single_file.parts import PartFile
 from diffoundry.export.single_file.weights import Weights, open_weights
 
 PICO = Path(__file__).resolve().parents[2] / "examples" / "pico"
@@ -398,6 +399,17 @@ def test_weights_come_back_as_they_were(kind, made, tmp_path):
         due = {published(key) if "text" in name else key: value for key, value in model.state_dict().items()}
         assert found.keys() == due.keys()
         assert all(value.dtype == dtype and torch.equal(value, due[key].to(dtype)) for key, value in found.items())
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "refiner"])
+def test_each_part_of_a_whole_file_can_be_read_alone(kind, made, tmp_path):
+    unpack(made(kind).path, tmp_path / "out")
+    checkpoint, weights = Checkpoint.open(tmp_path / "out"), open_weights(made(kind).path)
+    for name in made(kind).models:
+        PartFile.of(weights, name, *checkpoint.kind(name), checkpoint.config(name)).write(tmp_path / name)
+        found, due = checkpoint.replace({name: tmp_path / name}).weights(name).read(), checkpoint.weights(name).read()
+        assert found.keys() == due.keys()
+        assert all(torch.equal(found[key], due[key]) and found[key].dtype == due[key].dtype for key in due)
 
 
 XL = {
