@@ -155,7 +155,7 @@ def _with_parts(
     new = {name: parts[name] for name, folder in folders.items() if not folder.is_dir()}
     check_disk(work, 1.0 * sum(part.size for part in new.values()))
     for name, part in new.items():
-        for old in (work / UNPACKED).glob(f"{name}-{'?' * 16}"):
+        for old in (work / UNPACKED).glob(f"{name}-*"):
             remove(old)
         part.write(folders[name])
     return made | folders

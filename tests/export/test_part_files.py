@@ -78,6 +78,7 @@ def original_parts(folder, size):
         elif name.startswith("text"):
             tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
             tensors["logit_scale"] = torch.tensor(4.6)
+            tensors.setdefault("text_projection.weight", torch.eye(32))  # of the whole CLIP; FLUX.1 does without
     return made
 
 
@@ -169,7 +170,9 @@ def test_what_a_file_lacks_comes_from_components_or_from_the_folder(checkpoint_o
     ) as refused:
         unpacked(alone, tmp_path / "work", config)
     assert str(refused.value).count("\n") == 0 and not list((tmp_path / "work").iterdir())
-    files = {name: file(tmp_path / f"{name}.sft", parts[name]) for name in ("vae", "text_encoder")}
+    texts = {name.removeprefix("text_model."): each for name, each in parts["text_encoder"].items()}
+    given = {"vae": parts["vae"], "text_encoder": texts}
+    files = {name: file(tmp_path / f"{name}.sft", tensors) for name, tensors in given.items()}
     made = unpacked(alone, tmp_path / "work", config, **files)
     assert made.components.keys() == {"transformer", *files}
     assert_same(folder, made, parts)
