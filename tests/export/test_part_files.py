@@ -356,9 +356,10 @@ def test_published_widths_of_stable_diffusion_3_are_read_off_the_shapes(name, tm
     assert json.loads((tmp_path / "tokenizer_2" / "tokenizer_config.json").read_text())["pad_token"] == "!"
 
 
-def test_stable_diffusion_3_without_a_configuration_is_what_diffusers_loads(tmp_path):
-    """Without T5, and without the projection of CLIP-L, which is then the identity."""
-    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+@pytest.fixture(scope="module")
+def without_t5(tmp_path_factory):
+    """A file with Stable Diffusion 3 without T5 and the projection of CLIP-L, and what is in it by component."""
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     def clip(width):
@@ -381,11 +382,21 @@ def test_stable_diffusion_3_without_a_configuration_is_what_diffusers_loads(tmp_
         "text_encoder": first,
         "text_encoder_2": clip(128),
     }
-    whole = file(tmp_path / "sd3.safetensors", all_in_one(parts, SD3))
-    made = unpacked(whole, tmp_path / "work")
-    theirs = StableDiffusion3Pipeline.from_single_file(
-        str(whole), config=str(made.source.root), text_encoder_3=None, tokenizer_3=None, local_files_only=True
+    return file(tmp_path_factory.mktemp("sd3") / "sd3.safetensors", all_in_one(parts, SD3)), parts
+
+
+def of_diffusers(whole, config):
+    from diffusers import StableDiffusion3Pipeline
+
+    return StableDiffusion3Pipeline.from_single_file(
+        str(whole), config=str(config), text_encoder_3=None, tokenizer_3=None, local_files_only=True
     )
+
+
+def test_stable_diffusion_3_without_a_configuration_is_what_diffusers_loads(without_t5, tmp_path):
+    whole, parts = without_t5
+    made = unpacked(whole, tmp_path / "work")
+    theirs = of_diffusers(whole, made.source.root)
     checkpoint = made.source.replace(made.components)
     for name in parts:
         found, due = checkpoint.weights(name).read(), getattr(theirs, name).state_dict()
@@ -476,3 +487,14 @@ def test_a_checkpoint_in_one_file_draws_the_same_picture(size, bundle_of, parts_
     found, due = (load(root)("a red star", **options) for root in (bundle.root, bundle_of(size)))
     np.testing.assert_array_equal(found.latents, due.latents)
     assert found.images[0].tobytes() == due.images[0].tobytes()
+
+
+@pytest.mark.slow
+def test_stable_diffusion_3_without_a_configuration_draws_what_diffusers_draws(without_t5, tmp_path):
+    whole, _ = without_t5
+    bundle = compile(whole, tmp_path / "b")
+    theirs = of_diffusers(whole, unpacked(whole, tmp_path / "work").source.root)
+    options = {"num_inference_steps": 3, "width": 64, "height": 64, "output_type": "latent"}
+    drawn = theirs("a red star", generator=torch.Generator().manual_seed(3), **options)
+    found = load(bundle.root)("a red star", steps=3, seed=3, width=64, height=64)
+    np.testing.assert_allclose(found.latents[0], drawn.images[0].numpy(), atol=1e-4)
