@@ -31,7 +31,12 @@ _PREFIXES = {
         *("conditioner.embedders.0.model.", "text_encoder_2."),
     ),
 }
-_T5_PREFIXES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.")
+QWEN3 = "Qwen3Model"
+_OF_KIND = {
+    T5: ("text_encoders.t5xxl.transformer.", "t5xxl.transformer."),
+    QWEN3: ("text_encoders.qwen3_4b.transformer.model.", "model."),
+}
+"""By class, of text encoders that are anywhere called alike."""
 _OTHERS = re.compile(
     r"(model\.diffusion_model|diffusion_model|vae|first_stage_model|text_encoders?(_\d)?|conditioner|cond_stage_model|"
     r"model_ema|clip_[lg]|t5xxl)\."
@@ -43,6 +48,7 @@ _BESIDE = {
     CLIP: rf"{_OF_CLIP}|text_projection(\.weight)?",
     PROJECTED_CLIP: _OF_CLIP,
     T5: r"decoder\..*|lm_head\..*|spiece_model|shared\.weight|encoder\.embed_tokens\.weight",
+    QWEN3: r"lm_head\..*",
     KL: r"loss\..*",
 }
 """By class what stands beside its weights in files, and is not read: the image side of a CLIP, the decoder of a T5."""
@@ -64,7 +70,8 @@ class Origin(NamedTuple):
 
 def prefixes(component: str, kind: str) -> tuple[str, ...]:
     """What the names of a component may begin with in a file that holds others too. kind: its class."""
-    return (*_T5_PREFIXES, f"{component}.") if kind == T5 else _PREFIXES.get(component, (f"{component}.",))
+    own = (f"{component}.",)
+    return (*_OF_KIND[kind], *own) if kind in _OF_KIND else _PREFIXES.get(component, own)
 
 
 def held(weights: Weights, component: str, kind: str) -> bool:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from ...common.errors import CheckpointError, DiffoundryError
 from ...common.files import remove, write_json
+from ..configs import QWEN3 as OF_QWEN3
 from ..weight_files import check_names
 from .layouts import looks_like
-from .part_names import HALVES, IDENTITY, T5, TRANSPOSED, Origin, is_beside, is_scale, namings, prefixes
+from .part_names import HALVES, IDENTITY, QWEN3, T5, TRANSPOSED, Origin, is_beside, is_scale, namings, prefixes
 from .unpack import module_of, published_name, refuse
 from .weights import Weights
 
@@ -58,6 +59,7 @@ class PartFile:
         Raises `CheckpointError` for a file that is damaged, incomplete or of another kind or size.
         """
         check_names(weights.path, (name for name in weights.shapes if not is_scale(name)))
+        kind = QWEN3 if kind in OF_QWEN3 else kind  # its layers, without the head
         module = module_of(component, config, library, kind)
         named = {published_name(name, kind): tuple(each.shape) for name, each in module.state_dict().items()}
         shapes = {name: each for name, each in named.items() if kind != T5 or name != "encoder.embed_tokens.weight"}

@@ -309,6 +309,16 @@ def test_a_part_of_a_model_with_a_unet(checkpoint_of, tmp_path):
     assert_same(pico, unpacked(pico, tmp_path / "work", unet=unet), ["unet"])
 
 
+def test_a_language_model_as_text_encoder_with_its_head_and_without(checkpoint_of, tmp_path):
+    folder = checkpoint_of("z-image-small")
+    [path] = (folder / "text_encoder").glob("*.safetensors")
+    tensors = load_file(path)
+    assert all(name.startswith("model.") for name in tensors)
+    for more in ({}, {"lm_head.weight": torch.zeros(4, 4)}):
+        text = file(tmp_path / "qwen_3_4b.safetensors", tensors | more)
+        assert_same(folder, unpacked(folder, tmp_path / "work", text_encoder=text), ["text_encoder"])
+
+
 WIDTHS = {
     "sd3-medium": {"num_attention_heads": 24, "pos_embed_max_size": 192},
     "sd35-large": {"num_attention_heads": 38, "pos_embed_max_size": 192, "qk_norm": "rms_norm"},
