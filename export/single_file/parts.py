@@ -72,14 +72,14 @@ class PartFile:
             f"{weights.path} holds what the checkpoint's {component} ({kind}) has no place for:",
             "give the folder of a checkpoint of the same kind",
         )
-        narrow = [stored for stored in due if weights.dtypes[stored] in _FP8]
-        for stored in narrow:
+        for stored in due:
             _check_scale(weights, stored, prefix)
+        narrow = any(weights.dtypes[stored] in _FP8 for stored in due)
         if library == "diffusers":
             config = {**config, "_class_name": kind}
         else:  # of what was stored there
             config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
-        return cls(weights, library, config, shapes, _places(naming, shapes), bool(narrow))
+        return cls(weights, library, config, shapes, _places(naming, shapes), narrow)
 
     @property
     def size(self) -> int:
@@ -142,13 +142,11 @@ class PartFile:
         whole = self.weights.read([stored])[stored]
         rows = slice(start, start + shape[0]) if turn != TRANSPOSED and shape else slice(None)
         tensor = whole[rows] if whole.ndim else whole
-        if self.weights.dtypes[stored] in _FP8:
-            tensor = tensor.float()
-            scale = _scale(self.weights, stored)
-            if scale:
-                factor = self.weights.read([scale])[scale].float()
-                factor = factor.reshape(-1)[rows] if factor.numel() > 1 else factor.reshape(-1)
-                tensor = tensor * factor.reshape(-1, *[1] * (tensor.ndim - 1))
+        scale = _scale(self.weights, stored)
+        if scale:
+            factor = self.weights.read([scale])[scale].float().reshape(-1)
+            factor = factor[rows] if factor.numel() > 1 else factor
+            tensor = tensor.float() * factor.reshape(-1, *[1] * (tensor.ndim - 1))
         if turn == HALVES:
             tensor = torch.cat(list(reversed(tensor.chunk(2))))
         elif turn == TRANSPOSED:
@@ -224,17 +222,17 @@ def _check(weights: Weights, component: str, due: Mapping[str, tuple[int, ...]])
 
 
 def _scale(weights: Weights, stored: str) -> str | None:
-    """The name of what a weight in eight bits is multiplied with."""
+    """The name of what a weight is multiplied with, None for one that stands for itself."""
     names = (f"{stored.removesuffix('.weight')}{end}" for end in _SCALES)
     return next((name for name in names if name in weights.shapes), None)
 
 
 def _check_scale(weights: Weights, stored: str, prefix: str) -> None:
-    """Raise `CheckpointError` for a weight in eight bits whose scale is not there, or not one for it."""
+    """Raise `CheckpointError` for a weight in eight bits whose scale is not there, and for a scale that is none."""
     module, scale = stored.removesuffix(".weight"), _scale(weights, stored)
     marks = (name.removesuffix("scaled_fp8") for name in weights.shapes if name.endswith("scaled_fp8"))
     scaled = f"{module}.comfy_quant" in weights.shapes or any(prefix.startswith(mark) for mark in marks)
-    if scale is None and scaled:
+    if scale is None and scaled and weights.dtypes[stored] in _FP8:
         raise CheckpointError(
             f"{weights.path} holds {stored} in fp8 without its scale ({module}{_SCALES[0]}): download it again"
         )

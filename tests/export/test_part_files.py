@@ -261,6 +261,8 @@ def test_eight_bits_in_text_encoders_become_bfloat16(checkpoint_of, parts_of, tm
     linear = [name for name in tensors if name.endswith(("q.weight", "wo.weight", "wi_0.weight"))]
     narrow = {name: each.to(torch.float8_e4m3fn) if name in linear else each.half() for name, each in tensors.items()}
     scales = {name: torch.rand(len(tensors[name]) if "wo" in name else 1) + 0.5 for name in linear}
+    [wide] = [name for name in tensors if name.endswith("block.1.layer.0.SelfAttention.k.weight")]
+    scales[wide] = torch.tensor(2.0)  # of one that was left in half precision
 
     def read(more):
         made = part(tmp_path / "t5.safetensors", {**narrow, **more}, "text_encoder_2", "transformers", kind, config)
@@ -279,7 +281,7 @@ def test_eight_bits_in_text_encoders_become_bfloat16(checkpoint_of, parts_of, tm
         given = {f"{name.removesuffix('.weight')}{end}": scale for name, scale in scales.items()}
         found = read({**marks, **quant, **given, f"{bases[0]}.input_scale": torch.ones(1)})
         for name, each in found.items():
-            scale = scales[name].reshape(-1, 1) if name in linear else 1.0
+            scale = scales[name].reshape(-1, 1) if name in scales else 1.0
             assert torch.equal(each, (narrow[name].float() * scale).to(torch.bfloat16))
         given.pop(f"{bases[0]}{end}")
         with pytest.raises(CheckpointError, match=r"in fp8 without its scale .*scale_weight\): download it again"):

@@ -21,12 +21,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import diffoundry
 from diffoundry.common.errors import CheckpointError, DiffoundryError
 from diffoundry.export.checkpoint import Checkpoint
+from diffoundry.export.reading import Asked
 from diffoundry.export.single_file import SingleFile, is_single_file
 from diffoundry.export.single_file.configs import built_in
 from diffoundry.export.single_file.layouts import SD1, recognise
 from diffoundry.export.single_file.names import clip_names, unet_names, vae_names
 from diffoundry.export.single_file.parts import PartFile
 from diffoundry.export.single_file.weights import Weights, open_weights
+from diffoundry.export.unpacked import unpack as unpack_all
 
 PICO = Path(__file__).resolve().parents[2] / "examples" / "pico"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -410,6 +412,22 @@ def test_each_part_of_a_whole_file_can_be_read_alone(kind, made, tmp_path):
         found, due = checkpoint.replace({name: tmp_path / name}).weights(name).read(), checkpoint.weights(name).read()
         assert found.keys() == due.keys()
         assert all(torch.equal(found[key], due[key]) and found[key].dtype == due[key].dtype for key in due)
+
+
+def test_a_file_of_another_autoencoder_goes_with_a_single_file(made, tmp_path):
+    """As `vae-ft-mse-840000-ema-pruned.safetensors` is given beside a fine-tune."""
+    other = {name.removeprefix(VAE): value + 1 for name, value in original_vae(made("sd1").models["vae"]).items()}
+    save_file(other, tmp_path / "vae.safetensors")
+    (tmp_path / "work").mkdir()
+    asked = Asked(None, None, {"vae": tmp_path / "vae.safetensors"}, None, None)
+    found = unpack_all(made("sd1").path, tmp_path / "work", None, None, asked)
+    assert found.single and found.source.weights("vae").folder.parent.parent == tmp_path / "work" / ".checkpoint"
+    vae = found.source.replace(found.components).weights("vae").read()
+    due = made("sd1").models["vae"].state_dict()
+    assert vae.keys() == due.keys() and all(torch.equal(vae[name], due[name] + 1) for name in due)
+    save_file({**other, "decoder.conv_in.weight": torch.zeros(64, 16, 3, 3)}, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"decoder\.conv_in\.weight has the shape \[64, 16, 3, 3\], the check"):
+        unpack_all(made("sd1").path, tmp_path / "work", None, None, asked)
 
 
 XL = {
