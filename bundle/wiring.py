@@ -70,8 +70,11 @@ SOURCES = {
     "sizes.scored": "original size, crop and aesthetic score (5 numbers)",
     "guidance": "the guidance scale",
     "guidance.sinusoid": "sines and cosines of the guidance scale",
+    "layers": "1 for each layer that is run, 0 for one that is skipped",
 }
 """What an input of a denoiser can be fed with."""
+_EACH_STEP = ("latents", "timestep", "layers")
+"""Sources that begin so are not the prompt's: they change with the step, or with the prediction."""
 
 
 def plain(source: str) -> str:
@@ -292,4 +295,4 @@ class Wiring:
 
     def per_prompt(self) -> tuple[str, ...]:
         """The inputs of the denoiser that stay the same from step to step."""
-        return tuple(name for name, each in self.inputs.items() if not each.startswith(("latents", "timestep")))
+        return tuple(name for name, each in self.inputs.items() if not each.startswith(_EACH_STEP))

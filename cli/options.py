@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import click
@@ -89,9 +90,9 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise DiffoundryError(f"takes numbers with commas between them, found {text!r}") from None
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def _counts(text: str, low: int = 1) -> tuple[int, ...]:
     numbers = _numbers(text)
-    if not all(1 <= number <= _MOST_STEPS and number == int(number) for number in numbers):
+    if not all(low <= number <= _MOST_STEPS and number == int(number) for number in numbers):
         raise DiffoundryError(f"takes whole numbers with commas between them, found {text!r}")
     return tuple(int(number) for number in numbers)
 
@@ -111,4 +112,5 @@ def _names(text: str) -> list[str]:
 
 
 NUMBERS, COUNTS = Parsed("N,N,…", _numbers), Parsed("N,N,…", _counts)
+LAYERS = Parsed("N,N,…", partial(_counts, low=0))
 GIB, NAMES = Parsed("GIB", _gib), Parsed("NAME,…", _names)

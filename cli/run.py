@@ -13,7 +13,7 @@ import click
 from ..bundle.wiring import MOST_TOKENS
 from ..common.errors import RequestError
 from .controls import read_controls, read_image_prompts, read_loras
-from .options import GIB, NUMBERS, engine_option, json_option, precision_option, read_options, threads_option
+from .options import GIB, LAYERS, NUMBERS, engine_option, json_option, precision_option, read_options, threads_option
 from .progress import progress
 
 _LONGEST_SHOWN = 200
@@ -190,6 +190,18 @@ class _Run(click.Command):
     type=float,
     help="FLUX.1: guidance by a negative prompt, beside the one that the model is given; 1 is none.",
 )
+@click.option(
+    "--skip-guidance-layers",
+    type=LAYERS,
+    default=(),
+    metavar="N,N,…",
+    help="SD3.5: guidance by the difference to a prediction without these layers, such as 7,8,9. The first is 0.",
+)
+@click.option("--skip-layer-guidance-scale", type=float, default=2.8, help="How much of that difference is added.")
+@click.option(
+    "--skip-layer-guidance-start", type=float, default=0.01, help="The part of the steps, from 0 to 1, before it."
+)
+@click.option("--skip-layer-guidance-stop", type=float, default=0.2, help="The part of the steps at which it ends.")
 @click.option("--forecast", is_flag=True, help="Call the model in 3 steps, then in every second: 12 calls for 20.")
 @click.option("--weights", is_flag=True, help="The prompt holds weights: (a red star)1.3, ring++, heart-.")
 @click.option("--windows", is_flag=True, help="A prompt that is too long takes several windows of the text encoder.")
@@ -324,12 +336,12 @@ def run_command(
 def _request(asked: dict[str, Any]) -> Any:
     """The request that the options make. Raises `RequestError` or `click.UsageError`."""
     from ..runtime.conditioning import Conditioning
-    from ..runtime.loop.guidance import Guidance
+    from ..runtime.loop.guidance import SKIPPING, Guidance
     from ..runtime.request import Request
 
     if asked["steps"] is not None and (asked["timesteps"] is not None or asked["sigmas"] is not None):
         raise click.UsageError("--timesteps and --sigmas take the place of --steps: leave --steps out")
-    guided = ("guidance", "guidance_mode", "guidance_interval", "guidance_rescale", "true_cfg_scale")
+    guided = ("guidance", "guidance_mode", "guidance_interval", "guidance_rescale", "true_cfg_scale", *SKIPPING)
     guidance = Guidance(*(asked.pop(name) for name in guided))
     sizes = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
     options = read_options(asked.pop("scheduler_options"))

@@ -52,7 +52,7 @@ def check_runnable(bundle: Bundle) -> None:
         bundle.check(small)
 
 
-_AXES = {"latents": 4, "picture": 4, "text.hidden": 3, "text.pooled": 2, "guidance": 1}
+_AXES = {"latents": 4, "picture": 4, "text.hidden": 3, "text.pooled": 2, "guidance": 1, "layers": 2}
 """How many axes an input has that is fed with each."""
 
 

@@ -98,12 +98,19 @@ def transformer_pipeline(
 
 
 def transformer_inputs(
-    *, channels: int, text: int, pooled: int = 0, masked: bool = False, guided: bool = False, shown: bool = False
+    *,
+    channels: int,
+    text: int,
+    pooled: int = 0,
+    masked: bool = False,
+    guided: bool = False,
+    shown: bool = False,
+    skipping: int = 0,
 ) -> tuple[Tensor, ...]:
     """The inputs of a transformer of these widths.
 
     pooled: 0 where it takes no pooled embedding. masked: whether it is told which hidden states are of the prompt,
-    guided: and the guidance, shown: and a picture.
+    guided: and the guidance, shown: and a picture. skipping: how many layers it has that can be skipped.
     """
     inputs = [
         Tensor("sample", "float32", ("batch_size", channels, "height", "width")),
@@ -118,6 +125,8 @@ def transformer_inputs(
         inputs.append(Tensor("guidance", "float32", ("batch_size",)))
     if shown:
         inputs.append(Tensor("picture", "float32", ("batch_size", channels, "picture_height", "picture_width")))
+    if skipping:
+        inputs.append(Tensor("kept_layers", "float32", ("batch_size", skipping)))
     return tuple(inputs)
 
 
@@ -129,6 +138,7 @@ _TRANSFORMER_SOURCES = {
     "pooled_projections": "text.pooled",
     "guidance": "guidance",
     "picture": "picture",
+    "kept_layers": "layers",
 }
 
 

@@ -27,6 +27,7 @@ def _describe(configs: Configs) -> Pipeline:
             channels=int(transformer["in_channels"]),
             text=int(transformer["joint_attention_dim"]),
             pooled=int(transformer["pooled_projection_dim"]),
+            skipping=int(transformer["num_layers"]),
         ),
         side=int(transformer["sample_size"]),
         flow=Flow(patch, max_shift=1.16, most=int(transformer["pos_embed_max_size"])),

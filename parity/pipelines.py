@@ -7,6 +7,7 @@ python -m diffoundry.parity --engine onnxruntime:cuda --precision fp16      on a
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import tempfile
@@ -575,6 +576,15 @@ def _of_transformers() -> Iterator[Case]:
             more += [{"prompt_3": OTHER, "negative_prompt_3": OTHER_NEGATIVE}]
         if kind == "StableDiffusion3":
             more += [{"clip_skip": 1}, {"guidance": 1.0, "negative_prompt": None}]
+            for skipped, (count, size, scheduler) in itertools.product(_SKIPPED, _SKIPPING_CASES):
+                yield replace(
+                    plain,
+                    options={**options, **skipped},
+                    label=f"{_DIT} skipped layers {skipped['skip_guidance_layers']}",
+                    count=count,
+                    size=size,
+                    scheduler=scheduler,
+                )
         if checkpoint == "flux-dev-small":
             more += [{"true_cfg_scale": 1.0, "negative_prompt": None}, {"guidance": 0.0}, {"guidance": 30.0}]
         for each in more:
@@ -620,6 +630,17 @@ _REFUSED = {"flux-dev-small": ("flow-heun",), "flux-schnell-small": ("flow-heun"
 _REFUSED["z-image-small"] = _REFUSED["flux-schnell-small"]
 """Samplers that take none of what the pipelines of FLUX.1 and Z-Image ask for, in diffusers."""
 _FLOW_SAMPLERS = ("flow-heun", "flow-lcm", "dpm++2m")
+_SKIPPED: tuple[dict[str, Any], ...] = (
+    {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.7},
+    {
+        "skip_guidance_layers": [0, 2],
+        "skip_layer_guidance_scale": 1.5,
+        "skip_layer_guidance_start": 0.2,
+        "skip_layer_guidance_stop": 1.0,
+    },
+)
+_SKIPPING_CASES = ((1, (64, 64), None), (2, _WIDE_TOKENS, None), (2, (64, 64), "flow-heun"), (1, (64, 64), "dpm++2m"))
+"""Batch, size and sampler."""
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3-small": ("StableDiffusion3", {**_GUIDED, "guidance": 7.0}),
     "sd35-small": ("StableDiffusion3", {**_GUIDED, "guidance": 4.5}),

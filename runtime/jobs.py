@@ -27,7 +27,7 @@ from .conditions.sizes import Sizes
 from .conditions.text import Text
 from .control import Control
 from .image_prompt import ImagePrompt
-from .loop.guidance import Guidance
+from .loop.guidance import SKIPPING, Guidance
 from .lora import Lora, printable
 from .lora_sets import LoraSets
 from .pictures.autoencoder import Autoencoder, check_decoder
@@ -91,7 +91,7 @@ class Jobs:
             picture = bring_to_size(image, mask, size, request.resize, request.padding_mask_crop)
         controls = self._control.pixels(request, size, picture)
         loras = self._loras.of(request.loras)
-        table, steps = self._schedules.of(request, size)
+        table, steps, run = self._schedules.of(request, size)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         record = {
             **_record(request),
@@ -115,6 +115,7 @@ class Jobs:
             self._image_prompt.regions(request, size),
             loras,
             scale,
+            run,
         )
 
     def controls_of(self, jobs: Sequence[Job]) -> list[str] | None:
@@ -177,7 +178,8 @@ class Jobs:
 
 def _guidance(guidance: Guidance) -> dict[str, Any]:
     """As JSON values; what few models have is left out where it is the default."""
-    return {name: value for name, value in asdict(guidance).items() if (name, value) != ("true_cfg_scale", 1.0)}
+    few, usual = ("true_cfg_scale", *SKIPPING), asdict(Guidance())
+    return {name: value for name, value in asdict(guidance).items() if name not in few or value != usual[name]}
 
 
 def _record(request: Request) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..common.errors import RequestError
+from .loop.guidance import SKIPPING
 
 SAME = {"guidance_scale": "guidance", "num_inference_steps": "steps", "mask_image": "mask"}
 """diffusers' names that are taken beside ours."""
@@ -36,6 +37,7 @@ _INSTEAD = {
     "guidance_rescale": "give guidance=diffoundry.Guidance(…, rescale=…)",
     "guidance_mode": "give guidance=diffoundry.Guidance(…, mode=…)",
     "guidance_interval": "give guidance=diffoundry.Guidance(…, interval=…)",
+    **{name: f"give guidance=diffoundry.Guidance(…, {name}=…)" for name in ("true_cfg_scale", *SKIPPING)},
     "cfg_scale": "give guidance=",
     "sampler": "give scheduler=",
     "crops_coords_top_left": "give " + _CONDITIONING.format("", "crop"),

@@ -29,10 +29,10 @@ from .jobs import Jobs
 from .loaded import Form, LoadedEngines
 from .loop.batch import Batch
 from .loop.device import HOST_ONLY, DeviceStepper
-from .loop.guidance import Guidance
+from .loop.guidance import SKIPPING, Guidance
 from .loop.host import HostStepper
 from .loop.noise import GENERATORS
-from .loop.sample import Sample
+from .loop.sample import Sample, Skipping
 from .lora import Lora, as_inversions, as_loras, described, open_inversions, printable
 from .lora_sets import LoraSets
 from .names import ours
@@ -46,7 +46,7 @@ _GUIDANCE = {
     "guidance_mode": "mode",
     "guidance_interval": "interval",
     "guidance_rescale": "rescale",
-    "true_cfg_scale": "true_cfg_scale",
+    **{name: name for name in ("true_cfg_scale", *SKIPPING)},
 }
 _RUN = ("batch", "low_memory", "callback")
 _OPTIONS = tuple(item.name for item in fields(Request) if item.name != "prompt")
@@ -282,8 +282,8 @@ class Pipeline:
             raise RequestError(f"a batch must have from 1 to {MOST_IMAGES} images, found {total}")
         if len({job.size for job in jobs}) > 1:
             raise RequestError("the requests of one batch must have one size: run other sizes on their own")
-        split = any(job.request.mask is not None or job.guidance.split for job in jobs)
-        if self._loop_asked == "device" and (split or not self._engines.on_device(self._form(jobs))):
+        on_host = any(job.request.mask is not None or job.guidance.split or job.guidance.skips for job in jobs)
+        if self._loop_asked == "device" and (on_host or not self._engines.on_device(self._form(jobs))):
             raise RequestError(HOST_ONLY)
         self._jobs.check(jobs)
         return jobs, MOST_IMAGES if batch is None else whole_number("batch", batch, 1, MOST_IMAGES)
@@ -381,7 +381,10 @@ class Pipeline:
         if fed.start is None:
             raise RequestError(f"{self.bundle.root} cannot start the task {job.request.task}: compile it again")
         generators = [GENERATORS[job.request.rng](seed) for seed in job.seeds]
-        others = negative if job.guidance.active else None
+        others, skipping = negative if job.guidance.active else None, None
+        if fed.skipped_inputs:
+            scale, start, stop = (getattr(job.guidance, name) for name in SKIPPING[1:])
+            skipping = Skipping({**prompt, **fed.skipped_inputs}, scale, job.steps * start, job.steps * stop)
         return [
             Sample(
                 job.table,
@@ -392,6 +395,7 @@ class Pipeline:
                 *fed.start(i, generator),
                 fed.prompt_steps,
                 fed.negative_steps,
+                skipping,
             )
             for i, generator in enumerate(generators)
         ]
@@ -400,7 +404,8 @@ class Pipeline:
         """`generate` with plain keywords.
 
         They are those of `Request` (guidance as a number), `guidance_mode`, `guidance_interval`, `guidance_rescale`,
-        `true_cfg_scale`, and those of `generate`: `batch`, `low_memory`, `callback`. Raises `RequestError` for others.
+        `true_cfg_scale`, `skip_guidance_layers` and `skip_layer_guidance_scale`, `_start` and `_stop`, and those of
+        `generate`: `batch`, `low_memory`, `callback`. Raises `RequestError` for others.
         """
         options = ours(options, (*_OPTIONS, *_GUIDANCE, *_RUN))
         run = {key: options.pop(key) for key in _RUN if key in options}

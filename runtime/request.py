@@ -146,6 +146,8 @@ class Request:
         self._check_image()
         if self.forecast and self.guidance.active and self.guidance.interval != (0.0, 1.0):
             raise RequestError("a forecast needs guidance in all steps: leave the guidance interval out")
+        if self.forecast and self.guidance.skips:
+            raise RequestError("a forecast needs the same guidance in all steps: leave skip_guidance_layers out")
         if self.seed is not None and self.seed + self.count - 1 > _LARGEST_SEED:
             raise RequestError(
                 f"image i has seed + i, and that of the last would be above {_LARGEST_SEED}: "

@@ -68,10 +68,10 @@ class Schedules:
         except RequestError as error:
             raise BundleError(f"{error}: compile the bundle again") from None
 
-    def of(self, request: Request, size: tuple[int, int]) -> tuple[Table, int]:
-        """The calls that a request makes, and the steps of the whole schedule. Raises `RequestError`.
+    def of(self, request: Request, size: tuple[int, int]) -> tuple[Table, int, int]:
+        """The calls that a request makes, the steps of the whole schedule, and those of them that it runs.
 
-        size: width and height of the picture in pixels.
+        size: width and height of the picture in pixels. Raises `RequestError`.
         """
         manifest, name = self._bundle.manifest, request.scheduler
         count = manifest.default_steps if request.steps is None else request.steps
@@ -96,11 +96,12 @@ class Schedules:
         table = _part(
             request, asked, make, self.train_steps, strength, by_strength=by_strength, flows=wiring.flow is not None
         )
+        run = round(asked.count * table.steps / make(asked).steps)  # a step of some samplers makes two calls
         if request.forecast:
             if make(asked).steps != asked.count:
                 raise RequestError("a forecast needs a scheduler with one model call a step, as euler: leave it out")
             table = with_forecasts(table)
-        return table, asked.count
+        return table, asked.count, run
 
     def _of_flow(self, steps: Steps, request: Request, size: tuple[int, int]) -> Steps:
         """`steps` as a pipeline of flow matching asks for them; see `bundle.wiring.Flow`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -24,6 +25,8 @@ from ..loading import load_mapped
 from ..weight_files import holds_weights
 from .z_image import ZImage
 
+_GATES = (1, 4, 6)
+"""Where `AdaLayerNormZero` and `SD35AdaLayerNormZeroX` have gates among their outputs."""
 _TIMESTEPS = 1000
 _PERIOD = 10000
 _MOST_POSITIONS = 1024
@@ -31,12 +34,23 @@ _MOST_POSITIONS = 1024
 
 
 class StableDiffusion3(torch.nn.Module):
-    """`SD3Transformer2DModel`, which packs latents into tokens itself."""
+    """`SD3Transformer2DModel`, which packs latents into tokens itself, with layers that each row may skip.
+
+    All that a layer adds to its tokens it multiplies with gates, one number a channel, which its norms make of the
+    timestep. They are multiplied here with `kept_layers`: a 1 changes no bit, and with a 0 the layer adds nothing, as
+    if it were not there. One graph skips any layers, each row its own, in every engine and precision, and those few
+    products of vectors are all that it takes; a choice between the tokens before and after each layer would go over
+    all of them, and a second graph without the layers would hold the weights a second time.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self._kept: list[torch.Tensor] = []
         model.time_text_embed.time_proj = Frequencies(model.time_text_embed.time_proj)
+        for i, block in enumerate(model.transformer_blocks):
+            for norm in (block.norm1, block.norm1_context):
+                norm.register_forward_hook(partial(_gate, self._kept, i))
 
     def forward(
         self,
@@ -44,11 +58,21 @@ class StableDiffusion3(torch.nn.Module):
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         pooled_projections: torch.Tensor,
+        kept_layers: torch.Tensor,
     ) -> torch.Tensor:
+        self._kept[:] = kept_layers.split(1, 1)
         made: torch.Tensor = self.model(sample, encoder_hidden_states, pooled_projections, timestep, return_dict=False)[
             0
         ]
+        self._kept.clear()
         return made
+
+
+def _gate(kept: Sequence[torch.Tensor], i: int, norm: Any, given: Any, made: Any) -> Any:
+    """The outputs of a norm of layer i with its gates multiplied; the last layer's norm of the text makes none."""
+    if not isinstance(made, tuple):
+        return made
+    return tuple(each * kept[i] if place in _GATES else each for place, each in enumerate(made))
 
 
 class Flux(torch.nn.Module):
@@ -184,7 +208,7 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
     """The component `name`. Raises `CheckpointError` for a configuration and weights that are not of one model."""
     config = transformer_config(checkpoint)
     kind, wrap = getattr(diffusers, config["_class_name"]), _wrapper(config["_class_name"], pipeline.parts[name])
-    unit, sources = pipeline.latents.multiple, pipeline.wiring.inputs
+    unit = pipeline.latents.multiple
     shown = bool(pipeline.wiring.inputs_from("picture"))
     channels, most = pipeline.latents.channels, config.get("pos_embed_max_size")
     longest = 20 if most is None else min(20, int(most) * unit)
@@ -236,9 +260,9 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
             "sequence_length": Axis(8, 77),
             **(dict.fromkeys(("picture_height", "picture_width"), Axis(8, 20, unit)) if shown else {}),
         },
-        scale={"timestep": 999.0, "guidance": 10.0},
+        scale={"timestep": 999.0, "guidance": 10.0, "kept_layers": 1.0},
         masks=tuple(pipeline.wiring.inputs_from("text.mask")),
         repeat="timestep",
-        per_prompt=tuple(each for each in sources if not sources[each].startswith(("latents", "timestep"))),
+        per_prompt=pipeline.wiring.per_prompt(),
     )
     return spec

@@ -12,7 +12,7 @@ from PIL import Image
 from ...bundle import Role
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from ..loop.guidance import Guidance
+from ..loop.guidance import SKIPPING, Guidance
 from ..loop.noise import Generator
 from ..loop.sample import KeptRegion
 from ..lora import Lora
@@ -45,6 +45,11 @@ _WHY = {
     "prompt_3": "on this model, which has no third text encoder: leave it out",
     "negative_prompt_3": "on this model, which has no third text encoder: leave it out",
     "max_sequence_length": "where embeddings are given, or text encoders have one length: leave it out",
+    **dict.fromkeys(
+        (f"guidance.{name}" for name in SKIPPING),
+        "on this bundle, whose denoiser skips no layers: leave it out, or compile the checkpoint again where it is of "
+        "Stable Diffusion 3",
+    ),
     "guidance.true_cfg_scale": "on this model, which is not given the guidance: leave it out, and give it as guidance",
 }
 """What is missing where a field has no effect, if it is more than the model."""
@@ -55,7 +60,7 @@ class Job:
     """A request checked against a bundle, with all that the loop needs.
 
     guidance: of the loop, off where the model is given its scale as an input and no other is asked for. given: that
-    scale. size: width and height in pixels.
+    scale. size: width and height in pixels. steps: of its schedule, those that it runs.
     record: the request as JSON values, to ask for it again. controls, image_prompts: their pictures, by
     the names of controls and of IP-Adapters. regions: the masks of image prompts, float32 (images, H, W) of 0 and 1.
     loras: that the denoiser takes as inputs.
@@ -73,6 +78,7 @@ class Job:
     regions: Mapping[str, Array] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()
     given: float = 0.0
+    steps: int = 0
 
 
 class Start(NamedTuple):
@@ -95,8 +101,8 @@ class Fed:
     with the negative prompt. truncated: the parts of prompts that did not fit, by the name of the prompt.
     start: where the condition decides what the images start with.
     inputs: by the names of the denoiser's inputs, for all rows; negative_inputs: in their place, for rows with the
-    negative prompt. prompt_steps, negative_steps: the same, for each step,
-    (steps, …), of rows with the prompt and with the negative prompt.
+    negative prompt; skipped_inputs: for rows with skipped layers. prompt_steps, negative_steps: the same, for each
+    step, (steps, …), of rows with the prompt and with the negative prompt.
     """
 
     prompt: Mapping[str, Array] = field(default_factory=dict)
@@ -107,6 +113,7 @@ class Fed:
     negative_inputs: Mapping[str, Array] = field(default_factory=dict)
     prompt_steps: Mapping[str, Array] = field(default_factory=dict)
     negative_steps: Mapping[str, Array] = field(default_factory=dict)
+    skipped_inputs: Mapping[str, Array] = field(default_factory=dict)
 
     def __or__(self, other: Fed) -> Fed:
         """What two conditions of one job give together."""
@@ -119,6 +126,7 @@ class Fed:
             {**self.negative_inputs, **other.negative_inputs},
             {**self.prompt_steps, **other.prompt_steps},
             {**self.negative_steps, **other.negative_steps},
+            {**self.skipped_inputs, **other.skipped_inputs},
         )
 
 
@@ -166,7 +174,8 @@ def refuse_unheeded(
         why = _WHY.get(name, "on this model: leave it out")
         if why == _NO_IMAGE and request.image is not None:
             why = "on this model, which sees the image and starts from noise: leave it out"
-        if name.startswith(("negative", "guidance.")) and not guided and name != "guidance.true_cfg_scale":
+        is_of_model = name.startswith("guidance.") and name in _WHY
+        if name.startswith(("negative", "guidance.")) and not guided and not is_of_model:
             why = _NO_NEGATIVE if given else _NO_GUIDANCE.format(f"{unguided:g}")
         raise RequestError(f"{_said(name)} has no effect {why}")
 
@@ -175,7 +184,7 @@ def _said(name: str) -> str:
     """A field as a person calls it: the inner name where a field has fields of its own."""
     outer, _, inner = name.partition(".")
     if outer == "guidance":
-        return f"the guidance {inner}"
+        return inner if "_" in inner else f"the guidance {inner}"
     return f"{inner} of the negative" if outer.startswith("negative") and inner else inner or outer
 
 

@@ -1,4 +1,4 @@
-"""The guidance scale as an input of the model: of distilled models, which predict once."""
+"""What the model is told of guidance: the scale, where it predicts once (distilled models), and layers to skip."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 
 from ...bundle import Manifest
 from ...common.arrays import Array
+from ...common.errors import RequestError
+from ..loop.guidance import SKIPPING, Guidance
 from ..request import Request
 from .condition import Condition, Fed, Job
 
-_SINUSOID = "guidance.sinusoid"
+_SINUSOID, _LAYERS = "guidance.sinusoid", "layers"
 
 
 class GuidanceCondition(Condition):
@@ -24,15 +26,41 @@ class GuidanceCondition(Condition):
         inputs = manifest.components[manifest.named("denoiser")].inputs
         widths = [tensor.shape[-1] for tensor in inputs if wiring.inputs.get(tensor.name) == _SINUSOID]
         self._width = int(widths[0]) if widths else 0
+        layers = [(tensor.name, tensor.shape[-1]) for tensor in inputs if wiring.inputs.get(tensor.name) == _LAYERS]
+        self._layers_input, count = layers[0] if layers else ("", 0)
+        self._layers = int(count)
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
         """Rescale and interval act where the loop guides."""
         always = frozenset({"guidance.scale", "guidance.mode", *(["guidance.true_cfg_scale"] if self.given else [])})
+        always |= {f"guidance.{name}" for name in SKIPPING} if self._layers else frozenset()
         return always | {"guidance.rescale", "guidance.interval"} if guided else always
 
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Layers that are skipped are some of the denoiser's, and the loop guides."""
+        for job in jobs:
+            layers = job.guidance.skip_guidance_layers
+            if layers and not job.guidance.active:
+                raise RequestError(
+                    "skip_guidance_layers has no effect without guidance: leave it out, or set guidance above 1"
+                )
+            if layers and layers[-1] >= self._layers:
+                raise RequestError(
+                    f"skip_guidance_layers must be from 0 to {self._layers - 1} for this model, which has "
+                    f"{self._layers} layers, found {layers[-1]}"
+                )
+
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
-        """The scale, and its embedding."""
-        return [self._fed(job.given) if self.given else Fed() for job in jobs]
+        """The scale, its embedding, and which layers are run."""
+        fed = [self._fed(job.given) if self.given else Fed() for job in jobs]
+        return [each | self._kept(job.guidance) for each, job in zip(fed, jobs, strict=True)] if self._layers else fed
+
+    def _kept(self, guidance: Guidance) -> Fed:
+        every = np.ones(self._layers, np.float32)
+        some = every.copy()
+        some[list(guidance.skip_guidance_layers)] = 0
+        skipped = {self._layers_input: some} if guidance.skips else {}
+        return Fed(inputs={self._layers_input: every}, skipped_inputs=skipped)
 
     def _fed(self, scale: float) -> Fed:
         made: dict[str, Array] = {"guidance": np.array(scale, np.float32)}

@@ -24,8 +24,8 @@ _MOST_NOISE_BYTES = 128 << 20
 _RUNNING = ("registers", "position", "sample", "timestep")
 """What a run overwrites on the device."""
 HOST_ONLY = (
-    "the loop on the device takes joint guidance and float32 latents, a few controls at most, and does not inpaint: "
-    "use the loop 'host'"
+    "the loop on the device takes joint guidance and float32 latents, a few controls at most, and neither inpaints nor "
+    "skips layers: use the loop 'host'"
 )
 
 
@@ -110,6 +110,7 @@ class Phases:
             and not sample.guidance.split
             and sample.kept is None
             and sample.channels is None
+            and sample.skipping is None
         )
         if not is_plain or set(inputs) != named:
             return False
@@ -146,7 +147,7 @@ def _contents(denoiser: Engine, ports: Ports, rows: Sequence[Row]) -> tuple[dict
     """
     on = [i for i, row in enumerate(rows) if row.guided()]
     source = [*on, *range(len(rows))]
-    texts = [rows[i].inputs(negative=True) for i in on] + [row.inputs(negative=False) for row in rows]
+    texts = [rows[i].inputs("negative") for i in on] + [row.inputs("prompt") for row in rows]
     shapes = {name: (len(source), *array.shape) for name, array in texts[-1].items()}
     shapes |= {ports.sample: (len(source), *rows[0].sample.latents.shape), ports.timestep: (len(source),)}
     more = denoiser.padded_rows(shapes) - len(source)

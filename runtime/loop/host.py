@@ -12,8 +12,8 @@ from ...common.arrays import Array
 from ...common.errors import EngineError
 from ...engines import Engine
 from ...engines.fusion.lora import SETS
-from .guidance import combine
-from .sample import Ports, Row, Sample
+from .guidance import combine, skip_guidance
+from .sample import Ports, Prediction, Row, Sample
 from .step import State
 
 
@@ -31,7 +31,7 @@ class HostStepper:
         self._denoiser, self._ports = denoiser, ports or Ports()
         self._pool, self._at_once = pool, workers + 1
         self._rows: list[Row] = []
-        self._calls: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Call]] = {}
+        self._calls: dict[tuple[tuple[int, ...], ...], list[_Call]] = {}
 
     def check(self, sample: Sample) -> None:
         """Any sample runs on the host."""
@@ -48,6 +48,8 @@ class HostStepper:
 
     def predict(self, rows: Sequence[Row]) -> Array:
         """The guided model output for the next step of each row, float32 (n, C, …)."""
+        skipping = [i for i, row in enumerate(rows) if row.skips()]
+        skipped = self._call((), (), [rows[i] for i in skipping]).copy() if skipping else None
         on = [i for i, row in enumerate(rows) if row.guided()]
         guided = [rows[i] for i in on]
         if any(row.sample.guidance.split for row in guided):
@@ -55,11 +57,16 @@ class HostStepper:
         else:
             both = self._call(guided, rows)
             negative, prompt = both[: len(on)], both[len(on) :]
+        guidances = [row.sample.guidance for row in guided]
         if len(on) == len(rows):
-            return combine(prompt, negative, [row.sample.guidance for row in guided])
-        outputs = np.array(prompt, np.float32)
-        if on:
-            outputs[on] = combine(prompt[on], negative, [row.sample.guidance for row in guided])
+            outputs = combine(prompt, negative, guidances)
+        else:
+            outputs = np.array(prompt, np.float32)
+            if on:
+                outputs[on] = combine(prompt[on], negative, guidances)
+        if skipped is not None:
+            scales = [each.scale for row in rows if row.skips() and (each := row.sample.skipping) is not None]
+            outputs[skipping] += skip_guidance(prompt[skipping], skipped, scales)
         return outputs
 
     def synchronize(self) -> None:
@@ -69,13 +76,17 @@ class HostStepper:
         """Forget the rows and their buffers."""
         self._rows, self._calls = [], {}
 
-    def _call(self, negative: Sequence[Row], prompt: Sequence[Row]) -> Array:
-        """Rows with their negative prompt, then rows with their prompt; the next call may overwrite the outputs."""
-        key = tuple(row.handle for row in negative), tuple(row.handle for row in prompt)
+    def _call(self, negative: Sequence[Row], prompt: Sequence[Row], skipped: Sequence[Row] = ()) -> Array:
+        """Rows with their negative prompt, with their prompt, and with this and without some layers, one after another.
+
+        The next call may overwrite the outputs.
+        """
+        named: dict[Prediction, Sequence[Row]] = {"negative": negative, "prompt": prompt, "skipped": skipped}
+        key = tuple(tuple(row.handle for row in part) for part in named.values())
         if key not in self._calls:
-            rows = [*((row, True) for row in negative), *((row, False) for row in prompt)]
+            rows = [(row, prediction) for prediction, part in named.items() for row in part]
             parts = np.array_split(np.arange(len(rows)), min(self._at_once, len(rows)))
-            twice = len(parts) == 1 and key[0] == key[1]
+            twice = len(parts) == 1 and not skipped and key[0] == key[1]
             self._calls[key] = [_Call(self._denoiser, self._ports, [rows[i] for i in part], twice) for part in parts]
         first, *others = self._calls[key]
         if not others or self._pool is None:
@@ -90,8 +101,8 @@ class _Call:
     Ours takes one timestep a row; exports of other tools take a scalar, or one for all rows.
     """
 
-    def __init__(self, denoiser: Engine, ports: Ports, rows: Sequence[tuple[Row, bool]], twice: bool) -> None:
-        """rows: each, and whether it has its negative prompt.
+    def __init__(self, denoiser: Engine, ports: Ports, rows: Sequence[tuple[Row, Prediction]], twice: bool) -> None:
+        """rows: each, and for which prediction.
 
         twice: whether the rows of the batch are those of the first half, then the same again.
 
@@ -99,7 +110,7 @@ class _Call:
         """
         self._component, self._ports = denoiser.component, ports
         self._rows = [row for row, _ in rows]
-        first, texts = self._rows[0].sample, [row.inputs(negative) for row, negative in rows]
+        first, texts = self._rows[0].sample, [row.inputs(prediction) for row, prediction in rows]
         specs = {tensor.name: tensor for tensor in denoiser.inputs}
         wrong = sorted(set(specs) ^ {ports.sample, ports.timestep, *texts[0]})
         if wrong:
@@ -125,8 +136,8 @@ class _Call:
         self._timestep = np.zeros(len(rows) if self._each else (1,) * len(timestep.shape), timestep.dtype)
         feeds = {name: rows_of(texts, specs[name]) for name in texts[0]}
         self._stepped = [
-            (name, feeds[name], [(row.state, _steps(row, negative)[name]) for row, negative in rows])
-            for name in _steps(*rows[0])
+            (name, feeds[name], [(row.state, row.changing(prediction)[name]) for row, prediction in rows])
+            for name in rows[0][0].changing(rows[0][1])
         ]
         changing = {ports.sample: self._sample, ports.timestep: self._timestep}
         self._binding = denoiser.bind_host({**changing, **feeds}, tuple(changing) if twice else ())
@@ -152,11 +163,6 @@ def rows_of(texts: Sequence[Mapping[str, Array]], spec: Tensor) -> Array:
     if spec.shape[:1] == (SETS,) and all(text[spec.name] is first for text in texts):
         return np.asarray(first, spec.dtype)[None]
     return np.array([text[spec.name] for text in texts], spec.dtype)
-
-
-def _steps(row: Row, negative: bool) -> Mapping[str, Array]:
-    """The inputs of a row that change with the step."""
-    return row.sample.negative_steps if negative else row.sample.prompt_steps
 
 
 def _write(buffer: Array, values: Sequence[tuple[State, Array]]) -> bool:

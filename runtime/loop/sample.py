@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from ..schedulers import Table
 from .guidance import Guidance
 from .noise import Generator
 from .step import State
+
+Prediction = Literal["negative", "prompt", "skipped"]
+"""What the denoiser is called for: the negative prompt, the prompt, or the prompt without some layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,20 @@ class KeptRegion:
 
 
 @dataclass(frozen=True, slots=True)
+class Skipping:
+    """A third prediction of the prompt, without some layers, and what its guidance adds.
+
+    inputs: those of the prompt, with what the denoiser is told of layers. scale: of the difference to the prompt's.
+    after, before: it is made in the guided steps between these two, without them.
+    """
+
+    inputs: Mapping[str, Array]
+    scale: float
+    after: float
+    before: float
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image to be: its schedule, guidance and noise, its text, and the latents that it starts from.
 
@@ -49,6 +67,7 @@ class Sample:
     timestep, without their row axis; negative is needed where the guidance is active. latents: float32 (C, …), of any
     axes. kept: for inpainting. channels: float32 (c, …), what the denoiser sees beside the latents at every step.
     prompt_steps, negative_steps: inputs as prompt and negative that change with the step, (steps, …).
+    skipping: of skip-layer guidance.
     """
 
     table: Table
@@ -61,6 +80,7 @@ class Sample:
     channels: Array | None = None
     prompt_steps: Mapping[str, Array] = field(default_factory=dict)
     negative_steps: Mapping[str, Array] = field(default_factory=dict)
+    skipping: Skipping | None = None
 
 
 class Row:
@@ -74,13 +94,23 @@ class Row:
         """Whether the step that is `ahead` steps from the next one is guided."""
         return self.sample.guidance.at(self.state.position + ahead, self.sample.table.steps)
 
-    def inputs(self, negative: bool) -> dict[str, Array]:
-        """The denoiser's inputs beside latents and timestep in the next step, of the prompt or the negative prompt."""
-        sample, k = self.sample, self.state.position
-        fixed, changing = (
-            (sample.negative or {}, sample.negative_steps) if negative else (sample.prompt, sample.prompt_steps)
-        )
+    def skips(self) -> bool:
+        """Whether a prediction with skipped layers is made in the next step."""
+        skipping = self.sample.skipping
+        return skipping is not None and skipping.after < self.state.position < skipping.before and self.guided()
+
+    def inputs(self, prediction: Prediction) -> dict[str, Array]:
+        """The denoiser's inputs beside latents and timestep for a prediction of the next step."""
+        sample, k, changing = self.sample, self.state.position, self.changing(prediction)
+        if prediction == "skipped":
+            fixed = sample.skipping.inputs if sample.skipping is not None else {}
+        else:
+            fixed = sample.prompt if prediction == "prompt" else sample.negative or {}
         return {**fixed, **{name: values[k] for name, values in changing.items()}} if changing else dict(fixed)
+
+    def changing(self, prediction: Prediction) -> Mapping[str, Array]:
+        """The inputs of a prediction that change with the step, (steps, …)."""
+        return self.sample.negative_steps if prediction == "negative" else self.sample.prompt_steps
 
     def phase(self, ahead: int = 0) -> Hashable:
         """What a device must be set up anew for, when it is another in the step that is `ahead` of the next one."""

@@ -14,7 +14,14 @@ from diffoundry.common.errors import BundleError, CheckpointError, DiffoundryErr
 from diffoundry.engines.verify import recorded_case, verify
 from diffoundry.export import compile
 from diffoundry.export.loading import load_mapped
-from diffoundry.export.modules.transformer import Frequencies, Rotations, packed, positions, unpacked
+from diffoundry.export.modules.transformer import (
+    Frequencies,
+    Rotations,
+    StableDiffusion3,
+    packed,
+    positions,
+    unpacked,
+)
 from diffoundry.runtime.pictures.preprocess import mask_channels
 from diffoundry.runtime.schedulers import flowing, make_table
 from diffoundry.runtime.schedulers.flow_match import shift_of
@@ -114,6 +121,75 @@ def test_what_a_model_of_flow_does_not_take_is_said(bundle_of):
         Guidance(mode="off", true_cfg_scale=2.0)
     with pytest.raises(RequestError, match="multiple of 16 from 16 to 16384, found 72: try 64"):
         flux.check(Request("a star", width=64, height=72))
+
+
+def test_rows_skip_the_layers_that_they_are_told_as_in_diffusers():
+    from diffusers import SD3Transformer2DModel
+
+    from diffoundry.examples.random_transformer import SIZES
+
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(**SIZES["sd35-small"].transformer).eval()
+    sample, text, pooled = torch.randn(4, 16, 8, 8), torch.randn(4, 9, 96), torch.randn(4, 64)
+    times = torch.tensor([900.0, 500.0, 100.0, 3.0])
+    skipped = [[], [1], [0, 2], [0, 1, 2]]
+    with torch.no_grad():
+        expected = [
+            model(*(each[i : i + 1] for each in (sample, text, pooled, times)), skip_layers=layers).sample
+            for i, layers in enumerate(skipped)
+        ]
+        kept = torch.tensor([[float(layer not in layers) for layer in range(3)] for layers in skipped])
+        found = StableDiffusion3(model)(sample, times, text, pooled, kept)
+    assert torch.allclose(found, torch.cat(expected), atol=1e-6)
+
+
+def test_layers_are_skipped_by_models_that_can_and_by_whole_numbers(bundle_of):
+    flux = load(bundle_of("flux-dev-small"))
+    skipping = Guidance(skip_guidance_layers=(1,))
+    assert "whose denoiser skips no layers: leave it out, or compile the" in said(flux, guidance=skipping)
+    assert Guidance(skip_guidance_layers=[9, 7, 7]).skip_guidance_layers == (7, 9)
+    assert Guidance(skip_guidance_layers=None) == Guidance()
+    for options, message in (
+        ({"skip_guidance_layers": (-1,)}, "must be numbers of layers, the first of which is 0"),
+        ({"skip_guidance_layers": 7}, "must be numbers of layers"),
+        ({"skip_guidance_layers": (1.5,)}, "must be numbers of layers"),
+        ({"skip_layer_guidance_scale": 2.0}, "skip_layer_guidance_scale goes with skip_guidance_layers"),
+        ({"skip_guidance_layers": (1,), "skip_layer_guidance_scale": float("nan")}, "must be a number from"),
+        (
+            {"skip_guidance_layers": (1,), "skip_layer_guidance_start": 0.3},
+            "0 <= start <= stop <= 1, found 0.3 and 0.2",
+        ),
+        ({"skip_guidance_layers": (1,), "skip_layer_guidance_stop": 1.5}, "0 <= start <= stop <= 1"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            Guidance(**options)
+    with pytest.raises(RequestError, match="the same guidance in all steps: leave skip_guidance_layers out"):
+        Request("a star", forecast=True, guidance=skipping)
+
+
+@pytest.mark.slow
+def test_rows_with_and_without_skipped_layers_share_a_batch(bundle_of):
+    sd3 = load(bundle_of("sd35-small"))
+
+    def asked(seed, **options):
+        guidance = Guidance(4.0, **({"skip_layer_guidance_stop": 0.9, **options} if options else {}))
+        return Request("a star", seed=seed, width=64, height=64, steps=4, guidance=guidance, output="latent")
+
+    requests = [
+        asked(1, skip_guidance_layers=(1,)),
+        asked(1),
+        asked(2, skip_guidance_layers=(0, 1), mode="split", skip_layer_guidance_scale=-1.0),
+    ]
+    together = sd3.generate_many(requests)
+    for request, found in zip(requests, together, strict=True):
+        np.testing.assert_allclose(found.latents, sd3.generate(request).latents, atol=1e-5)
+    assert abs(together[0].latents - together[1].latents).max() > 0.1
+    assert together[0].request["guidance"]["skip_guidance_layers"] == (1,)
+    assert "skip_guidance_layers" not in together[1].request["guidance"]
+    assert "from 0 to 2 for this model, which has 3 layers, found 3" in said(
+        sd3, guidance=Guidance(skip_guidance_layers=(1, 3))
+    )
+    assert "has no effect without guidance" in said(sd3, guidance=Guidance(1.0, skip_guidance_layers=(1,)))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from diffoundry.runtime.loop.device import DeviceStepper, Phases
 from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.loop.host import HostStepper
 from diffoundry.runtime.loop.noise import TorchGenerator
-from diffoundry.runtime.loop.sample import KeptRegion, Ports, Sample
+from diffoundry.runtime.loop.sample import KeptRegion, Ports, Sample, Skipping
 from diffoundry.runtime.pipeline import Pipeline, Request, load
 from diffoundry.runtime.schedulers import make_table
 from diffoundry.tests.engines.tensorrt.simulated import write_plan
@@ -197,6 +197,28 @@ def test_a_row_that_inpaints_joins_too(one_by_one, sample):
     batch.add(sample(**LONG))
     batch.step(5)
     np.testing.assert_array_equal(finish(batch, batch.add(sample(**asked)))[0], wanted)
+
+
+def test_a_third_prediction_is_added_in_its_steps(one_by_one, sample, texts):
+    """Where it is that of the negative text, p_n + s (p − p_n) + t (p − p_n) is guidance by s + t."""
+    skipping = Skipping(texts[1], 2.0, after=-1, before=99)
+    found = alone(one_by_one, sample(1, 6, "euler", Guidance(3.0), skipping=skipping))
+    plain = alone(one_by_one, sample(1, 6, "euler", Guidance(3.0)))
+    np.testing.assert_allclose(found, alone(one_by_one, sample(1, 6, "euler", Guidance(5.0))), atol=CLOSE)
+    batch = Batch(one_by_one())
+    split = batch.add(sample(1, 6, "euler", Guidance(3.0, "split"), skipping=skipping))
+    other = batch.add(sample(**SHORT[2]))
+    made = finish(batch, split, other)
+    np.testing.assert_array_equal(made[0], found)
+    np.testing.assert_array_equal(made[1], alone(one_by_one, sample(**SHORT[2])))
+    for after, before in ((5, 99), (-1, 0), (2.5, 3)):  # no step lies in between
+        never = sample(1, 6, "euler", Guidance(3.0), skipping=Skipping(texts[1], 2.0, after, before))
+        np.testing.assert_array_equal(alone(one_by_one, never), plain)
+
+
+def test_a_device_leaves_a_third_prediction_to_the_host(on_gpu, sample, texts):
+    with pytest.raises(RequestError, match="nor skips layers: use the loop 'host'"):
+        Batch(on_gpu()).add(sample(1, 6, "euler", skipping=Skipping(texts[1], 2.0, -1, 99)))
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
