@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ..common.checks import is_whole
 from ..common.errors import BundleError
@@ -51,7 +51,10 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One model. variants: by `precision/backend`, see `variant`. files: of its configuration. key: of its stage."""
+    """One model. variants: by `precision/backend`, see `variant`. files: of its configuration. key: of its stage.
+
+    storage: `int8` where its weights are in eight bits, whatever it computes in; "" for those of the checkpoint.
+    """
 
     role: Role
     inputs: tuple[Tensor, ...] = ()
@@ -59,6 +62,7 @@ class Component:
     variants: dict[str, Variant] = field(default_factory=dict)
     files: Files = field(default_factory=dict)
     key: str = ""
+    storage: Literal["", "int8"] = ""
 
     def variant(self, precision: str, backend: str = STANDARD) -> Variant | None:
         """The model in `precision` for `backend`, else with standard operators; None where there is none."""
@@ -160,6 +164,9 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         for name in ("before", "after"):
             if not tokenizer[name]:
                 del tokenizer[name]
+    for part in value["components"].values():
+        if not part["storage"]:
+            del part["storage"]
     return {"schema_version": value.pop("schema_version"), **value}
 
 

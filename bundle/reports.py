@@ -9,7 +9,7 @@ from ..common.files import read_json, sha256_file, write_json
 from .bundle import Bundle
 from .reader import fits
 
-REPORTS = ("precision", "quality", "calibration", "engines", "fusion", "plans")
+REPORTS = ("precision", "quality", "calibration", "engines", "fusion", "plans", "text_storage")
 """Those that `build` writes."""
 
 

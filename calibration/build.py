@@ -26,7 +26,7 @@ from ..engines.tensorrt.build import clean
 from ..engines.tensorrt.bundle_plans import BuildMachine, build_plans, count_plans, resolve_machine
 from ..engines.tensorrt.target import Target
 from ..engines.tensorrt.variants import BESIDE
-from . import fusion, hinted, lora_inputs
+from . import fusion, hinted, lora_inputs, text_storage
 from .choice import AUTO, RECORD, candidates, choose
 from .damage import without_damaged
 from .eightbit import stage as eightbit
@@ -36,6 +36,7 @@ from .eightbit.times import check_time
 from .hinted import HINTED_ENGINES
 from .scan import Scan
 from .stage import convert, record_name
+from .text_storage import check_dtype
 
 _MODULES = ("onnx", "onnx_ir", "ml_dtypes")
 _FP32 = f"{FULL}/{STANDARD}"
@@ -50,6 +51,7 @@ class Goal:
     machine: what its plans are built with and for, None where it has none. converts: whether a precision is to be made.
     chooses: whether the engine is to be chosen by time, and a precision under fp32 with it where `lower` says so.
     lora: the denoiser that takes factors of LoRAs, None for as it is.
+    text_storage: the type that the weights of T5 are to be stored in, None for as they are.
     """
 
     engine: EngineName
@@ -63,6 +65,7 @@ class Goal:
     calibration: Path | None = None
     force: bool = False
     lora: lora_inputs.Wanted | None = None
+    text_storage: str | None = None
 
     @classmethod
     def of(
@@ -74,6 +77,7 @@ class Goal:
         calibration: str | Path | None = None,
         force: bool = False,
         lora: lora_inputs.Wanted | None = None,
+        text_storage: str | None = None,
     ) -> Goal:
         """Hold what is asked for against this machine, before any work is done.
 
@@ -94,7 +98,8 @@ class Goal:
                 f"the engine {name} builds no plans: leave out what is said of them "
                 "(architectures, shapes, batch, flags, memory)"
             )
-        if scan is not None and precision == FULL and not lower:
+        check_dtype(text_storage)
+        if scan is not None and precision == FULL and not lower and text_storage is None:
             raise DiffoundryError("fp32 needs no scan: leave its prompts, steps, size and PSNR out")
         if scan is not None and scan.budget is not None:
             scan.budget.check()
@@ -118,7 +123,18 @@ class Goal:
         asked = scan or (Scan(prompts=Scan().prompts[:1]) if lower else Scan())
         file = None if calibration is None else Path(calibration)
         made = (name, precision, target or Target(), asked, machine, precision != FULL, chooses, lower, file, force)
-        return cls(*made, lora)
+        goal = cls(*made, lora, text_storage)
+        if text_storage is not None and not goal.for_processor:
+            raise DiffoundryError(
+                f"text encoders in {text_storage} are for engines of the processor, not for {precision} with {name}: "
+                "leave the text storage dtype out, or choose --engine onnxruntime or openvino"
+            )
+        return goal
+
+    @property
+    def for_processor(self) -> bool:
+        """Whether text encoders run on the processor, from their fp32 models."""
+        return self.engine.on_cpu and (not self.converts or self.hinted or self.eight_bit)
 
     @property
     def hinted(self) -> bool:
@@ -138,6 +154,7 @@ class Goal:
             + 2 * (self.eight_bit and self.machine is not None)
             + self.chooses
             + self.engine.fused
+            + (self.text_storage is not None)
             + bool(self.lora.rank if self.lora is not None else manifest.wiring.lora_inputs)
             + (0 if self.machine is None else count_plans(manifest, self.target))
         )
@@ -153,14 +170,14 @@ class Goal:
             made += [RECORD, *(hinted.record_name(EngineName.parse(each), p) for each, p in candidates(self.lower))]
         fused = [fusion.record_name(self.engine, self.precision, name) for name in manifest.components]
         adapted = manifest.wiring.lora_inputs or (self.lora is not None and self.lora.rank)
-        return [*made, *(fused if self.engine.fused else ()), *([lora_inputs.RECORD] if adapted else [])]
+        stored = [text_storage.RECORD] if self.text_storage is not None else []
+        return [*made, *(fused if self.engine.fused else ()), *([lora_inputs.RECORD] if adapted else []), *stored]
 
     def written(self) -> float:
         """The weights that are written, as a multiple of those in fp32."""
         width = 1.0 if self.precision == FULL else 0.5  # eight bits: of the denoiser alone, and once more for GPUs
-        return width * ((self.converts and not self.hinted) + self.engine.fused) + (
-            0.0 if self.machine is None else width * self.target.count()
-        )
+        made = width * ((self.converts and not self.hinted) + self.engine.fused) + 0.3 * (self.text_storage is not None)
+        return made + (0.0 if self.machine is None else width * self.target.count())
 
 
 def build(
@@ -174,6 +191,7 @@ def build(
     force: bool = False,
     lora_rank: int | None = None,
     lora_layers: str | None = None,
+    text_storage_dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Give `bundle` a lower precision, what an engine runs, or both; neither torch nor the checkpoint is needed.
@@ -187,6 +205,8 @@ def build(
     force: take eight bits also where they are slower on this machine.
     lora_rank: make a denoiser that takes LoRAs as inputs, of up to so much rank in all, 0 for none any more.
     lora_layers: of it, those that take them, see `lora_inputs.LAYERS`; what most trainers train by default.
+    text_storage_dtype: `int8` for weights of T5 in eight bits in the place of its own, where the pictures of the scan
+    stay near; what it computes stays in floats. Only compiling again brings the others back.
     Raises `BundleError` for what is no bundle or was changed, `calibration.QualityError` when the images are too far
     from fp32, `EngineError` or `DiffoundryError`; what was finished is kept for the next run, and `bundle` is either
     the old one or the whole new one.
@@ -194,7 +214,9 @@ def build(
     path = resolved(bundle)
     lora = wanted_lora(lora_rank, lora_layers)
 
-    with working(path, lambda: _checked(path, engine, precision, target, scan, calibration, force, lora)) as (
+    text = text_storage_dtype
+
+    with working(path, lambda: _checked(path, engine, precision, target, scan, calibration, force, lora, text)) as (
         work,
         (old, goal),
     ):
@@ -226,19 +248,27 @@ def _checked(
     calibration: str | Path | None,
     force: bool,
     lora: lora_inputs.Wanted | None,
+    text: str | None,
 ) -> tuple[Bundle, Goal]:
     """The bundle at `path` and what it is to be run with. Raises for what cannot be built of it."""
     bundle = Bundle.open(path)
     own = bundle.manifest
     open_choice = own.precision == FULL or EngineName.parse(own.engine).backend in HINTED_ENGINES
-    said = (engine, precision, target, lora)
-    if said == (None,) * 4 and open_choice and EngineName.parse(own.engine).on_cpu:
+    said = (engine, precision, target, lora, text)
+    if said == (None,) * 5 and open_choice and EngineName.parse(own.engine).on_cpu:
         engine = AUTO
     if engine is None and precision in EIGHT_BIT and target is None and EngineName.parse(own.engine).on_cpu:
         engine = AUTO
     if engine != AUTO:
         precision = own.precision if precision is None else precision
-    goal = Goal.of(own.engine if engine is None else engine, precision, target, scan, calibration, force, lora)
+    goal = Goal.of(own.engine if engine is None else engine, precision, target, scan, calibration, force, lora, text)
+    if text is not None:
+        text_storage.check_storable(bundle)
+    elif text_storage.is_stored(bundle) and not goal.for_processor:
+        raise DiffoundryError(
+            f"{path} has text encoders in int8, which are for engines of the processor, not for {goal.precision} with "
+            f"{goal.engine}: compile the checkpoint again, without --text-storage-dtype"
+        )
     bundle = without_damaged(bundle, goal.precision)
     own = bundle.manifest
     key = f"{goal.precision}/{goal.engine.backend if goal.hinted else STANDARD}"
@@ -249,7 +279,7 @@ def _checked(
     converted = all(key in part.variants for part in needed)
     if goal.converts and scan is None and calibration is None and converted:
         goal = replace(goal, converts=False)
-    if (goal.converts and not goal.hinted) or goal.engine.fused or goal.machine is not None or lora is not None:
+    if (goal.converts and not goal.hinted) or goal.engine.fused or goal.machine is not None or lora is not None or text:
         require_modules("build", _MODULES, "build")
     check_runnable(bundle)
     lacking = [name for name, part in own.components.items() if _FP32 not in part.variants]
@@ -294,6 +324,9 @@ def _default(precision: str) -> str:
 def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bundle:
     """`bundle`, whose fp32 models lie in the ledger's working folder, with all else that the goal asks for."""
     bundle, adapted, lora_rank = lora_inputs.without(bundle)
+    if goal.text_storage is not None:
+        text_storage.check_storable(bundle)
+        bundle = text_storage.store(bundle, ledger, goal.scan, meter)
     if goal.lora is not None:
         adapted, lora_rank = lora_inputs.chosen(goal.lora.layers), goal.lora.rank
     if goal.chooses:

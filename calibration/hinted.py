@@ -187,7 +187,8 @@ def _set(bundle: Bundle, engine: EngineName, precision: str) -> Bundle:
 def _off(bundle: Bundle, engine: EngineName, precision: str, name: str) -> str:
     """Why component `name` is not what torch recorded, "" where it is."""
     feeds, expected = recorded_case(bundle, name)
-    check = compare_outputs(name, precision, EngineLoader(bundle, str(engine), precision).load(name)(feeds), expected)
+    found = EngineLoader(bundle, str(engine), precision).load(name)(feeds)
+    check = compare_outputs(name, precision, found, expected, bundle.component(name).storage)
     return "" if check.passed else f"{name} is off by {check.max_abs_error:.1e}, {check.allowed:.1e} is allowed"
 
 

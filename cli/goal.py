@@ -126,6 +126,12 @@ _OPTIONS = (
         type=click.Choice(["attention", "transformer", "all"]),
         help="With --lora-rank: the layers that take them. [default: transformer, what most trainers train]",
     ),
+    click.option(
+        "--text-storage-dtype",
+        type=click.Choice(["int8"]),
+        help="SD3, FLUX.1: weights of T5 in eight bits in the place of its own, for half the disk of bf16; it computes "
+        "in floats. Pictures of the scan are held against those before.",
+    ),
     click.option("--force", is_flag=True, help="int8: also where it is not faster on this machine."),
 )
 
@@ -158,7 +164,9 @@ def take_goal(options: dict[str, Any]) -> dict[str, Any]:
         "budget_db": options.pop("min_psnr"),
         "budget": options.pop("budget"),
     }
-    more = {name: options.pop(name) for name in ("calibration", "force", "lora_rank", "lora_layers")}
+    more = {
+        name: options.pop(name) for name in ("calibration", "force", "lora_rank", "lora_layers", "text_storage_dtype")
+    }
     return {"target": _said(Target, target), "scan": _said(Scan, scan), **more}
 
 
@@ -184,6 +192,7 @@ def _prompts(path: str) -> tuple[str, ...]:
 def show_result(bundle: Bundle, ready: str, as_json: bool, **more: Any) -> None:
     """Print warnings and `ready`, or with `--json` the bundle, what was measured, and `more`."""
     from ..bundle.reports import read_report
+    from ..calibration import text_storage
     from ..calibration.choice import describe
     from ..calibration.eightbit.times import describe as describe_times
     from ..engines.names import EngineName
@@ -196,15 +205,19 @@ def show_result(bundle: Bundle, ready: str, as_json: bool, **more: Any) -> None:
     has_plans = engine.backend in BACKENDS
     plans = read_report(bundle, "plans") if has_plans else {}
     fusion = read_report(bundle, "fusion").get(f"{bundle.manifest.precision}/{bundle.manifest.engine}")
+    stored = read_report(bundle, text_storage.REPORT).get(text_storage.INT8)
     timed = read_report(bundle, "calibration").get(f"{precision}/{engine.backend}")
     for line in (*plans.get("warnings", []), *(timed or {}).get("warnings", [])):
         click.echo(f"Warning: {line}", err=True)
     if as_json:
         measured = {"quality": quality, "plans": plans, "fusion": fusion, "engines": choice, "calibration": timed}
+        measured |= {"text_storage": stored}
         print(json.dumps({"bundle": str(bundle.root), **more, **{key: each for key, each in measured.items() if each}}))
     else:
         click.echo(ready)
         if choice and (choice.get("engine"), choice.get("precision")) == (str(engine), precision):
             click.echo(describe(choice))
+        if stored:
+            click.echo(text_storage.describe(stored))
         if timed:
             click.echo(describe_times(f"{precision}/{engine.backend}", timed))

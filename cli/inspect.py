@@ -49,7 +49,7 @@ def inspect_command(bundle: str, page: Path | None, as_json: bool) -> None:
         click.echo(page)
         return
     reports: dict[str, dict[str, Any]] = {}
-    for name in ("parity", "precision", "quality", "fusion", "engines", "calibration"):
+    for name in ("parity", "precision", "quality", "fusion", "engines", "calibration", "text_storage"):
         path = f"reports/{name}.json"
         try:
             opened.check({path} & set(opened.manifest.files))
@@ -122,6 +122,8 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
         console.print(f"scheduler {name}: read off its code for {', '.join(map(str, sorted(counts)))} steps")
     for line in _precision_lines(reports):
         console.print(line, soft_wrap=True)
+    for line in _storage_lines(reports, manifest):
+        console.print(line, soft_wrap=True)
     for line in _fusion_lines(reports, manifest):
         console.print(line, soft_wrap=True)
     if reports.get("engines"):
@@ -160,6 +162,16 @@ def _precision_lines(reports: dict[str, Any]) -> Iterator[str]:
     for key, report in reports.get("calibration", {}).items():
         yield describe(key, report)
         yield from (f"Warning: {line}" for line in warnings(report))
+
+
+def _storage_lines(reports: dict[str, Any], manifest: Any) -> Iterator[str]:
+    """What text encoders with weights in eight bits change."""
+    from ..bundle.reports import is_quality
+    from ..calibration.text_storage import INT8, describe
+
+    report = reports.get("text_storage", {}).get(INT8)
+    if is_quality(report) and any(part.storage for part in manifest.components.values()):
+        yield describe(report)
 
 
 def _has(manifest: Any, component: str, variant: str) -> bool:

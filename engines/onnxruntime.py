@@ -316,6 +316,8 @@ def new_options(threads: int, low_memory: bool = False) -> ort.SessionOptions:
     options.log_severity_level = 4
     # Threads that spin after a run would take the processors from the next component's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Where weights alone are in eight bits, values stay floats; the usual level rounds them, too.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if low_memory:
         # in the default order all casts of weights come first
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED

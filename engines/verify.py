@@ -81,7 +81,7 @@ def _verify(bundle: Bundle, engine: str, precision: str, threads: int | None) ->
         checked = loader.load(name, threads)
         feeds, expected = recorded_case(bundle, name)
         if not shapes:
-            yield compare_outputs(name, own, checked(feeds), expected)
+            yield compare_outputs(name, own, checked(feeds), expected, bundle.component(name).storage)
             continue
         reference = exact.load(name, threads)
         for shape in shapes:
@@ -97,12 +97,14 @@ def twins(bundle: Bundle) -> dict[str, str]:
     return {name: str(each) for name, each in found.items() if each and f"reports/reference/{name}.npz" not in files}
 
 
-def compare_outputs(name: str, precision: str, found: Mapping[str, Array], expected: Mapping[str, Array]) -> Check:
-    """Hold what component `name` gave in `precision` against what was expected.
+def compare_outputs(
+    name: str, precision: str, found: Mapping[str, Array], expected: Mapping[str, Array], storage: str = ""
+) -> Check:
+    """Hold what component `name` gave in `precision` against what was expected. storage: see `Component`.
 
     Raises `BundleError` for an output that is not finite or of another shape.
     """
-    error, allowed = 0.0, float("inf")
+    error, allowed, part = 0.0, float("inf"), max(PRECISIONS[each] for each in (precision, storage) if each)
     for output, reference in expected.items():
         if found[output].shape != reference.shape:
             raise BundleError(f"{name}: output {output!r} is not of the recorded shape; compile the bundle again")
@@ -110,7 +112,7 @@ def compare_outputs(name: str, precision: str, found: Mapping[str, Array], expec
         if not np.isfinite(difference):
             raise BundleError(f"{name}: output {output!r} is not finite; compile the bundle again on this machine")
         error = max(error, difference)
-        allowed = min(allowed, PRECISIONS[precision] * max(1.0, float(np.abs(reference).max())))
+        allowed = min(allowed, part * max(1.0, float(np.abs(reference).max())))
     return Check(name, precision, error, allowed)
 
 

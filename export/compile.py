@@ -71,6 +71,7 @@ def compile(
     embeddings: Sequence[Any] = (),
     lora_rank: int | None = None,
     lora_layers: str | None = None,
+    text_storage_dtype: str | None = None,
     config: str | Path | None = None,
     prediction_type: str | None = None,
     default_steps: int | None = None,
@@ -102,8 +103,8 @@ def compile(
     ip_adapters: the same of IP-Adapters, each a file, or a folder with one. image_encoder: the folder of the image
     encoder that they were trained with (default: the folder `image_encoder` beside each).
     loras: that the weights are changed by for good, each as `Pipeline.set_loras` takes it. embeddings:
-    textual inversions, each as `Pipeline.set_embeddings` takes it. lora_rank, lora_layers: see
-    `build`.
+    textual inversions, each as `Pipeline.set_embeddings` takes it. lora_rank, lora_layers,
+    text_storage_dtype: see `build`.
     config: for a single file, a diffusers folder whose configurations, scheduler and tokenizers go with its weights,
     and whose own weights are taken for what a file of FLUX.1 or Stable Diffusion 3 lacks.
     prediction_type: for a single file, what its U-Net predicts, where the file does not tell.
@@ -119,7 +120,9 @@ def compile(
         raise DiffoundryError(f"unknown validation {validate!r:.80}: choose one of {', '.join(VALIDATIONS)}")
     if storage_dtype not in (None, *STORAGE_DTYPES):
         raise DiffoundryError(f"unknown storage dtype {storage_dtype!r:.80}: choose one of {', '.join(STORAGE_DTYPES)}")
-    goal = Goal.of(engine, precision, target, scan, calibration, force, wanted_lora(lora_rank, lora_layers))
+    goal = Goal.of(
+        engine, precision, target, scan, calibration, force, wanted_lora(lora_rank, lora_layers), text_storage_dtype
+    )
     require_modules("compile", _MODULES, "export")
     path, asked = (
         resolved(out),
@@ -172,6 +175,9 @@ def _run(
         raise DiffoundryError(
             f"the storage dtype {AS_STORED} has no effect: {name} stores no component in fp16 or bf16: leave it out"
         )
+    kinds = {part.source: source.kind(part.source)[1] for part in reading.pipeline.parts.values()}
+    if goal.text_storage is not None and "T5EncoderModel" not in kinds.values():
+        raise DiffoundryError(f"{name} has no T5 whose weights could be in int8: leave the text storage dtype out")
     bundle = write_files(reading, ledger.work, name, traced)
     _check_schedule(bundle, reading)
     check_parts(specs, reading.pipeline)

@@ -41,7 +41,12 @@ class Recipe:
         Where others run beside them, or have their own processors, the system decides.
         """
         pinned = self.streams > 1 and self.threads >= (os.cpu_count() or 1)
-        return {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": self.streams, "ENABLE_CPU_PINNING": pinned}
+        return {
+            "INFERENCE_NUM_THREADS": self.threads,
+            "NUM_STREAMS": self.streams,
+            "ENABLE_CPU_PINNING": pinned,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # values stay floats where weights alone are in eight bits
+        }
 
 
 class Compiled:
