@@ -71,6 +71,12 @@ class EngineLoader:
         self._small: dict[str, bool] = {}
         self._changes: dict[str, Changes] = {}
         self._rows: dict[str, Rows] = {}
+        stored = [name for name, part in bundle.manifest.components.items() if part.storage]
+        if stored and not self.engine.on_cpu:
+            raise EngineError(
+                f"{bundle.root} has the weights of {', '.join(stored)} in int8, for engines of the processor: choose "
+                "--engine onnxruntime or openvino, or compile the checkpoint again without --text-storage-dtype"
+            )
         if self.engine.backend == ONNXRUNTIME:
             from .onnxruntime import require_provider
 

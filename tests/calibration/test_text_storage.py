@@ -12,7 +12,7 @@ from diffoundry import Scan
 from diffoundry.bundle import Bundle
 from diffoundry.bundle.reports import read_report
 from diffoundry.calibration import QualityError
-from diffoundry.common.errors import DiffoundryError
+from diffoundry.common.errors import DiffoundryError, EngineError
 from diffoundry.engines.verify import recorded_case, verify
 from diffoundry.runtime.pipeline import load
 
@@ -43,6 +43,10 @@ def test_t5_is_stored_in_eight_bits_where_the_pictures_stay_near(bundle_of, tmp_
     assert report["encoders"][T5]["snr_db"] == pytest.approx(-10 * np.log10(lost), abs=0.1)
     assert 25 < report["encoders"][T5]["snr_db"] < 60
     assert all(check.passed for check in verify(made))
+    with pytest.raises(
+        EngineError, match="the weights of text_encoder_2 in int8, for engines of the processor: choose"
+    ):
+        load(path, engine="onnxruntime:cuda")
     again = diffoundry.build(path, text_storage_dtype="int8", scan=Scan(**QUICK))
     assert again.manifest == made.manifest
     with pytest.raises(
