@@ -10,7 +10,7 @@ from ..common.checks import is_whole
 from ..common.errors import BundleError
 from . import schema1
 from .reader import FieldError, Rule, read
-from .wiring import MODE, PICTURE, STEPPING, AtLeast1, Latents, Role, TextEncoder, Tokenizer, Wiring
+from .wiring import MODE, PICTURE, STEPPING, AtLeast1, Control, Latents, Role, TextEncoder, Tokenizer, Wiring
 
 SCHEMA_VERSION = 2
 """Raised when a reader of the old version would misread the new manifest."""
@@ -25,6 +25,9 @@ Sha256 = Annotated[str, Rule(lambda value: _SHA256.fullmatch(value) is not None,
 Files = dict[str, Sha256]
 """Paths in the bundle, with `/`, and the hash of what they hold."""
 _NotEmpty = Rule(bool, "not be empty")
+_OF_FEW = ("mode_names", "most", "reads", "shifted", "masked", "guess", "of_prompt")
+_USUAL = {name: value for name, value in asdict(Control("", 1)).items() if name in _OF_FEW}
+"""What few controls have another value of; the others leave it out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +144,10 @@ class Manifest:
         if component.role not in STEPPING:
             return ()
         told = {name for each in self.wiring.image_prompts.values() for name in each.inputs if name != each.scale}
-        fixed = {*self.wiring.per_prompt(), *told, PICTURE, MODE}
+        own = {
+            each for control in self.wiring.controls.values() if control.component == name for each in control.of_prompt
+        }
+        fixed = {*self.wiring.per_prompt(), *told, *own, PICTURE, MODE}
         return tuple(tensor.name for tensor in component.inputs if tensor.name in fixed)
 
     def all_files(self) -> Files:
@@ -156,6 +162,9 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
     for name in ("controls", "image_prompts", "lora_inputs", "flow", "zeros", "picture_sizes", "guidance_added"):
         if not value["wiring"][name]:
             del value["wiring"][name]
+    for control in value["wiring"].get("controls", {}).values():
+        for name in [name for name in _USUAL if control[name] == _USUAL[name]]:
+            del control[name]
     for encoder in value["wiring"]["text"]:
         for name in ("length", "bucket"):
             if not encoder[name]:

@@ -190,11 +190,17 @@ factor."""
 class Control:
     """A component that makes, of a picture, residuals which are added inside the denoiser (Zhang et al. 2023).
 
-    component: its name. residuals: how many it makes; each is scaled by itself. channels: of the picture it is given.
+    component: its name. residuals: how many it makes; each is scaled by itself. channels: of what it is given.
     global_pool: whether each residual is one number a channel, and the negative prompt goes without, as in guess mode.
     kind: a `controlnet`, an `adapter` (T2I-Adapter, Mou et al. 2023), which reads the picture alone, or a `union`, a
-    ControlNet that reads pictures of several modes. modes: how many it knows.
-    multiple: what the sides of the latents must be multiples of.
+    ControlNet that reads pictures of several modes. modes: how many it knows. mode_names: of the first of them, where
+    they are not those of `families.control`.
+    multiple: what the sides of the latents must be multiples of. most: latents a side, 0 for any number.
+    reads: what it is given: pixels from 0 to 1 (`pixels`) or from -1 to 1 (`signed`), or the latents of the picture,
+    the likeliest (`latents`) or some that are drawn with the seed (`drawn`).
+    shifted: whether such latents are shifted as the others are. masked: whether it is given a mask beside them.
+    guess: whether it knows guess mode. of_prompt: by its inputs, the sources of those that are fed as in the rows of
+    the prompt in the rows of the negative prompt, too.
     """
 
     component: str
@@ -204,10 +210,26 @@ class Control:
     kind: Literal["controlnet", "adapter", "union"] = "controlnet"
     multiple: AtLeast1 = 1
     modes: Modes = 0
+    mode_names: tuple[str, ...] = ()
+    most: Side = 0
+    reads: Literal["pixels", "signed", "latents", "drawn"] = "pixels"
+    shifted: bool = True
+    masked: bool = False
+    guess: bool = True
+    of_prompt: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.kind == "union") != (self.modes > 0):
             raise ValueError("a union must have modes, and no other control any")
+        if self.masked and not self.encoded:
+            raise ValueError("a control that is given a mask must be given latents")
+        if set(self.of_prompt.values()) - set(SOURCES):
+            raise ValueError("of_prompt must name sources of the denoiser's inputs")
+
+    @property
+    def encoded(self) -> bool:
+        """Whether it is given the latents of the picture."""
+        return self.reads in ("latents", "drawn")
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,7 +209,7 @@ def requests(bundle: Bundle, scan: Scan) -> list[Request]:
     if "txt2img" not in tasks:
         options["image"] = _picture(width, height, scan.seed)
         if "img2img" not in tasks:
-            options["mask"] = np.tile((np.arange(width) > width // 2).astype(np.uint8) * 255, (height, 1))
+            options["mask"] = _right_half(width, height)
     return [Request(prompt, seed=scan.seed + i, **options) for i, prompt in enumerate(scan.prompts)]
 
 
@@ -218,7 +218,12 @@ def _controls(bundle: Bundle, scan: Scan) -> tuple[Control, ...]:
     width, height = scan.size or (bundle.manifest.default_width, bundle.manifest.default_height)
     controls = bundle.manifest.wiring.controls.items()
     return tuple(
-        Control(name, _picture(width, height, scan.seed + i), mode=0 if wired.modes else None)
+        Control(
+            name,
+            _picture(width, height, scan.seed + i),
+            mode=0 if wired.modes else None,
+            mask=_right_half(width, height) if wired.masked else None,
+        )
         for i, (name, wired) in enumerate(controls)
     )
 
@@ -238,6 +243,11 @@ def _embedding(width: int, seed: int) -> Array:
     """Numbers as large as those of a face, float32 (1, width), whose squares are `width` in all."""
     found = np.random.default_rng(seed).standard_normal((1, width)).astype(np.float32)
     return np.asarray(found * np.float32(width**0.5) / np.linalg.norm(found), np.float32)
+
+
+def _right_half(width: int, height: int) -> Array:
+    """A mask, uint8 (H, W)."""
+    return np.tile((np.arange(width) > width // 2).astype(np.uint8) * 255, (height, 1))
 
 
 def _picture(width: int, height: int, seed: int) -> Array:

@@ -14,7 +14,12 @@ _NAME = re.compile(r"\w+")
 
 
 def read_controls(
-    pictures: Iterable[str], scales: Iterable[str], intervals: Iterable[str], guess_mode: bool, detect: Iterable[str]
+    pictures: Iterable[str],
+    scales: Iterable[str],
+    intervals: Iterable[str],
+    guess_mode: bool,
+    detect: Iterable[str],
+    masks: Iterable[str] = (),
 ) -> tuple[Any, ...]:
     """A `Control` for each of `pictures`; of a ControlNet-Union a name is NAME:MODE.
 
@@ -26,10 +31,12 @@ def read_controls(
     named = read_pairs("--control", pictures, "NAME=PICTURE")
     scale_of = read_pairs("--control-scale", scales, "NAME=SCALE")
     interval_of = read_pairs("--control-interval", intervals, "NAME=START:END")
+    mask_of = read_pairs("--control-mask", masks, "NAME=PICTURE")
     detectors = read_pairs("--detect", (each if "=" in each else f"{each}={CANNY}" for each in detect), "NAME=DETECTOR")
     for option, found in (
         ("--control-scale", scale_of),
         ("--control-interval", interval_of),
+        ("--control-mask", mask_of),
         ("--detect", detectors),
         ("--guess-mode", {"": ""} if guess_mode and not named else {}),
     ):
@@ -49,6 +56,8 @@ def read_controls(
             if not colon:
                 raise click.UsageError(f"--control-interval takes NAME=START:END, found {name}={interval_of[name]!r}")
             given["interval"] = tuple(_number("--control-interval", name, each) for each in (start, end))
+        if name in mask_of:
+            given["mask"] = mask_of[name]
         image: Any = picture
         if name in detectors:
             check_detector(detectors[name])

@@ -108,8 +108,9 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
                 console.print(f"{name} {arrow} {names} {tensor.dtype}[{shape}]", soft_wrap=True)
     for name, control in manifest.wiring.controls.items():
         kind = {"controlnet": "a ControlNet", "union": "a ControlNet-Union", "adapter": "a T2I-Adapter"}[control.kind]
-        mode, modes = (":MODE", f" of {', '.join(mode_names(control.modes))}") if control.modes else ("", "")
-        console.print(f"--control {name}{mode}=PICTURE: {kind}{modes}, {control.component}", soft_wrap=True)
+        mode, modes = (":MODE", f" of {', '.join(mode_names(control))}") if control.modes else ("", "")
+        mask = f" --control-mask {name}=PICTURE" if control.masked else ""
+        console.print(f"--control {name}{mode}=PICTURE{mask}: {kind}{modes}, {control.component}", soft_wrap=True)
     for name, lora in manifest.wiring.lora_inputs.items():
         console.print(
             f"--lora FILE: {name} takes LoRAs as inputs, of rank {lora.rank} in all, in {len(lora.weights)} layers",

@@ -17,7 +17,7 @@ from .options import GIB, LAYERS, NUMBERS, engine_option, json_option, precision
 from .progress import progress
 
 _LONGEST_SHOWN = 200
-_OF_CONTROLS = ("control", "control_scale", "control_interval", "guess_mode", "detect")
+_OF_CONTROLS = ("control", "control_scale", "control_interval", "guess_mode", "detect", "control_mask")
 
 
 class _Run(click.Command):
@@ -94,6 +94,12 @@ class _Run(click.Command):
     multiple=True,
     metavar="NAME=START:END",
     help="The part of the steps, from 0 to 1, in which it acts.",
+)
+@click.option(
+    "--control-mask",
+    multiple=True,
+    metavar="NAME=PICTURE",
+    help="Of a control that inpaints: white where its picture is left out, and drawn anew.",
 )
 @click.option("--guess-mode", is_flag=True, help="Controls act on the prompt's half alone, and less further out.")
 @click.option(

@@ -7,18 +7,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from ..bundle import Tensor
-from ..bundle.wiring import MODE, PICTURE, SCALE, STRENGTH
+from ..bundle.wiring import SCALE
 from ..common.arrays import Array
 from ..common.errors import EngineError
 from ..families.control import MOST_SLOTS, halved, slot
 from .engine import DeviceArray, DeviceBinding, Engine, HostBinding
 
-_OF_A_CONTROL = (PICTURE, SCALE, MODE, STRENGTH)
-"""Inputs that each control has for itself; the others it shares with the denoiser."""
-
 
 def input_name(component: str, name: str) -> str:
-    """The input of a `ControlledEngine` that is the input `name` of one control alone."""
+    """The input of a `ControlledEngine` that is the input `name` of one control alone.
+
+    Those are what the plain denoiser does not take; the others are shared with it.
+    """
     return f"{component}.{name}"
 
 
@@ -60,11 +60,11 @@ class ControlledEngine(Engine):
             inputs += [
                 Tensor(input_name(name, tensor.name), tensor.dtype, tensor.shape)
                 for tensor in control.inputs
-                if tensor.name in _OF_A_CONTROL
+                if tensor.name not in shared
             ]
         self._names = {
             name: {
-                tensor.name: input_name(name, tensor.name) if tensor.name in _OF_A_CONTROL else tensor.name
+                tensor.name: tensor.name if tensor.name in shared else input_name(name, tensor.name)
                 for tensor in control.inputs
             }
             for name, control in self._controls.items()

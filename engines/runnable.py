@@ -81,6 +81,7 @@ def _check_told(bundle: Bundle) -> None:
 
     if not wiring.controls and not wiring.image_prompts:
         return
+    latents = bundle.manifest.latents.channels
     controlled = part(bundle.manifest.named("controlled"), "controlled")
     takes = {tensor.name: tensor.shape for tensor in controlled.inputs}
     told = [name for each in wiring.image_prompts.values() for name in each.inputs]
@@ -97,7 +98,11 @@ def _check_told(bundle: Bundle) -> None:
         many = (MODE, STRENGTH) if control.kind == "union" else ()
         picture = own.get(PICTURE, ())
         sound = (
-            own.keys() <= {*(() if control.kind == "adapter" else wiring.inputs), PICTURE, SCALE, *many}
+            own.keys()
+            <= {*(() if control.kind == "adapter" else wiring.inputs), PICTURE, SCALE, *many, *control.of_prompt}
+            and control.of_prompt.keys() <= own.keys()
+            and not control.of_prompt.keys() & wiring.inputs.keys()
+            and set(control.of_prompt.values()) <= set(wiring.inputs.values())
             and len(picture) == (5 if many else 4)
             and (not many or isinstance(picture[1], str))
             and picture[-3:-2] == (control.channels,)
@@ -107,7 +112,13 @@ def _check_told(bundle: Bundle) -> None:
             and len(made.outputs) == control.residuals
             and {tensor.name for tensor in made.outputs} <= residuals
         )
-        wrong += [] if sound and control.channels in (1, 3) else [name]
+        due = (latents + control.masked,) if control.encoded else (1, 3)
+        wrong += [] if sound and control.channels in due else [name]
+        if control.encoded and not bundle.manifest.with_role("encoder"):
+            raise BundleError(
+                f"{bundle.root} has no encoder among its components, which encodes the pictures of the control {name}: "
+                "compile it again"
+            )
     for name, prompt in wiring.image_prompts.items():
         tokens = part(prompt.component, "image_prompt")
         reads = [tensor.shape[1:] for tensor in tokens.inputs]
@@ -126,7 +137,8 @@ def _check_told(bundle: Bundle) -> None:
             and _are_masks([takes.get(name, ()) for name in prompt.masks], takes[prompt.tokens][1])
         )
         wrong += [] if sound else [name]
-    wrong += [] if all(len(shape) == 4 for name, shape in takes.items() if name in residuals) else ["the denoiser"]
+    axes = 4 if wiring.flow is None else 3
+    wrong += [] if all(len(shape) == axes for name, shape in takes.items() if name in residuals) else ["the denoiser"]
     if wrong:
         raise _disagree(bundle, wrong[0])
 

@@ -194,6 +194,55 @@ def make(size: str, out: Path, seed: int = 0, texts: Mapping[str, Mapping[str, A
             name_as_of_old(out / name)
 
 
+CONTROLNETS: dict[str, dict[str, dict[str, Any]]] = {
+    "sd3": {
+        "edge": {"num_layers": 3},
+        "edge2": {"num_layers": 3},
+        "depth": {"num_layers": 2, "force_zeros_for_pooled_projection": False},
+        "inpaint": {"num_layers": 1, "extra_conditioning_channels": 1},
+        # as the first ones of Stable Diffusion 3.5's large model
+        "borrowing": {"num_layers": 2, "joint_attention_dim": None, "use_pos_embed": False, "pos_embed_type": None},
+    },
+    "flux": {
+        "edge": {"num_layers": 1, "num_single_layers": 2, "guidance_embeds": True},
+        "depth": {"num_layers": 1, "num_single_layers": 2, "guidance_embeds": True},
+        "union": {"num_layers": 2, "num_single_layers": 0, "num_mode": 10, "guidance_embeds": True},
+        "pixels": {
+            "num_layers": 2,
+            "num_single_layers": 0,
+            "guidance_embeds": True,
+            "conditioning_embedding_channels": 16,
+            "patch_size": 2,
+        },
+    },
+}
+"""Kinds of ControlNets of Stable Diffusion 3 and of FLUX.1: what is not as in the transformer."""
+
+
+def make_controlnet(transformer: Mapping[str, Any], out: Path, kind: str = "edge") -> None:
+    """Write the diffusers folder of a ControlNet with random weights to `out`.
+
+    transformer: the configuration of the transformer that it is for. kind: of `CONTROLNETS`.
+    """
+    import inspect
+
+    import diffusers
+    import torch
+
+    of_flux = transformer["_class_name"] == "FluxTransformer2DModel"
+    made: Any = diffusers.FluxControlNetModel if of_flux else diffusers.SD3ControlNetModel
+    kinds = CONTROLNETS["flux" if of_flux else "sd3"]
+    torch.manual_seed(1000 + list(kinds).index(kind))
+    known = inspect.signature(made.__init__).parameters
+    options = {name: value for name, value in transformer.items() if name in known and name != "guidance_embeds"}
+    model = made(**{**options, **kinds[kind]})
+    _draw(model.requires_grad_(False))
+    for name, parameter in model.named_parameters():
+        if name.startswith(("controlnet_blocks", "controlnet_single_blocks")):
+            parameter *= 0.3  # residuals are smaller than the streams that they are added to
+    model.eval().save_pretrained(out)
+
+
 _LARGE = {
     **_FLUX,
     "attention_head_dim": 128,

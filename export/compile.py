@@ -30,6 +30,7 @@ from ..common.machine import require_modules
 from ..common.progress import Meter, Progress
 from ..engines import EngineStore
 from ..engines.tensorrt.target import Target
+from ..families.parts import TRANSFORMER
 from ..runtime.lora import as_inversions, as_loras
 from ..runtime.request import Request
 from ..runtime.schedule import Schedules
@@ -255,6 +256,11 @@ def _unpack_controls(
     if not files:
         return folders
     reading = read(source)
+    if reading.source.has(TRANSFORMER):
+        raise CheckpointError(
+            f"{next(iter(files.values()))} is a file: of a ControlNet of a transformer give the diffusers folder, with "
+            "config.json and weights"
+        )
     unet = unet_config(reading.source)
     for name, path in files.items():
         found = ControlNetFile(path, unet)

@@ -10,6 +10,7 @@ from ..common.errors import CheckpointError, reason
 from ..families import Family, Pipeline
 from ..families.control import CONTROLNET, PREFIX, T2I_ADAPTER, T2I_PREFIX, UNION
 from ..families.parts import KL, TINY, TRANSFORMER, UNET, VAE, VAE_TINY
+from ..families.transformer_control import CONTROLNETS
 from .checkpoint import Checkpoint
 from .loading import quiet
 
@@ -96,8 +97,15 @@ def vae_config(checkpoint: Checkpoint, name: str = "vae") -> dict[str, Any]:
 def control_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """The configuration of the ControlNet called `name`. Raises `CheckpointError` for a model of another kind.
 
-    That of a ControlNet-Union alone has `num_control_type`.
+    That of a ControlNet-Union of XL alone has `num_control_type`.
     """
+    if checkpoint.has(TRANSFORMER):
+        kind = checkpoint.kind(TRANSFORMER)[1]
+        if kind not in CONTROLNETS:
+            raise CheckpointError(
+                f"ControlNets of a {kind} are not supported, those of {' and '.join(CONTROLNETS)} are: leave {name} out"
+            )
+        return _control(checkpoint, PREFIX + name, CONTROLNETS[kind])
     return _control(checkpoint, PREFIX + name, CONTROLNET, UNION)
 
 
@@ -108,10 +116,15 @@ def t2i_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 def _control(checkpoint: Checkpoint, component: str, *due: str) -> dict[str, Any]:
     kind = checkpoint.config(component).get("_class_name", due[0])
+    if kind in (CONTROLNET, UNION, *CONTROLNETS.values()) and due[0] != T2I_ADAPTER and kind not in due:
+        raise CheckpointError(
+            f"{checkpoint.folder(component)} holds a {kind}, which was made for another kind of model; this checkpoint "
+            f"takes a {' or a '.join(due)}: give one that was trained with it"
+        )
     if kind not in due:
         raise CheckpointError(
             f"{checkpoint.folder(component)} holds a {kind}, which is not supported as a control; {due[0]} is: "
-            f"--{'controlnet' if due[0] == CONTROLNET else 't2i-adapter'} takes it"
+            f"--{'t2i-adapter' if due[0] == T2I_ADAPTER else 'controlnet'} takes it"
         )
     return _model_config(checkpoint, component, kind)
 

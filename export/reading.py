@@ -14,11 +14,12 @@ from ..common.files import check_tree
 from ..families import FAMILIES, Family, Pipeline, family_named, family_of, parts
 from ..families.control import T2I_PREFIX, controlled, with_t2i_adapters
 from ..families.image_prompt import PREFIX, halvings, with_image_prompts
+from ..families.transformer_control import with_controlnets
 from ..runtime.loop.guidance import Guidance
 from ..runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
 from ..runtime.request import Request
 from .checkpoint import Checkpoint
-from .configs import Complete, check_classes, control_config, t2i_config, unet_config
+from .configs import Complete, check_classes, control_config, t2i_config, transformer_config, unet_config
 from .graphs.spec import ComponentSpec
 from .ip_adapter import ENCODER, IPAdapterFile
 
@@ -120,7 +121,10 @@ def with_controls(source: Checkpoint, pipeline: Pipeline, names: Collection[str]
     if not names:
         return pipeline
     with _undamaged(source):
-        return controlled(pipeline, unet_config(source), {name: control_config(source, name) for name in names})
+        found = {name: control_config(source, name) for name in names}
+        if source.has(parts.TRANSFORMER):
+            return with_controlnets(pipeline, transformer_config(source), found)
+        return controlled(pipeline, unet_config(source), found)
 
 
 def encoder_names(adapters: Mapping[str, IPAdapterFile]) -> dict[Path, str]:
@@ -156,7 +160,7 @@ def _with_adapters(
 
 def _refuse_unet_only(asked: Asked, kind: str) -> None:
     """Raise `DiffoundryError` for what goes with a U-Net alone."""
-    given = {"a ControlNet": asked.controls, "an IP-Adapter": asked.adapters, "a T2I-Adapter": asked.t2i_adapters}
+    given = {"an IP-Adapter": asked.adapters, "a T2I-Adapter": asked.t2i_adapters}
     for what, value in given.items():
         if value:
             raise DiffoundryError(f"{what} goes with a U-Net, a {kind} has a transformer: leave it out")
@@ -194,7 +198,9 @@ def _specs(source: Checkpoint, pipeline: Pipeline, tasks: tuple[str, ...]) -> li
     from .modules import component_specs
 
     of_tasks = {role for roles in TASKS.values() for role in roles}
-    spare = of_tasks - {role for task in tasks for role in TASKS[task]}
+    needed = {role for task in tasks for role in TASKS[task]}
+    needed |= {"encoder"} if any(each.encoded for each in pipeline.wiring.controls.values()) else set()
+    spare = of_tasks - needed
     with _undamaged(source):
         return [spec for spec in component_specs(source, pipeline) if pipeline.parts[spec.name].role not in spare]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +20,10 @@ MODES = ("openpose", "depth", "softedge", "canny", "normal", "segment", "tile", 
 """What the pictures of a ControlNet-Union are of, by the numbers that its authors gave them."""
 
 
-def mode_names(count: int) -> tuple[str, ...]:
-    """Of the modes of a ControlNet-Union that knows so many: their numbers where there are none."""
-    return tuple(MODES[i] if count in _PUBLISHED else str(i) for i in range(count))
+def mode_names(control: Control) -> tuple[str, ...]:
+    """Of the modes of a ControlNet-Union: their numbers where there are none."""
+    named = control.mode_names or (MODES if control.modes in _PUBLISHED else ())
+    return tuple(named[i] if i < len(named) else str(i) for i in range(control.modes))
 
 
 PICTURES = "pictures"
@@ -157,8 +159,17 @@ def side(axis: str, halvings: int) -> str:
 
 
 def halved(axes: Mapping[str, int], most: int = 16) -> dict[str, int]:
-    """The sizes of `height` and `width` in `axes`, and of all halves of them."""
-    return {side(axis, k): -(-axes[axis] // 2**k) for axis in _SIDES if axis in axes for k in range(most.bit_length())}
+    """The sizes of `height` and `width` in `axes`, and of all halves of them; with both, the tokens they make."""
+    halvings = range(most.bit_length())
+    found = {side(axis, k): -(-axes[axis] // 2**k) for axis in _SIDES if axis in axes for k in halvings}
+    if all(axis in axes for axis in _SIDES):
+        found |= {tokens(2**k): math.prod(found[side(axis, k)] for axis in _SIDES) for k in halvings}
+    return found
+
+
+def tokens(patch: int) -> str:
+    """The name of the axis of tokens of so many latents a side, a power of two."""
+    return f"tokens_{patch}"
 
 
 def controlled(pipeline: Pipeline, unet: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]]) -> Pipeline:

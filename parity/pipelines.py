@@ -12,6 +12,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -59,6 +60,8 @@ UNITED, UNION = "+union", "union"
 PICO = "pico+control+union+image-plus"
 """The bundle of pico with all that steers it."""
 _PARTS = {SKETCH: SKETCHED, UNION: UNITED}
+STEERED = "+dit-"
+"""Before the kinds of ControlNets that the bundle of a transformer has, of `examples.random_transformer`."""
 PROMPTED = "+image-"
 ADAPTERS, FACE = ("plain", "plus", "full"), "face"
 """The kinds of IP-Adapters, by which they are called, and one that is given embeddings."""
@@ -138,6 +141,8 @@ class Case:
         """The name of the checkpoint, with what its bundle has beside it; pico's has all that its cases need."""
         if self.checkpoint == "pico" and (self.controls or self.prompts):
             return PICO
+        if self.flows and self.controls:
+            return self.checkpoint + STEERED + "-".join(BESIDE[self.checkpoint])
         if self.loras:
             return self.checkpoint + ADAPTED
         more = "".join(f"{PROMPTED}{each.name}" for each in self.prompts)
@@ -267,6 +272,7 @@ def cases() -> Iterator[Case]:
     yield from _of_loras()
     yield from _of_transformers()
     yield from _of_loras_of_transformers()
+    yield from _of_controls_of_transformers()
 
 
 def half_cases() -> Iterator[Case]:
@@ -594,6 +600,62 @@ def _of_transformers() -> Iterator[Case]:
                 yield replace(plain, scheduler=scheduler, label=_DIT)
 
 
+def _of_controls_of_transformers() -> Iterator[Case]:
+    """ControlNets of each kind, one and two at once, with scales and intervals; several pictures of a union."""
+    part, late = (0.0, 0.5), (0.5, 1.0)
+    for checkpoint in ("sd3-small", "sd35-small"):
+        kind, options = TRANSFORMERS[checkpoint]
+        case = Case(checkpoint, "txt2img", f"{kind}ControlNetPipeline", options, _STEERED_DIT, size=(64, 64))
+        for name in BESIDE[checkpoint]:
+            if name == "inpaint":
+                masked = replace(case, kind=f"{kind}ControlNetInpaintingPipeline", controls=(Steer(name, 0.8),))
+                yield masked
+                yield replace(masked, count=2, size=_WIDE_TOKENS)
+                continue
+            yield replace(case, controls=(Steer(name),))
+            yield replace(case, controls=(Steer(name, 0.6),), count=2, size=_WIDE_TOKENS)
+            yield replace(case, controls=(Steer(name, 0.8, late),), scheduler="flow-heun")
+        unguided = {**options, "guidance": 1.0, "negative_prompt": None}
+        yield replace(case, options=unguided, controls=(Steer("edge"),), label=f"{_STEERED_DIT} no guidance")
+        yield replace(case, controls=(Steer("edge"),), loras=(Adapted("peft", 0.8),))
+    case = replace(case, checkpoint="sd3-small", options=TRANSFORMERS["sd3-small"][1])
+    twice = (Steer("edge", 0.7), Steer("edge2", 1.2, part))
+    yield replace(case, controls=twice)
+    yield replace(case, controls=twice, count=2, size=_WIDE_TOKENS)
+    for checkpoint in ("flux-dev-small", "flux-schnell-small"):
+        kind, options = TRANSFORMERS[checkpoint]
+        # a ControlNet that is given the guidance is given diffusers' own beside a model that is given none
+        case = Case(checkpoint, "txt2img", f"{kind}ControlNetPipeline", options, _STEERED_DIT, size=(64, 64))
+        for name in BESIDE[checkpoint]:
+            mode = 3 if name == "union" else None
+            yield replace(case, controls=(Steer(name, mode=mode),))
+            yield replace(case, controls=(Steer(name, 0.6, part, mode),), count=2, size=_WIDE_TOKENS)
+        if checkpoint == "flux-schnell-small":
+            continue
+        both = (Steer("edge", 0.7), Steer("depth", 1.2, part))
+        yield replace(case, controls=both)
+        yield replace(case, controls=both, count=2, size=_WIDE_TOKENS)
+        yield replace(case, controls=(Steer("union", 0.7, part, 0), Steer("union", 0.9, late, 4)), count=2)
+        plain = {**options, "true_cfg_scale": 1.0, "negative_prompt": None}
+        yield replace(case, options=plain, controls=both, label=f"{_STEERED_DIT} no guidance")
+        yield replace(case, controls=both, picture=(77, 93), label=f"{_STEERED_DIT} picture 77x93")
+        yield replace(case, controls=both, loras=(Adapted("peft", 0.8),))
+        for task, middle in (("img2img", "Img2Img"), ("inpaint", "Inpaint")):
+            drawn = {"steps": 4, "guidance": 3.5, "strength": 0.85}
+            changed = replace(case, task=task, kind=f"{kind}ControlNet{middle}Pipeline", options=drawn)
+            yield replace(changed, controls=(Steer("edge", 0.8),))
+            yield replace(changed, controls=both, count=2, size=_WIDE_TOKENS)
+
+
+BESIDE = {
+    "sd3-small": ("edge", "edge2", "depth", "inpaint"),
+    "sd35-small": ("edge", "borrowing"),
+    "flux-dev-small": ("edge", "depth", "union", "pixels"),
+    "flux-schnell-small": ("edge",),
+}
+"""The ControlNets that the bundle of a transformer is compared with."""
+
+
 def _of_editing(checkpoint: str, kind: str, options: Mapping[str, Any]) -> Iterator[Case]:
     """Models that see a picture: batch and size; for Fill strengths too."""
     plain = Case(checkpoint, EDITING[checkpoint], f"{kind}Pipeline", options)
@@ -623,7 +685,7 @@ def _named(options: Mapping[str, Any]) -> str:
     return "".join(f" {name} {value}" for name, value in options.items())
 
 
-_DIT = "dit"
+_DIT, _STEERED_DIT = "dit", "dit-control"
 _WIDE_TOKENS = (112, 80)
 _STRENGTHS_OF_FLOW = (0.5, 0.85, None, 1.0)
 _REFUSED = {"flux-dev-small": ("flow-heun",), "flux-schnell-small": ("flow-heun", "dpm++2m")}
@@ -737,7 +799,9 @@ def _oracle(
     controls: tuple[Path, ...] = (),
     adapters: tuple[Path, ...] = (),
     loras: tuple[Path, ...] = (),
+    several: bool = False,
 ) -> tuple[Any, Any]:
+    """several: whether the pipeline is given a list of ControlNets, where of one it reads several pictures, too."""
     import diffusers
     import torch
 
@@ -751,8 +815,9 @@ def _oracle(
         extra["adapter"] = diffusers.T2IAdapter.from_pretrained(controls[0])
     elif controls:
         net = diffusers.ControlNetUnionModel if "Union" in kind else diffusers.ControlNetModel
+        net = next((each for prefix, each in _nets().items() if kind.startswith(prefix)), net)
         nets = [net.from_pretrained(folder) for folder in controls]
-        extra["controlnet"] = nets if len(nets) > 1 else nets[0]
+        extra["controlnet"] = nets if several else nets[0]
     pipeline = getattr(diffusers, kind).from_pretrained(checkpoint, **extra)
     pipeline.set_progress_bar_config(disable=True)
     if adapters:
@@ -788,10 +853,14 @@ def diffusers_run(
 
     with _quiet():
         names = dict.fromkeys(each.name for each in case.controls)
-        folders = tuple(checkpoint_of(f"{case.checkpoint}{_PARTS.get(name, CONTROLLED)}-{name}") for name in names)
+        before = {name: STEERED if case.flows else f"{_PARTS.get(name, CONTROLLED)}-" for name in names}
+        folders = tuple(checkpoint_of(f"{case.checkpoint}{before[name]}{name}") for name in names)
+        several = len(case.controls if case.flows else folders) > 1
         adapters = tuple(checkpoint_of(f"{case.checkpoint}{PROMPTED}{each.name}") for each in case.prompts)
         files = tuple(checkpoint_of(f"{case.checkpoint}{LORA}{each.kind}") for each in case.loras)
-        pipeline, config = _oracle(checkpoint_of(case.checkpoint), case.kind, setting, folders, adapters, files)
+        pipeline, config = _oracle(
+            checkpoint_of(case.checkpoint), case.kind, setting, folders, adapters, files, several
+        )
         if files:
             pipeline.set_adapters(
                 [file.stem for file in files], [_their_strength(each, pipeline) for each in case.loras]
@@ -827,7 +896,7 @@ def diffusers_run(
             options[name] = [options[name]] * case.count
     if case.size and (case.task != "img2img" or case.flows):
         options["width"], options["height"] = case.size
-    if "Control" in case.kind and case.flows:
+    if case.kind == "FluxControlPipeline":
         options["control_image"] = options.pop("image")
     if "Kontext" in case.kind:
         options["max_area"] = case.size[0] * case.size[1] if case.size else 1024**2
@@ -848,7 +917,8 @@ def diffusers_run(
         watched: dict[str, Any] = {"callback_on_step_end": keep}
         if "Adapter" in case.kind:
             watched = {"callback": lambda step, timestep, latents: keep(None, step, timestep, {"latents": latents})}
-        found = pipeline(**options, generator=generators, output_type=ends, **watched).images
+        with _likeliest() if case.kind.startswith("StableDiffusion3ControlNet") else nullcontext():
+            found = pipeline(**options, generator=generators, output_type=ends, **watched).images
         if case.kind == "StableDiffusion3InpaintPipeline":  # which forgets the shift of its autoencoder
             latents_of, own = torch.from_numpy(states[-1]), pipeline.vae.config
             made = pipeline.vae.decode(latents_of / own.scaling_factor + own.shift_factor, return_dict=False)[0]
@@ -880,6 +950,33 @@ def _drawing(pipeline: Any, case: Case, generators: list[Any]) -> Any:
     return stepped
 
 
+def _nets() -> dict[str, Any]:
+    """The classes of ControlNets of transformers, by how the names of their pipelines begin."""
+    import diffusers
+
+    return {"Flux": diffusers.FluxControlNetModel, "StableDiffusion3": diffusers.SD3ControlNetModel}
+
+
+@contextmanager
+def _likeliest() -> Iterator[None]:
+    """Let an autoencoder give the likeliest latents where it would draw some without a generator.
+
+    So the pipelines of Stable Diffusion 3 draw those of pictures that steer; no seed gives the same twice.
+    """
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    usual = DiagonalGaussianDistribution.sample
+
+    def sample(self: Any, generator: Any = None) -> Any:
+        return self.mode() if generator is None else usual(self, generator)
+
+    DiagonalGaussianDistribution.sample = sample
+    try:
+        yield
+    finally:
+        DiagonalGaussianDistribution.sample = usual
+
+
 def _their_controls(case: Case) -> dict[str, Any]:
     """The options of diffusers' ControlNet pipelines; of one control they are no lists."""
     if "Adapter" in case.kind:
@@ -889,7 +986,7 @@ def _their_controls(case: Case) -> dict[str, Any]:
         }
         return given | ({"adapter_conditioning_factor": case.controls[0].interval[1]} if "XL" in case.kind else {})
     named: dict[str, list[Any]] = {
-        "image" if case.task == "txt2img" else "control_image": _steering(case),
+        "image" if case.task == "txt2img" and not case.flows else "control_image": _steering(case),
         "controlnet_conditioning_scale": [each.scale for each in case.controls],
         "control_guidance_start": [each.interval[0] for each in case.controls],
         "control_guidance_end": [each.interval[1] for each in case.controls],
@@ -899,7 +996,14 @@ def _their_controls(case: Case) -> dict[str, Any]:
         pictures = named.get("image", named.get("control_image"))
         found = {name: value for name, value in found.items() if name != "image"}
         found |= {"control_image": pictures, "control_mode": [each.mode for each in case.controls]}
-    return {**found, "guess_mode": case.guess_mode}
+    if not case.flows:
+        return {**found, "guess_mode": case.guess_mode}
+    if "Inpainting" in case.kind:
+        found["control_mask"] = mask(*(case.picture or _size(case)))
+    modes = [each.mode for each in case.controls]
+    if case.kind.startswith("Flux") and (len(modes) > 1 or modes[0] is not None):
+        found["control_mode"] = modes if len(modes) > 1 else modes[0]
+    return found
 
 
 def _their_strength(lora: Adapted, pipeline: Any) -> Any:
@@ -984,7 +1088,10 @@ def diffoundry_run(
         for each, images in zip(case.prompts, _prompting(case), strict=True)
     ]
     options["control"] = [
-        Control(each.name, image, each.scale, each.interval, case.guess_mode, each.mode)
+        Control(
+            *(each.name, image, each.scale, each.interval, case.guess_mode, each.mode),
+            mask=mask(*image.size) if each.name == "inpaint" else None,
+        )
         for each, image in zip(case.controls, _steering(case), strict=True)
     ]
     if (case.task != "img2img" or case.flows) and latents is None:  # diffusers inpaints at the checkpoint's size
@@ -1146,6 +1253,12 @@ def make_beside(checkpoint: Path, name: str, folder: Path) -> None:
     if LORA in name:
         write_lora(checkpoint, name.partition(LORA)[2], folder)
         return
+    if STEERED in name:
+        from ..examples.random_transformer import make_controlnet
+
+        config = json.loads((checkpoint / "transformer" / "config.json").read_text())
+        make_controlnet(config, folder, name.partition(STEERED)[2])
+        return
     make_part(json.loads((checkpoint / "unet" / "config.json").read_text()), name, folder)
 
 
@@ -1169,8 +1282,11 @@ def beside(checkpoint_of: FolderOf, name: str) -> dict[str, Any]:
     adapters = [part.removeprefix(PROMPTED[1:]) for part in parts if part.startswith(PROMPTED[1:])]
     nets: dict[str, str] = dict.fromkeys(CONTROLS if CONTROLLED[1:] in parts else (), CONTROLLED)
     nets |= {UNION: UNITED} if UNITED[1:] in parts else {}
+    steered = [part.removeprefix(STEERED[1:]).split("-") for part in parts if part.startswith(STEERED[1:])]
+    folders = {each: checkpoint_of(f"{plain}{kind}-{each}") for each, kind in nets.items()}
+    folders |= {each: checkpoint_of(f"{plain}{STEERED}{each}") for each in (steered[0] if steered else ())}
     return {
-        "controlnets": {each: checkpoint_of(f"{plain}{kind}-{each}") for each, kind in nets.items()},
+        "controlnets": folders,
         "t2i_adapters": {SKETCH: checkpoint_of(f"{plain}{SKETCHED}-{SKETCH}")} if SKETCHED[1:] in parts else {},
         "ip_adapters": {each: checkpoint_of(f"{plain}{PROMPTED}{each}") for each in adapters},
         **({"lora_rank": _MOST_RANK, "lora_layers": "all"} if ADAPTED[1:] in parts else {}),

@@ -19,9 +19,10 @@ class Control:
     path, a PIL image, or an array (H, W, 3)); it is stretched to the size of the drawing, or cut to the part that
     `padding_mask_crop` draws.
 
+    mask: of a control that inpaints, white where the picture is left out and drawn anew; of the size of the picture.
     scale: a factor on what the control adds. interval: the part of the steps, from 0 to 1, in which it acts.
     guess_mode: it acts on the rows of the prompt alone, and less in the outer layers, as diffusers' `guess_mode`.
-    mode: of a ControlNet-Union, what the picture is of, a name of `families.control.MODES` or its number; several
+    mode: of a ControlNet-Union, what the picture is of, by a name that `inspect` shows, or by its number; several
     controls of the same name and of different modes act together.
     """
 
@@ -31,6 +32,7 @@ class Control:
     interval: tuple[float, float] = (0.0, 1.0)
     guess_mode: bool = False
     mode: str | int | None = None
+    mask: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:

@@ -58,7 +58,7 @@ class Jobs:
         self._bundle, self._schedules = bundle, Schedules(bundle)
         self.text, self._sizes = Text(bundle, engine, loras, adapted), Sizes(manifest)
         self._guidance, self._loras = GuidanceCondition(manifest), loras
-        picture, self._control = Picture(manifest, autoencoder), ControlCondition(bundle)
+        picture, self._control = Picture(manifest, autoencoder), ControlCondition(bundle, autoencoder)
         self._image_prompt = ImagePromptCondition(bundle, engine)
         self.conditions: tuple[Condition, ...] = (
             *(self.text, self._sizes, self._guidance, picture),
@@ -122,6 +122,10 @@ class Jobs:
         """The components of the controls that act on these jobs, None where the plain denoiser draws them."""
         used = self._control.used(jobs)
         return used if used or any(job.request.image_prompt for job in jobs) else None
+
+    def encode_controls(self, jobs: Sequence[Job]) -> bool:
+        """Whether pictures of the controls of these jobs are encoded."""
+        return self._control.encodes(jobs)
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Raise `RequestError` for what cannot be fed to these jobs in one batch. Nothing is loaded."""

@@ -317,6 +317,7 @@ class Pipeline:
         fed = [Fed() for _ in jobs]
         prompted = any(job.request.image_prompt for job in jobs)
         loaded = {"text", *(["image"] if prompted else []), *(role for job in jobs for role in TASKS[job.request.task])}
+        loaded |= {"encoder"} if self._jobs.encode_controls(jobs) else set()
         for condition in self._jobs.conditions:
             role = condition.loads
             with _timed(seconds, role) if role in loaded else nullcontext():
@@ -374,30 +375,35 @@ class Pipeline:
     def _samples(self, job: Job, fed: Fed) -> list[Sample]:
         """The rows of a job. fed: by its conditions."""
         inputs = self.bundle.manifest.wiring.inputs
+        same = {**fed.inputs, **{name: fed.prompt[source] for name, source in fed.of_prompt.items()}}
         prompt, negative = (
             {**{name: half[source] for name, source in inputs.items() if source in half}, **more}
-            for half, more in ((fed.prompt, fed.inputs), (fed.negative, {**fed.inputs, **fed.negative_inputs}))
+            for half, more in ((fed.prompt, same), (fed.negative, {**same, **fed.negative_inputs}))
         )
         if fed.start is None:
             raise RequestError(f"{self.bundle.root} cannot start the task {job.request.task}: compile it again")
         generators = [GENERATORS[job.request.rng](seed) for seed in job.seeds]
-        others, skipping = negative if job.guidance.active else None, None
-        if fed.skipped_inputs:
+        drawn = [fed.drawn(generator) if fed.drawn else {} for generator in generators]
+
+        def skipping(own: Mapping[str, Array]) -> Skipping | None:
+            if not fed.skipped_inputs:
+                return None
             scale, start, stop = (getattr(job.guidance, name) for name in SKIPPING[1:])
-            skipping = Skipping({**prompt, **fed.skipped_inputs}, scale, job.steps * start, job.steps * stop)
+            return Skipping({**prompt, **own, **fed.skipped_inputs}, scale, job.steps * start, job.steps * stop)
+
         return [
             Sample(
                 job.table,
                 job.guidance,
                 generator,
-                prompt,
-                others,
+                {**prompt, **own},
+                {**negative, **own} if job.guidance.active else None,
                 *fed.start(i, generator),
                 fed.prompt_steps,
                 fed.negative_steps,
-                skipping,
+                skipping(own),
             )
-            for i, generator in enumerate(generators)
+            for i, (generator, own) in enumerate(zip(generators, drawn, strict=True))
         ]
 
     def __call__(self, prompt: str = "", **options: Any) -> Result:

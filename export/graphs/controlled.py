@@ -16,11 +16,9 @@ from ...common.errors import CheckpointError
 from ...common.files import link_or_copy, read_json
 from ...engines.fusion.graph import save
 from ...families.control import slot
-from .trace import DATA_NAME, MODEL_NAME
+from .shared import in_plain, link_weights
+from .trace import MODEL_NAME
 from .weights import WEIGHTS_NAME
-
-_PLAIN_DATA = "plain.onnx_data"
-"""The weights that it shares with the plain graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +78,12 @@ def write_controlled(
         sources = read_json(plain.with_name(WEIGHTS_NAME), "the sources of its weights")
         for each in tokens:
             _read_tokens(graph, each, sources)
-    for name in (DATA_NAME, WEIGHTS_NAME):
-        if plain.with_name(name).exists():
-            link_or_copy(plain.with_name(name), folder / (_PLAIN_DATA if name == DATA_NAME else name))
+    link_weights(plain, folder)
+    if plain.with_name(WEIGHTS_NAME).exists():
+        link_or_copy(plain.with_name(WEIGHTS_NAME), folder / WEIGHTS_NAME)
     for value in graph.initializers.values():
-        stored = value.const_value
-        if isinstance(stored, onnx_ir.ExternalTensor):
-            value.const_value = onnx_ir.ExternalTensor(
-                _PLAIN_DATA, stored.offset, stored.length, stored.dtype,
-                shape=stored.shape, name=str(stored.name), base_dir=folder,
-            )  # fmt: skip
+        if isinstance(value.const_value, onnx_ir.ExternalTensor):
+            value.const_value = in_plain(value.const_value, folder)
     save(model, folder, MODEL_NAME)
 
 

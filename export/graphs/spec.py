@@ -16,6 +16,11 @@ OPSET = 20
 """The ONNX operator set that is traced to."""
 
 
+def argument(name: str) -> str:
+    """What an input is called as an argument of a Python function, whose names have no dots."""
+    return name.replace(".", "__")
+
+
 @dataclass(frozen=True, slots=True)
 class Axis:
     """Sizes that a named axis may take in a test: multiples of `unit` from `low` to `high`."""
@@ -40,10 +45,12 @@ class ComponentSpec:
     batch and is to accept one value for all rows.
     facts: numbers that `load` writes into the graph beside the weights. per_prompt: inputs that a whole run shares.
     tied: axes that follow another: its name, and what it is multiplied with and then divided by, rounded up.
+    products: axes that are the product of two others.
     more_sources: of other weights that are written into it.
     twin: makes the same with a few layers of the same weights, which is held against torch where the whole is too
     large to be. about_twin: what it is, in words.
     rewrites: the component whose graph this one's is made of, by `rewrite(graph, folder)`; "" for one that is traced.
+    shares: the component whose weights this one has, too; "" where it shares none.
     """
 
     name: str
@@ -60,7 +67,9 @@ class ComponentSpec:
     facts: tuple[float, ...] = ()
     per_prompt: tuple[str, ...] = ()
     tied: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    products: dict[str, tuple[str, str]] = field(default_factory=dict)
     more_sources: tuple[str, ...] = ()
+    shares: str = ""
     rewrites: str = ""
     rewrite: Callable[[Path, Path], None] | None = None
     twin: Callable[[], ComponentSpec] | None = None
@@ -81,7 +90,8 @@ class ComponentSpec:
 
     def with_tied(self, sizes: dict[str, int]) -> dict[str, int]:
         """`sizes`, and those of the axes that follow them."""
-        return sizes | {name: -(-sizes[axis] * times // by) for name, (axis, times, by) in self.tied.items()}
+        sizes = sizes | {name: -(-sizes[axis] * times // by) for name, (axis, times, by) in self.tied.items()}
+        return sizes | {name: sizes[one] * sizes[other] for name, (one, other) in self.products.items()}
 
     def feeds(self, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, Array]:
         """Random inputs of these sizes."""

@@ -14,9 +14,11 @@ import numpy as np
 
 from ...common.errors import CheckpointError, reason
 from ...common.files import write_json
+from ...engines.fusion.graph import save
 from ..weight_files import Place
+from .shared import share_weights
 from .simplify import simplify
-from .spec import OPSET, ComponentSpec
+from .spec import OPSET, ComponentSpec, argument
 from .weights import WEIGHTS_NAME, weight_sources
 from .weights import WIDENED as _WIDENED
 
@@ -36,12 +38,14 @@ def trace(
     *,
     keep_half: bool = False,
     places: Mapping[str, Place] | None = None,
+    shares: Path | None = None,
 ) -> None:
     """Write `module` as `folder/model.onnx` (and `model.onnx_data` when large), and `weights.json`.
 
     stored: the names of the weights in the checkpoint, none where there is none. The module has no weights after that.
     keep_half: write weights that the module holds in half precision as they are, each with a cast to float32 after it.
     places: where the weights lie by the module's names; they are then read from there, one at a time.
+    shares: a graph of the same weights, whose large ones are linked and not written again.
     Raises `CheckpointError` when the exporter fails or fixed an axis that the spec names.
     """
     import onnx_ir
@@ -49,9 +53,12 @@ def trace(
 
     sizes = {name: axis.unit * (-(-axis.low // axis.unit) + 1 + i) for i, (name, axis) in enumerate(spec.axes.items())}
     sizes = spec.with_tied(sizes)
-    feeds = {name: torch.from_numpy(array) for name, array in spec.feeds(sizes, np.random.default_rng(0)).items()}
+    drawn = spec.feeds(sizes, np.random.default_rng(0))
+    feeds = {argument(name): torch.from_numpy(array) for name, array in drawn.items()}
     any_size = torch.export.Dim.DYNAMIC
-    dynamic = {t.name: {i: any_size for i, axis in enumerate(t.shape) if isinstance(axis, str)} for t in spec.inputs}
+    dynamic = {
+        argument(t.name): {i: any_size for i, axis in enumerate(t.shape) if isinstance(axis, str)} for t in spec.inputs
+    }
     with _quiet(), torch.no_grad():
         try:
             # the graph is captured without Dynamo, which takes several times as long and finds the same
@@ -69,6 +76,9 @@ def trace(
         except Exception as error:  # the exporter wraps whatever the model raised
             raise CheckpointError(f"{spec.name} cannot be traced to ONNX: {reason(error)}") from error
     model = program.model
+    called = {argument(tensor.name): tensor.name for tensor in spec.inputs}
+    for value in model.graph.inputs:
+        value.name = called.get(value.name, value.name)
     simplify(model)
     _name_axes(spec, model)
     _read_from(model, places or {})
@@ -80,7 +90,11 @@ def trace(
     external = DATA_NAME if weights > _EXTERNAL_FROM_BYTES else None
     if stored:
         write_json(folder / WEIGHTS_NAME, weight_sources(module, model, stored))
-    onnx_ir.save(model, folder / MODEL_NAME, external_data=external)
+    if shares is None:
+        onnx_ir.save(model, folder / MODEL_NAME, external_data=external)
+    else:
+        share_weights(model, shares, folder)
+        save(model, folder, MODEL_NAME)
     _empty(module, model)
 
 

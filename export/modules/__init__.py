@@ -6,17 +6,21 @@ from ...families import Pipeline
 from ...families.parts import TRANSFORMER
 from ..checkpoint import Checkpoint
 from ..graphs.spec import ComponentSpec
-from . import autoencoder, control, image_prompt, text, transformer, unet
+from . import autoencoder, control, image_prompt, text, transformer, transformer_control, unet
 
 _MAKERS = {
     "text": text.text_encoder,
     "encoder": autoencoder.encoder,
     "decoder": autoencoder.decoder,
     "preview": autoencoder.preview,
-    "control": control.control,
-    "controlled": control.controlled_unet,
     "image": image_prompt.image_encoder,
     "image_prompt": image_prompt.projection,
+}
+_OF_UNETS = {"denoiser": unet.unet, "control": control.control, "controlled": control.controlled_unet}
+_OF_TRANSFORMERS = {
+    "denoiser": transformer.transformer,
+    "control": transformer_control.controlnet,
+    "controlled": transformer_control.controlled_transformer,
 }
 
 
@@ -25,8 +29,6 @@ def component_specs(checkpoint: Checkpoint, pipeline: Pipeline) -> list[Componen
 
     Raises `CheckpointError` for a model that is not supported.
     """
-    denoisers = {TRANSFORMER: transformer.transformer}
-    return [
-        _MAKERS.get(part.role, denoisers.get(part.source, unet.unet))(checkpoint, name, pipeline)
-        for name, part in pipeline.parts.items()
-    ]
+    [denoiser] = [part.source for part in pipeline.parts.values() if part.role == "denoiser"]
+    makers = _MAKERS | (_OF_TRANSFORMERS if denoiser == TRANSFORMER else _OF_UNETS)
+    return [makers[part.role](checkpoint, name, pipeline) for name, part in pipeline.parts.items()]

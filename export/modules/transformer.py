@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from .z_image import ZImage
 
 _GATES = (1, 4, 6)
 """Where `AdaLayerNormZero` and `SD35AdaLayerNormZeroX` have gates among their outputs."""
-_TIMESTEPS = 1000
+TIMESTEPS = 1000
 _PERIOD = 10000
 _MOST_POSITIONS = 1024
 """Tokens a side of the largest picture: 16,384 pixels."""
@@ -59,11 +59,12 @@ class StableDiffusion3(torch.nn.Module):
         encoder_hidden_states: torch.Tensor,
         pooled_projections: torch.Tensor,
         kept_layers: torch.Tensor,
+        added: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
+        """added: further arguments of the model."""
         self._kept[:] = kept_layers.split(1, 1)
-        made: torch.Tensor = self.model(sample, encoder_hidden_states, pooled_projections, timestep, return_dict=False)[
-            0
-        ]
+        given = (sample, encoder_hidden_states, pooled_projections, timestep)
+        made: torch.Tensor = self.model(*given, **(added or {}), return_dict=False)[0]
         self._kept.clear()
         return made
 
@@ -96,7 +97,9 @@ class Flux(torch.nn.Module):
         pooled_projections: torch.Tensor,
         guidance: torch.Tensor | None = None,
         picture: torch.Tensor | None = None,
+        added: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
+        """added: further arguments of the model."""
         height, width = sample.shape[2] // 2, sample.shape[3] // 2
         tokens, ids = packed(sample, 2), positions(height, width, sample.device)
         if picture is not None:
@@ -106,10 +109,11 @@ class Flux(torch.nn.Module):
             tokens,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
-            timestep=timestep / _TIMESTEPS,
+            timestep=timestep / TIMESTEPS,
             img_ids=ids,
-            txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, dtype=torch.int64, device=sample.device),
+            txt_ids=text_positions(encoder_hidden_states),
             guidance=guidance,
+            **(added or {}),
             return_dict=False,
         )[0]
         return unpacked(made[:, : height * width], height, width, 2)
@@ -167,6 +171,11 @@ def unpacked(tokens: torch.Tensor, height: int, width: int, patch: int) -> torch
     rows, _, channels = tokens.shape
     sample = tokens.reshape(rows, height, width, channels // patch**2, patch, patch).permute(0, 3, 1, 4, 2, 5)
     return sample.reshape(rows, channels // patch**2, height * patch, width * patch)
+
+
+def text_positions(text: torch.Tensor) -> torch.Tensor:
+    """The positions of the tokens of a text (N, tokens, C), which are all zero: (tokens, 3)."""
+    return torch.zeros(text.shape[1], 3, dtype=torch.int64, device=text.device)
 
 
 def positions(height: int, width: int, device: Any, first: int = 0) -> torch.Tensor:

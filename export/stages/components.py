@@ -152,7 +152,9 @@ class Tracer:
             if spec.rewrite is not None:
                 spec.rewrite(work / spec.rewrites / "model.onnx", folder)
             else:
-                trace(spec, module, folder, stored.types, keep_half=kept, places=stored.places() if kept else None)
+                places = stored.places() if kept else None
+                shares = work / spec.shares / "model.onnx" if spec.shares else None
+                trace(spec, module, folder, stored.types, keep_half=kept, places=places, shares=shares)
         del module
         gc.collect()
         with guarded(f"the graph of the {name} cannot be fused"):

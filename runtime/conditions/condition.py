@@ -62,7 +62,8 @@ class Job:
     guidance: of the loop, off where the model is given its scale as an input and no other is asked for. given: that
     scale. size: width and height in pixels. steps: of its schedule, those that it runs.
     record: the request as JSON values, to ask for it again. controls, image_prompts: their pictures, by
-    the names of controls and of IP-Adapters. regions: the masks of image prompts, float32 (images, H, W) of 0 and 1.
+    the names of controls and of IP-Adapters; those of masked controls have the mask as a last channel.
+    regions: the masks of image prompts, float32 (images, H, W) of 0 and 1.
     loras: that the denoiser takes as inputs.
     """
 
@@ -103,6 +104,8 @@ class Fed:
     inputs: by the names of the denoiser's inputs, for all rows; negative_inputs: in their place, for rows with the
     negative prompt; skipped_inputs: for rows with skipped layers. prompt_steps, negative_steps: the same, for each
     step, (steps, …), of rows with the prompt and with the negative prompt.
+    of_prompt: sources of the prompt, by the names of inputs that all rows are given them by. drawn: makes inputs of an
+    image from its generator, before what it starts with is drawn.
     """
 
     prompt: Mapping[str, Array] = field(default_factory=dict)
@@ -114,6 +117,8 @@ class Fed:
     prompt_steps: Mapping[str, Array] = field(default_factory=dict)
     negative_steps: Mapping[str, Array] = field(default_factory=dict)
     skipped_inputs: Mapping[str, Array] = field(default_factory=dict)
+    of_prompt: Mapping[str, str] = field(default_factory=dict)
+    drawn: Callable[[Generator], Mapping[str, Array]] | None = None
 
     def __or__(self, other: Fed) -> Fed:
         """What two conditions of one job give together."""
@@ -127,6 +132,8 @@ class Fed:
             {**self.prompt_steps, **other.prompt_steps},
             {**self.negative_steps, **other.negative_steps},
             {**self.skipped_inputs, **other.skipped_inputs},
+            {**self.of_prompt, **other.of_prompt},
+            other.drawn or self.drawn,
         )
 
 

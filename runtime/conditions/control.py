@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from ...bundle import Bundle
+from ...bundle import Bundle, Role
 from ...bundle.wiring import MODE, NAME, PICTURE, SCALE, STRENGTH, Wiring
 from ...bundle.wiring import Control as Wired
 from ...common.arrays import Array
@@ -15,7 +15,9 @@ from ...common.errors import RequestError
 from ...engines.controlled import input_name
 from ...families.control import mode_names
 from ..control import Control, acts_at
-from ..pictures.preprocess import Picture, control_pixels, open_image
+from ..loop.noise import Generator
+from ..pictures.autoencoder import Autoencoder
+from ..pictures.preprocess import Picture, control_pixels, latent_mask, mask_pixels, open_image
 from ..request import Request
 from .condition import Condition, Fed, Job
 
@@ -28,39 +30,42 @@ class ControlCondition(Condition):
     Where one job of a batch has a control, the others are given an empty picture and scales of zero.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, autoencoder: Autoencoder) -> None:
         self._root, self._controls = bundle.root, bundle.manifest.wiring.controls
-        self._wiring = bundle.manifest.wiring
+        self._wiring, self._autoencoder = bundle.manifest.wiring, autoencoder
+        self.loads: Role | None = "encoder" if any(each.encoded for each in self._controls.values()) else None
         self._downscale = bundle.manifest.latents.downscale
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
         """Any control, of any bundle: `pixels` says which it lacks."""
-        return frozenset({"control"})
+        return frozenset({"control", *(["tiled"] if self._encodes([request]) else [])})
 
     def pixels(self, request: Request, size: tuple[int, int], picture: Picture | None) -> dict[str, Array]:
         """The pictures of the request at (width, height), float32 (images, C, H, W) from 0 to 1, by control.
 
-        picture: what is edited. Raises `RequestError` for a control that the bundle lacks, or a picture that cannot be
-        read.
+        picture: what is edited. Those of a control that inpaints have the mask as a last channel.
+        Raises `RequestError` for a control that the bundle lacks, or a picture that cannot be read.
         """
         for control in request.control:
             self._mode(control)
         found: dict[str, list[Array]] = {}
         for control in request.control:
             wired = self._wired(control.name)
-            if control.guess_mode and wired.kind == "adapter":
-                raise RequestError(f"guess_mode has no effect on {control.name}, a T2I-Adapter: leave it out")
-            unit = self._downscale * wired.multiple
-            if any(each % unit for each in size):
-                raise RequestError(
-                    f"the control {control.name} takes sizes that are multiples of {unit}, found {size[0]}x{size[1]}: "
-                    f"try {max(size[0] // unit, 1) * unit}x{max(size[1] // unit, 1) * unit}"
-                )
+            self._check_asked(control, wired, size)
             image = open_image(control.image, f"image of the control {control.name}")
             crop = None if picture is None else picture.crop
             if crop is not None and picture is not None and picture.original is not None:
                 self._check_size(control.name, image.size, picture.original.size)
-            pixels = control_pixels(image, *size, channels=wired.channels, crop=crop)
+            pixels = control_pixels(image, *size, channels=3 if wired.encoded else wired.channels, crop=crop)
+            if wired.masked:
+                mask = open_image(control.mask, f"mask of the control {control.name}")
+                if mask.size != image.size:
+                    raise RequestError(
+                        f"the mask of the control {control.name} is {mask.width}x{mask.height} and its picture "
+                        f"{image.width}x{image.height}: give a mask of that size"
+                    )
+                mode = "fill" if crop else "default"
+                pixels = np.concatenate([pixels, mask_pixels(mask, *size, crop=crop, resize_mode=mode)])
             found.setdefault(control.name, []).append(pixels)
         for name in found:
             of_one = [each for each in request.control if each.name == name]
@@ -70,6 +75,31 @@ class ControlCondition(Condition):
             if len(set(modes)) < len(modes):
                 raise RequestError(f"the control {name} is given two pictures of one mode: give one of each")
         return {name: np.stack(each) for name, each in found.items()}
+
+    def _check_asked(self, control: Control, wired: Wired, size: tuple[int, int]) -> None:
+        """Raise `RequestError` for what `control` asks and cannot do. size: width and height in pixels."""
+        name = control.name
+        if control.guess_mode and not (wired.guess and wired.kind != "adapter"):
+            kind = "a T2I-Adapter" if wired.kind == "adapter" else "a ControlNet of a transformer"
+            raise RequestError(f"guess_mode has no effect on {name}, {kind}: leave it out")
+        if control.mask is not None and not wired.masked:
+            raise RequestError(f"a mask has no effect on the control {name}, which does not inpaint: leave it out")
+        if control.mask is None and wired.masked:
+            raise RequestError(
+                f"the control {name} inpaints: give it a mask, white where the picture is drawn anew, as in "
+                f"--control-mask {name}=PICTURE or mask=PICTURE"
+            )
+        unit, most = self._downscale * wired.multiple, self._downscale * wired.most
+        if any(each % unit for each in size):
+            raise RequestError(
+                f"the control {name} takes sizes that are multiples of {unit}, found {size[0]}x{size[1]}: "
+                f"try {max(size[0] // unit, 1) * unit}x{max(size[1] // unit, 1) * unit}"
+            )
+        if most and max(size) > most:
+            raise RequestError(
+                f"the control {name} takes sizes up to {most}, found {size[0]}x{size[1]}: "
+                f"try {min(size[0], most)}x{min(size[1], most)}"
+            )
 
     @staticmethod
     def _check_size(name: str, found: tuple[int, int], due: tuple[int, int]) -> None:
@@ -94,6 +124,14 @@ class ControlCondition(Condition):
         names = {control.name for job in jobs for control in job.request.control}
         return [wired.component for name, wired in self._controls.items() if name in names]
 
+    def encodes(self, jobs: Sequence[Job]) -> bool:
+        """Whether pictures of these jobs are encoded."""
+        return self._encodes([job.request for job in jobs])
+
+    def _encodes(self, requests: Sequence[Request]) -> bool:
+        names = {control.name for request in requests for control in request.control}
+        return any(wired.encoded for name, wired in self._controls.items() if name in names)
+
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """The picture and the scales of each control that one of the jobs uses."""
         names = {control.name for job in jobs for control in job.request.control}
@@ -106,13 +144,15 @@ class ControlCondition(Condition):
         """counts: how many pictures each control is given."""
         inputs: dict[str, Array] = {}
         steps: dict[str, tuple[Array, Array]] = {}
-        width, height = job.size
+        of_prompt: dict[str, str] = {}
         for name, count in counts.items():
             wired = self._controls[name]
             own = [control for control in job.request.control if control.name == name]
-            pictures = job.controls.get(name, np.zeros((count, wired.channels, height, width), np.float32))
             many = wired.kind == "union"
-            inputs[input_name(wired.component, PICTURE)] = pictures if many else pictures[0]
+            if not (own and wired.reads == "drawn"):
+                pictures = self._given(job, name, count)
+                inputs[input_name(wired.component, PICTURE)] = pictures if many else pictures[0]
+            of_prompt |= {input_name(wired.component, each): source for each, source in wired.of_prompt.items()}
             whole = own[0] if own else None
             if len(own) > 1:  # which are scaled one by one, as diffusers does
                 whole = replace(own[0], scale=1.0, interval=(0.0, 1.0))
@@ -126,12 +166,60 @@ class ControlCondition(Condition):
             inputs=inputs,
             prompt_steps={name: prompt for name, (prompt, _) in steps.items()},
             negative_steps={name: negative for name, (_, negative) in steps.items()},
+            of_prompt=of_prompt,
+            drawn=self._drawing(job),
         )
+
+    def _given(self, job: Job, name: str, count: int) -> Array:
+        """What a control is given of its pictures, float32 (images, C, H, W); zeros where the job has none for it."""
+        wired, (width, height) = self._controls[name], job.size
+        if name not in job.controls:
+            _, *sides = self._autoencoder.shape(job.size)
+            return np.zeros((count, wired.channels, *(sides if wired.encoded else (height, width))), np.float32)
+        pictures = job.controls[name]
+        if not wired.encoded:
+            return pictures if wired.reads == "pixels" else 2 * pictures - 1
+        found = [self._autoencoder.mean(each, shifted=wired.shifted) for each in self._encoded(job, name)]
+        if wired.masked:
+            kept = [1 - latent_mask(each[3:], *found[0].shape[1:]) for each in pictures]
+            found = [np.concatenate(pair) for pair in zip(found, kept, strict=True)]
+        return np.stack(found)
+
+    def _encoded(self, job: Job, name: str) -> list[Array]:
+        """What the encoder makes of each picture of a control; what a mask leaves out is black."""
+        pictures = [np.float32(2) * each[:3] - np.float32(1) for each in job.controls[name]]
+        if self._controls[name].masked:
+            pictures = [
+                np.where(whole[3:] > 0.5, np.float32(-1), each)
+                for each, whole in zip(pictures, job.controls[name], strict=True)
+            ]
+        return [self._autoencoder.encode(each, tiled=job.request.tiled) for each in pictures]
+
+    def _drawing(self, job: Job) -> Callable[[Generator], Mapping[str, Array]] | None:
+        """Draws the latents of the pictures, in the order of the request, as diffusers' pipelines do."""
+        names = [each.name for each in job.request.control if self._controls[each.name].reads == "drawn"]
+        encoded = {name: self._encoded(job, name) for name in dict.fromkeys(names)}
+        if not names:
+            return None
+
+        def drawn(generator: Generator) -> Mapping[str, Array]:
+            waiting = {name: list(each) for name, each in encoded.items()}
+            made: dict[str, list[Array]] = {name: [] for name in encoded}
+            for name in names:
+                made[name].append(self._autoencoder.sample(waiting[name].pop(0), generator))
+            return {
+                input_name(self._controls[name].component, PICTURE): (
+                    np.stack(each) if self._controls[name].kind == "union" else each[0]
+                )
+                for name, each in made.items()
+            }
+
+        return drawn
 
     def _mode(self, control: Control) -> int | None:
         """The number of its mode, None for a control that knows none."""
         wired, mode = self._wired(control.name), control.mode
-        known = mode_names(wired.modes)
+        known = mode_names(wired)
         if not known and mode is None:
             return None
         if not known:
@@ -153,9 +241,16 @@ class ControlCondition(Condition):
             raise RequestError(
                 f"{self._root} has no control {name!r:.60}: give the name {before!r} and mode={after!r:.60}"
             )
+        if self._wiring.edits or self._wiring.inputs_from("latents.filled"):
+            raise RequestError(
+                f"{self._root} has no control {name!r:.60}: its model sees a picture by itself and takes no control "
+                "beside it, leave it out"
+            )
         if name not in self._controls:
             has = f"it has {', '.join(self._controls)}" if self._controls else "it has none"
             more = parts_again(self._wiring, "--controlnet", name)
+            if self._wiring.flow is not None and not self._controls:
+                more += ", which FLUX.1 and Stable Diffusion 3 take among transformers"
             raise RequestError(
                 f"{self._root} has no control {name!r:.60}, {has}: compile the checkpoint again with {more}"
             )

@@ -178,6 +178,8 @@ class ImagePromptCondition(Condition):
             if not name and known:
                 raise RequestError(f"{root} has the IP-Adapters {known}: say for which one the image is")
             lacks = f"no IP-Adapter {name!r:.60}, it has {known}" if known else "no IP-Adapter"
+            if self._bundle.manifest.wiring.flow is not None:
+                raise RequestError(f"{root} has {lacks}: transformers take none yet, leave it out")
             more = parts_again(self._bundle.manifest.wiring, "--ip-adapter", name)
             raise RequestError(f"{root} has {lacks}: compile the checkpoint again with {more}")
         return name

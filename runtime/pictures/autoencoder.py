@@ -77,10 +77,11 @@ class Autoencoder:
             return (latents - np.float32(self._latents.shift_factor)) * factor
         return (latents - self._mean) * factor / self._std
 
-    def mean(self, encoded: Array) -> Array:
-        """Scaled latents, float32 (C, h, w), of which none are likelier."""
+    def mean(self, encoded: Array, *, shifted: bool = True) -> Array:
+        """Scaled latents, float32 (C, h, w), of which none are likelier. shifted: whether they are shifted as well."""
         mean = encoded.astype(np.float32) if self._tiny else np.split(encoded.astype(np.float32), 2)[0]
-        return (mean - self._mean) * np.float32(self._latents.scaling_factor) / self._std
+        shift = self._mean if shifted else np.float32(0)
+        return (mean - shift) * np.float32(self._latents.scaling_factor) / self._std
 
     def _tile(self, tiny: bool) -> int:
         """The side of a tile, in latents."""

@@ -35,6 +35,8 @@ LABELS_OF_TRANSFORMERS = ("max_sequence_length", "guidance 30.0", "clip_skip")
 
 def is_quick(case: Case) -> bool:
     """Whether a case is run each time: one of each task with all that varies, and one of each option."""
+    if case.flows and case.controls:
+        return False
     if case.flows:
         all_varies = case.count == 2 and case.size != (64, 64)
         told = any(label in case.label for label in LABELS_OF_TRANSFORMERS) or case.scheduler == "dpm++2m"

@@ -237,8 +237,8 @@ def test_a_checkpoint_whose_parts_do_not_go_together_is_refused(checkpoint_of, t
 
 def test_models_that_see_no_pictures_of_others_and_no_unets_parts_are_refused(checkpoint_of, tmp_path):
     flux = checkpoint_of("flux-dev-small")
-    with pytest.raises(DiffoundryError, match="a ControlNet goes with a U-Net, a FluxPipeline has a transformer"):
-        compile(flux, tmp_path / "b", controlnets={"edge": flux / "vae"})
+    with pytest.raises(DiffoundryError, match="a T2I-Adapter goes with a U-Net, a FluxPipeline has a transformer"):
+        compile(flux, tmp_path / "b", t2i_adapters={"edge": flux / "vae"})
     with pytest.raises(CheckpointError, match=r"holds a text encoder of the type .clip_text_model.*T5 is"):
         compile(flux, tmp_path / "b", components={"text_encoder_2": flux / "text_encoder"})
     with pytest.raises(CheckpointError, match=r"is a Unigram model, a CLIP text encoder has a BPE"):
