@@ -181,6 +181,14 @@ class EngineLoader:
         source = denoiser if self._bundle.component(name).role in _DENOISERS else name
         return self._changes.get(source, {}), source
 
+    def size_of(self, name: str) -> int:
+        """The bytes on disk of the model of component `name`, about what it takes in memory; 0 where there is none."""
+        try:
+            files = self._variant(name).files
+        except EngineError:
+            return 0
+        return sum(self._bundle.path(file).stat().st_size for file in files)
+
     def is_small(self, name: str) -> bool:
         """Whether the operators of component `name` are too small to be worth sharing among processors."""
         if name not in self._small:

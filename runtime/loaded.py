@@ -129,6 +129,11 @@ class LoadedEngines:
         plain += [name for each in self._bundle.manifest.wiring.image_prompts.values() for name in each.inputs]
         return ControlledEngine(self(self._controlled), {name: self(name) for name in form.controls}, plain)
 
+    def one_timestep(self, form: Form) -> bool:
+        """Whether the denoiser takes one timestep for all rows of a call, as exports of other tools do."""
+        shapes = {tensor.name: tensor.shape for tensor in self.denoiser(form).inputs}
+        return shapes[self._ports.timestep] != shapes[self._ports.sample][:1]
+
     def on_device(self, form: Form) -> bool:
         """Whether what its controls make can stay on a device. Nothing is loaded."""
         components, controls = self._bundle.manifest.components, form.controls

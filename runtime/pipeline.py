@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..families.lora.embeddings import matrix_of
 from .conditions.condition import Fed, Job
 from .jobs import Jobs
 from .loaded import Form, LoadedEngines
-from .loop.batch import Batch
+from .loop.batch import Batch, likeness
 from .loop.device import HOST_ONLY, DeviceStepper
 from .loop.guidance import SKIPPING, Guidance
 from .loop.host import HostStepper
@@ -39,7 +39,7 @@ from .names import ours
 from .pictures.autoencoder import DECODERS, Autoencoder, check_decoder
 from .pictures.images import to_image
 from .request import Request
-from .run import Callback, Progress, Result, Run
+from .run import Callback, Progress, Ready, Result, Run
 
 _GUIDANCE = {
     "guidance": "scale",
@@ -200,6 +200,10 @@ class Pipeline:
         """The names of the components whose engines are in memory."""
         return self._engines.names
 
+    def weight_bytes(self, name: str) -> int:
+        """The bytes on disk of the model of component `name`, in the precision that is run."""
+        return self._loader.size_of(name)
+
     def release(self, name: str) -> None:
         """Drop the engine of component `name` and its memory; the next use loads it again."""
         self._engines.release(name)
@@ -224,9 +228,50 @@ class Pipeline:
 
     def check(self, request: Request) -> tuple[int, int]:
         """The width and height that `request` makes. Raises `RequestError` for what the bundle cannot do."""
-        job = self._jobs.make(request)
-        self._jobs.check([job])
-        return job.size
+        return self.job(request).size
+
+    def job(self, request: Request) -> Job:
+        """`request` held against the bundle, with its seeds and its schedule. Nothing is loaded.
+
+        Raises `RequestError` for what the bundle cannot do, `LoraError` for a LoRA that cannot be read or taken.
+        """
+        (job,), _ = self._check([request], None)
+        return job
+
+    def prepare(self, jobs: Sequence[Job]) -> list[Ready]:
+        """What the rows of these jobs start from: texts of several are encoded in one call, pictures one by one.
+
+        Jobs may differ in everything. Raises `EngineError` when an engine fails.
+        """
+        alike: dict[Hashable, list[int]] = {}
+        for i, job in enumerate(jobs):
+            alike.setdefault((self._form([job]), job.size), []).append(i)
+        ready: dict[int, Ready] = {}
+        for (form, _), places in alike.items():
+            for part in [places] if self._feed_together([jobs[i] for i in places]) else [[i] for i in places]:
+                fed = self._feed([jobs[i] for i in part], False, {})
+                for i, given in zip(part, fed, strict=True):
+                    ready[i] = Ready(jobs[i], self._samples(jobs[i], given), dict(given.truncated), form)
+        return [ready[i] for i in range(len(jobs))]
+
+    def group(self, ready: Ready, i: int = 0) -> Hashable:
+        """Equal for those whose rows one batch steps; i: the image. Loads the denoiser."""
+        if self._engines.one_timestep(ready.form):
+            return id(ready), i
+        device = self._loop == "device" and self._engines.phases(ready.form).fits(ready.samples[0])
+        return ready.form, device, likeness(ready.samples[0])
+
+    def batch(self, ready: Ready) -> Batch:
+        """An empty batch for rows of this group."""
+        return Batch(self._stepper(ready.samples, ready.form))
+
+    def most_rows(self, job: Job) -> int:
+        """The most images such as those of `job` that one batch takes."""
+        return self._most_images([job])
+
+    def picture(self, job: Job, latents: Array) -> Image.Image:
+        """The picture of the final latents of one image of `job`, float32 (C, H/downscale, W/downscale)."""
+        return self._images(job, latents[None], {})[0]
 
     def generate(
         self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None
@@ -306,6 +351,14 @@ class Pipeline:
             images = [] if job.request.output == "latent" else self._images(job, own, seconds)
             results.append(Result(images, job.seeds, job.record, dict(given.truncated), seconds, own))
         return results
+
+    def _feed_together(self, jobs: Sequence[Job]) -> bool:
+        """Whether the conditions can feed these jobs in one batch."""
+        try:
+            self._jobs.check(jobs)
+        except RequestError:
+            return False
+        return True
 
     def _form(self, jobs: Sequence[Job]) -> Form:
         """Which denoiser draws these jobs."""

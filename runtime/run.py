@@ -10,6 +10,9 @@ from PIL import Image
 
 from ..common.arrays import Array
 from ..common.errors import RequestError
+from .conditions.condition import Job
+from .loaded import Form
+from .loop.sample import Sample
 
 Callback = Callable[[int, int, Array], object]
 """`callback(step, total, latents)` after each step; returning False stops the run."""
@@ -42,6 +45,19 @@ class Progress:
     step: int
     total: int
     latents: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A job with what its rows start from: a sample for each of its images. form: the denoiser that draws them.
+
+    truncated: see `Result`.
+    """
+
+    job: Job
+    samples: list[Sample]
+    truncated: dict[str, str]
+    form: Form
 
 
 class Run(Iterator[Progress]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 
@@ -40,6 +40,11 @@ class Batch:
         return len(self._running)
 
     @property
+    def on_host(self) -> bool:
+        """Whether its rows are stepped on the host: a step that fails there leaves them as they were."""
+        return isinstance(self._stepper, HostStepper)
+
+    @property
     def done(self) -> tuple[int, ...]:
         """The handles of the rows that have made all their steps and were not taken yet."""
         return tuple(self._done)
@@ -49,17 +54,36 @@ class Batch:
 
         Raises `RequestError` for a sample that cannot run beside the others, or not on this device.
         """
-        self._check(sample)
-        self._stepper.check(sample)
-        row = Row(next(self._handles), sample)
-        self._running.append(row)
-        return row.handle
+        return self.resume(Row(-1, sample))
 
     def drop(self, handle: int) -> None:
         """Forget a row, done or not. Raises `RequestError` when the batch has none of this handle."""
         row = self._row(handle)
         if self._done.pop(handle, None) is None:
             self._running.remove(row)
+
+    def pause(self, handle: int) -> Row:
+        """Take out a row that has steps left, as it stands. `resume` lets it go on, here or in another batch like this.
+
+        Raises `RequestError` when the batch has none of this handle, or it is done.
+        """
+        row = self._row(handle)
+        if handle in self._done:
+            raise RequestError(f"row {handle} has made all its steps: take it")
+        self._stepper.synchronize()
+        self._running.remove(row)
+        return row
+
+    def resume(self, row: Row) -> int:
+        """Let a row that was paused run along from the next step on. Returns its handle, which is a new one.
+
+        Raises `RequestError` as `add` does.
+        """
+        self._check(row.sample)
+        self._stepper.check(row.sample)
+        row.handle = next(self._handles)
+        self._running.append(row)
+        return row.handle
 
     def step(self, most: int | None = 1) -> int:
         """Make a step of every row. Rows that made their last one are then `done`. Returns the number of steps made.
@@ -127,6 +151,11 @@ class Batch:
                         f"the rows of one batch must be of one size: {name} is {others.get(name)} in the batch and "
                         f"{own.get(name)} in the new row: run it in a batch of its own"
                     )
+
+
+def likeness(sample: Sample) -> Hashable:
+    """Equal for samples whose rows a batch steps together: those of one size."""
+    return tuple(sorted(_shapes(sample, sample.prompt).items()))
 
 
 def _shapes(sample: Sample, text: Mapping[str, Array]) -> dict[str, tuple[int, ...] | None]:

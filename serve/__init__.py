@@ -1,0 +1,1 @@
+"""`diffoundry serve`: a server whose rows come and go between steps."""

@@ -1,0 +1,471 @@
+"""The thread that draws: rows of all requests come and go between steps. Nothing here knows of HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..common.arrays import Array
+from ..common.errors import DiffoundryError, RequestError
+from ..runtime.loop.batch import Batch
+from ..runtime.loop.sample import Row
+from ..runtime.pictures.images import to_image
+from .meter import Meter
+from .metrics import Metrics
+from .models import Model, Models
+from .tickets import BrokenError, Drawn, OverdueError, Partial, Step, Ticket
+from .turns import Turn, Wait, choose, in_order, until_room, waits
+
+_SWITCH = 64
+"""Rounds after which models that are in memory give way to one that does not fit beside them."""
+_MOST_FAILURES = 3
+"""Engines that fail as often in a row make a server that is not ready."""
+_log = logging.getLogger("diffoundry.serve")
+
+
+class QueueFullError(DiffoundryError):
+    """There is no place for a request. retry_after: seconds, as measured, until there is one."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the queue is full: try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class DrainingError(DiffoundryError):
+    """The server is about to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """How a ticket stands. place: of its first waiting image, 0 where none waits. seconds: None where not known yet."""
+
+    place: int
+    seconds: float | None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Image(Turn):
+    """An image of a ticket. batch, handle: while it moves. held: its row, where it was paused.
+
+    partials: the numbers of remaining steps at which it is shown. alone: whether a step beside others failed.
+    """
+
+    ticket: Ticket
+    index: int
+    batch: Batch | None = None
+    handle: int = -1
+    held: Row | None = None
+    partials: list[int] = field(default_factory=list)
+    shown: int = 0
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Undecoded:
+    """Latents that wait for the decoder. number: of a partial image, None for the final one."""
+
+    image: _Image
+    latents: Array
+    number: int | None = None
+
+
+class Scheduler:
+    """Draws tickets, all on one thread: in each round one step of every image whose turn it is, then one picture.
+
+        scheduler.start()
+        scheduler.submit(ticket)
+        ticket.ended.wait()
+
+    Without `start` the rounds are made by whoever calls `round`.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        *,
+        most_rows: int = 8,
+        queue: int = 64,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """most_rows: images that are stepped together. queue: images that may wait beside them."""
+        self._models, self._most, self._capacity = models, most_rows, most_rows + queue
+        self._clock, self.metrics, self._meter = clock, metrics or Metrics(), Meter()
+        self._lock = threading.Condition()
+        self._images: list[_Image] = []
+        self._undecoded: deque[_Undecoded] = deque()
+        self._batches: dict[Hashable, Batch] = {}
+        self._resident: list[Model] = []
+        self._blocked: Counter[Model] = Counter()
+        self._arrived = 0
+        self._failures = 0
+        self._draining = self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="diffoundry-serve", daemon=True)
+
+    def start(self) -> None:
+        """Begin to draw, on a thread of its own."""
+        self._thread.start()
+
+    def drain(self, seconds: float) -> bool:
+        """Take nothing more, draw what is there for so long, and end. Returns whether all of it was drawn."""
+        with self._lock:
+            self._draining = True
+            self._lock.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+        with self._lock:
+            left = bool(self._images or self._undecoded)
+            self._stopping = True
+            for image in self._images:
+                image.ticket.is_cancelled = True
+            self._lock.notify_all()
+        return not left
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes requests and draws them."""
+        return self._thread.is_alive() and not self._draining and self._failures < _MOST_FAILURES
+
+    def warm(self, model: Model, ticket: Ticket | None) -> None:
+        """Load the engines of a model before `start`, and draw `ticket` with it, so that times are known."""
+        self._models.make_room(model, ())
+        for role in ("text", "denoiser", "decoder"):
+            for name in model.pipeline.bundle.manifest.with_role(role):
+                model.pipeline.engine(name)
+        if ticket is not None:
+            self.submit(ticket)
+            while self.round():
+                pass
+            if ticket.error is not None:
+                raise ticket.error
+
+    def submit(self, ticket: Ticket) -> None:
+        """Let a ticket be drawn. Raises `QueueFullError`, `DrainingError`, `RequestError` for more than is ever taken.
+
+        The last quarter of the places is for clients that have less than half of them.
+        """
+        with self._lock:
+            if self._draining:
+                raise DrainingError("the server is about to end: ask again when another one runs")
+            if ticket.count > self._capacity:
+                raise RequestError(f"{ticket.count} images are more than the queue holds: ask for {self._capacity}")
+            own = sum(image.ticket.client == ticket.client for image in self._images) + ticket.count
+            capacity = self._capacity
+            if own > self._capacity // 2 and own > ticket.count:
+                capacity -= self._capacity // 4
+            images = [self._image(ticket, index) for index in range(ticket.count)]
+            self._check_room(images, max(capacity, ticket.count))
+            self._images += images
+            self._lock.notify_all()
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Free the rows of a ticket before the next step."""
+        with self._lock:
+            ticket.is_cancelled = True
+            self._lock.notify_all()
+
+    def outlook(self, ticket: Ticket) -> Outlook:
+        """When a ticket comes to its turn, and when it will be done."""
+        with self._lock:
+            images = in_order(self._images)
+            own = [i for i, image in enumerate(images) if image.ticket is ticket]
+            behind = [i for i in own if not images[i].moving]
+            waiting = [i for i, image in enumerate(images) if not image.moving]
+            place = 1 + waiting.index(behind[0]) if behind and ticket.state == "queued" else 0
+            times = self._waits(images, ticket.kind)
+            decode = len(self._undecoded) * self._meter.decode(ticket.kind)
+        if times is None or ticket.is_over:
+            return Outlook(place, 0.0 if ticket.is_over else None)
+        return Outlook(place, max((times[i].ends for i in own), default=0.0) + decode)
+
+    def round(self) -> bool:
+        """Step every image whose turn it is, then decode one. Returns whether anything was left to do."""
+        with self._lock:
+            self._drop_cancelled()
+            chosen = self._choose()
+        self._place(chosen)
+        for key, batch in list(self._batches.items()):
+            self._step(key, batch)
+        for image in self._images:
+            image.waited += not image.moving
+        self._decode()
+        self._count()
+        return bool(self._images or self._undecoded)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._images or self._undecoded or self._draining)
+                if self._stopping or not (self._images or self._undecoded):
+                    for image in self._images:
+                        image.ticket.end("cancelled")
+                    return
+            try:
+                self.round()
+            except Exception as error:  # the thread never ends by one round
+                _log.exception("a round failed")
+                for image in tuple(self._images):
+                    self._fail([image.ticket], error)
+
+    def _waits(self, images: Sequence[_Image], kind: Hashable) -> list[Wait] | None:
+        """How long each takes, in this order; None while nothing was measured."""
+        steps = [self._meter.step(image.ticket.kind) for image in images[: self._most]] or [self._meter.step(kind)]
+        known = [step for step in steps if step is not None]
+        if not known:
+            return None
+        return waits(images, self._most, sum(known) / len(known), self._meter.decode(kind))
+
+    def _image(self, ticket: Ticket, index: int) -> _Image:
+        self._arrived += 1
+        steps, parts = ticket.job.table.steps, ticket.partial_images + 1
+        shown = [steps - max(1, steps * (part + 1) // parts) for part in range(parts - 1)]
+        return _Image(
+            client=ticket.client,
+            remaining=steps,
+            arrived=self._arrived,
+            priority=ticket.priority,
+            ticket=ticket,
+            index=index,
+            partials=shown,
+        )
+
+    def _check_room(self, images: Sequence[_Image], capacity: int) -> None:
+        """Raise `QueueFullError` where the queue does not take these, `OverdueError` where their deadline does not."""
+        ticket, now = images[0].ticket, self._clock()
+        if len(self._images) + len(self._undecoded) + len(images) > capacity:
+            times = self._waits(in_order(self._images), ticket.kind)
+            seconds = 1.0 if times is None else until_room(times, len(images), capacity)
+            raise QueueFullError(max(1, math.ceil(seconds)))
+        if ticket.deadline is not None:
+            order = in_order([*self._images, *images])
+            times = self._waits(order, ticket.kind) or []
+            ends = max((time.ends for image, time in zip(order, times, strict=False) if image in images), default=0.0)
+            if now + ends >= ticket.deadline:
+                raise OverdueError(f"this would be done in about {ends:.1f} s, after its deadline: give it more time")
+
+    def _drop_cancelled(self) -> None:
+        now = self._clock()
+        for ticket in list(dict.fromkeys(image.ticket for image in self._every())):
+            if ticket.is_cancelled:
+                self._drop(ticket)
+                ticket.end("cancelled")
+            elif ticket.deadline is not None and now >= ticket.deadline:
+                self._fail([ticket], OverdueError("the deadline passed before the pictures were there"))
+
+    def _every(self) -> Iterable[_Image]:
+        return (*self._images, *(each.image for each in self._undecoded))
+
+    def _drop(self, ticket: Ticket) -> None:
+        """Forget the images of a ticket."""
+        for image in self._images:
+            if image.ticket is ticket and image.batch is not None:
+                with contextlib.suppress(RequestError):  # where the batch was closed
+                    image.batch.drop(image.handle)
+        with self._lock:
+            self._images = [image for image in self._images if image.ticket is not ticket]
+            self._undecoded = deque(each for each in self._undecoded if each.image.ticket is not ticket)
+        self._close_empty()
+
+    def _choose(self) -> list[_Image]:
+        """The images of this round. While as many wait for the decoder as may move, those that move stand still."""
+        if len(self._undecoded) >= self._most:
+            return []
+        return choose(self._in_memory(), self._most)
+
+    def _in_memory(self) -> list[_Image]:
+        """The images of models that are in memory, or can be, together."""
+        models = list(dict.fromkeys(image.ticket.model for image in in_order(self._images)))
+        kept = [model for model in self._resident if model in models]
+        for model in models:
+            if model not in kept and self._models.fits(model, kept):
+                kept.append(model)
+        self._blocked.update(model for model in models if model not in kept)
+        for model in models:
+            if self._blocked[model] >= _SWITCH:
+                kept = [model, *(other for other in kept if self._models.fits(other, [model]))]
+                kept = kept if self._models.fits(model, kept) else [model]
+                break
+        for model in kept:
+            del self._blocked[model]
+        self._resident = kept
+        return [image for image in self._images if image.ticket.model in kept]
+
+    def _place(self, chosen: Collection[_Image]) -> None:
+        """Bring the chosen images into their batches, and pause those that have to give way."""
+        if not chosen:
+            return
+        for image in self._images:
+            if image.batch is not None and image not in chosen:
+                image.held, image.batch, image.moving = image.batch.pause(image.handle), None, False
+        self._close_empty()
+        models = list(dict.fromkeys(image.ticket.model for image in chosen))
+        for model in models:
+            self._models.make_room(model, models)
+        self._prepare(list(dict.fromkeys(image.ticket for image in chosen if image.ticket.ready is None)))
+        for image in chosen:
+            if image.batch is None and image.ticket.ready is not None:
+                try:
+                    self._enter(image)
+                except Exception as error:
+                    self._fail([image.ticket], error)
+
+    def _prepare(self, tickets: Sequence[Ticket]) -> None:
+        """Encode the texts of these together; of those with a picture to encode one in a round."""
+        pictured = [ticket for ticket in tickets if ticket.job.picture is not None or ticket.job.image_prompts]
+        for model in list(dict.fromkeys(ticket.model for ticket in tickets)):
+            own = [ticket for ticket in tickets if ticket.model is model and ticket not in pictured[1:]]
+            if not self._made(own) and len(own) > 1:
+                for ticket in own:
+                    self._made([ticket])
+
+    def _made(self, tickets: Sequence[Ticket]) -> bool:
+        """Whether these could be prepared together. One that is alone fails where not."""
+        if not tickets:
+            return True
+        try:
+            ready = tickets[0].model.pipeline.prepare([ticket.job for ticket in tickets])
+        except Exception as error:
+            if len(tickets) == 1:
+                self._fail(tickets, error)
+            return False
+        for ticket, each in zip(tickets, ready, strict=True):
+            ticket.ready = each
+        return True
+
+    def _enter(self, image: _Image) -> None:
+        """Let an image move."""
+        ticket, pipeline, ready = image.ticket, image.ticket.model.pipeline, image.ticket.ready
+        if ready is None:
+            return
+        if image.group is None or image.alone:
+            own = pipeline.group(ready, image.index)
+            image.group = (ticket.model.name, own, id(image) if image.alone else None)
+            image.most = pipeline.most_rows(ticket.job)
+        batch = self._batches.get(image.group)
+        if batch is None:
+            batch = self._batches[image.group] = pipeline.batch(ready)
+        elif len(batch) >= image.most:
+            return
+        if image.held is not None:
+            image.handle = batch.resume(image.held)
+        else:
+            image.handle = batch.add(ready.samples[image.index])
+        image.batch, image.held, image.moving = batch, None, True
+        if ticket.state == "queued":
+            ticket.state = "running"
+            self.metrics.wait.observe(max(0.0, time.time() - ticket.created))
+
+    def _step(self, key: Hashable, batch: Batch) -> None:
+        images = [image for image in self._images if image.batch is batch]
+        if not images or len(self._undecoded) >= self._most:
+            return
+        start = self._clock()
+        try:
+            batch.step()
+        except Exception as error:
+            self._broken(key, batch, images, error)
+            return
+        self._failures = 0
+        seconds = self._clock() - start
+        self._meter.stepped(images[0].ticket.kind, len(images), seconds)
+        self.metrics.rows.observe(len(images))
+        self.metrics.step.observe(seconds)
+        for image in images:
+            image.remaining -= 1
+            image.ticket.step += 1
+        for image in images:
+            if not image.ticket.is_over:
+                self._after_step(image, batch)
+        for ticket in dict.fromkeys(image.ticket for image in images):
+            if not ticket.is_over:
+                ticket.tell(Step(ticket.step, ticket.steps))
+        self._close_empty()
+
+    def _after_step(self, image: _Image, batch: Batch) -> None:
+        """Take the latents of an image that is done, or that is to be shown."""
+        if image.handle in batch.done:
+            try:
+                latents = batch.take(image.handle)
+            except DiffoundryError as error:
+                self._fail([image.ticket], error)
+                return
+            image.batch, image.moving = None, False
+            with self._lock:
+                self._images.remove(image)
+                self._undecoded.append(_Undecoded(image, latents))
+        elif image.remaining in image.partials:
+            with self._lock:
+                self._undecoded.append(_Undecoded(image, batch.latents(image.handle), image.shown))
+            image.shown += 1
+
+    def _broken(self, key: Hashable, batch: Batch, images: Sequence[_Image], error: Exception) -> None:
+        """A step failed. On the host each of its rows is tried alone, so that one does not end the others."""
+        if batch.on_host and len(images) > 1:
+            for image in images:
+                image.held, image.batch, image.moving = batch.pause(image.handle), None, False
+                image.alone = True
+            self._close_empty()
+            return
+        self._failures += 1
+        self._fail(list(dict.fromkeys(image.ticket for image in images)), error)
+        if self._batches.pop(key, None) is not None:
+            with contextlib.suppress(Exception):  # what failed may fail again
+                batch.close()
+
+    def _close_empty(self) -> None:
+        for key, batch in list(self._batches.items()):
+            if not batch and not batch.done:
+                del self._batches[key]
+                with contextlib.suppress(Exception):
+                    batch.close()
+
+    def _decode(self) -> None:
+        """Make one picture of latents, the ones that wait longest."""
+        if not self._undecoded:
+            return
+        with self._lock:
+            waiting = self._undecoded.popleft()
+        image, ticket = waiting.image, waiting.image.ticket
+        start = self._clock()
+        try:
+            if waiting.number is not None:
+                decoder = ticket.model.preview_decoder
+                pixels = ticket.model.pipeline.decode(np.nan_to_num(waiting.latents)[None], decoder)
+                ticket.tell(Partial(image.index, waiting.number, to_image(pixels[0])))
+                return
+            ticket.images[image.index] = drawn = ticket.model.pipeline.picture(ticket.job, waiting.latents)
+        except Exception as error:
+            self._fail([ticket], error)
+            return
+        self._meter.decoded(ticket.kind, self._clock() - start)
+        self.metrics.images.labels(ticket.model.name).inc()
+        ticket.tell(Drawn(image.index, drawn))
+        if len(ticket.images) == ticket.count:
+            ticket.end("succeeded")
+
+    def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
+        """End tickets by an error. What no request should lead to goes into the log, not to the client."""
+        if not isinstance(error, DiffoundryError):
+            _log.error("a request failed by %s: %s", type(error).__name__, error)
+            error = BrokenError("the server failed to draw this; its log says why")
+        for ticket in tickets:
+            self._drop(ticket)
+            if not ticket.is_over:
+                self.metrics.errors.labels(type(error).__name__).inc()
+            ticket.end("failed", error)
+
+    def _count(self) -> None:
+        moving = sum(image.moving for image in self._images)
+        self.metrics.moving.set(moving)
+        self.metrics.waiting.set(len(self._images) - moving)
+        self.metrics.decoding.set(len(self._undecoded))
+        for model in self._models:
+            self.metrics.loaded.labels(model.name).set(model.held)

@@ -1,0 +1,118 @@
+"""`Ticket`: what a client asked for, on its way."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from PIL import Image
+
+from ..common.errors import DiffoundryError
+from ..runtime.conditions.condition import Job
+from ..runtime.run import Ready
+from .models import Model
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class OverdueError(DiffoundryError):
+    """A request was not done by its deadline."""
+
+
+class BrokenError(DiffoundryError):
+    """Something failed that no request should lead to; the log says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step was made: `step` of `steps`, of all its pictures together."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """How image `index` looks on its way; number: from 0, of this image."""
+
+    index: int
+    number: int
+    image: Image.Image
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Image `index` is there."""
+
+    index: int
+    image: Image.Image
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Nothing follows: the state of the ticket says how it ended."""
+
+
+Event = Step | Partial | Drawn | Ended
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A job of a model, whose it is, and what became of it. The scheduler's thread alone changes it.
+
+    partial_images: previews of each image. deadline: when it is too late, by the scheduler's clock, None for never.
+    step: steps made of all its images together. ready: what its rows start from, once that was made.
+    """
+
+    model: Model
+    job: Job
+    client: str = ""
+    priority: int = 0
+    partial_images: int = 0
+    deadline: float | None = None
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(18))
+    created: float = field(default_factory=time.time)
+    state: State = "queued"
+    step: int = 0
+    images: dict[int, Image.Image] = field(default_factory=dict)
+    error: DiffoundryError | None = None
+    ready: Ready | None = None
+    is_cancelled: bool = False
+    listeners: list[Callable[[Event], Any]] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def steps(self) -> int:
+        """The steps of all its images."""
+        return self.job.table.steps * self.count
+
+    @property
+    def count(self) -> int:
+        """Its images."""
+        return len(self.job.seeds)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more becomes of it."""
+        return self.state in ("succeeded", "failed", "cancelled")
+
+    @property
+    def kind(self) -> tuple[str, tuple[int, int]]:
+        """What takes as long as it, see `meter.Meter`."""
+        return self.model.name, self.job.size
+
+    def tell(self, event: Event) -> None:
+        """Let all that listen know."""
+        for listener in tuple(self.listeners):
+            listener(event)
+
+    def end(self, state: State, error: DiffoundryError | None = None) -> None:
+        """Nothing more becomes of it. A ticket ends once."""
+        if not self.is_over:
+            self.state, self.error, self.ready = state, error, None
+            self.tell(Ended())
+            self.ended.set()
