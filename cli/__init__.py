@@ -18,6 +18,7 @@ from .compile import compile_command
 from .inspect import inspect_command
 from .run import run_command
 from .schedulers import schedulers_command
+from .serve import serve_command
 from .streams import open_streams
 from .verify import verify_command
 
@@ -38,6 +39,7 @@ for command in (
     verify_command,
     schedulers_command,
     bench_command,
+    serve_command,
 ):
     cli.add_command(command)
 

@@ -243,7 +243,7 @@ class Pipeline:
 
         Jobs may differ in everything. Raises `EngineError` when an engine fails.
         """
-        alike: dict[Hashable, list[int]] = {}
+        alike: dict[tuple[Form, tuple[int, int]], list[int]] = {}
         for i, job in enumerate(jobs):
             alike.setdefault((self._form([job]), job.size), []).append(i)
         ready: dict[int, Ready] = {}

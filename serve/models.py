@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from ..common.errors import DiffoundryError, RequestError
@@ -23,7 +23,7 @@ class Model:
 
     name: str
     pipeline: Pipeline
-    loras: Mapping[str, str] = field(default_factory=dict)
+    loras: dict[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     size: int = 0
     used: float = 0.0

@@ -337,7 +337,7 @@ class Scheduler:
                 self._fail(tickets, error)
             return False
         for ticket, each in zip(tickets, ready, strict=True):
-            ticket.ready = each
+            ticket.prepared(each)
         return True
 
     def _enter(self, image: _Image) -> None:

@@ -65,7 +65,8 @@ class Ticket:
     """A job of a model, whose it is, and what became of it. The scheduler's thread alone changes it.
 
     partial_images: previews of each image. deadline: when it is too late, by the scheduler's clock, None for never.
-    step: steps made of all its images together. ready: what its rows start from, once that was made.
+    step: steps made of all its images together. ready: what its rows start from, once that was made. tokens: that the
+    denoiser reads of its prompt. truncated: the parts of its prompts that did not fit.
     """
 
     model: Model
@@ -81,6 +82,8 @@ class Ticket:
     images: dict[int, Image.Image] = field(default_factory=dict)
     error: DiffoundryError | None = None
     ready: Ready | None = None
+    tokens: int = 0
+    truncated: dict[str, str] = field(default_factory=dict)
     is_cancelled: bool = False
     listeners: list[Callable[[Event], Any]] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -104,6 +107,13 @@ class Ticket:
     def kind(self) -> tuple[str, tuple[int, int]]:
         """What takes as long as it, see `meter.Meter`."""
         return self.model.name, self.job.size
+
+    def prepared(self, ready: Ready) -> None:
+        """Its rows can start."""
+        inputs = self.model.pipeline.bundle.manifest.wiring.inputs_from("text.hidden")
+        prompt = ready.samples[0].prompt
+        self.ready, self.truncated = ready, ready.truncated
+        self.tokens = sum(len(prompt[name]) for name in inputs if name in prompt)
 
     def tell(self, event: Event) -> None:
         """Let all that listen know."""

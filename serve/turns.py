@@ -32,7 +32,10 @@ class Turn:
 
     @property
     def claim(self) -> int:
-        """The smallest is next: the steps that are left, less one for each round waited, so that none waits for ever."""
+        """The smallest is next: the steps that are left, less one for each round waited, so that none waits for ever.
+
+        One that moves stays ahead of those that have about as many left.
+        """
         return self.remaining - self.waited - (_STAY if self.moving else 0)
 
 

@@ -55,7 +55,12 @@ def output_paths(path: Path, count: int) -> list[Path]:
 
 def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write `image` beside `path` with its metadata, then rename it into place."""
+    with replacing(path) as beside:
+        image.save(beside, format="PNG", pnginfo=png_info(metadata))
+
+
+def png_info(metadata: Mapping[str, Any]) -> PngInfo:
+    """The text chunk with the metadata, as JSON."""
     info = PngInfo()
     info.add_itxt(_METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
-    with replacing(path) as beside:
-        image.save(beside, format="PNG", pnginfo=info)
+    return info

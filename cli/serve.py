@@ -1,0 +1,80 @@
+"""`diffoundry serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..common.errors import RequestError
+from .options import GIB, engine_option, precision_option, read_pairs, threads_option
+
+
+@click.command("serve")
+@click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE…")
+@click.option("--host", default="127.0.0.1", help="The address to listen on; 0.0.0.0 is all of this machine.")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0 takes any that is free.")
+@click.option(
+    "--max-rows", "rows", default=8, type=click.IntRange(1, 4096), help="Most images that are stepped together."
+)
+@click.option("--queue", default=64, type=click.IntRange(0, 100_000), help="Most images that wait; more are refused.")
+@click.option(
+    "--memory",
+    type=GIB,
+    help="Of the models in memory; those that are not used make room for others. [default: all that there is]",
+)
+@click.option(
+    "--api-key-file",
+    "keys",
+    type=click.Path(),
+    help="A file with a key a line, and after a space the most priority that it may ask for. [default: no keys]",
+)
+@click.option(
+    "--lora", "loras", multiple=True, metavar="NAME=FILE", help="A LoRA that requests may name. May be repeated."
+)
+@click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="A site whose pages may ask from a browser.")
+@click.option("--warm", is_flag=True, help="Load the models and draw once before the first request is taken.")
+@click.option(
+    "--drain", default=300.0, type=click.FloatRange(0), help="Seconds for what is drawn when the server is told to end."
+)
+@engine_option()
+@precision_option("Of the models. [default: what the bundle was compiled for; fp32 on the CPU]")
+@threads_option
+def serve_command(bundles: tuple[str, ...], keys: str | None, loras: tuple[str, ...], **how: Any) -> None:
+    """Draw for others, by OpenAI's images API and by jobs.
+
+    Each BUNDLE is a model, called by the name before it or by that of its folder; the first one is meant where a
+    request names none. Ends when what it draws is done, on SIGTERM or Ctrl-C.
+    """
+    from .. import __version__
+
+    try:
+        from ..serve.server import Options, serve
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "prometheus_client"):
+            raise
+        raise RequestError("serving needs the extra serve: pip install 'diffoundry[serve]'") from None
+    options = Options(
+        version=__version__,
+        bundles=_named(bundles),
+        keys=None if keys is None else Path(keys),
+        loras=read_pairs("--lora", loras, "NAME=FILE"),
+        **how,
+    )
+    serve(options, lambda line: click.echo(line, err=True))
+
+
+def _named(bundles: tuple[str, ...]) -> dict[str, Path]:
+    """Bundles by the names of their models. Raises `RequestError` for one name twice."""
+    found: dict[str, Path] = {}
+    for text in bundles:
+        name, sign, path = text.partition("=")
+        if not sign or Path(text).exists():
+            name, path = Path(text).resolve().name.removesuffix(".bundle"), text
+        if not name or not path:
+            raise RequestError(f"{text!r} is neither a bundle nor NAME=BUNDLE: give the folder of a bundle")
+        if name in found:
+            raise RequestError(f"two bundles are called {name}: give one another name, NAME=BUNDLE")
+        found[name] = Path(path)
+    return found

@@ -1,0 +1,114 @@
+"""The routes of the server, put together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from ..common.errors import DiffoundryError
+from . import images
+from .errors import Refusal, refusal
+from .guard import Guard, Key, response_of
+from .jobs import Jobs
+from .service import Service
+
+MOST_BYTES = 64 << 20
+"""Of a body."""
+DRAIN_SECONDS = 300.0
+
+
+def build(
+    service: Service,
+    *,
+    keys: Sequence[Key] = (),
+    most_bytes: int = MOST_BYTES,
+    origins: Sequence[str] = (),
+    drain: float = DRAIN_SECONDS,
+) -> ASGIApp:
+    """The application. keys: [] lets everybody in. origins: whose pages may ask from a browser. drain: seconds for what
+    is drawn when the server ends."""
+    jobs = Jobs(service)
+    every, one = images.models(service)
+    scheduler = service.scheduler
+
+    async def live(request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def ready(request: Request) -> Response:
+        is_ready = scheduler.is_ready
+        return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
+
+    async def metrics(request: Request) -> Response:
+        return Response(scheduler.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(scheduler.drain, drain)
+
+    draw = "image_generation"
+    routes = [
+        Route("/v1/images/generations", images.endpoint(service, ("prompt",), draw), methods=["POST"]),
+        Route("/v1/images/edits", images.endpoint(service, ("prompt", "image"), "image_edit"), methods=["POST"]),
+        Route("/v1/images/variations", images.endpoint(service, ("image",), draw), methods=["POST"]),
+        Route("/v1/images/kept/{name}", images.kept(service), name="kept"),
+        Route("/v1/models", every),
+        Route("/v1/models/{name:path}", one),
+        Route("/v1/jobs", jobs.create, methods=["POST"]),
+        Route("/v1/jobs/{id}", jobs.show, methods=["GET"]),
+        Route("/v1/jobs/{id}", jobs.cancel, methods=["DELETE"]),
+        Route("/v1/jobs/{id}/events", jobs.events),
+        Route("/health/live", live),
+        Route("/health/ready", ready),
+        Route("/metrics", metrics),
+    ]
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={
+            Refusal: _refused,
+            DiffoundryError: _failed,
+            HTTPException: _http,
+            ClientDisconnect: _gone,
+        },
+    )
+    guarded: ASGIApp = Guard(app, keys=keys, metrics=scheduler.metrics, most_bytes=most_bytes)
+    if origins:
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=list(origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    return guarded
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return response_of(error)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DiffoundryError)
+    return response_of(refusal(error))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """What Starlette refuses: a path that is not there, a method that it does not take."""
+    assert isinstance(error, HTTPException)
+    said = {404: f"there is nothing at {request.url.path[:100]}", 405: f"{request.url.path[:100]} takes other methods"}
+    return response_of(Refusal(error.status_code, said.get(error.status_code, str(error.detail)), code="not_found"))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)

@@ -1,0 +1,63 @@
+"""What is said to a client when something is refused or fails, as OpenAI's API says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..common.errors import DiffoundryError, LoraError, RequestError
+from .models import NoModelError
+from .scheduler import DrainingError, QueueFullError
+from .tickets import OverdueError
+
+_INVALID, _SERVER = "invalid_request_error", "server_error"
+
+
+class FieldError(RequestError):
+    """A field of a request is wrong. param: its name."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class Refusal(Exception):
+    """An answer that is an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = _INVALID,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def refusal(error: DiffoundryError, hidden: Mapping[str, str] | None = None) -> Refusal:
+    """The answer for an error. hidden: texts that are the server's own, and what is said in their place."""
+    text = " ".join(str(error).split())
+    for own, said in (hidden or {}).items():
+        text = text.replace(own, said)
+    if isinstance(error, QueueFullError):
+        wait = {"Retry-After": str(error.retry_after)}
+        return Refusal(429, text, "rate_limit_error", "queue_full", headers=wait)
+    if isinstance(error, NoModelError):
+        return Refusal(404, text, code="model_not_found", param="model")
+    if isinstance(error, FieldError):
+        return Refusal(400, text, param=error.param)
+    if isinstance(error, (RequestError, LoraError)):
+        return Refusal(400, text)
+    if isinstance(error, OverdueError):
+        return Refusal(504, text, _SERVER, "deadline_exceeded", headers={"x-should-retry": "false"})
+    if isinstance(error, DrainingError):
+        return Refusal(503, text, _SERVER, "draining", headers={"Retry-After": "5"})
+    return Refusal(500, text, _SERVER)

@@ -1,0 +1,313 @@
+"""What the fields of a body ask for: a `Request`, and how it is answered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from PIL import Image
+
+from ..common.checks import is_number, whole_number
+from ..common.errors import RequestError
+from ..runtime.conditioning import Conditioning
+from ..runtime.control import Control
+from ..runtime.image_prompt import ImagePrompt
+from ..runtime.loop.guidance import Guidance
+from ..runtime.lora import Lora
+from ..runtime.names import SAME, ours
+from ..runtime.request import Request
+from .errors import FieldError
+from .models import Model
+from .pictures import FORMATS, mask, picture
+
+MOST_PARTIAL = 3
+_MOST_IMAGES, _MOST_PICTURES, _MOST_LETTERS, _MOST_STEPS = 10, 16, 32_000, 1000
+_MOST_PIXELS, _LARGEST_SIDE = 2048 * 2048, 4096
+_MOST_PRIORITY, _LONGEST_S = 10, 86_400.0
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_GUIDANCE = {
+    "guidance": "scale",
+    "guidance_scale": "scale",
+    "guidance_mode": "mode",
+    "guidance_interval": "interval",
+    "guidance_rescale": "rescale",
+    "true_cfg_scale": "true_cfg_scale",
+}
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    "quality": ("auto",),
+    "style": (),
+    "moderation": ("auto", "low"),
+    "background": ("auto", "opaque"),
+    "input_fidelity": (),
+}
+"""Fields of OpenAI's API that ask for nothing here, the values of them that are taken, and what to do for others."""
+_INSTEAD = {
+    "quality": "give steps=",
+    "style": "say it in the prompt",
+    "moderation": "nothing is moderated here",
+    "background": "pictures here are opaque",
+    "input_fidelity": "give strength=",
+}
+_ANSWER = (
+    *("model", "n", "size", "response_format", "output_format", "output_compression", "stream", "partial_images"),
+    *("user", "safety_identifier", "priority", "deadline"),
+)
+_REQUEST = tuple(item.name for item in fields(Request))
+KNOWN = (*_REQUEST, *SAME, *_GUIDANCE, *_NOTHING, *_ANSWER)
+_STEPPED = ("steps", "num_inference_steps")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """request: what is to be drawn. The rest: how it is answered.
+
+    priority: the highest first. deadline: seconds from now. user: what the client calls its own user, said again.
+    """
+
+    request: Request
+    response_format: str = "b64_json"
+    output_format: str = "png"
+    output_compression: int | None = None
+    stream: bool = False
+    partial_images: int = 0
+    priority: int = 0
+    deadline: float | None = None
+    user: str | None = None
+
+
+def model_name(given: Mapping[str, Any]) -> str | None:
+    """The model that is asked for, None for any."""
+    name = given.get("model")
+    if name is not None and not isinstance(name, str):
+        raise FieldError("model", f"model must be a text, found {type(name).__name__}")
+    return name
+
+
+def read_fields(given: Mapping[str, Any], model: Model, *, most_priority: int, url: str = "b64_json") -> Asked:
+    """Raises `FieldError` and `RequestError` for what cannot be asked for; nothing is loaded.
+
+    most_priority: that the client may ask for. url: the response format where none is given.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    _refuse_unknown(values)
+    for name, taken in _NOTHING.items():
+        if name in values and values.pop(name) not in taken:
+            raise FieldError(name, f"{name} has no effect here: {_INSTEAD[name]}, and leave it out")
+    answer = _answer(values, most_priority, url)
+    _limit(values)
+    options = {name: value for name, value in values.items() if name not in _ANSWER and name not in _GUIDANCE}
+    options |= _size(values)
+    check_size((options.get("width", 1), options.get("height", 1)))
+    if "n" in values and "count" in values:
+        raise FieldError("n", "n and count are two names of one option: give one of them")
+    count = values.get("n", values.get("count", 1))
+    options["count"] = _whole("n" if "n" in values else "count", count, 1, _MOST_IMAGES)
+    options["guidance"] = _guidance(values)
+    for name, read in _READERS.items():
+        if name in options:
+            options[name] = read(name, options[name])
+    if "loras" in options:
+        options["loras"] = _loras(options["loras"], model)
+    options |= _pictures(options, model)
+    return Asked(Request(**options), **answer)
+
+
+def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    for name in values:
+        if name not in KNOWN:
+            try:
+                ours({name: None}, KNOWN)
+            except RequestError as error:
+                raise FieldError(name[:64], f"{error!s:.300}") from None
+    if values.get("output", "image") != "image":
+        raise FieldError("output", "output must be 'image': this server gives pictures")
+
+
+def _answer(values: Mapping[str, Any], most_priority: int, url: str) -> dict[str, Any]:
+    """How to answer."""
+    form = _choice(values, "output_format", tuple(FORMATS), "png")
+    compression = values.get("output_compression")
+    if compression is not None:
+        compression = _whole("output_compression", compression, 0, 100)
+        if form == "png" and compression != 100:
+            raise FieldError("output_compression", "output_compression is for jpeg and webp: leave it out for png")
+    stream = values.get("stream", False)
+    if not isinstance(stream, bool):
+        raise FieldError("stream", f"stream must be true or false, found {stream!r:.60}")
+    partial = _whole("partial_images", values.get("partial_images", 0), 0, MOST_PARTIAL)
+    deadline = values.get("deadline")
+    if deadline is not None and not (is_number(deadline) and 0 < deadline <= _LONGEST_S):
+        raise FieldError(
+            "deadline", f"deadline must be seconds above 0, {_LONGEST_S:g} at most, found {deadline!r:.60}"
+        )
+    priority = _whole("priority", values.get("priority", 0), -_MOST_PRIORITY, _MOST_PRIORITY)
+    if priority > most_priority:
+        raise FieldError("priority", f"priority may be {most_priority} at most for this client, found {priority}")
+    user = values.get("safety_identifier") or values.get("user")
+    if user is not None and (not isinstance(user, str) or len(user) > 512):
+        raise FieldError("user", "user and safety_identifier must be texts of at most 512 letters")
+    return {
+        "response_format": _choice(values, "response_format", ("b64_json", "url"), url),
+        "output_format": form,
+        "output_compression": compression,
+        "stream": stream,
+        "partial_images": partial,
+        "priority": priority,
+        "deadline": deadline,
+        "user": user,
+    }
+
+
+def _limit(values: Mapping[str, Any]) -> None:
+    """What would take the server too long, or too much memory."""
+    for name, value in values.items():
+        if "prompt" in name and isinstance(value, str) and len(value) > _MOST_LETTERS:
+            raise FieldError(name, f"{name} has {len(value)} letters, {_MOST_LETTERS} are the most")
+    for name in ("width", "height"):
+        if name in values:
+            _whole(name, values[name], 1, _LARGEST_SIDE)
+    for name in _STEPPED:
+        if name in values:
+            _whole(name, values[name], 1, _MOST_STEPS)
+    for name in ("timesteps", "sigmas"):
+        if name in values and (not isinstance(values[name], list) or len(values[name]) > _MOST_STEPS):
+            raise FieldError(name, f"{name} must be a list of at most {_MOST_STEPS} numbers")
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raise `FieldError` for more pixels than are drawn here."""
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise FieldError("size", f"{size[0]}x{size[1]} pixels are too many, {_MOST_PIXELS} are the most")
+
+
+def _size(values: Mapping[str, Any]) -> dict[str, int]:
+    text = values.get("size", "auto")
+    found = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    if text == "auto":
+        return {}
+    if found is None:
+        raise FieldError("size", f"size must be 'auto' or WIDTHxHEIGHT, such as 512x768, found {text!r:.60}")
+    if "width" in values or "height" in values:
+        raise FieldError("size", "size, and width and height, say the same: give one of them")
+    return {"width": int(found[1]), "height": int(found[2])}
+
+
+def _guidance(values: Mapping[str, Any]) -> Guidance:
+    if "guidance" in values and "guidance_scale" in values:
+        raise FieldError("guidance", "guidance and guidance_scale are two names of one option: give one of them")
+    return Guidance(**{name: values[key] for key, name in _GUIDANCE.items() if key in values})
+
+
+def _pictures(options: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """The image and the mask; more images are read beside the prompt, by a model that can."""
+    if "mask" in options and "mask_image" in options:
+        raise FieldError("mask", "mask and mask_image are two names of one option: give one of them")
+    made: dict[str, Any] = {name: mask(name, options[name]) for name in ("mask", "mask_image") if name in options}
+    if "image" not in options:
+        return made
+    given = options["image"] if isinstance(options["image"], list) else [options["image"]]
+    if not 1 <= len(given) <= _MOST_PICTURES:
+        raise FieldError("image", f"image takes from 1 to {_MOST_PICTURES} pictures, found {len(given)}")
+    first, *others = (picture("image", each) for each in given)
+    made["image"] = first
+    if others:
+        adapters = list(model.pipeline.bundle.manifest.wiring.image_prompts)
+        if len(adapters) != 1 or "image_prompt" in options:
+            raise FieldError("image", f"{model.name} starts from one picture, found {len(given)}: give one")
+        made["image_prompt"] = (ImagePrompt(adapters[0], others),)
+    return made
+
+
+def _loras(value: Any, model: Model) -> tuple[Lora, ...]:
+    """LoRAs by the names that the server was started with: no path of a request is opened."""
+    made = []
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, str):
+            name, sign, strength = each.partition("=")
+            each = {"name": name, **({"strength": _number("loras", strength)} if sign else {})}
+        given = _object("loras", each, ("name", "strength", "text_strength"))
+        name = given.pop("name", None)
+        if not isinstance(name, str) or name not in model.loras:
+            has = f"it has {', '.join(model.loras)}" if model.loras else "it has none"
+            raise FieldError("loras", f"{model.name} has no LoRA {name!r:.60}, {has}; a file cannot be named here")
+        made.append(Lora(model.loras[name], **given))
+    return tuple(made)
+
+
+def _controls(name: str, value: Any) -> tuple[Control, ...]:
+    known = tuple(item.name for item in fields(Control))
+    given = [_object(name, each, known, needs=("name", "image")) for each in _listed(name, value)]
+    return tuple(Control(**{**each, "image": picture(f"image of {name}", each["image"])}) for each in given)
+
+
+def _image_prompts(name: str, value: Any) -> tuple[ImagePrompt, ...]:
+    known, made = tuple(item.name for item in fields(ImagePrompt)), []
+    for each in _listed(name, value):
+        given = {"name": "", **_object(name, each, known)}
+        for part in ("image", "mask"):
+            if given.get(part) is not None:
+                given[part] = _all(f"{part} of {name}", given[part])
+        made.append(ImagePrompt(**given))
+    return tuple(made)
+
+
+def _all(name: str, value: Any) -> list[Image.Image]:
+    given = value if isinstance(value, list) else [value]
+    if not 1 <= len(given) <= _MOST_PICTURES:
+        raise FieldError(name, f"{name} takes from 1 to {_MOST_PICTURES} pictures, found {len(given)}")
+    return [picture(name, each) for each in given]
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    given = value if isinstance(value, list) else [value]
+    if len(given) > _MOST_PICTURES:
+        raise FieldError(name, f"{name} takes at most {_MOST_PICTURES}, found {len(given)}")
+    return given
+
+
+def _object(name: str, value: Any, known: tuple[str, ...], needs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A copy of an object that has these fields alone."""
+    if not isinstance(value, dict):
+        raise FieldError(name, f"{name} must be an object with {', '.join(known)}, found {type(value).__name__}")
+    for key in value:
+        if key not in known:
+            raise FieldError(name, f"{name} has no {key!r:.60}, only {', '.join(known)}")
+    for key in needs:
+        if key not in value:
+            raise FieldError(name, f"{name} needs {key}")
+    return dict(value)
+
+
+def _conditioning(name: str, value: Any) -> Conditioning:
+    return Conditioning(**_object(name, value, tuple(item.name for item in fields(Conditioning))))
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "control": _controls,
+    "image_prompt": _image_prompts,
+    "conditioning": _conditioning,
+    "negative_conditioning": _conditioning,
+}
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    try:
+        return whole_number(name, value, low, high)
+    except RequestError as error:
+        raise FieldError(name, f"{error!s:.200}") from None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise FieldError(name, f"the strength of {name} must be a number, found {text!r:.60}") from None
+
+
+def _choice(values: Mapping[str, Any], name: str, choices: tuple[str, ...], usual: str) -> str:
+    value = values.get(name, usual)
+    if not isinstance(value, str) or value not in choices:
+        raise FieldError(name, f"{name} must be one of {', '.join(choices)}, found {value!r:.60}")
+    return value

@@ -1,0 +1,197 @@
+"""What stands before every request: its key, the size of its body, its line in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import math
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..common.errors import RequestError
+from .errors import Refusal
+from .metrics import Metrics
+
+_BODY_SECONDS = 60.0
+_SHORTEST_KEY = 16
+_OPEN = ("/health/", "/v1/images/kept/")
+"""What is asked for without a key. Kept pictures have names that cannot be guessed."""
+_ROUTES = ("/v1/images/kept/", "/v1/jobs/", "/v1/models/")
+_KNOWN = frozenset(
+    {
+        *("/v1/images/generations", "/v1/images/edits", "/v1/images/variations", "/v1/models", "/v1/jobs"),
+        *("/health/live", "/health/ready", "/metrics"),
+    }
+)
+_log = logging.getLogger("diffoundry.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key, the most priority that requests with it may ask for, and how the log calls it."""
+
+    secret: str
+    name: str
+    priority: int = 0
+
+
+def read_keys(path: str | Path) -> list[Key]:
+    """The keys in a file: one a line, with the most priority behind it where it is not 0. Lines with # are left out.
+
+    Raises `RequestError` for a file that cannot be read, or that has no keys or wrong ones.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise RequestError(f"the key file {path} cannot be read ({why}): give a file with a key a line") from None
+    keys: list[Key] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        secret, *more = line.split() or ["#"]
+        if secret.startswith("#"):
+            continue
+        if len(secret) < _SHORTEST_KEY or not secret.isascii() or len(more) > 1 or not _is_priority(*more):
+            raise RequestError(
+                f"line {number} of the key file {path} must be a key of at least {_SHORTEST_KEY} letters, and after a "
+                "space the most priority that it may ask for, from -10 to 10"
+            )
+        keys.append(Key(secret, f"key {len(keys) + 1}", int(more[0]) if more else 0))
+    if not keys:
+        raise RequestError(f"the key file {path} has no keys: write one a line")
+    return keys
+
+
+def _is_priority(text: str = "0") -> bool:
+    return text.removeprefix("-").isdecimal() and len(text) < 4 and abs(int(text)) <= 10
+
+
+def client_of(scope: Scope) -> tuple[str, int]:
+    """Whose a request is, and the most priority that it may ask for."""
+    key: Key | None = scope["diffoundry"]["key"]
+    address = (scope.get("client") or ("unknown", 0))[0]
+    return (address, 10) if key is None else (key.name, key.priority)
+
+
+class Guard:
+    """An ASGI application around another. Whatever fails inside it ends in an answer and a line in the log."""
+
+    def __init__(self, app: ASGIApp, *, keys: Sequence[Key], metrics: Metrics, most_bytes: int) -> None:
+        """keys: [] lets everybody in. most_bytes: of a body."""
+        self._app, self._keys, self._metrics, self._most = app, keys, metrics, most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        note: dict[str, Any] = {"id": secrets.token_hex(8), "key": None}
+        scope["diffoundry"] = note
+        answer = _Answer(send, note["id"])
+        start = time.perf_counter()
+        try:
+            note["key"] = self._key(scope)
+            self._check_length(scope)
+            await self._app(scope, _Body(receive, self._most), answer)
+        except Refusal as error:
+            await self._refuse(error, scope, receive, answer)
+        except Exception as error:
+            _log.error("a request failed by %s: %s", type(error).__name__, error)
+            await self._refuse(
+                Refusal(500, "the server failed; its log says why", "server_error"), scope, receive, answer
+            )
+        finally:
+            self._note(scope, note, answer.status, time.perf_counter() - start)
+
+    def _key(self, scope: Scope) -> Key | None:
+        """The key of a request. Raises `Refusal` where it needs one and has none that is known."""
+        if not self._keys or scope["path"].startswith(_OPEN):
+            return None
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, secret = given.partition(b" ")
+        found = None
+        for key in self._keys:  # all of them, so that the time says nothing
+            if hmac.compare_digest(key.secret.encode(), secret.strip()):
+                found = key
+        if found is None or scheme.lower() != b"bearer":
+            raise Refusal(401, "this server needs a key: send Authorization: Bearer KEY", code="invalid_api_key")
+        return found
+
+    def _check_length(self, scope: Scope) -> None:
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > 15 or int(length) > self._most:
+            raise _too_large(self._most)
+
+    async def _refuse(self, error: Refusal, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        if not answer.status:
+            await response_of(error)(scope, receive, answer)
+
+    def _note(self, scope: Scope, note: dict[str, Any], status: int, seconds: float) -> None:
+        path = scope["path"]
+        route = path if path in _KNOWN else next((each + "*" for each in _ROUTES if path.startswith(each)), "other")
+        self._metrics.requests.labels(route, str(status)).inc()
+        key = note.pop("key")
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "client": (scope.get("client") or ("unknown", 0))[0],
+            **({} if key is None else {"key": key.name}),
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "seconds": round(seconds, 4),
+            **note,
+        }
+        _log.info("%s", json.dumps(line))
+
+
+def response_of(error: Refusal) -> JSONResponse:
+    """As OpenAI's API says an error."""
+    headers = {**error.headers, **({"Connection": "close"} if error.status in (401, 413) else {})}
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(413, f"the body is too large: {math.floor(most / 2**20)} MiB are the most")
+
+
+class _Answer:
+    """`send`, which notes the status and says the number of the request."""
+
+    def __init__(self, send: Send, number: str) -> None:
+        self._send, self._number, self.status = send, number, 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._number.encode())]
+        await self._send(message)
+
+
+class _Body:
+    """`receive`, for a body that must come within a time and a size."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive, self._most, self._read = receive, most, 0
+        self._until = time.monotonic() + _BODY_SECONDS
+        self._more = True
+
+    async def __call__(self) -> Message:
+        if not self._more:
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, self._until - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise Refusal(408, f"the body did not come within {_BODY_SECONDS:g} s") from None
+        if message["type"] == "http.request":
+            self._read += len(message.get("body", b""))
+            self._more = message.get("more_body", False)
+            if self._read > self._most:
+                raise _too_large(self._most)
+        return message

@@ -1,0 +1,149 @@
+"""Jobs: to be asked for again, watched and cancelled, without a connection that stays open."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from .errors import Refusal
+from .fields import Asked
+from .guard import client_of
+from .kept import KEPT_SECONDS
+from .pictures import encoded
+from .service import ALIVE, Service, events_of, failure, record_of, sse, stream
+from .tickets import Drawn, Ended, Event, Partial, Step, Ticket
+
+_MOST_ENDED = 1000
+
+
+@dataclass(slots=True)
+class _Entry:
+    ticket: Ticket
+    asked: Asked
+    key: str
+    images: list[dict[str, Any]] = field(default_factory=list)
+    until: float | None = None
+    watcher: asyncio.Task[None] | None = None
+    is_whole: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Jobs:
+    """The jobs of a server. One that ended is forgotten after an hour, and its pictures with it."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._entries: dict[str, _Entry] = {}
+
+    async def create(self, request: Request) -> Response:
+        """`POST /v1/jobs`."""
+        self._forget()
+        ticket, asked = await self._service.ticket(request, (), url="url")
+        if asked.stream:
+            raise Refusal(400, "stream is not for jobs: read /v1/jobs/ID/events", param="stream")
+        self._service.scheduler.submit(ticket)
+        entry = _Entry(ticket, asked, client_of(request.scope)[0] if request.scope["diffoundry"]["key"] else "")
+        entry.watcher = asyncio.create_task(self._watch(request, entry))
+        self._entries[ticket.id] = entry
+        return JSONResponse(self._described(entry), 202, {"Location": f"/v1/jobs/{ticket.id}"})
+
+    async def show(self, request: Request) -> Response:
+        """`GET /v1/jobs/{id}`."""
+        entry = self._entry(request)
+        if entry.ticket.is_over:
+            await entry.is_whole.wait()
+        return JSONResponse(self._described(entry))
+
+    async def cancel(self, request: Request) -> Response:
+        """`DELETE /v1/jobs/{id}`: its rows are free before the next step."""
+        entry = self._entry(request)
+        self._service.scheduler.cancel(entry.ticket)
+        await entry.is_whole.wait()
+        return JSONResponse(self._described(entry))
+
+    async def events(self, request: Request) -> Response:
+        """`GET /v1/jobs/{id}/events`."""
+        return stream(self._events(self._entry(request)))
+
+    async def _watch(self, request: Request, entry: _Entry) -> None:
+        """Make files of the pictures of a job when it has ended."""
+        async for _ in events_of(entry.ticket):
+            pass
+        ticket = entry.ticket
+        if ticket.state == "succeeded":
+            for i in range(ticket.count):
+                entry.images.append(await self._service.described(request, ticket, entry.asked, i))
+            ticket.images.clear()
+        entry.until = time.monotonic() + KEPT_SECONDS
+        entry.is_whole.set()
+
+    async def _events(self, entry: _Entry) -> AsyncIterator[bytes]:
+        yield sse("state", self._described(entry))
+        async for event in events_of(entry.ticket):
+            if isinstance(event, Ended):
+                await entry.is_whole.wait()
+                yield sse(entry.ticket.state, self._described(entry))
+            elif event is not None:
+                yield await self._said(entry, event)
+            else:
+                yield sse("state", self._described(entry)) if entry.ticket.state == "queued" else ALIVE
+
+    async def _said(self, entry: _Entry, event: Event) -> bytes:
+        if isinstance(event, Step):
+            left = self._service.scheduler.outlook(entry.ticket).seconds
+            return sse("step", {"step": event.step, "steps": event.steps, "seconds_left": _rounded(left)})
+        if isinstance(event, Partial):
+            form = entry.asked.output_format, entry.asked.output_compression, None
+            data = base64.b64encode(await run_in_threadpool(encoded, event.image, *form)).decode()
+            return sse("preview", {"image_index": event.index, "number": event.number, "b64_json": data})
+        assert isinstance(event, Drawn)
+        return sse("image", {"image_index": event.index, "seed": entry.ticket.job.seeds[event.index]})
+
+    def _entry(self, request: Request) -> _Entry:
+        """The job of a path. Raises `Refusal` for one that is not there, or of another key."""
+        self._forget()
+        entry = self._entries.get(request.path_params["id"])
+        key = client_of(request.scope)[0] if request.scope["diffoundry"]["key"] else ""
+        if entry is None or not hmac.compare_digest(entry.key, key):
+            raise Refusal(404, "there is no such job: jobs are kept for an hour after they end", code="not_found")
+        return entry
+
+    def _described(self, entry: _Entry) -> dict[str, Any]:
+        ticket = entry.ticket
+        outlook = self._service.scheduler.outlook(ticket)
+        described: dict[str, Any] = {
+            "id": ticket.id,
+            "object": "job",
+            "model": ticket.model.name,
+            "created": int(ticket.created),
+            "status": ticket.state,
+            "place": outlook.place,
+            "step": ticket.step,
+            "steps": ticket.steps,
+            "seconds_left": _rounded(outlook.seconds),
+            "request": record_of(ticket),
+        }
+        if ticket.state == "succeeded":
+            described |= {"images": entry.images, "truncated": ticket.truncated}
+        if ticket.state == "failed":
+            described |= failure(ticket).body()
+        return described
+
+    def _forget(self) -> None:
+        now, ended = time.monotonic(), [each for each in self._entries.values() if each.until is not None]
+        surplus = len(ended) - _MOST_ENDED
+        for i, entry in enumerate(sorted(ended, key=lambda each: each.until or 0.0)):
+            if i < surplus or (entry.until or 0.0) <= now:
+                del self._entries[entry.ticket.id]
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 2)

@@ -1,0 +1,151 @@
+"""A server from its options to its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..common.errors import DiffoundryError, RequestError
+from ..runtime.lora import Lora
+from ..runtime.pipeline import load
+from ..runtime.request import Request
+from .app import DRAIN_SECONDS, build
+from .guard import read_keys
+from .models import Model, Models
+from .scheduler import Scheduler
+from .service import Service
+from .tickets import Ticket
+
+_WARM_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `diffoundry serve` is asked for. bundles: by the names of their models; loras: by theirs.
+
+    memory: bytes. keys: the file of them. origins: of pages that may ask from a browser. version: of diffoundry.
+    """
+
+    bundles: Mapping[str, Path]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    engine: str | None = None
+    precision: str | None = None
+    threads: int | None = None
+    rows: int = 8
+    queue: int = 64
+    memory: int | None = None
+    keys: Path | None = None
+    loras: Mapping[str, str] = field(default_factory=dict)
+    origins: Sequence[str] = ()
+    warm: bool = False
+    drain: float = DRAIN_SECONDS
+    version: str = ""
+
+
+def serve(options: Options, say: Callable[[str], None]) -> None:
+    """Serve until the process is told to end. say: shows a line.
+
+    Raises `DiffoundryError` for what cannot be served, before the first request is taken.
+    """
+    try:
+        import uvicorn
+    except ImportError:
+        raise missing() from None
+    keys = [] if options.keys is None else read_keys(options.keys)
+    listener = _listen(options.host, options.port)
+    try:
+        service = make(options, say)
+        app = build(service, keys=keys, origins=options.origins, drain=options.drain)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            server_header=False,
+            timeout_graceful_shutdown=max(1, int(options.drain)),
+        )
+        _log_to_stderr()
+        service.scheduler.start()
+        host, port = listener.getsockname()[:2]
+        place = f"[{host}]" if ":" in host else host
+        guarded = f"{len(keys)} keys" if keys else "no keys: everybody that reaches it may draw"
+        say(f"listening on http://{place}:{port}/v1 ({guarded})")
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def make(options: Options, say: Callable[[str], None]) -> Service:
+    """The models, checked and where asked warm, and the scheduler, not started."""
+    models = []
+    for name, path in options.bundles.items():
+        pipeline = load(path, engine=options.engine, precision=options.precision, threads=options.threads)
+        pipeline.bundle.check(known=True)
+        model = Model(name, pipeline)
+        info = pipeline.info()
+        say(f"{name}: {path}, {info['engine']} in {info['precision']}, about {model.size / 2**20:.0f} MiB")
+        models.append(model)
+    for lora, file in options.loras.items():
+        taken = _offer(models, lora, file)
+        say(f"LoRA {lora}: {file}, for {', '.join(taken)}")
+    held = Models(models, options.memory)
+    scheduler = Scheduler(held, most_rows=options.rows, queue=options.queue)
+    for model in models if options.warm else ():
+        draws = "txt2img" in model.pipeline.bundle.manifest.tasks
+        scheduler.warm(model, Ticket(model, model.pipeline.job(Request("", steps=_WARM_STEPS))) if draws else None)
+        say(f"{model.name}: warm")
+    return Service(held, scheduler, options.version)
+
+
+def _offer(models: Sequence[Model], lora: str, file: str) -> list[str]:
+    """Let requests name a LoRA of the models that take it. Returns their names. Raises where none does."""
+    errors: list[DiffoundryError] = []
+    for model in models:
+        try:
+            model.pipeline.job(Request("", steps=1, loras=(Lora(file),)))
+            model.loras[lora] = file
+        except DiffoundryError as error:
+            errors.append(error)
+    if len(errors) == len(models):
+        raise RequestError(f"--lora {lora}: {errors[0]}")
+    return [model.name for model in models if lora in model.loras]
+
+
+def missing() -> DiffoundryError:
+    """The error where the extra is not installed."""
+    return DiffoundryError("serving needs starlette, uvicorn and others: pip install 'diffoundry[serve]'")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises `RequestError` where it cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(found[4][:2], family=found[0])
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RequestError(f"cannot listen on {host}, port {port} ({why}): give another --port or --host") from None
+
+
+class _Lines(logging.Formatter):
+    """Each record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = " ".join(record.getMessage().split())
+        if record.levelno == logging.INFO and text.startswith("{"):
+            return text
+        return json.dumps({"level": record.levelname.lower(), "message": text})
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    for name, level in (("diffoundry.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(level)
