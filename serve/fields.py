@@ -56,6 +56,7 @@ _ANSWER = (
 )
 _REQUEST = tuple(item.name for item in fields(Request))
 KNOWN = (*_REQUEST, *SAME, *_GUIDANCE, *_NOTHING, *_ANSWER)
+_NO_HINT = "help(diffoundry.Request) lists all"
 _STEPPED = ("steps", "num_inference_steps")
 
 
@@ -120,7 +121,8 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
             try:
                 ours({name: None}, KNOWN)
             except RequestError as error:
-                raise FieldError(name[:64], f"{error!s:.300}") from None
+                text = str(error).replace(_NO_HINT, "the server's documentation lists all")
+                raise FieldError(name[:64], f"{text:.300}") from None
     if values.get("output", "image") != "image":
         raise FieldError("output", "output must be 'image': this server gives pictures")
 

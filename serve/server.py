@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from .service import Service
 from .tickets import Ticket
 
 _WARM_STEPS = 2
+_BACKLOG = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     except ImportError:
         raise missing() from None
     keys = [] if options.keys is None else read_keys(options.keys)
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     try:
         service = make(options, say)
         app = build(service, keys=keys, origins=options.origins, drain=options.drain)
@@ -122,11 +124,21 @@ def missing() -> DiffoundryError:
     return DiffoundryError("serving needs starlette, uvicorn and others: pip install 'diffoundry[serve]'")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises `RequestError` where it cannot be had."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(found[4][:2], family=found[0])
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        # With the protocol said, asyncio sends small answers at once: without it they wait 40 ms for an acknowledgement.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        try:
+            if os.name != "nt":  # where it would take a port from another program
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RequestError(f"cannot listen on {host}, port {port} ({why}): give another --port or --host") from None
@@ -149,3 +161,5 @@ def _log_to_stderr() -> None:
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(level)
+    for name in ("python_multipart", "multipart"):  # which warn of every damaged form
+        logging.getLogger(name).setLevel(logging.ERROR)

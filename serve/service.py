@@ -19,7 +19,7 @@ from starlette.responses import StreamingResponse
 from ..common.errors import DiffoundryError
 from .body import read_body
 from .errors import Refusal, refusal
-from .fields import Asked, check_size, model_name, read_fields
+from .fields import KNOWN, Asked, check_size, model_name, read_fields
 from .guard import client_of
 from .kept import Kept
 from .models import Model, Models
@@ -59,7 +59,10 @@ class Service:
             try:
                 asked, ticket = await run_in_threadpool(_checked, given, model, client, priority, url)
             except DiffoundryError as error:
-                raise refusal(error, hidden(model)) from None
+                refused = refusal(error, hidden(model))
+                first = refused.message.split(" ", 1)[0]  # most messages begin with the field that they are about
+                refused.param = refused.param or (first if first in KNOWN else None)
+                raise refused from None
         if asked.deadline is not None:
             ticket.deadline = time.monotonic() + asked.deadline
         request.scope["diffoundry"] |= {"images": ticket.count, "steps": ticket.job.table.steps}

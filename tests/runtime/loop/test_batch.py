@@ -163,3 +163,40 @@ def test_guidance_rescale_is_that_of_diffusers():
     for i, phi in enumerate((0.0, 0.7, 1.0)):
         wanted = rescale_noise_cfg(plain[i : i + 1], torch.from_numpy(prompt[i : i + 1]), guidance_rescale=phi)
         np.testing.assert_allclose(found[i], wanted[0].numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_is_paused_goes_on_as_if_it_had_not_been(pipe, device_pipe, alone):
+    for each in (pipe, device_pipe):
+        ready = each.prepare([each.job(MIXED[0]), each.job(MIXED[2])])
+        batch = each.batch(ready[0])
+        first, second = (batch.add(one.samples[0]) for one in ready)
+        for _ in range(3):
+            batch.step()
+        row = batch.pause(first)
+        with pytest.raises(RequestError, match="no row"):
+            batch.drop(first)
+        while batch:
+            batch.step()
+        with pytest.raises(RequestError, match="take it"):
+            batch.pause(second)
+        other = each.batch(ready[0])
+        again = other.resume(row)
+        while other:
+            other.step()
+        np.testing.assert_allclose(other.take(again), alone[0].latents[0], atol=TOLERANCE)
+        np.testing.assert_allclose(batch.take(second), alone[2].latents[0], atol=TOLERANCE)
+
+
+def test_jobs_are_prepared_together_whatever_they_are(pipe, alone):
+    several = [*MIXED, Request("a ring", seed=1, steps=2, width=96), Request("a " * 200, windows=True, seed=1, steps=2)]
+    ready = pipe.prepare([pipe.job(request) for request in several])
+    assert len({pipe.group(each) for each in ready}) == 3
+    batch = pipe.batch(ready[0])
+    handles = [batch.add(sample) for one in ready[: len(MIXED)] for sample in one.samples]
+    while batch:
+        batch.step()
+    wanted = [latents for result in alone for latents in result.latents]
+    for handle, latents in zip(handles, wanted, strict=True):
+        np.testing.assert_allclose(batch.take(handle), latents, atol=TOLERANCE)
+    image = pipe.picture(ready[0].job, alone[0].latents[0])
+    assert np.array_equal(np.asarray(image), np.asarray(alone[0].images[0]))

@@ -1,0 +1,77 @@
+"""The order in which pictures move, and the times that clients are told."""
+
+from __future__ import annotations
+
+from diffoundry.serve.turns import Turn, choose, in_order, until_room, waits
+
+
+def turns(*steps, client="a", **options):
+    return [Turn(client=client, remaining=each, arrived=i, **options) for i, each in enumerate(steps)]
+
+
+def test_short_ones_come_first():
+    assert [turn.remaining for turn in in_order(turns(50, 4, 20))] == [4, 20, 50]
+
+
+def test_as_long_ones_come_in_the_order_of_their_arrival():
+    assert [turn.arrived for turn in in_order(turns(20, 20, 20))] == [0, 1, 2]
+
+
+def test_the_first_of_each_client_comes_before_the_second_of_any():
+    many, one = turns(4, 4, 4, client="a"), turns(50, client="b")
+    assert [turn.client for turn in in_order([*many, *one])] == ["a", "b", "a", "a"]
+
+
+def test_priority_comes_before_all():
+    low, high = turns(4), turns(50, priority=1)
+    assert [turn.remaining for turn in in_order([*low, *high])] == [50, 4]
+
+
+def test_one_that_moves_gives_way_only_where_it_pays():
+    [moving] = turns(6)
+    moving.moving = True
+    [near, short] = turns(4, 1)
+    assert choose([moving, near], 1) == [moving]
+    assert choose([moving, short], 1) == [short]
+
+
+def test_no_long_one_waits_for_ever():
+    """A new picture of 4 steps comes in every round, and one alone is stepped."""
+    [long] = turns(50)
+    rounds = 0
+    while long.remaining:
+        [short] = turns(4)
+        short.arrived = rounds
+        [chosen] = choose([long, short], 1)
+        long.moving = chosen is long
+        if chosen is long:
+            long.remaining -= 1
+        else:
+            long.waited += 1
+        rounds += 1
+    assert rounds < 150
+
+
+def test_a_group_has_no_more_than_a_call_takes():
+    wide = turns(5, 6, 7, group="wide", most=2)
+    [other] = turns(20, group="small", most=2)
+    assert [turn.remaining for turn in choose([*wide, other], 4)] == [5, 6, 20]
+
+
+def test_waits_are_those_of_the_rounds():
+    """Two at a time, 10 ms a step of each: a round takes 20 ms."""
+    found = waits(turns(4, 8, 4), 2, step=0.01, decode=0.0)
+    assert [round(each.begins, 3) for each in found] == [0.0, 0.0, 0.08]
+    assert [round(each.ends, 3) for each in found] == [0.08, 0.16, 0.16]
+
+
+def test_the_decoder_counts():
+    assert [each.ends for each in waits(turns(4, 8), 2, step=0.0, decode=1.0)] == [1.0, 2.0]
+
+
+def test_there_is_room_when_enough_have_ended():
+    found = waits(turns(4, 8, 4), 2, step=0.01, decode=0.0)
+    assert until_room(found, 1, 4) == 0.0
+    assert round(until_room(found, 1, 3), 3) == 0.08
+    assert round(until_room(found, 3, 3), 3) == 0.16
+    assert until_room([], 1, 0) == 0.0
