@@ -128,7 +128,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises `RequestError` where it cannot be had."""
     try:
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        # With the protocol said, asyncio sends small answers at once: without it they wait 40 ms for an acknowledgement.
+        # With the protocol said, asyncio sends small answers at once; else they wait 40 ms for an acknowledgement.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             if os.name != "nt":  # where it would take a port from another program

@@ -212,10 +212,11 @@ def test_errors_are_those_of_the_api(client):
 
 def test_a_full_queue_is_429(bundle_of):
     with serving({"pico": bundle_of("pico")}, rows=1, queue=1, warm=True) as small, small.client() as client:
-        for _ in range(2):
-            client.post("/jobs", body={"prompt": "a", "steps": 200}, cast_to=dict)
+        jobs = [client.post("/jobs", body={"prompt": "a", "steps": 200}, cast_to=dict) for _ in range(2)]
         error = refused(openai.RateLimitError, lambda: client.images.generate(prompt="a"))
         assert error.code == "queue_full" and 1 <= int(error.response.headers["retry-after"]) < 20
+        for job in jobs:
+            client.delete(f"/jobs/{job['id']}", cast_to=dict)
 
 
 @pytest.mark.slow
