@@ -2,7 +2,8 @@
 
 python -m diffoundry.bench.serving build/pico.bundle --rows 8 --requests 200 --turns 3
 
-Requests of 4, 20 and 50 steps and of two sizes arrive at random. `stepped` is the scheduler of `diffoundry serve`:
+Requests of 4, 20 and 50 steps and of two sizes arrive at random, with `--control` and `--lora` a third of them steered
+and a third with a LoRA. `stepped` is the scheduler of `diffoundry serve`:
 rows come and go between steps. `batched` is what other servers do: the requests of one size that wait are drawn in one
 batch, and the next batch begins when it is done. `batched, same steps` takes requests of one number of steps alone, so
 that none waits for a longer one beside it.
@@ -16,9 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from ..runtime.control import Control
+from ..runtime.lora import Lora
 from ..runtime.pipeline import Pipeline, load
 from ..runtime.request import Request
 from ..serve.models import Model, Models
@@ -37,16 +41,25 @@ class Arrival:
     request: Request
 
 
-def arrivals(count: int, rate: float, seed: int, sizes: Sequence[tuple[int, int]]) -> list[Arrival]:
-    """`count` requests, `rate` a second on average (Poisson), all at once where it is 0."""
-    rng = np.random.default_rng(seed)
-    at, found = 0.0, []
-    for i in range(count):
-        at += float(rng.exponential(1 / rate)) if rate else 0.0
-        steps = int(rng.choice(_STEPS, p=_SHARES))
-        width, height = sizes[int(rng.integers(len(sizes)))]
-        found.append(Arrival(at, Request(_PROMPTS[i % 3], seed=i, steps=steps, width=width, height=height)))
-    return found
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What the requests are: their sizes, and the ways in which some differ from the plain ones."""
+
+    sizes: tuple[tuple[int, int], ...]
+    kinds: tuple[dict[str, Any], ...] = ({},)
+
+    def arrivals(self, count: int, rate: float, seed: int) -> list[Arrival]:
+        """`count` requests, `rate` a second on average (Poisson), all at once where it is 0."""
+        rng = np.random.default_rng(seed)
+        at, found = 0.0, []
+        for i in range(count):
+            at += float(rng.exponential(1 / rate)) if rate else 0.0
+            steps = int(rng.choice(_STEPS, p=_SHARES))
+            width, height = self.sizes[int(rng.integers(len(self.sizes)))]
+            more = self.kinds[int(rng.integers(len(self.kinds)))]
+            own = Request(_PROMPTS[i % 3], seed=i, steps=steps, width=width, height=height, **more)
+            found.append(Arrival(at, own))
+        return found
 
 
 def stepped(pipe: Pipeline, coming: Sequence[Arrival], rows: int) -> list[float]:
@@ -76,7 +89,7 @@ def batched(pipe: Pipeline, coming: Sequence[Arrival], rows: int, *, same_steps:
     ended = [0.0] * len(coming)
 
     def alike(request: Request) -> tuple[object, ...]:
-        return request.width, request.height, request.steps if same_steps else None
+        return pipe.kind(pipe.job(request)), request.steps if same_steps else None
 
     def work() -> None:
         waiting: list[int] = []
@@ -113,58 +126,64 @@ def _feed(coming: Sequence[Arrival], submit: Callable[[int, Request], None]) -> 
     return begin
 
 
-def measure(pipe: Pipeline, rows: int, count: int, turns: int, sizes: Sequence[tuple[int, int]]) -> list[list[str]]:
-    """The rows of the table: for each load and each way its latencies and its throughput."""
-    ways: dict[str, Callable[[Sequence[Arrival]], list[float]]] = {
-        "stepped": lambda coming: stepped(pipe, coming, rows),
-        "batched": lambda coming: batched(pipe, coming, rows, same_steps=False),
-        "batched, same steps": lambda coming: batched(pipe, coming, rows, same_steps=True),
-    }
-    for way in ways.values():  # engines are loaded, and caches warm
-        way(arrivals(2 * rows, 0.0, 0, sizes))
-    together: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(turns):
-        coming = arrivals(count, 0.0, turn, sizes)
-        for name, way in ways.items():
-            together[name].append(count / max(way(coming)))
-    best = float(np.median(together["batched"]))
-    table = [["all at once", name, *[""] * 5, f"{np.median(each):.1f}"] for name, each in together.items()]
-    for share in (0.5, 0.7, 0.9):
-        found: dict[str, list[tuple[int, float]]] = {name: [] for name in ways}
-        rates: dict[str, list[float]] = {name: [] for name in ways}
+WAYS: dict[str, Callable[[Pipeline, Sequence[Arrival], int], list[float]]] = {
+    "stepped": stepped,
+    "batched": lambda pipe, coming, rows: batched(pipe, coming, rows, same_steps=False),
+    "batched, same steps": lambda pipe, coming, rows: batched(pipe, coming, rows, same_steps=True),
+}
+HEAD = ("load", "way", "4 steps: p50", "p99", "20 steps: p99", "50 steps: p50", "p99", "pictures/s")
+
+
+def measure(pipe: Pipeline, mix: Mix, rows: int, count: int, turns: int) -> list[list[str]]:
+    """The rows of the table: for each load and each way its latencies in ms, and its throughput."""
+    for way in WAYS.values():  # engines are loaded, and caches warm
+        way(pipe, mix.arrivals(2 * rows, 0.0, 0), rows)
+    table: list[list[str]] = []
+    for share in (None, 0.5, 0.7, 0.9):
+        capacity = 0.0
+        if share is not None:
+            coming = mix.arrivals(count // 2, 0.0, 99)
+            capacity = len(coming) / max(WAYS["batched"](pipe, coming, rows))
+        found: dict[str, list[tuple[int, float]]] = {name: [] for name in WAYS}
+        rates: dict[str, list[float]] = {name: [] for name in WAYS}
         for turn in range(turns):
-            coming = arrivals(count, share * best, turn, sizes)
-            for name, way in ways.items():
-                seconds = way(coming)
+            coming = mix.arrivals(count, (share or 0.0) * capacity, turn)
+            for name, way in WAYS.items():
+                seconds = way(pipe, coming, rows)
                 found[name] += zip([each.request.steps or 0 for each in coming], seconds, strict=True)
                 rates[name].append(count / max(each.at + own for each, own in zip(coming, seconds, strict=True)))
-        for name, pairs in found.items():
-            figures = [_quantiles([own for steps, own in pairs if steps == each]) for each in _STEPS]
-            short, middle, long = figures
-            shown = [*(f"{1000 * each:.0f}" for each in (*short, middle[1], *long)), f"{np.median(rates[name]):.1f}"]
-            table.append([f"{share:.0%} of {best:.1f}/s", name, *shown])
+        load = "all at once" if share is None else f"{share:.0%} of {capacity:.1f}/s"
+        table += [[load, name, *_figures(found[name]), f"{np.median(rates[name]):.1f}"] for name in WAYS]
     return table
 
 
-def _quantiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """p50 and p99."""
-    return float(np.percentile(seconds, 50)), float(np.percentile(seconds, 99))
-
-
-HEAD = ("load", "way", "4 steps p50", "p99", "20 steps p99", "50 steps p50", "p99", "pictures/s")
+def _figures(found: Sequence[tuple[int, float]]) -> list[str]:
+    """p50 and p99 of the short ones, p99 of the middle, p50 and p99 of the long ones, in ms."""
+    own = {steps: [1000 * seconds for each, seconds in found if each == steps] for steps in _STEPS}
+    wanted = ((4, 50), (4, 99), (20, 99), (50, 50), (50, 99))
+    return [f"{np.percentile(own[steps], part):.0f}" for steps, part in wanted]
 
 
 def main() -> None:
-    """Print the table, in milliseconds."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("bundle")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--sizes", default="64x64,96x64")
+    parser.add_argument("--control", help="a control of the bundle")
+    parser.add_argument("--lora", help="a LoRA, of a bundle that takes them as inputs")
     asked = parser.parse_args()
-    sizes = [(int(width), int(height)) for width, height in (each.split("x") for each in asked.sizes.split(","))]
-    rows = measure(load(asked.bundle), asked.rows, asked.requests, asked.turns, sizes)
+    kinds: list[dict[str, Any]] = [{}]
+    if asked.control:
+        edges = np.zeros((64, 64, 3), np.uint8)
+        edges[20:44, 20:44] = 255
+        kinds.append({"control": [Control(asked.control, edges)]})
+    if asked.lora:
+        kinds.append({"loras": [Lora(asked.lora, 0.7)]})
+    sizes = tuple((int(width), int(height)) for width, height in (each.split("x") for each in asked.sizes.split(",")))
+    rows = measure(load(asked.bundle), Mix(sizes, tuple(kinds)), asked.rows, asked.requests, asked.turns)
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     for row in rows:
         print(f"| {' | '.join(row)} |")

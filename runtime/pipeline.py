@@ -254,6 +254,10 @@ class Pipeline:
                     ready[i] = Ready(jobs[i], self._samples(jobs[i], given), dict(given.truncated), form)
         return [ready[i] for i in range(len(jobs))]
 
+    def kind(self, job: Job) -> Hashable:
+        """Equal for jobs whose rows one batch can step, most likely: `group` knows, when they are prepared."""
+        return self._form([job]), job.size
+
     def group(self, ready: Ready, i: int = 0) -> Hashable:
         """Equal for those whose rows one batch steps; i: the image. Loads the denoiser."""
         if self._engines.one_timestep(ready.form):

@@ -14,8 +14,8 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self.waiting = Gauge("diffoundry_waiting_images", "Images that wait for their turn", registry=registry)
-        self.moving = Gauge("diffoundry_moving_images", "Images that are stepped", registry=registry)
+        self.waiting = Gauge("diffoundry_waiting_images", "Images that were not begun", registry=registry)
+        self.moving = Gauge("diffoundry_moving_images", "Images that were begun and have steps left", registry=registry)
         self.decoding = Gauge("diffoundry_decoding_images", "Images that wait for the decoder", registry=registry)
         self.rows = Histogram("diffoundry_step_rows", "Images in a step", buckets=_ROWS, registry=registry)
         self.step = Histogram("diffoundry_step_seconds", "Duration of a step", buckets=_SECONDS, registry=registry)

@@ -53,9 +53,10 @@ class Outlook:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Image(Turn):
-    """An image of a ticket. batch, handle: while it moves. held: its row, where it was paused.
+    """An image of a ticket. batch, handle: where its row is. held: its row, where it had to give way.
 
-    partials: the numbers of remaining steps at which it is shown. alone: whether a step beside others failed.
+    partials: the numbers of remaining steps at which it is shown. alone: whether a step beside others failed. key: of
+    its batch.
     """
 
     ticket: Ticket
@@ -66,6 +67,17 @@ class _Image(Turn):
     partials: list[int] = field(default_factory=list)
     shown: int = 0
     alone: bool = False
+    key: Hashable = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has a row."""
+        return self.batch is not None or self.held is not None
+
+    def pause(self) -> None:
+        """Take its row out of its batch."""
+        if self.batch is not None:
+            self.held, self.batch, self.moving = self.batch.pause(self.handle), None, False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,7 @@ class _Undecoded:
 
 
 class Scheduler:
-    """Draws tickets, all on one thread: in each round one step of every image whose turn it is, then one picture.
+    """Draws tickets, all on one thread: in each round one step of the images whose turn it is, then one picture.
 
         scheduler.start()
         scheduler.submit(ticket)
@@ -96,7 +108,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         metrics: Metrics | None = None,
     ) -> None:
-        """most_rows: images that are stepped together. queue: images that may wait beside them."""
+        """most_rows: images of one step. queue: images that may be there beside as many."""
         self._models, self._most, self._capacity = models, most_rows, most_rows + queue
         self._clock, self.metrics, self._meter = clock, metrics or Metrics(), Meter()
         self._lock = threading.Condition()
@@ -177,8 +189,8 @@ class Scheduler:
         with self._lock:
             images = in_order(self._images)
             own = [i for i, image in enumerate(images) if image.ticket is ticket]
-            behind = [i for i in own if not images[i].moving]
-            waiting = [i for i, image in enumerate(images) if not image.moving]
+            waiting = [i for i, image in enumerate(images) if not image.has_begun]
+            behind = [i for i in own if not images[i].has_begun]
             place = 1 + waiting.index(behind[0]) if behind and ticket.state == "queued" else 0
             times = self._waits(images, ticket.kind)
             decode = len(self._undecoded) * self._meter.decode(ticket.kind)
@@ -187,15 +199,16 @@ class Scheduler:
         return Outlook(place, max((times[i].ends for i in own), default=0.0) + decode)
 
     def round(self) -> bool:
-        """Step every image whose turn it is, then decode one. Returns whether anything was left to do."""
+        """Step the images whose turn it is, then decode one. Returns whether anything was left to do."""
         with self._lock:
             self._drop_cancelled()
             chosen = self._choose()
         self._place(chosen)
+        for image in self._images:
+            image.moving = image in chosen and image.batch is not None
+            image.waited += not image.moving
         for key, batch in list(self._batches.items()):
             self._step(key, batch)
-        for image in self._images:
-            image.waited += not image.moving
         self._decode()
         self._count()
         return bool(self._images or self._undecoded)
@@ -232,6 +245,7 @@ class Scheduler:
             remaining=steps,
             arrived=self._arrived,
             priority=ticket.priority,
+            group=(ticket.model.name, ticket.model.pipeline.kind(ticket.job)),
             ticket=ticket,
             index=index,
             partials=shown,
@@ -275,13 +289,13 @@ class Scheduler:
         self._close_empty()
 
     def _choose(self) -> list[_Image]:
-        """The images of this round. While as many wait for the decoder as may move, those that move stand still."""
-        if len(self._undecoded) >= self._most:
+        """The images of this round, none while as many wait for the decoder as may move."""
+        if len(self._undecoded) >= self._most or not self._images:
             return []
         return choose(self._in_memory(), self._most)
 
     def _in_memory(self) -> list[_Image]:
-        """The images of models that are in memory, or can be, together."""
+        """The images of models that are in memory, or can be, together. Rows of others are taken out."""
         models = list(dict.fromkeys(image.ticket.model for image in in_order(self._images)))
         kept = [model for model in self._resident if model in models]
         for model in models:
@@ -296,24 +310,25 @@ class Scheduler:
         for model in kept:
             del self._blocked[model]
         self._resident = kept
+        for image in self._images:
+            if image.ticket.model not in kept:
+                image.pause()
         return [image for image in self._images if image.ticket.model in kept]
 
     def _place(self, chosen: Collection[_Image]) -> None:
-        """Bring the chosen images into their batches, and pause those that have to give way."""
-        if not chosen:
-            return
+        """Bring the chosen images into their batches; those that are there and were not chosen give way."""
+        batches = [image.batch for image in chosen if image.batch is not None]
         for image in self._images:
-            if image.batch is not None and image not in chosen:
-                image.held, image.batch, image.moving = image.batch.pause(image.handle), None, False
+            if image.batch in batches and image not in chosen:
+                image.pause()
         self._close_empty()
-        models = list(dict.fromkeys(image.ticket.model for image in chosen))
-        for model in models:
-            self._models.make_room(model, models)
+        for model in dict.fromkeys(image.ticket.model for image in chosen):
+            self._models.make_room(model, self._resident)
         self._prepare(list(dict.fromkeys(image.ticket for image in chosen if image.ticket.ready is None)))
         for image in chosen:
             if image.batch is None and image.ticket.ready is not None:
                 try:
-                    self._enter(image)
+                    self._enter(image, chosen)
                 except Exception as error:
                     self._fail([image.ticket], error)
 
@@ -340,32 +355,34 @@ class Scheduler:
             ticket.prepared(each)
         return True
 
-    def _enter(self, image: _Image) -> None:
-        """Let an image move."""
+    def _enter(self, image: _Image, chosen: Collection[_Image]) -> None:
+        """Bring an image into its batch, where there is a place."""
         ticket, pipeline, ready = image.ticket, image.ticket.model.pipeline, image.ticket.ready
         if ready is None:
             return
-        if image.group is None or image.alone:
-            own = pipeline.group(ready, image.index)
-            image.group = (ticket.model.name, own, id(image) if image.alone else None)
+        if image.key is None:
+            image.key = ticket.model.name, pipeline.group(ready, image.index), id(image) if image.alone else None
             image.most = pipeline.most_rows(ticket.job)
-        batch = self._batches.get(image.group)
+        batch = self._batches.get(image.key)
         if batch is None:
-            batch = self._batches[image.group] = pipeline.batch(ready)
-        elif len(batch) >= image.most:
+            batch = self._batches[image.key] = pipeline.batch(ready)
+        for other in self._images:
+            if other.batch is batch and other not in chosen:
+                other.pause()
+        if len(batch) >= image.most:
             return
         if image.held is not None:
             image.handle = batch.resume(image.held)
         else:
             image.handle = batch.add(ready.samples[image.index])
-        image.batch, image.held, image.moving = batch, None, True
+        image.batch, image.held = batch, None
         if ticket.state == "queued":
             ticket.state = "running"
             self.metrics.wait.observe(max(0.0, time.time() - ticket.created))
 
     def _step(self, key: Hashable, batch: Batch) -> None:
-        images = [image for image in self._images if image.batch is batch]
-        if not images or len(self._undecoded) >= self._most:
+        images = [image for image in self._images if image.batch is batch and image.moving]
+        if not images:
             return
         start = self._clock()
         try:
@@ -410,8 +427,8 @@ class Scheduler:
         """A step failed. On the host each of its rows is tried alone, so that one does not end the others."""
         if batch.on_host and len(images) > 1:
             for image in images:
-                image.held, image.batch, image.moving = batch.pause(image.handle), None, False
-                image.alone = True
+                image.pause()
+                image.alone, image.key, image.group = True, None, id(image)
             self._close_empty()
             return
         self._failures += 1
@@ -463,9 +480,9 @@ class Scheduler:
             ticket.end("failed", error)
 
     def _count(self) -> None:
-        moving = sum(image.moving for image in self._images)
-        self.metrics.moving.set(moving)
-        self.metrics.waiting.set(len(self._images) - moving)
+        begun = sum(image.has_begun for image in self._images)
+        self.metrics.moving.set(begun)
+        self.metrics.waiting.set(len(self._images) - begun)
         self.metrics.decoding.set(len(self._undecoded))
         for model in self._models:
             self.metrics.loaded.labels(model.name).set(model.held)

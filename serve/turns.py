@@ -17,8 +17,8 @@ class Turn:
     """A picture on its way, as far as the choice needs it.
 
     client: whose it is. remaining: its steps. arrived: a number that grows with every picture. waited: the rounds in
-    which it was not stepped. moving: whether it was stepped in the last round. group: pictures that are stepped in one
-    call, None while that is not known; most: how many one call takes.
+    which it was not stepped. moving: whether it was stepped in the last round. group: pictures that one call of the
+    denoiser can step together; most: how many it takes.
     """
 
     client: str
@@ -57,17 +57,10 @@ def in_order(turns: Iterable[T]) -> list[T]:
 
 
 def choose(turns: Iterable[T], most: int) -> list[T]:
-    """The pictures of the next round, `most` in all and of each group no more than one call takes."""
-    chosen: list[T] = []
-    of_group: Counter[Hashable] = Counter()
-    for turn in in_order(turns):
-        if len(chosen) >= most:
-            break
-        if turn.group is not None and of_group[turn.group] >= turn.most:
-            continue
-        of_group[turn.group] += 1
-        chosen.append(turn)
-    return chosen
+    """The pictures of the next round, which are one call: the first in order, and those that can go along with it."""
+    order = in_order(turns)
+    along = [turn for turn in order if turn.group == order[0].group]
+    return along[: min(most, *(turn.most for turn in along[:1]))]
 
 
 @dataclass(frozen=True, slots=True)

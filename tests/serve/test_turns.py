@@ -52,10 +52,12 @@ def test_no_long_one_waits_for_ever():
     assert rounds < 150
 
 
-def test_a_group_has_no_more_than_a_call_takes():
+def test_a_round_is_one_call_of_those_that_go_along_with_the_first():
     wide = turns(5, 6, 7, group="wide", most=2)
-    [other] = turns(20, group="small", most=2)
-    assert [turn.remaining for turn in choose([*wide, other], 4)] == [5, 6, 20]
+    other = turns(4, 20, 50, group="small")
+    assert [turn.remaining for turn in choose([*wide, *other], 4)] == [4, 20, 50]
+    assert [turn.remaining for turn in choose([*wide, *other[1:]], 4)] == [5, 6]
+    assert [turn.remaining for turn in choose(other, 2)] == [4, 20]
 
 
 def test_waits_are_those_of_the_rounds():
