@@ -24,7 +24,7 @@ DISTRIBUTIONS = {
     "onnx_ir": "onnx-ir",
 }
 """The name on the package index of a module that is not named like it."""
-OF_THE_RUNTIME = ("bundle", "common", "engines", "families", "runtime", "cli", "__init__.py", "__main__.py")
+OF_THE_RUNTIME = ("bundle", "common", "engines", "families", "runtime", "serve", "cli", "__init__.py", "__main__.py")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_every_import_is_declared(project):
     base = distributions(project["project"]["dependencies"])
     slim = base | {
         name
-        for extra in ("build", "control", "lora", "openvino", "plot", "quality", "rtx", "tensorrt")
+        for extra in ("build", "control", "lora", "openvino", "plot", "quality", "rtx", "serve", "tensorrt")
         for name in distributions(extras[extra])
     }
     undeclared = {}
