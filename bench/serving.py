@@ -1,5 +1,8 @@
 """Mixed load, stepped and batched by request: the same arrivals, in one process, turn by turn.
 
+Everything is really drawn, on one thread. The clock is the time that this process has had on a processor, and jumps to
+the next arrival where nothing is left to do: what else runs on the machine changes little.
+
 python -m diffoundry.bench.serving build/pico.bundle --rows 8 --requests 200 --turns 3
 
 Requests of 4, 20 and 50 steps and of two sizes arrive at random, with `--control` and `--lora` a third of them steered
@@ -12,10 +15,8 @@ that none waits for a longer one beside it.
 from __future__ import annotations
 
 import argparse
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,68 +63,65 @@ class Mix:
         return found
 
 
+class Clock:
+    """Seconds on a processor, and those that were skipped because there was nothing to do."""
+
+    def __init__(self) -> None:
+        self._begin = time.process_time()
+
+    def now(self) -> float:
+        """Seconds since the begin."""
+        return time.process_time() - self._begin
+
+    def skip_to(self, at: float) -> None:
+        """Let it be `at`, where it is earlier."""
+        self._begin -= max(0.0, at - self.now())
+
+
 def stepped(pipe: Pipeline, coming: Sequence[Arrival], rows: int) -> list[float]:
     """Seconds from the arrival of each to its picture, by the server's scheduler."""
-    model = Model("model", pipe)
-    scheduler = Scheduler(Models([model]), most_rows=rows, queue=len(coming))
-    scheduler.start()
+    model, clock = Model("model", pipe), Clock()
+    scheduler = Scheduler(Models([model]), most_rows=rows, queue=len(coming), clock=clock.now)
     ended = [0.0] * len(coming)
 
-    def submit(i: int, request: Request) -> None:
+    def submit(i: int) -> None:
         def listen(event: Event) -> None:
             if isinstance(event, Ended):
-                ended[i] = time.perf_counter()
+                ended[i] = clock.now()
 
-        ticket = Ticket(model, pipe.job(request), client=str(i))
+        ticket = Ticket(model, pipe.job(coming[i].request), client=str(i))
         ticket.listeners.append(listen)
         scheduler.submit(ticket)
 
-    begin = _feed(coming, submit)
-    scheduler.drain(3600)
-    return [end - begin - each.at for end, each in zip(ended, coming, strict=True)]
+    here, is_busy = 0, False
+    while here < len(coming) or is_busy:
+        if not is_busy:
+            clock.skip_to(coming[here].at)
+        while here < len(coming) and coming[here].at <= clock.now():
+            submit(here)
+            here += 1
+        is_busy = scheduler.round()
+    return [end - each.at for end, each in zip(ended, coming, strict=True)]
 
 
 def batched(pipe: Pipeline, coming: Sequence[Arrival], rows: int, *, same_steps: bool) -> list[float]:
     """The same, by batches that are drawn to their end before the next one begins."""
-    inbox: queue.Queue[int | None] = queue.Queue()
+    alike = [(pipe.kind(pipe.job(each.request)), each.request.steps if same_steps else None) for each in coming]
+    clock, here = Clock(), 0
     ended = [0.0] * len(coming)
-
-    def alike(request: Request) -> tuple[object, ...]:
-        return pipe.kind(pipe.job(request)), request.steps if same_steps else None
-
-    def work() -> None:
-        waiting: list[int] = []
-        is_open = True
-        while is_open or waiting:
-            while is_open and (not waiting or not inbox.empty()):
-                came = inbox.get()
-                is_open = came is not None
-                waiting += [] if came is None else [came]
-            if not waiting:
-                return
-            first = alike(coming[waiting[0]].request)
-            batch = [i for i in waiting if alike(coming[i].request) == first][:rows]
-            waiting = [i for i in waiting if i not in batch]
-            pipe.generate_many([coming[i].request for i in batch])
-            now = time.perf_counter()
-            for i in batch:
-                ended[i] = now
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    begin = _feed(coming, lambda i, _: inbox.put(i))
-    inbox.put(None)
-    thread.join()
-    return [end - begin - each.at for end, each in zip(ended, coming, strict=True)]
-
-
-def _feed(coming: Sequence[Arrival], submit: Callable[[int, Request], None]) -> float:
-    """Submit each when its time has come. Returns when the first second began."""
-    begin = time.perf_counter()
-    for i, each in enumerate(coming):
-        time.sleep(max(0.0, begin + each.at - time.perf_counter()))
-        submit(i, each.request)
-    return begin
+    waiting: list[int] = []
+    while here < len(coming) or waiting:
+        if not waiting:
+            clock.skip_to(coming[here].at)
+        while here < len(coming) and coming[here].at <= clock.now():
+            waiting.append(here)
+            here += 1
+        batch = [i for i in waiting if alike[i] == alike[waiting[0]]][:rows]
+        waiting = [i for i in waiting if i not in batch]
+        pipe.generate_many([coming[i].request for i in batch])
+        for i in batch:
+            ended[i] = clock.now()
+    return [end - each.at for end, each in zip(ended, coming, strict=True)]
 
 
 WAYS: dict[str, Callable[[Pipeline, Sequence[Arrival], int], list[float]]] = {
@@ -134,16 +132,12 @@ WAYS: dict[str, Callable[[Pipeline, Sequence[Arrival], int], list[float]]] = {
 HEAD = ("load", "way", "4 steps: p50", "p99", "20 steps: p99", "50 steps: p50", "p99", "pictures/s")
 
 
-def measure(pipe: Pipeline, mix: Mix, rows: int, count: int, turns: int) -> list[list[str]]:
+def measure(pipe: Pipeline, mix: Mix, rows: int, count: int, turns: int) -> Iterator[list[str]]:
     """The rows of the table: for each load and each way its latencies in ms, and its throughput."""
     for way in WAYS.values():  # engines are loaded, and caches warm
         way(pipe, mix.arrivals(2 * rows, 0.0, 0), rows)
-    table: list[list[str]] = []
+    capacity = 0.0
     for share in (None, 0.5, 0.7, 0.9):
-        capacity = 0.0
-        if share is not None:
-            coming = mix.arrivals(count // 2, 0.0, 99)
-            capacity = len(coming) / max(WAYS["batched"](pipe, coming, rows))
         found: dict[str, list[tuple[int, float]]] = {name: [] for name in WAYS}
         rates: dict[str, list[float]] = {name: [] for name in WAYS}
         for turn in range(turns):
@@ -153,8 +147,9 @@ def measure(pipe: Pipeline, mix: Mix, rows: int, count: int, turns: int) -> list
                 found[name] += zip([each.request.steps or 0 for each in coming], seconds, strict=True)
                 rates[name].append(count / max(each.at + own for each, own in zip(coming, seconds, strict=True)))
         load = "all at once" if share is None else f"{share:.0%} of {capacity:.1f}/s"
-        table += [[load, name, *_figures(found[name]), f"{np.median(rates[name]):.1f}"] for name in WAYS]
-    return table
+        capacity = capacity or float(np.median(rates["batched"]))
+        for name in WAYS:
+            yield [load, name, *_figures(found[name]), f"{np.median(rates[name]):.2f}"]
 
 
 def _figures(found: Sequence[tuple[int, float]]) -> list[str]:
@@ -183,10 +178,10 @@ def main() -> None:
     if asked.lora:
         kinds.append({"loras": [Lora(asked.lora, 0.7)]})
     sizes = tuple((int(width), int(height)) for width, height in (each.split("x") for each in asked.sizes.split(",")))
-    rows = measure(load(asked.bundle), Mix(sizes, tuple(kinds)), asked.rows, asked.requests, asked.turns)
+    pipe, mix = load(asked.bundle, threads=1), Mix(sizes, tuple(kinds))
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    for row in measure(pipe, mix, asked.rows, asked.requests, asked.turns):
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from ..common.errors import DiffoundryError
 from . import images
 from .errors import Refusal, refusal
-from .guard import Guard, Key, response_of
+from .guard import BROKEN, Guard, Key, response_of
 from .jobs import Jobs
 from .service import Service
 
@@ -79,9 +79,10 @@ def build(
             DiffoundryError: _failed,
             HTTPException: _http,
             ClientDisconnect: _gone,
+            Exception: _broken,
         },
     )
-    guarded: ASGIApp = Guard(app, keys=keys, metrics=scheduler.metrics, most_bytes=most_bytes)
+    guarded: ASGIApp = Guard(app, keys=keys, metrics=scheduler.metrics, most_bytes=most_bytes, origins=origins)
     if origins:
         guarded = CORSMiddleware(
             guarded,
@@ -108,6 +109,11 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = {404: f"there is nothing at {request.url.path[:100]}", 405: f"{request.url.path[:100]} takes other methods"}
     return response_of(Refusal(error.status_code, said.get(error.status_code, str(error.detail)), code="not_found"))
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """What no request should lead to; `Guard` logs it."""
+    return response_of(BROKEN)
 
 
 async def _gone(request: Request, error: Exception) -> Response:

@@ -32,6 +32,7 @@ _KNOWN = frozenset(
         *("/health/live", "/health/ready", "/metrics"),
     }
 )
+BROKEN = Refusal(500, "the server failed; its log says why", "server_error")
 _log = logging.getLogger("diffoundry.serve")
 
 
@@ -84,9 +85,11 @@ def client_of(scope: Scope) -> tuple[str, int]:
 class Guard:
     """An ASGI application around another. Whatever fails inside it ends in an answer and a line in the log."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[Key], metrics: Metrics, most_bytes: int) -> None:
-        """keys: [] lets everybody in. most_bytes: of a body."""
-        self._app, self._keys, self._metrics, self._most = app, keys, metrics, most_bytes
+    def __init__(
+        self, app: ASGIApp, *, keys: Sequence[Key], metrics: Metrics, most_bytes: int, origins: Sequence[str] = ()
+    ) -> None:
+        """keys: [] lets everybody in. most_bytes: of a body. origins: sites whose pages may ask."""
+        self._app, self._keys, self._metrics, self._most, self._origins = app, keys, metrics, most_bytes, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -97,6 +100,7 @@ class Guard:
         answer = _Answer(send, note["id"])
         start = time.perf_counter()
         try:
+            self._check_origin(scope)
             note["key"] = self._key(scope)
             self._check_length(scope)
             await self._app(scope, _Body(receive, self._most), answer)
@@ -104,9 +108,7 @@ class Guard:
             await self._refuse(error, scope, receive, answer)
         except Exception as error:
             _log.error("a request failed by %s: %s", type(error).__name__, error)
-            await self._refuse(
-                Refusal(500, "the server failed; its log says why", "server_error"), scope, receive, answer
-            )
+            await self._refuse(BROKEN, scope, receive, answer)
         finally:
             self._note(scope, note, answer.status, time.perf_counter() - start)
 
@@ -123,6 +125,14 @@ class Guard:
         if found is None or scheme.lower() != b"bearer":
             raise Refusal(401, "this server needs a key: send Authorization: Bearer KEY", code="invalid_api_key")
         return found
+
+    def _check_origin(self, scope: Scope) -> None:
+        """Raise `Refusal` for a page of another site: a browser sends its forms without asking first."""
+        headers = dict(scope["headers"])
+        origin, host = headers.get(b"origin", b"").decode("latin-1"), headers.get(b"host", b"").decode("latin-1")
+        allowed = not origin or "*" in self._origins or origin in self._origins
+        if not allowed and origin.partition("://")[2] != host:
+            raise Refusal(403, f"pages of {origin[:100]} may not ask here: start the server with --cors {origin[:100]}")
 
     def _check_length(self, scope: Scope) -> None:
         length = dict(scope["headers"]).get(b"content-length", b"0")

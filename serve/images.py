@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -17,7 +16,7 @@ from .errors import Refusal
 from .fields import Asked
 from .models import Model
 from .pictures import encoded
-from .service import ALIVE, Service, events_of, failure, gone, record_of, side, sse, stream
+from .service import ALIVE, Events, Service, failure, gone, record_of, side, sse, stream
 from .tickets import Drawn, Ended, Partial, Ticket
 
 _GONE = 499
@@ -29,32 +28,16 @@ def endpoint(service: Service, needs: tuple[str, ...], event: str) -> Endpoint:
 
     async def draw(request: Request) -> Response:
         ticket, asked = await service.ticket(request, needs)
-        events = events_of(ticket)
-        first = asyncio.ensure_future(anext(events))  # so that it listens before anything happens
-        await asyncio.sleep(0)
-        try:
-            service.scheduler.submit(ticket)
-        except BaseException:
-            first.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-                await first
-            raise
+        events = Events(ticket)
+        service.scheduler.submit(ticket)
         if asked.stream:
-            return stream(_streamed(service, request, ticket, asked, _after(first, events), event))
-        return await _whole(service, request, ticket, asked, _after(first, events))
+            return stream(_streamed(service, request, ticket, asked, events, event))
+        return await _whole(service, request, ticket, asked, events)
 
     return draw
 
 
-async def _after(first: asyncio.Future[Any], rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    yield await first
-    async for event in rest:
-        yield event
-
-
-async def _whole(
-    service: Service, request: Request, ticket: Ticket, asked: Asked, events: AsyncIterator[Any]
-) -> Response:
+async def _whole(service: Service, request: Request, ticket: Ticket, asked: Asked, events: Events) -> Response:
     """The answer when all is drawn; a client that goes away frees its rows."""
 
     async def ended() -> None:
@@ -88,7 +71,7 @@ async def _whole(
 
 
 async def _streamed(
-    service: Service, request: Request, ticket: Ticket, asked: Asked, events: AsyncIterator[Any], name: str
+    service: Service, request: Request, ticket: Ticket, asked: Asked, events: Events, name: str
 ) -> AsyncIterator[bytes]:
     """Partial pictures and whole ones as they come; a client that goes away frees its rows."""
 

@@ -19,7 +19,7 @@ from .fields import Asked
 from .guard import client_of
 from .kept import KEPT_SECONDS
 from .pictures import encoded
-from .service import ALIVE, Service, events_of, failure, record_of, sse, stream
+from .service import ALIVE, Events, Service, failure, record_of, sse, stream
 from .tickets import Drawn, Ended, Event, Partial, Step, Ticket
 
 _MOST_ENDED = 1000
@@ -30,7 +30,8 @@ class _Entry:
     ticket: Ticket
     asked: Asked
     key: str
-    images: list[dict[str, Any]] = field(default_factory=list)
+    address: str
+    files: list[str] = field(default_factory=list)
     until: float | None = None
     watcher: asyncio.Task[None] | None = None
     is_whole: asyncio.Event = field(default_factory=asyncio.Event)
@@ -49,9 +50,11 @@ class Jobs:
         ticket, asked = await self._service.ticket(request, (), url="url")
         if asked.stream:
             raise Refusal(400, "stream is not for jobs: read /v1/jobs/ID/events", param="stream")
+        events = Events(ticket)
         self._service.scheduler.submit(ticket)
-        entry = _Entry(ticket, asked, client_of(request.scope)[0] if request.scope["diffoundry"]["key"] else "")
-        entry.watcher = asyncio.create_task(self._watch(request, entry))
+        key = client_of(request.scope)[0] if request.scope["diffoundry"]["key"] else ""
+        entry = _Entry(ticket, asked, key, str(request.url_for("kept", name="x"))[:-1])
+        entry.watcher = asyncio.create_task(self._watch(entry, events))
         self._entries[ticket.id] = entry
         return JSONResponse(self._described(entry), 202, {"Location": f"/v1/jobs/{ticket.id}"})
 
@@ -73,21 +76,20 @@ class Jobs:
         """`GET /v1/jobs/{id}/events`."""
         return stream(self._events(self._entry(request)))
 
-    async def _watch(self, request: Request, entry: _Entry) -> None:
+    async def _watch(self, entry: _Entry, events: Events) -> None:
         """Make files of the pictures of a job when it has ended."""
-        async for _ in events_of(entry.ticket):
+        async for _ in events:
             pass
         ticket = entry.ticket
         if ticket.state == "succeeded":
-            for i in range(ticket.count):
-                entry.images.append(await self._service.described(request, ticket, entry.asked, i))
-            ticket.images.clear()
+            entry.files = [await self._service.keep(ticket, entry.asked, i) for i in range(ticket.count)]
+        ticket.forget()
         entry.until = time.monotonic() + KEPT_SECONDS
         entry.is_whole.set()
 
     async def _events(self, entry: _Entry) -> AsyncIterator[bytes]:
         yield sse("state", self._described(entry))
-        async for event in events_of(entry.ticket):
+        async for event in Events(entry.ticket):
             if isinstance(event, Ended):
                 await entry.is_whole.wait()
                 yield sse(entry.ticket.state, self._described(entry))
@@ -132,10 +134,23 @@ class Jobs:
             "request": record_of(ticket),
         }
         if ticket.state == "succeeded":
-            described |= {"images": entry.images, "truncated": ticket.truncated}
+            described |= {"images": self._images(entry), "truncated": ticket.truncated}
         if ticket.state == "failed":
             described |= failure(ticket).body()
         return described
+
+    def _images(self, entry: _Entry) -> list[dict[str, Any]]:
+        """The pictures of a job; one that was forgotten is its seed alone."""
+        images: list[dict[str, Any]] = []
+        for seed, name in zip(entry.ticket.job.seeds, entry.files, strict=False):
+            file = self._service.kept.get(name)
+            if file is None:
+                images.append({"seed": seed})
+            elif entry.asked.response_format == "url":
+                images.append({"seed": seed, "url": entry.address + name})
+            else:
+                images.append({"seed": seed, "b64_json": base64.b64encode(file.data).decode()})
+        return images
 
     def _forget(self) -> None:
         now, ended = time.monotonic(), [each for each in self._entries.values() if each.until is not None]

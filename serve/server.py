@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -60,7 +61,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     except ImportError:
         raise missing() from None
     keys = [] if options.keys is None else read_keys(options.keys)
-    listener = listen(options.host, options.port)
+    listener = reserve(options.host, options.port)
     try:
         service = make(options, say)
         app = build(service, keys=keys, origins=options.origins, drain=options.drain)
@@ -73,12 +74,19 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             timeout_graceful_shutdown=max(1, int(options.drain)),
         )
         _log_to_stderr()
+        try:
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            raise RequestError(
+                f"cannot listen on port {options.port} ({error.strerror}): give another --port"
+            ) from None
         service.scheduler.start()
         host, port = listener.getsockname()[:2]
         place = f"[{host}]" if ":" in host else host
         guarded = f"{len(keys)} keys" if keys else "no keys: everybody that reaches it may draw"
         say(f"listening on http://{place}:{port}/v1 ({guarded})")
-        uvicorn.Server(config).run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # which ends it as SIGTERM does
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()
 
@@ -124,8 +132,8 @@ def missing() -> DiffoundryError:
     return DiffoundryError("serving needs starlette, uvicorn and others: pip install 'diffoundry[serve]'")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises `RequestError` where it cannot be had."""
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket at this place, which does not listen yet. Raises `RequestError` where it cannot be had."""
     try:
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         # With the protocol said, asyncio sends small answers at once; else they wait 40 ms for an acknowledgement.
@@ -134,7 +142,6 @@ def listen(host: str, port: int) -> socket.socket:
             if os.name != "nt":  # where it would take a port from another program
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(place)
-            listener.listen(_BACKLOG)
         except BaseException:
             listener.close()
             raise

@@ -75,17 +75,16 @@ class Service:
             encoded, ticket.images[index], asked.output_format, asked.output_compression, record
         )
 
+    async def keep(self, ticket: Ticket, asked: Asked, index: int) -> str:
+        """The name under which the file of image `index` is kept."""
+        return self.kept.put(await self.file(ticket, asked, index), FORMATS[asked.output_format])
+
     async def described(self, request: Request, ticket: Ticket, asked: Asked, index: int) -> dict[str, Any]:
         """Image `index` as it is answered: its seed, and its file or where the file is."""
-        data = await self.file(ticket, asked, index)
-        return {"seed": ticket.job.seeds[index], **self.placed(request, data, asked)}
-
-    def placed(self, request: Request, data: bytes, asked: Asked) -> dict[str, Any]:
-        """A file, or the address under which it is kept."""
+        seed = {"seed": ticket.job.seeds[index]}
         if asked.response_format == "b64_json":
-            return {"b64_json": base64.b64encode(data).decode()}
-        name = self.kept.put(data, FORMATS[asked.output_format])
-        return {"url": str(request.url_for("kept", name=name))}
+            return {**seed, "b64_json": base64.b64encode(await self.file(ticket, asked, index)).decode()}
+        return {**seed, "url": str(request.url_for("kept", name=await self.keep(ticket, asked, index)))}
 
 
 def _checked(given: Mapping[str, Any], model: Model, client: str, most_priority: int, url: str) -> tuple[Asked, Ticket]:
@@ -110,31 +109,32 @@ def record_of(ticket: Ticket) -> dict[str, Any]:
     return record
 
 
-async def events_of(ticket: Ticket) -> AsyncIterator[Event | None]:
+class Events:
     """The events of a ticket from now on, the last of which is `Ended`; None now and then where nothing happens."""
-    queue: asyncio.Queue[Event] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
 
-    def listen(event: Event) -> None:
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket, self._loop = ticket, asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        ticket.listeners.append(self._listen)
+        self._was_over = ticket.is_over
+
+    def _listen(self, event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(queue.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
-    ticket.listeners.append(listen)
-    try:
-        if ticket.is_over:
-            yield Ended()
-            return
-        while True:
-            try:
-                event = await asyncio.wait_for(queue.get(), _ALIVE_S)
-            except asyncio.TimeoutError:
-                yield None
-                continue
+    async def __aiter__(self) -> AsyncIterator[Event | None]:
+        event: Event | None = Ended() if self._was_over else None
+        try:
+            while not isinstance(event, Ended):
+                try:
+                    event = await asyncio.wait_for(self._queue.get(), _ALIVE_S)
+                except asyncio.TimeoutError:
+                    event = None
+                if not isinstance(event, Ended):
+                    yield event
             yield event
-            if isinstance(event, Ended):
-                return
-    finally:
-        ticket.listeners.remove(listen)
+        finally:
+            self._ticket.listeners.remove(self._listen)
 
 
 def sse(name: str, value: Mapping[str, Any]) -> bytes:

@@ -6,13 +6,14 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from PIL import Image
 
 from ..common.errors import DiffoundryError
 from ..runtime.conditions.condition import Job
+from ..runtime.request import Request
 from ..runtime.run import Ready
 from .models import Model
 
@@ -114,6 +115,13 @@ class Ticket:
         prompt = ready.samples[0].prompt
         self.ready, self.truncated = ready, ready.truncated
         self.tokens = sum(len(prompt[name]) for name in inputs if name in prompt)
+
+    def forget(self) -> None:
+        """Give back the memory of what it was drawn from, and of its pictures; what is said of it stays."""
+        self.images.clear()
+        self.job = replace(
+            self.job, request=Request(), picture=None, controls={}, image_prompts={}, regions={}, loras=()
+        )
 
     def tell(self, event: Event) -> None:
         """Let all that listen know."""

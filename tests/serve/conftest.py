@@ -20,7 +20,7 @@ from PIL import Image
 
 import diffoundry
 from diffoundry.serve.app import build
-from diffoundry.serve.server import Options, listen, make
+from diffoundry.serve.server import Options, make, reserve
 from diffoundry.serve.service import Service
 
 
@@ -44,7 +44,7 @@ class Served:
 def serving(bundles: dict[str, Path], *, keys: Any = (), app: dict[str, Any] | None = None, **options: Any) -> Any:
     """A server for the time of the block."""
     service = make(Options(bundles, **options), lambda line: None)
-    listener = listen("127.0.0.1", 0)
+    listener = reserve("127.0.0.1", 0)
     config = uvicorn.Config(
         build(service, keys=keys, drain=10, **(app or {})), log_config=None, access_log=False, lifespan="on"
     )

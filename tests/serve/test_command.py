@@ -25,7 +25,8 @@ def fails(done, *words):
 
 
 @pytest.mark.slow
-def test_it_draws_what_it_has_before_it_ends(bundle_of, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_it_draws_what_it_has_before_it_ends(bundle_of, tmp_path, how):
     line = [sys.executable, "-m", "diffoundry", "serve", f"small={bundle_of('pico')}", "--port", "0", "--warm"]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     shown = []
@@ -42,13 +43,13 @@ def test_it_draws_what_it_has_before_it_ends(bundle_of, tmp_path):
         drawing = threading.Thread(target=lambda: answers.append(json.load(urllib.request.urlopen(asked))))
         drawing.start()
         until(lambda: b"diffoundry_moving_images 2.0" in urllib.request.urlopen(f"{url}/metrics").read())
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(how)
         drawing.join(30)
         assert len(answers[0]["data"]) == 2
-        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert process.wait(20) == (0 if how == signal.SIGINT else -how)
     finally:
         process.kill()
-    assert not [each for each in shown if "Traceback" in each]
+    assert not [each for each in shown if "Traceback" in each or each.startswith("Error")]
 
 
 def test_a_port_in_use(called, bundle_of):

@@ -65,6 +65,10 @@ def test_pages_of_other_sites(locked, served):
         other = http.options(f"{locked.url}/v1/jobs", headers={**ask, "origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
         assert "access-control-allow-origin" not in http.options(f"{served.url}/v1/jobs", headers=ask).headers
+        form, key = {"prompt": (None, "a"), "steps": (None, "1")}, {"authorization": f"Bearer {FIRST}"}
+        for origin, code in (("https://page.example", 202), ("https://other.example", 403), (locked.url, 202)):
+            answer = http.post(f"{locked.url}/v1/jobs", files=form, headers={**key, "origin": origin})
+            assert answer.status_code == code, origin
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,17 @@ def test_key_files_that_are_wrong(tmp_path, text, words):
     file.write_text(text, encoding="utf-8")
     with pytest.raises(RequestError, match=words):
         read_keys(file)
+
+
+def test_what_should_not_happen_is_not_told(idle, monkeypatch, caplog):
+    monkeypatch.setattr("diffoundry.serve.images.described", lambda model: 1 // 0)
+    logging.getLogger("diffoundry.serve").propagate = True
+    with httpx2.Client(base_url=idle.url) as http:
+        answer = http.get("/v1/models")
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "ZeroDivision" not in answer.text and any(
+        "ZeroDivisionError" in each.getMessage() for each in caplog.records
+    )
 
 
 def test_kept_pictures_are_forgotten():
