@@ -222,12 +222,20 @@ class EngineLoader:
 
     def most_rows(self, height: int, width: int) -> int | None:
         """The most rows of latents of this size that a plan of the U-Net takes; None where nothing sets a limit."""
-        manifest = self._bundle.manifest
-        name = manifest.named("denoiser")
-        latents = next(key for key, source in manifest.wiring.inputs.items() if source.startswith("latents"))
-        shapes = [plan.profile.shapes[latents] for plan in self._usable_plans(name)]
-        fitting = [high[0] for low, _, high in shapes if low[2] <= height <= high[2] and low[3] <= width <= high[3]]
+        shapes = self._latents_of_plans()
+        fitting = [high[0] for low, high in shapes if low[2] <= height <= high[2] and low[3] <= width <= high[3]]
         return max(fitting, default=None)
+
+    def plan_sizes(self) -> list[tuple[Shape, Shape]]:
+        """The least and the largest latents, (height, width), of each plan of the U-Net; [] where it takes any."""
+        return [(low[2:], high[2:]) for low, high in self._latents_of_plans() if len(low) == 4]
+
+    def _latents_of_plans(self) -> list[tuple[Shape, Shape]]:
+        """The least and the largest shape of the latents, for each plan of the U-Net."""
+        manifest = self._bundle.manifest
+        latents = next(key for key, source in manifest.wiring.inputs.items() if source.startswith("latents"))
+        shapes = [plan.profile.shapes[latents] for plan in self._usable_plans(manifest.named("denoiser"))]
+        return [(low, high) for low, _, high in shapes]
 
     def info(self) -> dict[str, Any]:
         """The engine, the precision, and where there are plans the one that served each component last.

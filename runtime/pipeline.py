@@ -273,6 +273,14 @@ class Pipeline:
         """The most images such as those of `job` that one batch takes."""
         return self._most_images([job])
 
+    def plan_sizes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """The least and the largest picture, (width, height), of each plan of the denoiser; [] where it takes any."""
+        down = self.bundle.manifest.latents.downscale
+        return [
+            ((low[1] * down, low[0] * down), (high[1] * down, high[0] * down))
+            for low, high in self._loader.plan_sizes()
+        ]
+
     def picture(self, job: Job, latents: Array) -> Image.Image:
         """The picture of the final latents of one image of `job`, float32 (C, H/downscale, W/downscale)."""
         return self._images(job, latents[None], {})[0]

@@ -184,6 +184,14 @@ def check_size(size: tuple[int, int]) -> None:
         raise FieldError("size", f"{size[0]}x{size[1]} pixels are too many, {_MOST_PIXELS} are the most")
 
 
+def check_plans(size: tuple[int, int], model: Model) -> None:
+    """Raise `FieldError` for a size that no plan of the model takes. It lists those that it has."""
+    plans = sorted(model.pipeline.plan_sizes())
+    if plans and not any(low[0] <= size[0] <= high[0] and low[1] <= size[1] <= high[1] for low, high in plans):
+        sizes = dict.fromkeys("-".join(f"{each[0]}x{each[1]}" for each in dict.fromkeys(plan)) for plan in plans)
+        raise FieldError("size", f"{model.name} has no plan for {size[0]}x{size[1]}, only for {', '.join(sizes)}")
+
+
 def _size(values: Mapping[str, Any]) -> dict[str, int]:
     text = values.get("size", "auto")
     found = _SIZE.fullmatch(text) if isinstance(text, str) else None

@@ -19,7 +19,7 @@ from starlette.responses import StreamingResponse
 from ..common.errors import DiffoundryError
 from .body import read_body
 from .errors import Refusal, refusal
-from .fields import KNOWN, Asked, check_size, model_name, read_fields
+from .fields import KNOWN, Asked, check_plans, check_size, model_name, read_fields
 from .guard import client_of
 from .kept import Kept
 from .models import Model, Models
@@ -91,6 +91,7 @@ def _checked(given: Mapping[str, Any], model: Model, client: str, most_priority:
     asked = read_fields(given, model, most_priority=most_priority, url=url)
     job = model.pipeline.job(asked.request)
     check_size(job.size)
+    check_plans(job.size, model)
     ticket = Ticket(model, job, client=client, priority=asked.priority, partial_images=asked.partial_images)
     return asked, ticket
 
