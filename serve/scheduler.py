@@ -296,7 +296,8 @@ class Scheduler:
 
     def _in_memory(self) -> list[_Image]:
         """The images of models that are in memory, or can be, together. Rows of others are taken out."""
-        models = list(dict.fromkeys(image.ticket.model for image in in_order(self._images)))
+        decoding = [each.image for each in self._undecoded]
+        models = list(dict.fromkeys(image.ticket.model for image in (*in_order(self._images), *decoding)))
         kept = [model for model in self._resident if model in models]
         for model in models:
             if model not in kept and self._models.fits(model, kept):
