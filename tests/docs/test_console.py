@@ -171,7 +171,7 @@ def test_links_lead_somewhere(page):
 
 def test_headings_of_troubleshooting_are_messages():
     """Each is a part of a text in the code, in which `...` is a value."""
-    rooms = ("bundle", "calibration", "cli", "common", "engines", "export", "families", "runtime")
+    rooms = ("bundle", "calibration", "cli", "common", "engines", "export", "families", "runtime", "serve")
     trees = [ast.parse(path.read_text("utf-8")) for room in rooms for path in (REPOSITORY / room).rglob("*.py")]
     texts = "\n".join(text for tree in trees for node in ast.walk(tree) if (text := template(node)) is not None)
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text("utf-8")
