@@ -7,23 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from PIL import Image
-
 from ..common.checks import is_number, whole_number
 from ..common.errors import RequestError
-from ..runtime.conditioning import Conditioning
-from ..runtime.control import Control
-from ..runtime.image_prompt import ImagePrompt
 from ..runtime.loop.guidance import Guidance
-from ..runtime.lora import Lora
 from ..runtime.names import SAME, ours
 from ..runtime.request import Request
+from . import parts
 from .errors import FieldError
 from .models import Model
-from .pictures import FORMATS, mask, picture
+from .pictures import FORMATS
 
 MOST_PARTIAL = 3
-_MOST_IMAGES, _MOST_PICTURES, _MOST_LETTERS, _MOST_STEPS = 10, 16, 32_000, 1000
+_MOST_IMAGES, _MOST_LETTERS, _MOST_STEPS = 10, 32_000, 1000
 _MOST_PIXELS, _LARGEST_SIDE = 2048 * 2048, 4096
 _MOST_PRIORITY, _LONGEST_S = 10, 86_400.0
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -110,8 +105,8 @@ def read_fields(given: Mapping[str, Any], model: Model, *, most_priority: int, u
         if name in options:
             options[name] = read(name, options[name])
     if "loras" in options:
-        options["loras"] = _loras(options["loras"], model)
-    options |= _pictures(options, model)
+        options["loras"] = parts.loras(options["loras"], model)
+    options |= parts.pictures(options, model)
     return Asked(Request(**options), **answer)
 
 
@@ -210,95 +205,11 @@ def _guidance(values: Mapping[str, Any]) -> Guidance:
     return Guidance(**{name: values[key] for key, name in _GUIDANCE.items() if key in values})
 
 
-def _pictures(options: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """The image and the mask; more images are read beside the prompt, by a model that can."""
-    if "mask" in options and "mask_image" in options:
-        raise FieldError("mask", "mask and mask_image are two names of one option: give one of them")
-    made: dict[str, Any] = {name: mask(name, options[name]) for name in ("mask", "mask_image") if name in options}
-    if "image" not in options:
-        return made
-    given = options["image"] if isinstance(options["image"], list) else [options["image"]]
-    if not 1 <= len(given) <= _MOST_PICTURES:
-        raise FieldError("image", f"image takes from 1 to {_MOST_PICTURES} pictures, found {len(given)}")
-    first, *others = (picture("image", each) for each in given)
-    made["image"] = first
-    if others:
-        adapters = list(model.pipeline.bundle.manifest.wiring.image_prompts)
-        if len(adapters) != 1 or "image_prompt" in options:
-            raise FieldError("image", f"{model.name} starts from one picture, found {len(given)}: give one")
-        made["image_prompt"] = (ImagePrompt(adapters[0], others),)
-    return made
-
-
-def _loras(value: Any, model: Model) -> tuple[Lora, ...]:
-    """LoRAs by the names that the server was started with: no path of a request is opened."""
-    made = []
-    for each in value if isinstance(value, list) else [value]:
-        if isinstance(each, str):
-            name, sign, strength = each.partition("=")
-            each = {"name": name, **({"strength": _number("loras", strength)} if sign else {})}
-        given = _object("loras", each, ("name", "strength", "text_strength"))
-        name = given.pop("name", None)
-        if not isinstance(name, str) or name not in model.loras:
-            has = f"it has {', '.join(model.loras)}" if model.loras else "it has none"
-            raise FieldError("loras", f"{model.name} has no LoRA {name!r:.60}, {has}; a file cannot be named here")
-        made.append(Lora(model.loras[name], **given))
-    return tuple(made)
-
-
-def _controls(name: str, value: Any) -> tuple[Control, ...]:
-    known = tuple(item.name for item in fields(Control))
-    given = [_object(name, each, known, needs=("name", "image")) for each in _listed(name, value)]
-    return tuple(Control(**{**each, "image": picture(f"image of {name}", each["image"])}) for each in given)
-
-
-def _image_prompts(name: str, value: Any) -> tuple[ImagePrompt, ...]:
-    known, made = tuple(item.name for item in fields(ImagePrompt)), []
-    for each in _listed(name, value):
-        given = {"name": "", **_object(name, each, known)}
-        for part in ("image", "mask"):
-            if given.get(part) is not None:
-                given[part] = _all(f"{part} of {name}", given[part])
-        made.append(ImagePrompt(**given))
-    return tuple(made)
-
-
-def _all(name: str, value: Any) -> list[Image.Image]:
-    given = value if isinstance(value, list) else [value]
-    if not 1 <= len(given) <= _MOST_PICTURES:
-        raise FieldError(name, f"{name} takes from 1 to {_MOST_PICTURES} pictures, found {len(given)}")
-    return [picture(name, each) for each in given]
-
-
-def _listed(name: str, value: Any) -> list[Any]:
-    given = value if isinstance(value, list) else [value]
-    if len(given) > _MOST_PICTURES:
-        raise FieldError(name, f"{name} takes at most {_MOST_PICTURES}, found {len(given)}")
-    return given
-
-
-def _object(name: str, value: Any, known: tuple[str, ...], needs: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A copy of an object that has these fields alone."""
-    if not isinstance(value, dict):
-        raise FieldError(name, f"{name} must be an object with {', '.join(known)}, found {type(value).__name__}")
-    for key in value:
-        if key not in known:
-            raise FieldError(name, f"{name} has no {key!r:.60}, only {', '.join(known)}")
-    for key in needs:
-        if key not in value:
-            raise FieldError(name, f"{name} needs {key}")
-    return dict(value)
-
-
-def _conditioning(name: str, value: Any) -> Conditioning:
-    return Conditioning(**_object(name, value, tuple(item.name for item in fields(Conditioning))))
-
-
 _READERS: dict[str, Callable[[str, Any], Any]] = {
-    "control": _controls,
-    "image_prompt": _image_prompts,
-    "conditioning": _conditioning,
-    "negative_conditioning": _conditioning,
+    "control": parts.controls,
+    "image_prompt": parts.image_prompts,
+    "conditioning": parts.conditioning,
+    "negative_conditioning": parts.conditioning,
 }
 
 
@@ -307,13 +218,6 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
         return whole_number(name, value, low, high)
     except RequestError as error:
         raise FieldError(name, f"{error!s:.200}") from None
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise FieldError(name, f"the strength of {name} must be a number, found {text!r:.60}") from None
 
 
 def _choice(values: Mapping[str, Any], name: str, choices: tuple[str, ...], usual: str) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..common.errors import DiffoundryError, RequestError
 from ..runtime.pipeline import Pipeline
+
+_SWITCH = 64
+"""Rounds after which models that are in memory give way to one that does not fit beside them."""
 
 
 class NoModelError(DiffoundryError):
@@ -55,6 +59,8 @@ class Models:
         """
         self._models = {model.name: model for model in models}
         self._memory = memory
+        self._together: list[Model] = []
+        self._blocked: Counter[Model] = Counter()
         for model in models:
             if memory is not None and model.size > memory:
                 raise RequestError(
@@ -73,17 +79,33 @@ class Models:
             raise NoModelError(f"there is no model {name!r:.100}, only {', '.join(self._models)}")
         return self._models[name]
 
-    def fits(self, model: Model, moving: Collection[Model]) -> bool:
-        """Whether `model` can be in memory beside those that are `moving`."""
-        return self._memory is None or model.size + sum(each.size for each in {*moving} - {model}) <= self._memory
+    def together(self, wanted: Sequence[Model]) -> list[Model]:
+        """Those of `wanted`, the most wanted first, whose turn it is to be in memory: as many as fit beside each other.
 
-    def make_room(self, model: Model, moving: Collection[Model]) -> None:
-        """Drop the engines of others, those longest not used first, until `model` fits. None that is `moving` is."""
+        What is there stays while it is wanted. One that does not fit beside it waits for some rounds, and then has it
+        give way.
+        """
+        kept: list[Model] = []
+        overdue = [model for model in wanted if self._blocked[model] >= _SWITCH]
+        for model in (*overdue[:1], *(each for each in self._together if each in wanted), *wanted):
+            if model not in kept and self._fits([*kept, model]):
+                kept.append(model)
+        self._blocked.update(model for model in wanted if model not in kept)
+        for model in kept:
+            del self._blocked[model]
+        self._together = kept
+        return kept
+
+    def make_room(self, model: Model) -> None:
+        """Drop the engines of models whose turn it is not, those longest not used first, until `model` fits."""
         model.used = time.monotonic()
         if self._memory is None:
             return
-        idle = [each for each in self if each is not model and each not in moving and each.held]
+        idle = [each for each in self if each is not model and each not in self._together and each.held]
         for each in sorted(idle, key=lambda other: other.used):
             if model.size + sum(other.held for other in self if other is not model) <= self._memory:
                 return
             each.pipeline.release_all()
+
+    def _fits(self, models: Sequence[Model]) -> bool:
+        return self._memory is None or sum(model.size for model in models) <= self._memory

@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,8 +24,6 @@ from .models import Model, Models
 from .tickets import BrokenError, Drawn, OverdueError, Partial, Step, Ticket
 from .turns import Turn, Wait, choose, in_order, until_room, waits
 
-_SWITCH = 64
-"""Rounds after which models that are in memory give way to one that does not fit beside them."""
 _MOST_FAILURES = 3
 """Engines that fail as often in a row make a server that is not ready."""
 _log = logging.getLogger("diffoundry.serve")
@@ -115,8 +113,6 @@ class Scheduler:
         self._images: list[_Image] = []
         self._undecoded: deque[_Undecoded] = deque()
         self._batches: dict[Hashable, Batch] = {}
-        self._resident: list[Model] = []
-        self._blocked: Counter[Model] = Counter()
         self._arrived = 0
         self._failures = 0
         self._draining = self._stopping = False
@@ -148,7 +144,8 @@ class Scheduler:
 
     def warm(self, model: Model, ticket: Ticket | None) -> None:
         """Load the engines of a model before `start`, and draw `ticket` with it, so that times are known."""
-        self._models.make_room(model, ())
+        self._models.together([model])
+        self._models.make_room(model)
         for role in ("text", "denoiser", "decoder"):
             for name in model.pipeline.bundle.manifest.with_role(role):
                 model.pipeline.engine(name)
@@ -297,24 +294,12 @@ class Scheduler:
     def _in_memory(self) -> list[_Image]:
         """The images of models that are in memory, or can be, together. Rows of others are taken out."""
         decoding = [each.image for each in self._undecoded]
-        models = list(dict.fromkeys(image.ticket.model for image in (*in_order(self._images), *decoding)))
-        kept = [model for model in self._resident if model in models]
-        for model in models:
-            if model not in kept and self._models.fits(model, kept):
-                kept.append(model)
-        self._blocked.update(model for model in models if model not in kept)
-        for model in models:
-            if self._blocked[model] >= _SWITCH:
-                kept = [model, *(other for other in kept if self._models.fits(other, [model]))]
-                kept = kept if self._models.fits(model, kept) else [model]
-                break
-        for model in kept:
-            del self._blocked[model]
-        self._resident = kept
+        wanted = dict.fromkeys(image.ticket.model for image in (*in_order(self._images), *decoding))
+        together = self._models.together(list(wanted))
         for image in self._images:
-            if image.ticket.model not in kept:
+            if image.ticket.model not in together:
                 image.pause()
-        return [image for image in self._images if image.ticket.model in kept]
+        return [image for image in self._images if image.ticket.model in together]
 
     def _place(self, chosen: Collection[_Image]) -> None:
         """Bring the chosen images into their batches; those that are there and were not chosen give way."""
@@ -324,7 +309,7 @@ class Scheduler:
                 image.pause()
         self._close_empty()
         for model in dict.fromkeys(image.ticket.model for image in chosen):
-            self._models.make_room(model, self._resident)
+            self._models.make_room(model)
         self._prepare(list(dict.fromkeys(image.ticket for image in chosen if image.ticket.ready is None)))
         for image in chosen:
             if image.batch is None and image.ticket.ready is not None:

@@ -128,7 +128,16 @@ def test_requests_that_share_a_batch_with_controls_and_loras(bundle_of, checkpoi
 
         with ThreadPoolExecutor(20) as pool:
             found = list(pool.map(ask, asked))
+        colors = [Image.new("RGB", (64, 64), color) for color in ("navy", "red", "white")]
+        pictures = [(f"{i}.png", png(each)) for i, each in enumerate(colors)]
+        extra = {"seed": 3, "steps": 5}
+        edited = client.images.edit(model="steered", image=pictures, prompt="a star", extra_body=extra)
         until(served.is_idle)
+    pipe = diffoundry.load(bundles["steered"])
+    (adapter,) = pipe.bundle.manifest.wiring.image_prompts
+    beside = [diffoundry.ImagePrompt(adapter, colors[1:])]
+    wanted = pipe.generate(Request("a star", image=colors[0], image_prompt=beside, **extra)).images[0]
+    assert np.abs(picture(edited.data[0].b64_json).astype(int) - np.asarray(wanted)).max() <= 1
     pipes = {name: diffoundry.load(path) for name, path in bundles.items()}
     for data, (name, options, own) in zip(found, asked, strict=True):
         wanted = pipes[name].generate(Request(**{**options, **own})).images[0]

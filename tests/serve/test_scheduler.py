@@ -279,7 +279,7 @@ def test_what_should_not_happen_ends_one_ticket_and_is_not_told(drawing, monkeyp
 
 
 def test_models_take_turns_where_memory_holds_one(bundle_of, monkeypatch):
-    monkeypatch.setattr("diffoundry.serve.scheduler._SWITCH", 6)
+    monkeypatch.setattr("diffoundry.serve.models._SWITCH", 6)
     models = [Model(name, diffoundry.load(bundle_of("pico"))) for name in ("a", "b")]
     one = int(models[0].size * 1.5)
     scheduler = Scheduler(Models(models, one))
