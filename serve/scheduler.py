@@ -203,7 +203,7 @@ class Scheduler:
         self._place(chosen)
         for image in self._images:
             image.moving = image in chosen and image.batch is not None
-            image.waited += not image.moving
+            image.waited = 0 if image.moving else image.waited + 1
         for key, batch in list(self._batches.items()):
             self._step(key, batch)
         self._decode()

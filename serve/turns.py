@@ -8,6 +8,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+_AGE = 8
+"""Steps that a round of waiting is worth: one that is 50 from its end moves in every sixth round at least."""
 _STAY = 4
 """Steps by which a waiting picture must be nearer to its end than a moving one to take its place."""
 
@@ -16,8 +18,8 @@ _STAY = 4
 class Turn:
     """A picture on its way, as far as the choice needs it.
 
-    client: whose it is. remaining: its steps. arrived: a number that grows with every picture. waited: the rounds in
-    which it was not stepped. moving: whether it was stepped in the last round. group: pictures that one call of the
+    client: whose it is. remaining: its steps. arrived: a number that grows with every picture. waited: rounds since
+    its last step. moving: whether it was stepped in the last round. group: pictures that one call of the
     denoiser can step together; most: how many it takes.
     """
 
@@ -32,11 +34,11 @@ class Turn:
 
     @property
     def claim(self) -> int:
-        """The smallest is next: the steps that are left, less one for each round waited, so that none waits for ever.
+        """The smallest is next: the steps that are left, less some for each round waited, so that none waits for ever.
 
         One that moves stays ahead of those that have about as many left.
         """
-        return self.remaining - self.waited - (_STAY if self.moving else 0)
+        return self.remaining - _AGE * self.waited - (_STAY if self.moving else 0)
 
 
 T = TypeVar("T", bound=Turn)

@@ -35,21 +35,24 @@ def test_one_that_moves_gives_way_only_where_it_pays():
     assert choose([moving, short], 1) == [short]
 
 
-def test_no_long_one_waits_for_ever():
-    """A new picture of 4 steps comes in every round, and one alone is stepped."""
-    [long] = turns(50)
-    rounds = 0
+def test_no_long_one_waits_for_ever_nor_holds_up_short_ones():
+    """A new picture of 4 steps comes whenever the one before is done, and one picture alone is stepped in a round."""
+    [long], shorts = turns(50), []
+    rounds, short = 0, None
     while long.remaining:
-        [short] = turns(4)
-        short.arrived = rounds
+        if short is None or not short.remaining:
+            [short] = turns(4)
+            short.arrived, begin = 1 + rounds, rounds
         [chosen] = choose([long, short], 1)
-        long.moving = chosen is long
-        if chosen is long:
-            long.remaining -= 1
-        else:
-            long.waited += 1
+        for each in (long, short):
+            each.moving = each is chosen
+            each.waited = 0 if each.moving else each.waited + 1
+        chosen.remaining -= 1
         rounds += 1
-    assert rounds < 150
+        if not short.remaining:
+            shorts.append(rounds - begin)
+    assert rounds < 5 * 50
+    assert max(shorts) <= 7 and sum(shorts) / len(shorts) < 6
 
 
 def test_a_round_is_one_call_of_those_that_go_along_with_the_first():
