@@ -22,7 +22,7 @@ from .meter import Meter
 from .metrics import Metrics
 from .models import Model, Models
 from .tickets import BrokenError, Drawn, OverdueError, Partial, Step, Ticket
-from .turns import Turn, Wait, choose, in_order, until_room, waits
+from .turns import OLDEST, Turn, Wait, choose, in_order, until_room, waits
 
 _MOST_FAILURES = 3
 """Engines that fail as often in a row make a server that is not ready."""
@@ -113,7 +113,7 @@ class Scheduler:
         self._images: list[_Image] = []
         self._undecoded: deque[_Undecoded] = deque()
         self._batches: dict[Hashable, Batch] = {}
-        self._arrived = 0
+        self._arrived = self._rounds = 0
         self._failures = 0
         self._draining = self._stopping = False
         self._thread = threading.Thread(target=self._run, name="diffoundry-serve", daemon=True)
@@ -203,7 +203,6 @@ class Scheduler:
         self._place(chosen)
         for image in self._images:
             image.moving = image in chosen and image.batch is not None
-            image.waited = 0 if image.moving else image.waited + 1
         for key, batch in list(self._batches.items()):
             self._step(key, batch)
         self._decode()
@@ -289,7 +288,8 @@ class Scheduler:
         """The images of this round, none while as many wait for the decoder as may move."""
         if len(self._undecoded) >= self._most or not self._images:
             return []
-        return choose(self._in_memory(), self._most)
+        self._rounds += 1
+        return choose(self._in_memory(), self._most, oldest=self._rounds % OLDEST == 0)
 
     def _in_memory(self) -> list[_Image]:
         """The images of models that are in memory, or can be, together. Rows of others are taken out."""

@@ -8,8 +8,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-_AGE = 8
-"""Steps that a round of waiting is worth: one that is 50 from its end moves in every sixth round at least."""
+OLDEST = 4
+"""In every so many rounds the picture that came first goes first, however long it takes: none waits for ever."""
 _STAY = 4
 """Steps by which a waiting picture must be nearer to its end than a moving one to take its place."""
 
@@ -18,8 +18,8 @@ _STAY = 4
 class Turn:
     """A picture on its way, as far as the choice needs it.
 
-    client: whose it is. remaining: its steps. arrived: a number that grows with every picture. waited: rounds since
-    its last step. moving: whether it was stepped in the last round. group: pictures that one call of the
+    client: whose it is. remaining: its steps. arrived: a number that grows with every picture. moving: whether
+    it was stepped in the last round. group: pictures that one call of the
     denoiser can step together; most: how many it takes.
     """
 
@@ -27,18 +27,14 @@ class Turn:
     remaining: int
     arrived: int
     priority: int = 0
-    waited: int = 0
     moving: bool = False
     group: Hashable = None
     most: int = 1 << 30
 
     @property
     def claim(self) -> int:
-        """The smallest is next: the steps that are left, less some for each round waited, so that none waits for ever.
-
-        One that moves stays ahead of those that have about as many left.
-        """
-        return self.remaining - _AGE * self.waited - (_STAY if self.moving else 0)
+        """The smallest is next: the steps that are left. One that moves stays ahead of those with about as many."""
+        return self.remaining - (_STAY if self.moving else 0)
 
 
 T = TypeVar("T", bound=Turn)
@@ -58,11 +54,15 @@ def in_order(turns: Iterable[T]) -> list[T]:
     return [turn for _, turn in sorted(places, key=lambda place: place[0])]
 
 
-def choose(turns: Iterable[T], most: int) -> list[T]:
-    """The pictures of the next round, which are one call: the first in order, and those that can go along with it."""
+def choose(turns: Iterable[T], most: int, *, oldest: bool = False) -> list[T]:
+    """The pictures of the next round, which are one call: the first in order, and those that can go along with it.
+
+    oldest: let the first be the one that came first, of the highest priority; see `OLDEST`.
+    """
     order = in_order(turns)
-    along = [turn for turn in order if turn.group == order[0].group]
-    return along[: min(most, *(turn.most for turn in along[:1]))]
+    first = min(order, key=lambda turn: (-turn.priority, turn.arrived)) if oldest else order[0]
+    along = [first, *(turn for turn in order if turn.group == first.group and turn is not first)]
+    return along[: min(most, first.most)]
 
 
 @dataclass(frozen=True, slots=True)

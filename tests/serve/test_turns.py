@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffoundry.serve.turns import Turn, choose, in_order, until_room, waits
+from diffoundry.serve.turns import OLDEST, Turn, choose, in_order, until_room, waits
 
 
 def turns(*steps, client="a", **options):
@@ -43,16 +43,20 @@ def test_no_long_one_waits_for_ever_nor_holds_up_short_ones():
         if short is None or not short.remaining:
             [short] = turns(4)
             short.arrived, begin = 1 + rounds, rounds
-        [chosen] = choose([long, short], 1)
-        for each in (long, short):
-            each.moving = each is chosen
-            each.waited = 0 if each.moving else each.waited + 1
-        chosen.remaining -= 1
         rounds += 1
+        [chosen] = choose([long, short], 1, oldest=rounds % OLDEST == 0)
+        long.moving, short.moving = chosen is long, chosen is short
+        chosen.remaining -= 1
         if not short.remaining:
             shorts.append(rounds - begin)
-    assert rounds < 5 * 50
-    assert max(shorts) <= 7 and sum(shorts) / len(shorts) < 6
+    assert rounds <= OLDEST * 50
+    assert sum(shorts) / len(shorts) < 6
+
+
+def test_the_oldest_is_that_of_the_highest_priority():
+    low, high = turns(4, 50), turns(50, 9, priority=1)
+    assert choose([*low, *high], 2, oldest=True) == high
+    assert choose(low, 1, oldest=True) == low[:1]
 
 
 def test_a_round_is_one_call_of_those_that_go_along_with_the_first():
