@@ -18,9 +18,8 @@ _STAY = 4
 class Turn:
     """A picture on its way, as far as the choice needs it.
 
-    client: whose it is. remaining: its steps. arrived: a number that grows with every picture. moving: whether
-    it was stepped in the last round. group: pictures that one call of the
-    denoiser can step together; most: how many it takes.
+    client: whose it is. remaining: its steps. arrived: a number that grows with every picture. moving: whether it was
+    stepped in the last round. group: pictures that one call of the denoiser can step together; most: how many it takes.
     """
 
     client: str
