@@ -41,13 +41,14 @@ from .pictures.images import to_image
 from .request import Request
 from .run import Callback, Progress, Ready, Result, Run
 
-_GUIDANCE = {
+GUIDANCE = {
     "guidance": "scale",
     "guidance_mode": "mode",
     "guidance_interval": "interval",
     "guidance_rescale": "rescale",
     **{name: name for name in ("true_cfg_scale", *SKIPPING)},
 }
+"""The fields of a `Guidance`, by the names of options."""
 _RUN = ("batch", "low_memory", "callback")
 _OPTIONS = tuple(item.name for item in fields(Request) if item.name != "prompt")
 
@@ -478,9 +479,9 @@ class Pipeline:
         `true_cfg_scale`, `skip_guidance_layers` and `skip_layer_guidance_scale`, `_start` and `_stop`, and those of
         `generate`: `batch`, `low_memory`, `callback`. Raises `RequestError` for others.
         """
-        options = ours(options, (*_OPTIONS, *_GUIDANCE, *_RUN))
+        options = ours(options, (*_OPTIONS, *GUIDANCE, *_RUN))
         run = {key: options.pop(key) for key in _RUN if key in options}
-        guidance = {field_name: options.pop(key) for key, field_name in _GUIDANCE.items() if key in options}
+        guidance = {field_name: options.pop(key) for key, field_name in GUIDANCE.items() if key in options}
         whole = guidance.get("scale")
         if isinstance(whole, Guidance) and len(guidance) > 1:
             raise RequestError("give the guidance as one Guidance, or as numbers")

@@ -11,6 +11,7 @@ from ..common.checks import is_number, whole_number
 from ..common.errors import RequestError
 from ..runtime.loop.guidance import Guidance
 from ..runtime.names import SAME, ours
+from ..runtime.pipeline import GUIDANCE
 from ..runtime.request import Request
 from . import parts
 from .errors import FieldError
@@ -22,14 +23,7 @@ _MOST_IMAGES, _MOST_LETTERS, _MOST_STEPS = 10, 32_000, 1000
 _MOST_PIXELS, _LARGEST_SIDE = 2048 * 2048, 4096
 _MOST_PRIORITY, _LONGEST_S = 10, 86_400.0
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
-_GUIDANCE = {
-    "guidance": "scale",
-    "guidance_scale": "scale",
-    "guidance_mode": "mode",
-    "guidance_interval": "interval",
-    "guidance_rescale": "rescale",
-    "true_cfg_scale": "true_cfg_scale",
-}
+_GUIDANCE = {**GUIDANCE, "guidance_scale": "scale"}
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "quality": ("auto",),
     "style": (),

@@ -187,6 +187,7 @@ def test_the_asynchronous_client(idle):
         ("image", "no path", {"extra_body": {"image": "https://example.com/a.png"}}),
         ("loras", "no LoRA", {"extra_body": {"loras": ["/etc/passwd=1"]}}),
         ("output", "pictures", {"extra_body": {"output": "latent"}}),
+        ("skip_layers", "skip_guidance_layers", {"extra_body": {"skip_layers": [1]}}),
         ("strength", "has no effect without an image", {"extra_body": {"strength": 0.5}}),
         ("count", "must be a whole number", {"extra_body": {"count": "two"}}),
         ("deadline", "above 0", {"extra_body": {"deadline": -1}}),
