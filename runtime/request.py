@@ -252,7 +252,7 @@ def _embedding(name: str, value: Any) -> Array:
     """A float32 copy of an embedding."""
     rank = 1 if "pooled" in name else 2
     array: Array = np.zeros(())
-    with contextlib.suppress(TypeError, ValueError), np.errstate(over="ignore"):
+    with contextlib.suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
         array = np.array(value, np.float32)
     if array.ndim != rank or not array.size or not np.isfinite(array).all():
         shape = "(width,)" if rank == 1 else "(tokens, width)"

@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffoundry.common.errors import DiffoundryError
+from diffoundry.serve.fields import KNOWN, read_fields
+from diffoundry.serve.models import Model
 from diffoundry.tests.serve.conftest import png, until
 
 ROUTES = ("/v1/images/generations", "/v1/images/edits", "/v1/images/variations", "/v1/jobs")
@@ -101,6 +104,41 @@ def wrong(rng: random.Random) -> dict:
         (b"[" * 100_000, b'{"a":' * 100_000, b"1" * 6000, b"NaN", b'{"seed": NaN}', b'{"n":1,"n":2}', b"\xff")
     )
     return {"content": deep, "headers": {"content-type": "application/json"}}
+
+
+def any_value(rng: random.Random, depth: int = 0):
+    """A value of a field, lists and objects among them."""
+    kind = rng.randrange(5) if depth < 3 else 0
+    if kind < 3:
+        return rng.choice(VALUES)
+    if kind == 3:
+        return [any_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    names = (
+        "name",
+        "image",
+        "scale",
+        "interval",
+        "mode",
+        "embeds",
+        "strength",
+        "original_size",
+        "crop",
+        "eta",
+        "order",
+    )
+    return {"name": "edge", "image": base64.b64encode(SMALL).decode(), rng.choice(names): any_value(rng, depth + 1)}
+
+
+def test_fields_of_any_kind_are_taken_or_refused(pipe):
+    """Nothing else is raised, so none of them ends in an answer of 500."""
+    rng, model, refused = random.Random(3), Model("pico", pipe), 0
+    for _ in range(5000):
+        given = {"prompt": "a", "steps": 2, **{rng.choice(KNOWN): any_value(rng) for _ in range(rng.randrange(1, 4))}}
+        try:
+            pipe.job(read_fields(given, model, most_priority=0).request)
+        except DiffoundryError:
+            refused += 1
+    assert 3000 < refused < 5000
 
 
 def ask_wrongly(served, seed: int, count: int) -> dict[int, int]:
