@@ -17,7 +17,7 @@ from ..common.checks import LARGEST_SIDE
 from ..common.errors import RequestError
 from ..engines import Engine
 from .conditioning import Conditioning
-from .conditions.condition import Condition, Job, is_default, refuse_unheeded
+from .conditions.condition import Condition, Job, heeded, is_default, refuse_unheeded
 from .conditions.control import ControlCondition
 from .conditions.guidance import GuidanceCondition
 from .conditions.image_prompt import ImagePromptCondition
@@ -55,7 +55,7 @@ class Jobs:
         Raises `BundleError` when the scheduler's configuration cannot be read or was changed.
         """
         manifest = bundle.manifest
-        self._bundle, self._schedules = bundle, Schedules(bundle)
+        self._bundle, self.schedules = bundle, Schedules(bundle)
         self.text, self._sizes = Text(bundle, engine, loras, adapted), Sizes(manifest)
         self._guidance, self._loras = GuidanceCondition(manifest), loras
         picture, self._control = Picture(manifest, autoencoder), ControlCondition(bundle, autoencoder)
@@ -91,13 +91,13 @@ class Jobs:
             picture = bring_to_size(image, mask, size, request.resize, request.padding_mask_crop)
         controls = self._control.pixels(request, size, picture)
         loras = self._loras.of(request.loras)
-        table, steps, run = self._schedules.of(request, size)
+        table, steps, run = self.schedules.of(request, size)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         record = {
             **_record(request),
             "guidance": {**_guidance(request.guidance), "scale": scale},
             "scheduler_options": dict(request.scheduler_options),
-            "scheduler": self._schedules.named(request.scheduler),
+            "scheduler": self.schedules.named(request.scheduler),
             "steps": steps,
             "seed": first,
             **({} if request.starts_from_latents else {"width": size[0], "height": size[1]}),
@@ -117,6 +117,12 @@ class Jobs:
             scale,
             run,
         )
+
+    def fields(self, task: str) -> frozenset[str]:
+        """The fields that change what is drawn for `task` with guidance; of a field's own fields `field.name`."""
+        blank = Image.new("L", (1, 1))
+        request = Request(image=None if task == "txt2img" else blank, mask=blank if task == "inpaint" else None)
+        return heeded(request, self.conditions, guided=True)
 
     def controls_of(self, jobs: Sequence[Job]) -> list[str] | None:
         """The components of the controls that act on these jobs, None where the plain denoiser draws them."""
@@ -147,6 +153,14 @@ class Jobs:
             f"compile the checkpoint again with --tasks {','.join((*known, request.task))}"
         )
 
+    @property
+    def largest_side(self) -> int:
+        """The largest width and height that a picture may have, in pixels."""
+        manifest = self._bundle.manifest
+        flow, unit = manifest.wiring.flow, manifest.latents.unit
+        tokens = 0 if flow is None else flow.most * flow.patch * manifest.latents.downscale
+        return min(LARGEST_SIDE, tokens // unit * unit) if tokens else LARGEST_SIDE
+
     def _size(self, request: Request, image: Image.Image | None) -> tuple[int, int]:
         """Width and height: those asked for, else of the image or the control's, else the checkpoint's."""
         manifest = self._bundle.manifest
@@ -168,9 +182,7 @@ class Jobs:
             width, height = (max(side // unit, 1) * unit for side in image.size)
         width = width if request.width is None else request.width
         height = height if request.height is None else request.height
-        flow = manifest.wiring.flow
-        tokens = 0 if flow is None else flow.most * flow.patch * manifest.latents.downscale
-        largest = min(LARGEST_SIDE, tokens // unit * unit) if tokens else LARGEST_SIDE
+        largest = self.largest_side
         for name, value in (("width", width), ("height", height)):
             if value < unit or value % unit or value > largest:
                 near = min(max(unit, round(value / unit) * unit), largest)

@@ -22,6 +22,7 @@ from ..engines.changed import Changes, Rows
 from ..engines.loader import EngineLoader
 from ..engines.runnable import check_runnable
 from ..families import open_bundle
+from ..families.control import mode_names
 from ..families.lora import LoraFile, combined
 from ..families.lora.embeddings import matrix_of
 from .conditions.condition import Fed, Job
@@ -273,6 +274,31 @@ class Pipeline:
     def most_rows(self, job: Job) -> int:
         """The most images such as those of `job` that one batch takes."""
         return self._most_images([job])
+
+    def abilities(self) -> dict[str, Any]:
+        """What requests may ask of the bundle, as JSON values.
+
+        `fields`: by task, those of `Request` that change what is drawn with guidance. `schedulers`: names that work in
+        the bundle's own number of steps; `scheduler`: its own. `strength`: by task, where a request does not say.
+        `unguided`: the guidance that is none. `largest_side`: pixels. `clip_skip`, `max_sequence_length`: the most, 0
+        where it takes none. `control_modes`: of each ControlNet-Union. `pictured`: the IP-Adapters that take pictures.
+        """
+        jobs, manifest = self._jobs, self.bundle.manifest
+        schedules, encoders, wiring = jobs.schedules, jobs.text.encoders, manifest.wiring
+        return {
+            "fields": {task: sorted(jobs.fields(task)) for task in manifest.tasks},
+            "scheduler": schedules.named(None),
+            "schedulers": schedules.usable,
+            "strength": {task: schedules.strength(task) for task in manifest.tasks if task != "txt2img"},
+            "unguided": 1 - wiring.guidance_added,
+            "largest_side": jobs.largest_side,
+            "clip_skip": encoders.most_skipped,
+            "max_sequence_length": encoders.longest,
+            "control_modes": {
+                name: list(mode_names(each.modes)) for name, each in wiring.controls.items() if each.modes
+            },
+            "pictured": [name for name, each in wiring.image_prompts.items() if each.encoder],
+        }
 
     def plan_sizes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """The least and the largest picture, (width, height), of each plan of the denoiser; [] where it takes any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -15,7 +16,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..common.errors import BundleError, RequestError
 from .request import Request
-from .schedulers import Steps, Table, find_sampler, flowing, is_known, make_table
+from .schedulers import SAMPLERS, Steps, Table, find_sampler, flowing, is_known, make_table
 from .schedulers.config import Config, train_steps
 from .schedulers.consistency import lcm, tcd
 from .schedulers.flow_match import SHIFT, flow_euler, flow_lcm, shift_of
@@ -27,6 +28,8 @@ _CONFIG = "scheduler/scheduler_config.json"
 _TRAIN_STEPS = "num_train_timesteps"
 _OF_FLOW = ("use_flow_sigmas", "prediction_type")
 _MOST_TABLES = 256
+_OF_OTHERS = ("ddim-inverse", "edm-", "flow-", "ipndm")
+"""How the names of schedulers begin that are no use to a model that predicts noise, unless one is its own."""
 _STRENGTH = {"img2img": 0.8, "inpaint": 1.0}
 
 
@@ -68,6 +71,27 @@ class Schedules:
         except RequestError as error:
             raise BundleError(f"{error}: compile the bundle again") from None
 
+    @property
+    def usable(self) -> list[str]:
+        """The names of schedulers that this model can be drawn with, in its own number of steps.
+
+        Those of models of another kind are left out, where a configuration does not refuse them.
+        """
+        manifest, found, own = self._bundle.manifest, [], str(self.config.get("_class_name"))
+        for name in (*SAMPLERS, *self.traced):
+            others = manifest.wiring.flow is None and name.startswith(_OF_OTHERS)
+            if others and SAMPLERS[name].class_name != own:
+                continue
+            with contextlib.suppress(RequestError):
+                self.of(Request(scheduler=name), (manifest.default_width, manifest.default_height))
+                found.append(name)
+        return found
+
+    def strength(self, task: str) -> float:
+        """How much of the schedule is run for `task` where a request does not say."""
+        flow = self._bundle.manifest.wiring.flow
+        return _STRENGTH.get(task, 1.0) if flow is None else flow.usual_strength(task)
+
     def of(self, request: Request, size: tuple[int, int]) -> tuple[Table, int, int]:
         """The calls that a request makes, the steps of the whole schedule, and those of them that it runs.
 
@@ -87,8 +111,7 @@ class Schedules:
             and is_known(self.named(name))
             and find_sampler(self.config, name)[1].table in (lcm, tcd)
         )
-        wiring = manifest.wiring
-        usual = _STRENGTH.get(request.task, 1.0) if wiring.flow is None else wiring.flow.usual_strength(request.task)
+        wiring, usual = manifest.wiring, self.strength(request.task)
         if request.image is None or wiring.edits:
             strength = None
         else:

@@ -19,8 +19,8 @@ from .models import Model
 from .pictures import FORMATS
 
 MOST_PARTIAL = 3
-_MOST_IMAGES, _MOST_LETTERS, _MOST_STEPS = 10, 32_000, 1000
-_MOST_PIXELS, _LARGEST_SIDE = 2048 * 2048, 4096
+MOST_IMAGES, _MOST_LETTERS, MOST_STEPS = 10, 32_000, 1000
+MOST_PIXELS, LARGEST_SIDE = 2048 * 2048, 4096
 _MOST_PRIORITY, _LONGEST_S = 10, 86_400.0
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _GUIDANCE = {**GUIDANCE, "guidance_scale": "scale"}
@@ -93,7 +93,7 @@ def read_fields(given: Mapping[str, Any], model: Model, *, most_priority: int, u
     if "n" in values and "count" in values:
         raise FieldError("n", "n and count are two names of one option: give one of them")
     count = values.get("n", values.get("count", 1))
-    options["count"] = _whole("n" if "n" in values else "count", count, 1, _MOST_IMAGES)
+    options["count"] = _whole("n" if "n" in values else "count", count, 1, MOST_IMAGES)
     options["guidance"] = _guidance(values)
     for name, read in _READERS.items():
         if name in options:
@@ -158,19 +158,19 @@ def _limit(values: Mapping[str, Any]) -> None:
             raise FieldError(name, f"{name} has {len(value)} letters, {_MOST_LETTERS} are the most")
     for name in ("width", "height"):
         if name in values:
-            _whole(name, values[name], 1, _LARGEST_SIDE)
+            _whole(name, values[name], 1, LARGEST_SIDE)
     for name in _STEPPED:
         if name in values:
-            _whole(name, values[name], 1, _MOST_STEPS)
+            _whole(name, values[name], 1, MOST_STEPS)
     for name in ("timesteps", "sigmas"):
-        if name in values and (not isinstance(values[name], list) or len(values[name]) > _MOST_STEPS):
-            raise FieldError(name, f"{name} must be a list of at most {_MOST_STEPS} numbers")
+        if name in values and (not isinstance(values[name], list) or len(values[name]) > MOST_STEPS):
+            raise FieldError(name, f"{name} must be a list of at most {MOST_STEPS} numbers")
 
 
 def check_size(size: tuple[int, int]) -> None:
     """Raise `FieldError` for more pixels than are drawn here."""
-    if size[0] * size[1] > _MOST_PIXELS:
-        raise FieldError("size", f"{size[0]}x{size[1]} pixels are too many, {_MOST_PIXELS} are the most")
+    if size[0] * size[1] > MOST_PIXELS:
+        raise FieldError("size", f"{size[0]}x{size[1]} pixels are too many, {MOST_PIXELS} are the most")
 
 
 def check_plans(size: tuple[int, int], model: Model) -> None:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from .errors import Refusal
-from .fields import Asked
+from .fields import LARGEST_SIDE, MOST_IMAGES, MOST_PIXELS, MOST_STEPS, Asked
 from .models import Model
 from .pictures import encoded
 from .service import ALIVE, Events, Service, failure, gone, record_of, side, sse, stream
@@ -133,6 +133,9 @@ def described(model: Model) -> dict[str, Any]:
             "controls": list(wiring.controls),
             "image_prompts": list(wiring.image_prompts),
             "loras": list(model.loras),
+            "plans": model.pipeline.plan_sizes(),
+            "most": {"n": MOST_IMAGES, "steps": MOST_STEPS, "pixels": MOST_PIXELS, "side": LARGEST_SIDE},
+            **model.abilities,
         },
     }
 
@@ -140,11 +143,15 @@ def described(model: Model) -> dict[str, Any]:
 def models(service: Service) -> tuple[Endpoint, Endpoint]:
     """The routes of all models, and of one."""
 
+    def all_of_them() -> list[dict[str, Any]]:
+        return [described(model) for model in service.models]
+
     async def every(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [described(model) for model in service.models]})
+        return JSONResponse({"object": "list", "data": await run_in_threadpool(all_of_them)})
 
     async def one(request: Request) -> Response:
-        return JSONResponse(described(service.models.named(request.path_params["name"])))
+        model = service.models.named(request.path_params["name"])
+        return JSONResponse(await run_in_threadpool(described, model))
 
     return every, one
 

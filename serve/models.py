@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..common.errors import DiffoundryError, RequestError
 from ..runtime.pipeline import Pipeline
@@ -32,6 +33,7 @@ class Model:
     size: int = 0
     used: float = 0.0
     _sizes: dict[str, int] = field(default_factory=dict)
+    _abilities: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pipeline = self.pipeline
@@ -42,6 +44,13 @@ class Model:
     def held(self) -> int:
         """Bytes of what is in memory, about."""
         return sum(self._sizes.get(name, 0) for name in self.pipeline.loaded)
+
+    @property
+    def abilities(self) -> dict[str, Any]:
+        """See `Pipeline.abilities`; found out once."""
+        if not self._abilities:
+            self._abilities = self.pipeline.abilities()
+        return self._abilities
 
     @property
     def preview_decoder(self) -> str:

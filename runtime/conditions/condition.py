@@ -166,6 +166,11 @@ def asked(request: Request) -> Iterator[str]:
             yield from [f"{item.name}.{each.name}" for each, own in inner if not is_default(each, own)] or [item.name]
 
 
+def heeded(request: Request, conditions: Iterable[Condition], *, guided: bool) -> frozenset[str]:
+    """The fields that change what `request` draws, given all the others; of a field's own fields `field.name`."""
+    return _ALWAYS.union(*(condition.heeds(request, guided) for condition in conditions))
+
+
 def refuse_unheeded(
     request: Request, conditions: Iterable[Condition], *, guided: bool, given: bool, unguided: float = 1
 ) -> None:
@@ -174,9 +179,9 @@ def refuse_unheeded(
     guided: see `Condition.heeds`. given: whether the model is given the guidance as an input. unguided: the guidance
     that is none.
     """
-    heeded = _ALWAYS.union(*(condition.heeds(request, guided) for condition in conditions))
+    known = heeded(request, conditions, guided=guided)
     for name in asked(request):
-        if name in heeded:
+        if name in known:
             continue
         why = _WHY.get(name, "on this model: leave it out")
         if why == _NO_IMAGE and request.image is not None:

@@ -88,6 +88,11 @@ class TextEncoders:
         return max(encoder.bucket for encoder in self._encoders.values())
 
     @property
+    def most_skipped(self) -> int:
+        """The most layers that a request may skip."""
+        return min((len(each.skips) for each in self._encoders.values() if each.hidden and not each.length), default=0)
+
+    @property
     def skippable(self) -> bool:
         """Whether layers of one of them may be skipped."""
         return any(each.hidden and not each.length for each in self._encoders.values())
