@@ -34,6 +34,15 @@ from .options import GIB, engine_option, precision_option, read_pairs, threads_o
     "--lora", "loras", multiple=True, metavar="NAME=FILE", help="A LoRA that requests may name. May be repeated."
 )
 @click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="A site whose pages may ask from a browser.")
+@click.option(
+    "--no-page",
+    "page",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    show_default=False,
+    help="Without the page to draw in at /.",
+)
 @click.option("--warm", is_flag=True, help="Load the models and draw once before the first request is taken.")
 @click.option(
     "--drain", default=300.0, type=click.FloatRange(0), help="Seconds for what is drawn when the server is told to end."

@@ -294,9 +294,7 @@ class Pipeline:
             "largest_side": jobs.largest_side,
             "clip_skip": encoders.most_skipped,
             "max_sequence_length": encoders.longest,
-            "control_modes": {
-                name: list(mode_names(each.modes)) for name, each in wiring.controls.items() if each.modes
-            },
+            "control_modes": {name: list(mode_names(each)) for name, each in wiring.controls.items() if each.modes},
             "pictured": [name for name, each in wiring.image_prompts.items() if each.encoder],
         }
 

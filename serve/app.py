@@ -19,6 +19,7 @@ from . import images
 from .errors import Refusal, refusal
 from .guard import BROKEN, Guard, Key, response_of
 from .jobs import Jobs
+from .page import page
 from .service import Service
 
 MOST_BYTES = 64 << 20
@@ -33,9 +34,10 @@ def build(
     most_bytes: int = MOST_BYTES,
     origins: Sequence[str] = (),
     drain: float = DRAIN_SECONDS,
+    with_page: bool = True,
 ) -> ASGIApp:
     """The application. keys: [] lets everybody in. origins: whose pages may ask from a browser. drain: seconds for what
-    is drawn when the server ends."""
+    is drawn when the server ends. with_page: whether there is a page at `/`."""
     jobs = Jobs(service)
     every, one = images.models(service)
     scheduler = service.scheduler
@@ -70,6 +72,7 @@ def build(
         Route("/health/live", live),
         Route("/health/ready", ready),
         Route("/metrics", metrics),
+        *([Route("/", page)] if with_page else []),
     ]
     app = Starlette(
         routes=routes,

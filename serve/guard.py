@@ -24,12 +24,13 @@ from .metrics import Metrics
 _BODY_SECONDS = 60.0
 _SHORTEST_KEY = 16
 _OPEN = ("/health/", "/v1/images/kept/")
-"""What is asked for without a key. Kept pictures have names that cannot be guessed."""
+_PAGE = "/"
+"""What is asked for without a key. Kept pictures have names that cannot be guessed; the page asks for the key."""
 _ROUTES = ("/v1/images/kept/", "/v1/jobs/", "/v1/models/")
 _KNOWN = frozenset(
     {
         *("/v1/images/generations", "/v1/images/edits", "/v1/images/variations", "/v1/models", "/v1/jobs"),
-        *("/health/live", "/health/ready", "/metrics"),
+        *("/health/live", "/health/ready", "/metrics", _PAGE),
     }
 )
 BROKEN = Refusal(500, "the server failed; its log says why", "server_error")
@@ -114,7 +115,7 @@ class Guard:
 
     def _key(self, scope: Scope) -> Key | None:
         """The key of a request. Raises `Refusal` where it needs one and has none that is known."""
-        if not self._keys or scope["path"].startswith(_OPEN):
+        if not self._keys or scope["path"] == _PAGE or scope["path"].startswith(_OPEN):
             return None
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, secret = given.partition(b" ")

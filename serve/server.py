@@ -31,7 +31,8 @@ _BACKLOG = 2048
 class Options:
     """What `diffoundry serve` is asked for. bundles: by the names of their models; loras: by theirs.
 
-    memory: bytes. keys: the file of them. origins: of pages that may ask from a browser. version: of diffoundry.
+    memory: bytes. keys: the file of them. origins: of pages that may ask from a browser. page: whether there
+    is one at `/`. version: of diffoundry.
     """
 
     bundles: Mapping[str, Path]
@@ -48,6 +49,7 @@ class Options:
     origins: Sequence[str] = ()
     warm: bool = False
     drain: float = DRAIN_SECONDS
+    page: bool = True
     version: str = ""
 
 
@@ -64,7 +66,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     listener = reserve(options.host, options.port)
     try:
         service = make(options, say)
-        app = build(service, keys=keys, origins=options.origins, drain=options.drain)
+        app = build(service, keys=keys, origins=options.origins, drain=options.drain, with_page=options.page)
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -85,6 +87,8 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         place = f"[{host}]" if ":" in host else host
         guarded = f"{len(keys)} keys" if keys else "no keys: everybody that reaches it may draw"
         say(f"listening on http://{place}:{port}/v1 ({guarded})")
+        if options.page:
+            say(f"a page to draw in: http://{place}:{port}/")
         with contextlib.suppress(KeyboardInterrupt):  # which ends it as SIGTERM does
             uvicorn.Server(config).run(sockets=[listener])
     finally:
@@ -116,13 +120,14 @@ def make(options: Options, say: Callable[[str], None]) -> Service:
 def _offer(models: Sequence[Model], lora: str, file: str) -> list[str]:
     """Let requests name a LoRA of the models that take it. Returns their names. Raises where none does."""
     errors: list[DiffoundryError] = []
-    for model in models:
+    takers = [model for model in models if model.pipeline.bundle.manifest.wiring.lora_inputs]
+    for model in takers or models:
         try:
             model.pipeline.job(Request("", steps=1, loras=(Lora(file),)))
             model.loras[lora] = file
         except DiffoundryError as error:
             errors.append(error)
-    if len(errors) == len(models):
+    if len(errors) == len(takers or models):
         raise RequestError(f"--lora {lora}: {errors[0]}")
     return [model.name for model in models if lora in model.loras]
 

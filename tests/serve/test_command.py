@@ -78,6 +78,14 @@ def test_other_bad_input(called, bundle_of, tmp_path):
     assert done.returncode == 2 and "NAME=FILE" in done.stderr
 
 
+@pytest.mark.slow
+def test_a_lora_that_is_refused_is_so_by_the_model_that_takes_some(called, bundle_of, tmp_path):
+    bundles = [f"{name}={bundle_of(each)}" for name, each in (("plain", "pico"), ("lora", "pico+lora"))]
+    done = called("serve", *bundles, "--lora", f"style={tmp_path / 'none'}", "--port", "0")
+    fails(done, "--lora style", str(tmp_path / "none"))
+    assert "takes no LoRAs" not in done.stderr
+
+
 def test_the_extra_is_named_where_it_is_missing(called, bundle_of, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("diffoundry.serve.")]:
         monkeypatch.delitem(sys.modules, name)

@@ -193,7 +193,8 @@ def test_a_body_that_is_too_large(idle):
 def test_other_paths_and_methods(idle):
     with httpx2.Client(base_url=idle.url) as http:
         for method, path, code in (
-            ("GET", "/", 404),
+            ("GET", "/page", 404),
+            ("POST", "/", 405),
             ("GET", "/v1/images/generations", 405),
             ("PUT", "/v1/jobs/x", 405),
             ("GET", "/v1/images/kept/../../../etc/passwd", 404),

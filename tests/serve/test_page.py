@@ -1,0 +1,609 @@
+"""The page at `/`: as a file, and in a real Chromium, against a server that draws.
+
+`SCREENSHOTS=docs python -m pytest tests/serve/test_page.py -k screenshots` makes the pictures of the documentation.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffoundry
+from diffoundry import Control, Lora, Request
+from diffoundry.cli.serve import serve_command
+from diffoundry.serve import page
+from diffoundry.serve.fields import KNOWN
+from diffoundry.serve.guard import Key
+from diffoundry.tests.serve.browser import PROGRAM, chromium
+from diffoundry.tests.serve.conftest import png, serving, until
+
+PAGE = Path(page.__file__).with_name("page.html").read_text(encoding="utf-8")
+SCRIPT = re.search(r"<script>(.*)</script>", PAGE, re.DOTALL)[1]
+PROMPT = "a large red star at the left on a navy background"
+SECRET = "sk-page-0123456789"
+CONTROLS = ("input", "select", "textarea", "button", "canvas")
+real = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium: apt-get install chromium")
+
+
+class Elements(HTMLParser):
+    """The elements of the page: (tag, attributes, the tags and attributes around it), and the text in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self._open = [], []
+        self.feed(PAGE)
+
+    def handle_starttag(self, tag, attributes):
+        element = (tag, dict(attributes), [(each[0], each[1]) for each in self._open], [])
+        self.found.append(element)
+        if tag not in ("input", "meta", "link", "img", "br"):
+            self._open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag, tag
+
+    def handle_data(self, data):
+        for element in self._open:
+            element[3].append(data)
+
+
+@pytest.fixture(scope="module")
+def elements():
+    return Elements().found
+
+
+def test_it_is_served_with_a_policy_that_fits_it(idle):
+    with httpx2.Client(base_url=idle.url) as http:
+        answer = http.get("/")
+        assert http.head("/").status_code == 200 and http.post("/").status_code == 405
+    assert answer.text == PAGE and answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = dict(each.split(" ", 1) for each in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+    assert policy["connect-src"] == "'self'" and "unsafe" not in str(policy)
+    for kind in ("script", "style"):
+        [content] = re.findall(rf"<{kind}>(.*?)</{kind}>", PAGE, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy[f"{kind}-src"] == f"'sha256-{digest}'"
+    assert (answer.headers["x-content-type-options"], answer.headers["referrer-policy"]) == ("nosniff", "no-referrer")
+
+
+def test_it_asks_for_nothing_from_elsewhere(elements):
+    assert not re.search(r"https?://|//\w+\.\w|@import|url\(", PAGE)
+    for tag, attributes, _, _ in elements:
+        assert not (tag == "script" and "src" in attributes) and "style" not in attributes, attributes
+        assert not any(name.startswith("on") for name in attributes), attributes
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", SCRIPT)
+
+
+def test_every_id_is_there_once(elements):
+    ids = [attributes["id"] for _, attributes, _, _ in elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r"\$\(\"([\w-]+)\"\)", SCRIPT))
+    assert len(used) > 50 and used <= set(ids), used - set(ids)
+    said = [
+        attributes.get(name, "") for _, attributes, _, _ in elements for name in ("aria-labelledby", "aria-describedby")
+    ]
+    assert {each for each in said if each} <= set(ids)
+
+
+def test_everything_has_a_name(elements):
+    named = {attributes.get("for") for tag, attributes, _, _ in elements if tag == "label"}
+    for tag, attributes, around, text in elements:
+        if tag not in CONTROLS or attributes.get("aria-hidden"):
+            continue
+        in_label = any(each[0] == "label" for each in around)
+        has = attributes.get("aria-label") or attributes.get("id") in named or in_label or "".join(text).strip()
+        assert has, (tag, attributes)
+
+
+def test_what_it_sends_are_fields_of_the_server(elements):
+    fields = {attributes["data-field"] for _, attributes, _, _ in elements if "data-field" in attributes}
+    sent = fields | set(re.findall(r"\bbody\.(\w+)(?: =|\) body)", SCRIPT)) | {"control", "image_prompt", "mask"}
+    assert {"prompt", "seed", "steps", "width", "image", "loras", "partial_images"} <= sent
+    assert sent <= set(KNOWN), sent - set(KNOWN)
+    needs = {attributes["data-needs"] for _, attributes, _, _ in elements if "data-needs" in attributes}
+    known = {*KNOWN, *(f"guidance.{name}" for name in ("true_cfg_scale", "rescale"))}
+    assert needs <= known, needs - known
+
+
+def test_it_can_be_left_out_and_needs_no_key(bundle_of):
+    bundles = {"pico": bundle_of("pico")}
+    with serving(bundles, app={"with_page": False}) as served, httpx2.Client(base_url=served.url) as http:
+        assert http.get("/").status_code == 404
+    with serving(bundles, keys=[Key(SECRET, "a")]) as served, httpx2.Client(base_url=served.url) as http:
+        assert http.get("/").status_code == 200 and http.get("/v1/models").status_code == 401
+
+
+def test_the_command_can_leave_it_out(monkeypatch, bundle_of):
+    asked = []
+    monkeypatch.setattr("diffoundry.serve.server.serve", lambda options, say: asked.append(options.page))
+    for more in ([], ["--no-page"]):
+        serve_command.main([str(bundle_of("pico")), *more], standalone_mode=False)
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("name", ["pico", "pico+control+union+image-plus", "sdxl-small"])
+def test_what_a_model_says_it_can_is_what_it_takes(bundle_of, name):
+    pipe = diffoundry.load(bundle_of(name))
+    can, manifest = pipe.abilities(), pipe.bundle.manifest
+    assert json.loads(json.dumps(can)) == can
+    for scheduler in can["schedulers"]:
+        assert pipe.job(Request("a", scheduler=scheduler)).record["scheduler"] == scheduler
+    assert "euler_a" in can["schedulers"] and not any(each.startswith(("flow", "edm")) for each in can["schedulers"])
+    image = Image.new("RGB", (manifest.default_width, manifest.default_height))
+    pictures = {
+        "txt2img": {},
+        "img2img": {"image": image},
+        "inpaint": {"image": image, "mask": Image.new("L", image.size, 255)},
+    }
+    values = {
+        "negative_prompt": "b",
+        "prompt_2": "c",
+        "clip_skip": 1,
+        "weights": True,
+        "windows": True,
+        "strength": 0.5,
+        "padding_mask_crop": 4,
+        "resize": "crop",
+        "tiled": True,
+        "forecast": True,
+        "max_sequence_length": 70,
+    }
+    for task, fields in can["fields"].items():
+        for field, value in values.items():
+            request = Request("a", scheduler="euler", steps=40, **{**pictures[task], field: value})
+            if field in fields:
+                pipe.job(request)
+            else:
+                with pytest.raises(diffoundry.RequestError, match="has no effect"):
+                    pipe.job(request)
+    assert can["clip_skip"] >= 1 and can["max_sequence_length"] == 0
+    assert can["strength"] == {"img2img": 0.8, "inpaint": 1.0}
+    assert ("prompt_2" in can["fields"]["txt2img"]) == (name == "sdxl-small")
+    assert can["pictured"] == list(manifest.wiring.image_prompts)
+    assert all(len(modes) == manifest.wiring.controls[each].modes for each, modes in can["control_modes"].items())
+    assert bool(can["control_modes"]) == ("union" in name)
+
+
+# --- In a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def many(bundle_of, checkpoint_of):
+    """A server of three models, one with controls and one that takes LoRAs."""
+    bundles = {
+        name: bundle_of(each)
+        for name, each in {"pico": "pico", "steered": "pico+control+union+image-plus", "lora": "pico+lora"}.items()
+    }
+    loras = {"style": str(checkpoint_of("pico+lora-peft"))}
+    with serving(bundles, rows=4, queue=60, loras=loras, warm=True) as running:
+        yield running
+
+
+@pytest.fixture
+def opened(browser, many):
+    """Opens the page in a tab with a profile of its own, which must have nothing to complain about in the end."""
+    tabs = []
+
+    def get(width=1280, height=860, **how):
+        tab = browser.tab()
+        tabs.append(tab)
+        tab.look(width, height, **how)
+        tab.open(f"{many.url}/")
+        tab.until("!document.querySelector('#draw').disabled")
+        return tab
+
+    yield get
+    for tab in tabs:
+        assert not tab.complaints
+        assert all(url.startswith((f"{many.url}/", "blob:", "data:")) for url in tab.asked), tab.asked
+        tab.send("Page.close")
+    until(many.is_idle)
+
+
+def fill(tab, **fields):
+    for name, value in fields.items():
+        tab.write(f"#{name}", str(value))
+
+
+def draw(tab, **fields):
+    """Draw to the end, and return what is newest in the gallery: pixels, and its settings."""
+    before = tab.run("gallery.all.length")
+    fill(tab, **fields)
+    tab.click("#draw")
+    tab.until(f"gallery.all.length > {before} && document.querySelector('.job.ended .tile:not(:disabled)')")
+    return newest(tab)
+
+
+def newest(tab):
+    return pixels(tab, "gallery.all[0].blob"), tab.run("gallery.all[0].settings")
+
+
+def pixels(tab, blob):
+    data = tab.run(f"base64Of({blob})")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(int)
+
+
+def near(found, wanted):
+    assert found.shape == np.asarray(wanted).shape
+    assert np.abs(found - np.asarray(wanted).astype(int)).max() <= 1
+
+
+def text(tab, selector):
+    return tab.run(f"document.querySelector({json.dumps(selector)}).textContent")
+
+
+def middle_of(tab, selector, *places):
+    """Points of an element, from shares of its width and height."""
+    x, y, width, height = tab.box(selector)
+    return [(x + width * each[0], y + height * each[1]) for each in places]
+
+
+@real
+@pytest.mark.slow
+def test_pictures_appear_while_they_are_drawn_and_stay(opened, pipe):
+    tab = opened()
+    assert tab.run("document.activeElement === document.body")
+    fill(tab, prompt=PROMPT, seed=7, steps=200, n=2)
+    tab.press("Enter", modifiers=2)  # Ctrl
+    tab.until("document.querySelectorAll('.job:not(.ended) .tile img').length === 2")
+    tab.until(r"/^Step \d+ of 400 · about \d+ s left$/.test(document.querySelector('.job .line p').textContent)")
+    assert 0 < tab.run("document.querySelector('.job progress').value") <= 400
+    tab.until("document.querySelector('.job.ended')")
+    tab.until("gallery.all.length === 2 && document.querySelector('#status').textContent")
+    assert text(tab, "#status") == "2 pictures are there." and "Seed 7, 8" in text(tab, ".job .line p")
+    found, own = newest(tab)
+    near(found, pipe.generate(Request(PROMPT, seed=8, steps=200)).images[0])
+    assert (own["seed"], own["n"], own["model"]) == (8, 1, "pico")
+    assert Image.open(io.BytesIO(base64.b64decode(tab.run("base64Of(gallery.all[0].blob)")))).info  # with its record
+    tab.reload()
+    tab.until("document.querySelectorAll('#gallery li img').length === 2 && !document.querySelector('#draw').disabled")
+    assert tab.run("document.querySelector('#prompt').value") == PROMPT
+    tab.click("#reset")
+    tab.click("#gallery li:last-child .tile")
+    settings = text(tab, "#shown-settings")
+    assert PROMPT in settings and "Seed7" in settings and "Steps200" in settings
+    tab.click("#shown-again")
+    tab.until("document.activeElement.id === 'draw' && document.querySelector('#seed').value === '7'")
+    again, _ = draw(tab)
+    near(again, pixels(tab, "gallery.all[2].blob"))
+    tab.click("#gallery-clear")
+    tab.click("#sure-yes")
+    tab.until("!gallery.all.length && !document.querySelector('#gallery-empty').hidden")
+    tab.reload()
+    tab.until("gallery.base && !document.querySelector('#draw').disabled")
+    assert tab.run("gallery.run('readonly', (store) => store.count())") == 0
+
+
+@real
+@pytest.mark.slow
+def test_cancel_the_queue_and_a_page_that_is_loaded_again(opened, many):
+    tab = opened()
+    fill(tab, prompt="a", steps=900, n=4)
+    tab.click("#draw")
+    tab.until("document.querySelector('.job progress')?.value > 0")
+    fill(tab, n=1)
+    tab.click("#draw")
+    tab.until("/^Waiting, place 1 in the queue · about/.test(document.querySelector('.job .line p').textContent)")
+    tab.reload()
+    tab.until("document.querySelectorAll('.job').length === 2")
+    for left in (1, 0):
+        tab.run("document.querySelector('.job .line button').focus()")
+        tab.press("Enter")
+        tab.until(f"document.querySelectorAll('.job').length === {left}")
+    assert text(tab, "#status") == "Cancelled." and tab.run("document.activeElement.id") == "draw"
+    assert tab.run("sessionStorage.getItem('jobs')") == "[]"
+    until(many.is_idle)
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["mouse", "touch", "keyboard"])
+def test_a_mask_is_painted(opened, pipe, how):
+    tab = opened(*((360, 780) if how == "touch" else (1280, 860)))
+    source, _ = draw(tab, prompt=PROMPT, seed=7, steps=20)
+    tab.click("#gallery .tile")
+    tab.click("#shown-start")
+    tab.until("state.source && !document.querySelector('#mask-edit').hidden")
+    assert tab.run("document.querySelector('#strength').value") == "0.8"
+    tab.click("#mask-edit")
+    tab.until("document.activeElement.id === 'paint-over'")
+    line = [(0.6 + i / 40, 0.3 + i / 25) for i in range(12)]
+    points = middle_of(tab, "#paint-over", *line)
+    if how == "mouse":
+        tab.mouse("mousePressed", *points[0])
+        for point in points:
+            tab.mouse("mouseMoved", *point)
+        tab.mouse("mouseReleased", *points[-1])
+    elif how == "touch":
+        tab.touch(points)
+    else:
+        tab.press("ArrowRight", "ArrowRight", "ArrowRight", " ", *["ArrowDown"] * 6, " ", "ArrowDown")
+        assert "The brush is lifted, " in text(tab, "#paint-said")
+    assert tab.run("state.strokes.length") == 1
+    for button, count in (("#paint-invert", 2), ("#paint-undo", 1), ("#paint-clear", 2), ("#paint-undo", 1)):
+        tab.click(button)
+        assert tab.run("state.strokes.length") == count
+    tab.click("#paint-done")
+    tab.until("state.mask && !document.querySelector('#paint').open")
+    assert tab.run("document.querySelector('#strength').value") == "1"
+    fill(tab, prompt="a ring", seed=3, steps=10)
+    found, own = draw(tab)
+    mask = pixels(tab, "state.mask.blob")[..., 3] == 0
+    assert 20 < mask.sum() < 1500 and mask[:, :10].sum() == 0
+    image, mask = (Image.fromarray(each.astype(np.uint8)) for each in (source, mask * 255))
+    near(found, pipe.generate(Request("a ring", seed=3, steps=10, image=image, mask=mask, strength=1.0)).images[0])
+    assert "strength" in own and "image" not in own
+    tab.click("#source-drop-it")
+    tab.click("#gallery .tile")
+    assert "a picture, with a mask" in text(tab, "#shown-settings")
+    tab.click("#shown-again")
+    tab.until("state.mask")
+    again, _ = draw(tab)
+    near(again, found)
+
+
+@real
+@pytest.mark.slow
+def test_controls_and_loras_of_models_that_have_them(opened, many, tmp_path, checkpoint_of, bundle_of):
+    tab = opened()
+    assert not tab.run("isThere(document.querySelector('#controls')) || isThere(document.querySelector('#loras'))")
+    edges = Image.new("RGB", (64, 64))
+    edges.paste((255, 255, 255), (20, 20, 44, 44))
+    (tmp_path / "edges.png").write_bytes(png(edges))
+    choose_model(tab, "steered")
+    assert tab.run("[...document.querySelectorAll('#controls h3')].map((each) => each.textContent)")[:2] == [
+        "edge",
+        "depth",
+    ]
+    tab.choose("#controls [data-key='control edge'] [type=file]", tmp_path / "edges.png")
+    tab.until("state.pictured.size === 1")
+    slide(tab, "#controls [data-part=scale] input", 0.6)
+    found, own = draw(tab, prompt=PROMPT, seed=5, steps=8)
+    steered = diffoundry.load(bundle_of("pico+control+union+image-plus"))
+    control = (Control("edge", edges, scale=0.6),)
+    near(found, steered.generate(Request(PROMPT, seed=5, steps=8, control=control)).images[0])
+    assert own["control"] == [{"name": "edge", "scale": 0.6}]
+    choose_model(tab, "lora")
+    assert tab.run("document.querySelector('#prompt').value") == PROMPT
+    assert text(tab, "#loras i") == "style" and text(tab, "#loras .value") == "off"
+    slide(tab, "#loras input", 0.8)
+    assert text(tab, "#loras .value") == "0.80"
+    found, own = draw(tab, prompt=PROMPT, seed=5, steps=8)
+    changed = diffoundry.load(bundle_of("pico+lora"))
+    lora = (Lora(checkpoint_of("pico+lora-peft"), 0.8),)
+    near(found, changed.generate(Request(PROMPT, seed=5, steps=8, loras=lora)).images[0])
+    assert own["loras"] == [{"name": "style", "strength": 0.8}]
+    tab.run("show(gallery.all[1])")  # back to the model, the picture and the strength of before
+    tab.click("#shown-again")
+    tab.until("state.pictured.size === 1 && document.querySelector('#model').value === 'steered'")
+    again, _ = draw(tab)
+    near(again, pixels(tab, "gallery.all[2].blob"))
+
+
+def choose_model(tab, name):
+    script = (
+        f"const box = document.querySelector('#model'); box.value = '{name}'; box.dispatchEvent(new Event('change'))"
+    )
+    tab.run(f"{{ {script} }}")
+
+
+def slide(tab, selector, value):
+    script = f"const box = document.querySelector({json.dumps(selector)}); box.value = {value};"
+    tab.run(f"{{ {script} box.dispatchEvent(new Event('input', {{ bubbles: true }})) }}")
+
+
+@real
+@pytest.mark.slow
+def test_what_is_wrong_is_said_in_words(opened):
+    tab = opened()
+    cases = [
+        ({"steps": 0, "prompt": "a"}, "Steps must be from 1 to 1000.", "steps"),
+        ({"steps": 4, "width": 60}, "Width must be a multiple of 8.", "width"),
+        ({"width": 64, "prompt": ""}, "Write what is to be seen.", "prompt"),
+    ]
+    for fields, said, at in cases:
+        fill(tab, **fields)
+        tab.click("#draw")
+        tab.until(f"document.querySelector('#wrong').textContent === {json.dumps(said)}")
+        assert tab.run("document.activeElement.id") == at
+        assert tab.run(f"document.querySelector('#{at}').getAttribute('aria-describedby')") == "wrong"
+    fill(tab, prompt="a", width=64, guidance=1)
+    assert tab.run("document.querySelector('#negative-box').hidden")
+    fill(tab, guidance=7.5)
+    assert not tab.run("document.querySelector('#negative-box').hidden")
+    with expected(tab, "400"):
+        fill(tab, width=4096, height=4096)
+        tab.click("#draw")
+        tab.until(
+            "document.querySelector('#wrong').textContent === '4096x4096 pixels are too many, 4194304 are the most.'"
+        )
+        assert tab.run("document.activeElement.id") == "width"
+    fill(tab, width=64, height=64)
+    tab.send("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+    with expected(tab, "ERR_INTERNET_DISCONNECTED"):
+        tab.click("#draw")
+        tab.until("document.querySelector('#wrong').textContent.startsWith('The server cannot be reached')")
+    tab.send("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    draw(tab)
+    assert tab.run("document.querySelector('#wrong').hidden")
+    tab.run("eventsOf = async function* () { throw new Error('lost') }; undefined")
+    draw(tab)  # by asking again and again
+
+
+@real
+@pytest.mark.slow
+def test_what_a_model_lacks_is_not_shown(opened):
+    """A model that is given its guidance, has plans for two sizes, and starts from no picture."""
+    tab = opened()
+    always = ["count", "height", "prompt", "scheduler", "seed", "steps", "width", "guidance.scale", "forecast"]
+    more = ["negative_prompt", "prompt_2", "guidance.true_cfg_scale", "max_sequence_length"]
+    other = {
+        "tasks": ["txt2img"],
+        "fields": {"txt2img": always + more},
+        "strength": {},
+        "clip_skip": 0,
+        "max_sequence_length": 512,
+        "plans": [[[64, 64], [64, 64]], [[96, 64], [96, 64]]],
+    }
+    tab.run("pngOf(canvasOf(400, 200)).then(pictureOf).then(setSource)")
+    assert tab.run("[task(), settings().width, settings().height, settings().strength]") == ["img2img", 88, 48, 0.8]
+    tab.run(f"Object.assign(state.models[0].diffoundry, {json.dumps(other)}); chooseModel()")
+    shown = (
+        "[...document.querySelectorAll('#settings :is(input, select, textarea)')].filter(isThere).map(({ id }) => id)"
+    )
+    same = {"prompt", "prompt_2", "sizes", "steps", "guidance", "n", "seed", "scheduler", "forecast"}
+    same |= {"true_cfg_scale", "max_sequence_length"}
+    assert set(tab.run(shown)) == same and tab.run("task()") == "txt2img"
+    assert tab.run("request().then(({ body }) => 'image' in body)") is False
+    tab.run("document.querySelector('#more').open = true")
+    fill(tab, true_cfg_scale=3)
+    assert set(tab.run(shown)) == same | {"negative_prompt"}
+    tab.run("setSize(3, 2)")
+    sent = {"model": "pico", "prompt": "", "width": 96, "height": 64, "steps": 20, "guidance": 7.5, "n": 1}
+    assert tab.run("settings()") == sent | {"true_cfg_scale": 3}
+
+
+@contextmanager
+def expected(tab, words):
+    """What the browser itself logs of an answer that is an error."""
+    yield
+    until(lambda: tab.run("1") and tab.complaints)
+    assert all(words in each for each in tab.complaints), tab.complaints
+    tab.complaints.clear()
+
+
+@real
+@pytest.mark.slow
+def test_a_server_that_wants_a_key(browser, bundle_of):
+    with serving({"pico": bundle_of("pico")}, keys=[Key(SECRET, "a")]) as served:
+        tab = browser.tab()
+        tab.look(1280, 860)
+        tab.open(f"{served.url}/")
+        with expected(tab, "401"):
+            tab.until("document.activeElement.id === 'key'")
+            assert tab.run("document.querySelector('#wrong').hidden && document.querySelector('#settings').hidden")
+            fill(tab, key="sk-another-0123456789")
+            tab.press("Enter")
+            tab.until("document.querySelector('#wrong').textContent === 'The server does not know this key.'")
+        fill(tab, key=SECRET)
+        tab.press("Enter")
+        tab.until("!document.querySelector('#draw').disabled && document.querySelector('#key-box').hidden")
+        draw(tab, prompt="a", steps=2)
+        assert SECRET not in tab.run("JSON.stringify({ ...localStorage })")
+        assert tab.run("sessionStorage.getItem('key')") == SECRET
+        tab.reload()
+        tab.until("!document.querySelector('#draw').disabled")
+        assert not tab.complaints
+        tab.send("Page.close")
+        until(served.is_idle)
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_it_fits_and_everything_has_a_name(opened, width, dark):
+    tab = opened(width, 780, dark=dark, still=True)
+    choose_model(tab, "steered")
+    draw(tab, prompt=PROMPT, steps=2)
+    tab.run("document.querySelector('#more').open = true")
+    shades = tab.run(
+        "[document.body, document.querySelector('#prompt')].map((each) => getComputedStyle(each))"
+        ".map((each) => [each.backgroundColor, each.color])"
+    )
+    for back, fore in shades:
+        ratio = contrast(back, fore)
+        assert ratio > 7 and (lightness(back) < lightness(fore)) == dark
+    for opener, closer in ((None, None), ("#gallery .tile", "#shown-start"), ("#mask-edit", "#paint-cancel")):
+        if opener:
+            tab.click(opener)
+        check_layout(tab, width)
+        if closer:
+            tab.click(closer)
+            tab.until("!document.querySelector('dialog[open]')")
+    assert tab.run("getComputedStyle(document.querySelector('.tile img')).animationName") == "none"
+
+
+def check_layout(tab, width):
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    out = tab.run(
+        "[...document.querySelectorAll('button, input, select, textarea, dialog')]"
+        ".filter((each) => each.checkVisibility() && !each.closest('.unseen'))"
+        ".map((each) => [each.id || each.className, each.getBoundingClientRect()])"
+        f".filter(([, box]) => box.left < 0 || box.right > {width} || box.height < 24).map(([name]) => name)"
+    )
+    assert not [each for each in out if each not in ("weights", "windows", "forecast", "tiled")], out
+    until(lambda: not nameless(tab), 5)  # what was shown just now gets its name a little later
+
+
+def nameless(tab):
+    """What a screen reader would find no words for."""
+    roles = ("button", "textbox", "spinbutton", "slider", "combobox", "checkbox", "dialog", "application", "image")
+    nodes = [each for each in tab.send("Accessibility.getFullAXTree")["nodes"] if not each["ignored"]]
+    found = [each for each in nodes if each.get("role", {}).get("value") in roles]
+    assert len(found) > 5
+    return [each for each in found if not each.get("name", {}).get("value", "").strip()]
+
+
+def lightness(colour):
+    parts = [int(each) / 255 for each in re.findall(r"\d+", colour)[:3]]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one, other):
+    low, high = sorted((lightness(one), lightness(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@real
+@pytest.mark.slow
+def test_screenshots(opened, tmp_path):
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    tab = opened(1280, 860)
+    scenes = (
+        *("large cyan diamond at the right on a black", "large white ring at the bottom on a forest"),
+        *("large blue triangle in the center on a beige", "small orange square at the bottom on a navy"),
+        *("large purple heart in the center on a beige", "small yellow circle at the top on a maroon"),
+        *("large green cross at the top on a gray", "large cyan diamond at the left on a maroon"),
+    )
+    for scene in scenes:
+        draw(tab, prompt=f"a {scene} background", seed=7, steps=20)
+    draw(tab, prompt=PROMPT, seed=7, steps=20, n=2)
+    tab.run("new Promise((done) => setTimeout(done, 600))")
+    tab.run("document.activeElement.blur(); scrollTo(0, 0)")
+    tab.shot(folder / "serve-page.png")
+    tab.look(360, 740, dark=True, scale=1.5)
+    tab.run("scrollTo(0, 0)")
+    sides = []
+    for i, where in enumerate(
+        ("scrollTo(0, 0)", "scrollTo(0, document.querySelector('.job').getBoundingClientRect().top + scrollY - 12)")
+    ):
+        tab.run(where)
+        tab.run("new Promise((done) => setTimeout(done, 400))")
+        tab.shot(tmp_path / f"{i}.png")
+        sides.append(Image.open(tmp_path / f"{i}.png").convert("RGB"))
+    both = Image.new("RGB", (sides[0].width * 2 + 24, sides[0].height), (120, 124, 128))
+    for i, side in enumerate(sides):
+        both.paste(side, (i * (side.width + 24), 0))
+    both.save(folder / "serve-page-phone.png", optimize=True)
+    assert all((folder / name).stat().st_size < 300_000 for name in ("serve-page.png", "serve-page-phone.png"))
