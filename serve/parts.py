@@ -58,9 +58,14 @@ def loras(value: Any, model: Model) -> tuple[Lora, ...]:
 
 def controls(name: str, value: Any) -> tuple[Control, ...]:
     """Controls, with their pictures. Raises `FieldError` and `RequestError`."""
-    known = tuple(item.name for item in fields(Control))
-    given = [_object(name, each, known, needs=("name", "image")) for each in _listed(name, value)]
-    return tuple(Control(**{**each, "image": picture(f"image of {name}", each["image"])}) for each in given)
+    known, made = tuple(item.name for item in fields(Control)), []
+    for each in _listed(name, value):
+        given = _object(name, each, known, needs=("name", "image"))
+        given["image"] = picture(f"image of {name}", given["image"])
+        if given.get("mask") is not None:
+            given["mask"] = mask(f"mask of {name}", given["mask"])
+        made.append(Control(**given))
+    return tuple(made)
 
 
 def image_prompts(name: str, value: Any) -> tuple[ImagePrompt, ...]:

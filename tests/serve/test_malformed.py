@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from diffoundry.common.errors import DiffoundryError
+from diffoundry.serve import parts
+from diffoundry.serve.errors import FieldError
 from diffoundry.serve.fields import KNOWN, read_fields
 from diffoundry.serve.models import Model
 from diffoundry.tests.serve.conftest import png, until
@@ -153,6 +155,17 @@ def ask_wrongly(served, seed: int, count: int) -> dict[int, int]:
                 assert set(error) == {"message", "type", "param", "code"} and error["message"]
                 assert "Traceback" not in answer.text and "/tmp/" not in answer.text and "\n" not in error["message"]
     return codes
+
+
+def test_a_mask_of_a_control_is_no_path(tmp_path):
+    image = Image.new("L", (8, 8), 255)
+    image.save(tmp_path / "mask.png")
+    data = base64.b64encode(png(image)).decode()
+    given = {"name": "edge", "image": data}
+    [control] = parts.controls("control", {**given, "mask": data})
+    assert isinstance(control.mask, Image.Image) and control.mask.getextrema() == (255, 255)
+    with pytest.raises(FieldError, match="no path"):
+        parts.controls("control", {**given, "mask": str(tmp_path / "mask.png")})
 
 
 def test_a_hundred(idle):
