@@ -281,7 +281,8 @@ class Pipeline:
         `fields`: by task, those of `Request` that change what is drawn with guidance. `schedulers`: names that work in
         the bundle's own number of steps; `scheduler`: its own. `strength`: by task, where a request does not say.
         `unguided`: the guidance that is none. `largest_side`: pixels. `clip_skip`, `max_sequence_length`: the most, 0
-        where it takes none. `control_modes`: of each ControlNet-Union. `pictured`: the IP-Adapters that take pictures.
+        where it takes none. `control_modes`: of each ControlNet-Union; `masked_controls`: those that
+        need a mask of their own. `pictured`: the IP-Adapters that take pictures.
         """
         jobs, manifest = self._jobs, self.bundle.manifest
         schedules, encoders, wiring = jobs.schedules, jobs.text.encoders, manifest.wiring
@@ -295,6 +296,7 @@ class Pipeline:
             "clip_skip": encoders.most_skipped,
             "max_sequence_length": encoders.longest,
             "control_modes": {name: list(mode_names(each)) for name, each in wiring.controls.items() if each.modes},
+            "masked_controls": [name for name, each in wiring.controls.items() if each.masked],
             "pictured": [name for name, each in wiring.image_prompts.items() if each.encoder],
         }
 
