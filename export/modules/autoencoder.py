@@ -32,14 +32,15 @@ class Encoder(torch.nn.Module):
 
 
 class Decoder(torch.nn.Module):
-    """Unscaled latents, times `scale`, to pixels."""
+    """Unscaled latents, times `scale` and with `shift` added, to pixels."""
 
-    def __init__(self, model: Any, scale: float = 1.0) -> None:
+    def __init__(self, model: Any, scale: float = 1.0, shift: float = 0.0) -> None:
         super().__init__()
-        self.model, self.scale = model, scale
+        self.model, self.scale, self.shift = model, scale, shift
 
     def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
-        return self.model.decode(latent_sample * self.scale, return_dict=False)[0]
+        scaled = latent_sample * self.scale
+        return self.model.decode(scaled + self.shift if self.shift else scaled, return_dict=False)[0]
 
 
 def encoder(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> ComponentSpec:
@@ -70,7 +71,10 @@ def decoder(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> Compo
 
 
 def preview(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> ComponentSpec:
-    """The small decoder, which takes what the own one takes. Raises `CheckpointError` when they do not fit."""
+    """The small decoder, which takes what the own one takes. Raises `CheckpointError` when they do not fit.
+
+    It has its own scale, and a shift where the pipeline classes read one, as if it were the pipeline's autoencoder.
+    """
     config, own, ours = vae_config(checkpoint, VAE_TINY), vae_config(checkpoint), pipeline.latents
     fits = int(config["latent_channels"]) == int(own["latent_channels"]) and downscale(config) == downscale(own)
     if not is_tiny(config) or not fits or ours.mean:
@@ -78,19 +82,21 @@ def preview(checkpoint: Checkpoint, component: str, pipeline: Pipeline) -> Compo
             f"{checkpoint.folder(VAE_TINY)} is no {TINY} for {own['latent_channels']} latent channels of "
             f"{downscale(own)} pixels: give the small autoencoder that was made for this checkpoint"
         )
-    spec = _decoder(checkpoint, component, VAE_TINY, ours.scaling_factor / latents_of(config).scaling_factor)
-    return replace(spec, facts=(ours.scaling_factor,))
+    theirs = latents_of(config, shifted=pipeline.wiring.flow is not None)
+    scale = ours.scaling_factor / theirs.scaling_factor
+    spec = _decoder(checkpoint, component, VAE_TINY, scale, theirs.shift_factor - ours.shift_factor * scale)
+    return replace(spec, facts=(ours.scaling_factor, *((ours.shift_factor,) if ours.shift_factor else ())))
 
 
-def _decoder(checkpoint: Checkpoint, name: str, source: str, scale: float = 1.0) -> ComponentSpec:
+def _decoder(checkpoint: Checkpoint, name: str, source: str, scale: float = 1.0, shift: float = 0.0) -> ComponentSpec:
     config = vae_config(checkpoint, source)
     kind = getattr(diffusers, config["_class_name"])
     shape = ("batch_size", int(config["latent_channels"]), "latent_height", "latent_width")
     return ComponentSpec(
         name=name,
         source=source,
-        load=lambda: Decoder(load_pretrained(kind, checkpoint.folder(source)), scale).eval(),
-        hollow=lambda: Decoder(hollow(kind, checkpoint.config(source)), scale),
+        load=lambda: Decoder(load_pretrained(kind, checkpoint.folder(source)), scale, shift).eval(),
+        hollow=lambda: Decoder(hollow(kind, checkpoint.config(source)), scale, shift),
         inputs=(Tensor("latent_sample", "float32", shape),),
         outputs=(Tensor("sample", "float32", ("batch_size", config["out_channels"], "height", "width")),),
         axes={"batch_size": Axis(1, 3), "latent_height": Axis(4, 12), "latent_width": Axis(4, 12)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -11,6 +12,10 @@ from PIL import Image
 
 import diffoundry
 from diffoundry import DiffoundryError
+from diffoundry.export.checkpoint import Checkpoint
+from diffoundry.export.modules.autoencoder import preview
+from diffoundry.export.reading import described
+from diffoundry.families.flux import FAMILY as FLUX
 
 PROMPT = "a large red star at the left on a navy background"
 
@@ -132,6 +137,62 @@ def test_a_checkpoint_may_have_a_tiny_autoencoder_for_its_own(
     expected = pipeline(PROMPT, image=image, output_type="latent", **options).images.numpy()
     found = diffoundry.load(target)(PROMPT, image=image, steps=4, strength=0.5, seed=5, guidance=7.5)
     np.testing.assert_allclose(found.latents, expected, atol=1e-4, rtol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def taef1(tmp_path_factory):
+    """A small `AutoencoderTiny` of 16 latent channels, as a folder."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    counts = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    folder = tmp_path_factory.mktemp("taef1")
+    AutoencoderTiny(latent_channels=16, **blocks, **counts).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("scaling", "shift"), [(1.0, 0.0), (0.5, 0.25)])
+def test_a_tiny_decoder_beside_one_with_a_shift_has_the_scale_and_shift_of_its_own(
+    scaling, shift, tmp_path, taef1, checkpoint_of
+):
+    """As `latents / vae.config.scaling_factor + vae.config.shift_factor` of the pipelines, of the tiny one."""
+    from diffusers import AutoencoderTiny
+
+    folder = shutil.copytree(taef1, tmp_path / "taef1")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": scaling, "shift_factor": shift}))
+    source = Checkpoint.open(checkpoint_of("flux-dev-small")).replace({"vae_tiny": folder})
+    pipeline = described(source, FLUX)
+    own = pipeline.latents
+    assert own.shift_factor and own.scaling_factor != 1
+    latents = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        found = preview(source, "vae_tiny_decoder", pipeline).load()(latents / own.scaling_factor + own.shift_factor)
+        expected = AutoencoderTiny.from_pretrained(folder).decode(latents / scaling + shift).sample
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux-dev-small", "sd3-small", "z-image-small"])
+def test_a_tiny_decoder_of_a_transformer_gives_what_the_pipeline_gives_with_it(
+    name, tmp_path, taef1, bundle_of, checkpoint_of
+):
+    from diffusers import AutoencoderTiny, DiffusionPipeline
+
+    target = shutil.copytree(bundle_of(name), tmp_path / "tiny.bundle")
+    diffoundry.compile(checkpoint_of(name), target, components={"vae_tiny": taef1})
+    pipe = diffoundry.load(target)
+    result = pipe("a star", steps=2, seed=3, width=64, height=48, decoder="tiny")
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint_of(name))
+    pipeline.vae = AutoencoderTiny.from_pretrained(taef1)
+    options = {"num_inference_steps": 2, "guidance_scale": pipe.bundle.manifest.default_guidance, "output_type": "np"}
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        drawn = pipeline("a star", width=64, height=48, generator=generator, **options).images
+    pixels = pipe.decode(result.latents, "tiny").transpose(0, 2, 3, 1) / 2 + 0.5
+    np.testing.assert_allclose(np.clip(pixels, 0, 1), drawn, atol=1e-4, rtol=1e-2)
+    assert np.array_equal(np.asarray(result.images[0]), np.asarray(pipe.preview(result.latents)[0]))
 
 
 def test_large_pictures_go_through_the_autoencoder_in_tiles(bundle_of, checkpoint_of):
