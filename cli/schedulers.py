@@ -45,7 +45,8 @@ def schedulers_command(
 ) -> None:
     """List the schedulers, or show the table of NAME.
 
-    NAME is a short name or a diffusers class. The table has one row for each call of the model.
+    NAME is a short name or a diffusers class. The table has one row for each call of the model. Of a --bundle
+    whose schedule shifts with the size of the picture it is that of the default size.
     """
     from ..families import open_bundle
     from ..runtime.schedule import Schedules
@@ -62,7 +63,9 @@ def schedulers_command(
     if bundle:
         opened = open_bundle(bundle)
         schedules = Schedules(opened)
-        key, table = schedules.named(name), schedules.table(asked, opened.manifest.tasks[0], name, chosen)
+        task, size = opened.manifest.tasks[0], (opened.manifest.default_width, opened.manifest.default_height)
+        key, asked = schedules.named(name), schedules.for_size(asked, size, task, name, chosen)
+        table = schedules.table(asked, task, name, chosen)
     else:
         key, table = find_sampler(_STABLE_DIFFUSION, name)[0], make_table(_STABLE_DIFFUSION, asked, name, chosen)
     sampler = find_sampler(_STABLE_DIFFUSION, key)[1] if is_known(key) else None

@@ -99,7 +99,8 @@ class Schedules:
         """
         manifest, name = self._bundle.manifest, request.scheduler
         count = manifest.default_steps if request.steps is None else request.steps
-        asked = self._of_flow(Steps(count, timesteps=request.timesteps, sigmas=request.sigmas), request, size)
+        asked = Steps(count, timesteps=request.timesteps, sigmas=request.sigmas)
+        asked = self.for_size(asked, size, request.task, name, request.scheduler_options)
 
         def make(steps: Steps) -> Table:
             return self.table(steps, request.task, name, request.scheduler_options)
@@ -126,13 +127,18 @@ class Schedules:
             table = with_forecasts(table)
         return table, asked.count, run
 
-    def _of_flow(self, steps: Steps, request: Request, size: tuple[int, int]) -> Steps:
-        """`steps` as a pipeline of flow matching asks for them; see `bundle.wiring.Flow`."""
-        manifest, name, options = self._bundle.manifest, request.scheduler, request.scheduler_options
+    def for_size(
+        self, steps: Steps, size: tuple[int, int], task: str, name: str | None, options: Mapping[str, Any]
+    ) -> Steps:
+        """`steps` as a pipeline of flow matching asks for them, others as they are; see `bundle.wiring.Flow`.
+
+        size: width and height of the picture in pixels. options: see `table`. Raises `RequestError`.
+        """
+        manifest = self._bundle.manifest
         flow = manifest.wiring.flow
         if flow is None or not is_known(self.named(name)):
             return steps
-        config = {**self._config(request.task, name), **options}
+        config = {**self._config(task, name), **options}
         if config.get("use_dynamic_shifting") and options.get("mu") is None:
             width, height = (side // manifest.latents.downscale // flow.patch for side in size)
             steps = replace(steps, mu=shift_of({"max_shift": flow.max_shift, **config}, width * height))

@@ -187,7 +187,7 @@ def make_table(
     own = {option: value for option, value in config.items() if option not in absent and not option.startswith("_")}
     options = dict(options or {})
     if options.get("mu") is not None:
-        asked = replace(asked, mu=Config({"mu": options.pop("mu")}).get("mu"))
+        asked = replace(asked, mu=Config({"mu": options["mu"]}).get("mu"))
     read = Config({**own, **(sampler.fixed if key in SAMPLERS else {}), **options})
     if not 0 <= asked.start < max(asked.count, 1):
         raise RequestError(f"the first step must be between 0 and {asked.count - 1}, found {asked.start}")

@@ -79,6 +79,10 @@ class Config:
         """Forget the options `names`, which a config may hold for another class and this sampler ignores."""
         self._lacking.update(names)
 
+    def unheeded(self, *names: str) -> None:
+        """Take the options `names` as not read: what was made of them changes nothing with the others."""
+        self.read.difference_update(names)
+
     def refuse(self, **neutral: Any) -> None:
         """Raise `RequestError` for each option that differs from the only value supported."""
         for name, value in neutral.items():
@@ -115,6 +119,10 @@ def short(value: Any) -> str:
     except (ValueError, RecursionError):  # it holds an integer of too many digits, or too many lists in lists
         text = f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+
+
+BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+"""The options of the noise that a model was trained with."""
 
 
 def alphas_cumprod(config: Config, *more: str) -> Array:

@@ -9,9 +9,10 @@ import numpy as np
 
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from .config import Config, Line, predictions
+from .config import BETAS, Config, Line, predictions
 from .flow_match import shifted
 from .spacing import (
+    CURVES,
     as_float32,
     at_timesteps,
     count_of,
@@ -222,6 +223,9 @@ def solver_schedule(config: Config, steps: Steps, rounds: bool, repeats: bool = 
 
     timesteps, sigmas, curved = spaced(config, steps, train, rounds, flow_sigmas)
     last = (sigmas[-1] if curved else train[0]) if repeats else final_sigma(config, train)
+    of_training = any(map(config.get, (*CURVES, "use_lu_lambdas"))) or (not repeats and last)
+    if config.get("use_flow_sigmas", False) and not of_training:
+        config.unheeded(*BETAS)
     return schedule_of(config, steps, timesteps, as_float32(np.append(sigmas, last)))
 
 
@@ -283,9 +287,9 @@ def spaced(
 
 def _flow_shift(config: Config, steps: Steps) -> float:
     kind = config.get("time_shift_type", "exponential") if config.get("use_dynamic_shifting", False) else ""
-    shift = float(config.get("flow_shift", 1.0))
     if steps.mu is None:
-        return shift
+        return float(config.get("flow_shift", 1.0))
     if kind != "exponential":
         raise RequestError("mu needs use_dynamic_shifting and time_shift_type=exponential: set them, or give no mu")
+    config.get("mu")  # which is heeded
     return float(np.exp(steps.mu))

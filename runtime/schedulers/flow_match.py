@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,11 +85,13 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
     if steps.sigmas is not None:
         if steps.timesteps is not None and len(steps.timesteps) != len(steps.sigmas):
             raise RequestError(f"{len(steps.timesteps)} timesteps and {len(steps.sigmas)} sigmas: give as many of both")
-        sigmas = np.asarray(steps.sigmas, np.float32)
+        sigmas = np.asarray(within("sigmas", steps.sigmas, 1), np.float32)
     elif steps.timesteps is not None:
         sigmas = np.asarray(steps.timesteps, np.float32) / np.float32(train_steps(config))
     else:
         sigmas = _even(config, steps, 1.0 if dynamic else shift)
+    if steps.timesteps is not None:
+        within("timesteps", steps.timesteps, train_steps(config))
     sigmas = time_shifted(config, sigmas, steps.mu, "shift")
     curved = curve(config, sigmas[[0, -1]], len(sigmas))
     if curved is not None and sigmas[0] < sigmas[-1]:
@@ -102,6 +104,14 @@ def _schedule(config: Config, steps: Steps) -> tuple[Array, Array]:
         sigmas = as_float32(1 - sigmas)
         return _timesteps(config, sigmas), np.append(sigmas, 1.0)
     return timesteps, np.append(sigmas, 0.0)
+
+
+def within(name: str, asked: Sequence[float], most: float) -> Sequence[float]:
+    """`asked`. Raises `RequestError` for one that is not from 0, which is the image, to `most`, which is noise."""
+    beyond = [value for value in asked if not 0 <= value <= most]
+    if beyond:
+        raise RequestError(f"{name} of flow matching must be from 0 to {most:g}, found {beyond[0]:g}")
+    return asked
 
 
 def _even(config: Config, steps: Steps, shift: float) -> Array:
@@ -137,6 +147,7 @@ def shifted(sigmas: Array, shift: float) -> Array:
 def time_shifted(config: Config, sigmas: Array, mu: float | None, option: str) -> Array:
     """The same by the option of that name, or by e^mu or mu; then stretched to end at `shift_terminal`."""
     if config.get("use_dynamic_shifting", False):
+        config.get("mu")  # which is heeded
         if mu is None:
             raise RequestError(
                 "this schedule shifts with the size of the image: set mu, or use_dynamic_shifting to false"

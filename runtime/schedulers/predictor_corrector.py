@@ -10,9 +10,9 @@ import numpy as np
 
 from ...common.arrays import Array
 from ...common.errors import RequestError
-from .config import Config, alphas_cumprod, train_steps
+from .config import BETAS, Config, alphas_cumprod, train_steps
 from .dpm_solver import Schedule, integrating, schedule_of, solver_schedule, spaced
-from .flow_match import time_shifted
+from .flow_match import time_shifted, within
 from .spacing import CURVES, alpha_sigma_of, as_float32, final_sigma, takes, training_sigmas
 from .table import Steps, Table, TableBuilder
 
@@ -102,6 +102,8 @@ def _schedule(config: Config, steps: Steps) -> Schedule:
     if steps.sigmas is not None and any(map(config.get, CURVES)):
         raise RequestError("sigmas cannot be chosen with a sigma curve: set one of them")
     config.lacks("use_lu_lambdas", "lambda_min_clipped")
+    if flow and not any(map(config.get, CURVES)):
+        config.unheeded(*BETAS)
     timesteps, sigmas, curved = spaced(config, steps, train, True, partial(_flow_sigmas, config, steps))
     if flow and config.get("use_karras_sigmas", False):
         sigmas = sigmas / (sigmas + 1)
@@ -114,7 +116,7 @@ def _schedule(config: Config, steps: Steps) -> Schedule:
 def _flow_sigmas(config: Config, steps: Steps) -> Array:
     """Sigmas of x = (1 − σ) · image + σ · noise, shifted towards noise."""
     even = np.linspace(1, 1 / train_steps(config), steps.count + 1)[:-1]
-    sigmas = even if steps.sigmas is None else np.asarray(steps.sigmas, np.float64)
+    sigmas = even if steps.sigmas is None else np.asarray(within("sigmas", steps.sigmas, 1), np.float64)
     sigmas = time_shifted(config, sigmas, steps.mu, "flow_shift")
     if abs(sigmas[0] - 1) < _BELOW_ONE:
         sigmas[0] -= _BELOW_ONE

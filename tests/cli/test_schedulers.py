@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffoundry import Request
 from diffoundry.runtime.pipeline import load
 from diffoundry.runtime.schedule import Schedules
 from diffoundry.runtime.schedulers import SAMPLERS, make_table
@@ -62,6 +63,19 @@ def test_the_table_of_a_scheduler_is_shown(command):
     options = ["--scheduler-option", "use_karras_sigmas=true"]
     karras = json.loads(command("schedulers", "euler", "--steps", 5, "--json", *options).stdout)
     assert karras["levels"][1] != told["levels"][1]
+
+
+def test_a_schedule_that_shifts_with_the_size_is_that_of_the_default_size(called, bundle_of):
+    bundle = bundle_of("flux-dev-small")
+    told = json.loads(called("schedulers", "flow-euler", "--bundle", bundle, "--steps", 5, "--json").stdout)
+    pipe = load(bundle)
+    side = pipe.bundle.manifest.default_width
+    job = pipe._jobs.make(Request("a star", steps=5, width=side, height=side, scheduler="flow-euler"))
+    assert np.array_equal(told["timesteps"], job.table.timesteps)
+    other = pipe._jobs.make(Request("a star", steps=5, width=64, height=64, scheduler="flow-euler"))
+    assert not np.array_equal(told["timesteps"], other.table.timesteps)
+    own = ["--scheduler-option", "mu=0.3", "--json"]
+    assert json.loads(called("schedulers", "flow-euler", "--bundle", bundle, "--steps", 5, *own).stdout) != told
 
 
 def test_a_bundle_lends_its_noise_schedule(command, copied):

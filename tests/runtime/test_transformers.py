@@ -23,7 +23,7 @@ from diffoundry.export.modules.transformer import (
     unpacked,
 )
 from diffoundry.runtime.pictures.preprocess import mask_channels
-from diffoundry.runtime.schedulers import flowing, make_table
+from diffoundry.runtime.schedulers import Steps, flowing, make_table
 from diffoundry.runtime.schedulers.flow_match import shift_of
 
 
@@ -45,6 +45,58 @@ def test_samplers_of_noise_take_their_form_for_flow_or_are_refused():
     for name in ("euler", "ddim", "EulerAncestralDiscreteScheduler", "lcm", "sa"):
         with pytest.raises(RequestError, match="predict noise, this one is of flow matching: choose flow-euler"):
             flowing(config, name)
+
+
+SHIFTING = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "shift": 3.0}
+PLAIN = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "options", "told"),
+    [
+        (PLAIN, "flow-euler", {"mu": 0.8}, "no scheduler option 'mu', or it has no effect"),
+        (PLAIN, "unipc", {"mu": 0.8}, "no scheduler option 'mu', or it has no effect"),
+        (PLAIN, "dpm++2m", {"mu": 0.8}, "mu needs use_dynamic_shifting"),
+        (SHIFTING, "dpm++2m", {"mu": 0.8, "flow_shift": 2.0}, "'flow_shift', or it has no effect"),
+        (SHIFTING, "unipc", {"mu": 0.8, "flow_shift": 2.0}, "'flow_shift', or it has no effect"),
+        *(
+            (PLAIN, name, option, f"'{next(iter(option))}', or it has no effect with the others")
+            for name in ("dpm++2m", "dpm++2s", "deis", "unipc")
+            for option in ({"beta_start": 0.001}, {"beta_end": 0.01}, {"beta_schedule": "scaled_linear"})
+        ),
+    ],
+)
+def test_an_option_that_changes_nothing_is_refused(config, name, options, told):
+    flow = flowing({**config, **options}, name)
+    with pytest.raises(RequestError, match=told):
+        make_table(flow, 4, name, options)
+    heeded = {key: value for key, value in options.items() if key == "mu" and config is SHIFTING}
+    kept = make_table(flow, 4, name, heeded).weights
+    assert np.array_equal(make_table(flowing(config, name), 4, name, heeded).weights, kept)  # it would change nothing
+    if heeded:
+        assert not np.array_equal(make_table(flow, 4, name, {"mu": 0.3}).weights, kept)
+
+
+def test_betas_are_heeded_where_they_decide_the_last_sigma():
+    options = {"final_sigmas_type": "sigma_min", "beta_start": 0.01}
+    flow = flowing({**PLAIN, **options}, "dpm++2m")
+    plain = flowing({**PLAIN, "final_sigmas_type": "sigma_min"}, "dpm++2m")
+    assert not np.array_equal(make_table(flow, 4, "dpm++2m", options).weights, make_table(plain, 4, "dpm++2m").weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "told"),
+    [
+        ("flow-euler", {"sigmas": (1.5, 0.5)}, "sigmas of flow matching must be from 0 to 1, found 1.5"),
+        ("flow-euler", {"sigmas": (1.0, -0.5)}, "sigmas of flow matching must be from 0 to 1, found -0.5"),
+        ("flow-lcm", {"timesteps": (1001.0, 500.0)}, "timesteps of flow matching must be from 0 to 1000, found 1001"),
+        ("flow-euler", {"sigmas": (1.0, 0.5), "timesteps": (1000.0, -1.0)}, "timesteps .* from 0 to 1000, found -1"),
+        ("unipc", {"sigmas": (0.9, -0.5)}, "sigmas of flow matching must be from 0 to 1, found -0.5"),
+    ],
+)
+def test_a_schedule_of_ones_own_lies_between_the_image_and_noise(name, asked, told):
+    with pytest.raises(RequestError, match=told):
+        make_table(flowing(PLAIN, name), Steps(2, **asked), name)
 
 
 def test_packing_and_positions_are_those_of_the_pipelines():
