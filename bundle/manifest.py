@@ -10,7 +10,19 @@ from ..common.checks import is_whole
 from ..common.errors import BundleError
 from . import schema1
 from .reader import FieldError, Rule, read
-from .wiring import MODE, PICTURE, STEPPING, AtLeast1, Control, Latents, Role, TextEncoder, Tokenizer, Wiring
+from .wiring import (
+    MODE,
+    MOST_TOKENS,
+    PICTURE,
+    STEPPING,
+    AtLeast1,
+    Control,
+    Latents,
+    Role,
+    TextEncoder,
+    Tokenizer,
+    Wiring,
+)
 
 SCHEMA_VERSION = 2
 """Raised when a reader of the old version would misread the new manifest."""
@@ -129,14 +141,19 @@ class Manifest:
         return encoder.length or self.tokenizers[encoder.tokenizer].max_length
 
     @property
-    def text_tokens(self) -> int:
-        """The tokens that the denoiser reads of a prompt of one window, where a request does not choose."""
+    def longest_text(self) -> int:
+        """The most tokens that a request may choose to have of a prompt, 0 where it may not choose."""
+        most = [self.tokenizers[each.tokenizer].max_length for each in self.wiring.text if each.length]
+        return min([*most, *([MOST_TOKENS] if self.wiring.zeros else [])], default=0)
+
+    def text_tokens(self, chosen: int | None = None) -> int:
+        """The tokens that the denoiser reads of a prompt of one window, where a request chooses so many, or none."""
         total = 0
         for encoder in self.wiring.text:
             if encoder.hidden:
-                own = self.tokens_of(encoder)
+                own = (encoder.length and chosen) or self.tokens_of(encoder)
                 total = total + own if encoder.join == "sequence" else max(total, own)
-        return total + self.wiring.zeros
+        return total + ((self.wiring.zeros and chosen) or self.wiring.zeros)
 
     def per_prompt(self, name: str) -> tuple[str, ...]:
         """The inputs of component `name` that stay the same from step to step, () for one that does not step."""

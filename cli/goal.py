@@ -45,9 +45,18 @@ def parse_range(text: str) -> tuple[Size, Size]:
 
 def parse_batch(text: str) -> tuple[int, int]:
     """Read `4` or `1-4`. Raises `DiffoundryError`."""
+    return _parse_numbers(text, "a batch is a number or a range, such as 4 or 1-4")
+
+
+def parse_tokens(text: str) -> tuple[int, int]:
+    """Read `256` or `64-512`. Raises `DiffoundryError`."""
+    return _parse_numbers(text, "tokens are a number or a range, such as 256 or 64-512")
+
+
+def _parse_numbers(text: str, what: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text.strip())
     if found is None:
-        raise DiffoundryError(f"a batch is a number or a range, such as 4 or 1-4, found {text!r}")
+        raise DiffoundryError(f"{what}, found {text!r}")
     return int(found[1]), int(found[2] or found[1])
 
 
@@ -84,6 +93,11 @@ _OPTIONS = (
     ),
     click.option(
         "--batch", type=Parsed("N[-M]", parse_batch), help="TensorRT: images in one call of the U-Net. [default: 1]"
+    ),
+    click.option(
+        "--tokens",
+        type=Parsed("N[-M]", parse_tokens),
+        help="TensorRT: the --max-sequence-length that `run` may ask for. [default: the checkpoint's alone]",
     ),
     *(click.option(f"--{name}", is_flag=True, help=text) for name, text in _FLAGS.items()),
     click.option("--build-memory", type=GIB, help="TensorRT: stop a builder that takes more than this."),
@@ -154,6 +168,7 @@ def take_goal(options: dict[str, Any]) -> dict[str, Any]:
         "sizes": tuple(size for part in shapes for size in part),
         "dynamic": options.pop("dynamic"),
         "batch": options.pop("batch"),
+        "tokens": options.pop("tokens"),
         "flags": tuple(name for name in _FLAGS if options.pop(name.replace("-", "_"))),
         "memory_limit": options.pop("build_memory"),
     }

@@ -16,6 +16,7 @@ from ..gpu.gpu import CapturedLaunches, DeviceTensor, Gpu
 from .loaded import Buffers, LoadedPlan, ShapedContext
 from .plan import Plan, Shape, closest
 
+_TOKENS = "sequence_length"
 _MOST_CONTEXTS = 8
 """Sets of shapes of a component that are kept ready. A context holds some MB, and takes up to seconds to be made."""
 
@@ -64,6 +65,7 @@ class TensorRTEngine(Engine):
         first = self.inputs[0].shape
         axis = first[0] if first else None
         self._by_row = tuple(t.name for t in self.inputs if t.shape and t.shape[0] == axis and isinstance(axis, str))
+        self._tokens = {t.name: t.shape.index(_TOKENS) for t in self.inputs if _TOKENS in t.shape}
         self._rows_out = tuple(t.name for t in self.outputs if t.shape and t.shape[0] == axis and isinstance(axis, str))
 
     def to_device(self, array: Array) -> DeviceTensor:
@@ -156,7 +158,7 @@ class TensorRTEngine(Engine):
 
     def _context(self, shapes: Mapping[str, Shape]) -> ShapedContext:
         """The context of these shapes, made where there is none. Raises `EngineError` when no plan takes them."""
-        plan = closest(self.component, self._plans, shapes)
+        plan = closest(self.component, self._plans, shapes, self._tokens)
         if plan is not self.chosen:
             self.chosen = plan
             self._on_plan(plan)

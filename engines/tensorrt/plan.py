@@ -221,12 +221,25 @@ def _same_gpu(recipe: Recipe, gpu: Device) -> bool:
     return gpu.arch in recipe.archs and recipe.device in ("", gpu.name)
 
 
-def closest(component: str, plans: Sequence[Plan], shapes: Mapping[str, Shape]) -> Plan:
+def closest(
+    component: str, plans: Sequence[Plan], shapes: Mapping[str, Shape], tokens: Mapping[str, int] | None = None
+) -> Plan:
     """The plan whose profile takes inputs of these shapes and lies closest, a static one first.
 
+    tokens: of inputs that have tokens of text, which axis counts them.
     Raises `EngineError` saying what was asked and what the plans take.
     """
     fitting = [plan for plan in plans if plan.profile.takes(shapes)]
+    if not fitting and tokens:
+        (name, axis), *_ = tokens.items()
+        own = {least[axis] for each in plans for least in each.profile.shapes[name][:1]}
+        levelled = [{n: _with(shapes[n], tokens.get(n), size) for n in shapes} for size in own]
+        if any(plan.profile.takes(each) for plan in plans for each in levelled):
+            built = "; ".join(sorted({plan.profile.name for plan in plans}))
+            raise EngineError(
+                f"{component}: no plan takes {shapes[name][axis]} tokens of text; built are: {built}. Build with "
+                "--tokens that hold them, or leave max_sequence_length out"
+            )
     if not fitting:
         asked = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
         built = "; ".join(sorted({plan.profile.name for plan in plans}))
@@ -234,3 +247,8 @@ def closest(component: str, plans: Sequence[Plan], shapes: Mapping[str, Shape]) 
             f"{component}: no plan takes {asked}; built are: {built}. Compile with a --shape and --batch that hold it"
         )
     return min(fitting, key=lambda plan: (not plan.profile.static, plan.profile.distance(shapes), plan.key))
+
+
+def _with(shape: Shape, axis: int | None, size: int) -> Shape:
+    """`shape` with this size along an axis, as it is where there is none."""
+    return shape if axis is None else (*shape[:axis], size, *shape[axis + 1 :])

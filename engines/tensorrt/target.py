@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...bundle import Manifest
@@ -28,7 +28,9 @@ _STEPS = 1, 20, 1000
 class Target:
     """archs: GPU architectures, as `sm89`; empty for the GPU that is here. sizes: of pictures, one static plan each
     (empty: the checkpoint's own). dynamic: the smallest and largest size of one plan that takes all between them.
-    batch: the fewest and most images of a call. flags: of `engines.tensorrt.plan.FLAGS`.
+    batch: the fewest and most images of a call. tokens: of a prompt, the fewest and most that a request may choose as
+    its `max_sequence_length` (None: it may not choose another number than the model's own).
+    flags: of `engines.tensorrt.plan.FLAGS`.
     memory_limit: bytes that the builder may take.
     """
 
@@ -36,6 +38,7 @@ class Target:
     sizes: tuple[Size, ...] = ()
     dynamic: tuple[Size, Size] | None = None
     batch: tuple[int, int] = (1, 1)
+    tokens: tuple[int, int] | None = None
     flags: tuple[str, ...] = ()
     memory_limit: int | None = None
 
@@ -60,6 +63,14 @@ class Target:
             1 <= low <= high <= MOST_IMAGES,
             f"the batch must be from 1 to {MOST_IMAGES} images, the smaller number first, found {low}-{high}",
         )
+        if self.tokens is not None:
+            pair = fits(tuple[int, int], self.tokens)
+            _need(pair, f"tokens must be the fewest and the most of a prompt, found {self.tokens!r:.80}")
+            low, high = self.tokens
+            _need(
+                1 <= low <= high,
+                f"the tokens of a prompt must be 1 or more, the smaller number first, found {low}-{high}",
+            )
         limit = self.memory_limit
         _need(
             limit is None or (is_whole(limit) and limit > 0),
@@ -82,11 +93,6 @@ class Target:
             low, high = self.dynamic
             usual = tuple(min(max(side, a), b) for side, a, b in zip(own, low, high, strict=True))
             ranges.append((low, (usual[0], usual[1]), high))
-        _need(
-            not manifest.wiring.inputs_from("picture"),
-            "plans of TensorRT are not built for a model that reads a picture as tokens (FLUX.1 Kontext): use "
-            "--engine onnxruntime:cuda",
-        )
         unit = manifest.latents.unit
         for side in (side for part in ranges for size in part for side in size):
             _need(
@@ -94,6 +100,24 @@ class Target:
                 f"the sides of a shape must be multiples of {unit} from {unit} to {LARGEST_SIDE}, found {side}",
             )
         return ranges
+
+    def all_tokens(self, manifest: Manifest) -> tuple[int, int, int] | None:
+        """The least, usual and largest number of tokens that a request may choose, None where it may not choose.
+
+        Raises `DiffoundryError` for what no request of this bundle can choose.
+        """
+        bucket = max((each.bucket for each in manifest.wiring.text), default=0)
+        usual = max([*(each.length for each in manifest.wiring.text), manifest.wiring.zeros])
+        if self.tokens is None:
+            return (bucket, min(2 * bucket, usual), usual) if bucket else None
+        (low, high), most = self.tokens, manifest.longest_text
+        _need(most > 0, "the text encoders of this bundle have windows of one length: leave --tokens out")
+        _need(high <= most, f"this model reads at most {most} tokens of a prompt, found --tokens {low}-{high}")
+        _need(
+            not bucket or low % bucket == high % bucket == 0,
+            f"prompts of this model are filled up to a multiple of {bucket} tokens: give --tokens in multiples of it",
+        )
+        return low, min(max(usual if not bucket else 2 * bucket, low), high), high
 
 
 def _need(holds: bool, message: str) -> None:
@@ -107,18 +131,23 @@ def _check_size(size: object) -> None:
 
 def profiles(manifest: Manifest, component: str, target: Target) -> list[Profile]:
     """The profiles that `component` is built for: one a size, or one in all where the size does not matter to it."""
-    ranges = target.all_sizes(manifest)
+    ranges, chosen = target.all_sizes(manifest), target.all_tokens(manifest)
     role = manifest.components[component].role
     if role == "text":
         encoder = next(each for each in manifest.wiring.text if each.component == component)
-        tokens, rows = manifest.tokens_of(encoder), max(_MOST_PROMPTS, 2 * target.batch[1])
-        axes = {"batch_size": (1, 2, rows), "sequence_length": _lengths(encoder.bucket, tokens)}
-        least = f"{encoder.bucket}-" if encoder.bucket else ""
-        return [_profile(manifest, component, f"{least}{tokens} tokens, 1-{rows} prompts", axes)]
+        tokens, rows = (manifest.tokens_of(encoder),) * 3, max(_MOST_PROMPTS, 2 * target.batch[1])
+        if chosen is not None and encoder.length:
+            tokens = chosen
+        axes = {"batch_size": (1, 2, rows), "sequence_length": tokens}
+        return [_profile(manifest, component, f"{_range(tokens)} tokens, 1-{rows} prompts", axes)]
     if role in ("image", "image_prompt"):
         return [_profile(manifest, component, f"1-{_MOST_PROMPTS} images", {"batch_size": (1, 1, _MOST_PROMPTS)})]
     if role == "step":
         return [_step_profile(manifest, component, target, ranges)]
+    shown = manifest.wiring.picture_sizes
+    if role == "encoder" and shown:  # which encodes the picture that is seen, and nothing else
+        widths, heights = zip(*shown, strict=True)
+        ranges = [((min(widths), min(heights)), _middle(shown), (max(widths), max(heights)))]
     return [_sized_profile(manifest, component, target, sizes) for sizes in ranges]
 
 
@@ -130,20 +159,25 @@ def rows_of_denoiser(manifest: Manifest, batch: tuple[int, int]) -> tuple[int, i
     return (halves * low,) * 3 if low == high else (low, halves * low, halves * high)
 
 
-def _lengths(bucket: int, tokens: int) -> tuple[int, int, int]:
-    """The least, usual and largest number of tokens. bucket: where they are as many as the prompt has, else 0."""
-    return (bucket, min(2 * bucket, tokens), tokens) if bucket else (tokens,) * 3
+def _middle(sizes: Sequence[Size]) -> Size:
+    """Of several sizes the one nearest to a square."""
+    return min(sizes, key=lambda size: max(size) / min(size))
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """The first and the last, or the one that both are."""
+    return "-".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
 
 
 def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tuple[Size, Size, Size]) -> Profile:
     down = manifest.latents.downscale
     widths, heights = (tuple(size[i] for size in sizes) for i in (0, 1))
     latent_widths, latent_heights = (tuple(side // down for side in sides) for sides in (widths, heights))
-    bucket = max((each.bucket for each in manifest.wiring.text), default=0)
+    chosen = target.all_tokens(manifest)
     denoises = manifest.components[component].role in STEPPING
     axes: dict[str, tuple[int, ...]] = {
         "batch_size": rows_of_denoiser(manifest, target.batch) if denoises else (1, 1, 1),
-        "sequence_length": _lengths(bucket, manifest.text_tokens),
+        "sequence_length": tuple(manifest.text_tokens(each) for each in chosen or (None,) * 3),
         "height": latent_heights,
         "width": latent_widths,
         "latent_height": latent_heights,
@@ -151,6 +185,11 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
         "sample_height": heights,
         "sample_width": widths,
     }
+    if manifest.wiring.picture_sizes:
+        shown = manifest.wiring.picture_sizes
+        for i, axis in enumerate(("picture_width", "picture_height")):
+            sides = [size[i] // down for size in shown]
+            axes[axis] = (min(sides), _middle(shown)[i] // down, max(sides))
     for control in manifest.wiring.controls.values():
         if control.component == component and control.modes:
             axes[PICTURES] = (1, 1, control.modes)
@@ -164,7 +203,8 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
         axes |= {SETS: (1, 1, axes["batch_size"][2]), RANK: (1, lora.rank, lora.rank)}
     name = "-".join("x".join(map(str, size)) for size in dict.fromkeys((sizes[0], sizes[2])))
     if denoises:
-        name += f", batch {'-'.join(map(str, dict.fromkeys(target.batch)))}"
+        name += f", batch {_range(target.batch)}"
+        name += f", {_range(target.tokens)} tokens" if target.tokens else ""
     return _profile(manifest, component, name, axes)
 
 

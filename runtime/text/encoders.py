@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...bundle import Bundle, TextEncoder
-from ...bundle.wiring import MOST_TOKENS
 from ...common.arrays import Array
 from ...common.errors import BundleError, RequestError
 from ...engines import Engine
@@ -72,9 +71,7 @@ class TextEncoders:
     @property
     def longest(self) -> int:
         """The most tokens that a request may choose to have, 0 where it may not choose."""
-        tokenizers = self._bundle.manifest.tokenizers
-        most = [tokenizers[each.tokenizer].max_length for each in self._encoders.values() if each.length]
-        return min([*most, *([MOST_TOKENS] if self._zeros else [])], default=0)
+        return self._bundle.manifest.longest_text
 
     @property
     def weighted(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from diffoundry.bundle import Bundle
+from diffoundry.bundle import Bundle, Tensor
 from diffoundry.common.errors import DiffoundryError, EngineError
 from diffoundry.engines.tensorrt.bundle_plans import resolve_machine
 from diffoundry.engines.tensorrt.target import Target, profiles, rows_of_denoiser
@@ -58,6 +58,80 @@ def test_what_does_not_depend_on_the_size_has_one_plan(manifest):
     assert shapes(step, "weights")[2] == (16, 1000, 12, 15)
 
 
+@pytest.fixture(scope="module")
+def flux(bundle_of):
+    return Bundle.open(bundle_of("flux-dev-small")).manifest
+
+
+def test_tokens_that_a_request_may_choose_are_an_axis_of_its_own(flux):
+    def lengths(component, name, target):
+        (profile,) = profiles(flux, component, target)
+        return [shape[1] for shape in shapes(profile, name)], profile.name
+
+    plain, ranged = Target(sizes=((64, 64),)), Target(sizes=((64, 64),), tokens=(40, 512))
+    assert lengths("transformer", "encoder_hidden_states", plain) == ([512] * 3, "64x64, batch 1")
+    assert lengths("text_encoder_2", "input_ids", plain) == ([512] * 3, "512 tokens, 1-8 prompts")
+    found = lengths("transformer", "encoder_hidden_states", ranged)
+    assert found == ([40, 512, 512], "64x64, batch 1, 40-512 tokens")
+    assert lengths("text_encoder_2", "input_ids", ranged) == ([40, 512, 512], "40-512 tokens, 1-8 prompts")
+    assert lengths("text_encoder", "input_ids", ranged) == ([77] * 3, "77 tokens, 1-8 prompts")  # CLIP's window
+    one = Target(sizes=((64, 64),), tokens=(128, 128))
+    assert lengths("transformer", "encoder_hidden_states", one) == ([128] * 3, "64x64, batch 1, 128 tokens")
+
+
+def test_tokens_join_the_windows_that_have_one_length(flux):
+    clip = replace(flux.wiring.text[0], hidden="hidden_states.1")
+    t5 = replace(flux.wiring.text[1], length=256)
+    beside = replace(flux, wiring=replace(flux.wiring, text=(clip, t5)))
+    zeros = replace(flux, wiring=replace(flux.wiring, text=(clip,), zeros=256))
+    target = Target(sizes=((64, 64),), tokens=(64, 512))
+    for each in (beside, zeros):
+        (profile,) = profiles(each, "transformer", target)
+        assert [shape[1] for shape in shapes(profile, "encoder_hidden_states")] == [77 + 64, 77 + 256, 77 + 512]
+
+
+def test_windows_as_long_as_their_prompts_take_multiples(flux):
+    filled = replace(flux, wiring=replace(flux.wiring, text=(replace(flux.wiring.text[1], bucket=32),)))
+    sized = {"sizes": ((64, 64),)}
+
+    def lengths(target):
+        return [shape[1] for shape in shapes(profiles(filled, "transformer", target)[0], "encoder_hidden_states")]
+
+    assert lengths(Target(**sized)) == [32, 64, 512]
+    assert lengths(Target(**sized, tokens=(96, 256))) == [96, 96, 256]
+    with pytest.raises(DiffoundryError, match="multiple of 32 tokens: give --tokens in multiples"):
+        lengths(Target(**sized, tokens=(40, 256)))
+
+
+def test_tokens_that_no_request_can_choose_are_refused(flux, manifest):
+    with pytest.raises(DiffoundryError, match="at most 512 tokens of a prompt, found --tokens 64-600"):
+        profiles(flux, "transformer", Target(tokens=(64, 600)))
+    with pytest.raises(DiffoundryError, match="windows of one length: leave --tokens out"):
+        profiles(manifest, "unet", Target(tokens=(64, 77)))
+
+
+def test_a_picture_that_is_seen_has_sizes_of_its_own(flux):
+    """As of FLUX.1 Kontext: the picture is brought to one of these, whatever is drawn."""
+    sizes = ((672, 1568), (1024, 1024), (1392, 752), (1568, 672))
+    shown = Tensor("picture", "float32", ("batch_size", 16, "picture_height", "picture_width"))
+    transformer = flux.components["transformer"]
+    kontext = replace(
+        flux,
+        components={**flux.components, "transformer": replace(transformer, inputs=(*transformer.inputs, shown))},
+        wiring=replace(flux.wiring, inputs={**flux.wiring.inputs, "picture": "picture"}, picture_sizes=sizes),
+    )
+    target = Target(sizes=((64, 80), (96, 96)))
+    first, second = profiles(kontext, "transformer", target)
+    assert shapes(first, "sample") == ((1, 16, 10, 8),) * 3 and shapes(second, "sample") == ((1, 16, 12, 12),) * 3
+    assert shapes(first, "picture") == ((1, 16, 84, 84), (1, 16, 128, 128), (1, 16, 196, 196))
+    for width, height in sizes:
+        asked = {name: usual for name, (_, usual, _) in first.shapes.items()}
+        assert first.takes({**asked, "picture": (1, 16, height // 8, width // 8)})
+    (encoder,) = profiles(kontext, "vae_encoder", target)  # which encodes the picture alone
+    assert shapes(encoder, "sample") == ((1, 3, 672, 672), (1, 3, 1024, 1024), (1, 3, 1568, 1568))
+    assert [p.name for p in profiles(kontext, "vae_decoder", target)] == ["64x80", "96x96"]
+
+
 def test_the_rows_of_the_unet_follow_the_guidance(manifest):
     assert rows_of_denoiser(manifest, (1, 1)) == (2, 2, 2)
     assert rows_of_denoiser(manifest, (2, 4)) == (2, 4, 8)
@@ -101,6 +175,9 @@ def test_every_sampler_fits_the_plan_of_the_step(manifest, bundle_of):
         (lambda: Target(batch=(1, 2.5)), "the fewest and the most images"),
         (lambda: Target(batch=(True, True)), "the fewest and the most images"),
         (lambda: Target(memory_limit=float("nan")), "a number of bytes above 0"),
+        (lambda: Target(tokens=64), "the fewest and the most of a prompt, found 64"),
+        (lambda: Target(tokens=(64, 32)), "the smaller number first, found 64-32"),
+        (lambda: Target(tokens=(0, 32)), "must be 1 or more"),
         (lambda: Target(memory_limit="5"), "a number of bytes above 0"),
     ],
 )
