@@ -179,6 +179,8 @@ class Flow:
         return (self.inpaint_strength if task == "inpaint" else None) or self.strength
 
 
+PICTURE_SIDES = ("picture_height", "picture_width")
+"""The axes of what `picture` feeds; the first is 0 where there is no picture, which then has no tokens."""
 PICTURE, SCALE = "controlnet_cond", "scale"
 """Inputs of a control that no denoiser has: the picture, and a factor for each residual."""
 MODE, STRENGTH = "control_type", "strength"

@@ -202,11 +202,11 @@ def _steered(bundle: Bundle, scan: Scan) -> Request:
 
 
 def requests(bundle: Bundle, scan: Scan) -> list[Request]:
-    """One request a prompt, of the first task that the bundle does; edits start from noise on a drawn picture."""
+    """One request a prompt, of the first task that the bundle does, with a drawn picture where one can be seen."""
     tasks, manifest = bundle.manifest.tasks, bundle.manifest
     width, height = scan.size or (manifest.default_width, manifest.default_height)
     options: dict[str, Any] = {"width": width, "height": height, "steps": scan.steps}
-    if "txt2img" not in tasks:
+    if "txt2img" not in tasks or (manifest.wiring.edits and "img2img" in tasks):
         options["image"] = _picture(width, height, scan.seed)
         if "img2img" not in tasks:
             options["mask"] = _right_half(width, height)

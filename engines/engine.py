@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from ..bundle import Tensor
+from ..bundle.wiring import PICTURE_SIDES
 from ..common.arrays import Array
 from ..common.errors import EngineError
 
@@ -136,7 +137,8 @@ class Engine(ABC):
 def check_feeds(component: str, inputs: tuple[Tensor, ...], feeds: Mapping[str, Array]) -> None:
     """Hold `feeds` against `inputs`: names, dtypes, ranks, fixed sizes and axes of one name of one size.
 
-    An axis of size 1 may stand for a named axis of any size where the graph broadcasts it (the timestep).
+    An axis of size 1 may stand for a named axis of any size where the graph broadcasts it (the timestep). None is
+    empty but what is made of the height of a picture that is not there.
     Raises `EngineError`.
     """
     expected = {tensor.name for tensor in inputs}
@@ -153,7 +155,7 @@ def check_feeds(component: str, inputs: tuple[Tensor, ...], feeds: Mapping[str, 
         if array.ndim != len(tensor.shape):
             raise EngineError(f"{wanted}, found shape {_show(array.shape)}")
         for axis, size in zip(tensor.shape, array.shape, strict=True):
-            if size == 0 or (isinstance(axis, int) and axis != size):
+            if (size == 0 and PICTURE_SIDES[0] not in str(axis)) or (isinstance(axis, int) and axis != size):
                 raise EngineError(f"{wanted}, found shape {_show(array.shape)}")
             if isinstance(axis, str) and not (array.ndim == 1 and size == 1):
                 first, owner = sizes.setdefault(axis, (size, tensor.name))

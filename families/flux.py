@@ -1,7 +1,7 @@
 """FLUX.1: a CLIP and a T5 text encoder, and a transformer that reads packed latents.
 
-Kontext reads a picture as more tokens, Fill the masked picture and the mask beside the latents, and the control models
-(Canny, Depth) a picture beside them.
+Kontext reads a picture as more tokens, where there is one, Fill the masked picture and the mask beside the latents, and
+the control models (Canny, Depth) a picture beside them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SHOWN = (
 """The sizes of pictures that Kontext was trained with."""
 _KONTEXT, _FILL, _CONTROL = "FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline"
 _KINDS: dict[str, dict[str, Any]] = {
-    _KONTEXT: {"tasks": ("img2img",), "picture_sizes": _SHOWN},
+    _KONTEXT: {"tasks": ("txt2img", "img2img"), "picture_sizes": _SHOWN},
     _FILL: {"tasks": ("inpaint",), "latents_from": "latents.filled", "guidance": 30.0},
     _CONTROL: {"tasks": ("img2img",), "latents_from": "latents.beside", "guidance": 10.0},
 }

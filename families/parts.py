@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..bundle import Tensor
-from ..bundle.wiring import TASKS, Flow, Latents, TextEncoder, Wiring
+from ..bundle.wiring import PICTURE_SIDES, TASKS, Flow, Latents, TextEncoder, Wiring
 from ..common.checks import is_finite
 from ..common.errors import CheckpointError
 from .family import Configs, Part, Pipeline
@@ -124,7 +124,7 @@ def transformer_inputs(
     if guided:
         inputs.append(Tensor("guidance", "float32", ("batch_size",)))
     if shown:
-        inputs.append(Tensor("picture", "float32", ("batch_size", channels, "picture_height", "picture_width")))
+        inputs.append(Tensor("picture", "float32", ("batch_size", channels, *PICTURE_SIDES)))
     if skipping:
         inputs.append(Tensor("kept_layers", "float32", ("batch_size", skipping)))
     return tuple(inputs)

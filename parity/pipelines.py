@@ -670,14 +670,18 @@ def _of_editing(checkpoint: str, kind: str, options: Mapping[str, Any]) -> Itera
     if checkpoint == "flux-kontext-small":
         guided = {"true_cfg_scale": 2.0, "negative_prompt": NEGATIVE}
         yield replace(plain, options={**options, **guided}, label=_DIT + _named(guided), size=(64, 64))
+        for count in (1, 2):  # from the text alone
+            yield replace(plain, task="txt2img", label=_DIT, count=count, size=_WIDE_TOKENS)
 
 
 EDITING = {"flux-kontext-small": "img2img", "flux-fill-small": "inpaint", "flux-control-small": "img2img"}
-"""Checkpoints whose model sees a picture, and what they do."""
+"""Checkpoints whose model sees a picture, and what they do with it."""
 
 
 def tasks_of(checkpoint: str) -> tuple[str, ...]:
     """The tasks of one of `TRANSFORMERS`."""
+    if checkpoint == "flux-kontext-small":  # which does without a picture, too
+        return ("txt2img", "img2img")
     return (EDITING[checkpoint],) if checkpoint in EDITING else _ALL
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...bundle import Manifest
 from ...bundle.reader import fits
-from ...bundle.wiring import STEPPING
+from ...bundle.wiring import PICTURE_SIDES, STEPPING
 from ...common.checks import LARGEST_SIDE, MOST_IMAGES, is_whole
 from ...common.errors import DiffoundryError
 from ...families.control import PICTURES, halved
@@ -187,7 +187,7 @@ def _sized_profile(manifest: Manifest, component: str, target: Target, sizes: tu
     }
     if manifest.wiring.picture_sizes:
         shown = manifest.wiring.picture_sizes
-        for i, axis in enumerate(("picture_width", "picture_height")):
+        for i, axis in enumerate(reversed(PICTURE_SIDES)):
             sides = [size[i] // down for size in shown]
             axes[axis] = (min(sides), _middle(shown)[i] // down, max(sides))
     for control in manifest.wiring.controls.values():

@@ -12,6 +12,7 @@ import diffusers
 import torch
 
 from ...bundle import Tensor
+from ...bundle.wiring import PICTURE_SIDES
 from ...common.errors import CheckpointError
 from ...common.imports import imported
 from ...families import Part, Pipeline
@@ -267,7 +268,7 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
             "height": Axis(8, longest, unit),
             "width": Axis(8, longest, unit),
             "sequence_length": Axis(8, 77),
-            **(dict.fromkeys(("picture_height", "picture_width"), Axis(8, 20, unit)) if shown else {}),
+            **(dict.fromkeys(PICTURE_SIDES, Axis(8, 20, unit)) if shown else {}),
         },
         scale={"timestep": 999.0, "guidance": 10.0, "kept_layers": 1.0},
         masks=tuple(pipeline.wiring.inputs_from("text.mask")),

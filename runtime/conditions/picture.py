@@ -27,6 +27,7 @@ class Picture(Condition):
 
     def __init__(self, manifest: Manifest, autoencoder: Autoencoder) -> None:
         self._autoencoder, self._wiring = autoencoder, manifest.wiring
+        self._multiple = manifest.latents.multiple
         self._masked = bool(self._wiring.inputs_from("latents.masked"))
         self._filled = bool(self._wiring.inputs_from("latents.filled"))
         usual = 1.0 if self._wiring.flow is None else self._wiring.flow.usual_strength("inpaint")
@@ -50,15 +51,28 @@ class Picture(Condition):
             raise RequestError("this model sees the image around the mask: give the image itself, not latents")
         if self._wiring.edits and any(job.request.starts_from_latents for job in jobs):
             raise RequestError("this model sees the picture that it is given: give the picture itself, not latents")
+        if len({self._seen(job) for job in jobs}) > 1:
+            raise RequestError(
+                "the pictures that the requests of a batch show must be of one shape: run others on their own"
+            )
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """What each job starts from; images are encoded."""
         return [self._edited(job) if self._wiring.edits else self._fed(job) for job in jobs]
 
+    def _seen(self, job: Job) -> tuple[int, int] | None:
+        """The width and height in which the model sees the picture of a job as tokens, None where there is none."""
+        if job.picture is None or job.picture.original is None or not self._wiring.inputs_from("picture"):
+            return None
+        return picture_size(job.picture.original, self._wiring.picture_sizes)
+
     def _edited(self, job: Job) -> Fed:
         """Noise, and the picture beside it."""
         autoencoder, picture, scale = self._autoencoder, job.picture, np.float32(job.table.init_scale)
         shape, tiled = autoencoder.shape(job.size), job.request.tiled
+        if picture is None and self._wiring.inputs_from("picture"):
+            unseen = {"picture": np.zeros((shape[0], 0, self._multiple), np.float32)}
+            return Fed(unseen, unseen, start=lambda i, generator: Start(generator.randn(1, *shape)[0] * scale))
         if picture is None or picture.original is None or picture.pixels is None:
             raise RequestError("this model sees a picture: give one as the image")
         if not self._wiring.inputs_from("picture"):

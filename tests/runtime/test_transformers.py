@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from diffoundry import Guidance, Request, load
-from diffoundry.common.errors import BundleError, CheckpointError, DiffoundryError, RequestError
+from diffoundry.bundle import Tensor
+from diffoundry.common.errors import BundleError, CheckpointError, DiffoundryError, EngineError, RequestError
+from diffoundry.engines.engine import check_feeds
 from diffoundry.engines.verify import recorded_case, verify
 from diffoundry.export import compile
 from diffoundry.export.loading import load_mapped
@@ -22,6 +25,8 @@ from diffoundry.export.modules.transformer import (
     positions,
     unpacked,
 )
+from diffoundry.runtime.conditions.picture import Picture
+from diffoundry.runtime.loop.noise import GENERATORS
 from diffoundry.runtime.pictures.preprocess import mask_channels
 from diffoundry.runtime.schedulers import Steps, flowing, make_table
 from diffoundry.runtime.schedulers.flow_match import shift_of
@@ -142,6 +147,42 @@ def test_t5_reads_the_tokens_that_its_own_tokenizer_gives(checkpoint_of, bundle_
         expected = theirs(texts, padding="max_length", truncation=True, max_length=window, return_tensors="np")
         assert np.array_equal(found, expected.input_ids)
         assert [bool(each) for each in left] == [False, False, window == 12, True]
+
+
+def test_a_picture_that_is_not_there_has_no_tokens(bundle_of):
+    """As of FLUX.1 Kontext; what it draws then is held against diffusers in the cases of `parity.pipelines`."""
+    pipe = load(bundle_of("flux-dev-small"))
+    plain = pipe.bundle.manifest
+    sizes = ((1024, 1024), (672, 1568))
+    wiring = replace(plain.wiring, inputs={**plain.wiring.inputs, "picture": "picture"}, picture_sizes=sizes)
+    condition = Picture(replace(plain, wiring=wiring), pipe._autoencoder)
+    options = {"width": 64, "height": 48, "seed": 3}
+    bare = pipe._jobs.make(Request("a star", **options))
+    (fed,) = condition.feed([bare])
+    assert fed.prompt["picture"].shape == fed.negative["picture"].shape == (16, 0, 2)
+    assert fed.start(0, GENERATORS["cpu"](3)).latents.shape == (16, 6, 8)
+    square, tall = (
+        pipe._jobs.make(Request("a star", image=np.zeros((*side, 3), np.uint8), **options))
+        for side in ((64, 64), (160, 64))
+    )
+    condition.check([square, square])
+    for other in (bare, tall):
+        with pytest.raises(RequestError, match="must be of one shape: run others on their own"):
+            condition.check([square, other])
+
+
+def test_an_axis_is_empty_where_a_picture_may_be_absent_and_nowhere_else():
+    shown = Tensor("picture", "float32", (1, 16, "picture_height", "picture_width"))
+    made = Tensor("tokens", "float32", ("batch_size", "(picture_height//2)*(picture_width//2)", 64))
+    check_feeds("transformer", (shown, made), {"picture": zeros(1, 16, 0, 2), "tokens": zeros(1, 0, 64)})
+    sample = Tensor("sample", "float32", (1, 16, "height", "width"))
+    for tensor, shape in ((sample, (1, 16, 0, 2)), (shown, (1, 16, 2, 0)), (made, (0, 4, 64))):
+        with pytest.raises(EngineError, match="found shape"):
+            check_feeds("transformer", (tensor,), {tensor.name: zeros(*shape)})
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.float32)
 
 
 def said(pipe, **options):
