@@ -127,6 +127,13 @@ class Manifest:
                 raise ValueError(
                     f"wiring.text names {encoder.component!r} and {encoder.tokenizer!r}, which are not both there"
                 )
+            tokenizer = self.tokenizers[encoder.tokenizer]
+            of_clip = bool(encoder.skips or encoder.pooled)
+            if of_clip and None in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+                raise ValueError(
+                    f"tokenizers.{encoder.tokenizer} must have a bos_token_id and an eos_token_id, between which "
+                    f"{encoder.component!r} reads a prompt"
+                )
 
     def with_role(self, role: Role) -> list[str]:
         """The names of the components with this role."""

@@ -18,6 +18,10 @@ MOST_TOKENS = 1024
 NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
 """How controls and IP-Adapters are called."""
 
+LONGEST_BESIDE = 4096
+"""Characters of the texts that a prompt is put between, at most."""
+_LARGEST_PATCH = 64
+
 AtLeast1 = Annotated[int, Rule(lambda value: value >= 1, "be at least 1")]
 NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGEST, "be a number other than zero")]
 TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from 0 to {_MOST_TOKENS - 1}")]
@@ -26,6 +30,8 @@ Modes = Annotated[int, Rule(lambda value: 0 <= value <= MOST_MODES, f"be from 0 
 Tokens = Annotated[int, Rule(lambda value: 0 <= value <= MOST_TOKENS, f"be from 0 to {MOST_TOKENS}")]
 Share = Annotated[float, Rule(lambda value: 0 < value <= 1, "be above 0 and at most 1")]
 Side = Annotated[int, Rule(lambda value: 0 <= value <= LARGEST_SIDE, f"be from 0 to {LARGEST_SIDE}")]
+Patch = Annotated[int, Rule(lambda value: 1 <= value <= _LARGEST_PATCH, f"be from 1 to {_LARGEST_PATCH}")]
+Beside = Annotated[str, Rule(lambda value: len(value) <= LONGEST_BESIDE, f"be {LONGEST_BESIDE} characters at most")]
 Pixels = Annotated[int, Rule(lambda value: 16 <= value <= LARGEST_SIDE, f"be from 16 to {LARGEST_SIDE}")]
 Window = Annotated[int, Rule(lambda value: _SHORTEST_WINDOW <= value < _MOST_TOKENS, f"be at least {_SHORTEST_WINDOW}")]
 
@@ -126,8 +132,8 @@ class Tokenizer:
     bos_token_id: TokenId | None
     eos_token_id: TokenId | None
     pad_token_id: TokenId
-    before: str = ""
-    after: str = ""
+    before: Beside = ""
+    after: Beside = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +161,10 @@ class TextEncoder:
     length: Tokens = 0
     bucket: Tokens = 0
 
+    def __post_init__(self) -> None:
+        if self.bucket and (not self.length or self.length % self.bucket):
+            raise ValueError("the length of a window as long as its prompt must be a multiple of its bucket")
+
 
 @dataclass(frozen=True, slots=True)
 class Flow:
@@ -167,7 +177,7 @@ class Flow:
     where it makes no difference. most: tokens a side, 0 for any number.
     """
 
-    patch: AtLeast1
+    patch: Patch
     even: bool = False
     max_shift: float = 1.15
     strength: Share = 0.6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..bundle import AS_EXPORTED, PRECISIONS, Bundle, Component
-from ..bundle.wiring import MODE, NAME, PICTURE, SCALE, SOURCES, STRENGTH, TASKS, plain
+from ..bundle.wiring import MODE, NAME, PICTURE, PICTURE_SIDES, SCALE, SOURCES, STRENGTH, TASKS, plain
 from ..common.errors import BundleError
 from ..families.control import halved
 
@@ -52,22 +52,82 @@ def check_runnable(bundle: Bundle) -> None:
         bundle.check(small)
 
 
-_AXES = {"latents": 4, "picture": 4, "text.hidden": 3, "text.pooled": 2, "guidance": 1, "layers": 2}
+_AXES = {
+    "latents": 4,
+    "picture": 4,
+    "text.hidden": 3,
+    "text.pooled": 2,
+    "text.mask": 2,
+    "sizes": 2,
+    "sizes.scored": 2,
+    "guidance": 1,
+    "guidance.sinusoid": 2,
+    "layers": 2,
+}
 """How many axes an input has that is fed with each."""
+_NAMESAKES = ("timestep", "guidance")
+"""Sources of one shape, which the inputs of their names are fed with."""
 
 
 def _check_shapes(bundle: Bundle) -> None:
-    """Raise `BundleError` for an input of the denoiser that has other axes than what feeds it."""
-    wiring = bundle.manifest.wiring
+    """Raise `BundleError` for an input of the denoiser that is not of the shape of what feeds it."""
+    wiring, widths = bundle.manifest.wiring, _widths(bundle)
     for tensor in bundle.component(bundle.manifest.named("denoiser")).inputs:
-        due = _AXES.get(plain(wiring.inputs.get(tensor.name, "")), len(tensor.shape))
+        source = wiring.inputs.get(tensor.name, "")
+        due = _AXES.get(plain(source), len(tensor.shape))
         if len(tensor.shape) != due:
             raise BundleError(
                 f"{bundle.root}: the input {tensor.name} of the denoiser has {len(tensor.shape)} axes, what feeds it "
                 f"has {due}; compile the bundle again"
             )
+        axis = 1 if due == _AXES["latents"] else -1
+        width, found = widths.get(source), tensor.shape[axis] if tensor.shape else None
+        if width is not None and isinstance(found, int) and found != width:
+            raise BundleError(
+                f"{bundle.root}: the input {tensor.name} of the denoiser takes {found} numbers, {source} feeds it "
+                f"{width}; compile the bundle again"
+            )
+        shown = tensor.shape[2:] == PICTURE_SIDES
+        if shown != (source == "picture") and due == _AXES["picture"] and not bundle.foreign:
+            raise BundleError(
+                f"{bundle.root}: the input {tensor.name} of the denoiser has the axes "
+                f"{', '.join(map(str, tensor.shape[2:]))!r:.80}, which are not those of {source}; compile the bundle "
+                "again"
+            )
+        if tensor.name in _NAMESAKES and source != tensor.name:
+            raise BundleError(
+                f"{bundle.root}: the input {tensor.name} of the denoiser is fed with {source or 'nothing'}; compile "
+                "the bundle again"
+            )
     if wiring.inputs_from("picture") and not wiring.picture_sizes:
         raise BundleError(f"{bundle.root}: field 'wiring.picture_sizes' is empty; compile the bundle again")
+
+
+def _widths(bundle: Bundle) -> dict[str, int]:
+    """How many numbers some sources feed, or channels; those that are not known are left out."""
+    manifest = bundle.manifest
+    channels, pixels = manifest.latents.channels, manifest.latents.downscale**2
+    widths = {
+        "latents": channels,
+        "latents.masked": 2 * channels + 1,
+        "latents.beside": 2 * channels,
+        "latents.filled": 2 * channels + pixels,
+        "picture": channels,
+        "sizes": 6,
+        "sizes.scored": 5,
+    }
+    hidden, pooled = 0, 0
+    for encoder in manifest.wiring.text:
+        made = {tensor.name: tensor.shape[-1] for tensor in bundle.component(encoder.component).outputs if tensor.shape}
+        own, summary = made.get(encoder.hidden), made.get(encoder.pooled)
+        if (encoder.hidden and not isinstance(own, int)) or (encoder.pooled and not isinstance(summary, int)):
+            return widths
+        if isinstance(own, int):
+            hidden = max(hidden, own) if encoder.join == "sequence" else hidden + own
+        pooled += summary if isinstance(summary, int) else 0
+    if hidden and not manifest.wiring.zeros:  # with zeros they are filled up to what the denoiser reads
+        widths["text.hidden"] = hidden
+    return {**widths, "text.pooled": pooled} if pooled else widths
 
 
 def _check_told(bundle: Bundle) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Tokenizer
+from ..bundle.wiring import LONGEST_BESIDE
 from ..common.errors import CheckpointError, reason
 from .weight_files import WeightFiles, find
 
@@ -281,6 +282,11 @@ def load_chat_tokenizer(source: Path, target: Path, window: int, vocabulary: int
         raise CheckpointError(
             f"the chat template of the tokenizer in {source} changes what the user says, which is not supported: give "
             "the tokenizer that the model was published with"
+        )
+    if max(len(before), len(after)) > LONGEST_BESIDE:
+        raise CheckpointError(
+            f"the chat template of the tokenizer in {source} puts {max(len(before), len(after))} characters beside the "
+            f"prompt, {LONGEST_BESIDE} are supported: give the tokenizer that the model was published with"
         )
     _write_tokenizer(source, target, tokenizer)
     return Tokenizer(window, None, None, pad, before, after)

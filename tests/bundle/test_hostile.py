@@ -538,6 +538,73 @@ def test_two_thousand_mutated_manifests_are_answered_in_one_line(called, bundle_
     mutate(called, linked_copy(bundle_of("pico"), tmp_path / "b"), range(2000))
 
 
+def at(*path: Any) -> Callable[[dict[str, Any], Any], None]:
+    """What puts a value there."""
+
+    def put(manifest: dict[str, Any], value: Any) -> None:
+        part: Any = manifest
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = value
+
+    return put
+
+
+def swapped(one: str, other: str) -> Callable[[dict[str, Any], Any], None]:
+    """What gives each of two inputs of the denoiser what feeds the other."""
+
+    def swap(manifest: dict[str, Any], _: Any) -> None:
+        inputs = manifest["wiring"]["inputs"]
+        inputs[one], inputs[other] = inputs[other], inputs[one]
+
+    return swap
+
+
+def as_input(source: str, *shape: Any) -> Callable[[dict[str, Any], Any], None]:
+    """What gives the denoiser another input, which `source` feeds."""
+
+    def add(manifest: dict[str, Any], _: Any) -> None:
+        manifest["components"]["transformer"]["inputs"].append({"name": "own", "dtype": "float32", "shape": shape})
+        manifest["wiring"]["inputs"]["own"] = source
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "told"),
+    [
+        (at("tokenizers", "tokenizer", "bos_token_id"), None, "tokenizers.tokenizer must have a bos_token_id"),
+        (at("tokenizers", "tokenizer", "eos_token_id"), None, "tokenizers.tokenizer must have a bos_token_id and an"),
+        (at("tokenizers", "tokenizer_2", "before"), "x" * (1 << 20), "tokenizer_2.before must be 4096 characters"),
+        (at("tokenizers", "tokenizer_2", "after"), "x" * 4097, "tokenizer_2.after must be 4096 characters"),
+        (at("wiring", "flow", "patch"), 10**9, "wiring.flow.patch must be from 1 to 64"),
+        (at("wiring", "text"), [{"bucket": 32, "length": 0}], "must be a multiple of its bucket"),
+        (at("wiring", "text"), [{"bucket": 32, "length": 500}], "must be a multiple of its bucket"),
+        (swapped("timestep", "guidance"), None, "the input timestep of the denoiser is fed with guidance"),
+        (swapped("pooled_projections", "guidance"), None, "pooled_projections of the denoiser has 2 axes"),
+        (as_input("text.mask", "batch_size", "sequence_length", 4), None, "input own of the denoiser has 3 axes"),
+        (as_input("text.pooled", "batch_size", 40), None, "own of the denoiser takes 40 numbers, text.pooled feeds"),
+        (as_input("text.hidden", "batch_size", "n", 40), None, "own of the denoiser takes 40 numbers, text.hidden"),
+        (as_input("sizes", "batch_size", 32), None, "own of the denoiser takes 32 numbers, sizes feeds it 6"),
+        (as_input("latents", "batch_size", 4, "height", "width"), None, "own of the denoiser takes 4 numbers"),
+        (as_input("picture", "batch_size", 16, "height", "width"), None, "which are not those of picture"),
+        (as_input("latents", "b", 16, "picture_height", "picture_width"), None, "which are not those of latents"),
+    ],
+)
+def test_a_wiring_that_cannot_be_is_answered_in_one_line(called, bundle_of, tmp_path, change, value, told):
+    bundle = Path(shutil.copytree(bundle_of("flux-dev-small"), tmp_path / "b", copy_function=os.link))
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    if told.startswith("must be a multiple"):
+        value = [{**manifest["wiring"]["text"][1], **each} for each in value]
+    change(manifest, value)
+    (bundle / "bundle.json").unlink()  # it is linked to the bundle that others use
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=told) as raised:
+        load(bundle)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+    assert str(raised.value).endswith("compile the bundle again")
+
+
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
