@@ -20,6 +20,7 @@ from .loading import quiet
 UNET = "unet"
 _KINDS = {UNET: ("U-Net", " (cross_attention_dim)"), TRANSFORMER: ("transformer", "")}
 """What a denoiser is called, and the option that says how wide its text is, where that is one for all of the kind."""
+_WRONG = "which is damaged or not supported (give the one that the part was saved with)"
 _ODD = (5, 7)
 """Sides, in units, that no power of two divides."""
 
@@ -69,16 +70,17 @@ def _run(module: Any, inputs: Sequence[Tensor], sizes: Mapping[str, int]) -> tup
 def check_models(specs: Sequence[ComponentSpec]) -> None:
     """Build and run each model without weights. Raises `CheckpointError` for what its class or its code refuses."""
     for spec in specs:
-        with guarded(f"the {spec.name} cannot be built from the {spec.source} configuration"):
+        with guarded(f"the {spec.name} cannot be built from the {spec.source} configuration, {_WRONG}"):
             module = spec.hollow()
-        with guarded(f"the {spec.name} cannot be run as the {spec.source} configuration describes it"):
+        with guarded(f"the {spec.name} cannot be run as the {spec.source} configuration describes it, {_WRONG}"):
             made = _run(module, spec.inputs, spec.smallest())
         for tensor, value in zip(spec.outputs, made, strict=False):
             fixed = {i: size for i, size in enumerate(tensor.shape) if isinstance(size, int)}
             if len(made) != len(spec.outputs) or any(value.shape[i] != size for i, size in fixed.items()):
                 raise CheckpointError(
                     f"the {spec.name} gives {len(made)} outputs, {tensor.name} of shape {tuple(value.shape)}, where "
-                    f"its configuration tells {len(spec.outputs)} and {tensor.shape}: it is not supported"
+                    f"its configuration tells {len(spec.outputs)} and {tensor.shape}: the configuration is damaged, or "
+                    "not supported; give the one that the part was saved with"
                 )
 
 

@@ -37,7 +37,7 @@ def _describe(configs: Configs) -> Pipeline:
     latents = parts.latents_of(configs.config(parts.VAE), shifted=True, multiple=_PATCH)
     beside = {_FILL: latents.channels + latents.downscale**2, _CONTROL: latents.channels}.get(kind, 0)
     due = (latents.channels + beside) * _PATCH**2
-    if transformer["in_channels"] != due:
+    if int(transformer["in_channels"]) != due:
         raise CheckpointError(
             f"the transformer takes {transformer['in_channels']} numbers a token (in_channels), a {kind} gives it "
             f"{due}: it is of another kind; name its pipeline class in model_index.json, or give its own checkpoint"

@@ -228,7 +228,10 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
             "give the configuration that belongs to its weights"
         )
     folder, raw = checkpoint.folder(TRANSFORMER), checkpoint.config(TRANSFORMER)
-    with guarded("the transformer cannot be built from its configuration"):
+    with guarded(
+        "the transformer cannot be built from its configuration, which is damaged or not supported (give the one that "
+        "it was saved with)"
+    ):
         known = set(hollow(kind, raw).state_dict())
     stored = set(checkpoint.weights(TRANSFORMER).names.values()) if holds_weights(folder) else known
     spare = sorted(stored - known)

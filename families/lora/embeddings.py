@@ -48,12 +48,18 @@ class EmbeddingFile:
         matrices = {
             name: np.atleast_2d(each.astype(np.float32)) for name, each in tensors.items() if each.dtype.kind == "f"
         }
-        widths = {name: matrix_of(weights, name)[1][1] for name in weights.texts}
+        matrix = {name: _matrix(weights, name) for name in weights.texts}
+        widths = {name: found[1][1] for name, found in matrix.items() if found is not None}
+        if not widths:
+            raise LoraError(
+                f"{file} has a new word, for which the text encoders of {weights.title} have no place: textual "
+                "inversions go with CLIP's"
+            )
         found: dict[str, Array] = {}
         said = ""
         for keys in _OF_XL:
             if keys.keys() == matrices.keys():
-                order = sorted(weights.texts)
+                order = sorted(widths)
                 found = {order[i]: matrices[key] for key, i in keys.items() if i < len(order)}
         if not found:
             kept = {name: each for name, each in matrices.items() if name in ("string_to_param.*",)} or matrices
@@ -89,7 +95,12 @@ class EmbeddingFile:
 
 def matrix_of(weights: Weights, component: str) -> tuple[str, tuple[int, ...]]:
     """The weight of a text encoder that has a row for each token, and its shape. Raises `LoraError`."""
-    for name, shape in weights.shapes[component].items():
-        if name.endswith(MATRIX):
-            return name, shape
-    raise LoraError(f"{component} of {weights.title} has no matrix of tokens: it takes no textual inversion")
+    found = _matrix(weights, component)
+    if found is None:
+        raise LoraError(f"{component} of {weights.title} has no matrix of tokens: it takes no textual inversion")
+    return found
+
+
+def _matrix(weights: Weights, component: str) -> tuple[str, tuple[int, ...]] | None:
+    """The same, None for a text encoder that is not of CLIP's kind."""
+    return next((each for each in weights.shapes[component].items() if each[0].endswith(MATRIX)), None)

@@ -15,6 +15,7 @@ from diffoundry.common.errors import LoraError
 from diffoundry.examples.random_checkpoint import _tokenizer
 from diffoundry.export.loading import load_tokenizer
 from diffoundry.families.lora.embeddings import EmbeddingFile, matrix_of
+from diffoundry.families.lora.reader import Weights
 from diffoundry.runtime.lora import weights_of
 from diffoundry.runtime.text.tokenizer import PromptTokenizer
 from diffoundry.runtime.text.weighting import weighted_embeddings
@@ -179,6 +180,61 @@ def test_each_encoder_of_xl_has_its_vectors(bundle_of, tmp_path):
     ours.set_embeddings([f"{tmp_path / 'xl.safetensors'}=<fox>"])
     first, second = (ours.encode([text])[0] for text in ("a <fox>", "a <owl>"))
     assert np.abs(first - second).max() > 1e-3
+
+
+def test_a_word_of_flux_goes_to_clip_as_in_diffusers(bundle_of, checkpoint_of, tmp_path):
+    """T5 reads its letters."""
+    theirs = diffusers.FluxPipeline.from_pretrained(checkpoint_of("flux-dev-small"), torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    fox, vectors = inversion(tmp_path / "x", "diffusers", theirs.text_encoder.config.hidden_size)
+    theirs.load_textual_inversion({"<fox>": vectors}, token="<fox>")
+    ours = diffoundry.load(bundle_of("flux-dev-small"), engine="onnxruntime")
+    asked = {"width": 64, "height": 48, "steps": 2, "seed": 2, "output": "latent", "max_sequence_length": 24}
+    bare = ours("a <fox> on the left", **asked).latents
+    ours.set_embeddings([fox])
+    found = ours("a <fox> on the left", **asked).latents
+    options = {"num_inference_steps": 2, "max_sequence_length": 24, "output_type": "latent"}
+    tokens = theirs(
+        "a <fox> on the left", width=64, height=48, generator=torch.Generator().manual_seed(2), **options
+    ).images
+    expected = theirs._unpack_latents(tokens, 48, 64, theirs.vae_scale_factor).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-2)
+    assert np.abs(found - bare).max() > 1e-3
+    save_file({"<fox>": torch.ones(2, 96)}, tmp_path / "t5.safetensors")
+    with pytest.raises(LoraError, match=r"vectors of width 96, the text encoders of .* 32: it was made for another"):
+        ours.set_embeddings([tmp_path / "t5.safetensors"])
+
+
+def test_text_encoders_that_are_not_clips_take_no_word(tmp_path):
+    save_file({"<fox>": torch.ones(2, 40)}, tmp_path / "x.safetensors")
+    weights = Weights({"transformer": {}, "text_encoder": {"embed_tokens.weight": (99, 40)}}, "transformer", 0, "b", "")
+    with pytest.raises(LoraError, match="the text encoders of b have no place: textual inversions go with CLIP's"):
+        EmbeddingFile.open(tmp_path / "x.safetensors", weights)
+
+
+@pytest.mark.slow
+def test_each_clip_of_stable_diffusion_3_has_its_vectors(bundle_of, checkpoint_of, tmp_path):
+    """Its pipeline loads none: they are put into its tokenizers and text encoders by diffusers' loader."""
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(checkpoint_of("sd3-small"), torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    torch.manual_seed(3)
+    both = {}
+    for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
+        encoder, tokenizer = getattr(theirs, f"text_encoder{suffix}"), getattr(theirs, f"tokenizer{suffix}")
+        both[key] = torch.randn(1, encoder.config.hidden_size) * 0.7
+        tokenizer.add_tokens("<fox>")
+        encoder.resize_token_embeddings(len(tokenizer))
+        encoder.get_input_embeddings().weight.data[-1] = both[key][0]
+    save_file(both, tmp_path / "x.safetensors")
+    ours = diffoundry.load(bundle_of("sd3-small"), engine="onnxruntime")
+    ours.set_embeddings([f"{tmp_path / 'x.safetensors'}=<fox>"])
+    asked = {"width": 64, "height": 48, "steps": 2, "guidance": 4.0, "seed": 2, "output": "latent"}
+    found = ours("a <fox> on the left", **asked).latents
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
+    expected = theirs(
+        "a <fox> on the left", width=64, height=48, generator=torch.Generator().manual_seed(2), **options
+    ).images.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-2)
 
 
 @pytest.mark.parametrize(

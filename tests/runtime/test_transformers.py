@@ -104,6 +104,25 @@ def test_a_schedule_of_ones_own_lies_between_the_image_and_noise(name, asked, to
         make_table(flowing(PLAIN, name), Steps(2, **asked), name)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"in_channels": "x"}, "a config.json in .* is damaged or of another kind .*give the configuration that"),
+        ({"joint_attention_dim": 3.5}, "built from its configuration, which is damaged or not supported .give the one"),
+        ({"attention_head_dim": 15}, "run as the transformer configuration describes it, which is damaged or not"),
+        ({"axes_dims_rope": [4, 6, 5]}, "built from the transformer configuration, which is damaged or not supported"),
+        ({"patch_size": 2}, "the configuration is damaged, or not supported; give the one that the part was saved"),
+    ],
+)
+def test_a_number_that_cannot_be_in_a_configuration_is_said_to_be_damaged(changes, told, checkpoint_of, tmp_path):
+    checkpoint = shutil.copytree(checkpoint_of("flux-dev-small"), tmp_path / "checkpoint")
+    path = checkpoint / "transformer/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match=told):
+        compile(checkpoint, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_packing_and_positions_are_those_of_the_pipelines():
     from diffusers import FluxPipeline
 
