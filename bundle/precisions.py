@@ -21,6 +21,8 @@ STORAGE_DTYPES = (FULL, AS_STORED)
 FULL_MODEL, TWIN = "full", "twin"
 VALIDATIONS = (FULL_MODEL, TWIN)
 """What of a component that has a twin is held against torch: all of it, or a few of its layers."""
+FULL_SHARE = 2.5
+"""Of the bytes of the weights, what holding a whole component against torch takes of memory."""
 
 
 def check_precision(name: object) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle import FULL, PRECISIONS, Bundle
+from ..bundle.precisions import FULL_SHARE
 from ..bundle.reports import read_report
 from ..common.arrays import Array
 from ..common.checks import MOST_THREADS, whole_number
@@ -97,6 +98,12 @@ def twins(bundle: Bundle) -> dict[str, str]:
     return {name: str(each) for name, each in found.items() if each and f"reports/reference/{name}.npz" not in files}
 
 
+def _full(bundle: Bundle, name: str) -> str:
+    """The memory that holding all of a component against torch takes, in words."""
+    files = bundle.component(name).variant(FULL).files
+    return f"{sum(bundle.path(path).stat().st_size for path in files) * FULL_SHARE / 2**30:.2g} GiB"
+
+
 def compare_outputs(
     name: str, precision: str, found: Mapping[str, Array], expected: Mapping[str, Array], storage: str = ""
 ) -> Check:
@@ -126,7 +133,8 @@ def recorded_case(bundle: Bundle, name: str) -> tuple[dict[str, Array], dict[str
     if relative not in bundle.manifest.files and name in twins(bundle):
         raise BundleError(
             f"{bundle.root}: of the {name} a twin alone was held against torch, and nothing is recorded to hold this "
-            "against: compile the checkpoint again with --validate full, where there is more memory"
+            f"against: compile the checkpoint again with --validate full, which takes about {_full(bundle, name)} of "
+            "memory, here or on a machine that has it"
         )
     if relative not in bundle.manifest.files:
         raise BundleError(f"{bundle.root}: the manifest has no hash for {relative}; compile the bundle again")

@@ -11,7 +11,7 @@ from typing import Any
 from ...bundle import FULL, STANDARD, Bundle, Component, Variant
 from ...bundle.ledger import Kind, Ledger
 from ...bundle.manifest import Files
-from ...bundle.precisions import FULL_MODEL
+from ...bundle.precisions import FULL_MODEL, FULL_SHARE
 from ...bundle.reports import with_report
 from ...common.files import remove, sha256_file, sha256_json
 from ...common.machine import available_memory
@@ -28,8 +28,6 @@ from ..guard import guarded
 
 _REVISION = 10
 """Raise it when the exporter writes something else from the same input."""
-_FULL_SHARE = 2.5
-"""Of the bytes of the weights, what holding a whole component against torch takes."""
 _STANDARD = f"{FULL}/{STANDARD}"
 _FUSED = f"{FULL}/{ONNXRUNTIME}:cpu"
 
@@ -180,7 +178,7 @@ class Tracer:
         """What is held against torch in the place of a component, None where the component itself is."""
         kept, size = self._kept(spec) is not None, self.source.weights(spec.source).size
         memory = available_memory()
-        small = memory is not None and size * _FULL_SHARE > memory
+        small = memory is not None and size * FULL_SHARE > memory
         if spec.twin is None or not kept or self.validate == FULL_MODEL or (self.validate is None and not small):
             return None
         return spec.twin()

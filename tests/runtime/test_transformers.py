@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from diffoundry import Guidance, Request, load
-from diffoundry.bundle import Tensor
+from diffoundry.bundle import Bundle, Tensor
 from diffoundry.common.errors import BundleError, CheckpointError, DiffoundryError, EngineError, RequestError
+from diffoundry.common.files import sha256_file
 from diffoundry.engines.engine import check_feeds
 from diffoundry.engines.verify import recorded_case, verify
 from diffoundry.export import compile
@@ -381,6 +383,23 @@ def test_mapped_weights_are_those_of_the_file_and_none_may_be_missing(tmp_path):
     save_file({**tensors, "proj_out.bias": tensors["proj_out.bias"][:3].clone()}, path)
     with pytest.raises(CheckpointError, match=r"the weight proj_out.bias has the shape \(3,\), its config.json asks"):
         load_mapped(FluxTransformer2DModel, tmp_path, dict(model.config))
+
+
+def test_where_a_twin_was_held_against_torch_the_memory_of_the_whole_is_told(bundle_of, tmp_path):
+    root = shutil.copytree(bundle_of("flux-dev-small"), tmp_path / "b", copy_function=os.link)
+    parity = json.loads((root / "reports/parity.json").read_text())
+    parity["transformer"]["twin"] = "2 of 9 transformer_blocks"
+    manifest = json.loads((root / "bundle.json").read_text())
+    del manifest["files"]["reports/reference/transformer.npz"]
+    for path, value in (("reports/parity.json", parity), ("bundle.json", manifest)):
+        (root / path).unlink()  # they are linked to the bundle that others use
+        (root / path).write_text(json.dumps(value))
+        if path in manifest["files"]:
+            manifest["files"][path] = sha256_file(root / path)
+    weights = sum(path.stat().st_size for path in root.glob("transformer/model.onnx*"))
+    with pytest.raises(BundleError, match=r"--validate full, which takes about .* GiB of memory, here or on a") as said:
+        recorded_case(Bundle.open(root), "transformer")
+    assert float(str(said.value).split("about ")[1].split()[0]) == pytest.approx(2.5 * weights / 2**30, rel=0.1)
 
 
 @pytest.mark.slow
