@@ -100,8 +100,9 @@ def twins(bundle: Bundle) -> dict[str, str]:
 
 def _full(bundle: Bundle, name: str) -> str:
     """The memory that holding all of a component against torch takes, in words."""
-    files = bundle.component(name).variant(FULL).files
-    return f"{sum(bundle.path(path).stat().st_size for path in files) * FULL_SHARE / 2**30:.2g} GiB"
+    variant = bundle.component(name).variant(FULL)
+    size = sum(bundle.path(path).stat().st_size for path in (variant.files if variant else ()))
+    return f"{size * FULL_SHARE / 2**30:.2g} GiB"
 
 
 def compare_outputs(
