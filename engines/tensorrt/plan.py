@@ -230,6 +230,8 @@ def closest(
     Raises `EngineError` saying what was asked and what the plans take.
     """
     fitting = [plan for plan in plans if plan.profile.takes(shapes)]
+    if not fitting and any(0 in shape for shape in shapes.values()):
+        raise EngineError(f"{component}: its plans take a picture: give one as the image, or use another --engine")
     if not fitting and tokens:
         (name, axis), *_ = tokens.items()
         own = {least[axis] for each in plans for least in each.profile.shapes[name][:1]}

@@ -56,6 +56,28 @@ def test_a_static_plan_serves_before_the_dynamic_one(asked, chosen):
     assert closest("unet", PLANS[::-1], asked).key == chosen
 
 
+def of_text(name, least, most, rows=2):
+    tokens = tuple((rows, count, 96) for count in (least, most, most))
+    return plan(name, Profile(name, {"sample": ((rows, 4, 8, 8),) * 3, "encoder_hidden_states": tokens}))
+
+
+@pytest.mark.parametrize(("asked", "told"), [(40, "40 tokens of text; built are: long"), (600, "600 tokens of text")])
+def test_a_number_of_tokens_that_no_plan_takes_is_told_as_such(asked, told):
+    plans, axis = [of_text("long, 64-512 tokens", 64, 512)], {"encoder_hidden_states": 1}
+    shapes = {"sample": (2, 4, 8, 8), "encoder_hidden_states": (2, asked, 96)}
+    with pytest.raises(EngineError, match=f"no plan takes {told}.* Build with --tokens that hold them, or leave max_"):
+        closest("transformer", plans, shapes, axis)
+    assert closest("transformer", plans, {**shapes, "encoder_hidden_states": (2, 100, 96)}, axis).key == plans[0].key
+    with pytest.raises(EngineError, match="Compile with a --shape and --batch that hold it"):  # another size, too
+        closest("transformer", plans, {**shapes, "sample": (2, 4, 9, 9)}, axis)
+
+
+def test_plans_that_take_a_picture_say_so_where_there_is_none():
+    own = Profile("64x64", {"picture": ((1, 16, 84, 84), (1, 16, 128, 128), (1, 16, 196, 196))})
+    with pytest.raises(EngineError, match="its plans take a picture: give one as the image, or use another --engine"):
+        closest("transformer", [plan("a", own)], {"picture": (1, 16, 0, 2)})
+
+
 def test_of_two_dynamic_plans_the_closer_one_serves():
     far = plan("far", profile("far", (1, 4, 8, 8), (2, 4, 32, 32), (4, 4, 32, 32)))
     near = plan("near", profile("near", (1, 4, 8, 8), (2, 4, 9, 9), (4, 4, 32, 32)))
