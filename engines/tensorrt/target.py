@@ -112,7 +112,7 @@ class Target:
             return (bucket, min(2 * bucket, usual), usual) if bucket else None
         (low, high), most = self.tokens, manifest.longest_text
         _need(most > 0, "the text encoders of this bundle have windows of one length: leave --tokens out")
-        _need(high <= most, f"this model reads at most {most} tokens of a prompt, found --tokens {low}-{high}")
+        _need(high <= most, f"this model reads at most {most} tokens of a prompt, found --tokens {_range(self.tokens)}")
         _need(
             not bucket or low % bucket == high % bucket == 0,
             f"prompts of this model are filled up to a multiple of {bucket} tokens: give --tokens in multiples of it",
