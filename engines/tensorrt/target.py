@@ -145,9 +145,10 @@ def profiles(manifest: Manifest, component: str, target: Target) -> list[Profile
     if role == "step":
         return [_step_profile(manifest, component, target, ranges)]
     shown = manifest.wiring.picture_sizes
-    if role == "encoder" and shown:  # which encodes the picture that is seen, and nothing else
+    if role == "encoder" and shown:  # which encodes the picture that is seen, and those of controls alone
         widths, heights = zip(*shown, strict=True)
-        ranges = [((min(widths), min(heights)), _middle(shown), (max(widths), max(heights)))]
+        also = ranges if any(each.encoded for each in manifest.wiring.controls.values()) else []
+        ranges = [((min(widths), min(heights)), _middle(shown), (max(widths), max(heights))), *also]
     return [_sized_profile(manifest, component, target, sizes) for sizes in ranges]
 
 
