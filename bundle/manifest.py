@@ -151,6 +151,7 @@ class Manifest:
     def longest_text(self) -> int:
         """The most tokens that a request may choose to have of a prompt, 0 where it may not choose."""
         most = [self.tokenizers[each.tokenizer].max_length for each in self.wiring.text if each.length]
+        most += [each.most for each in self.wiring.text if each.most]
         return min([*most, *([MOST_TOKENS] if self.wiring.zeros else [])], default=0)
 
     def text_tokens(self, chosen: int | None = None) -> int:
@@ -190,7 +191,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         for name in [name for name in _USUAL if control[name] == _USUAL[name]]:
             del control[name]
     for encoder in value["wiring"]["text"]:
-        for name in ("length", "bucket"):
+        for name in ("length", "bucket", "most"):
             if not encoder[name]:
                 del encoder[name]
     for tokenizer in value["tokenizers"].values():

@@ -12,6 +12,7 @@ from .reader import Rule
 _SMALLEST, _LARGEST = 1e-12, 1e30
 _SHORTEST_WINDOW = 3  # start, one token, end
 _MOST_TOKENS = 1 << 31
+_MOST_CHANNELS = 1 << 12
 MOST_MODES = 64
 MOST_RANK = 1024
 MOST_TOKENS = 1024
@@ -25,6 +26,7 @@ _LARGEST_PATCH = 64
 AtLeast1 = Annotated[int, Rule(lambda value: value >= 1, "be at least 1")]
 NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGEST, "be a number other than zero")]
 TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from 0 to {_MOST_TOKENS - 1}")]
+Channels = Annotated[int, Rule(lambda value: 1 <= value <= _MOST_CHANNELS, f"be from 1 to {_MOST_CHANNELS}")]
 Rank = Annotated[int, Rule(lambda value: 1 <= value <= MOST_RANK, f"be from 1 to {MOST_RANK}")]
 Modes = Annotated[int, Rule(lambda value: 0 <= value <= MOST_MODES, f"be from 0 to {MOST_MODES}")]
 Tokens = Annotated[int, Rule(lambda value: 0 <= value <= MOST_TOKENS, f"be from 0 to {MOST_TOKENS}")]
@@ -98,7 +100,7 @@ class Latents:
     inpaint_by_factor: whether what is inpainted is encoded without mean and std.
     """
 
-    channels: AtLeast1
+    channels: Channels
     downscale: AtLeast1
     scaling_factor: NotZero
     shift_factor: float = 0.0
@@ -148,7 +150,7 @@ class TextEncoder:
     along the `sequence`, where the narrower ones are filled with zeros.
     length: tokens of its window where a request may choose how many, up to the tokenizer's; 0 where it may not.
     bucket: where a window is as long as its prompt, the number that its tokens are a multiple of; `length` is then the
-    most of them.
+    most of them. most: tokens that the denoiser has positions for, 0 for any number.
     """
 
     component: str
@@ -160,6 +162,7 @@ class TextEncoder:
     join: Literal["width", "sequence"] = "width"
     length: Tokens = 0
     bucket: Tokens = 0
+    most: Tokens = 0
 
     def __post_init__(self) -> None:
         if self.bucket and (not self.length or self.length % self.bucket):

@@ -13,9 +13,11 @@ def imported(name: str, what: str, due: str) -> Any:
 
     Raises `DiffoundryError` for what cannot be imported."""
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise DiffoundryError(f"{what} {name:.200} is not of the form module:NAME: write it so")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module may raise anything when it is imported
+    except (Exception, SystemExit) as error:  # a module may raise anything when it is imported, or be a script
         raise DiffoundryError(
             f"{what} {name:.200} cannot be loaded ({reason(error)}): name {due} of a module that Python finds, in "
             "PYTHONPATH for instance"

@@ -15,7 +15,9 @@ from .weight_files import WeightFiles, find, other_kind, read_stated
 
 _ADDED = ("vae_tiny",)
 """Components that no checkpoint holds, and that may be given one."""
-_TEXT = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+_MOST_LAYERS = 10_000
+"""Of a model. Its class makes them one by one, without weights, and would not end."""
+_TEXT = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Qwen3Model", "Qwen3ForCausalLM")
 _CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 """What a replaced text encoder is read as: its own configuration shows whether it is one."""
 
@@ -144,7 +146,15 @@ class Checkpoint:
 
     def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
         """The JSON configuration of component `name`. Raises `CheckpointError`."""
-        return read_stated(self.folder(name) / file, f"the {name} configuration")
+        path = self.folder(name) / file
+        found = read_stated(path, f"the {name} configuration")
+        for key, value in found.items():
+            if "layers" in key and isinstance(value, (int, float)) and value > _MOST_LAYERS:
+                raise CheckpointError(
+                    f"{path} asks for {value:g} layers ({key}), more than any model has: give the config.json that "
+                    "belongs to the weights"
+                )
+        return found
 
 
 def _in_place_of_it(root: Path) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..bundle import FULL, Component, Manifest
-from ..bundle.wiring import TASKS, Tokenizer
+from ..bundle.wiring import SOURCES, TASKS, Tokenizer, plain
 from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import check_tree
 from ..families import FAMILIES, Family, Pipeline, family_named, family_of, parts
@@ -21,6 +22,7 @@ from ..runtime.request import Request
 from .checkpoint import Checkpoint
 from .configs import Complete, check_classes, control_config, t2i_config, transformer_config, unet_config
 from .graphs.spec import ComponentSpec
+from .guard import guarded
 from .ip_adapter import ENCODER, IPAdapterFile
 
 
@@ -112,8 +114,33 @@ class Reading:
 def described(source: Checkpoint, family: Family) -> Pipeline:
     """What the family makes of the configurations. Raises `CheckpointError` for a model that it does not take."""
     check_classes(source, family)
-    with _undamaged(source):
-        return family.describe(Complete(source))
+    if family in FAMILIES.values():
+        with _undamaged(source):
+            return family.describe(Complete(source))
+    with guarded(f"the family {family.name!s:.80} cannot describe {source.root}"):
+        found = family.describe(Complete(source))
+        _check_described(found)
+        return found
+
+
+def _check_described(found: Any) -> None:
+    """Raise `TypeError` or `ValueError` for what a user's own family made that is no pipeline."""
+    if not isinstance(found, Pipeline):
+        raise TypeError(f"its describe gives a {type(found).__name__}, a diffoundry.families.Pipeline is due")
+    if not found.tasks or not set(found.tasks) <= set(TASKS):
+        raise ValueError(f"its tasks are {found.tasks}, {', '.join(TASKS)} are known")
+    wrappers = [part.wrapper for part in found.parts.values() if not isinstance(part.wrapper, str)]
+    if wrappers:
+        raise TypeError(f"the wrapper {wrappers[0]!r:.80} is no text, module:Class")
+    sources = found.wiring.inputs.values()
+    unknown = [each for each in sources if each not in SOURCES]
+    if unknown:
+        raise ValueError(f"an input of the denoiser is fed from {unknown[0]!r}; known are {', '.join(SOURCES)}")
+    lacking = [each for each in ("latents", "timestep", "text.hidden") if each not in map(plain, sources)]
+    if lacking:
+        raise ValueError(f"no input of the denoiser is fed from {lacking[0]}")
+    if found.width < 1 or found.height < 1:
+        raise ValueError(f"it draws {found.width} by {found.height} pixels by default")
 
 
 def with_controls(source: Checkpoint, pipeline: Pipeline, names: Collection[str]) -> Pipeline:

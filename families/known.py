@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..common.errors import CheckpointError
 from ..common.imports import imported
 from . import flux, latent_consistency, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, z_image
@@ -24,6 +26,11 @@ def family_named(name: str) -> Family:
         found = imported(name, "the family", "a Family")
         if not isinstance(found, Family):
             raise CheckpointError(f"the family {name:.200} is no diffoundry.families.Family: name one")
+        if not (isinstance(found.name, str) and isinstance(found.models, Mapping) and callable(found.describe)):
+            raise CheckpointError(
+                f"the family {name:.200} must have a text as name, a mapping as models and a function as describe: "
+                "mend it"
+            )
         return found
     if name not in FAMILIES:
         raise CheckpointError(

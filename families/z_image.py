@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..bundle.wiring import Flow, TextEncoder
+from ..bundle.wiring import MOST_TOKENS, Flow, TextEncoder
 from ..common.errors import CheckpointError
 from . import parts
 from .family import Configs, Family, Pipeline
@@ -24,10 +24,15 @@ def _describe(configs: Configs) -> Pipeline:
         )
     text, *sides = (int(each) for each in transformer["axes_lens"])
     # the picture's position on the first axis follows those of the text, the first of which is 1
-    longest = min(_TOKENS, (text - 2) // _BUCKET * _BUCKET)
+    most = min(MOST_TOKENS, (text - 2) // _BUCKET * _BUCKET)
+    if most < _BUCKET or min(sides) < 1:
+        raise CheckpointError(
+            f"the transformer knows positions for {text - 2} tokens of text and {sides} of a picture (axes_lens), at "
+            f"least {_BUCKET} and 1 are needed: give the config.json that belongs to its weights"
+        )
     return parts.transformer_pipeline(
         configs,
-        [TextEncoder("text_encoder", "tokenizer", hidden="hidden_state", length=longest, bucket=_BUCKET)],
+        [TextEncoder("text_encoder", "tokenizer", hidden="hidden_state", length=min(_TOKENS, most), bucket=_BUCKET, most=most)],
         parts.latents_of(configs.config(parts.VAE), shifted=True, multiple=_PATCH),
         parts.transformer_inputs(
             channels=int(transformer["in_channels"]), text=int(transformer["cap_feat_dim"]), masked=True

@@ -128,7 +128,10 @@ class Text(Condition):
                 value, width = getattr(request, given), self._widths.get(source)
                 if value is not None and isinstance(width, int) and value.shape[-1] != width:
                     raise RequestError(f"{given} must be {width} wide for this model, found shape {value.shape}")
-            if getattr(request, name) is not None and self.encoders.pooled and getattr(request, pooled) is None:
+            value, most = getattr(request, name), self.encoders.most
+            if value is not None and most and len(value) > most:
+                raise RequestError(f"{name} may have {most} tokens at most with this model, found {len(value)}")
+            if value is not None and self.encoders.pooled and getattr(request, pooled) is None:
                 raise RequestError(f"this model needs {pooled} beside {name}")
 
     def _pair(self, job: Job) -> tuple[PromptSpec | Embedding, PromptSpec | Embedding | None]:

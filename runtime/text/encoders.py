@@ -74,6 +74,11 @@ class TextEncoders:
         return self._bundle.manifest.longest_text
 
     @property
+    def most(self) -> int:
+        """The most hidden states that the denoiser has positions for, 0 for any number."""
+        return min((each.most for each in self._encoders.values() if each.most), default=0)
+
+    @property
     def weighted(self) -> bool:
         """Whether weights and long prompts have a meaning: where every encoder gives hidden states of windows."""
         windows = (each.hidden and each.join == "width" and not each.bucket for each in self._encoders.values())
@@ -127,7 +132,12 @@ class TextEncoders:
         return total + (self._zeros if spec.length is None else spec.length) * bool(self._zeros)
 
     def embed(self, specs: Sequence[PromptSpec]) -> list[Embedding]:
-        """The embeddings of each prompt; plain ones go through each encoder in one call."""
+        """The embeddings of each prompt; plain ones go through each encoder in one call, or one for each length."""
+        lengths = dict.fromkeys(spec.length for spec in specs)
+        if self.bucket and len(lengths) > 1:
+            alike = [[spec for spec in specs if spec.length == length] for length in lengths]
+            made = {spec: each for own in alike for spec, each in zip(own, self.embed(own), strict=True)}
+            return [made[spec] for spec in specs]
         parts = [self._encode(name, specs) for name in self._encoders]
         joined = [_joined(list(self._encoders.values()), embeddings) for embeddings in zip(*parts, strict=True)]
         return [self._followed(each, spec) for each, spec in zip(joined, specs, strict=True)] if self._zeros else joined
