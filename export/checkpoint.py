@@ -86,7 +86,7 @@ class Checkpoint:
             if name not in known:
                 raise CheckpointError(f"{self.root} has no component {name!r} to replace: it has {', '.join(known)}")
             if not Path(folder).is_dir():
-                found = other_kind(Path(folder)) if Path(folder).is_file() else None
+                found = other_kind(Path(folder)) if is_part(name) and Path(folder).is_file() else None
                 file = ", or a file that ends in .safetensors" if is_part(name) else ""
                 raise found or CheckpointError(
                     f"{folder} is no folder: give the diffusers folder of the component {name!r}{file}"

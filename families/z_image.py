@@ -32,7 +32,11 @@ def _describe(configs: Configs) -> Pipeline:
         )
     return parts.transformer_pipeline(
         configs,
-        [TextEncoder("text_encoder", "tokenizer", hidden="hidden_state", length=min(_TOKENS, most), bucket=_BUCKET, most=most)],
+        [
+            TextEncoder(
+                "text_encoder", "tokenizer", hidden="hidden_state", length=min(_TOKENS, most), bucket=_BUCKET, most=most
+            )
+        ],
         parts.latents_of(configs.config(parts.VAE), shifted=True, multiple=_PATCH),
         parts.transformer_inputs(
             channels=int(transformer["in_channels"]), text=int(transformer["cap_feat_dim"]), masked=True

@@ -132,6 +132,9 @@ _PARTS = {
 """Names that a checkpoint has too, so that they mean something only where it is incomplete."""
 
 
+_AS_PART = "compile the folder of that, with --component NAME=FILE, this file"
+
+
 def recognise(weights: Weights) -> Layout:
     """The layout of a whole checkpoint. Raises `CheckpointError`, which says what another file looks like."""
     check_names(weights.path, weights.shapes)
@@ -142,7 +145,10 @@ def recognise(weights: Weights) -> Layout:
                 _check_parts(weights, layout)
                 return layout
     like = other or _look(weights, _PARTS)
-    found = f"it looks like {like}" if like else f"its tensors are {', '.join(sorted(weights.shapes)[:3]) or 'none'}"
+    shown = ", ".join(sorted(weights.shapes)[:3]) or "none"
+    found = (
+        f"it looks like {like}" if like else f"its tensors are {shown}: where it is a part of a checkpoint, {_AS_PART}"
+    )
     raise CheckpointError(
         f"{weights.path} is no whole Stable Diffusion 1, 2 or XL checkpoint in the original layout: {found}"
     )

@@ -49,6 +49,20 @@ class GuidanceCondition(Condition):
                     f"skip_guidance_layers must be from 0 to {self._layers - 1} for this model, which has "
                     f"{self._layers} layers, found {layers[-1]}"
                 )
+            if layers:
+                self._check_steps(job)
+
+    @staticmethod
+    def _check_steps(job: Job) -> None:
+        guidance, count = job.guidance, job.table.steps
+        start, stop = guidance.skip_layer_guidance_start, guidance.skip_layer_guidance_stop
+        acts = (job.steps * start < k < job.steps * stop and guidance.at(k, count) for k in range(count))
+        if not any(acts):
+            raise RequestError(
+                f"skip_guidance_layers has no effect: none of {count} steps is guided and lies between "
+                f"skip_layer_guidance_start {start:g} and skip_layer_guidance_stop {stop:g} of them; ask for more "
+                "steps, or for a larger skip_layer_guidance_stop"
+            )
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """The scale, its embedding, and which layers are run."""

@@ -75,7 +75,8 @@ class Guidance:
         layers = () if self.skip_guidance_layers is None else self.skip_guidance_layers
         if not isinstance(layers, (tuple, list)) or not all(is_whole(each) and each >= 0 for each in layers):
             raise RequestError(
-                f"skip_guidance_layers must be numbers of layers, the first of which is 0, found {layers!r:.80}"
+                "skip_guidance_layers must be a list of numbers of layers, counted from 0, as in (7, 8, 9), found "
+                f"{layers!r:.80}"
             )
         object.__setattr__(self, "skip_guidance_layers", tuple(sorted({int(each) for each in layers})))
         scale, start, stop = (getattr(self, name) for name in SKIPPING[1:])

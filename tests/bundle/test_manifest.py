@@ -77,6 +77,7 @@ def test_round_trip():
         (("latents", "scaling_factor"), float("nan"), "latents.scaling_factor must be a finite number"),
         (("latents", "scaling_factor"), 0, "latents.scaling_factor must be a number other than zero"),
         (("latents", "scaling_factor"), 10**400, "latents.scaling_factor must be a finite number"),
+        (("latents", "channels"), 2**31, "latents.channels must be from 1 to 4096"),
         (("latents", "mean"), [0.0] * 4, "latents: mean and std must both be empty"),
         (("latents", "mean"), [0.0], "latents: mean and std"),
         (("latents", "tile"), 0, "latents.tile must be at least 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from diffoundry import Request, load
 from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
 from diffoundry.examples.random_transformer import _Z_IMAGE, _chat
 from diffoundry.export import compile
+from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.loading import load_chat_tokenizer
 from diffoundry.export.modules.z_image import ZImage, turned
+from diffoundry.export.reading import described
+from diffoundry.families.z_image import FAMILY
 from diffoundry.runtime.text.tokenizer import PromptTokenizer
 
 
@@ -108,6 +112,9 @@ def damaged(checkpoint_of, tmp_path):
     [
         ("transformer/config.json", {"all_patch_size": [4]}, "patches of .*its pipelines use"),
         ("transformer/config.json", {"axes_lens": [256]}, "damaged or of another kind"),
+        ("transformer/config.json", {"axes_lens": [33, 64, 64]}, "positions for 31 tokens of text .*at least 32"),
+        ("transformer/config.json", {"n_layers": 10**19}, r"asks for 1e\+19 layers \(n_layers\)"),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**19}, r"asks for 1e\+19 layers"),
         ("transformer/config.json", {"cap_feat_dim": 41}, "text_encoder gives 40 numbers a token, .*takes 41"),
         ("text_encoder/config.json", {"model_type": "llama"}, "type 'llama', which is not supported; Qwen3 is"),
         ("text_encoder/config.json", {"layer_types": ["sliding_attention"] * 4}, "other than full_attention"),
@@ -126,12 +133,43 @@ def test_what_is_no_z_image_is_said_before_anything_is_loaded(damaged, tmp_path,
     [
         ("nowhere:FAMILY", "the family nowhere:FAMILY cannot be loaded .*name a Family of a module"),
         ("json:dumps", "json:dumps is no diffoundry.families.Family"),
+        ("json:", "the family json: is not of the form module:NAME"),
+        ("runs_away:FAMILY", r"runs_away:FAMILY cannot be loaded \(3\)"),
         ("z-imagine", "unknown family 'z-imagine': choose one of .*z-image, or name your own as module:FAMILY"),
     ],
 )
-def test_a_family_that_is_none_is_refused(checkpoint_of, tmp_path, family, said):
+def test_a_family_that_is_none_is_refused(checkpoint_of, tmp_path, monkeypatch, family, said):
+    (tmp_path / "runs_away.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(DiffoundryError, match=said):
         compile(checkpoint_of("z-image-small"), tmp_path / "b", family=family, engine="onnxruntime")
+
+
+def test_what_a_family_of_ones_own_makes_is_checked(checkpoint_of):
+    source = Checkpoint.open(checkpoint_of("z-image-small"))
+
+    def said(make):
+        own = replace(FAMILY, name="own", describe=lambda configs: make(FAMILY.describe(configs)))
+        with pytest.raises(CheckpointError) as refused:
+            described(source, own)
+        return str(refused.value)
+
+    assert "the family own cannot describe" in said(lambda pipeline: pipeline.nothing)
+    assert "gives a NoneType, a diffoundry.families.Pipeline is due" in said(lambda pipeline: None)
+    assert "its tasks are ('fly',)" in said(lambda pipeline: replace(pipeline, tasks=("fly",)))
+    assert "17 by -3 pixels" in said(lambda pipeline: replace(pipeline, width=17, height=-3))
+
+    def fed(**inputs):
+        return lambda made: replace(made, wiring=replace(made.wiring, inputs={**made.wiring.inputs, **inputs}))
+
+    assert "is fed from 'clouds'; known are latents" in said(fed(sample="clouds"))
+    assert "no input of the denoiser is fed from timestep" in said(fed(timestep="guidance"))
+
+
+def test_a_language_model_in_another_folder_is_one(checkpoint_of):
+    folder = checkpoint_of("z-image-small")
+    source = Checkpoint.open(folder).replace({"text_encoder": folder / "text_encoder"})
+    assert described(source, FAMILY).wiring.text[0].most == 224
 
 
 OWN = """
@@ -182,6 +220,7 @@ def test_rows_of_different_texts_go_as_each_goes_alone(bundle_of):
     texts = ["a star", "a large red star at the left on a navy background, " * 3, "a ring and a small blue star"]
     options = {"width": 64, "height": 64, "steps": 3, "output": "latent"}
     requests = [Request(text, seed=i, guidance=2.0 * i, **options) for i, text in enumerate(texts)]
+    requests.append(Request(texts[1], seed=3, max_sequence_length=20, **options))
     together = pipe.generate_many(requests)
     for request, found in zip(requests, together, strict=True):
         assert np.allclose(found.latents, pipe.generate(request).latents, atol=1e-4)
@@ -195,6 +234,12 @@ def test_embeddings_take_the_place_of_a_prompt(bundle_of):
     assert left == "" and hidden.shape[1] == 40 and len(hidden) % 32
     plain = pipe.generate(Request("a red star", **options))
     assert np.allclose(pipe.generate(Request(prompt_embeds=hidden, **options)).latents, plain.latents, atol=1e-5)
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        long = {"prompt_embeds": hidden, name: np.zeros((225, 40), np.float32)}
+        with pytest.raises(RequestError, match=f"{name} may have 224 tokens at most with this model, found 225"):
+            pipe.check(Request(**long, **{**options, "guidance": 2.0}))
+    with pytest.raises(RequestError, match="max_sequence_length must be at most 224 with this model, found 225"):
+        pipe.check(Request("a star", max_sequence_length=225, **options))
     with pytest.raises(RequestError, match="encode one at a time"):
         pipe.encode(["a red star", "a"])
     with pytest.raises(RequestError, match="without guidance: leave it out, or set guidance above 0"):

@@ -264,9 +264,9 @@ def test_layers_are_skipped_by_models_that_can_and_by_whole_numbers(bundle_of):
     assert Guidance(skip_guidance_layers=[9, 7, 7]).skip_guidance_layers == (7, 9)
     assert Guidance(skip_guidance_layers=None) == Guidance()
     for options, message in (
-        ({"skip_guidance_layers": (-1,)}, "must be numbers of layers, the first of which is 0"),
-        ({"skip_guidance_layers": 7}, "must be numbers of layers"),
-        ({"skip_guidance_layers": (1.5,)}, "must be numbers of layers"),
+        ({"skip_guidance_layers": (-1,)}, "must be a list of numbers of layers, counted from 0"),
+        ({"skip_guidance_layers": 7}, "must be a list of numbers of layers"),
+        ({"skip_guidance_layers": (1.5,)}, "must be a list of numbers of layers"),
         ({"skip_layer_guidance_scale": 2.0}, "skip_layer_guidance_scale goes with skip_guidance_layers"),
         ({"skip_guidance_layers": (1,), "skip_layer_guidance_scale": float("nan")}, "must be a number from"),
         (
@@ -303,6 +303,9 @@ def test_rows_with_and_without_skipped_layers_share_a_batch(bundle_of):
     assert "from 0 to 2 for this model, which has 3 layers, found 3" in said(
         sd3, guidance=Guidance(skip_guidance_layers=(1, 3))
     )
+    few = Guidance(4.0, skip_guidance_layers=(1,))
+    assert "none of 5 steps is guided and lies between" in said(sd3, guidance=few, steps=5)
+    sd3.check(Request("a star", guidance=few, steps=6))
     assert "has no effect without guidance" in said(sd3, guidance=Guidance(1.0, skip_guidance_layers=(1,)))
 
 
