@@ -20,6 +20,8 @@ _EXTRA = 128
 """T5's own tokenizer may have so many tokens more than its encoder, which stand for gaps and occur in no text."""
 _SAID = "a lighthouse at dusk"
 """A prompt to see by what a chat template puts it between."""
+_ODDLY_SAID = f" <{_SAID}> & \"'Ä'\"\n"
+"""One by which a template shows that it changes what is said."""
 _SHORTEST_WINDOW = 3  # start, one token, end
 
 
@@ -267,12 +269,18 @@ def load_chat_tokenizer(source: Path, target: Path, window: int, vocabulary: int
         with quiet():
             tokenizer = Qwen2TokenizerFast.from_pretrained(source)
         pad, largest = int(tokenizer.pad_token_id), max(tokenizer.get_vocab().values())
-        before, _, after = told(_SAID).partition(_SAID)
-        kept = told(f" {_SAID}\n") == f"{before} {_SAID}\n{after}"
+        templated = bool(tokenizer.chat_template)
+        before, _, after = told(_SAID).partition(_SAID) if templated else ("", "", "")
+        kept = not templated or told(_ODDLY_SAID) == f"{before}{_ODDLY_SAID}{after}"
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer in {source} cannot be loaded ({reason(error)}): download it again"
         ) from None
+    if not templated:
+        raise CheckpointError(
+            f"the tokenizer in {source} has no chat template (chat_template.jinja): give the tokenizer that the model "
+            "was published with"
+        )
     if max(largest, pad) >= vocabulary:
         raise CheckpointError(
             f"the tokenizer in {source} has token {max(largest, pad)}, the text encoder {vocabulary} tokens: they are "

@@ -76,7 +76,8 @@ def test_a_prompt_is_what_the_user_says_in_the_chat_template(chat):
         ("{{ messages[0].content | trim }}", "changes what the user says"),
         ("{{ messages[0].content | upper }}", "changes what the user says"),
         ("{{ messages[0].nothing.here }}", "cannot be loaded"),
-        (None, "cannot be loaded .*chat_template"),
+        ("{{ messages[0].content | e }}", "changes what the user says"),
+        (None, "has no chat template .*: give the tokenizer that the model was published with"),
     ],
 )
 def test_a_chat_template_that_cannot_be_two_texts_is_refused(chat, tmp_path, template, said):
