@@ -311,6 +311,9 @@ class EngineLoader:
             can = self.precision in able and not self._bundle.foreign
             engine = f" --engine {self.engine}" if self.engine.backend == OPENVINO else ""
             other = f", or run `diffoundry build {root}{engine} --precision {self.precision}`" if can else ""
+            stored = any(part.storage for part in self._bundle.manifest.components.values())
+            if stored and self.precision in ("fp16", "bf16") and self.engine.backend != OPENVINO:
+                other = ", or compile the checkpoint again without --text-storage-dtype"
             raise EngineError(
                 f"{root} has the precisions {', '.join(sorted(known))} for {self.engine}, not {self.precision!r}: "
                 f"choose one of them{other}"

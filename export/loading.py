@@ -272,6 +272,7 @@ def load_chat_tokenizer(source: Path, target: Path, window: int, vocabulary: int
         templated = bool(tokenizer.chat_template)
         before, _, after = told(_SAID).partition(_SAID) if templated else ("", "", "")
         kept = not templated or told(_ODDLY_SAID) == f"{before}{_ODDLY_SAID}{after}"
+        around = len(tokenizer(before + after, add_special_tokens=False).input_ids) if templated else 0
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer in {source} cannot be loaded ({reason(error)}): download it again"
@@ -295,6 +296,11 @@ def load_chat_tokenizer(source: Path, target: Path, window: int, vocabulary: int
         raise CheckpointError(
             f"the chat template of the tokenizer in {source} puts {max(len(before), len(after))} characters beside the "
             f"prompt, {LONGEST_BESIDE} are supported: give the tokenizer that the model was published with"
+        )
+    if window < around + _SHORTEST_WINDOW:
+        raise CheckpointError(
+            f"the text encoder reads {window} tokens (max_position_embeddings), of which the chat template in {source} "
+            f"takes {around}: give the config.json that the text encoder was published with"
         )
     _write_tokenizer(source, target, tokenizer)
     return Tokenizer(window, None, None, pad, before, after)

@@ -246,6 +246,10 @@ class ControlCondition(Condition):
                 f"{self._root} has no control {name!r:.60}: its model sees a picture by itself and takes no control "
                 "beside it, leave it out"
             )
+        if self._wiring.inputs_from("text.mask"):  # no transformer with ControlNets has it
+            raise RequestError(
+                f"{self._root} has no control {name!r:.60}: ControlNets of its model are not supported, leave it out"
+            )
         if name not in self._controls:
             has = f"it has {', '.join(self._controls)}" if self._controls else "it has none"
             more = parts_again(self._wiring, "--controlnet", name)

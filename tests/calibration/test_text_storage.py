@@ -47,6 +47,10 @@ def test_t5_is_stored_in_eight_bits_where_the_pictures_stay_near(bundle_of, tmp_
         EngineError, match="the weights of text_encoder_2 in int8, for engines of the processor: choose"
     ):
         load(path, engine="onnxruntime:cuda")
+    with pytest.raises(
+        EngineError, match="not 'fp16': choose one of them, or compile the checkpoint again without --te"
+    ):
+        diffoundry.load(path, engine="onnxruntime", precision="fp16")
     again = diffoundry.build(path, text_storage_dtype="int8", scan=Scan(**QUICK))
     assert again.manifest == made.manifest
     with pytest.raises(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
 
-from diffoundry import Request, load
+from diffoundry import Control, Request, load
 from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
 from diffoundry.examples.random_transformer import _Z_IMAGE, _chat
 from diffoundry.export import compile
@@ -93,6 +93,15 @@ def test_a_chat_template_that_cannot_be_two_texts_is_refused(chat, tmp_path, tem
 def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(chat, tmp_path):
     with pytest.raises(CheckpointError, match="the text encoder 600 tokens: they are not of one checkpoint"):
         load_chat_tokenizer(chat / "theirs", tmp_path / "out", 512, 600)
+
+
+@pytest.mark.parametrize("window", [-1, 0, 7])
+def test_a_window_that_the_chat_template_fills_is_refused(chat, tmp_path, window):
+    with pytest.raises(
+        CheckpointError, match=rf"reads {window} tokens \(max_position_embeddings\), of which .*takes \d"
+    ):
+        load_chat_tokenizer(chat / "theirs", tmp_path / "out", window, 1000)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -245,5 +254,7 @@ def test_embeddings_take_the_place_of_a_prompt(bundle_of):
         pipe.encode(["a red star", "a"])
     with pytest.raises(RequestError, match="without guidance: leave it out, or set guidance above 0"):
         pipe.check(Request("a star", negative_prompt="a ring", **options))
+    with pytest.raises(RequestError, match="no control 'depth': ControlNets of its model are not supported, leave it"):
+        pipe.check(Request("a star", control=[Control("depth", np.zeros((64, 64, 3), np.uint8))], **options))
     with pytest.raises(RequestError, match="weights has no effect"):
         pipe.check(Request("a star", weights=True, width=64, height=64))
