@@ -28,7 +28,10 @@ PICO = REPOSITORY / "examples" / "pico"
 
 
 _MANY = 1000
-_SHARED = {"gw0": ("pico", "pico+control+union+image-plus", "sdxl-refiner-small"), "gw1": ("sdxl-small", "sd15-small")}
+_SHARED = {
+    "gw0": ("pico", "pico+control+union+image-plus", "sdxl-refiner-small"),
+    "gw1": ("sdxl-small", "sd15-small", "flux-dev-small"),
+}
 
 
 def _once(path: Path, make: Callable[[Path], object]) -> Path:

@@ -177,6 +177,7 @@ def test_a_bundle_that_draws_from_no_prompt_is_refused(called, copied):
     assert done.returncode == 1 and "its tasks are inpaint" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_shown_where_the_disk_is_full(bundle_of, tmp_path):
     line = [sys.executable, "-m", "diffoundry", "bench", str(bundle_of("pico")), "--turns", "30", "--cold", "0"]
 

@@ -167,6 +167,7 @@ def tiny(home, tmp_path, monkeypatch):
     return wheels
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_once_and_in_place_of_an_older_one(tiny, home):
     wheel(tiny, "tiny-torch", files={"tiny_torch.py": ""})
     older, other = home / "tiny-0123456789abcdef", home / "tiny-notes"
@@ -182,6 +183,7 @@ def test_an_environment_is_made_once_and_in_place_of_an_older_one(tiny, home):
     assert peers.setup("tiny") == folder and (folder / known.WHOLE).stat().st_mtime_ns == made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gone", ["bin", pytest.param("lib/python*/site-packages/tiny_torch.py", marks=pytest.mark.slow)]
 )

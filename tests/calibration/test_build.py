@@ -264,6 +264,7 @@ def test_graphs_for_cuda_are_made_once_and_go_with_the_models_that_they_were_mad
     assert "fp16/onnxruntime:cuda" in again.component("unet").variants and "unet" in written
 
 
+@pytest.mark.slow
 def test_graphs_for_cuda_in_bfloat16_have_kernels_for_all_that_they_compute(copied):
     diffoundry.build(copied, engine="onnxruntime:cuda", precision="bf16", scan=replace(SCAN, budget_db=5.0))
     for path in copied.glob("*/bf16.cuda.onnx"):

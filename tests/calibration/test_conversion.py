@@ -248,6 +248,7 @@ def _feed(tensor):
     return rng.integers(0, 600, shape) if tensor.dtype == "int64" else rng.standard_normal(shape).astype(tensor.dtype)
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_not_met_tightens_and_then_fails_with_figures(made, work, monkeypatch):
     tried = []
     find = Fp32Nodes.find

@@ -197,6 +197,7 @@ def report(bundle, name):
     return json.loads((bundle / "reports" / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_bundle_in_int8_is_run_by_both_engines_and_is_the_same_each_time(bundle, tmp_path):
     pytest.importorskip("openvino")
     twin = shutil.copytree(bundle, tmp_path / "twin")
@@ -273,6 +274,7 @@ def test_a_budget_that_cannot_be_met_names_the_best(bundle):
     assert sorted((path, path.stat().st_size) for path in bundle.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_what_loses_most_stays_in_fp32_where_the_budget_asks_for_it(bundle):
     diffoundry.build(bundle, engine="onnxruntime", precision="int8", scan=Scan(**SCAN, budget_db=33), force=True)
     found = report(bundle, "precision")["int8"]["unet"]
@@ -366,6 +368,7 @@ def test_a_budget_of_another_measure_decides(bundle):
     assert sorted((path, path.stat().st_size) for path in bundle.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_when_a_build_fails_or_is_stopped(bundle, monkeypatch):
     """And serves the next try: with another budget nothing is drawn in fp32 again."""
     with pytest.raises(QualityError):

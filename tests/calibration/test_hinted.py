@@ -108,6 +108,7 @@ def test_the_fastest_is_chosen_once_and_recorded(bundle, monkeypatch, times, wan
     assert len(calls) == before
 
 
+@pytest.mark.slow
 def test_real_times_choose_an_engine_and_one_without_budget_is_refused(bundle):
     diffoundry.build(bundle, engine="auto", scan=Scan(**SCAN, budget_db=110))
     report = json.loads((bundle / "reports" / "engines.json").read_text())

@@ -207,6 +207,7 @@ def test_small_sizes_of_old_unets_are_taken_as_the_classes_take_them(kind, versi
     assert drawn_side({"sample_size": 16, **told}) == pipeline.unet.config.sample_size
 
 
+@pytest.mark.slow
 def test_numbers_of_the_autoencoder_that_the_classes_do_not_read_change_nothing(pair):
     checkpoint, bundle = pair
     edit(checkpoint / "vae/config.json", latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.5, 2, 0.7, 1.2])

@@ -403,6 +403,7 @@ def test_weights_come_back_as_they_were(kind, made, tmp_path):
         assert all(value.dtype == dtype and torch.equal(value, due[key].to(dtype)) for key, value in found.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "refiner"])
 def test_each_part_of_a_whole_file_can_be_read_alone(kind, made, tmp_path):
     unpack(made(kind).path, tmp_path / "out")
