@@ -1075,10 +1075,10 @@ def diffoundry_run(
     from ..runtime.lora import Lora
 
     pipeline = _pipeline(bundle_of(case.source), setting)
-    if case.loras:
-        files = [bundle_of(f"{case.checkpoint}{LORA}{each.kind}") for each in case.loras]
-        loras = [Lora(file, each.strength, each.text) for file, each in zip(files, case.loras, strict=True)]
-        pipeline.set_loras(loras, as_inputs=case.as_inputs)
+    files = [bundle_of(f"{case.checkpoint}{LORA}{each.kind}") for each in case.loras]
+    loras = [Lora(file, each.strength, each.text) for file, each in zip(files, case.loras, strict=True)]
+    if loras or pipeline.loras:  # of the case before
+        pipeline.set_loras(loras, as_inputs=case.as_inputs if loras else None)
     options = {"prompt": PROMPT, **_pictures(case), **case.options, "scheduler": case.scheduler, "seed": SEED}
     for prefix, name in (("", "conditioning"), ("negative_", "negative_conditioning")):
         told = {ours: options.pop(prefix + theirs) for theirs, ours in _SIZES.items() if prefix + theirs in options}
