@@ -21,7 +21,7 @@ from ..common.files import link_or_copy, remove, sha256_file, sha256_json
 from ..common.progress import Meter
 from ..engines.changed import new_values, sources_of
 from ..engines.fusion.cpu import fuse_for_cpu
-from ..engines.fusion.graph import open_model, save
+from ..engines.fusion.graph import moved, open_model, save
 from ..engines.fusion.lora import DOWN, RANK, SETS, UP, Layer, add_lora, names_of
 from ..engines.names import ONNXRUNTIME
 from ..engines.onnxruntime import load_variant
@@ -178,10 +178,7 @@ def _write(plain: Path, folder: Path, file: str, change: Callable[[Any], list[La
         if isinstance(stored, onnx_ir.ExternalTensor):
             if not (folder / linked).exists():
                 link_or_copy(plain.with_name(str(stored.location)), folder / linked)
-            value.const_value = onnx_ir.ExternalTensor(
-                linked, stored.offset, stored.length, stored.dtype,
-                shape=stored.shape, name=str(stored.name), base_dir=folder,
-            )  # fmt: skip
+            value.const_value = moved(stored, folder, linked)
     save(model, folder, file)
     return made
 

@@ -43,6 +43,16 @@ def open_model(path: Path) -> Any:
     return model
 
 
+def moved(tensor: Any, folder: Path, name: str) -> Any:
+    """The external tensor `tensor` as one of the same bytes in the file `name` of `folder`."""
+    import onnx_ir
+
+    return onnx_ir.ExternalTensor(
+        name, tensor.offset, tensor.length, tensor.dtype,
+        shape=tensor.shape, name=str(tensor.name), base_dir=folder,
+    )  # fmt: skip
+
+
 def save(model: Any, folder: Path, name: str) -> list[Path]:
     """Write `model` as `name` into `folder`, weights that it made beside it where they are large.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.files import link_or_copy, read_json
+from ...engines.fusion.graph import moved
 from .weights import WEIGHTS_NAME
 
 PLAIN_DATA = "plain.onnx_data"
@@ -21,12 +22,7 @@ def link_weights(plain: Path, folder: Path) -> None:
 
 def in_plain(stored: Any, folder: Path) -> Any:
     """The tensor `stored`, which lies beside the plain graph, as one of a graph in `folder`."""
-    import onnx_ir
-
-    return onnx_ir.ExternalTensor(
-        PLAIN_DATA, stored.offset, stored.length, stored.dtype,
-        shape=stored.shape, name=str(stored.name), base_dir=folder,
-    )  # fmt: skip
+    return moved(stored, folder, PLAIN_DATA)
 
 
 def share_weights(model: Any, plain: Path, folder: Path) -> None:

@@ -150,11 +150,11 @@ class TextEncoders:
 
     def level(self, embeddings: Sequence[Embedding]) -> list[Embedding]:
         """The same, brought to one length with windows of the empty prompt, or with what stands for nothing."""
-        if len({len(each.hidden) for each in embeddings}) == 1 and not self.bucket:
-            return list(embeddings)
         if self.bucket:
             longest = _full(max(len(each.hidden) for each in embeddings), self.bucket)
             return [each.longer(longest) for each in embeddings]
+        if len({len(each.hidden) for each in embeddings}) == 1:
+            return list(embeddings)
         empty = self.embed([PromptSpec(("",) * 3)])[0].hidden
         padded = pad_to_longest([each.hidden for each in embeddings], empty)
         return [replace(each, hidden=hidden) for hidden, each in zip(padded, embeddings, strict=True)]
