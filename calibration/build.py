@@ -204,7 +204,7 @@ def build(
     calibration: for eight bits, a file of statistics of the same model, which are then not gathered again.
     force: take eight bits also where they are slower on this machine.
     lora_rank: make a denoiser that takes LoRAs as inputs, of up to so much rank in all, 0 for none any more.
-    lora_layers: of it, those that take them, see `lora_inputs.LAYERS`; what most trainers train by default.
+    lora_layers: of it, those that take them, see `lora_inputs.Wanted`.
     text_storage_dtype: `int8` for weights of T5 in eight bits in the place of its own, where the pictures of the scan
     stay near; what it computes stays in floats. Only compiling again brings the others back.
     Raises `BundleError` for what is no bundle or was changed, `calibration.QualityError` when the images are too far
@@ -236,7 +236,7 @@ def wanted_lora(lora_rank: int | None, lora_layers: str | None) -> lora_inputs.W
         if lora_layers is not None:
             raise DiffoundryError("LoRA layers go with a LoRA rank: give --lora-rank too")
         return None
-    return lora_inputs.Wanted(lora_rank) if lora_layers is None else lora_inputs.Wanted(lora_rank, lora_layers)
+    return lora_inputs.Wanted(lora_rank, lora_layers)
 
 
 def _checked(
@@ -328,7 +328,7 @@ def later_stages(bundle: Bundle, ledger: Ledger, goal: Goal, meter: Meter) -> Bu
         text_storage.check_storable(bundle)
         bundle = text_storage.store(bundle, ledger, goal.scan, meter)
     if goal.lora is not None:
-        adapted, lora_rank = lora_inputs.chosen(goal.lora.layers), goal.lora.rank
+        adapted, lora_rank = lora_inputs.chosen(goal.lora, goal.engine.on_cpu), goal.lora.rank
     if goal.chooses:
         bundle, engine, precision = choose(bundle, ledger, goal.lower, goal.scan, meter)
         bundle = replace(bundle, manifest=replace(bundle.manifest, engine=str(engine), precision=precision))

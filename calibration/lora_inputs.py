@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from .hinted import HINTED_ENGINES
 NAME = "{}_lora"
 """The name of the component, after the denoiser."""
 RECORD = "lora_inputs"
-_REVISION = 1
+_REVISION = 2
 """Raise it when the same models would give other graphs."""
 _FILES = {FULL: "model.onnx", "fp16": "fp16.onnx", "bf16": "bf16.onnx"}
+_SPARING = "sparing.onnx"
+"""The fp32 graph for the processor before its operators are fused: it spares layers that a set does not change."""
 _PLAIN = "plain.{}_data"
 """The weights that a graph shares with the plain one."""
 LAYERS = {
@@ -49,17 +52,21 @@ is what most trainers train; every matrix and convolution."""
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """rank: the most of all LoRAs of a row together; 0 for a bundle without such a denoiser. layers: of `LAYERS`."""
+    """rank: the most of all LoRAs of a row together; 0 for a bundle without such a denoiser.
+
+    layers: of `LAYERS`; by default all for the processor, where those that a set leaves as they are cost little, and
+    what most trainers train for GPUs.
+    """
 
     rank: int
-    layers: str = "transformer"
+    layers: str | None = None
 
     def __post_init__(self) -> None:
         if not is_whole(self.rank) or not 0 <= self.rank <= MOST_RANK:
             raise DiffoundryError(
                 f"the LoRA rank must be from 1 to {MOST_RANK}, or 0 for none, found {self.rank!r:.80}"
             )
-        if self.layers not in LAYERS:
+        if self.layers not in (None, *LAYERS):
             raise DiffoundryError(f"unknown LoRA layers {self.layers!r:.80}: choose one of {', '.join(LAYERS)}")
 
 
@@ -99,9 +106,15 @@ def without(bundle: Bundle) -> tuple[Bundle, Callable[[str], bool] | None, int]:
     return plain, set(inputs.weights).__contains__, inputs.rank
 
 
-def chosen(layers: str) -> Callable[[str], bool]:
-    """Whether a weight of this name is among `layers`."""
-    return lambda weight: LAYERS[layers].search(weight) is not None
+def chosen(wanted: Wanted, on_cpu: bool) -> Callable[[str], bool]:
+    """Whether a weight of this name is to take factors. on_cpu: whether the engine is of the processor."""
+    layers = LAYERS[wanted.layers or ("all" if on_cpu else "transformer")]
+    return lambda weight: layers.search(weight) is not None
+
+
+def _group(weight: str) -> int:
+    """The first of `LAYERS` that a weight is among: most LoRAs change the first, or the first two."""
+    return next(i for i, layers in enumerate(LAYERS.values()) if layers.search(weight))
 
 
 def with_lora(bundle: Bundle, ledger: Ledger, wanted: Callable[[str], bool], lora_rank: int, meter: Meter) -> Bundle:
@@ -120,7 +133,7 @@ def with_lora(bundle: Bundle, ledger: Ledger, wanted: Callable[[str], bool], lor
     made = ledger.once(RECORD, key, ADAPTED, lambda: _adapted(bundle, denoiser, name, wanted))
     meter.step()
     variants = dict(made.variants)
-    whole = variants.get(f"{FULL}/{ONNXRUNTIME}:cpu", variants[f"{FULL}/{STANDARD}"])
+    whole = variants[f"{FULL}/{ONNXRUNTIME}:cpu"]
     hinted = [own for own in part.variants if own.partition("/")[2] in HINTED_ENGINES]
     variants |= dict.fromkeys(hinted, whole)  # the same graph, computed in that precision
     component = Component("lora", made.inputs, part.outputs, variants, made.files, key)
@@ -133,6 +146,12 @@ def with_lora(bundle: Bundle, ledger: Ledger, wanted: Callable[[str], bool], lor
 def _adapted(bundle: Bundle, denoiser: str, name: str, wanted: Callable[[str], bool]) -> Adapted:
     part, folder = bundle.component(denoiser), bundle.root / name
     sources = {key: source.weights for key, source in sources_of(bundle, denoiser).items()}
+
+    def add(model: Any, *, spares: bool = False) -> list[Layer]:
+        return add_lora(
+            model, names_of(sources), lambda weight: _group(weight) if wanted(weight) else None, spares=spares
+        )
+
     remove(folder)
     folder.mkdir()
     variants: dict[str, Variant] = {}
@@ -141,19 +160,14 @@ def _adapted(bundle: Bundle, denoiser: str, name: str, wanted: Callable[[str], b
         plain = part.variants.get(f"{precision}/{STANDARD}")
         if plain is None:
             continue
-        own = _write(bundle.path(plain.model), folder, file, lambda model: add_lora(model, names_of(sources), wanted))
+        own = _write(bundle.path(plain.model), folder, file, add)
         if layers and own != layers:
             raise EngineError(f"the {precision} model of {denoiser} has other layers than that in fp32: build it again")
         layers = own
         variants[f"{precision}/{STANDARD}"] = _variant(bundle.root, folder, file)
     if not layers:
         raise DiffoundryError(f"{denoiser} has none of the layers that are to take LoRAs: choose --lora-layers all")
-    both = fuse_for_cpu(folder / _FILES[FULL], bundle.manifest.per_prompt(denoiser))
-    if both is not None:
-        shared = {path: sha for path, sha in variants[f"{FULL}/{STANDARD}"].files.items() if path.endswith("_data")}
-        graphs = [f"{name}/{each}" for each in filter(None, both)]
-        files = shared | {path: sha256_file(bundle.root / path) for path in graphs}
-        variants[f"{FULL}/{ONNXRUNTIME}:cpu"] = Variant(graphs[0], files, *graphs[1:])
+    variants[f"{FULL}/{ONNXRUNTIME}:cpu"] = _for_cpu(bundle, denoiser, folder, partial(add, spares=True))
     given = tuple(
         Tensor(input_name, "float32", (SETS, sum(sizes), RANK))
         for input_name, sizes in ((DOWN, [each.reads for each in layers]), (UP, [each.gives for each in layers]))
@@ -166,13 +180,31 @@ def _adapted(bundle: Bundle, denoiser: str, name: str, wanted: Callable[[str], b
     return Adapted(variants, described, (*part.inputs, *given), tuple(each.weight for each in layers), reference)
 
 
-def _write(plain: Path, folder: Path, file: str, change: Callable[[Any], list[Layer]]) -> list[Layer]:
-    """Write the graph in `plain`, changed, into `folder`; its large weights are linked, not written again."""
+def _for_cpu(bundle: Bundle, denoiser: str, folder: Path, add: Callable[[Any], list[Layer]]) -> Variant:
+    """The fp32 graph in which a set takes less time where it leaves layers as they are, its operators fused."""
+    linked = _PLAIN.format(Path(_FILES[FULL]).stem)
+    _write(bundle.path(bundle.component(denoiser).variants[f"{FULL}/{STANDARD}"].model), folder, _SPARING, add, linked)
+    both = fuse_for_cpu(folder / _SPARING, bundle.manifest.per_prompt(denoiser))
+    if both is not None:
+        remove(folder / _SPARING)
+    graphs = [each for each in both or (_SPARING,) if each]
+    names = [name for name in (*graphs, linked, f"{_SPARING}_data") if (folder / name).is_file()]
+    files = {f"{folder.name}/{name}": sha256_file(folder / name) for name in names}
+    return Variant(f"{folder.name}/{graphs[0]}", files, *(f"{folder.name}/{each}" for each in graphs[1:]))
+
+
+def _write(
+    plain: Path, folder: Path, file: str, change: Callable[[Any], list[Layer]], linked: str | None = None
+) -> list[Layer]:
+    """Write the graph in `plain`, changed, into `folder`; its large weights are linked, not written again.
+
+    linked: the name of their file there.
+    """
     import onnx_ir
 
     model = open_model(plain)
     made = change(model)
-    linked = _PLAIN.format(Path(file).stem)
+    linked = linked or _PLAIN.format(Path(file).stem)
     for value in model.graph.initializers.values():
         stored = value.const_value
         if isinstance(stored, onnx_ir.ExternalTensor):
@@ -213,7 +245,7 @@ def _checked(bundle: Bundle, denoiser: str, name: str, variants: dict[str, Varia
     graphs = [bundle.path(graph) for graph in (plain.model, plain.per_prompt) if graph]
     changed = new_values(bundle, denoiser, graphs, changes, denoiser)
     expected = load_variant(bundle.root, denoiser, plain, changed=changed)(feeds)
-    own = variants.get(f"{FULL}/{ONNXRUNTIME}:cpu", variants[f"{FULL}/{STANDARD}"])
+    own = variants[f"{FULL}/{ONNXRUNTIME}:cpu"]
     feeds = {**feeds, DOWN: down, UP: up}
     check = compare_outputs(name, FULL, load_variant(bundle.root, name, own)(feeds), expected)
     if not check.passed:

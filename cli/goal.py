@@ -138,7 +138,8 @@ _OPTIONS = (
     click.option(
         "--lora-layers",
         type=click.Choice(["attention", "transformer", "all"]),
-        help="With --lora-rank: the layers that take them. [default: transformer, what most trainers train]",
+        help="With --lora-rank: the layers that take them. [default: all for the processor; for GPUs "
+        "transformer, what most trainers train]",
     ),
     click.option(
         "--text-storage-dtype",

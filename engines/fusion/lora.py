@@ -5,12 +5,17 @@ for each number that a layer reads, and `lora_up`, (sets, …, rank), a row for 
 all rows of a call, or one for each. In a layer y = W x becomes y = W x + up (downᵀ x); in a convolution of k × k the
 first product is made for every offset in the kernel, and a grouped convolution with ones and zeros adds up what lies
 k × k about a pixel.
+
+Layers are in groups, and the rows of a group lie together. Where a graph is to spare what does nothing, the factors of
+a group that are all zero are cut to rank 1 before they are used.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, product
 from typing import Any
 
 import numpy as np
@@ -21,6 +26,7 @@ from .graph import add_sizes, attribute, rank, weight_of
 DOWN, UP, SETS, RANK = "lora_down", "lora_up", "lora_sets", "lora_rank"
 """The inputs, and the names of their first and last axis."""
 _LAYERS = ("MatMul", "Gemm", "Conv")
+_INT64, _BOOL = "INT64", "BOOL"
 _GEOMETRY = ("strides", "pads", "dilations")
 
 
@@ -33,36 +39,44 @@ class Layer:
     gives: int
 
 
-def add_lora(model: Any, weight_named: Callable[[str], str | None], wanted: Callable[[str], bool]) -> list[Layer]:
+def add_lora(
+    model: Any,
+    weight_named: Callable[[str], str | None],
+    group_of: Callable[[str], int | None],
+    *,
+    spares: bool = False,
+) -> list[Layer]:
     """Give `model` the two inputs, in place. Returns the layers that take factors, in the order of their rows.
 
-    weight_named: the weight of the checkpoint that an initializer is, None for one that is none. wanted: of those, the
-    ones that are to take factors.
+    weight_named: the weight of the checkpoint that an initializer is, None for one that is none. group_of: of those,
+    the group of one that is to take factors, None for another. spares: whether a group whose factors are all zero
+    takes less time; sizes within the graph then depend on what its inputs hold, which TensorRT does not take.
     """
-    import onnx_ir
-
     graph = model.graph
     found = []
     for node in graph:
         stored = weight_of(node.inputs[1]) if node.op_type in _LAYERS else None
         weight = None if stored is None else weight_named(str(stored.name))
-        if stored is not None and weight is not None and wanted(weight) and attribute(node, "group", 1) == 1:
-            found.append((node, weight, [int(size) for size in stored.shape]))
-    layers = [_layer(node, weight, shape) for node, weight, shape in found]
+        group = None if weight is None else group_of(weight)
+        if stored is not None and group is not None and attribute(node, "group", 1) == 1:
+            found.append((group, node, weight, [int(size) for size in stored.shape]))
+    found.sort(key=lambda each: each[0])
+    layers = [_layer(node, weight, shape) for _, node, weight, shape in found]
     if not layers:
         return []
-    kinds = sorted({node.outputs[0].dtype for node, _, _ in found})
-    pieces: dict[tuple[str, Any], Sequence[Any]] = {}
-    for name, sizes in ((DOWN, [layer.reads for layer in layers]), (UP, [layer.gives for layer in layers])):
-        given = onnx_ir.Value(
-            name=name,
-            type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT),
-            shape=onnx_ir.Shape([SETS, sum(sizes), RANK]),
-        )
-        graph.inputs.append(given)
-        for kind in kinds:
-            pieces[name, kind] = _split(graph, given, kind, sizes)
-    for i, (node, _, shape) in enumerate(found):
+    kinds = sorted({node.outputs[0].dtype for _, node, *_ in found})
+    sizes = {DOWN: [layer.reads for layer in layers], UP: [layer.gives for layer in layers]}
+    first, groups = graph[0], Counter(group for group, *_ in found)
+    parts = {name: [_input(graph, name, sum(own))] for name, own in sizes.items()}
+    counts = [len(layers)]
+    if spares and len(groups) > 1:
+        counts = [groups[group] for group in sorted(groups)]
+        parts = _spared(graph, first, parts, sizes, counts)
+    pieces = {}
+    for name, kind in product(sizes, kinds):
+        of_parts = zip(parts[name], _runs(sizes[name], counts), strict=True)
+        pieces[name, kind] = [each for part, own in of_parts for each in _split(graph, first, part, kind, own)]
+    for i, (_, node, _, shape) in enumerate(found):
         kind = node.outputs[0].dtype
         _add(graph, node, shape, pieces[DOWN, kind][i], pieces[UP, kind][i])
     return layers
@@ -75,24 +89,62 @@ def _layer(node: Any, weight: str, shape: Sequence[int]) -> Layer:
     return Layer(weight, reads, gives)
 
 
-def _split(graph: Any, given: Any, kind: Any, sizes: Sequence[int]) -> Sequence[Any]:
-    """The factors of each layer, (sets, size, rank), in the type that it computes in."""
+def _input(graph: Any, name: str, size: int) -> Any:
     import onnx_ir
 
-    before = _Before(graph, graph[0], f"{given.name}:{kind.name}", kind)
-    if kind != given.dtype:
-        given = before.op("Cast", [given], given.shape, to=int(kind))
-    node = onnx_ir.node(
-        "Split",
-        [given, add_sizes(graph, *sizes)],
-        {"axis": 1},
-        num_outputs=len(sizes),
-        name=f"{given.name}:split",
+    given = onnx_ir.Value(
+        name=name,
+        type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT),
+        shape=onnx_ir.Shape([SETS, size, RANK]),
     )
+    graph.inputs.append(given)
+    return given
+
+
+def _spared(
+    graph: Any, first: Any, given: dict[str, list[Any]], sizes: dict[str, list[int]], counts: Sequence[int]
+) -> dict[str, list[Any]]:
+    """Both inputs by groups, those of a group cut to rank 1 where they add nothing. counts: layers of each group."""
+    parts = {
+        name: _divide(graph, first, value, list(map(sum, _runs(sizes[name], counts))))
+        for name, [value] in given.items()
+    }
+    for i in range(len(counts)):
+        up = parts[UP][i]
+        before = _Before(graph, first, f"{up.name}:spared", up.dtype)
+        largest = before.op("ReduceMax", [before.op("Abs", [up], up.shape)], [], keepdims=0)
+        zero = before.op("Cast", [add_sizes(graph, 0)], [1], to=int(up.dtype))
+        acts = before.op("Greater", [largest, zero], [1], kind=_BOOL)
+        length = before.op("Shape", [up], [1], kind=_INT64, start=2, end=3)
+        end = before.op("Where", [acts, length, add_sizes(graph, 1)], [1], kind=_INT64)
+        for own in parts.values():
+            inputs = [own[i], add_sizes(graph, 0), end, add_sizes(graph, 2)]
+            own[i] = before.op("Slice", inputs, [*list(up.shape)[:1], own[i].shape[1], f"{RANK}:{i}"])
+    return parts
+
+
+def _runs(sizes: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """`sizes` in runs of so many."""
+    ends = list(accumulate(counts))
+    return [list(sizes[end - count : end]) for count, end in zip(counts, ends, strict=True)]
+
+
+def _split(graph: Any, first: Any, given: Any, kind: Any, sizes: Sequence[int]) -> list[Any]:
+    """The factors of each layer, (sets, size, rank), in the type that it computes in, made before the node `first`."""
+    if kind != given.dtype:
+        given = _Before(graph, first, f"{given.name}:{kind.name}", kind).op("Cast", [given], given.shape, to=int(kind))
+    return _divide(graph, first, given, sizes)
+
+
+def _divide(graph: Any, first: Any, given: Any, sizes: Sequence[int]) -> list[Any]:
+    import onnx_ir
+
+    name = f"{given.name}:split"
+    node = onnx_ir.node("Split", [given, add_sizes(graph, *sizes)], {"axis": 1}, num_outputs=len(sizes), name=name)
     for i, (value, size) in enumerate(zip(node.outputs, sizes, strict=True)):
-        value.name, value.type = f"{before.name}:{i}", onnx_ir.TensorType(kind)
-        value.shape = onnx_ir.Shape([SETS, size, RANK])
-    graph.insert_before(before.node, node)
+        value.name, value.type = f"{name}:{i}", onnx_ir.TensorType(given.dtype)
+        value.shape = onnx_ir.Shape([SETS, size, given.shape[2]])
+    graph.insert_before(first, node)
     return list(node.outputs)
 
 
@@ -104,11 +156,11 @@ def _add(graph: Any, node: Any, shape: Sequence[int], down: Any, up: Any) -> Non
     if node.op_type == "Conv":
         added = _convolved(after, node, shape, read, down, up)
     else:
-        turned = after.op("Transpose", [up], [SETS, RANK, up.shape[1]], perm=[0, 2, 1])
+        turned = after.op("Transpose", [up], [SETS, up.shape[2], up.shape[1]], perm=[0, 2, 1])
         flat = rank(read) == 2
         if flat:
             read = after.op("Unsqueeze", [read, add_sizes(graph, 1)], [read.shape[0], 1, read.shape[1]])
-        less = after.op("MatMul", [read, down], [*list(read.shape)[:-1], RANK])
+        less = after.op("MatMul", [read, down], [*list(read.shape)[:-1], down.shape[2]])
         added = after.op("MatMul", [less, turned], [*list(read.shape)[:-1], up.shape[1]])
         if flat:
             added = after.op("Squeeze", [added, add_sizes(graph, 1)], made.shape)
@@ -123,31 +175,31 @@ def _add(graph: Any, node: Any, shape: Sequence[int], down: Any, up: Any) -> Non
 def _convolved(after: _After, node: Any, shape: Sequence[int], read: Any, down: Any, up: Any) -> Any:
     graph, made = after.graph, node.outputs[0]
     gives, reads, *kernel = shape
-    count, rows = int(np.prod(kernel)), read.shape[0]
+    count, rows, ranks = int(np.prod(kernel)), read.shape[0], down.shape[2]
     strided = any(step != 1 for step in attribute(node, "strides", [1]))
     flat = after.op("Reshape", [read, add_sizes(graph, 0, reads, -1)], [rows, reads, f"{read.name}:pixels"])
     if count == 1 and not strided:
-        turned = after.op("Transpose", [down], [SETS, RANK, reads], perm=[0, 2, 1])
-        less = after.op("MatMul", [turned, flat], [rows, RANK, flat.shape[2]])
+        turned = after.op("Transpose", [down], [SETS, ranks, reads], perm=[0, 2, 1])
+        less = after.op("MatMul", [turned, flat], [rows, ranks, flat.shape[2]])
     else:
-        both = f"{RANK}:{count}"
-        apart = after.op("Reshape", [down, add_sizes(graph, 0, reads, count, -1)], [SETS, reads, count, RANK])
-        moved = after.op("Transpose", [apart], [SETS, RANK, count, reads], perm=[0, 3, 2, 1])
+        both = f"{ranks}x{count}"
+        apart = after.op("Reshape", [down, add_sizes(graph, 0, reads, count, -1)], [SETS, reads, count, ranks])
+        moved = after.op("Transpose", [apart], [SETS, ranks, count, reads], perm=[0, 3, 2, 1])
         turned = after.op("Reshape", [moved, add_sizes(graph, 0, -1, reads)], [SETS, both, reads])
         every = after.op("MatMul", [turned, flat], [rows, both, flat.shape[2]])
-        sides = after.op("Shape", [read], [2], int64=True, start=2, end=4)
-        whole = after.op("Concat", [add_sizes(graph, -1, count), sides], [4], int64=True, axis=0)
-        each = f"{rows}:{RANK}"
+        sides = after.op("Shape", [read], [2], kind=_INT64, start=2, end=4)
+        whole = after.op("Concat", [add_sizes(graph, -1, count), sides], [4], kind=_INT64, axis=0)
+        each = f"{rows}:{ranks}"
         offsets = after.op("Reshape", [every, whole], [each, count, *list(read.shape)[2:]])
         picks = _picks(graph, kernel, made.dtype)
         how: dict[str, Any] = {name: list(attribute(node, name)) for name in _GEOMETRY if name in node.attributes}
         summed = after.op("Conv", [offsets, picks], [each, 1, *list(made.shape)[2:]], **how)
-        first = after.op("Shape", [made], [1], int64=True, start=0, end=1)
-        second = after.op("Shape", [up], [1], int64=True, start=2, end=3)
-        whole = after.op("Concat", [first, second, add_sizes(graph, -1)], [3], int64=True, axis=0)
-        less = after.op("Reshape", [summed, whole], [rows, RANK, f"{made.name}:pixels"])
+        first = after.op("Shape", [made], [1], kind=_INT64, start=0, end=1)
+        second = after.op("Shape", [up], [1], kind=_INT64, start=2, end=3)
+        whole = after.op("Concat", [first, second, add_sizes(graph, -1)], [3], kind=_INT64, axis=0)
+        less = after.op("Reshape", [summed, whole], [rows, ranks, f"{made.name}:pixels"])
     added = after.op("MatMul", [up, less], [rows, gives, less.shape[2]])
-    sizes = after.op("Shape", [made], [4], int64=True)
+    sizes = after.op("Shape", [made], [4], kind=_INT64)
     return after.op("Reshape", [added, sizes], made.shape)
 
 
@@ -170,8 +222,8 @@ class _Before:
     def __init__(self, graph: Any, node: Any, name: str, kind: Any) -> None:
         self.graph, self.node, self.name, self._kind, self._count = graph, node, name, kind, 0
 
-    def op(self, what: str, inputs: Sequence[Any], shape: Any, int64: bool = False, **attributes: Any) -> Any:
-        """The value of this shape that an operator makes."""
+    def op(self, what: str, inputs: Sequence[Any], shape: Any, kind: str = "", **attributes: Any) -> Any:
+        """The value of this shape that an operator makes. kind: its type where it is another one."""
         import onnx_ir
 
         self._count += 1
@@ -179,7 +231,7 @@ class _Before:
         made = onnx_ir.node(what, inputs, attributes, name=name)
         self.put(made)
         [value] = made.outputs
-        value.name, value.type = name, onnx_ir.TensorType(onnx_ir.DataType.INT64 if int64 else self._kind)
+        value.name, value.type = name, onnx_ir.TensorType(onnx_ir.DataType[kind] if kind else self._kind)
         value.shape = onnx_ir.Shape(list(shape))
         return value
 

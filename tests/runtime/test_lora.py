@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import diffoundry
 from diffoundry import Lora, Request
-from diffoundry.bundle import Bundle
+from diffoundry.bundle import FULL, STANDARD, Bundle
 from diffoundry.bundle.reports import read_report
 from diffoundry.calibration.build import build
 from diffoundry.common.errors import BundleError, DiffoundryError, EngineError, LoraError, RequestError
@@ -502,6 +502,29 @@ def test_hot_and_as_inputs_draw_the_same(pipe, files):
     pipe.set_loras([])
     np.testing.assert_array_equal(drawn(pipe), bare)
     assert np.abs(hot - bare).max() > 1e-3
+
+
+def test_layers_that_a_set_leaves_as_they_are_are_spared(bundle, pipe, files, tmp_path):
+    both = {key: value for key, value in load_file(files["peft"]).items() if key.startswith("unet.")}
+    attends = {key: value for key, value in both.items() if re.search(r"\.(to_[qkv]|to_out\.0)\.", key)}
+    few, rest = (
+        Lora(written(tmp_path / f"{i}.safetensors", each), 0.6)
+        for i, each in enumerate((attends, {key: value for key, value in both.items() if key not in attends}))
+    )
+    requests = [Request(PROMPT, seed=5, loras=loras, **ASKED) for loras in ((few,), (rest,), ())]
+    alone = [pipe.generate(request).latents for request in requests]
+    for result, each in zip(pipe.generate_many(requests), alone, strict=True):
+        np.testing.assert_allclose(result.latents, each, atol=NEAR)
+    for request, each in zip(requests, alone, strict=True):
+        pipe.set_loras(request.loras, as_inputs=False)
+        np.testing.assert_allclose(drawn(pipe, 5), each, atol=NEAR, rtol=NEAR)
+    graphs = Bundle.open(bundle).component("unet_lora")
+    cuts = {
+        key: sum(node.op_type == "Slice" and "spared" in node.name for node in onnx.load(bundle / own.model).graph.node)
+        for key, own in graphs.variants.items()
+    }
+    assert cuts[f"{FULL}/{STANDARD}"] == 0
+    assert cuts[f"{FULL}/onnxruntime:cpu"] == 6
 
 
 @pytest.mark.slow
