@@ -7,7 +7,7 @@ goes on where it was stopped:
 - text encoders and transformer are trained together on x = (1 - t) · image + t · noise, to predict noise - image, with
   t even between 0 and 1; a tenth of the captions are empty, for guidance;
 - there are from 1 to 256 tokens of zeros, so that the pictures do not depend on how many a caller asks for;
-- what is written is an exponential moving average of the weights, in fp16.
+- what is written is an exponential moving average of the weights, in fp16, without the tokens that no text has.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.training_utils import EMAModel
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .train import _Training, encode_world
@@ -145,19 +146,57 @@ def train(work: Path, pico: Path, steps: int, batch: int, pictures: int, rate: f
     )
 
 
+def reachable_tokens(tokenizer: CLIPTokenizer) -> list[str]:
+    """The tokens that a text can have, in the order of their ids.
+
+    A byte is no token where no character that the tokenizer keeps has it (it lower-cases, and bytes such as 0xFF are
+    in no UTF-8), nor the end of a word where it is the last of no character.
+    """
+    backend = tokenizer.backend_tokenizer
+    every = " ".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    pieces = {piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(every))}
+    reachable = set().union(*pieces) | {piece[-1] + "</w>" for piece in pieces}
+    single = {letter + end for letter in pre_tokenizers.ByteLevel.alphabet() for end in ("", "</w>")}
+    vocab: dict[str, int] = tokenizer.get_vocab()
+    return [token for token in sorted(vocab, key=vocab.__getitem__) if token in reachable or token not in single]
+
+
+def drop_unreachable_tokens(encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """A tokenizer without them; `encoder` gives what it gave before, for every text."""
+    tokens = reachable_tokens(tokenizer)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    small = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(pair) for pair in merges],
+        model_max_length=tokenizer.model_max_length,
+    )
+    rows = encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(tokens)]
+    encoder.resize_token_embeddings(len(tokens)).weight.data = rows.detach().clone()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(encoder.config, name, getattr(small, name))
+    return small
+
+
 def write(pipeline: StableDiffusion3Pipeline, out: Path) -> None:
-    """Write the diffusers folder, in fp16, as small as it can be read: of the positions the middle ones alone."""
+    """Write the diffusers folder, in fp16, as small as it can be read.
+
+    Of the positions the middle ones alone are written, and of the tokens those that a text can have.
+    """
     embed, kept = pipeline.transformer.pos_embed, _KEPT_POSITIONS
     first = (embed.pos_embed_max_size - kept) // 2
     grid = embed.pos_embed.reshape(embed.pos_embed_max_size, embed.pos_embed_max_size, -1)
     embed.pos_embed = grid[first : first + kept, first : first + kept].reshape(1, kept * kept, -1).clone()
     embed.pos_embed_max_size = kept
     pipeline.transformer.register_to_config(pos_embed_max_size=kept)
+    for place in ("", "_2"):
+        encoder, tokenizer = getattr(pipeline, f"text_encoder{place}"), getattr(pipeline, f"tokenizer{place}")
+        pipeline.register_modules(**{f"tokenizer{place}": drop_unreachable_tokens(encoder, tokenizer)})
     pipeline.to(torch.float16).save_pretrained(out, safe_serialization=True)
-    for folder in ("tokenizer", "tokenizer_2"):
-        path = out / folder / "tokenizer.json"
+    for path in out.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+        content.pop("_name_or_path", None)
+        layout = {"separators": (",", ":")} if path.name == "tokenizer.json" else {"indent": 2}
+        path.write_text(json.dumps(content, ensure_ascii=False, **layout) + "\n", encoding="utf-8")
 
 
 @click.command()
