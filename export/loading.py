@@ -13,6 +13,7 @@ from typing import Any
 from ..bundle import Tokenizer
 from ..bundle.wiring import LONGEST_BESIDE
 from ..common.errors import CheckpointError, reason
+from .chat_template import rendered
 from .weight_files import WeightFiles, find
 
 _CLIP_FILES = ("vocab.json", "merges.txt")
@@ -249,7 +250,8 @@ def load_chat_tokenizer(source: Path, target: Path, window: int, vocabulary: int
     """Copy the tokenizer of a language model to `target`; a prompt is what its user says first.
 
     window: the tokens that are read at most. vocabulary: those that the text encoder knows.
-    Raises `CheckpointError` when files are missing, there is no chat template, or it changes what the user says.
+    Raises `CheckpointError` when files are missing, there is no chat template, it changes what the user says or takes
+    too long.
     """
     from transformers import Qwen2TokenizerFast
 
@@ -259,25 +261,17 @@ def load_chat_tokenizer(source: Path, target: Path, window: int, vocabulary: int
             f"{source} holds neither tokenizer.json nor {' and '.join(_CLIP_FILES)}: download it again"
         )
 
-    def told(text: str) -> str:
-        messages = [{"role": "user", "content": text}]
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
-        )
-
     try:
         with quiet():
             tokenizer = Qwen2TokenizerFast.from_pretrained(source)
         pad, largest = int(tokenizer.pad_token_id), max(tokenizer.get_vocab().values())
-        templated = bool(tokenizer.chat_template)
-        before, _, after = told(_SAID).partition(_SAID) if templated else ("", "", "")
-        kept = not templated or told(_ODDLY_SAID) == f"{before}{_ODDLY_SAID}{after}"
-        around = len(tokenizer(before + after, add_special_tokens=False).input_ids) if templated else 0
+        template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
+        tokens = tokenizer.special_tokens_map
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer in {source} cannot be loaded ({reason(error)}): download it again"
         ) from None
-    if not templated:
+    if not template:
         raise CheckpointError(
             f"the tokenizer in {source} has no chat template (chat_template.jinja): give the tokenizer that the model "
             "was published with"
@@ -287,7 +281,9 @@ def load_chat_tokenizer(source: Path, target: Path, window: int, vocabulary: int
             f"the tokenizer in {source} has token {max(largest, pad)}, the text encoder {vocabulary} tokens: they are "
             "not of one checkpoint, download it again"
         )
-    if not kept:
+    usual, odd = rendered(template, tokens, (_SAID, _ODDLY_SAID), source)
+    before, _, after = usual.partition(_SAID)
+    if odd != f"{before}{_ODDLY_SAID}{after}":
         raise CheckpointError(
             f"the chat template of the tokenizer in {source} changes what the user says, which is not supported: give "
             "the tokenizer that the model was published with"
@@ -297,6 +293,7 @@ def load_chat_tokenizer(source: Path, target: Path, window: int, vocabulary: int
             f"the chat template of the tokenizer in {source} puts {max(len(before), len(after))} characters beside the "
             f"prompt, {LONGEST_BESIDE} are supported: give the tokenizer that the model was published with"
         )
+    around = len(tokenizer(before + after, add_special_tokens=False).input_ids)
     if window < around + _SHORTEST_WINDOW:
         raise CheckpointError(
             f"the text encoder reads {window} tokens (max_position_embeddings), of which the chat template in {source} "

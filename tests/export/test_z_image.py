@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from diffusers import ZImageTransformer2DModel
 from diffoundry import Control, Request, load
 from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
 from diffoundry.examples.random_transformer import _Z_IMAGE, _chat
-from diffoundry.export import compile
+from diffoundry.export import chat_template, compile
 from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.loading import load_chat_tokenizer
 from diffoundry.export.modules.z_image import ZImage, turned
@@ -74,8 +76,7 @@ def test_a_prompt_is_what_the_user_says_in_the_chat_template(chat):
     ("template", "said"),
     [
         ("{{ messages[0].content | trim }}", "changes what the user says"),
-        ("{{ messages[0].content | upper }}", "changes what the user says"),
-        ("{{ messages[0].nothing.here }}", "cannot be loaded"),
+        ("{{ messages[0].nothing.here }}", r"cannot be rendered \('dict object' has no attribute 'nothing'\)"),
         ("{{ messages[0].content | e }}", "changes what the user says"),
         (None, "has no chat template .*: give the tokenizer that the model was published with"),
     ],
@@ -88,6 +89,23 @@ def test_a_chat_template_that_cannot_be_two_texts_is_refused(chat, tmp_path, tem
     with pytest.raises(CheckpointError, match=said):
         load_chat_tokenizer(tmp_path / "t", tmp_path / "out", 512, 1000)
     assert not (tmp_path / "out").exists()
+
+
+_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+_LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (_LOOPS, r"template of the tokenizer in a is not rendered in \d s: give the tokenizer that the model was pub"),
+        pytest.param("{{ 'a'.ljust(5 * 1024 ** 3) }}", "takes more than 2 GiB", marks=_LINUX),
+    ],
+)
+def test_a_chat_template_without_end_is_left(monkeypatch, template, said):
+    monkeypatch.setattr(chat_template, "_SECONDS", 60.0 if "ljust" in template else 2.0)
+    with pytest.raises(CheckpointError, match=said):
+        chat_template.rendered(template, {}, ["a star"], Path("a"))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(chat, tmp_path):
