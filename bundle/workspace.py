@@ -68,7 +68,7 @@ def working(target: Path, check: Callable[[], T]) -> Iterator[tuple[Path, T]]:
     """The folder that the bundle `target` is made in, for this process alone, and what `check` returns.
 
     check: raises for what stands in the way, before anything is made. The folder is kept when a finished stage is
-    in it, or parts of one, for the next run. Errors of the disk become `DiffoundryError`.
+    in it, or parts of one, for the next run, and an error says so. Errors of the disk become `DiffoundryError`.
     """
     try:
         with exclusive(target):
@@ -76,11 +76,33 @@ def working(target: Path, check: Callable[[], T]) -> Iterator[tuple[Path, T]]:
             checked = check()
             try:
                 prepare(target)
-                yield work_folder(target), checked
+                with _saying_what_is_kept(target):
+                    yield work_folder(target), checked
             finally:
                 tidy(target)
     except OSError as error:
         raise disk_error(error) from error
+
+
+class _KeptError(DiffoundryError):
+    """One that says already that the work folder is kept."""
+
+
+@contextmanager
+def _saying_what_is_kept(target: Path) -> Iterator[None]:
+    """Add to the message of an error where finished stages are, and what for."""
+    try:
+        yield
+    except _KeptError:
+        raise
+    except (DiffoundryError, OSError) as error:
+        tidy(target)
+        work = work_folder(target)
+        if not is_marked(work):
+            raise
+        known = error if isinstance(error, DiffoundryError) else disk_error(error)
+        known.args = (f"{known}; what was finished is kept in {work} for the next run, and may be removed",)
+        raise known from error.__cause__
 
 
 def work_folder(target: Path) -> Path:
@@ -244,7 +266,7 @@ def swap(target: Path) -> None:
             raise
     except (OSError, DiffoundryError) as error:
         why = disk_error(error) if isinstance(error, OSError) else error
-        raise DiffoundryError(
+        raise _KeptError(
             f"{why}; the finished bundle is kept in {work}, and the same command goes on with it"
         ) from error
     _finish(target)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+from copy import copy
 from pathlib import Path
 
 import pytest
 
 import diffoundry
 from diffoundry.bundle import Bundle, workspace
-from diffoundry.bundle.workspace import STAGES, check_target, old_folder, prepare, recover, swap, tidy, work_folder
-from diffoundry.common.errors import BundleError, DiffoundryError
+from diffoundry.bundle.workspace import (
+    STAGES,
+    check_target,
+    old_folder,
+    prepare,
+    recover,
+    swap,
+    tidy,
+    work_folder,
+    working,
+)
+from diffoundry.common.errors import BundleError, DiffoundryError, EngineError
 from diffoundry.common.files import exclusive, is_marked, mark, remove
 
 LONG = "b" * 252
@@ -161,6 +173,25 @@ def test_a_swap_that_fails_keeps_the_work(bundle_of, tmp_path):
     target.unlink()
     swap(target)
     whole(target)
+
+
+@pytest.mark.parametrize("error", [EngineError("int8 is slow: leave it out"), OSError(errno.ENOSPC, "x", "unet.onnx")])
+def test_an_error_says_where_finished_stages_are(tmp_path, error):
+    def fails(record):
+        with working(tmp_path / "b", lambda: None) as (work, _):
+            if record:
+                (work / STAGES).mkdir(exist_ok=True)
+                (work / STAGES / record).write_text("{}")
+            raise copy(error)
+
+    for _ in range(2):  # the second finds what the first left
+        with pytest.raises(DiffoundryError, match=r"(out|unet).*; what was finished is kept in .*b\.part for the next"):
+            fails("unet.json")
+        assert (tmp_path / ".b.part" / STAGES / "unet.json").exists()
+    shutil.rmtree(tmp_path / ".b.part")
+    with pytest.raises(DiffoundryError) as raised:
+        fails(None)
+    assert "kept" not in str(raised.value) and not any(tmp_path.iterdir())
 
 
 def test_files_that_came_while_a_bundle_was_made_are_not_lost(bundle_of, tmp_path):
