@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -33,6 +35,9 @@ _LANGUAGE_MODEL, _HEAD = "model.", "lm_head."
 _TOPS = ("text_model", "encoder", "decoder", "adapter")
 """Parts that all names of a sound model may begin with."""
 
+_OF_TORCH = ("torch.", "collections.OrderedDict")
+_LONGEST_NAME = 80
+"""Of what a pickle names, in a message."""
 _ORIGINAL = "give the checkpoint that it was made from"
 _PICKLE = "give it the suffix .ckpt, or .bin in the folder of a model"
 _ARCHIVE = "is an archive: unpack it and give what is in it"
@@ -399,16 +404,37 @@ def read_pickle(path: Path, headers: bool = False) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")  # of TorchScript, which is refused below
             content = torch.load(path, map_location="meta" if headers else "cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch has a kind for each way of being damaged
-        if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
-            found = re.search(r"GLOBAL (\S+)", str(error))
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        name = found[1] if found else _named_in(path, zipped) if isinstance(error, pickle.UnpicklingError) else None
+        if name or "TorchScript" in str(error):
             raise CheckpointError(
-                f"{path} holds code, not only weights{f' ({found[1]})' if found else ''}: "
+                f"{path} holds code, not only weights{f' ({name})' if name else ''}: "
                 "convert it to .safetensors where you trust it"
             ) from None
         raise CheckpointError(damaged) from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds one {type(content).__name__}, not weights by name: it is no checkpoint")
     return content
+
+
+def _named_in(path: Path, zipped: bool) -> str | None:
+    """The first function or class that a pickle names and that is not torch's own; None where there is none to read."""
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(path.open("rb"))
+        stack.enter_context(contextlib.suppress(Exception))  # what is no pickle fails in many ways
+        if zipped:
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            file = archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        while True:  # one after another, as torch wrote them before 1.6
+            texts: list[str] = []
+            for operation, value, _ in pickletools.genops(file):
+                if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+                    name = ".".join(texts[-2:]) if value is None else str(value).replace(" ", ".")
+                    if not name.startswith(_OF_TORCH):
+                        return name[:_LONGEST_NAME]
+                elif isinstance(value, str):
+                    texts.append(value)
+    return None
 
 
 def other_kind(path: Path) -> CheckpointError | None:

@@ -777,6 +777,22 @@ def test_code_is_refused_and_not_run(zipped, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"\x80\x02" + bytes(range(256)), b"\x80\x04\x95" + bytes(99), pickle.dumps({"a": 1}), b"\x80\x02}q\x00."],
+)
+def test_bytes_that_are_no_checkpoint_hold_no_code(content, tmp_path):
+    (tmp_path / "m.ckpt").write_bytes(content)
+    assert "truncated or no checkpoint" in refused(tmp_path / "m.ckpt", tmp_path)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_code_in_a_plain_pickle_is_named(protocol, tmp_path):
+    (tmp_path / "m.ckpt").write_bytes(pickle.dumps(Code(tmp_path / "ran"), protocol))
+    assert "holds code, not only weights (posix.mkdir)" in refused(tmp_path / "m.ckpt", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_scripts_are_refused(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "m.pt"))
     assert "holds code" in refused(tmp_path / "m.pt", tmp_path)
