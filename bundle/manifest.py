@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from ..common.checks import is_whole
+from ..common.checks import LARGEST_SIDE, is_whole
 from ..common.errors import BundleError
 from . import schema1
 from .reader import FieldError, Rule, read
@@ -146,6 +146,13 @@ class Manifest:
     def tokens_of(self, encoder: TextEncoder) -> int:
         """The tokens of a window of a text encoder, where a request does not choose another number."""
         return encoder.length or self.tokenizers[encoder.tokenizer].max_length
+
+    @property
+    def largest_side(self) -> int:
+        """The largest width and height that a picture may have, in pixels."""
+        flow, unit = self.wiring.flow, self.latents.unit
+        tokens = 0 if flow is None else flow.most * flow.patch * self.latents.downscale
+        return min(LARGEST_SIDE, tokens // unit * unit) if tokens else LARGEST_SIDE
 
     @property
     def longest_text(self) -> int:

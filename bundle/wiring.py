@@ -22,8 +22,11 @@ NAME = re.compile(r"[A-Za-z0-9]\w{0,39}", re.ASCII)
 LONGEST_BESIDE = 4096
 """Characters of the texts that a prompt is put between, at most."""
 _LARGEST_PATCH = 64
+_MOST_DOWNSCALE = 256
 
 AtLeast1 = Annotated[int, Rule(lambda value: value >= 1, "be at least 1")]
+Patch = Annotated[int, Rule(lambda value: 1 <= value <= _LARGEST_PATCH, f"be from 1 to {_LARGEST_PATCH}")]
+Downscale = Annotated[int, Rule(lambda value: 1 <= value <= _MOST_DOWNSCALE, f"be from 1 to {_MOST_DOWNSCALE}")]
 NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGEST, "be a number other than zero")]
 TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from 0 to {_MOST_TOKENS - 1}")]
 Channels = Annotated[int, Rule(lambda value: 1 <= value <= _MOST_CHANNELS, f"be from 1 to {_MOST_CHANNELS}")]
@@ -32,7 +35,6 @@ Modes = Annotated[int, Rule(lambda value: 0 <= value <= MOST_MODES, f"be from 0 
 Tokens = Annotated[int, Rule(lambda value: 0 <= value <= MOST_TOKENS, f"be from 0 to {MOST_TOKENS}")]
 Share = Annotated[float, Rule(lambda value: 0 < value <= 1, "be above 0 and at most 1")]
 Side = Annotated[int, Rule(lambda value: 0 <= value <= LARGEST_SIDE, f"be from 0 to {LARGEST_SIDE}")]
-Patch = Annotated[int, Rule(lambda value: 1 <= value <= _LARGEST_PATCH, f"be from 1 to {_LARGEST_PATCH}")]
 Beside = Annotated[str, Rule(lambda value: len(value) <= LONGEST_BESIDE, f"be {LONGEST_BESIDE} characters at most")]
 Pixels = Annotated[int, Rule(lambda value: 16 <= value <= LARGEST_SIDE, f"be from 16 to {LARGEST_SIDE}")]
 Window = Annotated[int, Rule(lambda value: _SHORTEST_WINDOW <= value < _MOST_TOKENS, f"be at least {_SHORTEST_WINDOW}")]
@@ -101,13 +103,13 @@ class Latents:
     """
 
     channels: Channels
-    downscale: AtLeast1
+    downscale: Downscale
     scaling_factor: NotZero
     shift_factor: float = 0.0
     tile: AtLeast1 = 64
     mean: tuple[float, ...] = ()
     std: tuple[NotZero, ...] = ()
-    multiple: AtLeast1 = 1
+    multiple: Patch = 1
     encoded: Literal["parameters", "sample"] = "parameters"
     inpaint_by_factor: bool = False
 
@@ -223,7 +225,7 @@ class Control:
     channels: AtLeast1 = 3
     global_pool: bool = False
     kind: Literal["controlnet", "adapter", "union"] = "controlnet"
-    multiple: AtLeast1 = 1
+    multiple: Patch = 1
     modes: Modes = 0
     mode_names: tuple[str, ...] = ()
     most: Side = 0

@@ -33,6 +33,12 @@ def check_runnable(bundle: Bundle) -> None:
     for role in ("denoiser", *dict.fromkeys(role for task in known for role in TASKS[task])):
         if not manifest.with_role(role):
             raise BundleError(f"{root} has no {role} among its components: compile it again")
+    unit, sides = manifest.latents.unit, (manifest.default_width, manifest.default_height)
+    if any(side % unit for side in sides) or unit > manifest.largest_side:
+        raise BundleError(
+            f"{root}: it draws {sides[0]}x{sides[1]} pixels by default, where sides are multiples of {unit} up to "
+            f"{manifest.largest_side}; compile the bundle again"
+        )
     _check_shapes(bundle)
     _check_told(bundle)
     _check_adapted(bundle)
@@ -65,8 +71,6 @@ _AXES = {
     "layers": 2,
 }
 """How many axes an input has that is fed with each."""
-_NAMESAKES = ("timestep", "guidance")
-"""Sources of one shape, which the inputs of their names are fed with."""
 
 
 def _check_shapes(bundle: Bundle) -> None:
@@ -93,11 +97,6 @@ def _check_shapes(bundle: Bundle) -> None:
                 f"{bundle.root}: the input {tensor.name} of the denoiser has the axes "
                 f"{', '.join(map(str, tensor.shape[2:]))!r:.80}, which are not those of {source}; compile the bundle "
                 "again"
-            )
-        if tensor.name in _NAMESAKES and source != tensor.name:
-            raise BundleError(
-                f"{bundle.root}: the input {tensor.name} of the denoiser is fed with {source or 'nothing'}; compile "
-                "the bundle again"
             )
     if wiring.inputs_from("picture") and not wiring.picture_sizes:
         raise BundleError(f"{bundle.root}: field 'wiring.picture_sizes' is empty; compile the bundle again")

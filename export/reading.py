@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..bundle import FULL, Component, Manifest
+from ..bundle.reader import read
 from ..bundle.wiring import SOURCES, TASKS, Tokenizer, plain
 from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import check_tree
@@ -129,10 +130,17 @@ def _check_described(found: Any) -> None:
         raise TypeError(f"its describe gives a {type(found).__name__}, a diffoundry.families.Pipeline is due")
     if not found.tasks or not set(found.tasks) <= set(TASKS):
         raise ValueError(f"its tasks are {found.tasks}, {', '.join(TASKS)} are known")
-    wrappers = [part.wrapper for part in found.parts.values() if not isinstance(part.wrapper, str)]
-    if wrappers:
-        raise TypeError(f"the wrapper {wrappers[0]!r:.80} is no text, module:Class")
-    sources = found.wiring.inputs.values()
+    read(Pipeline, asdict(found))
+    roles = [part.role for part in found.parts.values()]
+    absent = [role for role in ("denoiser", *TASKS[found.tasks[0]]) if roles.count(role) != 1]
+    if absent:
+        raise ValueError(f"its parts have {roles.count(absent[0])} of the role {absent[0]}, one is due")
+    if found.wiring.flow is None and any(part.source == parts.TRANSFORMER for part in found.parts.values()):
+        raise ValueError("its wiring has no flow, which a transformer needs: give it a diffoundry.bundle.wiring.Flow")
+    named, wired = {tensor.name for tensor in found.inputs}, found.wiring.inputs
+    if named != set(wired):
+        raise ValueError(f"inputs and wiring do not agree on {', '.join(sorted(named ^ set(wired)))}")
+    sources = wired.values()
     unknown = [each for each in sources if each not in SOURCES]
     if unknown:
         raise ValueError(f"an input of the denoiser is fed from {unknown[0]!r}; known are {', '.join(SOURCES)}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated
 
+from ..bundle.reader import FieldError, Rule, read
 from ..common.errors import CheckpointError
 from ..common.imports import imported
 from . import flux, latent_consistency, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, z_image
@@ -17,6 +20,22 @@ _ALL: tuple[Family, ...] = (
     flux.FAMILY,
     z_image.FAMILY,
 )
+_NotEmpty = Rule(bool, "not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a `Family` says in so many words."""
+
+    name: Annotated[str, _NotEmpty]
+    pipelines: tuple[str, ...]
+    models: dict[str, Annotated[tuple[str, ...], _NotEmpty]]
+    steps: int
+    guidance: float
+    optional: tuple[str, ...]
+    scheduler: dict[str, dict[str, bool | int]]
+
+
 FAMILIES = {family.name: family for family in _ALL}
 
 
@@ -26,11 +45,13 @@ def family_named(name: str) -> Family:
         found = imported(name, "the family", "a Family")
         if not isinstance(found, Family):
             raise CheckpointError(f"the family {name:.200} is no diffoundry.families.Family: name one")
-        if not (isinstance(found.name, str) and isinstance(found.models, Mapping) and callable(found.describe)):
-            raise CheckpointError(
-                f"the family {name:.200} must have a text as name, a mapping as models and a function as describe: "
-                "mend it"
-            )
+        try:
+            said = {field.name: getattr(found, field.name) for field in fields(_Said)}
+            read(_Said, {each: dict(value) if isinstance(value, Mapping) else value for each, value in said.items()})
+            if not callable(found.describe):
+                raise FieldError(f"describe must be a function, found {found.describe!r:.60}")
+        except FieldError as error:
+            raise CheckpointError(f"the family {name:.200} cannot be used: its {error}; mend it") from None
         return found
     if name not in FAMILIES:
         raise CheckpointError(

@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from ..bundle import Bundle
-from ..common.checks import LARGEST_SIDE
 from ..common.errors import RequestError
 from ..engines import Engine
 from .conditioning import Conditioning
@@ -156,10 +155,7 @@ class Jobs:
     @property
     def largest_side(self) -> int:
         """The largest width and height that a picture may have, in pixels."""
-        manifest = self._bundle.manifest
-        flow, unit = manifest.wiring.flow, manifest.latents.unit
-        tokens = 0 if flow is None else flow.most * flow.patch * manifest.latents.downscale
-        return min(LARGEST_SIDE, tokens // unit * unit) if tokens else LARGEST_SIDE
+        return self._bundle.manifest.largest_side
 
     def _size(self, request: Request, image: Image.Image | None) -> tuple[int, int]:
         """Width and height: those asked for, else of the image or the control's, else the checkpoint's."""

@@ -212,13 +212,15 @@ _LAYERS = {
     "n_layers": "layers",
 }
 """The options that say how many layers there are, and the lists that hold them."""
+_SCALES = {"timestep": 999.0, "guidance": 10.0, "layers": 1.0}
+"""Of the random values that inputs are fed with, by what feeds them."""
 
 
 def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> ComponentSpec:
     """The component `name`. Raises `CheckpointError` for a configuration and weights that are not of one model."""
     config = transformer_config(checkpoint)
     kind, wrap = getattr(diffusers, config["_class_name"]), _wrapper(config["_class_name"], pipeline.parts[name])
-    unit = pipeline.latents.multiple
+    unit, sources = pipeline.latents.multiple, pipeline.wiring.inputs
     shown = bool(pipeline.wiring.inputs_from("picture"))
     channels, most = pipeline.latents.channels, config.get("pos_embed_max_size")
     longest = 20 if most is None else min(20, int(most) * unit)
@@ -273,9 +275,9 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
             "sequence_length": Axis(8, 77),
             **(dict.fromkeys(PICTURE_SIDES, Axis(8, 20, unit)) if shown else {}),
         },
-        scale={"timestep": 999.0, "guidance": 10.0, "kept_layers": 1.0},
+        scale={name: _SCALES[source] for name, source in sources.items() if source in _SCALES},
         masks=tuple(pipeline.wiring.inputs_from("text.mask")),
-        repeat="timestep",
+        repeat=pipeline.wiring.inputs_from("timestep")[0],
         per_prompt=pipeline.wiring.per_prompt(),
     )
     return spec

@@ -72,7 +72,7 @@ def test_round_trip():
         (("schema_version",), "1", "no schema_version"),
         (("schema_version",), 0, "never existed"),
         (("family",), 3, "family must be a text, found 3"),
-        (("latents", "downscale"), 0, "latents.downscale must be at least 1, found 0"),
+        (("latents", "downscale"), 0, "latents.downscale must be from 1 to 256, found 0"),
         (("latents", "downscale"), True, "latents.downscale must be a whole number, found True"),
         (("latents", "scaling_factor"), float("nan"), "latents.scaling_factor must be a finite number"),
         (("latents", "scaling_factor"), 0, "latents.scaling_factor must be a number other than zero"),

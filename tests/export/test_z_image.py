@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from diffusers import ZImageTransformer2DModel
 
 from diffoundry import Control, Request, load
+from diffoundry.bundle import Tensor
 from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
 from diffoundry.examples.random_transformer import _Z_IMAGE, _chat
 from diffoundry.export import chat_template, compile
@@ -21,6 +23,7 @@ from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.loading import load_chat_tokenizer
 from diffoundry.export.modules.z_image import ZImage, turned
 from diffoundry.export.reading import described
+from diffoundry.families import family_named
 from diffoundry.families.z_image import FAMILY
 from diffoundry.runtime.text.tokenizer import PromptTokenizer
 
@@ -173,6 +176,24 @@ def test_a_family_that_is_none_is_refused(checkpoint_of, tmp_path, monkeypatch, 
         compile(checkpoint_of("z-image-small"), tmp_path / "b", family=family, engine="onnxruntime")
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"models": {"vae": "AutoencoderKL"}}, "models.vae must be a list, found 'AutoencoderKL'"),
+        ({"models": {"vae": ()}}, r"models.vae must not be empty, found \(\)"),
+        ({"describe": 5}, "describe must be a function, found 5"),
+        ({"steps": "many"}, "steps must be a whole number, found 'many'"),
+        ({"guidance": None}, "guidance must be a finite number, found None"),
+        ({"scheduler": ("txt2img",)}, r"scheduler must be an object, found \('txt2img',\)"),
+        ({"optional": "vae"}, "optional must be a list, found 'vae'"),
+    ],
+)
+def test_what_a_family_of_ones_own_says_is_checked(monkeypatch, values, said):
+    monkeypatch.setitem(sys.modules, "my_family", SimpleNamespace(FAMILY=replace(FAMILY, **values)))
+    with pytest.raises(CheckpointError, match=f"^the family my_family:FAMILY cannot be used: its {said}; mend it$"):
+        family_named("my_family:FAMILY")
+
+
 def test_what_a_family_of_ones_own_makes_is_checked(checkpoint_of):
     source = Checkpoint.open(checkpoint_of("z-image-small"))
 
@@ -186,6 +207,23 @@ def test_what_a_family_of_ones_own_makes_is_checked(checkpoint_of):
     assert "gives a NoneType, a diffoundry.families.Pipeline is due" in said(lambda pipeline: None)
     assert "its tasks are ('fly',)" in said(lambda pipeline: replace(pipeline, tasks=("fly",)))
     assert "17 by -3 pixels" in said(lambda pipeline: replace(pipeline, width=17, height=-3))
+
+    def other(part, **values):
+        return lambda made: replace(made, **{part: replace(getattr(made, part), **values)})
+
+    assert "its wiring has no flow, which a transformer needs" in said(other("wiring", flow=None))
+    assert "wiring.flow must be an object, found 'even'" in said(other("wiring", flow="even"))
+    for multiple, wrong in ((0, "be from 1 to 64"), (-2, "be from 1"), (1 << 40, "be from 1"), ("2", "be a whole")):
+        assert f"latents.multiple must {wrong}" in said(other("latents", multiple=multiple))
+    assert "inputs[0].shape must be a list" in said(
+        lambda made: replace(made, inputs=(Tensor("sample", "float32", 4),))
+    )
+    assert "inputs and wiring do not agree on own" in said(
+        lambda made: replace(made, inputs=(*made.inputs, Tensor("own", "float32", ("batch_size",))))
+    )
+    assert "0 of the role decoder, one is due" in said(
+        lambda made: replace(made, parts={n: part for n, part in made.parts.items() if part.role != "decoder"})
+    )
 
     def fed(**inputs):
         return lambda made: replace(made, wiring=replace(made.wiring, inputs={**made.wiring.inputs, **inputs}))

@@ -61,17 +61,17 @@ class Narrow(torch.nn.Module):
 
 
 class Transformer(torch.nn.Module):
-    """A denoiser whose inputs have names of their own, and which is given the guidance."""
+    """A denoiser with names of its own (`guidance` is the timestep), which is given the guidance."""
 
     def __init__(self):
         super().__init__()
         self.inner = torch.nn.Conv2d(4, 4, 3, padding=1)
         self.of_context, self.of_pooled = torch.nn.Linear(12, 4), torch.nn.Linear(12, 4)
 
-    def forward(self, x, when, context, summary, strength):
+    def forward(self, x, guidance, context, summary, strength):
         places = torch.cumsum(torch.full_like(context[:, :, :1], 0.01), 1)  # so that the order of the encoders counts
         told = self.of_context(context * places).mean(1) + self.of_pooled(summary)
-        scale = (when / 1000 + strength / 10)[:, None, None, None]
+        scale = (guidance / 1000 + strength / 10)[:, None, None, None]
         return torch.tanh(self.inner(x) + told[:, :, None, None]) * scale
 
 
@@ -116,7 +116,7 @@ def made(tmp_path_factory):
     image = ("batch_size", 4, "height", "width")
     denoiser = (
         Tensor("x", "float32", image),
-        Tensor("when", "float32", ("batch_size",)),
+        Tensor("guidance", "float32", ("batch_size",)),
         Tensor("context", "float32", CONTEXT),
         Tensor("summary", "float32", ("batch_size", 12)),
         Tensor("strength", "float32", ("batch_size",)),
@@ -168,7 +168,7 @@ def made(tmp_path_factory):
             ),
             inputs={
                 "x": "latents",
-                "when": "timestep",
+                "guidance": "timestep",
                 "context": "text.hidden",
                 "summary": "text.pooled",
                 "strength": "guidance",
