@@ -71,7 +71,7 @@ class Jobs:
             guidance = replace(guidance, scale=self._bundle.manifest.default_guidance)
         given, scale = self._guidance.given, guidance.scale or 0.0
         added = self._bundle.manifest.wiring.guidance_added
-        guidance = replace(guidance, scale=scale + added)
+        guidance = guidance.raised(added)
         if given:
             true = guidance.true_cfg_scale
             guidance = replace(guidance, scale=true, mode=guidance.mode if true > 1 else "off")

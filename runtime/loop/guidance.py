@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -96,6 +97,12 @@ class Guidance:
                 if not layers and value != item.default:
                     raise RequestError(f"{item.name} goes with skip_guidance_layers: give both, or leave it out")
                 object.__setattr__(self, item.name, value)
+
+    def raised(self, added: float) -> Guidance:
+        """This with `added` to its scale, which may then be above the largest that can be asked for."""
+        made = copy(self)
+        object.__setattr__(made, "scale", (self.scale or 0.0) + added)
+        return made
 
     @property
     def active(self) -> bool:

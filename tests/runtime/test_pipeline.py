@@ -266,3 +266,14 @@ def test_the_record_of_a_result_makes_it_again(pipe):
     guidance = Guidance(**record.pop("guidance"))
     again = pipe.generate(Request(guidance=guidance, **record))
     np.testing.assert_array_equal(first.latents, again.latents)
+
+
+def test_the_largest_guidance_can_be_asked_for_where_one_is_added(copied):
+    manifest = json.loads((copied / "bundle.json").read_text())
+    manifest["wiring"]["guidance_added"] = 1
+    (copied / "bundle.json").write_text(json.dumps(manifest))
+    pipe = load(copied)
+    assert pipe.job(Request(PROMPT, guidance=1e6)).guidance.scale == 1_000_001
+    with pytest.raises(RequestError, match=r"guidance must be a number from 0 to 1e\+06, found 2000000.0"):
+        pipe.job(Request(PROMPT, guidance=2e6))
+    assert not pipe.job(Request(PROMPT, guidance=0)).guidance.active
