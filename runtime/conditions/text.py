@@ -60,8 +60,8 @@ class Text(Condition):
             length, most = job.request.max_sequence_length, self.encoders.longest
             if length is not None and most and length > most:
                 raise RequestError(f"max_sequence_length must be at most {most} with this model, found {length}")
-            lengths |= self._lengths(job)
-        if len(lengths) > 1 and not self.encoders.bucket:
+            lengths |= set() if self.encoders.bucket else self._lengths(job)
+        if len(lengths) > 1:
             if len({job.request.max_sequence_length for job in jobs}) > 1:
                 raise RequestError("the requests of a batch must have one max_sequence_length: run others on their own")
             raise RequestError(

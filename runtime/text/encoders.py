@@ -111,7 +111,10 @@ class TextEncoders:
                 )
 
     def tokens(self, spec: PromptSpec) -> int:
-        """How many tokens the embedding of a prompt has. Raises `RequestError` where the two encoders do not agree."""
+        """How many tokens the embedding of a prompt has; the most, where a window is as long as its prompt.
+
+        Raises `RequestError` where the two encoders do not agree.
+        """
         total = 0
         for name, encoder in self._encoders.items():
             if not encoder.hidden:
@@ -120,8 +123,6 @@ class TextEncoders:
             tokens = tokenizer.window * count_windows(text, tokenizer, weights=spec.weights, windows=spec.windows)
             if encoder.length:
                 tokens = spec.length or encoder.length
-            if encoder.bucket:
-                tokens = _full(tokenizer.counts([text], tokens)[0], encoder.bucket)
             if not total or encoder.join == "sequence":
                 total += tokens
             elif tokens != total:
@@ -165,11 +166,12 @@ class TextEncoders:
         lengths = {spec.length or encoder.length or None for spec in specs} if encoder.length else {None}
         if len(lengths) > 1:
             raise RequestError("the prompts of a batch must have one max_sequence_length")
-        ids, truncated = tokenizer.encode(plain, *lengths)
         counts: list[int] = []
         if encoder.bucket:
-            counts = tokenizer.counts(plain, ids.shape[1])
-            ids = tokenizer.fitted(ids, _full(max(counts), encoder.bucket))
+            window = next(iter(lengths)) or encoder.length
+            ids, truncated, counts = tokenizer.encode_in_bucket(plain, window, encoder.bucket)
+        else:
+            ids, truncated = tokenizer.encode(plain, *lengths)
         outputs = self._run(name, ids) if plain else {}
 
         def embedding(spec: PromptSpec) -> Embedding:

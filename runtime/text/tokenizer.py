@@ -55,19 +55,24 @@ class PromptTokenizer:
 
         window: a shorter one than `max_length`.
         """
-        tokens, room = self.tokens(texts), self.room if window is None else self.room - (self.window - window)
+        return self._cut(self.tokens(texts), self.room if window is None else self.room - (self.window - window))
+
+    def encode_in_bucket(self, texts: Sequence[str], window: int, bucket: int) -> tuple[Array, list[str], list[int]]:
+        """The same, and how many tokens each text has, in a window as long as the longest, a multiple of `bucket`.
+
+        window: what a text may have at most.
+        """
+        tokens, around = self.tokens(texts), len(self._first) + len(self._last)
+        rows, truncated = self._cut(tokens, window - around)
+        counts = [min(len(ids) + around, window) for ids in tokens]
+        longest = -(-max(counts, default=0) // bucket) * bucket
+        padding = ((0, 0), (0, max(0, longest - window)))
+        return np.pad(rows[:, :longest], padding, constant_values=self._spec.pad_token_id), truncated, counts
+
+    def _cut(self, tokens: Sequence[Sequence[int]], room: int) -> tuple[Array, list[str]]:
+        """Windows that hold `room` tokens, and the text of those that did not fit."""
         rows = np.array([self.row(ids[:room], room) for ids in tokens], np.int64)
         return rows, [self.text(ids[room : len(ids) - len(self._after)]) for ids in tokens]
-
-    def fitted(self, ids: Array, window: int) -> Array:
-        """Rows of token ids with as much padding at their end as makes them `window` long, or without some of it."""
-        more = max(0, window - ids.shape[1])
-        return np.pad(ids[:, :window], ((0, 0), (0, more)), constant_values=self._spec.pad_token_id)
-
-    def counts(self, texts: Sequence[str], most: int) -> list[int]:
-        """How many tokens each text has in a window that holds `most`."""
-        more = len(self._first) + len(self._last)
-        return [min(len(ids) + more, most) for ids in self.tokens(texts)]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """All token ids of each text and of what it is put between, without start, end and padding.

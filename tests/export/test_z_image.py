@@ -70,7 +70,13 @@ def test_a_prompt_is_what_the_user_says_in_the_chat_template(chat):
         expected = theirs(said, padding="max_length", truncation=True, max_length=window, return_tensors="np")
         found, left = ours.encode(texts, window)
         assert np.array_equal(found, expected.input_ids)
-        assert ours.counts(texts, window) == expected.attention_mask.sum(1).tolist()
+        for some in (texts, texts[:3]):
+            short, cut, counts = ours.encode_in_bucket(some, window, 32)
+            assert counts == expected.attention_mask.sum(1).tolist()[: len(some)] and cut == left[: len(some)]
+            assert short.shape[1] == -(-max(counts) // 32) * 32
+            width = min(short.shape[1], window)
+            assert np.array_equal(short[:, :width], found[: len(some), :width])
+            assert (short[:, width:] == theirs.pad_token_id).all()
         assert bool(left[3]) == (expected.attention_mask[3].all() and window < 512)
         assert "assistant" not in left[3]
 
