@@ -10,10 +10,9 @@ written a shard at a time, and is there to see what a large checkpoint takes.
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import string
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,14 +251,14 @@ _LARGE = {
     "axes_dims_rope": (16, 56, 56),
     "guidance_embeds": True,
 }
-_SHARD_BYTES = 1 << 30
 
 
 def make_large(out: Path, layers: int, single_layers: int, seed: int = 0) -> None:
     """Write a diffusers folder of the widths of FLUX.1 [dev] and so many layers to `out`."""
     import diffusers
     import torch
-    from safetensors.torch import save_file
+
+    from ..export.shards import write_shards
 
     config = {**_LARGE, "num_layers": layers, "num_single_layers": single_layers}
     texts: dict[str, dict[str, Any]] = {
@@ -272,25 +271,14 @@ def make_large(out: Path, layers: int, single_layers: int, seed: int = 0) -> Non
         model = diffusers.FluxTransformer2DModel(**config)
     model.save_config(out / "transformer")
     generator = torch.Generator().manual_seed(seed)
-    shard: dict[str, Any] = {}
-    names: dict[str, str] = {}
 
-    def write() -> None:
-        name = f"diffusion_pytorch_model-{len(set(names.values())) + 1:05}.safetensors"
-        save_file(shard, out / "transformer" / name, metadata={"format": "pt"})
-        names.update(dict.fromkeys(shard, name))
-        shard.clear()
+    def drawn() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in model.state_dict().items():
+            spread = 0.1 if weight.ndim == 1 else weight[0].numel() ** -0.5
+            values = torch.randn(weight.shape, generator=generator, dtype=torch.float32) * spread
+            yield name, (values + float(weight.ndim == 1 and name.endswith("weight"))).to(torch.bfloat16)
 
-    for name, weight in model.state_dict().items():
-        spread = 0.1 if weight.ndim == 1 else weight[0].numel() ** -0.5
-        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32) * spread
-        shard[name] = (drawn + float(weight.ndim == 1 and name.endswith("weight"))).to(torch.bfloat16)
-        if sum(each.nbytes for each in shard.values()) > _SHARD_BYTES:
-            write()
-    write()
-    total = sum(2 * weight.numel() for weight in model.state_dict().values())
-    index = {"metadata": {"total_size": total}, "weight_map": names}
-    (out / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    write_shards(out / "transformer", "diffusion_pytorch_model", drawn())
 
 
 def _unigram() -> Any:

@@ -6,16 +6,16 @@ and written one at a time.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...common.errors import CheckpointError, DiffoundryError
+from ...common.errors import CheckpointError
 from ...common.files import remove, write_json
 from ..configs import QWEN3 as OF_QWEN3
+from ..shards import write_shards
 from ..weight_files import check_names
 from .layouts import looks_like
 from .part_names import HALVES, IDENTITY, QWEN3, T5, TRANSPOSED, Origin, is_beside, is_scale, namings, prefixes
@@ -25,7 +25,6 @@ from .weights import Weights
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = (".scale_weight", ".weight_scale")
-_SHARD_BYTES = 1 << 30
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
@@ -98,36 +97,10 @@ class PartFile:
         beside = target.with_name(f"{target.name}.part")
         remove(beside)
         beside.mkdir(parents=True)
-        self._write_weights(beside)
+        write_shards(beside, _STEMS[self.library], ((name, self._read(name)) for name in self.shapes))
         write_json(beside / "config.json", dict(self.config))
         remove(target)
         beside.replace(target)
-
-    def _write_weights(self, folder: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        stem = _STEMS[self.library]
-        index: dict[str, str] = {}
-        shard: dict[str, Any] = {}
-
-        def write() -> None:
-            path = folder / f"{stem}-{len(set(index.values())) + 1:05}.safetensors"
-            try:
-                save_file(shard, path, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise DiffoundryError(f"{path} cannot be written ({error}): free some disk space") from None
-            index.update(dict.fromkeys(shard, path.name))
-            shard.clear()
-
-        for name in self.shapes:
-            shard[name] = self._read(name)
-            if sum(each.nbytes for each in shard.values()) > _SHARD_BYTES:
-                write()
-        if shard:
-            write()
-        content = json.dumps({"metadata": {}, "weight_map": index})
-        (folder / f"{stem}.safetensors.index.json").write_text(content, encoding="utf-8")
 
     def _read(self, name: str) -> Any:
         """The weight `name`, in memory of its own."""
