@@ -16,10 +16,11 @@ from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import remove, sha256_file, sha256_json, sha256_tree
 from ..families.parts import TRANSFORMER
 from .checkpoint import Checkpoint, is_part
+from .configs import QWEN3 as OF_QWEN3
 from .reading import Asked, Reading
 from .single_file import SingleFile, is_single_file
 from .single_file.flow import FlowFile, missing
-from .single_file.part_names import held
+from .single_file.part_names import QWEN3, held
 from .single_file.parts import PartFile
 from .single_file.weights import Weights, open_weights
 from .weight_files import holds_weights
@@ -114,7 +115,8 @@ def _unpack_flow(flow: FlowFile, config: Path | None, work: Path, asked: Asked) 
         )
     models = [name for name in source.index if is_part(name) and source.has(name)]
     own = [name for name in models if name not in asked.components]
-    here = [name for name in own if name == TRANSFORMER or held(flow.weights, name, source.kind(name)[1])]
+    kinds = {name: QWEN3 if source.kind(name)[1] in OF_QWEN3 else source.kind(name)[1] for name in own}
+    here = [name for name in own if name == TRANSFORMER or held(flow.weights, name, kinds[name])]
     for name in own:
         if name not in here and not (config and holds_weights(config / name)):
             raise missing(path, name, config)

@@ -1,4 +1,4 @@
-"""The names that the original authors of FLUX.1 and Stable Diffusion 3 gave to the weights of their transformers.
+"""The names that the original authors of FLUX.1, Stable Diffusion 3 and Z-Image gave to the weights of transformers.
 
 Several weights of diffusers may be rows of one of theirs, one after another, such as queries, keys and values; and of
 the last norms diffusers has the two halves in another order.
@@ -67,10 +67,22 @@ _TOPS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"joint_blocks.\1.context_block.mlp.fc1"),
         (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
     ),
+    "ZImageTransformer2DModel": (
+        (r"all_x_embedder\.2-1", "x_embedder"),
+        (r"all_final_layer\.2-1\.(.+?)", r"final_layer.\1"),
+        (r"(.+)\.attention\.to_[qkv]", r"\1.attention.qkv"),
+        (r"(.+)\.attention\.to_out\.0", r"\1.attention.out"),
+        (r"(.+)\.attention\.norm_([qk])", r"\1.attention.\2_norm"),
+        (r"(.+?)", r"\1"),
+    ),
 }
 """By class: the modules of diffusers, and what they are called."""
 _RENAMED = {"query_norm.weight": "query_norm.scale", "key_norm.weight": "key_norm.scale"}
 _ORDER = re.compile(r"\.(?:to_([qkv])|add_([qkv])_proj|(proj_mlp))\.")
+
+
+TRANSFORMERS = tuple(_TOPS)
+"""The classes whose original layout is known."""
 
 
 class Original(NamedTuple):

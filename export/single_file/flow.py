@@ -1,7 +1,7 @@
-"""Checkpoints of FLUX.1 and Stable Diffusion 3 in one file: what is in them, and what they are without a configuration.
+"""Checkpoints of FLUX.1, Stable Diffusion 3 and Z-Image in one file: what is in them, and what they are by themselves.
 
-The sizes of Stable Diffusion 3 can be read off its weights, and CLIP's tokenizer is built in; T5's is not, so that what
-has a T5 needs the diffusers folder of a checkpoint of its make.
+The sizes of Stable Diffusion 3 can be read off its weights, and CLIP's tokenizer is built in; those of T5 and Qwen3 are
+not, so that what has one needs the diffusers folder of a checkpoint of its make.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from .part_names import T5, held, is_scale, prefixes
 from .tokenizer import END, write_clip_tokenizer
 from .weights import Weights, open_weights
 
-TITLES = {"FluxTransformer2DModel": "FLUX.1", "SD3Transformer2DModel": "Stable Diffusion 3"}
+TITLES = {
+    "FluxTransformer2DModel": "FLUX.1",
+    "SD3Transformer2DModel": "Stable Diffusion 3",
+    "ZImageTransformer2DModel": "Z-Image",
+}
 """By the class of the transformer."""
 _T5_HOME = "text_encoder_3"
 _PADS = {"text_encoder": END, "text_encoder_2": "!"}
@@ -33,7 +37,7 @@ _BY_CONFIG = "give the diffusers folder of a checkpoint of the same make with --
 
 @dataclass(frozen=True, slots=True)
 class FlowFile:
-    """A file with the transformer of FLUX.1 or Stable Diffusion 3, alone or with other parts. kind: its class."""
+    """A file with a transformer of one of `TITLES`, alone or with other parts. kind: its class."""
 
     weights: Weights
     kind: str
@@ -56,11 +60,12 @@ class FlowFile:
         """Write what a diffusers folder of this checkpoint has beside its weights to `root`.
 
         replaced: files and folders that are given in place of components of it.
-        Raises `CheckpointError` where the weights do not say their sizes, and where there is a T5.
+        Raises `CheckpointError` where the weights do not say their sizes, and where there is a T5 or Qwen3.
         """
         if self.kind != "SD3Transformer2DModel" or held(self.weights, _T5_HOME, T5) or _T5_HOME in replaced:
+            text = "Qwen3" if self.kind.startswith("ZImage") else "T5"
             raise CheckpointError(
-                f"{self.weights.path}, a {self.title} checkpoint, goes with a T5, whose tokenizer is not built in: "
+                f"{self.weights.path}, a {self.title} checkpoint, goes with a {text}, whose tokenizer is not built in: "
                 f"{_BY_CONFIG}"
             )
         published = json.loads((files(__package__) / "data" / "stable-diffusion-3.json").read_text(encoding="utf-8"))

@@ -93,6 +93,7 @@ _FLUX, _SD3 = (
     r"double_blocks\.|single_transformer_blocks\.",
     r"joint_blocks\.|(^|\.)transformer_blocks\.\d+\.norm1_context",
 )
+_Z_IMAGE = r"(^|\.)cap_pad_token$|(^|\.)layers\.0\.adaLN_modulation\.0\."
 _OTHERS = {
     r"lora_(unet|te|down|up|A|B)|\.lora\.|_lora\d?\.(down|up)\.|\.hada_w|\.lokr_w": "a LoRA, which changes a "
     "checkpoint and is none itself: give what diffusers saves after `load_lora_weights`, `fuse_lora` and "
@@ -109,9 +110,14 @@ _OTHERS = {
     r"individual_token_refiner\.": "a HunyuanVideo model",
     _FLUX: "a FLUX model: compile it with --config FOLDER, the diffusers folder of one",
     _SD3: "a Stable Diffusion 3 model: compile it with --config FOLDER, the diffusers folder of one",
+    _Z_IMAGE: "a Z-Image model: compile it with --config FOLDER, the diffusers folder of one",
 }
 """Names that a checkpoint with a U-Net never has."""
-_FLOW = {_OTHERS[_FLUX]: "FluxTransformer2DModel", _OTHERS[_SD3]: "SD3Transformer2DModel"}
+_FLOW = {
+    _OTHERS[_FLUX]: "FluxTransformer2DModel",
+    _OTHERS[_SD3]: "SD3Transformer2DModel",
+    _OTHERS[_Z_IMAGE]: "ZImageTransformer2DModel",
+}
 _PARTS = {
     rf"^{UNET}(in|out)put_blocks\.": "a U-Net without text encoder (no cond_stage_model.*, no "
     "conditioner.embedders.*): compile a whole checkpoint, with --component unet=FILE, this file",
@@ -161,7 +167,7 @@ def looks_like(weights: Weights) -> str | None:
 
 
 def transformer_kind(weights: Weights) -> str | None:
-    """The class of the transformer of FLUX.1 or Stable Diffusion 3 in a file, None for a file of another kind."""
+    """The class of the transformer in a file of FLUX.1, Stable Diffusion 3 or Z-Image, None for one of another kind."""
     return _FLOW.get(_look(weights, _OTHERS) or "")
 
 

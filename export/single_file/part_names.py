@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ...families.original_transformer import originals
+from ...families.original_transformer import TRANSFORMERS, originals
 from ...families.parts import KL, UNET
 from .names import clip_names, unet_names, vae_names
 from .weights import Weights
@@ -37,6 +37,8 @@ _OF_KIND = {
     QWEN3: ("text_encoders.qwen3_4b.transformer.model.", "model."),
 }
 """By class, of text encoders that are anywhere called alike."""
+_MARKS = {QWEN3: "layers.0.self_attn."}
+"""By class, what follows the prefix, where others may begin with that too."""
 _OTHERS = re.compile(
     r"(model\.diffusion_model|diffusion_model|vae|first_stage_model|text_encoders?(_\d)?|conditioner|cond_stage_model|"
     r"model_ema|clip_[lg]|t5xxl)\."
@@ -50,6 +52,7 @@ _BESIDE = {
     T5: r"decoder\..*|lm_head\..*|spiece_model|shared\.weight|encoder\.embed_tokens\.weight",
     QWEN3: r"lm_head\..*",
     KL: r"loss\..*",
+    "ZImageTransformer2DModel": r"norm_final\.weight",
 }
 """By class what stands beside its weights in files, and is not read: the image side of a CLIP, the decoder of a T5."""
 _OLD_ATTENTION = ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn."))
@@ -76,7 +79,7 @@ def prefixes(component: str, kind: str) -> tuple[str, ...]:
 
 def held(weights: Weights, component: str, kind: str) -> bool:
     """Whether a file that holds several parts holds this one. kind: its class."""
-    return any(weights.has(prefix) for prefix in prefixes(component, kind))
+    return any(weights.has(prefix + _MARKS.get(kind, "")) for prefix in prefixes(component, kind))
 
 
 def is_scale(name: str) -> bool:
@@ -92,7 +95,7 @@ def namings(
     kind: its class. config: its configuration. shapes: of its weights, by their published names.
     """
     own = {name: Origin(name) for name in shapes}
-    if kind in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
+    if kind in TRANSFORMERS:
         theirs = originals(kind, shapes)
         if theirs.keys() == shapes.keys():
             yield {name: Origin(each.name, each.order, HALVES * each.swapped) for name, each in theirs.items()}

@@ -1,4 +1,4 @@
-"""FLUX.1 and Stable Diffusion 3 from single files: parts alone, all in one, in eight bits, and what is refused.
+"""FLUX.1, Stable Diffusion 3 and Z-Image in single files: parts alone, all in one, in eight bits, what is refused.
 
 Files are made of random checkpoints under the names of the original authors. That they are those names is shown by
 diffusers' own conversion, which must give the checkpoint's weights back.
@@ -313,12 +313,37 @@ def test_a_part_of_a_model_with_a_unet(checkpoint_of, tmp_path):
 
 def test_a_language_model_as_text_encoder_with_its_head_and_without(checkpoint_of, tmp_path):
     folder = checkpoint_of("z-image-small")
-    [path] = (folder / "text_encoder").glob("*.safetensors")
-    tensors = load_file(path)
+    tensors = qwen(folder)
     assert all(name.startswith("model.") for name in tensors)
     for more in ({}, {"lm_head.weight": torch.zeros(4, 4)}):
         text = file(tmp_path / "qwen_3_4b.safetensors", tensors | more)
         assert_same(folder, unpacked(folder, tmp_path / "work", text_encoder=text), ["text_encoder"])
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+def test_z_image_in_one_file_with_and_without_its_other_parts(checkpoint_of, bare, tmp_path, prefix):
+    folder = checkpoint_of("z-image-small")
+    transformer = original_transformer("ZImageTransformer2DModel", stored(folder, "transformer"))
+    assert {"layers.0.attention.qkv.weight", "final_layer.linear.weight", "cap_pad_token"} <= transformer.keys()
+    alone = {prefix + name: each for name, each in transformer.items()} | {f"{prefix}norm_final.weight": torch.ones(4)}
+    texts = {f"text_encoders.qwen3_4b.transformer.{name}": each for name, each in qwen(folder).items()}
+    whole = {**alone, **texts, **{f"vae.{name}": each for name, each in original_vae(stored(folder, "vae")).items()}}
+    names, empty = ["transformer", "vae", "text_encoder"], bare("z-image-small")
+    made = unpacked(file(tmp_path / "whole.safetensors", whole), tmp_path / "one", empty)
+    assert made.single
+    assert_same(folder, made, names)
+    one = file(tmp_path / "alone.safetensors", alone)
+    assert_same(folder, unpacked(one, tmp_path / "two", folder), names[:1])
+    assert_same(folder, unpacked(folder, tmp_path / "three", transformer=one), names)
+    with pytest.raises(CheckpointError, match=r"alone\.safetensors holds no .*give it with --component .*=FILE"):
+        unpacked(one, tmp_path / "four", empty)
+    with pytest.raises(CheckpointError, match=r"a Z-Image checkpoint, goes with a Qwen3, whose tokenizer is not built"):
+        unpacked(one, tmp_path / "five")
+
+
+def qwen(folder):
+    [path] = (folder / "text_encoder").glob("*.safetensors")
+    return load_file(path)
 
 
 WIDTHS = {
