@@ -103,7 +103,7 @@ from .progress import progress
     "--config",
     type=click.Path(),
     help="For a single file: a diffusers folder whose configurations and tokenizers go with its weights, and whose "
-    "own weights stand in for parts of FLUX.1 and Stable Diffusion 3 that it lacks.",
+    "own weights stand in for parts of FLUX.1, SD3 and Z-Image that it lacks.",
 )
 @click.option(
     "--prediction-type",

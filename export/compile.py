@@ -107,7 +107,7 @@ def compile(
     textual inversions, each as `Pipeline.set_embeddings` takes it. lora_rank, lora_layers,
     text_storage_dtype: see `build`.
     config: for a single file, a diffusers folder whose configurations, scheduler and tokenizers go with its weights,
-    and whose own weights are taken for what a file of FLUX.1 or Stable Diffusion 3 lacks.
+    and whose own weights are taken for what a file of FLUX.1, Stable Diffusion 3 or Z-Image lacks.
     prediction_type: for a single file, what its U-Net predicts, where the file does not tell.
     default_steps, default_guidance: what `run` asks for when it is not told (default: the family's).
     trace_scheduler: a diffusers class or `module:Class` that diffoundry has no function for; its tables are read off

@@ -59,7 +59,10 @@ def unpack(
         if prediction_type is not None:
             raise DiffoundryError(f"the prediction type is a U-Net's, {checkpoint} is {flow.title}: leave it out")
         return _unpack_flow(flow, folder, work, asked)
-    single = SingleFile.of(weights, config=folder, prediction_type=prediction_type)
+    vae = asked.components.get("vae")
+    single = SingleFile.of(
+        weights, config=folder, prediction_type=prediction_type, vae=None if vae is None else Path(vae)
+    )
     source = Checkpoint.open(_unpack_unet(single, work, asked))
     files = _files(source, asked.components)
     return Unpacked(source, _with_parts(source, asked, files, {}, work, checkpoint), True)

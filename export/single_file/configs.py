@@ -7,20 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from ...common.checks import is_whole
 from ...common.errors import CheckpointError
 from ..checkpoint import Checkpoint
+from ..weight_files import read_stated
 from .layouts import SD2, UNET, VAE, Layout
 from .names import clip_names
+from .part_names import prefixes
 from .stated import check_architecture, prediction_type, zero_snr
 from .tokenizer import TOKENS
-from .weights import Weights
+from .weights import Weights, open_weights
 
 Config = dict[str, Any]
 
 COND_PROJ = "time_embed.cond_proj.weight"
 CHANNELS_A_HEAD = 64
+BY_CONFIG = "give the diffusers folder of a checkpoint of the same make with --config FOLDER"
 _DIGITS = 9
 """Of an index in a name; Python refuses to read thousands of them."""
 _SD2_BASE_STEPS = 875_000
@@ -84,17 +88,39 @@ class Part:
         )
 
 
-def built_in(weights: Weights, layout: Layout, predicts: str | None) -> dict[str, Config]:
+_CLIP_MARKS = ("text_model.embeddings.token_embedding.weight", "positional_embedding")
+_MARKS = {
+    "transformer": ("pos_embed",),
+    "vae": ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"),
+    **dict.fromkeys(("text_encoder", "text_encoder_2"), _CLIP_MARKS),
+}
+"""By component the tensors, without a prefix, that are in the layouts whose sizes are read: each, or of CLIP one."""
+
+
+def part_in(weights: Weights, name: str) -> Part | None:
+    """The shapes of the component `name` under the names of the original authors, None where it has others."""
+    marks = _MARKS[name]
+    for prefix in (*prefixes(name, ""), ""):
+        there = [prefix + mark in weights.shapes for mark in marks]
+        if any(there) if name.startswith("text") else all(there):
+            return Part.of(weights, prefix)
+    return None
+
+
+def built_in(
+    weights: Weights, layout: Layout, predicts: str | None, other_vae: Path | None = None
+) -> dict[str, Config]:
     """What `layout` was published with, in the sizes of `weights`: `model_index`, `scheduler` and each model's folder.
 
-    predicts: the prediction type, instead of what the file says or is taken for.
+    predicts: the prediction type, instead of what the file says or is taken for. other_vae: the file or folder of the
+    autoencoder that it is used with, where it has none.
     Raises `CheckpointError` where the weights do not say their sizes.
     """
     check_architecture(weights, layout)
     setup = layout.published()
     forms = setup.pop("forms")
     unet, vae = setup["unet"], setup["vae"]
-    vae.update(vae_sizes(Part.of(weights, VAE), vae))
+    vae.update(vae_sizes(Part.of(weights, VAE), vae) if other_vae is None else _sizes_of_other(other_vae, vae))
     unet.update(_unet_sizes(weights, unet))
     if layout.sizes:
         unet.update(_embedded_sizes(weights, layout))
@@ -243,6 +269,28 @@ def vae_sizes(part: Part, published: Config) -> Config:
         "use_quant_conv": any(name.startswith("quant_conv.") for name in part.shapes),
         "use_post_quant_conv": any(name.startswith("post_quant_conv.") for name in part.shapes),
     }
+
+
+def _sizes_of_other(path: Path, published: Config) -> Config:
+    """The sizes of an autoencoder in a file or folder of its own. Raises `CheckpointError` where it says none."""
+    if path.is_file():
+        part = part_in(open_weights(path), "vae")
+        return vae_sizes(part, published) if part is not None else unread(path, "vae")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder: give the diffusers folder of the component 'vae', or a file of it")
+    stated = read_stated(path / "config.json", "the configuration of the autoencoder")
+    blocks = stated.get("block_out_channels", stated.get("decoder_block_out_channels", [64]))
+    found = {"latent_channels": stated.get("latent_channels", 4), "block_out_channels": blocks}
+    if not is_whole(found["latent_channels"]) or not isinstance(blocks, list) or not blocks:
+        raise CheckpointError(f"{path}/config.json says no sizes of an autoencoder: give the one it was saved with")
+    return found
+
+
+def unread(path: Path, name: str) -> NoReturn:
+    """Raise `CheckpointError` for a file whose names do not tell the sizes of the component `name`."""
+    raise CheckpointError(
+        f"{path} holds no {name} under the names of the original authors, by which its sizes are read: {BY_CONFIG}"
+    )
 
 
 def text_sizes(part: Part, open_clip: bool, layout: Layout | None, published: Config) -> Config:

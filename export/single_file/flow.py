@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ...common.errors import CheckpointError
 from ...common.files import write_json
 from ..weight_files import check_names
-from .configs import CHANNELS_A_HEAD, Config, Part, heads, text_sizes, vae_sizes
+from .configs import BY_CONFIG, CHANNELS_A_HEAD, Config, Part, heads, part_in, text_sizes, unread, vae_sizes
 from .layouts import transformer_kind
-from .part_names import T5, held, is_scale, prefixes
+from .part_names import T5, held, is_scale
 from .tokenizer import END, write_clip_tokenizer
 from .weights import Weights, open_weights
 
@@ -32,7 +32,6 @@ TITLES = {
 _T5_HOME = "text_encoder_3"
 _PADS = {"text_encoder": END, "text_encoder_2": "!"}
 """What fills the window of each text encoder of Stable Diffusion 3."""
-_BY_CONFIG = "give the diffusers folder of a checkpoint of the same make with --config FOLDER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class FlowFile:
             text = "Qwen3" if self.kind.startswith("ZImage") else "T5"
             raise CheckpointError(
                 f"{self.weights.path}, a {self.title} checkpoint, goes with a {text}, whose tokenizer is not built in: "
-                f"{_BY_CONFIG}"
+                f"{BY_CONFIG}"
             )
         published = json.loads((files(__package__) / "data" / "stable-diffusion-3.json").read_text(encoding="utf-8"))
         for name in ("vae", *_PADS):
@@ -88,7 +87,7 @@ class FlowFile:
 
     def _part(self, name: str) -> Part:
         """The shapes of a component of Stable Diffusion 3. Raises `CheckpointError` where its names do not tell it."""
-        return _part_in(self.weights, name) or _unread(self.weights.path, name)
+        return part_in(self.weights, name) or unread(self.weights.path, name)
 
 
 def missing(path: Path, name: str, config: Path | None) -> CheckpointError:
@@ -101,30 +100,7 @@ def _given(name: str, path: Path) -> Part | None:
     """The shapes of a component in a file of its own, None for a folder, which has its configuration."""
     if path.is_dir():
         return None
-    return _part_in(open_weights(path), name) or _unread(path, name)
-
-
-def _unread(path: Path, name: str) -> NoReturn:
-    raise CheckpointError(
-        f"{path} holds no {name} under the names of the original authors, by which its sizes are read: {_BY_CONFIG}"
-    )
-
-
-_MARKS = {
-    "transformer": ("pos_embed",),
-    "vae": ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"),
-    **dict.fromkeys(_PADS, ("text_model.embeddings.token_embedding.weight", "positional_embedding")),
-}
-"""By component the tensors, without a prefix, that are in the layouts whose sizes are read: each, or of CLIP one."""
-
-
-def _part_in(weights: Weights, name: str) -> Part | None:
-    marks = _MARKS[name]
-    for prefix in (*prefixes(name, ""), ""):
-        there = [prefix + mark in weights.shapes for mark in marks]
-        if any(there) if name.startswith("text") else all(there):
-            return Part.of(weights, prefix)
-    return None
+    return part_in(open_weights(path), name) or unread(path, name)
 
 
 def _sizes(name: str, part: Part, published: Config) -> Config:

@@ -141,14 +141,17 @@ _PARTS = {
 _AS_PART = "compile the folder of that, with --component NAME=FILE, this file"
 
 
-def recognise(weights: Weights) -> Layout:
-    """The layout of a whole checkpoint. Raises `CheckpointError`, which says what another file looks like."""
+def recognise(weights: Weights, needs_vae: bool = True) -> Layout:
+    """The layout of a whole checkpoint. Raises `CheckpointError`, which says what another file looks like.
+
+    needs_vae: whether there must be an autoencoder in it.
+    """
     check_names(weights.path, weights.shapes)
     other = _look(weights, _OTHERS)
     if not other and weights.has(UNET):
         for layout in LAYOUTS:
             if any(weights.has(text.prefix) for text in layout.text_encoders):
-                _check_parts(weights, layout)
+                _check_parts(weights, layout, needs_vae)
                 return layout
     like = other or _look(weights, _PARTS)
     shown = ", ".join(sorted(weights.shapes)[:3]) or "none"
@@ -176,10 +179,12 @@ def _look(weights: Weights, table: Mapping[str, str]) -> str | None:
     return next((what for pattern, what in table.items() if re.search(pattern, names, re.MULTILINE)), None)
 
 
-def _check_parts(weights: Weights, layout: Layout) -> None:
-    absent = [prefix for prefix in (VAE, *(text.prefix for text in layout.text_encoders)) if not weights.has(prefix)]
+def _check_parts(weights: Weights, layout: Layout, needs_vae: bool) -> None:
+    due = ([VAE] if needs_vae else []) + [text.prefix for text in layout.text_encoders]
+    absent = [prefix for prefix in due if not weights.has(prefix)]
     if absent:
+        other = ", or give its autoencoder with --component vae=FILE" if absent == [VAE] else ""
         raise CheckpointError(
             f"{weights.path} is a {layout.title} checkpoint without {' and '.join(f'{name}*' for name in absent)}: "
-            "use a file that holds U-Net, VAE and text encoders"
+            f"use a file that holds U-Net, VAE and text encoders{other}"
         )

@@ -65,24 +65,39 @@ class SingleFile:
     config: Path | None
 
     @classmethod
-    def open(cls, source: Path, *, config: Path | None = None, prediction_type: str | None = None) -> SingleFile:
+    def open(
+        cls, source: Path, *, config: Path | None = None, prediction_type: str | None = None, vae: Path | None = None
+    ) -> SingleFile:
         """Check `source`, of which no weight is read.
 
         config: a diffusers folder whose configurations, scheduler and tokenizer are taken instead of the built-in ones.
         prediction_type: `epsilon`, `v_prediction` or `sample`, instead of what the file says or is taken for.
+        vae: the file or folder of the autoencoder that it is used with; it may then have none of its own.
         Raises `CheckpointError` when it is damaged, incomplete, of no known layout or has shapes that do not fit.
         """
-        return cls.of(open_weights(source), config=config, prediction_type=prediction_type)
+        return cls.of(open_weights(source), config=config, prediction_type=prediction_type, vae=vae)
 
     @classmethod
-    def of(cls, weights: Weights, *, config: Path | None = None, prediction_type: str | None = None) -> SingleFile:
+    def of(
+        cls,
+        weights: Weights,
+        *,
+        config: Path | None = None,
+        prediction_type: str | None = None,
+        vae: Path | None = None,
+    ) -> SingleFile:
         """The same of weights that were opened."""
         if prediction_type not in (None, *PREDICTION_TYPES):
             known = ", ".join(PREDICTION_TYPES)
             raise DiffoundryError(f"unknown prediction type {prediction_type!r}: choose one of {known}")
-        layout = recognise(weights)
-        setup = setup_of(config, layout, prediction_type) if config else built_in(weights, layout, prediction_type)
-        models = tuple(_model(name, setup, layout) for name in layout.models)
+        other = None if weights.has(VAE) else vae
+        layout = recognise(weights, needs_vae=other is None)
+        if config:
+            setup = setup_of(config, layout, prediction_type)
+        else:
+            setup = built_in(weights, layout, prediction_type, other)
+        held = (name for name in layout.models if name != "vae" or other is None)
+        models = tuple(_model(name, setup, layout) for name in held)
         _check(weights, f"{weights.path}, a {layout.title} checkpoint,", models, config)
         return cls(weights, layout, setup, models, config)
 
@@ -97,13 +112,14 @@ class SingleFile:
         )
         (root / "scheduler").mkdir()
         write_json(root / "scheduler" / "scheduler_config.json", self.setup["scheduler"])
-        for model in self.models:
-            stated = self.setup[model.folder]
+        first = {model.folder: next(iter(model.originals.values())) for model in self.models if model.text}
+        for name in self.layout.models:
+            stated = self.setup[name]
             config = {key: value for key, value in stated.items() if key not in ("torch_dtype", "_name_or_path")}
-            if model.text:  # transformers 5 loads in the type that is stated here
-                config["dtype"] = _FLOATS[self.weights.dtypes[next(iter(model.originals.values()))]]
-            (root / model.folder).mkdir()
-            write_json(root / model.folder / "config.json", config)
+            if name in first:  # transformers 5 loads in the type that is stated here
+                config["dtype"] = _FLOATS[self.weights.dtypes[first[name]]]
+            (root / name).mkdir()
+            write_json(root / name / "config.json", config)
 
     def _write_tokenizer(self, root: Path, text: TextEncoder) -> None:
         if self.config is None:

@@ -431,6 +431,39 @@ def test_a_file_of_another_autoencoder_goes_with_a_single_file(made, tmp_path):
         unpack_all(made("sd1").path, tmp_path / "work", None, None, asked)
 
 
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_a_single_file_without_its_autoencoder_takes_another(made, tmp_path, name):
+    whole, bare = made(name), tmp_path / "bare.safetensors"
+    save_file({key: each for key, each in whole.tensors.items() if not key.startswith(VAE)}, bare)
+    own = {key.removeprefix(VAE): each for key, each in whole.tensors.items() if key.startswith(VAE)}
+    save_file(own, tmp_path / "vae.safetensors")
+    whole.models["vae"].save_pretrained(tmp_path / "vae")
+    expected = SingleFile.open(whole.path).setup
+
+    def found(vae):
+        work = tmp_path / f"work-{len(list(tmp_path.iterdir()))}"
+        work.mkdir()
+        return unpack_all(bare, work, None, None, Asked(None, None, {} if vae is None else {"vae": vae}, None, None))
+
+    for vae in (tmp_path / "vae.safetensors", tmp_path / "vae"):
+        unpacked = found(vae)
+        source = unpacked.source.replace(unpacked.components)
+        assert SingleFile.open(bare, vae=vae).setup["unet"] == expected["unet"]
+        for part in ("unet", "vae"):
+            held, due = source.weights(part).read(), whole.models[part].state_dict()
+            assert held.keys() == due.keys() and all(torch.equal(held[key], due[key]) for key in due)
+    with pytest.raises(CheckpointError, match=r"without first_stage_model\.\*: use .*, or give its autoenc"):
+        found(None)
+    with pytest.raises(CheckpointError, match=r"is no folder: give the diffusers folder of the component 'v"):
+        found(tmp_path / "none")
+    (tmp_path / "vae" / "config.json").write_text('{"latent_channels": "4"}')
+    with pytest.raises(CheckpointError, match=r"says no sizes of an autoencoder"):
+        found(tmp_path / "vae")
+    save_file(whole.models["vae"].state_dict(), tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"no vae under the names of the original authors.*--config FOLDER"):
+        found(tmp_path / "vae.safetensors")
+
+
 XL = {
     "cross_attention_dim": 2048,
     "addition_embed_type": "text_time",
