@@ -58,7 +58,7 @@ def add_lora(
         stored = weight_of(node.inputs[1]) if node.op_type in _LAYERS else None
         weight = None if stored is None else weight_named(str(stored.name))
         group = None if weight is None else group_of(weight)
-        if stored is not None and group is not None and attribute(node, "group", 1) == 1:
+        if stored is not None and weight is not None and group is not None and attribute(node, "group", 1) == 1:
             found.append((group, node, weight, [int(size) for size in stored.shape]))
     found.sort(key=lambda each: each[0])
     layers = [_layer(node, weight, shape) for _, node, weight, shape in found]
