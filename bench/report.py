@@ -291,6 +291,8 @@ def to_json(report: Report) -> dict[str, Any]:
 def from_json(value: dict[str, Any], where: str) -> Report:
     """Check `value` and return the report. where: its file. Raises `BenchError` naming the field that is wrong."""
     version = value.get("schema_version")
+    if "serve_schema_version" in value:
+        raise BenchError(f"{where} is a report of `diffoundry bench --serve`, which this does not read; {REMEDY}")
     if not is_whole(version) or version < 1:
         raise BenchError(f"{where} has no schema_version: it is no report of `diffoundry bench`; {REMEDY}")
     if version > SCHEMA_VERSION:

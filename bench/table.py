@@ -44,7 +44,7 @@ def show(report: Report, console: Console) -> None:
     for section in (*sections(report), *([] if shares is None else [shares])):
         console.print()
         line(section.title, "bold")
-        console.print(_section(section, console.width))
+        console.print(laid_out(section, console.width))
         if section.note:
             line(section.note, "dim")
     memory = "" if ours is None else _memory(report, ours)
@@ -88,7 +88,7 @@ def _spent(stages: Stages, name: str) -> float | None:
     return (sum(found) if found else None) if isinstance(found, tuple) else found
 
 
-def _section(section: Section, width: int) -> RenderableType:
+def laid_out(section: Section, width: int) -> RenderableType:
     """A table, or, where one does not fit, a line for each figure."""
     from rich.table import Table
     from rich.text import Text

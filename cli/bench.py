@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import ENGINES, NAMES, engine_option, precision_option, threads_option
+from .options import ENGINES, NAMES, NUMBERS, engine_option, precision_option, threads_option
 from .progress import progress
+from .served import OPTIONS as OF_SERVE
+from .served import bench_server, check_given
 
 if TYPE_CHECKING:
     from ..bench.options import Options
@@ -27,6 +29,7 @@ _GROUPS = {
     ),
     "How often": ("turns", "cold", "batch", "p99_s"),
     "What is written": ("json_path", "plot", "html"),
+    "A server that runs": ("serve", "mix", "rates", "requests", "partial", "key_file"),
     "Other things to do": ("setup", "compare"),
 }
 _ALONE = ("setup", "compare")
@@ -88,13 +91,36 @@ class _Grouped(click.Command):
     "p99_s",
     type=click.FloatRange(0, 86_400, min_open=True),
     metavar="SECONDS",
-    help="The scenario server: what 99 of 100 requests must stay within. [default: three times a single picture]",
+    help="The scenario server, and --serve: what 99 of 100 requests must stay within. [default: three times a single "
+    "picture]",
 )
 @click.option(
     "--json", "json_path", type=click.Path(), metavar="FILE", help="The report; - is standard output, and nothing else."
 )
 @click.option("--plot", type=click.Path(), metavar="FILE", help="Stages and latencies of all systems, PNG or SVG.")
 @click.option("--html", type=click.Path(), metavar="FILE", help="The report as one page that needs nothing else.")
+@click.option(
+    "--serve",
+    metavar="URL",
+    help="Measure the server that runs there, by OpenAI's images API: latencies to the first picture and to the last, "
+    "throughput, refusals, and the highest rate that --p99 allows.",
+)
+@click.option(
+    "--mix",
+    multiple=True,
+    metavar="'[SHARE] FIELD=VALUE …'",
+    help="A kind of request; repeat it for others. Of values with commas between them each request has one: '60% "
+    "steps=4 size=512x512,768x512'. [default: what the server draws where nothing is said]",
+)
+@click.option("--rate", "rates", type=NUMBERS, help="Requests a second. [default: search for the highest within --p99]")
+@click.option("--requests", type=click.IntRange(1, 100_000), help="Of each rate. [default: 100, more in a search]")
+@click.option(
+    "--partial-images",
+    "partial",
+    type=click.IntRange(0, 3),
+    help="Pictures on their way that are asked for; 0 asks without a stream. [default: 1]",
+)
+@click.option("--api-key-file", "key_file", type=click.Path(), help="A key a line, used in turn. [default: no key]")
 @click.option("--setup", metavar="PEER", help="Make the environment of a system of --vs, and do nothing else.")
 @click.option(
     "--compare",
@@ -116,6 +142,11 @@ def bench_command(setup: str | None, compare: tuple[str, str] | None, **asked: A
         elif compare is not None:
             _compare(*compare)
         return
+    check_given(click.get_current_context())
+    if asked["serve"] is not None:
+        bench_server(asked)
+        return
+    asked = {name: value for name, value in asked.items() if name not in (*OF_SERVE, "serve")}
     from ..bench import table
     from ..bench.bench import measure
 
@@ -204,7 +235,7 @@ def _options(asked: dict[str, Any]) -> Options:
     from ..bench.options import Options
 
     if asked["bundle"] is None:
-        raise click.UsageError("name the bundle to measure, or give --setup or --compare")
+        raise click.UsageError("name the bundle to measure, or give --serve, --setup or --compare")
     scenario, versus = asked["scenario"], tuple(asked.pop("versus") or ())
     if asked["batch"] is not None and scenario == "single":
         raise click.UsageError("--batch goes with --scenario offline or server")
