@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg")
 COLOURS = {"before": "#ddaa33", "first_step": "#bb5566", "steps": "#004488", "after": "#77ccee", MERGED: "#c4c4c4"}
 """After Paul Tol's schemes: neighbours differ in lightness too, so they do without colour vision and on grey paper."""
-_LINES = ("#004488", "#bb5566", "#999933", "#44aa99", "#882255", "#777777")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES = ("#004488", "#bb5566", "#999933", "#44aa99", "#882255", "#777777")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _HATCH = "////"
 _MERGED_LABEL = "stages that are not told apart"
 _WIDTH, _TOP, _LEGEND, _ROW, _BELOW = 11.0, 1.9, 0.2, 0.62, 3.0
 """Inches: of the drawing, around its rows, of the legend, of a row, of the scenario below."""
 _LABEL, _LABEL_LINES = 30, 2
-_SETTINGS: Any = {
+SETTINGS: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.0,
     "text.parse_math": False,  # names come from files: a dollar is a dollar
@@ -56,13 +56,18 @@ def plot(report: Report, path: Path) -> None:
 
     Raises `DiffoundryError` as `check` does, before anything is drawn, and `OSError`.
     """
+    write(path, lambda: draw(report))
+
+
+def write(path: Path, drawn: Callable[[], Figure]) -> None:
+    """Write what `drawn` draws into a .png or .svg file. Raises as `plot` does."""
     check(path)
     from matplotlib import rc_context
 
     kind = path.suffix[1:].lower()
-    with rc_context(_SETTINGS), warnings.catch_warnings():
+    with rc_context(SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-        figure = draw(report)
+        figure = drawn()
         with replacing(path) as beside:
             figure.savefig(beside, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
@@ -248,7 +253,7 @@ def _draw_scenario(axes: Axes, report: Report, lines: dict[str, list[tuple[float
     for i, (name, points) in enumerate(lines.items()):
         system = report.system(name)
         label = units.plain(units.marked(system) if system else name, 40)
-        colour, marker = _LINES[i % len(_LINES)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
         axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=5)
     for limit in sorted({each.p99_limit_s for each in report.scenario.server}):
         axes.axhline(limit, color="#990000", linestyle="--", linewidth=1, label=f"limit, {units.seconds(limit)}")

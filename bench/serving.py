@@ -3,7 +3,7 @@
 Everything is really drawn, on one thread. The clock is the time that this process has had on a processor, and jumps to
 the next arrival where nothing is left to do: what else runs on the machine changes little.
 
-python -m diffoundry.bench.serving build/pico.bundle --rows 8 --requests 200 --turns 3
+python -m diffoundry.bench.serving build/pico.bundle --rows 8 --requests 200 --turns 3 --json load.json --plot load.png
 
 Requests of 4, 20 and 50 steps and of two sizes arrive at random, with `--control` and `--lora` a third of them steered
 and a third with a LoRA. `stepped` is the scheduler of `diffoundry serve`:
@@ -15,13 +15,20 @@ that none waits for a longer one beside it.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..bundle.reader import FieldError, read
+from ..common.errors import BenchError, DiffoundryError
+from ..common.files import read_json, write_json
+from ..common.machine import processor
 from ..runtime.control import Control
 from ..runtime.lora import Lora
 from ..runtime.pipeline import Pipeline, load
@@ -29,8 +36,11 @@ from ..runtime.request import Request
 from ..serve.models import Model, Models
 from ..serve.scheduler import Scheduler
 from ..serve.tickets import Ended, Event, Ticket
+from . import plot, serving_plot
+from .timing import median, percentile
 
 _STEPS, _SHARES = (4, 20, 50), (0.6, 0.25, 0.15)
+_PERCENTILES = (50, 90, 99)
 _PROMPTS = ("a large red star at the left", "a small white ring", "a green heart on a navy background")
 
 
@@ -129,47 +139,111 @@ WAYS: dict[str, Callable[[Pipeline, Sequence[Arrival], int], list[float]]] = {
     "batched": lambda pipe, coming, rows: batched(pipe, coming, rows, same_steps=False),
     "batched, same steps": lambda pipe, coming, rows: batched(pipe, coming, rows, same_steps=True),
 }
+SHORT, MIDDLE, LONG = (str(steps) for steps in _STEPS)
 HEAD = ("load", "way", "4 steps: p50", "p99", "20 steps: p99", "50 steps: p50", "p99", "pictures/s")
+_HEADING = f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}"
+_SHOWN = ((SHORT, "p50"), (SHORT, "p99"), (MIDDLE, "p99"), (LONG, "p50"), (LONG, "p99"))
 
 
-def measure(pipe: Pipeline, mix: Mix, rows: int, count: int, turns: int) -> Iterator[list[str]]:
-    """The rows of the table: for each load and each way its latencies in ms, and its throughput."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A way at a load. load: of what `batched` can draw, None where all come at once; rate: requests a second.
+
+    latency_ms: percentiles by the number of steps. images_per_s: the median of the turns.
+    """
+
+    load: float | None
+    rate: float
+    way: str
+    latency_ms: dict[str, dict[str, float]]
+    images_per_s: float
+
+
+def measure(pipe: Pipeline, mix: Mix, rows: int, count: int, turns: int) -> Iterator[Measured]:
+    """Each load, drawn in each way. rows: the most of a batch. count: requests of a turn."""
     for way in WAYS.values():  # engines are loaded, and caches warm
         way(pipe, mix.arrivals(2 * rows, 0.0, 0), rows)
     capacity = 0.0
     for share in (None, 0.5, 0.7, 0.9):
         found: dict[str, list[tuple[int, float]]] = {name: [] for name in WAYS}
         rates: dict[str, list[float]] = {name: [] for name in WAYS}
+        rate = (share or 0.0) * capacity
         for turn in range(turns):
-            coming = mix.arrivals(count, (share or 0.0) * capacity, turn)
+            coming = mix.arrivals(count, rate, turn)
             for name, way in WAYS.items():
                 seconds = way(pipe, coming, rows)
                 found[name] += zip([each.request.steps or 0 for each in coming], seconds, strict=True)
                 rates[name].append(count / max(each.at + own for each, own in zip(coming, seconds, strict=True)))
-        load = "all at once" if share is None else f"{share:.0%} of {capacity:.1f}/s"
-        capacity = capacity or float(np.median(rates["batched"]))
+        capacity = capacity or median(rates["batched"])
         for name in WAYS:
-            yield [load, name, *_figures(found[name]), f"{np.median(rates[name]):.2f}"]
+            yield Measured(share, rate, name, _latencies(found[name]), median(rates[name]))
 
 
-def _figures(found: Sequence[tuple[int, float]]) -> list[str]:
-    """p50 and p99 of the short ones, p99 of the middle, p50 and p99 of the long ones, in ms."""
+def _latencies(found: Sequence[tuple[int, float]]) -> dict[str, dict[str, float]]:
+    """Percentiles in ms, by the number of steps."""
     own = {steps: [1000 * seconds for each, seconds in found if each == steps] for steps in _STEPS}
-    wanted = ((4, 50), (4, 99), (20, 99), (50, 50), (50, 99))
-    return [f"{np.percentile(own[steps], part):.0f}" for steps, part in wanted]
+    return {
+        str(steps): {f"p{share}": percentile(values, share) for share in _PERCENTILES}
+        for steps, values in own.items()
+        if values
+    }
+
+
+def row(measured: Measured) -> str:
+    """A row of the table."""
+    load = name_of(measured)
+    shown = [measured.latency_ms.get(steps, {}).get(share) for steps, share in _SHOWN]
+    cells = ["–" if value is None else f"{value:.0f}" for value in shown]
+    return f"| {' | '.join([load, measured.way, *cells, f'{measured.images_per_s:.2f}'])} |"
+
+
+def name_of(measured: Measured) -> str:
+    """How the load is called."""
+    if measured.load is None:
+        return "all at once"
+    return f"{measured.load:.0%} of {measured.rate / measured.load:.1f}/s"
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, and keep and draw it where that is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("bundle")
+    parser.add_argument("bundle", nargs="?", help="what is measured; without it the file of --json is read")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--sizes", default="64x64,96x64")
     parser.add_argument("--control", help="a control of the bundle")
     parser.add_argument("--lora", help="a LoRA, of a bundle that takes them as inputs")
+    parser.add_argument("--json", type=Path, help="keep the figures in this file")
+    parser.add_argument("--plot", type=Path, help="draw them into this .png or .svg file")
     asked = parser.parse_args()
+    try:
+        _check(asked)
+        found = _read(asked.json) if asked.bundle is None else _measured(asked)
+        if asked.plot:
+            serving_plot.write(found, asked.plot)
+    except DiffoundryError as error:
+        parser.exit(1, f"Error: {' '.join(str(error).split())}\n")
+
+
+def _check(asked: argparse.Namespace) -> None:
+    """Raise `DiffoundryError` for what would only fail after the measurement."""
+    if asked.bundle is None and asked.json is None:
+        raise BenchError("name a bundle to measure, or by --json the file of an earlier run to show")
+    if min(asked.rows, asked.requests, asked.turns) < 1:
+        raise BenchError("--rows, --requests and --turns must be 1 or more")
+    if not re.fullmatch(r"\d{1,5}x\d{1,5}(,\d{1,5}x\d{1,5})*", asked.sizes):
+        raise BenchError(
+            f"--sizes takes sizes with commas between them, such as 64x64,96x64, found {asked.sizes!r:.60}"
+        )
+    if asked.json and not asked.json.absolute().parent.is_dir():
+        raise BenchError(f"the folder {asked.json.parent} does not exist: make it, or choose another --json")
+    if asked.plot:
+        plot.check(asked.plot)
+
+
+def _measured(asked: argparse.Namespace) -> list[Measured]:
+    """Measure, print each row as it comes, and keep them."""
     kinds: list[dict[str, Any]] = [{}]
     if asked.control:
         edges = np.zeros((64, 64, 3), np.uint8)
@@ -178,10 +252,27 @@ def main() -> None:
     if asked.lora:
         kinds.append({"loras": [Lora(asked.lora, 0.7)]})
     sizes = tuple((int(width), int(height)) for width, height in (each.split("x") for each in asked.sizes.split(",")))
-    pipe, mix = load(asked.bundle, threads=1), Mix(sizes, tuple(kinds))
-    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-    for row in measure(pipe, mix, asked.rows, asked.requests, asked.turns):
-        print(f"| {' | '.join(row)} |", flush=True)
+    pipe, mix, found = load(asked.bundle, threads=1), Mix(sizes, tuple(kinds)), []
+    print(_HEADING, flush=True)
+    for each in measure(pipe, mix, asked.rows, asked.requests, asked.turns):
+        print(row(each), flush=True)
+        found.append(each)
+    if asked.json:
+        about = {name: getattr(asked, name) for name in ("rows", "requests", "turns", "sizes", "control")}
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        of = {"date": date, "processor": processor(), "with_lora": bool(asked.lora), **about}
+        write_json(asked.json, {**of, "measured": [asdict(each) for each in found]})
+    return found
+
+
+def _read(path: Path) -> list[Measured]:
+    """What an earlier run kept, printed again. Raises `DiffoundryError`."""
+    try:
+        found = [read(Measured, each) for each in read_json(path, "the measurement")["measured"]]
+    except (FieldError, KeyError, TypeError) as error:
+        raise BenchError(f"{path} is no measurement of this command ({error}): measure again, with a bundle") from None
+    print("\n".join([_HEADING, *(row(each) for each in found)]))
+    return found
 
 
 if __name__ == "__main__":

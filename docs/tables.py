@@ -2,6 +2,8 @@
 
 python -m diffoundry.parity > table && python docs/tables.py docs/parity.md table
 python -m diffoundry.parity.samplers > table && python docs/tables.py docs/schedulers.md table
+python -m diffoundry.bench.serving BUNDLE --json docs/serve-load.json --plot docs/serve-load.png > table && \\
+    python docs/tables.py docs/serve.md table
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from pathlib import Path
 
 
 def with_table(page: str, table: str) -> str:
-    """`page` with `table` in the block under its "made by" comment."""
-    block = re.compile(r"(<!-- made by: .* -->\n```\n).*?(?=^```$)", re.M | re.S)
+    """`page` with `table` in the block, or in place of the table, under its "made by" comment."""
+    block = re.compile(r"(<!-- made by: [^\n]* -->\n)(?:(?=\|)(?:\|[^\n]*\n)+|(```\n).*?(?=^```$))", re.M | re.S)
     if len(block.findall(page)) != 1:
-        raise SystemExit("the page must have one block under a comment `made by`")
-    return block.sub(lambda found: found[1] + table.rstrip("\n") + "\n", page)
+        raise SystemExit("the page must have one block or table under a comment `made by`")
+    return block.sub(lambda found: found[1] + (found[2] or "") + table.rstrip("\n") + "\n", page)
 
 
 if __name__ == "__main__":

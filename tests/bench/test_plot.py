@@ -25,7 +25,7 @@ def drawn():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     def draw(made):
-        with rc_context(plot._SETTINGS):
+        with rc_context(plot.SETTINGS):
             figure = plot.draw(made)
             FigureCanvasAgg(figure).draw()
         return figure

@@ -29,6 +29,13 @@ def test_a_table_takes_the_place_of_the_old_one(name, tmp_path):
     assert write(DOCS / name, "new  1 %\n", tmp_path) == (0, page.replace(old, "new  1 %\n"))
 
 
+def test_a_table_that_is_no_block(tmp_path):
+    page = (DOCS / "serve.md").read_text("utf-8")
+    old = page.partition("<!-- made by: ")[2].partition("-->\n")[2].partition("\n\n")[0] + "\n"
+    assert old.startswith("| load") and write(DOCS / "serve.md", old, tmp_path) == (0, page)
+    assert write(DOCS / "serve.md", "| new \\1 |\n", tmp_path) == (0, page.replace(old, "| new \\1 |\n"))
+
+
 def test_a_page_without_a_table_is_left_alone(tmp_path):
     code, page = write(DOCS / "pico.md", "new\n", tmp_path)
     assert code == 1
