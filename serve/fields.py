@@ -25,11 +25,16 @@ _MOST_PRIORITY, _LONGEST_S = 10, 86_400.0
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _GUIDANCE = {**GUIDANCE, "guidance_scale": "scale"}
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    "quality": ("auto",),
+    "quality": ("auto", "standard"),
     "style": (),
     "moderation": ("auto", "low"),
     "background": ("auto", "opaque"),
     "input_fidelity": (),
+    "complexity": (),
+    "markup": (),
+    "svg": (),
+    "frame_count": (),
+    "frame_duration_ms": (),
 }
 """Fields of OpenAI's API that ask for nothing here, the values of them that are taken, and what to do for others."""
 _INSTEAD = {
@@ -38,6 +43,11 @@ _INSTEAD = {
     "moderation": "nothing is moderated here",
     "background": "pictures here are opaque",
     "input_fidelity": "give strength=",
+    "complexity": "give steps=",
+    "markup": "draw it into the image, or give a mask",
+    "svg": "pictures here are PNG, JPEG or WebP",
+    "frame_count": "pictures here do not move",
+    "frame_duration_ms": "pictures here do not move",
 }
 _ANSWER = (
     *("model", "n", "size", "response_format", "output_format", "output_compression", "stream", "partial_images"),

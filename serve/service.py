@@ -60,7 +60,9 @@ class Service:
                 asked, ticket = await run_in_threadpool(_checked, given, model, client, priority, url)
             except DiffoundryError as error:
                 refused = refusal(error, hidden(model))
-                first = refused.message.split(" ", 1)[0]  # most messages begin with the field that they are about
+                first = refused.message.removeprefix("the ").split(" ", 1)[
+                    0
+                ]  # most messages begin with the field that they are about
                 refused.param = refused.param or (first if first in KNOWN else None)
                 raise refused from None
         if asked.deadline is not None:

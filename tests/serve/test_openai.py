@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import inspect
 import io
 import json
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +17,10 @@ import openai
 import pytest
 from PIL import Image
 
-from diffoundry import Guidance, Request
+import diffoundry
+from diffoundry import Guidance, ImagePrompt, Request
+from diffoundry.serve.fields import KNOWN
+from diffoundry.serve.kept import KEPT_SECONDS
 from diffoundry.tests.serve.conftest import picture, png, serving, until
 
 PROMPT = "a large red star at the left on a navy background"
@@ -44,10 +50,22 @@ def refused(error, call):
     return found.value
 
 
+def test_every_parameter_of_the_client_is_known():
+    transport = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    for call in ("generate", "edit", "create_variation"):
+        own = set(inspect.signature(inspect.unwrap(getattr(openai.resources.Images, call))).parameters) - transport
+        assert own <= set(KNOWN), call
+
+
+def is_valid(answer):
+    """Whether an answer is what the client says that it is; it takes more than it asks for."""
+    return type(answer).model_validate(answer.to_dict()) is not None
+
+
 def test_models(client):
     [model] = client.models.list().data
     assert (model.id, model.object) == ("pico", "model")
-    assert model.model_extra["diffoundry"]["tasks"] == ["txt2img", "img2img", "inpaint"]
+    assert is_valid(model) and model.model_extra["diffoundry"]["tasks"] == ["txt2img", "img2img", "inpaint"]
     assert client.models.retrieve("pico") == model
     assert refused(openai.NotFoundError, lambda: client.models.retrieve("other")).code == "model_not_found"
 
@@ -56,7 +74,7 @@ def test_generate(client, drawn, pipe):
     made = client.images.generate(model="pico", prompt=PROMPT, n=2, size="64x64", extra_body=FAST)
     near(picture(made.data[0].b64_json), drawn)
     near(picture(made.data[1].b64_json), pipe.generate(Request(PROMPT, seed=8, steps=3)).images[0])
-    assert (made.size, made.background, made.output_format) == ("64x64", "opaque", "png")
+    assert is_valid(made) and (made.size, made.background, made.output_format) == ("64x64", "opaque", "png")
     usage = made.usage
     assert (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (77, 2 * 64, 77 + 2 * 64)
     chunk = json.loads(Image.open(io.BytesIO(base64.b64decode(made.data[1].b64_json))).info["diffoundry"])
@@ -141,7 +159,7 @@ def test_variation(client, drawn, pipe):
 
 
 def test_stream(client, drawn):
-    for partial in (0, 3):
+    for partial in range(4):
         stream = client.images.generate(
             prompt=PROMPT, stream=True, partial_images=partial, extra_body={**FAST, "steps": 8}
         )
@@ -150,21 +168,104 @@ def test_stream(client, drawn):
             "image_generation.completed"
         ]
         assert [each.partial_image_index for each in events[:-1]] == list(range(partial))
+        assert all(map(is_valid, events))
         assert picture(events[-1].b64_json).shape == (64, 64, 3)
         assert events[-1].usage.total_tokens == 77 + 64 and events[-1].size == "64x64"
-    edited = list(client.images.edit(image=png(drawn), prompt="a ring", stream=True, partial_images=1, extra_body=FAST))
+    mask = Image.new("RGBA", drawn.size)
+    asked = {"prompt": "a ring", "mask": png(mask), "stream": True, "partial_images": 1, "extra_body": FAST}
+    edited = list(client.images.edit(image=png(drawn), **asked))
     assert [each.type for each in edited] == ["image_edit.partial_image", "image_edit.completed"]
+    assert all(map(is_valid, edited))
 
 
-def test_the_asynchronous_client(idle):
-    import asyncio
+def test_a_stream_that_fails_on_its_way(client, idle, monkeypatch):
+    scheduler, tickets = idle.service.scheduler, []
+    submit = scheduler.submit
+    monkeypatch.setattr(scheduler, "submit", lambda ticket: (tickets.append(ticket), submit(ticket)))
+    events = iter(client.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": 400}))
+    assert next(events).type == "image_generation.partial_image"
+    scheduler.cancel(tickets[0])
+    error = refused(openai.APIError, lambda: list(events))
+    assert "cancelled" in error.message
 
+
+def test_a_client_that_does_not_wait_frees_its_rows(client, idle):
+    refused(openai.APITimeoutError, lambda: client.images.generate(prompt="a", timeout=0.1, extra_body={"steps": 900}))
+    until(idle.is_idle, 5)
+    events = iter(client.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": 900}))
+    next(events)
+    events.close()
+    until(idle.is_idle, 10)
+
+
+def test_answers_as_they_came(client, drawn):
+    raw = client.images.with_raw_response.generate(prompt=PROMPT, extra_body=FAST)
+    made = raw.parse()
+    near(picture(made.data[0].b64_json), drawn)
+    assert raw.status_code == 200 and raw.headers["x-request-id"] == raw.request_id == made._request_id
+    with client.images.with_streaming_response.generate(prompt=PROMPT, extra_body=FAST) as answer:
+        near(picture(json.loads(answer.read())["data"][0]["b64_json"]), drawn)
+    error = refused(openai.BadRequestError, lambda: client.images.generate(prompt="a", size="big"))
+    assert error.request_id == error.response.headers["x-request-id"]
+
+
+def test_what_asks_for_nothing_is_taken(client, drawn, tmp_path):
+    same = {"background": "auto", "moderation": "low", "quality": "standard", "size": "auto", "stream": False}
+    asked = {**same, "n": 1, "user": "one", "safety_identifier": "", "output_compression": 100}
+    options = {"extra_headers": {"Idempotency-Key": "k"}, "extra_query": {"a": "b"}, "timeout": 60}
+    made = client.images.generate(prompt=PROMPT, **asked, **options, extra_body=FAST)
+    near(picture(made.data[0].b64_json), drawn)
+    assert made.safety_identifier == "one"
+    path = tmp_path / "start.png"
+    path.write_bytes(png(drawn))
+    for image in (path, io.BytesIO(png(drawn)), ("any.jpeg", png(drawn), "image/jpeg")):
+        edited = client.images.edit(image=image, prompt="a ring", model="pico", background="opaque", extra_body=FAST)
+        assert edited.usage.input_tokens_details.image_tokens == 64
+
+
+def test_an_address_is_good_for_an_hour(client, idle, monkeypatch):
+    made = client.images.generate(prompt="a", response_format="url", extra_body={"steps": 1})
+    later = time.monotonic() + KEPT_SECONDS + 1
+    monkeypatch.setattr(idle.service.kept, "_clock", lambda: later)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(made.data[0].url)
+
+
+def test_sixteen_pictures_and_a_mask(bundle_of):
+    bundle = bundle_of("pico+control+union+image-plus")
+    colors = [Image.new("RGB", (64, 64), (16 * i, 255 - 16 * i, 90)) for i in range(17)]
+    clear = Image.new("RGBA", (64, 64), (9, 9, 9, 255))
+    clear.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    with serving({"steered": bundle}, rows=2) as served, served.client() as client:
+        files = [(f"{i}.png", png(each)) for i, each in enumerate(colors)]
+        asked = {"prompt": "a star", "extra_body": FAST}
+        made = client.images.edit(image=files[:16], mask=png(clear), **asked)
+        error = refused(openai.BadRequestError, lambda: client.images.edit(image=files, **asked))
+    assert error.param == "image" and "from 1 to 16" in error.message
+    pipe = diffoundry.load(bundle)
+    (adapter,) = pipe.bundle.manifest.wiring.image_prompts
+    beside = [ImagePrompt(adapter, colors[1:16])]
+    mask = clear.getchannel("A").point(lambda alpha: 255 - alpha)
+    wanted = pipe.generate(Request("a star", image=colors[0], mask=mask, image_prompt=beside, **FAST)).images[0]
+    near(picture(made.data[0].b64_json), wanted)
+
+
+def test_the_asynchronous_client(idle, drawn):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{idle.url}/v1", api_key="none") as client:
             stream = await client.images.generate(prompt=PROMPT, stream=True, partial_images=1, extra_body=FAST)
-            return [event.type async for event in stream]
+            events = [event.type async for event in stream]
+            both = await asyncio.gather(
+                client.images.edit(image=png(drawn), prompt="a ring", extra_body=FAST),
+                client.images.with_raw_response.generate(prompt=PROMPT, extra_body=FAST),
+            )
+            models = [model.id async for model in client.models.list()]
+            return events, both, models, await client.models.retrieve("pico")
 
-    assert asyncio.run(ask())[-1] == "image_generation.completed"
+    events, (edited, raw), models, model = asyncio.run(ask())
+    assert events == ["image_generation.partial_image", "image_generation.completed"]
+    assert edited.data[0].b64_json and models == [model.id] == ["pico"]
+    near(picture(raw.parse().data[0].b64_json), drawn)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +274,10 @@ def test_the_asynchronous_client(idle):
         ("background", "opaque", {"background": "transparent"}),
         ("quality", "steps", {"quality": "high"}),
         ("style", "prompt", {"style": "vivid"}),
+        ("complexity", "steps", {"complexity": "high"}),
+        ("svg", "PNG", {"svg": {"reasoning": {"effort": "low"}}}),
+        ("frame_count", "do not move", {"frame_count": 4}),
+        ("frame_duration_ms", "do not move", {"frame_duration_ms": 100}),
         ("size", "WIDTHxHEIGHT", {"size": "big"}),
         ("width", "multiple of 8", {"size": "63x64"}),
         ("size", "most", {"size": "4096x4096"}),
@@ -200,11 +305,20 @@ def test_what_is_refused_names_the_field(client, param, words, options):
     assert words in error.message and "bundle" not in error.message.replace("pico.bundle", "")
 
 
-def test_errors_are_those_of_the_api(client):
+def test_errors_are_those_of_the_api(client, drawn):
     error = refused(openai.NotFoundError, lambda: client.images.generate(model="dall-e", prompt="a"))
     assert (error.code, error.param) == ("model_not_found", "model") and "pico" in error.message
     error = refused(openai.BadRequestError, lambda: client.images.edit(image=b"no picture", prompt="a"))
     assert error.param == "image" and "no whole picture" in error.message
+    small = png(Image.new("RGBA", (32, 32)))
+    error = refused(openai.BadRequestError, lambda: client.images.edit(image=png(drawn), mask=small, prompt="a"))
+    assert error.param == "mask" and "32x32" in error.message
+    error = refused(openai.BadRequestError, lambda: client.images.edit(image=png(drawn), markup=small, prompt="a"))
+    assert error.param == "markup" and "mask" in error.message
+    error = refused(openai.NotFoundError, lambda: client.chat.completions.create(model="pico", messages=[]))
+    assert error.status_code == 404
+    nowhere = openai.OpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0)
+    refused(openai.APIConnectionError, lambda: nowhere.images.generate(prompt="a"))
     error = refused(
         openai.InternalServerError, lambda: client.images.generate(prompt="a", extra_body={"deadline": 1e-6})
     )
