@@ -178,24 +178,30 @@ def test_stream(client, drawn):
     assert all(map(is_valid, edited))
 
 
-def test_a_stream_that_fails_on_its_way(client, idle, monkeypatch):
-    scheduler, tickets = idle.service.scheduler, []
-    submit = scheduler.submit
-    monkeypatch.setattr(scheduler, "submit", lambda ticket: (tickets.append(ticket), submit(ticket)))
-    events = iter(client.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": 400}))
+@pytest.fixture
+def tickets(idle, monkeypatch):
+    """Those that the shared server takes."""
+    found, submit = [], idle.service.scheduler.submit
+    monkeypatch.setattr(idle.service.scheduler, "submit", lambda ticket: (found.append(ticket), submit(ticket)))
+    return found
+
+
+def test_a_stream_that_fails_on_its_way(client, idle, tickets):
+    events = iter(client.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": 80}))
     assert next(events).type == "image_generation.partial_image"
-    scheduler.cancel(tickets[0])
+    idle.service.scheduler.cancel(tickets[0])
     error = refused(openai.APIError, lambda: list(events))
     assert "cancelled" in error.message
 
 
-def test_a_client_that_does_not_wait_frees_its_rows(client, idle):
-    refused(openai.APITimeoutError, lambda: client.images.generate(prompt="a", timeout=0.1, extra_body={"steps": 900}))
-    until(idle.is_idle, 5)
-    events = iter(client.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": 900}))
-    next(events)
+def test_a_client_that_does_not_wait_frees_its_rows(client, tickets):
+    asked = {"prompt": "a", "extra_body": {"steps": 900}}
+    refused(openai.APITimeoutError, lambda: client.images.generate(timeout=0.1, **asked))
+    asked["extra_body"] = {"steps": 80}
+    events = client.images.generate(stream=True, partial_images=3, **asked)
+    next(iter(events))
     events.close()
-    until(idle.is_idle, 10)
+    until(lambda: [ticket.state for ticket in tickets] == ["cancelled", "cancelled"], 5)
 
 
 def test_answers_as_they_came(client, drawn):
