@@ -33,7 +33,7 @@ _SLACK = 3.0
 _LIMITS, _MOST_REQUESTS = 10.0, 1000
 """A rate that is tried lasts so many limits, so that a queue that grows is seen; but it has no more requests."""
 _TAIL = 0.01
-_DOUBLINGS, _BISECTIONS = 8, 4
+_DOUBLINGS, _HALVINGS, _BISECTIONS = 8, 3, 4
 _SLOW_S = 5.0
 """A first request that takes longer is not asked again to know how long it takes alone."""
 _LATE_S = 0.05
@@ -355,13 +355,11 @@ async def highest(first: float, holds: Callable[[float], Awaitable[bool]]) -> fl
     0 where the lowest that is tried does not hold.
     """
     rate, low, high = first, 0.0, math.inf
-    for _ in range(_DOUBLINGS):
+    while first / 2**_HALVINGS <= rate <= first * 2**_DOUBLINGS and not (low and high < math.inf):
         if await holds(rate):
             low, rate = rate, 2 * rate
         else:
             high, rate = rate, rate / 2
-        if low and high < math.inf:
-            break
     for _ in range(_BISECTIONS if low and high < math.inf else 0):
         middle = math.sqrt(low * high)
         if await holds(middle):

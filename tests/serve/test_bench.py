@@ -199,7 +199,7 @@ def test_a_mix_is_drawn_in_its_shares_and_arrives_at_random():
     assert [each.fields for each in arrivals(kinds, 9, 1.0, 2)] != [each.fields for each in coming[:9]]
 
 
-@pytest.mark.parametrize("most", [0.3, 3.0, 37.0, 399.0])
+@pytest.mark.parametrize("most", [1.3, 3.0, 37.0, 399.0])
 def test_the_search_finds_the_highest_rate(most):
     tried = []
 
@@ -209,7 +209,8 @@ def test_the_search_finds_the_highest_rate(most):
 
     found = asyncio.run(highest(10.0, holds))
     assert 0.95 * most < found <= most and len(tried) < 14
-    assert asyncio.run(highest(1e9, holds)) == 0
+    tried.clear()
+    assert asyncio.run(highest(1e9, holds)) == 0 and len(tried) == 4
 
 
 def test_events_that_come_in_pieces_and_without_names():
@@ -245,13 +246,13 @@ def test_reports_of_servers_are_not_compared_as_those_of_bundles(tmp_path):
 @pytest.mark.slow
 def test_a_search_and_an_interrupted_run(called, idle, tmp_path):
     path = tmp_path / "r.json"
-    done = called("bench", "--serve", idle.url, "--mix", "steps=2", "--p99", "0.3", "--requests", "20", "--json", path)
-    assert done.returncode == 0 and "p99 within 300 ms" in done.stdout
+    done = called("bench", "--serve", idle.url, "--mix", "steps=2", "--p99", "0.5", "--requests", "10", "--json", path)
+    assert done.returncode == 0 and "p99 within 500 ms" in done.stdout
     found = json.loads(path.read_text(encoding="utf-8"))
     held = [tried["rate"] for tried in found["tried"] if tried["holds"]]
     assert found["rate_per_s"] == max(held, default=0)
     for tried in found["tried"]:
-        assert not tried["holds"] or tried["all"]["last_s"]["p99"] <= 0.3
+        assert not tried["holds"] or tried["all"]["last_s"]["p99"] <= 0.5
     line = [sys.executable, "-m", "diffoundry", "bench", "--serve", idle.url, "--rate", "5", "--requests", "1000"]
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
     process = subprocess.Popen([*line, "--json", str(path)], stdout=-1, stderr=-1, text=True, preexec_fn=listen)
