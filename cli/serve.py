@@ -47,10 +47,23 @@ from .options import GIB, engine_option, precision_option, read_pairs, threads_o
 @click.option(
     "--drain", default=300.0, type=click.FloatRange(0), help="Seconds for what is drawn when the server is told to end."
 )
+@click.option("--ray", "on_ray", is_flag=True, help="Draw with several replicas, by Ray Serve: see --replicas.")
+@click.option(
+    "--replicas",
+    metavar="N|MIN-MAX",
+    help="With --ray: how many, each with a GPU, or with --threads cores. [default: 1 to as many as have room]",
+)
 @engine_option()
 @precision_option("Of the models. [default: what the bundle was compiled for; fp32 on the CPU]")
 @threads_option
-def serve_command(bundles: tuple[str, ...], keys: str | None, loras: tuple[str, ...], **how: Any) -> None:
+def serve_command(
+    bundles: tuple[str, ...],
+    keys: str | None,
+    loras: tuple[str, ...],
+    on_ray: bool,
+    replicas: str | None,
+    **how: Any,
+) -> None:
     """Draw for others, by OpenAI's images API and by jobs.
 
     Each BUNDLE is a model, called by the name before it or by that of its folder; the first one is meant where a
@@ -58,32 +71,30 @@ def serve_command(bundles: tuple[str, ...], keys: str | None, loras: tuple[str, 
     """
     from .. import __version__
 
+    if replicas is not None and not on_ray:
+        raise RequestError("--replicas is for --ray: give both, or neither")
     try:
-        from ..serve.server import Options, serve
+        from ..serve.server import Options, named, serve
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("starlette", "prometheus_client"):
             raise
         raise RequestError("serving needs the extra serve: pip install 'diffoundry[serve]'") from None
     options = Options(
         version=__version__,
-        bundles=_named(bundles),
+        bundles=named(bundles),
         keys=None if keys is None else Path(keys),
         loras=read_pairs("--lora", loras, "NAME=FILE"),
         **how,
     )
-    serve(options, lambda line: click.echo(line, err=True))
+    if not on_ray:
+        serve(options, say)
+        return
+    from ..serve import ray
+    from ..serve.cluster import Replicas
+
+    ray.serve(options, None if replicas is None else Replicas.parse(replicas), say)
 
 
-def _named(bundles: tuple[str, ...]) -> dict[str, Path]:
-    """Bundles by the names of their models. Raises `RequestError` for one name twice."""
-    found: dict[str, Path] = {}
-    for text in bundles:
-        name, sign, path = text.partition("=")
-        if not sign or Path(text).exists():
-            name, path = Path(text).resolve().name.removesuffix(".bundle"), text
-        if not name or not path:
-            raise RequestError(f"{text!r} is neither a bundle nor NAME=BUNDLE: give the folder of a bundle")
-        if name in found:
-            raise RequestError(f"two bundles are called {name}: give one another name, NAME=BUNDLE")
-        found[name] = Path(path)
-    return found
+def say(line: str) -> None:
+    """Show a line on standard error."""
+    click.echo(line, err=True)

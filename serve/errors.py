@@ -7,7 +7,7 @@ from typing import Any
 
 from ..common.errors import DiffoundryError, LoraError, RequestError
 from .models import NoModelError
-from .scheduler import DrainingError, QueueFullError
+from .queue import DrainingError, QueueFullError
 from .tickets import OverdueError
 
 _INVALID, _SERVER = "invalid_request_error", "server_error"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -18,47 +17,25 @@ from ..common.errors import DiffoundryError, RequestError
 from ..runtime.loop.batch import Batch
 from ..runtime.loop.sample import Row
 from ..runtime.pictures.images import to_image
-from .meter import Meter
 from .metrics import Metrics
 from .models import Model, Models
+from .queue import Image, Queue
 from .tickets import BrokenError, Drawn, OverdueError, Partial, Step, Ticket
-from .turns import OLDEST, Turn, Wait, choose, in_order, until_room, waits
+from .turns import OLDEST, choose, in_order
 
 _MOST_FAILURES = 3
 """Engines that fail as often in a row make a server that is not ready."""
 _log = logging.getLogger("diffoundry.serve")
 
 
-class QueueFullError(DiffoundryError):
-    """There is no place for a request. retry_after: seconds, as measured, until there is one."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(f"the queue is full: try again in {retry_after} s")
-        self.retry_after = retry_after
-
-
-class DrainingError(DiffoundryError):
-    """The server is about to end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """How a ticket stands. place: of its first waiting image, 0 where none waits. seconds: None where not known yet."""
-
-    place: int
-    seconds: float | None
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Image(Turn):
+class _Image(Image):
     """An image of a ticket. batch, handle: where its row is. held: its row, where it had to give way.
 
     partials: the numbers of remaining steps at which it is shown. alone: whether a step beside others failed. key: of
     its batch.
     """
 
-    ticket: Ticket
-    index: int
     batch: Batch | None = None
     handle: int = -1
     held: Row | None = None
@@ -87,7 +64,7 @@ class _Undecoded:
     number: int | None = None
 
 
-class Scheduler:
+class Scheduler(Queue[_Image]):
     """Draws tickets, all on one thread: in each round one step of the images whose turn it is, then one picture.
 
         scheduler.start()
@@ -107,15 +84,12 @@ class Scheduler:
         metrics: Metrics | None = None,
     ) -> None:
         """most_rows: images of one step. queue: images that may be there beside as many."""
-        self._models, self._most, self._capacity = models, most_rows, most_rows + queue
-        self._clock, self.metrics, self._meter = clock, metrics or Metrics(), Meter()
-        self._lock = threading.Condition()
-        self._images: list[_Image] = []
+        super().__init__(most_rows + queue, most_rows, clock, metrics)
+        self._models = models
         self._undecoded: deque[_Undecoded] = deque()
         self._batches: dict[Hashable, Batch] = {}
-        self._arrived = self._rounds = 0
-        self._failures = 0
-        self._draining = self._stopping = False
+        self._rounds = self._failures = 0
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="diffoundry-serve", daemon=True)
 
     def start(self) -> None:
@@ -156,45 +130,6 @@ class Scheduler:
             if ticket.error is not None:
                 raise ticket.error
 
-    def submit(self, ticket: Ticket) -> None:
-        """Let a ticket be drawn. Raises `QueueFullError`, `DrainingError`, `RequestError` for more than is ever taken.
-
-        The last quarter of the places is for clients that have less than half of them.
-        """
-        with self._lock:
-            if self._draining:
-                raise DrainingError("the server is about to end: ask again when another one runs")
-            if ticket.count > self._capacity:
-                raise RequestError(f"{ticket.count} images are more than the queue holds: ask for {self._capacity}")
-            own = sum(image.ticket.client == ticket.client for image in self._images) + ticket.count
-            capacity = self._capacity
-            if own > self._capacity // 2 and own > ticket.count:
-                capacity -= self._capacity // 4
-            images = [self._image(ticket, index) for index in range(ticket.count)]
-            self._check_room(images, max(capacity, ticket.count))
-            self._images += images
-            self._lock.notify_all()
-
-    def cancel(self, ticket: Ticket) -> None:
-        """Free the rows of a ticket before the next step."""
-        with self._lock:
-            ticket.is_cancelled = True
-            self._lock.notify_all()
-
-    def outlook(self, ticket: Ticket) -> Outlook:
-        """When a ticket comes to its turn, and when it will be done."""
-        with self._lock:
-            images = in_order(self._images)
-            own = [i for i, image in enumerate(images) if image.ticket is ticket]
-            waiting = [i for i, image in enumerate(images) if not image.has_begun]
-            behind = [i for i in own if not images[i].has_begun]
-            place = 1 + waiting.index(behind[0]) if behind and ticket.state == "queued" else 0
-            times = self._waits(images, ticket.kind)
-            decode = len(self._undecoded) * self._meter.decode(ticket.kind)
-        if times is None or ticket.is_over:
-            return Outlook(place, 0.0 if ticket.is_over else None)
-        return Outlook(place, max((times[i].ends for i in own), default=0.0) + decode)
-
     def round(self) -> bool:
         """Step the images whose turn it is, then decode one. Returns whether anything was left to do."""
         with self._lock:
@@ -224,14 +159,6 @@ class Scheduler:
                 for image in tuple(self._images):
                     self._fail([image.ticket], error)
 
-    def _waits(self, images: Sequence[_Image], kind: Hashable) -> list[Wait] | None:
-        """How long each takes, in this order; None while nothing was measured."""
-        steps = [self._meter.step(image.ticket.kind) for image in images[: self._most]] or [self._meter.step(kind)]
-        known = [step for step in steps if step is not None]
-        if not known:
-            return None
-        return waits(images, self._most, sum(known) / len(known), self._meter.decode(kind))
-
     def _image(self, ticket: Ticket, index: int) -> _Image:
         self._arrived += 1
         steps, parts = ticket.job.table.steps, ticket.partial_images + 1
@@ -246,20 +173,6 @@ class Scheduler:
             index=index,
             partials=shown,
         )
-
-    def _check_room(self, images: Sequence[_Image], capacity: int) -> None:
-        """Raise `QueueFullError` where the queue does not take these, `OverdueError` where their deadline does not."""
-        ticket, now = images[0].ticket, self._clock()
-        if len(self._images) + len(self._undecoded) + len(images) > capacity:
-            times = self._waits(in_order(self._images), ticket.kind)
-            seconds = 1.0 if times is None else until_room(times, len(images), capacity)
-            raise QueueFullError(max(1, math.ceil(seconds)))
-        if ticket.deadline is not None:
-            order = in_order([*self._images, *images])
-            times = self._waits(order, ticket.kind) or []
-            ends = max((time.ends for image, time in zip(order, times, strict=False) if image in images), default=0.0)
-            if now + ends >= ticket.deadline:
-                raise OverdueError(f"this would be done in about {ends:.1f} s, after its deadline: give it more time")
 
     def _drop_cancelled(self) -> None:
         now = self._clock()

@@ -75,7 +75,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             server_header=False,
             timeout_graceful_shutdown=max(1, int(options.drain)),
         )
-        _log_to_stderr()
+        log_to_stderr()
         try:
             listener.listen(_BACKLOG)
         except OSError as error:
@@ -97,6 +97,17 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
 
 def make(options: Options, say: Callable[[str], None]) -> Service:
     """The models, checked and where asked warm, and the scheduler, not started."""
+    held = open_models(options, say)
+    scheduler = Scheduler(held, most_rows=options.rows, queue=options.queue)
+    for model in held if options.warm else ():
+        draws = "txt2img" in model.pipeline.bundle.manifest.tasks
+        scheduler.warm(model, Ticket(model, model.pipeline.job(Request("", steps=_WARM_STEPS))) if draws else None)
+        say(f"{model.name}: warm")
+    return Service(held, scheduler, options.version)
+
+
+def open_models(options: Options, say: Callable[[str], None]) -> Models:
+    """The models, held against their hashes. No engine is loaded. Raises `DiffoundryError` for what is wrong."""
     models = []
     for name, path in options.bundles.items():
         pipeline = load(path, engine=options.engine, precision=options.precision, threads=options.threads)
@@ -108,13 +119,7 @@ def make(options: Options, say: Callable[[str], None]) -> Service:
     for lora, file in options.loras.items():
         taken = _offer(models, lora, file)
         say(f"LoRA {lora}: {file}, for {', '.join(taken)}")
-    held = Models(models, options.memory)
-    scheduler = Scheduler(held, most_rows=options.rows, queue=options.queue)
-    for model in models if options.warm else ():
-        draws = "txt2img" in model.pipeline.bundle.manifest.tasks
-        scheduler.warm(model, Ticket(model, model.pipeline.job(Request("", steps=_WARM_STEPS))) if draws else None)
-        say(f"{model.name}: warm")
-    return Service(held, scheduler, options.version)
+    return Models(models, options.memory)
 
 
 def _offer(models: Sequence[Model], lora: str, file: str) -> list[str]:
@@ -130,6 +135,21 @@ def _offer(models: Sequence[Model], lora: str, file: str) -> list[str]:
     if len(errors) == len(takers or models):
         raise RequestError(f"--lora {lora}: {errors[0]}")
     return [model.name for model in models if lora in model.loras]
+
+
+def named(bundles: Sequence[str]) -> dict[str, Path]:
+    """Bundles, each [NAME=]PATH, by the names of their models. Raises `RequestError` for one name twice."""
+    found: dict[str, Path] = {}
+    for text in bundles:
+        name, sign, path = text.partition("=")
+        if not sign or Path(text).exists():
+            name, path = Path(text).resolve().name.removesuffix(".bundle"), text
+        if not name or not path:
+            raise RequestError(f"{text!r} is neither a bundle nor NAME=BUNDLE: give the folder of a bundle")
+        if name in found:
+            raise RequestError(f"two bundles are called {name}: give one another name, NAME=BUNDLE")
+        found[name] = Path(path)
+    return found
 
 
 def missing() -> DiffoundryError:
@@ -166,7 +186,8 @@ class _Lines(logging.Formatter):
         return json.dumps({"level": record.levelname.lower(), "message": text})
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """Let the server's lines, and what else is worth it, go to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
     for name, level in (("diffoundry.serve", logging.INFO), ("uvicorn", logging.WARNING)):

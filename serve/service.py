@@ -24,7 +24,7 @@ from .guard import client_of
 from .kept import Kept
 from .models import Model, Models
 from .pictures import FORMATS, encoded
-from .scheduler import Scheduler
+from .queue import Queue
 from .tickets import Ended, Event, Ticket
 
 _AT_ONCE = 4
@@ -38,7 +38,7 @@ class Service:
     """A server's models, the thread that draws, and what it keeps. version: of diffoundry, for the records."""
 
     models: Models
-    scheduler: Scheduler
+    scheduler: Queue[Any]
     version: str = ""
     kept: Kept = field(default_factory=Kept)
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))

@@ -120,6 +120,7 @@ def test_fences_are_known(page):
         ("", ""),
         ("sh", ""),
         ("json", ""),
+        ("yaml", ""),
     }
 
 

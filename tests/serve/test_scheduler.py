@@ -10,7 +10,8 @@ from diffoundry import Guidance, Request
 from diffoundry.common.errors import EngineError, RequestError
 from diffoundry.runtime.pipeline import Pipeline
 from diffoundry.serve.models import Model, Models
-from diffoundry.serve.scheduler import DrainingError, QueueFullError, Scheduler
+from diffoundry.serve.queue import DrainingError, QueueFullError
+from diffoundry.serve.scheduler import Scheduler
 from diffoundry.serve.tickets import BrokenError, Ended, OverdueError, Partial, Step, Ticket
 
 PROMPT = "a large red star at the left on a navy background"
