@@ -40,6 +40,8 @@ _NotEmpty = Rule(bool, "not be empty")
 _OF_FEW = ("mode_names", "most", "reads", "shifted", "masked", "guess", "of_prompt")
 _USUAL = {name: value for name, value in asdict(Control("", 1)).items() if name in _OF_FEW}
 """What few controls have another value of; the others leave it out."""
+_USUAL_PROMPT = {"stretched": False, "negative": "usual", "several": True}
+"""The same of image prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,9 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
     for control in value["wiring"].get("controls", {}).values():
         for name in [name for name in _USUAL if control[name] == _USUAL[name]]:
             del control[name]
+    for prompt in value["wiring"].get("image_prompts", {}).values():
+        for name in [name for name in _USUAL_PROMPT if prompt[name] == _USUAL_PROMPT[name]]:
+            del prompt[name]
     for encoder in value["wiring"]["text"]:
         for name in ("length", "bucket", "most"):
             if not encoder[name]:

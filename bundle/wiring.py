@@ -255,9 +255,14 @@ class ImagePrompt:
 
     component: its name. encoder: that of the component which encodes pictures, "" where embeddings are given in their
     place. output: of the encoder, that it reads.
-    layers: how many cross-attentions of the denoiser read its tokens; each is scaled by itself. tokens, scale, masks:
-    the inputs of the denoiser; there is a mask for each size of picture that cross-attentions read.
-    side, mean, std: of the pictures that the encoder reads, in pixels, and of their channels.
+    layers: how many attentions of the denoiser read its tokens; each is scaled by itself. tokens, scale, masks: the
+    inputs of the denoiser; there is a mask for each size of picture that cross-attentions read, and none where the
+    tokens are read everywhere.
+    side, mean, std: of the pictures that the encoder reads, in pixels, and of their channels. stretched: whether they
+    are stretched to the side, rather than cropped to the middle.
+    negative: what the rows of the negative prompt read where a request names no picture: the tokens of a `black` one,
+    of `zeros` in the place of what the encoder gives, or of an embedding of zeros and the hidden states of a picture of
+    zeros (`usual`). several: whether one drawing may read several pictures.
     """
 
     component: str
@@ -270,6 +275,13 @@ class ImagePrompt:
     side: AtLeast1
     mean: tuple[float, float, float]
     std: tuple[NotZero, NotZero, NotZero]
+    stretched: bool = False
+    negative: Literal["usual", "black", "zeros"] = "usual"
+    several: bool = True
+
+    def __post_init__(self) -> None:
+        if self.negative == "black" and not self.encoder:
+            raise ValueError("an image prompt without an encoder reads no black picture")
 
     @property
     def inputs(self) -> tuple[str, ...]:

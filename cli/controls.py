@@ -72,17 +72,23 @@ def read_controls(
 
 
 def read_image_prompts(
-    pictures: Iterable[str], embeds: Iterable[str], scales: Iterable[str], masks: Iterable[str]
+    pictures: Iterable[str],
+    embeds: Iterable[str],
+    scales: Iterable[str],
+    masks: Iterable[str],
+    negatives: Iterable[str] = (),
 ) -> tuple[Any, ...]:
     """An `ImagePrompt` for each adapter that is named.
 
-    Raises `click.UsageError` for a scale without a picture, and for fewer or more masks than pictures.
+    Raises `click.UsageError` for a scale or a negative picture without a picture, and for fewer or more masks than
+    pictures.
     """
     from ..runtime.image_prompt import ImagePrompt
 
     images: dict[str, list[str]] = {}
     pictures, embeds, scales, masks = (list(each) for each in (pictures, embeds, scales, masks))
-    said = {name for name, _ in map(_named, (*pictures, *embeds, *scales, *masks)) if name}
+    negatives = list(negatives)
+    said = {name for name, _ in map(_named, (*pictures, *embeds, *scales, *masks, *negatives)) if name}
     only = said.pop() if len(said) == 1 else ""
 
     def named(text: str) -> tuple[str, str]:
@@ -116,6 +122,11 @@ def read_image_prompts(
         if name not in count_of:
             raise click.UsageError(f"--ip-scale {text} goes with --ip-image {name + '=' if name else ''}PICTURE")
         scale_of[name] = _number("--ip-scale", name or "SCALE", text)
+    negatives_of: dict[str, list[str]] = {}
+    for name, picture in map(named, negatives):
+        if name not in count_of:
+            raise click.UsageError(f"--ip-negative {picture} goes with --ip-image {name + '=' if name else ''}PICTURE")
+        negatives_of.setdefault(name, []).append(picture)
     return tuple(
         ImagePrompt(
             name,
@@ -123,6 +134,7 @@ def read_image_prompts(
             scale_of.get(name, 1.0),
             embeds=embeds_of.get(name),
             mask=masks_of.get(name),
+            negative=negatives_of.get(name),
         )
         for name in count_of
     )

@@ -17,6 +17,7 @@ from .options import GIB, LAYERS, NUMBERS, engine_option, json_option, precision
 from .progress import progress
 
 _LONGEST_SHOWN = 200
+_IP_OPTIONS = ("ip_image", "ip_embeds", "ip_scale", "ip_mask", "ip_negative")
 _OF_CONTROLS = ("control", "control_scale", "control_interval", "guess_mode", "detect", "control_mask")
 
 
@@ -126,6 +127,12 @@ class _Run(click.Command):
     multiple=True,
     metavar="[NAME=]PICTURE",
     help="White where the image acts; one for each --ip-image, in the same order. [default: everywhere]",
+)
+@click.option(
+    "--ip-negative",
+    multiple=True,
+    metavar="[NAME=]PICTURE",
+    help="A picture that the negative prompt's half of guidance reads. [default: as diffusers]",
 )
 @click.option(
     "--lora",
@@ -352,7 +359,7 @@ def _request(asked: dict[str, Any]) -> Any:
     sizes = {name: asked.pop(name) for name in ("original_size", "crop", "target_size", "aesthetic_score")}
     options = read_options(asked.pop("scheduler_options"))
     controls = read_controls(*(asked.pop(name) for name in _OF_CONTROLS))
-    prompts = read_image_prompts(*(asked.pop(name) for name in ("ip_image", "ip_embeds", "ip_scale", "ip_mask")))
+    prompts = read_image_prompts(*(asked.pop(name) for name in _IP_OPTIONS))
     conditioning = Conditioning(**{name: value for name, value in sizes.items() if value is not None})
     more: dict[str, Any] = {
         "guidance": guidance,

@@ -193,7 +193,11 @@ def _check_told(bundle: Bundle) -> None:
             and all(isinstance(size, int) for tensor in tokens.outputs for size in tensor.shape[1:])
             and takes.get(prompt.scale, ())[1:] == (prompt.layers,)
             and len(takes.get(prompt.tokens, ())) == 4
-            and _are_masks([takes.get(name, ()) for name in prompt.masks], takes[prompt.tokens][1])
+            and (
+                _are_masks([takes.get(name, ()) for name in prompt.masks], takes[prompt.tokens][1])
+                if prompt.masks
+                else takes[prompt.tokens][1] == 1
+            )
         )
         wrong += [] if sound else [name]
     axes = 4 if wiring.flow is None else 3

@@ -242,6 +242,102 @@ def make_controlnet(transformer: Mapping[str, Any], out: Path, kind: str = "edge
     model.eval().save_pretrained(out)
 
 
+def make_ip_adapter(transformer: Mapping[str, Any], out: Path, seed: int = 0) -> None:
+    """Write `ip_adapter.safetensors` with random weights, and the folder of its image encoder, to `out`.
+
+    transformer: the configuration of the transformer that it is for: of FLUX.1 the names are XLabs', and the encoder is
+    CLIP's; of Stable Diffusion 3 they are InstantX's, and the encoder is SigLIP's.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    of_flux = transformer["_class_name"] == "FluxTransformer2DModel"
+    torch.manual_seed(4000)
+    made = (_of_flux if of_flux else _of_sd3)(transformer, out)  # the encoder is the same for every seed
+    torch.manual_seed(4000 + seed)
+    tensors = {}
+    for name, shape in made.items():
+        spread = 0.1 if len(shape) == 1 else shape[-1] ** -0.5
+        is_norm = len(shape) == 1 and name.endswith("weight")
+        tensors[name] = torch.randn(shape) * spread + float(is_norm)
+    save_file(tensors, out / "ip_adapter.safetensors", metadata={"format": "pt"})
+
+
+def _of_flux(transformer: Mapping[str, Any], out: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights, whose encoder is written."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    seen = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = CLIPVisionConfig(**seen, image_size=32, patch_size=8, projection_dim=24)
+    encoder = CLIPVisionModelWithProjection(config)
+    _draw(encoder.requires_grad_(False))
+    encoder.save_pretrained(out / "image_encoder")
+    inner = int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
+    text, tokens = int(transformer["joint_attention_dim"]), 4
+    found: dict[str, tuple[int, ...]] = {
+        "proj.weight": (tokens * text, 24),
+        "proj.bias": (tokens * text,),
+        "norm.weight": (text,),
+        "norm.bias": (text,),
+    }
+    found = {f"ip_adapter_proj_model.{name}": shape for name, shape in found.items()}
+    for i, part in itertools.product(range(int(transformer["num_layers"])), "kv"):
+        name = f"double_blocks.{i}.processor.ip_adapter_double_stream_{part}_proj"
+        found |= {f"{name}.weight": (inner, text), f"{name}.bias": (inner,)}
+    return found
+
+
+def _of_sd3(transformer: Mapping[str, Any], out: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights, whose encoder is written."""
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    seen = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    encoder = SiglipVisionModel(SiglipVisionConfig(**seen, image_size=32, patch_size=8))
+    _draw(encoder.requires_grad_(False))
+    encoder.save_pretrained(out / "image_encoder")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(out / "image_encoder")
+    head = int(transformer["attention_head_dim"])
+    inner, hidden, time, tokens = int(transformer["num_attention_heads"]) * head, 64, 32, 5
+    block = {
+        **{f"0.{name}.{part}": (hidden,) for name in ("norm1", "norm2") for part in ("weight", "bias")},
+        "0.to_q.weight": (64, hidden),
+        "0.to_kv.weight": (128, hidden),
+        "0.to_out.weight": (hidden, 64),
+        "1.0.weight": (hidden,),
+        "1.0.bias": (hidden,),
+        "1.1.weight": (4 * hidden, hidden),
+        "1.3.weight": (hidden, 4 * hidden),
+        "2.1.weight": (4 * hidden, hidden),
+        "2.1.bias": (4 * hidden,),
+    }
+    found: dict[str, tuple[int, ...]] = {
+        "latents": (1, tokens, hidden),
+        "time_embedding.linear_1.weight": (hidden, time),
+        "time_embedding.linear_1.bias": (hidden,),
+        "time_embedding.linear_2.weight": (hidden, hidden),
+        "time_embedding.linear_2.bias": (hidden,),
+        "proj_in.weight": (hidden, 32),
+        "proj_in.bias": (hidden,),
+        "proj_out.weight": (inner, hidden),
+        "proj_out.bias": (inner,),
+        "norm_out.weight": (inner,),
+        "norm_out.bias": (inner,),
+        **{f"layers.{i}.{name}": shape for i in range(4) for name, shape in block.items()},
+    }
+    found = {f"image_proj.{name}": shape for name, shape in found.items()}
+    doubled = transformer.get("dual_attention_layers") or ()
+    for i in range(int(transformer["num_layers"]) + len(doubled)):
+        layer: dict[str, tuple[int, ...]] = {
+            "norm_ip.linear.weight": (2 * inner, hidden),
+            "norm_ip.linear.bias": (2 * inner,),
+            "to_k_ip.weight": (inner, inner),
+            "to_v_ip.weight": (inner, inner),
+            **{f"{norm}.weight": (head,) for norm in ("norm_q", "norm_k", "norm_ip_k")},
+        }
+        found |= {f"ip_adapter.{i}.{name}": shape for name, shape in layer.items()}
+    return found
+
+
 _LARGE = {
     **_FLUX,
     "attention_head_dim": 128,

@@ -1,4 +1,4 @@
-"""The files of an IP-Adapter, read and checked: its projection of a picture, and its keys and values for the U-Net."""
+"""The files of an IP-Adapter, read and checked: its projection of a picture, and keys and values for the denoiser."""
 
 from __future__ import annotations
 
@@ -8,22 +8,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import CheckpointError, DiffoundryError
+from ..common.errors import CheckpointError, DiffoundryError, reason
 from ..common.files import read_json, write_json
-from ..families.image_prompt import EMBEDS, HIDDEN, Adapter
+from ..families.image_prompt import EMBEDS, FLUX, HIDDEN, SD3, UNET, Adapter
+from .loading import quiet
 from .weight_files import open_safetensors, other_kind, read_pickle
 
 ENCODER = "image_encoder"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _PROJECTION = "image_proj."
 _KEY = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
+_OF_LAYER = re.compile(r"ip_adapter\.(\d+)\.(.+)")
+_OF_XLABS = (
+    (re.compile(r"ip_adapter_proj_model\."), _PROJECTION),
+    (
+        re.compile(r"double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\."),
+        r"ip_adapter.\1.to_\2_ip.",
+    ),
+)
+"""The names of XLabs' files of FLUX.1, and those of the others."""
+_PARTS = {
+    "flux": ("to_k_ip.weight", "to_k_ip.bias", "to_v_ip.weight", "to_v_ip.bias"),
+    "sd3": (
+        *("norm_ip.linear.weight", "norm_ip.linear.bias", "to_k_ip.weight", "to_v_ip.weight"),
+        *("norm_q.weight", "norm_k.weight", "norm_ip_k.weight"),
+    ),
+}
+"""What each layer of a transformer has in the files."""
+_OF = {"flux": FLUX, "sd3": SD3}
+_FIRST = {"plain": "proj.weight", "flux": "proj.weight", "plus": "proj_in.weight", "sd3": "proj_in.weight"}
+_FIRST |= {"full": "proj.0.weight"}
+"""The weight of each kind that reads what the image encoder gives."""
 _FACE = "give one of the kinds plain, Plus and Full, or a FaceID without a LoRA, such as FaceID-Portrait"
 
 
 @dataclass(frozen=True, slots=True)
 class IPAdapterFile:
-    """kind: `plain`, `plus`, `full` or `face`. tensors: by their published names. encoder: the folder of its image
-    encoder, None for a `face`, which is given embeddings that a face model made."""
+    """kind: `plain`, `plus`, `full` or `face`, of U-Nets, `flux` or `sd3`. tensors: by their published names, XLabs' as
+    the others. encoder: the folder of its image encoder, None for a `face`, which is given embeddings that a face model
+    made."""
 
     path: Path
     kind: str
@@ -57,30 +80,36 @@ class IPAdapterFile:
         """What it is. encoder: the name of the component that its image encoder becomes."""
         if self.encoder is None:
             return self._face()
-        config = read_json(self.encoder / "config.json", "the configuration of the image encoder")
-        if config.get("model_type") != "clip_vision_model":
-            raise CheckpointError(
-                f"{self.encoder} holds a model of the type {config.get('model_type')!r}, which is not supported as an "
-                "image encoder; clip_vision_model is"
-            )
+        config = encoder_config(self.encoder, "siglip" if self.kind == "sd3" else "clip")
         more = self.encoder / "preprocessor_config.json"
         prepared = read_json(more, "the configuration of the preprocessor") if more.is_file() else {}
-        reads = EMBEDS if self.kind == "plain" else HIDDEN
-        first = {"plain": "proj.weight", "plus": "proj_in.weight", "full": "proj.0.weight"}[self.kind]
-        key = self.layers()[0][0]
-        width = int(self.tensors[_PROJECTION + first].shape[1])
-        if self.kind == "plain":
-            tokens = int(self.tensors[_PROJECTION + first].shape[0]) // int(key.shape[1])
+        reads = EMBEDS if self.kind in ("plain", "flux") else HIDDEN
+        first, key = self.tensors[_PROJECTION + _FIRST[self.kind]], self.layers()[0][0]
+        patches = (int(config["image_size"]) // int(config["patch_size"])) ** 2
+        if reads == EMBEDS:
+            tokens = int(first.shape[0]) // int(key.shape[1])
         elif self.kind == "plus":
             tokens = int(self.tensors[f"{_PROJECTION}latents"].shape[1])
         else:
-            tokens = (int(config["image_size"]) // int(config["patch_size"])) ** 2 + 1
-        return Adapter(encoder, config, prepared, reads, width, tokens, int(key.shape[1]), len(self.layers()))
+            tokens = patches if self.kind == "sd3" else patches + 1
+        return Adapter(
+            _OF.get(self.kind, UNET),
+            encoder,
+            config,
+            prepared,
+            reads,
+            int(first.shape[1]),
+            tokens,
+            int(key.shape[1]),
+            len(self.layers()),
+            # that of Stable Diffusion 3 makes its tokens at each step anew, of the picture and the timestep
+            int(first.shape[0]) if self.kind == "sd3" else 0,
+        )
 
     def _face(self) -> Adapter:
         key, width = self.layers()[0][0], int(self.tensors[f"{_PROJECTION}proj.0.weight"].shape[1])
         tokens = int(self.tensors[f"{_PROJECTION}proj.2.weight"].shape[0]) // int(key.shape[1])
-        return Adapter("", {}, {}, EMBEDS, width, tokens, int(key.shape[1]), len(self.layers()))
+        return Adapter(UNET, "", {}, {}, EMBEDS, width, tokens, int(key.shape[1]), len(self.layers()))
 
     def layers(self) -> list[tuple[Any, Any]]:
         """The weights of keys and values for each cross-attention, (C, width) each, in diffusers' order."""
@@ -90,6 +119,15 @@ class IPAdapterFile:
             if match:
                 found.setdefault(int(match[1]), {})[match[2]] = tensor
         return [(each["k"], each["v"]) for _, each in sorted(found.items())]
+
+    def parts(self) -> list[dict[str, Any]]:
+        """All weights of each layer by their names, in diffusers' order."""
+        found: dict[int, dict[str, Any]] = {}
+        for name, tensor in self.tensors.items():
+            match = _OF_LAYER.fullmatch(name)
+            if match:
+                found.setdefault(int(match[1]), {})[match[2]] = tensor
+        return [each for _, each in sorted(found.items())]
 
     def state(self) -> dict[str, dict[str, Any]]:
         """As diffusers' loaders take it, in float32."""
@@ -115,6 +153,29 @@ class IPAdapterFile:
         part.replace(folder)
 
 
+def encoder_config(folder: Path, kind: str) -> dict[str, Any]:
+    """The configuration of an image encoder, with the defaults of its class. kind: `clip` or `siglip`, also where the
+    folder holds a whole one.
+
+    Raises `CheckpointError` for that of another kind of model.
+    """
+    import transformers
+
+    found = read_json(folder / "config.json", "the configuration of the image encoder").get("model_type")
+    if found not in (kind, f"{kind}_vision_model"):
+        raise CheckpointError(
+            f"{folder} holds a model of the type {found!r}, which is not supported as an image encoder of this "
+            f"IP-Adapter; {kind}_vision_model is"
+        )
+    own = transformers.SiglipVisionConfig if kind == "siglip" else transformers.CLIPVisionConfig
+    try:
+        with quiet():
+            config: dict[str, Any] = own.from_pretrained(folder).to_dict()
+    except Exception as error:  # each version has its own ways of refusing a configuration
+        raise CheckpointError(f"{folder}/config.json is no image encoder's ({reason(error)})") from None
+    return config
+
+
 def _file(source: Path) -> Path:
     if source.is_dir():
         files = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
@@ -135,14 +196,20 @@ def _read(path: Path) -> dict[str, Any]:
 
     if path.suffix.lower() == ".safetensors":
         with open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {_renamed(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     found: dict[str, Any] = {}
     for part, content in read_pickle(path).items():
         inner = content.items() if isinstance(content, Mapping) else [("", content)]
         for name, value in inner:
             if isinstance(value, torch.Tensor):
-                found[f"{part}.{name}" if name else str(part)] = value.detach()
+                found[_renamed(f"{part}.{name}" if name else str(part))] = value.detach()
     return found
+
+
+def _renamed(name: str) -> str:
+    for theirs, ours in _OF_XLABS:
+        name = theirs.sub(ours, name)
+    return name
 
 
 def _kind(path: Path, tensors: Mapping[str, Any]) -> str:
@@ -153,6 +220,13 @@ def _kind(path: Path, tensors: Mapping[str, Any]) -> str:
         raise CheckpointError(f"{path} is an IP-Adapter FaceID-Plus, which is not supported: {_FACE}")
     if any("_lora." in name for name in tensors):
         raise CheckpointError(f"{path} is an IP-Adapter FaceID with a LoRA, which is not supported: {_FACE}")
+    if any(".norm_added_" in name for name in tensors):
+        raise CheckpointError(
+            f"{path} is an IP-Adapter of InstantX for FLUX.1, which is not supported: give one in the form of XLabs'"
+        )
+    parted = next((kind for kind, sign in _SIGNS.items() if any(sign in name for name in tensors)), None)
+    if parted is not None:
+        return _of_transformer(path, tensors, names, parted)
     signs = {"plain": "proj.weight", "full": "proj.3.weight", "plus": "latents", "face": "proj.2.weight"}
     kind = next((kind for kind, sign in signs.items() if sign in names), None)
     if kind is None or (kind == "face" and not {"proj.0.weight", "norm.weight"} <= names):
@@ -165,4 +239,28 @@ def _kind(path: Path, tensors: Mapping[str, Any]) -> str:
     lacking = [number for number, both in pairs.items() if both != {"k", "v"}]
     if lacking:
         raise CheckpointError(f"{path} lacks a key or a value of layer {lacking[0]}: download it again")
+    return kind
+
+
+_SIGNS = {"sd3": ".norm_ip.linear.", "flux": "to_k_ip.bias"}
+"""What the names of those of transformers have in them."""
+
+
+def _of_transformer(path: Path, tensors: Mapping[str, Any], names: set[str], kind: str) -> str:
+    """`kind`, where the file is whole. names: of the weights of its projection."""
+    due = {"flux": {"proj.weight", "proj.bias", "norm.weight", "norm.bias"}, "sd3": {"proj_in.weight", "latents"}}[kind]
+    if not due <= names:
+        raise CheckpointError(
+            f"{path} is an IP-Adapter of {_OF[kind]} without {', '.join(sorted(due - names))}, which is of an unknown "
+            "kind or damaged: give one that diffusers loads"
+        )
+    layers: dict[int, set[str]] = {}
+    for name in tensors:
+        match = _OF_LAYER.fullmatch(name)
+        if match:
+            layers.setdefault(int(match[1]), set()).add(match[2])
+    for number in range(max(layers) + 1):
+        lacking = [part for part in _PARTS[kind] if part not in layers.get(number, set())]
+        if lacking:
+            raise CheckpointError(f"{path} lacks {lacking[0]} of layer {number}: download it again")
     return kind

@@ -15,8 +15,8 @@ from ..common.errors import CheckpointError, DiffoundryError
 from ..common.files import check_tree
 from ..families import FAMILIES, Family, Pipeline, family_named, family_of, parts
 from ..families.control import T2I_PREFIX, controlled, with_t2i_adapters
-from ..families.image_prompt import PREFIX, halvings, with_image_prompts
-from ..families.transformer_control import with_controlnets
+from ..families.image_prompt import FLUX, PREFIX, SD3, TRANSFORMERS, UNET, Adapter, halvings, with_image_prompts
+from ..families.transformer_control import width, with_controlnets
 from ..runtime.loop.guidance import Guidance
 from ..runtime.loop.step import STEP_INPUTS, STEP_NAME, STEP_OUTPUTS
 from ..runtime.request import Request
@@ -174,15 +174,14 @@ def _with_adapters(
     """`pipeline` with IP-Adapters. Raises `CheckpointError` for one that does not go with it."""
     from .modules.control import cross_attentions
 
+    if source.has(parts.TRANSFORMER):
+        return _with_adapters_of_transformer(source, pipeline, adapters, encoders)
     with _undamaged(source):
-        found = {
-            name: file.describe("" if file.encoder is None else encoders[file.encoder])
-            for name, file in adapters.items()
-        }
+        found = _described(adapters, encoders)
         attentions, unet = cross_attentions(source), unet_config(source)
         shapes = list(attentions.values())
         levels = [halvings(each, len(unet["block_out_channels"])) for each in attentions]
-        made = with_image_prompts(pipeline, found, int(unet["cross_attention_dim"]), levels)
+        made = with_image_prompts(pipeline, found, UNET, int(unet["cross_attention_dim"]), len(levels), levels)
     for name, file in adapters.items():
         own = [tuple(each.shape) for pair in file.layers() for each in pair]
         if own != [shape for shape in shapes for _ in range(2)]:
@@ -193,12 +192,54 @@ def _with_adapters(
     return made
 
 
+def _described(adapters: Mapping[str, IPAdapterFile], encoders: Mapping[Path, str]) -> dict[str, Adapter]:
+    return {
+        name: file.describe("" if file.encoder is None else encoders[file.encoder]) for name, file in adapters.items()
+    }
+
+
+def _with_adapters_of_transformer(
+    source: Checkpoint, pipeline: Pipeline, adapters: Mapping[str, IPAdapterFile], encoders: Mapping[Path, str]
+) -> Pipeline:
+    with _undamaged(source):
+        config, first = transformer_config(source), next(iter(adapters))
+        kind = config["_class_name"]
+        if kind not in TRANSFORMERS or any(part.wrapper for part in pipeline.parts.values()):
+            raise CheckpointError(
+                f"a {kind} takes no IP-Adapter, those of {' and '.join(TRANSFORMERS.values())} do: leave {first} out"
+            )
+        if set(pipeline.wiring.inputs_from("latents")) != {"sample"}:
+            raise CheckpointError(f"the pipelines of {source.class_name} take no IP-Adapter: leave {first} out")
+        of = TRANSFORMERS[kind]
+        if of == SD3 and len(adapters) > 1:
+            raise CheckpointError(
+                f"Stable Diffusion 3 takes one IP-Adapter, found {', '.join(adapters)}: give one of them"
+            )
+        inner, text = width(config), int(config["joint_attention_dim"])
+        doubled = len(config.get("dual_attention_layers") or ())
+        made = with_image_prompts(
+            pipeline,
+            _described(adapters, encoders),
+            of,
+            text if of == FLUX else inner,
+            int(config["num_layers"]) + doubled,
+        )
+    due = inner, text if of == FLUX else inner
+    for name, file in adapters.items():
+        shapes = [tuple(tensor.shape) for pair in file.layers() for tensor in pair]
+        wrong = [shape for shape in shapes if shape != due]
+        if wrong:
+            raise CheckpointError(
+                f"a key or a value of the IP-Adapter {name} has the shape {wrong[0]}, this checkpoint takes {due}: it "
+                "was made for another model; give one that was trained with this kind of checkpoint"
+            )
+    return made
+
+
 def _refuse_unet_only(asked: Asked, kind: str) -> None:
     """Raise `DiffoundryError` for what goes with a U-Net alone."""
-    given = {"an IP-Adapter": asked.adapters, "a T2I-Adapter": asked.t2i_adapters}
-    for what, value in given.items():
-        if value:
-            raise DiffoundryError(f"{what} goes with a U-Net, a {kind} has a transformer: leave it out")
+    if asked.t2i_adapters:
+        raise DiffoundryError(f"a T2I-Adapter goes with a U-Net, a {kind} has a transformer: leave it out")
 
 
 def _family(source: Checkpoint, name: str | None) -> Family:

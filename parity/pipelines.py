@@ -65,6 +65,14 @@ STEERED = "+dit-"
 PROMPTED = "+image-"
 ADAPTERS, FACE = ("plain", "plus", "full"), "face"
 """The kinds of IP-Adapters, by which they are called, and one that is given embeddings."""
+READ = {
+    "flux-dev-small": ("look", "mood"),
+    "flux-schnell-small": ("look",),
+    "flux-kontext-small": ("look",),
+    "sd3-small": ("look",),
+    "sd35-small": ("look",),
+}
+"""The IP-Adapters that the bundle of a transformer is compared with, of `examples.random_transformer`."""
 ADAPTED, LORA = "+lora", "+lora-"
 """Behind the name of a checkpoint whose bundle takes LoRAs as inputs, and before the kind of one made for it."""
 _PNDM = {"plms": {"skip_prk_steps": True}, "pndm": {"skip_prk_steps": False}}
@@ -84,13 +92,14 @@ class Steer:
 class Prompted:
     """An image prompt of a case. name: of an IP-Adapter that `examples.random_checkpoint` makes, in `ADAPTERS`.
 
-    masked: whether each image acts in a part of the drawing.
+    masked: whether each image acts in a part of the drawing. negative: whether the negative prompt has an image, too.
     """
 
     name: str
     scale: float = 1.0
     images: int = 1
     masked: bool = False
+    negative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +150,9 @@ class Case:
         """The name of the checkpoint, with what its bundle has beside it; pico's has all that its cases need."""
         if self.checkpoint == "pico" and (self.controls or self.prompts):
             return PICO
+        if self.flows and self.prompts:
+            steered = f"{STEERED}edge" if self.checkpoint in ("flux-dev-small", "sd3-small") else ""
+            return self.checkpoint + steered + "".join(PROMPTED + each for each in READ[self.checkpoint])
         if self.flows and self.controls:
             return self.checkpoint + STEERED + "-".join(BESIDE[self.checkpoint])
         if self.loras:
@@ -161,7 +173,9 @@ class Case:
         ]
         steers = [f"control {', '.join(steers)}" + (" guess" if self.guess_mode else "")] if steers else []
         steers += [
-            f"control by image {each.name} {each.scale:g} x{each.images}" + (" masked" if each.masked else "")
+            f"control by image {each.name} {each.scale:g} x{each.images}"
+            + (" masked" if each.masked else "")
+            + (" and a negative" if each.negative else "")
             for each in self.prompts
         ]
         steers += [
@@ -273,6 +287,7 @@ def cases() -> Iterator[Case]:
     yield from _of_transformers()
     yield from _of_loras_of_transformers()
     yield from _of_controls_of_transformers()
+    yield from _of_image_prompts_of_transformers()
 
 
 def half_cases() -> Iterator[Case]:
@@ -647,6 +662,48 @@ def _of_controls_of_transformers() -> Iterator[Case]:
             yield replace(changed, controls=both, count=2, size=_WIDE_TOKENS)
 
 
+def _of_image_prompts_of_transformers() -> Iterator[Case]:
+    """Scales, several images, two adapters, a negative image, ControlNets, every task that diffusers has."""
+    look = Prompted("look")
+    for checkpoint in READ:
+        kind, options = TRANSFORMERS[checkpoint]
+        label = "dit-ip"
+        if checkpoint in EDITING:
+            plain = Case(checkpoint, EDITING[checkpoint], f"{kind}Pipeline", options, label, prompts=(look,))
+            guided = {**options, "true_cfg_scale": 2.0, "negative_prompt": NEGATIVE}
+            yield replace(plain, size=(64, 64))
+            yield replace(plain, options=guided, count=2, size=_WIDE_TOKENS)
+            yield replace(plain, task="txt2img", size=_WIDE_TOKENS)
+            continue
+        plain = Case(checkpoint, "txt2img", f"{kind}Pipeline", options, label, size=(64, 64))
+        for scale, (count, size) in itertools.product((0.0, 0.5, 1.0), ((1, (64, 64)), (2, _WIDE_TOKENS))):
+            yield replace(plain, prompts=(replace(look, scale=scale),), count=count, size=size)
+        yield replace(plain, prompts=(look,), scheduler="flow-lcm")
+        for task, middle in (("img2img", "Img2Img"), ("inpaint", "Inpaint")):
+            changed = replace(plain, task=task, kind=f"{kind}{middle}Pipeline", options={**options, "strength": 0.85})
+            yield replace(changed, prompts=(look,))
+            yield replace(changed, prompts=(replace(look, scale=0.7),), count=2, size=_WIDE_TOKENS)
+        yield replace(plain, prompts=(look,), loras=(Adapted("peft", 0.8),))
+        if checkpoint.startswith("sd3"):
+            unguided = {**options, "guidance": 1.0, "negative_prompt": None}
+            yield replace(plain, options=unguided, prompts=(look,), label=f"{label} no guidance")
+        if checkpoint in ("flux-dev-small", "sd3-small"):
+            steered = replace(plain, kind=f"{kind}ControlNetPipeline", controls=(Steer("edge", 0.8),))
+            yield replace(steered, prompts=(replace(look, scale=0.6),))
+            yield replace(steered, prompts=(replace(look, scale=0.6),), count=2, size=_WIDE_TOKENS)
+        if checkpoint.startswith("flux"):
+            yield replace(plain, prompts=(Prompted("look", 0.8, 2),))
+            yield replace(plain, prompts=(Prompted("look", 0.8, 3),), count=2, size=_WIDE_TOKENS)
+        if checkpoint == "flux-dev-small":
+            unguided = {**options, "true_cfg_scale": 1.0, "negative_prompt": None}
+            yield replace(plain, options=unguided, prompts=(look,), label=f"{label} no guidance")
+            both = (Prompted("look", 0.5), Prompted("mood", 0.9, 2))
+            for count, size in ((1, (64, 64)), (2, _WIDE_TOKENS)):
+                yield replace(plain, prompts=both, count=count, size=size)
+                yield replace(plain, prompts=(replace(look, negative=True),), count=count, size=size)
+                yield replace(plain, prompts=tuple(replace(p, negative=True) for p in both), count=count, size=size)
+
+
 BESIDE = {
     "sd3-small": ("edge", "edge2", "depth", "inpaint"),
     "sd35-small": ("edge", "borrowing"),
@@ -765,6 +822,11 @@ def _prompting(case: Case) -> list[list[Image.Image]]:
     return [[picture(50 + 13 * i, 40 + 9 * k) for k in range(each.images)] for i, each in enumerate(case.prompts)]
 
 
+def _negatives(case: Case) -> list[Image.Image | None]:
+    """The picture that the negative prompt reads of each image prompt, or None."""
+    return [picture(44 + 6 * i, 61) if each.negative else None for i, each in enumerate(case.prompts)]
+
+
 def _face(prompt: Prompted) -> Array:
     """The embeddings of a prompt, float32 (images, 20)."""
     return np.random.default_rng(7).standard_normal((prompt.images, 20)).astype(np.float32)
@@ -824,7 +886,9 @@ def _oracle(
         extra["controlnet"] = nets if several else nets[0]
     pipeline = getattr(diffusers, kind).from_pretrained(checkpoint, **extra)
     pipeline.set_progress_bar_config(disable=True)
-    if adapters:
+    if adapters and "transformer" in pipeline.components:
+        _load_tokens(pipeline, kind, adapters)
+    elif adapters:
         pipeline.unet.float()  # which they take over
         pipeline.load_ip_adapter(
             [str(folder) for folder in adapters],
@@ -843,6 +907,24 @@ def _oracle(
         # transformers 5 has dropped a level of modules that diffusers still reads its last norm from for clip_skip
         object.__setattr__(encoder, "text_model", encoder)
     return pipeline, pipeline.scheduler.config
+
+
+def _load_tokens(pipeline: Any, kind: str, adapters: tuple[Path, ...]) -> None:
+    """Let the pipeline of a transformer have these IP-Adapters, and their image encoder."""
+    import torch
+
+    encoder, weights = str(adapters[0] / "image_encoder"), "ip_adapter.safetensors"
+    if kind.startswith("StableDiffusion3"):
+        pipeline.load_ip_adapter(
+            str(adapters[0]), weight_name=weights, subfolder="", image_encoder_folder=encoder, low_cpu_mem_usage=False
+        )
+        return
+    pipeline.load_ip_adapter(
+        [str(folder) for folder in adapters],
+        weight_name=[weights] * len(adapters),
+        image_encoder_pretrained_model_name_or_path=encoder,
+        image_encoder_dtype=torch.float32,
+    )
 
 
 def diffusers_run(
@@ -870,7 +952,9 @@ def diffusers_run(
                 [file.stem for file in files], [_their_strength(each, pipeline) for each in case.loras]
             )
         if adapters:
-            pipeline.set_ip_adapter_scale([each.scale for each in case.prompts])
+            scales = [each.scale for each in case.prompts]
+            # of one adapter of a transformer a list is of its layers
+            pipeline.set_ip_adapter_scale(scales[0] if case.flows and len(scales) == 1 else scales)
     kind = {**SCHEDULERS, **_OF_FLOW}.get(case.scheduler, case.scheduler) if case.scheduler else config["_class_name"]
     changes: dict[str, Any] = _PNDM.get(case.scheduler or "", {})
     if case.flows and not kind.startswith("FlowMatch"):
@@ -889,6 +973,10 @@ def diffusers_run(
         inputs["ip_adapter_image_embeds"] = [torch.cat([0 * found, found]) if guided else found]
     elif case.prompts:
         inputs["ip_adapter_image"] = _prompting(case)
+        if case.kind.startswith("StableDiffusion3"):
+            inputs["ip_adapter_image"] = inputs["ip_adapter_image"][0][0]
+        if case.prompts[0].negative:
+            inputs["negative_ip_adapter_image"] = _negatives(case)
     if case.prompts:
         masks = [_their_masks(each, case) for each in case.prompts]
         if any(each is not None for each in masks):
@@ -1088,8 +1176,8 @@ def diffoundry_run(
     options["image_prompt"] = [
         ImagePrompt(each.name, embeds=_face(each), scale=each.scale, mask=_regions(each, case))
         if each.name == FACE
-        else ImagePrompt(each.name, images, each.scale, mask=_regions(each, case))
-        for each, images in zip(case.prompts, _prompting(case), strict=True)
+        else ImagePrompt(each.name, images, each.scale, mask=_regions(each, case), negative=negative)
+        for each, images, negative in zip(case.prompts, _prompting(case), _negatives(case), strict=True)
     ]
     options["control"] = [
         Control(
@@ -1262,6 +1350,12 @@ def make_beside(checkpoint: Path, name: str, folder: Path) -> None:
 
         config = json.loads((checkpoint / "transformer" / "config.json").read_text())
         make_controlnet(config, folder, name.partition(STEERED)[2])
+        return
+    if PROMPTED in name and (checkpoint / "transformer").is_dir():
+        from ..examples.random_transformer import make_ip_adapter
+
+        config = json.loads((checkpoint / "transformer" / "config.json").read_text())
+        make_ip_adapter(config, folder, ("look", "mood").index(name.partition(PROMPTED)[2]))
         return
     make_part(json.loads((checkpoint / "unet" / "config.json").read_text()), name, folder)
 

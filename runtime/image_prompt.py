@@ -26,6 +26,8 @@ class ImagePrompt:
     embeds: in place of images what the image encoder gives for them, float32 (images, …). scale: a factor on what it
     adds, or one for each cross-attention of the denoiser, in diffusers' order. interval: the part of the steps, from 0
     to 1, in which it acts.
+    negative: a picture that the rows of the negative prompt read, or a list of as many as there are images; by default
+    what diffusers gives them.
     mask: a picture that is white where the image is to act, stretched to the size of the drawing; of several images a
     list, one for each. Without masks several images are read as one, everywhere.
     """
@@ -36,6 +38,7 @@ class ImagePrompt:
     interval: tuple[float, float] = (0.0, 1.0)
     embeds: Array | None = None
     mask: Any = None
+    negative: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -63,6 +66,11 @@ class ImagePrompt:
             raise RequestError(
                 f"the IP-Adapter {self.name} takes a mask for each image, {self.count} in all, found {len(self.masks)}"
             )
+        if self.negative is not None and len(self.negatives) not in (1, self.count):
+            raise RequestError(
+                f"the IP-Adapter {self.name} takes one negative image, or as many as images, {self.count} in all, "
+                f"found {len(self.negatives)}"
+            )
         scale = self.scale
         scales = scale if isinstance(scale, (list, tuple)) else (scale,)
         if not scales or not all(is_number(each) and 0 <= each <= _LARGEST_SCALE for each in scales):
@@ -83,6 +91,11 @@ class ImagePrompt:
     def masks(self) -> list[Any]:
         """A mask for each picture, or []."""
         return _listed(self.mask)
+
+    @property
+    def negatives(self) -> list[Any]:
+        """The pictures that the rows of the negative prompt read, or []."""
+        return _listed(self.negative)
 
     @property
     def count(self) -> int:

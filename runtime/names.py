@@ -29,6 +29,7 @@ _INSTEAD = {
     "cross_attention_kwargs": "leave it out: fuse a LoRA into the checkpoint before it is compiled",
     "ip_adapter_image": "give image_prompt=diffoundry.ImagePrompt(name, image)",
     "ip_adapter_image_embeds": "give image_prompt=diffoundry.ImagePrompt(name, embeds=…)",
+    "negative_ip_adapter_image": "give image_prompt=diffoundry.ImagePrompt(name, image, negative=…)",
     "control_image": "give control=diffoundry.Control(name, image)",
     "controlnet_conditioning_scale": "give control=diffoundry.Control(name, image, scale=…)",
     "control_guidance_start": "give control=diffoundry.Control(name, image, interval=(start, end))",

@@ -73,7 +73,7 @@ def image_prompts(name: str, value: Any) -> tuple[ImagePrompt, ...]:
     known, made = tuple(item.name for item in fields(ImagePrompt)), []
     for each in _listed(name, value):
         given = {"name": "", **_object(name, each, known)}
-        for part in ("image", "mask"):
+        for part in ("image", "mask", "negative"):
             if given.get(part) is not None:
                 given[part] = _all(f"{part} of {name}", given[part])
         made.append(ImagePrompt(**given))

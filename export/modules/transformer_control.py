@@ -1,4 +1,4 @@
-"""ControlNets of transformers, and the transformer that their residuals are added in."""
+"""ControlNets of transformers, and the transformer that takes their residuals and the tokens of pictures."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ..fit import hollow
 from ..graphs.spec import Axis, ComponentSpec, argument
 from ..loading import load_mapped
 from .transformer import TIMESTEPS, Frequencies, Rotations, packed, positions, text_positions, transformer
+from .transformer_tokens import Tokens, given_tokens, read_tokens
 
 _GUIDANCE = 7.0
 """What a ControlNet is given beside a transformer that is given no guidance; the default of diffusers' pipelines."""
@@ -135,13 +136,18 @@ _RESIDUALS = {
 """The arguments of each class of transformers that take residuals, after blocks and after single blocks."""
 
 
-def taking_residuals(module: Any, layouts: Sequence[Layout], inputs: Sequence[Tensor]) -> Any:
-    """`module`, which wraps a transformer, with residuals of these layouts as further inputs.
+def taking_residuals(
+    module: Any, layouts: Sequence[Layout], inputs: Sequence[Tensor], tokens: Sequence[Tokens] = ()
+) -> Any:
+    """`module`, which wraps a transformer, with residuals of these layouts, and tokens, as further inputs.
 
-    They are given to the model block by block, which is how each of its blocks may have another sum.
+    Residuals are given to the model block by block, which is how each of its blocks may have another sum.
     """
     plain, known = module.forward, {name for each in layouts for name in each.residuals}
     names = _RESIDUALS[type(module.model).__name__]
+    told = {name for each in tokens for name in (each.tokens, each.scale)}
+    if tokens:
+        read_tokens(module.model, tokens)
 
     def forward(**given: Any) -> Any:
         found: dict[str, Any] = {}
@@ -150,15 +156,16 @@ def taking_residuals(module: Any, layouts: Sequence[Layout], inputs: Sequence[Te
             residual = name.partition(".")[0].partition("__")[0]
             if residual in known:
                 found[residual] = found[residual] + value if residual in found else value
-            else:
+            elif name not in told:
                 own[name] = value
-        blocks = [_sum(found[of] for each in layouts if (of := each.block(i))) for i in range(len(layouts[0].blocks))]
-        singles = [
-            _sum(found[of] for each in layouts if (of := each.single_block(i)))
-            for i in range(len(layouts[0].single_blocks))
-        ]
+        count, single_count = (len(layouts[0].blocks), len(layouts[0].single_blocks)) if layouts else (0, 0)
+        blocks = [_sum(found[of] for each in layouts if (of := each.block(i))) for i in range(count)]
+        singles = [_sum(found[of] for each in layouts if (of := each.single_block(i))) for i in range(single_count)]
         every = zip(names, (blocks, singles), strict=True)
-        return plain(**own, added={name: each for name, each in every if any(v is not None for v in each)})
+        added: dict[str, Any] = {name: each for name, each in every if any(v is not None for v in each)}
+        if tokens:
+            added["joint_attention_kwargs"] = given_tokens(module.model, tokens, given)
+        return plain(**own, added=added)
 
     arguments = [inspect.Parameter(argument(each.name), inspect.Parameter.KEYWORD_ONLY) for each in inputs]
     forward.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]  # which tracing reads
@@ -244,8 +251,11 @@ def controlled_transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline
         layout(control_config(checkpoint, wired.component.removeprefix(PREFIX)), of_transformer)
         for wired in pipeline.wiring.controls.values()
     ]
+    prompts = [Tokens.of(checkpoint, wired) for wired in pipeline.wiring.image_prompts.values()]
 
-    def with_residuals(plain: ComponentSpec, layouts: Sequence[Layout]) -> ComponentSpec:
+    def with_residuals(
+        plain: ComponentSpec, layouts: Sequence[Layout], read: Sequence[Tokens] = prompts
+    ) -> ComponentSpec:
         counts = {each: min(layouts.count(each), MOST_SLOTS) for each in layouts}
         taken = [
             replace(tensor, name=slot(tensor.name, k))
@@ -253,20 +263,24 @@ def controlled_transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline
             for k in range(count)
             for tensor in residuals(each, of_transformer, patch)
         ]
-        inputs = (*plain.inputs, *taken)
+        inputs = (*plain.inputs, *taken, *(tensor for each in read for tensor in each.inputs))
         return replace(
             plain,
             name=name,
-            load=lambda: taking_residuals(plain.load(), list(counts), inputs),
-            hollow=lambda: taking_residuals(plain.hollow(), list(counts), inputs),
+            load=lambda: taking_residuals(plain.load(), list(counts), inputs, read),
+            hollow=lambda: taking_residuals(plain.hollow(), list(counts), inputs, read).to("meta"),
             inputs=inputs,
+            axes={**plain.axes, **{f"{each.tokens}_length": Axis(1, 6) for each in read}},
             tied=_sides(patch),
             products=_products(patch),
+            per_prompt=(*plain.per_prompt, *(each.tokens for each in read)),
+            more_sources=tuple(each.component for each in read),
         )
 
     def twin() -> ComponentSpec:
         assert denoiser.twin is not None
-        return with_residuals(denoiser.twin(), [each.ends() for each in made])
+        few = denoiser.twin()
+        return with_residuals(few, [each.ends() for each in made], [each.ends(of_transformer) for each in prompts])
 
     return replace(with_residuals(denoiser, made), twin=twin, shares=denoiser.name)
 
