@@ -127,10 +127,11 @@ def places(
 ) -> dict[Path, list[tuple[Initializer, tuple[int, ...] | None, str]]]:
     """For each of the graphs of component `name` the initializers that change: each with its axes and its weight.
 
-    sources: the component whose `weights.json` tells of them.
+    sources: the component whose weights they are, whose `weights.json` tells of them where this one has none.
     Raises `EngineError` for a weight that the graphs hold in a form that cannot be changed.
     """
-    known = sources_of(bundle, sources)
+    told = f"{name}/{WEIGHTS_NAME}" in bundle.component(name).files
+    known = sources_of(bundle, name if told else sources)
     made: dict[Path, list[tuple[Initializer, tuple[int, ...] | None, str]]] = {graph: [] for graph in graphs}
     done: set[str] = set()
     for graph in graphs:

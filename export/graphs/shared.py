@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,29 @@ def in_plain(stored: Any, folder: Path) -> Any:
 def share_weights(model: Any, plain: Path, folder: Path) -> None:
     """Let `model`, which was traced from the same weights as the graph `plain`, read the large ones from a link.
 
-    Those are shared that have the same name, type and shape, and come from a weight of the checkpoint, or are a part
-    of the module by their name.
+    Those are shared that come from the same weight of the checkpoint in the same order, or are the same part of the
+    module by their name, and have the same type and shape. The exporter's own names are other ones in each graph.
     """
     import onnx_ir
 
-    known = read_json(plain.with_name(WEIGHTS_NAME), "the sources of its weights")
-    theirs = onnx_ir.load(plain).graph.initializers
+    known = {_source(entry): name for name, entry in _sources(plain.parent).items()}
+    own, theirs = _sources(folder), onnx_ir.load(plain).graph.initializers
     link_weights(plain, folder)
     for name, value in model.graph.initializers.items():
-        of_module = name in known or name.startswith("model.")
-        stored = theirs[name].const_value if of_module and name in theirs else None
+        same = known.get(_source(own[name])) if name in own else name if name.startswith("model.") else None
+        stored = theirs[same].const_value if same in theirs else None
         if isinstance(stored, onnx_ir.ExternalTensor) and _kind(stored) == _kind(value.const_value):
             value.const_value = in_plain(stored, folder)
+
+
+def _sources(folder: Path) -> dict[str, Any]:
+    """By the names of initializers, which weights the graph in `folder` has them of."""
+    found: dict[str, Any] = read_json(folder / WEIGHTS_NAME, "the sources of its weights")
+    return found
+
+
+def _source(entry: Any) -> str:
+    return json.dumps(entry, sort_keys=True)
 
 
 def _kind(tensor: Any) -> Any:

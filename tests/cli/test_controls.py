@@ -56,6 +56,13 @@ def test_what_is_for_an_adapter_without_images_is_not_taken_for_another():
         read_image_prompts(("look=a.png",), (), ("foo=0.2",), ())
 
 
+def test_negative_images_are_of_the_adapter_that_is_named():
+    [found] = read_image_prompts(("look=a.png", "look=b.png"), (), (), (), ("c.png",))
+    assert found.negatives == ["c.png"] and found.name == "look"
+    with pytest.raises(click.UsageError, match=r"--ip-negative c\.png goes with --ip-image mood=PICTURE"):
+        read_image_prompts(("look=a.png",), (), (), (), ("mood=c.png",))
+
+
 def test_embeddings_are_read_from_a_file(tmp_path):
     path = tmp_path / "face.npy"
     np.save(path, np.ones((2, 5)))

@@ -113,6 +113,21 @@ def test_embeddings_take_the_place_of_images(pipe):
         drawn(pipe, ImagePrompt("plus", embeds=np.zeros((1, 24), np.float32)))
 
 
+def test_a_negative_image_is_read_by_the_half_of_the_negative_prompt(pipe):
+    own, other = picture(50, 40), picture(30, 60)
+    alone = drawn(pipe, plus(), guidance=1.0)
+    same = drawn(pipe, plus(negative=own), negative_prompt="a large red star")  # so that both halves are alike
+    np.testing.assert_allclose(same, alone, atol=1e-4)
+    ways = [drawn(pipe, plus()), drawn(pipe, plus(negative=own)), drawn(pipe, plus(negative=other)), alone]
+    assert min(np.abs(a - b).max() for i, a in enumerate(ways) for b in ways[:i]) > 1e-3
+    for count, negative in ((2, other), (2, [own, other])):
+        drawn(pipe, ImagePrompt("plus", [own, other][:count], negative=negative), steps=1)
+    with pytest.raises(RequestError, match="negative image of the IP-Adapter plus has no effect without guidance"):
+        drawn(pipe, plus(negative=own), guidance=1.0)
+    with pytest.raises(RequestError, match="takes one negative image, or as many as images, 1 in all, found 2"):
+        plus(negative=[own, other])
+
+
 def test_masks_part_the_drawing(pipe):
     pictures = [picture(50, 40), picture(40, 70)]
     left, right = (np.tile((np.arange(64) // 32 == side).astype(np.uint8) * 255, (64, 1)) for side in (0, 1))
