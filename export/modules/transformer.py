@@ -255,7 +255,11 @@ def transformer(checkpoint: Checkpoint, name: str, pipeline: Pipeline) -> Compon
         return weight
 
     def twin() -> ComponentSpec:
-        return replace(spec, load=lambda: wrap(load_mapped(kind, folder, {**raw, **few}, rename)).eval(), twin=None)
+        shorter, doubled = {**raw, **few}, raw.get("dual_attention_layers")
+        if doubled and counts["num_layers"] > few["num_layers"]:  # its last layer is the whole's last, not its second
+            ends = (0, counts["num_layers"] - 1)
+            shorter["dual_attention_layers"] = [i for i, layer in enumerate(ends) if layer in doubled]
+        return replace(spec, load=lambda: wrap(load_mapped(kind, folder, shorter, rename)).eval(), twin=None)
 
     spec = ComponentSpec(
         name=name,

@@ -22,12 +22,15 @@ from diffoundry.bundle.wiring import ImagePrompt as Wired
 from diffoundry.common.errors import CheckpointError, DiffoundryError, RequestError
 from diffoundry.engines.verify import verify
 from diffoundry.examples.random_transformer import _FLUX, _SD3, make_ip_adapter
+from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.graphs.shared import share_weights
+from diffoundry.export.graphs.validate import torch_cases
 from diffoundry.export.ip_adapter import IPAdapterFile
 from diffoundry.export.modules.image_prompt import projection_of
 from diffoundry.export.modules.transformer import Flux, StableDiffusion3
 from diffoundry.export.modules.transformer_control import taking_residuals
 from diffoundry.export.modules.transformer_tokens import Tokens
+from diffoundry.export.reading import Asked, Reading
 from diffoundry.families.image_prompt import SCALE, TOKENS
 from diffoundry.parity.pipelines import PROMPTED, READ, STEERED, picture
 from diffoundry.runtime.conditions.image_prompt import ImagePromptCondition
@@ -136,6 +139,24 @@ def test_tokens_are_read_as_the_class_of_stable_diffusion_3_reads_them(tmp_path)
     ends = adapter.ends({**OF_SD3, "num_layers": 3})
     assert [id(each) for each in ends.layers] == [id(adapter.layers[i]) for i in (0, 1, 4)]
     assert ends.inputs[1].shape == ("batch_size", 3)
+
+
+def test_a_twin_has_the_last_layer_of_the_whole_and_its_attentions(checkpoint_of, tmp_path):
+    """Of Stable Diffusion 3.5 the first layers have two attentions each, the last one has one."""
+    half = shutil.copytree(checkpoint_of("sd35-small"), tmp_path / "half")
+    weights = half / "transformer" / "diffusion_pytorch_model.safetensors"
+    narrow = {name: value.to(torch.bfloat16) for name, value in load_file(weights).items()}
+    save_file(narrow, weights, metadata={"format": "pt"})
+    adapter = IPAdapterFile.open(checkpoint_of("sd35-small+image-look"), None)
+    asked = Asked(None, ("txt2img",), {}, None, None, adapters={"look": adapter})
+    for spec in Reading.of(Checkpoint.open(half), asked, half).specs:
+        if spec.twin is None or spec.source != "transformer":
+            continue
+        twin = spec.twin()
+        module = twin.load()
+        assert [block.attn2 is not None for block in module.model.transformer_blocks] == [True, False]
+        [(_, made), *_] = torch_cases(twin, module)
+        assert np.isfinite(made["out_sample"]).all()
 
 
 @pytest.mark.parametrize("size", [(90, 70), (32, 32), (20, 131)])
