@@ -24,8 +24,8 @@ class ImagePrompt:
     picture, or a list of them (paths, PIL images, arrays (H, W, 3)).
 
     embeds: in place of images what the image encoder gives for them, float32 (images, …). scale: a factor on what it
-    adds, or one for each cross-attention of the denoiser, in diffusers' order. interval: the part of the steps, from 0
-    to 1, in which it acts.
+    adds, or one for each attention of the denoiser that reads it, in diffusers' order. interval: the part of the steps,
+    from 0 to 1, in which it acts.
     negative: a picture that the rows of the negative prompt read, or a list of as many as there are images; by default
     what diffusers gives them.
     mask: a picture that is white where the image is to act, stretched to the size of the drawing; of several images a

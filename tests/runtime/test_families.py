@@ -35,7 +35,7 @@ LABELS_OF_TRANSFORMERS = ("max_sequence_length", "guidance 30.0", "clip_skip")
 
 def is_quick(case: Case) -> bool:
     """Whether a case is run each time: one of each task with all that varies, and one of each option."""
-    if case.flows and case.controls:
+    if case.flows and (case.controls or case.prompts):
         return False
     if case.flows:
         all_varies = case.count == 2 and case.size != (64, 64)
