@@ -91,7 +91,7 @@ class Clock:
 def stepped(pipe: Pipeline, coming: Sequence[Arrival], rows: int) -> list[float]:
     """Seconds from the arrival of each to its picture, by the server's scheduler."""
     model, clock = Model("model", pipe), Clock()
-    scheduler = Scheduler(Models([model]), most_rows=rows, queue=len(coming))
+    scheduler = Scheduler(Models([model]), most_rows=rows, queue=len(coming), clock=clock.now)
     ended = [0.0] * len(coming)
 
     def submit(i: int) -> None:

@@ -20,6 +20,12 @@ from .options import GIB, engine_option, precision_option, read_pairs, threads_o
 )
 @click.option("--queue", default=64, type=click.IntRange(0, 100_000), help="Most images that wait; more are refused.")
 @click.option(
+    "--patience",
+    default=3.0,
+    type=click.FloatRange(1.0),
+    help="Refuse what would take longer than so many times its time in a full batch; inf for nothing.",
+)
+@click.option(
     "--memory",
     type=GIB,
     help="Of the models in memory; those that are not used make room for others. [default: all that there is]",

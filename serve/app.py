@@ -92,7 +92,7 @@ def build(
             allow_origins=list(origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", "Retry-After-Ms"],
         )
     return guarded
 

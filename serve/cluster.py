@@ -124,13 +124,13 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _number(name: str, value: Any, most: float) -> float:
+def _number(name: str, value: Any, most: float, least: float = 0.0) -> float:
     try:
         number = float(value) if isinstance(value, str) else value
     except ValueError:
         number = None
-    if not is_number(number) or not 0 <= number <= most:
-        raise RequestError(f"{name} must be a number from 0 to {most:g}, found {value!r:.60}")
+    if not is_number(number) or not least <= number <= most:
+        raise RequestError(f"{name} must be a number from {least:g} to {most:g}, found {value!r:.60}")
     return float(number)
 
 
@@ -148,6 +148,7 @@ def _switch(name: str, value: Any) -> bool:
     return known[str(value).lower()]
 
 
+_MOST_PATIENCE = 1e6
 _ARGUMENTS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
     "bundles": ("bundles", lambda name, value: named(_texts(name, value))),
     "engine": ("engine", _text),
@@ -155,6 +156,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
     "threads": ("threads", _whole(1, MOST_THREADS)),
     "max_rows": ("rows", _whole(1, 4096)),
     "queue": ("queue", _whole(0, 100_000)),
+    "patience": ("patience", lambda name, value: _number(name, value, _MOST_PATIENCE, least=1.0)),
     "memory": ("memory", lambda name, value: int(_number(name, value, _MOST_GIB) * 2**30)),
     "api_key_file": ("keys", lambda name, value: Path(_text(name, value))),
     "lora": ("loras", _loras),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
@@ -88,7 +89,7 @@ class Drawer:
     def __init__(self, options: Options, name: str, say: Callable[[str], None]) -> None:
         """name: which one it is. Raises as `server.make` does."""
         self._name = name
-        self._service = make(replace(options, queue=_QUEUE), say)
+        self._service = make(replace(options, queue=_QUEUE, patience=math.inf), say)
         self._drawn: dict[tuple[str, tuple[int, int]], None] = {}
         if options.warm:
             for model in self._service.models:
@@ -129,7 +130,7 @@ class Drawer:
             elif isinstance(event, Partial):
                 yield Shown(event.number, event.image)
             elif isinstance(event, Drawn):
-                self._drawn[ticket.kind] = None
+                self._drawn[ticket.model.name, ticket.job.size] = None
                 pace = self._service.scheduler.pace(ticket)
                 yield Finished(event.image, ticket.tokens, dict(ticket.truncated), pace)
         if ticket.state != "succeeded":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..common.errors import DiffoundryError, LoraError, RequestError
+from .admission import QueueFullError
 from .models import NoModelError
-from .queue import DrainingError, QueueFullError
+from .queue import DrainingError
 from .tickets import OverdueError
 
 _INVALID, _SERVER = "invalid_request_error", "server_error"
@@ -48,8 +50,7 @@ def refusal(error: DiffoundryError, hidden: Mapping[str, str] | None = None) -> 
     for own, said in (hidden or {}).items():
         text = text.replace(own, said)
     if isinstance(error, QueueFullError):
-        wait = {"Retry-After": str(error.retry_after)}
-        return Refusal(429, text, "rate_limit_error", "queue_full", headers=wait)
+        return Refusal(429, text, "rate_limit_error", "queue_full", headers=_when(error.seconds))
     if isinstance(error, NoModelError):
         return Refusal(404, text, code="model_not_found", param="model")
     if isinstance(error, FieldError):
@@ -61,3 +62,10 @@ def refusal(error: DiffoundryError, hidden: Mapping[str, str] | None = None) -> 
     if isinstance(error, DrainingError):
         return Refusal(503, text, _SERVER, "draining", headers={"Retry-After": "5"})
     return Refusal(500, text, _SERVER)
+
+
+def _when(seconds: float | None) -> dict[str, str]:
+    """Headers that say when to ask again: in whole seconds, and in milliseconds for the clients that know of them."""
+    if seconds is None:
+        return {}
+    return {"Retry-After": str(max(1, math.ceil(seconds))), "Retry-After-Ms": str(math.ceil(1000 * seconds))}

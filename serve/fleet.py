@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -14,7 +15,8 @@ from ..common.errors import DiffoundryError
 from .drawer import Failed, Finished, Moved, News, Order, Shown, kind_of
 from .metrics import Metrics
 from .models import Models
-from .queue import Image, Queue
+from .pending import Pending
+from .queue import Queue
 from .tickets import BrokenError, Drawn, OverdueError, Partial, State, Step, Ticket
 
 _MOST_LOST = 4
@@ -30,7 +32,7 @@ class LostError(Exception):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Sent(Image):
+class _Sent(Pending):
     """An image of a ticket. told: the most steps that its ticket heard of; shown: the previews that it did.
 
     drawer: the name of the one that draws it, "" while it waits.
@@ -53,10 +55,19 @@ class Fleet(Queue[_Sent]):
     """
 
     def __init__(
-        self, models: Models, send: Send, *, most_rows: int, drawers: int, queue: int, metrics: Metrics | None = None
+        self,
+        models: Models,
+        send: Send,
+        *,
+        most_rows: int,
+        drawers: int,
+        queue: int,
+        patience: float = math.inf,
+        metrics: Metrics | None = None,
     ) -> None:
-        """most_rows: images that a drawer steps together. drawers: the most there will be. queue: see `Scheduler`."""
-        super().__init__(most_rows * drawers + queue, most_rows, time.monotonic, metrics)
+        """most_rows: images that a drawer steps together. drawers: the most there will be. queue: images that may wait
+        beside them. patience: see `Admission`."""
+        super().__init__(most_rows, most_rows * (drawers - 1) + queue, patience, time.monotonic, metrics)
         self._models, self._send = models, send
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timers: dict[Ticket, asyncio.TimerHandle] = {}
@@ -81,6 +92,7 @@ class Fleet(Queue[_Sent]):
         return done
 
     def submit(self, ticket: Ticket) -> None:
+        self._admission.devices = len({image.drawer for image in self._images if image.drawer}) or 1
         super().submit(ticket)
         self._loop = asyncio.get_running_loop()
         if ticket.deadline is not None:
@@ -94,20 +106,21 @@ class Fleet(Queue[_Sent]):
         super().cancel(ticket)
         self._end(ticket, "cancelled")
 
-    @property
-    def _devices(self) -> int:
-        return len({image.drawer for image in self._images if image.drawer}) or 1
-
-    def _image(self, ticket: Ticket, index: int) -> _Sent:
-        self._arrived += 1
-        return _Sent(
-            client=ticket.client,
-            remaining=ticket.job.table.steps,
-            arrived=self._arrived,
-            priority=ticket.priority,
-            ticket=ticket,
-            index=index,
-        )
+    def _of(self, ticket: Ticket) -> list[_Sent]:
+        now = self._clock()
+        return [
+            _Sent(
+                client=ticket.client,
+                remaining=ticket.job.table.steps,
+                arrived=self._arrived + index,
+                priority=ticket.priority,
+                group=ticket.kind,
+                ticket=ticket,
+                index=index,
+                came=now,
+            )
+            for index in range(ticket.count)
+        ]
 
     async def _draw(self, image: _Sent) -> None:
         """Have an image drawn, however many drawers are lost meanwhile, up to some."""
@@ -115,7 +128,9 @@ class Fleet(Queue[_Sent]):
         try:
             for _ in range(_MOST_LOST):
                 try:
-                    async with aclosing(self._send(self._order(image), kind_of(*ticket.kind))) as stream:
+                    async with aclosing(
+                        self._send(self._order(image), kind_of(ticket.model.name, ticket.job.size))
+                    ) as stream:
                         async for news in stream:
                             self._hear(image, news)
                     if image not in self._images:
@@ -152,8 +167,11 @@ class Fleet(Queue[_Sent]):
                 ticket.tell(Partial(image.index, news.number, news.image))
             return
         if news.pace is not None:
+            is_first = not self._meter.has_steps
             self._meter.stepped(ticket.kind, 1, news.pace.step)
-            self._meter.decoded(ticket.kind, news.pace.decode)
+            self._meter.took("decode", ticket.kind, news.pace.decode)
+            if is_first:
+                self._admission.give_time(self._images)
         self._step(image, news.step if isinstance(news, Moved) else ticket.job.table.steps)
         if isinstance(news, Moved):
             image.drawer = news.drawer

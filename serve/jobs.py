@@ -7,13 +7,14 @@ import base64
 import hmac
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..runtime.request import Request as Drawing
 from .errors import Refusal
 from .fields import Asked
 from .guard import client_of
@@ -22,7 +23,9 @@ from .pictures import encoded
 from .service import ALIVE, Events, Service, failure, record_of, sse, stream
 from .tickets import Drawn, Ended, Event, Partial, Step, Ticket
 
-_MOST_ENDED = 1000
+_MOST_ENDED = 500
+_PATIENCE = 4.0
+"""Jobs may take so many times as long as requests whose connection is open."""
 
 
 @dataclass(slots=True)
@@ -38,7 +41,7 @@ class _Entry:
 
 
 class Jobs:
-    """The jobs of a server. One that ended is forgotten after an hour, and its pictures with it."""
+    """The jobs of a server. One that ended is forgotten after an hour, or where many ended since, with its pictures."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -50,6 +53,7 @@ class Jobs:
         ticket, asked = await self._service.ticket(request, (), url="url")
         if asked.stream:
             raise Refusal(400, "stream is not for jobs: read /v1/jobs/ID/events", param="stream")
+        ticket.patience = _PATIENCE
         events = Events(ticket)
         self._service.scheduler.submit(ticket)
         key = client_of(request.scope)[0] if request.scope["diffoundry"]["key"] else ""
@@ -84,6 +88,7 @@ class Jobs:
         if ticket.state == "succeeded":
             entry.files = [await self._service.keep(ticket, entry.asked, i) for i in range(ticket.count)]
         ticket.forget()
+        entry.asked = replace(entry.asked, request=Drawing())  # which holds the pictures that came with it
         entry.until = time.monotonic() + KEPT_SECONDS
         entry.is_whole.set()
 
@@ -119,23 +124,25 @@ class Jobs:
         return entry
 
     def _described(self, entry: _Entry) -> dict[str, Any]:
-        ticket = entry.ticket
+        ticket, state = entry.ticket, entry.ticket.state
+        if ticket.is_over and not entry.is_whole.is_set():
+            state = "running"  # until its pictures are files
         outlook = self._service.scheduler.outlook(ticket)
         described: dict[str, Any] = {
             "id": ticket.id,
             "object": "job",
             "model": ticket.model.name,
             "created": int(ticket.created),
-            "status": ticket.state,
+            "status": state,
             "place": outlook.place,
             "step": ticket.step,
             "steps": ticket.steps,
             "seconds_left": _rounded(outlook.seconds),
             "request": record_of(ticket),
         }
-        if ticket.state == "succeeded":
+        if state == "succeeded":
             described |= {"images": self._images(entry), "truncated": ticket.truncated}
-        if ticket.state == "failed":
+        if state == "failed":
             described |= failure(ticket).body()
         return described
 
@@ -158,6 +165,8 @@ class Jobs:
         for i, entry in enumerate(sorted(ended, key=lambda each: each.until or 0.0)):
             if i < surplus or (entry.until or 0.0) <= now:
                 del self._entries[entry.ticket.id]
+                for name in entry.files:
+                    self._service.kept.drop(name)
 
 
 def _rounded(seconds: float | None) -> float | None:

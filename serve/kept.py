@@ -1,4 +1,4 @@
-"""Pictures and jobs that are kept for a while, so that they can be asked for."""
+"""Pictures that are kept for a while, so that they can be asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 KEPT_SECONDS = 3600.0
 _MOST_BYTES = 256 << 20
+_MOST_FILES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +23,16 @@ class File:
 
 
 class Kept:
-    """Files under names that cannot be guessed. The oldest go when they are an hour old, or too many bytes."""
+    """Files under names that cannot be guessed. The oldest go when they are an hour old, or too many."""
 
-    def __init__(self, *, most_bytes: int = _MOST_BYTES, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._clock = most_bytes, clock
+    def __init__(
+        self,
+        *,
+        most_bytes: int = _MOST_BYTES,
+        most_files: int = _MOST_FILES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._most_bytes, self._most_files, self._clock = most_bytes, most_files, clock
         self._files: OrderedDict[str, File] = OrderedDict()
         self._bytes = 0
 
@@ -42,9 +49,15 @@ class Kept:
         self._forget()
         return self._files.get(name)
 
+    def drop(self, name: str) -> None:
+        """Forget a file, where it is still there."""
+        file = self._files.pop(name, None)
+        self._bytes -= 0 if file is None else len(file.data)
+
     def _forget(self) -> None:
         while self._files:
             name, oldest = next(iter(self._files.items()))
-            if oldest.until > self._clock() and self._bytes <= self._most:
+            is_full = self._bytes > self._most_bytes or len(self._files) > self._most_files
+            if oldest.until > self._clock() and not is_full:
                 return
-            self._bytes -= len(self._files.pop(name).data)
+            self.drop(name)

@@ -26,6 +26,7 @@ class Metrics:
         self.errors = Counter("diffoundry_errors", "Requests that failed while drawn", ["kind"], registry=registry)
         self.redrawn = Counter("diffoundry_redrawn_images", "Images whose replica was lost", registry=registry)
         self.requests = Counter("diffoundry_requests", "Requests that ended", ["route", "status"], registry=registry)
+        self.refused = Counter("diffoundry_refused", "Requests for which there was no place", registry=registry)
         self.loaded = Gauge("diffoundry_loaded_bytes", "Models in memory, about", ["model"], registry=registry)
 
     def page(self) -> bytes:

@@ -80,6 +80,11 @@ class Models:
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
 
+    @property
+    def has_bound(self) -> bool:
+        """Whether they may have to give way to each other."""
+        return self._memory is not None
+
     def named(self, name: str | None) -> Model:
         """Raises `NoModelError`, which lists what there is."""
         if name is None:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from ..common.errors import DiffoundryError, RequestError
+from ..common.errors import DiffoundryError
+from .admission import Admission, QueueFullError
 from .meter import Meter
 from .metrics import Metrics
-from .tickets import OverdueError, Ticket
-from .turns import Turn, Wait, in_order, until_room, waits
-
-
-class QueueFullError(DiffoundryError):
-    """There is no place for a request. retry_after: seconds, as measured, until there is one."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(f"the queue is full: try again in {retry_after} s")
-        self.retry_after = retry_after
+from .pending import Pending
+from .tickets import Ticket
+from .turns import in_order
 
 
 class DrainingError(DiffoundryError):
@@ -46,34 +38,25 @@ class Pace:
     decode: float
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class Image(Turn, ABC):
-    """An image of a ticket."""
-
-    ticket: Ticket
-    index: int
-
-    @property
-    @abstractmethod
-    def has_begun(self) -> bool:
-        """Whether it waits no more."""
-
-
-T = TypeVar("T", bound=Image)
+T = TypeVar("T", bound=Pending)
 
 
 class Queue(ABC, Generic[T]):
     """What is common to whatever draws: on a thread here (`Scheduler`), or on other machines (`Fleet`)."""
 
     def __init__(
-        self, capacity: int, most_rows: int, clock: Callable[[], float] = time.monotonic, metrics: Metrics | None = None
+        self,
+        most_rows: int,
+        queue: int,
+        patience: float,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
     ) -> None:
-        """capacity: images that may be there. most_rows: images of one step."""
-        self._capacity, self._most = capacity, most_rows
-        self._clock, self.metrics, self._meter = clock, metrics or Metrics(), Meter()
+        """most_rows: images of one step. queue, patience: see `Admission`."""
+        self._most, self._clock, self.metrics, self._meter = most_rows, clock, metrics or Metrics(), Meter()
+        self._admission = Admission(most_rows, queue, self._meter, clock, patience)
         self._lock = threading.Condition()
         self._images: list[T] = []
-        self._undecoded: deque[Any] = deque()
         self._arrived = 0
         self._draining = False
 
@@ -91,30 +74,31 @@ class Queue(ABC, Generic[T]):
         """Take nothing more, draw what is there for so long, and end. Returns whether all of it was drawn."""
 
     @abstractmethod
-    def _image(self, ticket: Ticket, index: int) -> T:
-        """Image `index` of a ticket, not begun."""
+    def _of(self, ticket: Ticket) -> list[T]:
+        """The images of a ticket, not begun; `_arrived` is the number of the first."""
 
     @property
-    def _devices(self) -> int:
-        """How many draw at the same time, `most_rows` images each."""
-        return 1
+    def decoding(self) -> int:
+        """The images whose latents wait for the decoder."""
+        return 0
+
+    @property
+    def present(self) -> int:
+        """The images that are there, begun or not."""
+        return len(self._images) + self.decoding
 
     def submit(self, ticket: Ticket) -> None:
-        """Let a ticket be drawn. Raises `QueueFullError`, `DrainingError`, `RequestError` for more than is ever taken.
-
-        The last quarter of the places is for clients that have less than half of them.
-        """
+        """Let a ticket be drawn. Raises `DrainingError`, and what `Admission.check` raises."""
         with self._lock:
             if self._draining:
                 raise DrainingError("the server is about to end: ask again when another one runs")
-            if ticket.count > self._capacity:
-                raise RequestError(f"{ticket.count} images are more than the queue holds: ask for {self._capacity}")
-            own = sum(image.ticket.client == ticket.client for image in self._images) + ticket.count
-            capacity = self._capacity
-            if own > self._capacity // 2 and own > ticket.count:
-                capacity -= self._capacity // 4
-            images = [self._image(ticket, index) for index in range(ticket.count)]
-            self._check_room(images, max(capacity, ticket.count))
+            images = self._of(ticket)
+            try:
+                self._admission.check(self._images, self.decoding, images)
+            except QueueFullError:
+                self.metrics.refused.inc()
+                raise
+            self._arrived += len(images)
             self._images += images
             self._lock.notify_all()
 
@@ -127,42 +111,22 @@ class Queue(ABC, Generic[T]):
     def outlook(self, ticket: Ticket) -> Outlook:
         """When a ticket comes to its turn, and when it will be done."""
         with self._lock:
-            images = in_order(self._images)
-            own = [i for i, image in enumerate(images) if image.ticket is ticket]
-            waiting = [i for i, image in enumerate(images) if not image.has_begun]
-            behind = [i for i in own if not images[i].has_begun]
-            place = 1 + waiting.index(behind[0]) if behind and ticket.state == "queued" else 0
-            times = self._waits(images, ticket.kind)
-            decode = len(self._undecoded) * self._meter.decode(ticket.kind)
-        if times is None or ticket.is_over:
-            return Outlook(place, 0.0 if ticket.is_over else None)
-        return Outlook(place, max((times[i].ends for i in own), default=0.0) + decode)
+            now = self._clock()
+            order = in_order(self._images, now)
+            waiting = [image for image in order if not image.has_begun]
+            behind = [i for i, image in enumerate(waiting, 1) if image.ticket is ticket]
+            place = behind[0] if behind and ticket.state == "queued" else 0
+            if ticket.is_over or not self._meter.has_steps:
+                return Outlook(place, 0.0 if ticket.is_over else None)
+            times = self._admission.foresee(order, self.decoding, now)
+            decode = self.decoding * self._meter.once("decode", ticket.kind)
+        return Outlook(
+            place, max((wait.ends for image, wait in times.items() if image.ticket is ticket), default=decode)
+        )
 
     def pace(self, ticket: Ticket) -> Pace | None:
         """How fast images such as those of `ticket` are drawn here; None while nothing was measured."""
         with self._lock:
-            step = self._meter.step(ticket.kind)
-            return None if step is None else Pace(step, self._meter.decode(ticket.kind))
-
-    def _waits(self, images: Sequence[T], kind: Hashable) -> list[Wait] | None:
-        """How long each takes, in this order; None while nothing was measured."""
-        most, devices = self._most * self._devices, self._devices
-        steps = [self._meter.step(image.ticket.kind) for image in images[:most]] or [self._meter.step(kind)]
-        known = [step for step in steps if step is not None]
-        if not known:
-            return None
-        return waits(images, most, sum(known) / len(known) / devices, self._meter.decode(kind) / devices)
-
-    def _check_room(self, images: Sequence[T], capacity: int) -> None:
-        """Raise `QueueFullError` where the queue does not take these, `OverdueError` where their deadline does not."""
-        ticket, now = images[0].ticket, self._clock()
-        if len(self._images) + len(self._undecoded) + len(images) > capacity:
-            times = self._waits(in_order(self._images), ticket.kind)
-            seconds = 1.0 if times is None else until_room(times, len(images), capacity)
-            raise QueueFullError(max(1, math.ceil(seconds)))
-        if ticket.deadline is not None:
-            order = in_order([*self._images, *images])
-            times = self._waits(order, ticket.kind) or []
-            ends = max((time.ends for image, time in zip(order, times, strict=False) if image in images), default=0.0)
-            if now + ends >= ticket.deadline:
-                raise OverdueError(f"this would be done in about {ends:.1f} s, after its deadline: give it more time")
+            if not self._meter.has_steps:
+                return None
+            return Pace(self._meter.row(ticket.kind), self._meter.once("decode", ticket.kind))

@@ -136,7 +136,9 @@ class Ingress:
         keys = [] if options.keys is None else read_keys(options.keys)
         models = open_models(options, _log)
         send = partial(_send, drawers)
-        self._fleet = Fleet(models, send, most_rows=options.rows, drawers=most, queue=options.queue)
+        self._fleet = Fleet(
+            models, send, most_rows=options.rows, drawers=most, queue=options.queue, patience=options.patience
+        )
         self._fleet.start()
         service = Service(models, self._fleet, options.version)
         # Ray waits for open requests; jobs that are left then could be asked for by nobody.

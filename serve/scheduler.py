@@ -2,70 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
-
-from ..common.arrays import Array
-from ..common.errors import DiffoundryError, RequestError
+from ..common.errors import DiffoundryError
 from ..runtime.loop.batch import Batch
-from ..runtime.loop.sample import Row
-from ..runtime.pictures.images import to_image
+from .memory import trim
 from .metrics import Metrics
 from .models import Model, Models
-from .queue import Image, Queue
-from .tickets import BrokenError, Drawn, OverdueError, Partial, Step, Ticket
-from .turns import OLDEST, choose, in_order
+from .queue import Queue
+from .rows import Rows, Underway, underway
+from .tickets import BrokenError, OverdueError, Step, Ticket
+from .turns import choose, in_order
+from .undecoded import Undecoded
 
 _MOST_FAILURES = 3
 """Engines that fail as often in a row make a server that is not ready."""
+_TRIM_SECONDS = 10.0
+"""After so long what was freed is given back to the system, when nothing is left to do."""
 _log = logging.getLogger("diffoundry.serve")
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Image(Image):
-    """An image of a ticket. batch, handle: where its row is. held: its row, where it had to give way.
-
-    partials: the numbers of remaining steps at which it is shown. alone: whether a step beside others failed. key: of
-    its batch.
-    """
-
-    batch: Batch | None = None
-    handle: int = -1
-    held: Row | None = None
-    partials: list[int] = field(default_factory=list)
-    shown: int = 0
-    alone: bool = False
-    key: Hashable = None
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether it has a row."""
-        return self.batch is not None or self.held is not None
-
-    def pause(self) -> None:
-        """Take its row out of its batch."""
-        if self.batch is not None:
-            self.held, self.batch, self.moving = self.batch.pause(self.handle), None, False
-
-
-@dataclass(frozen=True, slots=True)
-class _Undecoded:
-    """Latents that wait for the decoder. number: of a partial image, None for the final one."""
-
-    image: _Image
-    latents: Array
-    number: int | None = None
-
-
-class Scheduler(Queue[_Image]):
-    """Draws tickets, all on one thread: in each round one step of the images whose turn it is, then one picture.
+class Scheduler(Queue[Underway]):
+    """Draws tickets, all on one thread: in each round one step of the images whose turn it is, then as much decoding.
 
         scheduler.start()
         scheduler.submit(ticket)
@@ -80,17 +42,25 @@ class Scheduler(Queue[_Image]):
         *,
         most_rows: int = 8,
         queue: int = 64,
+        patience: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
         metrics: Metrics | None = None,
     ) -> None:
-        """most_rows: images of one step. queue: images that may be there beside as many."""
-        super().__init__(most_rows + queue, most_rows, clock, metrics)
+        """most_rows: images of one step. queue, patience: see `Admission`."""
+        super().__init__(most_rows, queue, patience, clock, metrics)
         self._models = models
-        self._undecoded: deque[_Undecoded] = deque()
-        self._batches: dict[Hashable, Batch] = {}
-        self._rounds = self._failures = 0
+        self._undecoded = Undecoded(self._meter, self.metrics, clock, lambda ticket, error: self._fail([ticket], error))
+        self._rows = Rows()
+        self._round_seconds = 0.0
+        self._last_end: float | None = None
+        self._failures = 0
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="diffoundry-serve", daemon=True)
+
+    @property
+    def decoding(self) -> int:
+        """The images whose latents wait for the decoder."""
+        return len(self._undecoded)
 
     def start(self) -> None:
         """Begin to draw, on a thread of its own."""
@@ -116,36 +86,49 @@ class Scheduler(Queue[_Image]):
         """Whether it takes requests and draws them."""
         return self._thread.is_alive() and not self._draining and self._failures < _MOST_FAILURES
 
-    def warm(self, model: Model, ticket: Ticket | None) -> None:
-        """Load the engines of a model before `start`, and draw `ticket` with it, so that times are known."""
+    def warm(self, model: Model, first: Ticket | None = None, many: Ticket | None = None) -> None:
+        """Load the engines of a model before `start`, so that the first request need not wait.
+
+        first: is drawn. many: a step of its images is made. Times are then known, and so is the memory that is needed.
+        """
         self._models.together([model])
         self._models.make_room(model)
         for role in ("text", "denoiser", "decoder"):
             for name in model.pipeline.bundle.manifest.with_role(role):
                 model.pipeline.engine(name)
-        if ticket is not None:
+        for ticket in (first, many):
+            if ticket is None:
+                continue
             self.submit(ticket)
             while self.round():
-                pass
+                if ticket is many:
+                    self.cancel(ticket)
             if ticket.error is not None:
                 raise ticket.error
 
     def round(self) -> bool:
-        """Step the images whose turn it is, then decode one. Returns whether anything was left to do."""
+        """Step the images whose turn it is, then decode. Returns whether anything was left to do."""
+        begin = self._clock() if self._last_end is None else self._last_end  # what comes between rounds takes time too
         with self._lock:
             self._drop_cancelled()
             chosen = self._choose()
-        self._place(chosen)
+        begin += self._place(chosen)
         for image in self._images:
             image.moving = image in chosen and image.batch is not None
-        for key, batch in list(self._batches.items()):
-            self._step(key, batch)
-        self._decode()
+        for key, batch in self._rows.items():
+            begin = self._step(key, batch, begin)
+        self._undecoded.decode(self._round_seconds)
         self._count()
-        return bool(self._images or self._undecoded)
+        is_busy = bool(self._images or self._undecoded)
+        self._last_end = self._clock() if is_busy else None
+        return is_busy
 
     def _run(self) -> None:
+        trimmed = self._clock()
         while True:
+            if not self.present and self._clock() > trimmed + _TRIM_SECONDS:
+                trim()
+                trimmed = self._clock()
             with self._lock:
                 self._lock.wait_for(lambda: self._images or self._undecoded or self._draining)
                 if self._stopping or not (self._images or self._undecoded):
@@ -159,20 +142,8 @@ class Scheduler(Queue[_Image]):
                 for image in tuple(self._images):
                     self._fail([image.ticket], error)
 
-    def _image(self, ticket: Ticket, index: int) -> _Image:
-        self._arrived += 1
-        steps, parts = ticket.job.table.steps, ticket.partial_images + 1
-        shown = [steps - max(1, steps * (part + 1) // parts) for part in range(parts - 1)]
-        return _Image(
-            client=ticket.client,
-            remaining=steps,
-            arrived=self._arrived,
-            priority=ticket.priority,
-            group=(ticket.model.name, ticket.model.pipeline.kind(ticket.job)),
-            ticket=ticket,
-            index=index,
-            partials=shown,
-        )
+    def _of(self, ticket: Ticket) -> list[Underway]:
+        return underway(ticket, self._arrived, self._clock())
 
     def _drop_cancelled(self) -> None:
         now = self._clock()
@@ -183,53 +154,53 @@ class Scheduler(Queue[_Image]):
             elif ticket.deadline is not None and now >= ticket.deadline:
                 self._fail([ticket], OverdueError("the deadline passed before the pictures were there"))
 
-    def _every(self) -> Iterable[_Image]:
-        return (*self._images, *(each.image for each in self._undecoded))
+    def _every(self) -> Iterable[Underway]:
+        return (*self._images, *self._undecoded.images)
 
     def _drop(self, ticket: Ticket) -> None:
         """Forget the images of a ticket."""
-        for image in self._images:
-            if image.ticket is ticket and image.batch is not None:
-                with contextlib.suppress(RequestError):  # where the batch was closed
-                    image.batch.drop(image.handle)
+        self._rows.leave(image for image in self._images if image.ticket is ticket)
         with self._lock:
             self._images = [image for image in self._images if image.ticket is not ticket]
-            self._undecoded = deque(each for each in self._undecoded if each.image.ticket is not ticket)
-        self._close_empty()
+            self._undecoded.drop(ticket)
 
-    def _choose(self) -> list[_Image]:
+    def _choose(self) -> list[Underway]:
         """The images of this round, none while as many wait for the decoder as may move."""
         if len(self._undecoded) >= self._most or not self._images:
             return []
-        self._rounds += 1
-        return choose(self._in_memory(), self._most, oldest=self._rounds % OLDEST == 0)
+        return choose(in_order(self._in_memory(), self._clock()), self._most)
 
-    def _in_memory(self) -> list[_Image]:
+    def _in_memory(self) -> list[Underway]:
         """The images of models that are in memory, or can be, together. Rows of others are taken out."""
-        decoding = [each.image for each in self._undecoded]
-        wanted = dict.fromkeys(image.ticket.model for image in (*in_order(self._images), *decoding))
+        if not self._models.has_bound:
+            return self._images
+        decoding = self._undecoded.images
+        wanted = dict.fromkeys(image.ticket.model for image in (*in_order(self._images, self._clock()), *decoding))
         together = self._models.together(list(wanted))
         for image in self._images:
             if image.ticket.model not in together:
                 image.pause()
         return [image for image in self._images if image.ticket.model in together]
 
-    def _place(self, chosen: Collection[_Image]) -> None:
-        """Bring the chosen images into their batches; those that are there and were not chosen give way."""
+    def _place(self, chosen: Collection[Underway]) -> float:
+        """Bring the chosen images into their batches; those that are there and were not chosen give way.
+
+        Returns the seconds that texts and pictures took.
+        """
         batches = [image.batch for image in chosen if image.batch is not None]
         for image in self._images:
             if image.batch in batches and image not in chosen:
                 image.pause()
-        self._close_empty()
+        self._rows.close_empty()
         for model in dict.fromkeys(image.ticket.model for image in chosen):
             self._models.make_room(model)
+        begin = self._clock()
         self._prepare(list(dict.fromkeys(image.ticket for image in chosen if image.ticket.ready is None)))
+        seconds = self._clock() - begin
         for image in chosen:
             if image.batch is None and image.ticket.ready is not None:
-                try:
-                    self._enter(image, chosen)
-                except Exception as error:
-                    self._fail([image.ticket], error)
+                self._enter(image, chosen)
+        return seconds
 
     def _prepare(self, tickets: Sequence[Ticket]) -> None:
         """Encode the texts of these together; of those with a picture to encode one in a round."""
@@ -244,6 +215,7 @@ class Scheduler(Queue[_Image]):
         """Whether these could be prepared together. One that is alone fails where not."""
         if not tickets:
             return True
+        begin = self._clock()
         try:
             ready = tickets[0].model.pipeline.prepare([ticket.job for ticket in tickets])
         except Exception as error:
@@ -252,48 +224,32 @@ class Scheduler(Queue[_Image]):
             return False
         for ticket, each in zip(tickets, ready, strict=True):
             ticket.prepared(each)
+            self._meter.took("prepare", ticket.kind, (self._clock() - begin) / len(tickets))
         return True
 
-    def _enter(self, image: _Image, chosen: Collection[_Image]) -> None:
+    def _enter(self, image: Underway, chosen: Collection[Underway]) -> None:
         """Bring an image into its batch, where there is a place."""
-        ticket, pipeline, ready = image.ticket, image.ticket.model.pipeline, image.ticket.ready
-        if ready is None:
+        ticket = image.ticket
+        try:
+            is_there = self._rows.enter(image, chosen, self._images)
+        except Exception as error:
+            self._fail([ticket], error)
             return
-        if image.key is None:
-            image.key = ticket.model.name, pipeline.group(ready, image.index), id(image) if image.alone else None
-            image.most = pipeline.most_rows(ticket.job)
-        batch = self._batches.get(image.key)
-        if batch is None:
-            batch = self._batches[image.key] = pipeline.batch(ready)
-        for other in self._images:
-            if other.batch is batch and other not in chosen:
-                other.pause()
-        if len(batch) >= image.most:
-            return
-        if image.held is not None:
-            image.handle = batch.resume(image.held)
-        else:
-            image.handle = batch.add(ready.samples[image.index])
-        image.batch, image.held = batch, None
-        if ticket.state == "queued":
+        if is_there and ticket.state == "queued":
             ticket.state = "running"
             self.metrics.wait.observe(max(0.0, time.time() - ticket.created))
 
-    def _step(self, key: Hashable, batch: Batch) -> None:
+    def _step(self, key: Hashable, batch: Batch, begin: float) -> float:
+        """Step the images of a batch that move. begin: of its round. Returns when that was done."""
         images = [image for image in self._images if image.batch is batch and image.moving]
         if not images:
-            return
-        start = self._clock()
+            return begin
         try:
             batch.step()
         except Exception as error:
             self._broken(key, batch, images, error)
-            return
+            return self._clock()
         self._failures = 0
-        seconds = self._clock() - start
-        self._meter.stepped(images[0].ticket.kind, len(images), seconds)
-        self.metrics.rows.observe(len(images))
-        self.metrics.step.observe(seconds)
         for image in images:
             image.remaining -= 1
             image.ticket.step += 1
@@ -303,9 +259,22 @@ class Scheduler(Queue[_Image]):
         for ticket in dict.fromkeys(image.ticket for image in images):
             if not ticket.is_over:
                 ticket.tell(Step(ticket.step, ticket.steps))
-        self._close_empty()
+        self._rows.close_empty()
+        end = self._clock()
+        self._measured(images, end - begin)
+        return end
 
-    def _after_step(self, image: _Image, batch: Batch) -> None:
+    def _measured(self, images: Sequence[Underway], seconds: float) -> None:
+        """A round of these took so long, without what is done once for a picture."""
+        is_first = not self._meter.has_steps
+        self._meter.stepped(images[0].ticket.kind, len(images), seconds)
+        if is_first:
+            self._admission.give_time(self._images)
+        self._round_seconds = seconds
+        self.metrics.rows.observe(len(images))
+        self.metrics.step.observe(seconds)
+
+    def _after_step(self, image: Underway, batch: Batch) -> None:
         """Take the latents of an image that is done, or that is to be shown."""
         if image.handle in batch.done:
             try:
@@ -316,56 +285,20 @@ class Scheduler(Queue[_Image]):
             image.batch, image.moving = None, False
             with self._lock:
                 self._images.remove(image)
-                self._undecoded.append(_Undecoded(image, latents))
+                self._undecoded.add(image, latents)
         elif image.remaining in image.partials:
             with self._lock:
-                self._undecoded.append(_Undecoded(image, batch.latents(image.handle), image.shown))
+                self._undecoded.add(image, batch.latents(image.handle), image.shown)
             image.shown += 1
 
-    def _broken(self, key: Hashable, batch: Batch, images: Sequence[_Image], error: Exception) -> None:
+    def _broken(self, key: Hashable, batch: Batch, images: Sequence[Underway], error: Exception) -> None:
         """A step failed. On the host each of its rows is tried alone, so that one does not end the others."""
         if batch.on_host and len(images) > 1:
-            for image in images:
-                image.pause()
-                image.alone, image.key, image.group = True, None, id(image)
-            self._close_empty()
+            self._rows.scatter(images)
             return
         self._failures += 1
         self._fail(list(dict.fromkeys(image.ticket for image in images)), error)
-        if self._batches.pop(key, None) is not None:
-            with contextlib.suppress(Exception):  # what failed may fail again
-                batch.close()
-
-    def _close_empty(self) -> None:
-        for key, batch in list(self._batches.items()):
-            if not batch and not batch.done:
-                del self._batches[key]
-                with contextlib.suppress(Exception):
-                    batch.close()
-
-    def _decode(self) -> None:
-        """Make one picture of latents, the ones that wait longest."""
-        if not self._undecoded:
-            return
-        with self._lock:
-            waiting = self._undecoded.popleft()
-        image, ticket = waiting.image, waiting.image.ticket
-        start = self._clock()
-        try:
-            if waiting.number is not None:
-                decoder = ticket.model.preview_decoder
-                pixels = ticket.model.pipeline.decode(np.nan_to_num(waiting.latents)[None], decoder)
-                ticket.tell(Partial(image.index, waiting.number, to_image(pixels[0])))
-                return
-            ticket.images[image.index] = drawn = ticket.model.pipeline.picture(ticket.job, waiting.latents)
-        except Exception as error:
-            self._fail([ticket], error)
-            return
-        self._meter.decoded(ticket.kind, self._clock() - start)
-        self.metrics.images.labels(ticket.model.name).inc()
-        ticket.tell(Drawn(image.index, drawn))
-        if len(ticket.images) == ticket.count:
-            ticket.end("succeeded")
+        self._rows.close(key)
 
     def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
         """End tickets by an error. What no request should lead to goes into the log, not to the client."""

@@ -16,14 +16,16 @@ from ..common.errors import DiffoundryError, RequestError
 from ..runtime.lora import Lora
 from ..runtime.pipeline import load
 from ..runtime.request import Request
+from .admission import PATIENCE
 from .app import DRAIN_SECONDS, build
 from .guard import read_keys
+from .memory import few_arenas
 from .models import Model, Models
 from .scheduler import Scheduler
 from .service import Service
 from .tickets import Ticket
 
-_WARM_STEPS = 2
+_WARM_STEPS, _WARM_ROWS = 2, 16
 _BACKLOG = 2048
 
 
@@ -31,8 +33,8 @@ _BACKLOG = 2048
 class Options:
     """What `diffoundry serve` is asked for. bundles: by the names of their models; loras: by theirs.
 
-    memory: bytes. keys: the file of them. origins: of pages that may ask from a browser. page: whether there
-    is one at `/`. version: of diffoundry.
+    patience: see `Admission`. memory: bytes. keys: the file of them. origins: of pages that may ask from a browser.
+    page: whether there is one at `/`. version: of diffoundry.
     """
 
     bundles: Mapping[str, Path]
@@ -43,6 +45,7 @@ class Options:
     threads: int | None = None
     rows: int = 8
     queue: int = 64
+    patience: float = PATIENCE
     memory: int | None = None
     keys: Path | None = None
     loras: Mapping[str, str] = field(default_factory=dict)
@@ -63,6 +66,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     except ImportError:
         raise missing() from None
     keys = [] if options.keys is None else read_keys(options.keys)
+    few_arenas()
     listener = reserve(options.host, options.port)
     try:
         service = make(options, say)
@@ -98,10 +102,11 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
 def make(options: Options, say: Callable[[str], None]) -> Service:
     """The models, checked and where asked warm, and the scheduler, not started."""
     held = open_models(options, say)
-    scheduler = Scheduler(held, most_rows=options.rows, queue=options.queue)
+    scheduler = Scheduler(held, most_rows=options.rows, queue=options.queue, patience=options.patience)
     for model in held if options.warm else ():
-        draws = "txt2img" in model.pipeline.bundle.manifest.tasks
-        scheduler.warm(model, Ticket(model, model.pipeline.job(Request("", steps=_WARM_STEPS))) if draws else None)
+        counts = (1, min(options.rows, _WARM_ROWS)) if "txt2img" in model.pipeline.bundle.manifest.tasks else ()
+        jobs = [model.pipeline.job(Request("", steps=_WARM_STEPS, count=count)) for count in counts]
+        scheduler.warm(model, *(Ticket(model, job) for job in jobs))
         say(f"{model.name}: warm")
     return Service(held, scheduler, options.version)
 

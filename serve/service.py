@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -23,7 +24,7 @@ from .fields import KNOWN, Asked, check_plans, check_size, model_name, read_fiel
 from .guard import client_of
 from .kept import Kept
 from .models import Model, Models
-from .pictures import FORMATS, encoded
+from .pictures import FORMATS, Upload, encoded
 from .queue import Queue
 from .tickets import Ended, Event, Ticket
 
@@ -94,8 +95,23 @@ def _checked(given: Mapping[str, Any], model: Model, client: str, most_priority:
     job = model.pipeline.job(asked.request)
     check_size(job.size)
     check_plans(job.size, model)
-    ticket = Ticket(model, job, client=client, priority=asked.priority, partial_images=asked.partial_images)
-    return asked, ticket
+    return asked, Ticket(
+        model,
+        job,
+        client=client,
+        mark=_mark(given),
+        priority=asked.priority,
+        partial_images=asked.partial_images,
+    )
+
+
+def _mark(given: Mapping[str, Any]) -> str:
+    """What is the same for the same fields."""
+
+    def of_file(value: Any) -> str:
+        return hashlib.sha256(value.data).hexdigest() if isinstance(value, Upload) else str(value)
+
+    return hashlib.sha256(json.dumps(given, sort_keys=True, default=of_file).encode()).hexdigest()
 
 
 def hidden(model: Model) -> dict[str, str]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from ..common.errors import DiffoundryError
 from ..runtime.conditions.condition import Job
 from ..runtime.request import Request
 from ..runtime.run import Ready
+from ..runtime.schedulers import Table
 from .models import Model
 
+_NOTHING = np.empty(0)
+_NO_TABLE = Table(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
@@ -65,15 +69,19 @@ Event = Step | Partial | Drawn | Ended
 class Ticket:
     """A job of a model, whose it is, and what became of it. The scheduler's thread alone changes it.
 
-    partial_images: previews of each image. deadline: when it is too late, by the scheduler's clock, None for never.
-    step: steps made of all its images together. ready: what its rows start from, once that was made. tokens: that the
-    denoiser reads of its prompt. truncated: the parts of its prompts that did not fit.
+    mark: the same for the same request again. patience: how many times as long as others it may take. partial_images:
+    previews of each image. deadline: when it is too late, by the scheduler's clock, None for never. step: steps made of
+    all its images together; steps: of how many. ready: what its rows start from, once that was made. tokens: that the
+    denoiser reads of its prompt. truncated: the parts of its prompts that did not fit. kind: of what one batch steps
+    together, and takes as long.
     """
 
     model: Model
     job: Job
     client: str = ""
+    mark: str = ""
     priority: int = 0
+    patience: float = 1.0
     partial_images: int = 0
     deadline: float | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(18))
@@ -88,11 +96,12 @@ class Ticket:
     is_cancelled: bool = False
     listeners: list[Callable[[Event], Any]] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
+    steps: int = field(init=False)
+    kind: Hashable = field(init=False)
 
-    @property
-    def steps(self) -> int:
-        """The steps of all its images."""
-        return self.job.table.steps * self.count
+    def __post_init__(self) -> None:
+        self.steps = self.job.table.steps * self.count
+        self.kind = self.model.name, self.model.pipeline.kind(self.job)
 
     @property
     def count(self) -> int:
@@ -104,11 +113,6 @@ class Ticket:
         """Whether nothing more becomes of it."""
         return self.state in ("succeeded", "failed", "cancelled")
 
-    @property
-    def kind(self) -> tuple[str, tuple[int, int]]:
-        """What takes as long as it, see `meter.Meter`."""
-        return self.model.name, self.job.size
-
     def prepared(self, ready: Ready) -> None:
         """Its rows can start."""
         inputs = self.model.pipeline.bundle.manifest.wiring.inputs_from("text.hidden")
@@ -119,9 +123,8 @@ class Ticket:
     def forget(self) -> None:
         """Give back the memory of what it was drawn from, and of its pictures; what is said of it stays."""
         self.images.clear()
-        self.job = replace(
-            self.job, request=Request(), picture=None, controls={}, image_prompts={}, regions={}, loras=()
-        )
+        job = replace(self.job, request=Request(), table=_NO_TABLE, picture=None)
+        self.job = replace(job, controls={}, image_prompts={}, regions={}, loras=())
 
     def tell(self, event: Event) -> None:
         """Let all that listen know."""

@@ -1,67 +1,58 @@
-"""Whose turn it is: which pictures are stepped in the next round, and how long the others wait."""
+"""Whose turn it is: which pictures are stepped in the next round, and how long each takes."""
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
-
-OLDEST = 4
-"""In every so many rounds the picture that came first goes first, however long it takes: none waits for ever."""
-_STAY = 4
-"""Steps by which a waiting picture must be nearer to its end than a moving one to take its place."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Turn:
     """A picture on its way, as far as the choice needs it.
 
-    client: whose it is. remaining: its steps. arrived: a number that grows with every picture. moving: whether it was
-    stepped in the last round. group: pictures that one call of the denoiser can step together; most: how many it takes.
+    client: whose it is. remaining: its steps. arrived: a number that grows with every picture. due: when it is to be
+    done, seconds by some clock; those of short ones are soon after they came. yields: until then it goes behind the
+    pictures of clients that have fewer. group: pictures that one call of the denoiser can step together; most: how
+    many it takes.
     """
 
     client: str
     remaining: int
     arrived: int
+    due: float = 0.0
+    yields: float = float("inf")
     priority: int = 0
-    moving: bool = False
     group: Hashable = None
     most: int = 1 << 30
-
-    @property
-    def claim(self) -> int:
-        """The smallest is next: the steps that are left. One that moves stays ahead of those with about as many."""
-        return self.remaining - (_STAY if self.moving else 0)
 
 
 T = TypeVar("T", bound=Turn)
 
 
-def in_order(turns: Iterable[T]) -> list[T]:
+def in_order(turns: Iterable[T], now: float = 0.0) -> list[T]:
     """Pictures in the order in which they are to move.
 
-    First by priority; then the first one of each client before the second one of any; then by their claims.
+    First by priority; then the first one of each client before the second one of any, as long as these yield; then by
+    when they are due. Nothing that comes later is due before all that is there, so that none waits for ever.
     """
-    by_claim = sorted(turns, key=lambda turn: (-turn.priority, turn.claim, turn.arrived))
+    by_due = sorted(turns, key=lambda turn: (-turn.priority, turn.due, turn.arrived))
+    if len({turn.client for turn in by_due}) in (1, len(by_due)):
+        return by_due
     seen: Counter[str] = Counter()
-    places: list[tuple[tuple[int, int, int, int], T]] = []
-    for turn in by_claim:
-        places.append(((-turn.priority, seen[turn.client], turn.claim, turn.arrived), turn))
+    places: list[tuple[tuple[int, int, float, int], T]] = []
+    for turn in by_due:
+        place = seen[turn.client] if now < turn.yields else 0
+        places.append(((-turn.priority, place, turn.due, turn.arrived), turn))
         seen[turn.client] += 1
     return [turn for _, turn in sorted(places, key=lambda place: place[0])]
 
 
-def choose(turns: Iterable[T], most: int, *, oldest: bool = False) -> list[T]:
-    """The pictures of the next round, which are one call: the first in order, and those that can go along with it.
-
-    oldest: let the first be the one that came first, of the highest priority; see `OLDEST`.
-    """
-    order = in_order(turns)
-    first = min(order, key=lambda turn: (-turn.priority, turn.arrived)) if oldest else order[0]
-    along = [first, *(turn for turn in order if turn.group == first.group and turn is not first)]
-    return along[: min(most, first.most)]
+def choose(order: Sequence[T], most: int) -> list[T]:
+    """The pictures of the next round, which are one call: the first in order, and those that can go along with it."""
+    first = order[0]
+    return [turn for turn in order if turn.group == first.group][: min(most, first.most)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +63,49 @@ class Wait:
     ends: float
 
 
-def waits(turns: Sequence[T], most: int, step: float, decode: float) -> list[Wait]:
-    """How long each picture takes, if no other came and `most` moved at a time in the order given.
+def waits(
+    order: Sequence[T],
+    most: int,
+    step: Callable[[T, int], float],
+    decode: Callable[[T], float],
+    prepare: Callable[[T], float] = lambda turn: 0.0,
+    *,
+    ahead: float = 0.0,
+) -> list[Wait]:
+    """How long each picture takes, if no other came: the rounds of `choose`, in the order given.
 
-    step: seconds that a step of one picture takes beside others. decode: seconds for a picture's decoder.
+    step: seconds of a round, by its first picture and how many move. decode: of a picture's decoder. prepare: before it
+    can move. ahead: seconds of other work, which comes first.
     """
-    free = [0] * most
-    rounds: list[tuple[int, int]] = []
-    for turn in turns:
-        begins = heapq.heappop(free)
-        rounds.append((begins, begins + turn.remaining))
-        heapq.heappush(free, begins + turn.remaining)
-    round_seconds = step * min(most, len(turns))
-    ended = sorted(end for _, end in rounds)
-
-    def seconds(at: int, pictures: int) -> float:
-        return at * round_seconds + pictures * decode
-
-    places = {end: place for place, end in enumerate(ended, 1)}
-    return [Wait(seconds(begins, places.get(begins, 0)), seconds(end, places[end])) for begins, end in rounds]
+    waiting: defaultdict[Hashable, deque[int]] = defaultdict(deque)
+    for i, turn in enumerate(order):
+        waiting[turn.group].append(i)
+    moving: dict[Hashable, list[int]] = {group: [] for group in waiting}
+    left, begins, ends = [turn.remaining for turn in order], [0.0] * len(order), [0.0] * len(order)
+    now = ahead
+    while waiting:
+        for group, rows in moving.items():
+            room = min(most, order[(rows or waiting[group])[0]].most)
+            while len(rows) < room and waiting[group]:
+                rows.append(waiting[group].popleft())
+        group = min(moving, key=lambda each: moving[each][0])
+        rows = moving[group]
+        for i in rows:
+            if left[i] == order[i].remaining and not begins[i]:
+                begins[i] = now
+                now += prepare(order[i])
+        rounds, seconds = max(1, min(left[i] for i in rows)), step(order[rows[0]], len(rows))
+        now += rounds * seconds
+        begin = now
+        for i in rows:
+            left[i] -= rounds
+            if left[i] <= 0:
+                now += decode(order[i])
+                ends[i] = now + max(0.0, now - begin - seconds)  # steps come between many decoders
+        moving[group] = [i for i in rows if left[i] > 0]
+        if not moving[group] and not waiting[group]:
+            del moving[group], waiting[group]
+    return [Wait(begin, end) for begin, end in zip(begins, ends, strict=True)]
 
 
 def until_room(waits: Sequence[Wait], wanted: int, capacity: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ class Served:
     def is_idle(self) -> bool:
         """Whether nothing is left of any request."""
         scheduler = self.service.scheduler
-        return not (scheduler._images or scheduler._undecoded or scheduler._batches)
+        return not (scheduler._images or scheduler._undecoded or len(scheduler._rows))
 
 
 @contextmanager
@@ -87,7 +88,7 @@ def pipe(bundle_of) -> diffoundry.Pipeline:
 
 @pytest.fixture(scope="session")
 def served(bundle_of) -> Iterator[Served]:
-    with serving({"pico": bundle_of("pico")}, rows=4, queue=60, warm=True) as running:
+    with serving({"pico": bundle_of("pico")}, rows=4, queue=60, patience=math.inf, warm=True) as running:
         yield running
 
 

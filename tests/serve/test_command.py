@@ -74,6 +74,8 @@ def test_other_bad_input(called, bundle_of, tmp_path):
     fails(called("serve", f"a={pico}", f"a={pico}"), "two bundles are called a")
     fails(called("serve", pico, "--memory", "0.001", "--port", "0"), "--memory")
     fails(called("serve", pico, "--lora", f"style={tmp_path / 'none'}", "--port", "0"), "--lora style")
+    done = called("serve", pico, "--patience", "0.5")
+    assert done.returncode == 2 and "--patience" in done.stderr
     done = called("serve", pico, "--lora", "style")
     assert done.returncode == 2 and "NAME=FILE" in done.stderr
 

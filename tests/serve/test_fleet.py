@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from diffoundry import Control, Guidance, Request
+from diffoundry.serve.admission import QueueFullError
 from diffoundry.serve.cluster import Device, Replicas, device_of, read_arguments
 from diffoundry.serve.drawer import Drawer, Failed, Order, kind_of
 from diffoundry.serve.fleet import Fleet, LostError
 from diffoundry.serve.models import Model, Models
-from diffoundry.serve.queue import DrainingError, QueueFullError
+from diffoundry.serve.queue import DrainingError
 from diffoundry.serve.server import Options
 from diffoundry.serve.tickets import Drawn, Ended, Partial, Step, Ticket
 from diffoundry.tests.serve.conftest import until

@@ -234,7 +234,7 @@ def test_a_client_that_goes_away_frees_its_rows(idle):
         head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         with connected(idle) as connection:
             connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            until(lambda: idle.service.scheduler._batches)
+            until(lambda: len(idle.service.scheduler._rows))
         until(idle.is_idle)
 
 

@@ -7,6 +7,7 @@ import base64
 import inspect
 import io
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -331,11 +332,15 @@ def test_errors_are_those_of_the_api(client, drawn):
     assert (error.status_code, error.code) == (504, "deadline_exceeded")
 
 
-def test_a_full_queue_is_429(bundle_of):
-    with serving({"pico": bundle_of("pico")}, rows=1, queue=1, warm=True) as small, small.client() as client:
+@pytest.mark.parametrize(("queue", "patience"), [(1, math.inf), (9, 1.0)])
+def test_a_full_queue_is_429(bundle_of, queue, patience):
+    options = {"rows": 1, "queue": queue, "patience": patience, "warm": True}
+    with serving({"pico": bundle_of("pico")}, **options) as small, small.client() as client:
         jobs = [client.post("/jobs", body={"prompt": "a", "steps": 200}, cast_to=dict) for _ in range(2)]
         error = refused(openai.RateLimitError, lambda: client.images.generate(prompt="a"))
-        assert error.code == "queue_full" and 1 <= int(error.response.headers["retry-after"]) < 20
+        seconds = int(error.response.headers["retry-after"])
+        assert error.code == "queue_full" and 1 <= seconds < 20
+        assert 1000 * (seconds - 1) <= int(error.response.headers["retry-after-ms"]) <= 1000 * seconds
         for job in jobs:
             client.delete(f"/jobs/{job['id']}", cast_to=dict)
 

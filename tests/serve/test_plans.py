@@ -35,10 +35,10 @@ def test_rows_of_a_bundle_with_plans(trt, copied, pipe):
         tickets.append(Ticket(model, model.pipeline.job(request)))
         scheduler.submit(tickets[-1])
         scheduler.round()
-        assert max(len(batch) for batch in scheduler._batches.values()) <= 2
+        assert max(len(batch) for _, batch in scheduler._rows.items()) <= 2
     while scheduler.round():
-        assert max((len(batch) for batch in scheduler._batches.values()), default=0) <= 2
-        assert not any(batch.on_host for batch in scheduler._batches.values())
+        assert max((len(batch) for _, batch in scheduler._rows.items()), default=0) <= 2
+        assert not any(batch.on_host for _, batch in scheduler._rows.items())
     for ticket, request in zip(tickets, requests, strict=True):
         assert ticket.state == "succeeded", ticket.error
         for i, wanted in enumerate(pipe.generate(request).images):

@@ -106,8 +106,14 @@ def test_kept_pictures_are_forgotten():
     assert kept.get(first).data == b"12345" and second.endswith(".webp")
     third = kept.put(b"1", "image/png")
     assert kept.get(first) is None and kept.get(second) is not None
+    kept.drop(second)
+    kept.drop(second)
+    assert kept.get(second) is None and kept._bytes == 1
     now[0] = KEPT_SECONDS
     assert kept.get(third) is None and kept._bytes == 0
+    few = Kept(most_files=2)
+    names = [few.put(b"1", "image/png") for _ in range(3)]
+    assert [few.get(name) is None for name in names] == [True, False, False]
 
 
 def test_metrics_and_the_log(idle, caplog):
