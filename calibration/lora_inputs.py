@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..engines.changed import new_values, sources_of
 from ..engines.fusion.cpu import fuse_for_cpu
 from ..engines.fusion.graph import moved, open_model, save
 from ..engines.fusion.lora import DOWN, RANK, SETS, UP, Layer, add_lora, names_of
-from ..engines.names import ONNXRUNTIME
+from ..engines.names import ONNXRUNTIME, OPENVINO
 from ..engines.onnxruntime import load_variant
 from ..engines.verify import compare_outputs, recorded_case, save_case
 from .hinted import HINTED_ENGINES
@@ -32,11 +32,13 @@ from .hinted import HINTED_ENGINES
 NAME = "{}_lora"
 """The name of the component, after the denoiser."""
 RECORD = "lora_inputs"
-_REVISION = 2
+_REVISION = 3
 """Raise it when the same models would give other graphs."""
 _FILES = {FULL: "model.onnx", "fp16": "fp16.onnx", "bf16": "bf16.onnx"}
 _SPARING = "sparing.onnx"
-"""The fp32 graph for the processor before its operators are fused: it spares layers that a set does not change."""
+"""The fp32 graph for ONNX Runtime before its operators are fused: it spares layers that a set does not change."""
+_OPENVINO = ("openvino.onnx", "openvino_per_prompt.onnx")
+"""The fp32 graph for OpenVINO, which wants sizes that do not depend on what inputs hold."""
 _PLAIN = "plain.{}_data"
 """The weights that a graph shares with the plain one."""
 LAYERS = {
@@ -133,9 +135,8 @@ def with_lora(bundle: Bundle, ledger: Ledger, wanted: Callable[[str], bool], lor
     made = ledger.once(RECORD, key, ADAPTED, lambda: _adapted(bundle, denoiser, name, wanted))
     meter.step()
     variants = dict(made.variants)
-    whole = variants[f"{FULL}/{ONNXRUNTIME}:cpu"]
     hinted = [own for own in part.variants if own.partition("/")[2] in HINTED_ENGINES]
-    variants |= dict.fromkeys(hinted, whole)  # the same graph, computed in that precision
+    variants |= dict.fromkeys(hinted, variants[f"{FULL}/{OPENVINO}"])  # the same graph, computed in that precision
     component = Component("lora", made.inputs, part.outputs, variants, made.files, key)
     wiring = replace(manifest.wiring, lora_inputs={name: LoraInputs(lora_rank, made.weights, DOWN, UP)})
     components = manifest.components | {name: component}
@@ -167,7 +168,13 @@ def _adapted(bundle: Bundle, denoiser: str, name: str, wanted: Callable[[str], b
         variants[f"{precision}/{STANDARD}"] = _variant(bundle.root, folder, file)
     if not layers:
         raise DiffoundryError(f"{denoiser} has none of the layers that are to take LoRAs: choose --lora-layers all")
-    variants[f"{FULL}/{ONNXRUNTIME}:cpu"] = _for_cpu(bundle, denoiser, folder, partial(add, spares=True))
+    per_prompt = bundle.manifest.per_prompt(denoiser)
+    variants[f"{FULL}/{OPENVINO}"] = _fused(folder, _FILES[FULL], per_prompt, _OPENVINO)
+    linked = _PLAIN.format(Path(_FILES[FULL]).stem)
+    _write(bundle.path(part.variants[f"{FULL}/{STANDARD}"].model), folder, _SPARING, partial(add, spares=True), linked)
+    variants[f"{FULL}/{ONNXRUNTIME}:cpu"] = _fused(folder, _SPARING, per_prompt)
+    if _SPARING not in variants[f"{FULL}/{ONNXRUNTIME}:cpu"].model:
+        remove(folder / _SPARING)
     given = tuple(
         Tensor(input_name, "float32", (SETS, sum(sizes), RANK))
         for input_name, sizes in ((DOWN, [each.reads for each in layers]), (UP, [each.gives for each in layers]))
@@ -180,17 +187,16 @@ def _adapted(bundle: Bundle, denoiser: str, name: str, wanted: Callable[[str], b
     return Adapted(variants, described, (*part.inputs, *given), tuple(each.weight for each in layers), reference)
 
 
-def _for_cpu(bundle: Bundle, denoiser: str, folder: Path, add: Callable[[Any], list[Layer]]) -> Variant:
-    """The fp32 graph in which a set takes less time where it leaves layers as they are, its operators fused."""
-    linked = _PLAIN.format(Path(_FILES[FULL]).stem)
-    _write(bundle.path(bundle.component(denoiser).variants[f"{FULL}/{STANDARD}"].model), folder, _SPARING, add, linked)
-    both = fuse_for_cpu(folder / _SPARING, bundle.manifest.per_prompt(denoiser))
-    if both is not None:
-        remove(folder / _SPARING)
-    graphs = [each for each in both or (_SPARING,) if each]
-    names = [name for name in (*graphs, linked, f"{_SPARING}_data") if (folder / name).is_file()]
-    files = {f"{folder.name}/{name}": sha256_file(folder / name) for name in names}
-    return Variant(f"{folder.name}/{graphs[0]}", files, *(f"{folder.name}/{each}" for each in graphs[1:]))
+def _fused(
+    folder: Path, model: str, per_prompt: Sequence[str], names: tuple[str, str] = ("fused.onnx", "per_prompt.onnx")
+) -> Variant:
+    """`model`, whose weights are those of the fp32 one, with the operators of ONNX Runtime's CPU provider."""
+    both = fuse_for_cpu(folder / model, per_prompt, names)
+    graphs = [each for each in both or (model,) if each]
+    data = [_PLAIN.format(Path(_FILES[FULL]).stem), f"{model}_data"]
+    files = [name for name in (*graphs, *data) if (folder / name).is_file()]
+    hashes = {f"{folder.name}/{name}": sha256_file(folder / name) for name in files}
+    return Variant(f"{folder.name}/{graphs[0]}", hashes, *(f"{folder.name}/{each}" for each in graphs[1:]))
 
 
 def _write(

@@ -524,6 +524,7 @@ def test_layers_that_a_set_leaves_as_they_are_are_spared(bundle, pipe, files, tm
         for key, own in graphs.variants.items()
     }
     assert cuts[f"{FULL}/{STANDARD}"] == 0
+    assert cuts[f"{FULL}/openvino"] == 0
     assert cuts[f"{FULL}/onnxruntime:cpu"] == 6
 
 

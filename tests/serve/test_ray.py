@@ -95,7 +95,9 @@ def cluster(bundle_of, tmp_path_factory):
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             arguments = {"bundles": f"pico={bundle_of('pico')}", "threads": "1", "replicas": "2", "max_rows": "4"}
             serve.run(
-                build({**arguments, "warm": "true", "queue": 500, "api_key_file": str(keys), "drain": 5}),
+                build(
+                    {**arguments, "warm": "true", "queue": 500, "patience": 1e6, "api_key_file": str(keys), "drain": 5}
+                ),
                 name=NAME,
                 route_prefix="/",
             )
