@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -15,8 +16,9 @@ from ..bundle.manifest import Files
 from ..bundle.reports import read_report, with_report
 from ..common.errors import EngineError
 from ..common.files import sha256_json
-from ..common.machine import processor
+from ..common.machine import available_memory, processor
 from ..common.progress import Meter
+from ..engines.initializers import read_initializers
 from ..engines.names import ONNXRUNTIME, OPENVINO, EngineName
 from ..engines.onnxruntime import default_threads
 from ..engines.openvino.device import module, version
@@ -33,6 +35,8 @@ AUTO = "auto"
 REPORT = "engines"
 _REVISION = 1
 _LEAST_CALLS, _MOST_CALLS, _SECONDS = 3, 50, 2.0
+_IN_MEMORY = 2.0
+"""Of the bytes of weights in float32, what a session of ONNX Runtime takes: as they are, and packed."""
 _WORTH = 0.95
 """A candidate is taken over one before it when its time is under this part of the other's: less may be noise."""
 
@@ -54,13 +58,14 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen, of which candidates, on which processor."""
+    """What was chosen, of which candidates, on which processor. untimed: why none was timed, "" where they were."""
 
     engine: str
     precision: str
     processor: str
     threads: int
     trials: tuple[Trial, ...]
+    untimed: str = ""
 
     def all_files(self) -> Files:
         """None of its own."""
@@ -91,6 +96,11 @@ def choose(bundle: Bundle, ledger: Ledger, lower: bool, scan: Scan, meter: Meter
     if len(tried) == 1:
         meter.step()
         return with_report(bundle, REPORT, {}) if REPORT in bundle.manifest.files else bundle, *_parsed(*tried[0])
+    lacking = _lacking_memory(bundle)
+    if lacking:
+        meter.step()
+        made = Choice(*tried[0], processor(), default_threads(), (), lacking)
+        return with_report(bundle, REPORT, asdict(made)), *_parsed(*tried[0])
     key = sha256_json(
         {
             "revision": _REVISION,
@@ -116,9 +126,30 @@ def choose(bundle: Bundle, ledger: Ledger, lower: bool, scan: Scan, meter: Meter
     )
 
 
+def _lacking_memory(bundle: Bundle) -> str:
+    """Why steps of the loop cannot be timed, "" where they can: text encoders and denoiser are in memory together."""
+    manifest, free = bundle.manifest, available_memory()
+    weights = 0
+    for name in [*manifest.with_role("text"), manifest.named("denoiser")]:
+        variant = manifest.components[name].variant(FULL, f"{ONNXRUNTIME}:cpu")
+        assert variant is not None  # every component has one
+        weights += sum(
+            4 * math.prod(each.shape) if each.is_float else each.length
+            for each in read_initializers(bundle.path(variant.model)).values()
+        )
+    if free is None or weights * _IN_MEMORY <= free:
+        return ""
+    return f"it takes about {weights * _IN_MEMORY / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
+
+
 def describe(report: dict[str, Any]) -> str:
     """The choice in words, as the command line prints it."""
     try:
+        if report.get("untimed"):
+            return (
+                f"{report['engine']} in {report['precision']}, no engine was timed: {report['untimed']}; `build` times "
+                "them where there is more, --engine overrides"
+            )
         times = ", ".join(
             f"{each['engine']} {each['precision']} {_time(each['seconds'])}"
             + (f" ({each['refused']})" if each["refused"] else "")
