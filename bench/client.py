@@ -15,13 +15,16 @@ from ..common.errors import BenchError
 from ..common.machine import require_modules
 from .units import plain
 
-_CONNECT_S, _SILENCE_S = 20.0, 600.0
-"""Until a connection is there, and until something comes over it."""
+_CONNECT_S, _SILENCE_S, _LOST_S = 20.0, 600.0, 3600.0
+"""Until a connection is there, until something comes over it, and until a request that is not answered is lost."""
+_MOST_BYTES, _MOST_OF_TEXT = 512 << 20, 16 << 20
+"""Of an answer, or of one event of a stream; and of what has no picture."""
 _KEPT_S = 1.0
 """A connection is used again within so long: servers close those that were idle for longer, which is no failure."""
 _PATH = "/v1"
 _STREAM = "text/event-stream"
 _FILES = ("image", "mask")
+_PICTURE = b'"b64_json"', b'"url"'
 _LONGEST = 300
 
 
@@ -83,24 +86,32 @@ class Client:
     async def models(self, key: int) -> dict[str, str] | None:
         """Whose each model is, by its name; None from a server that does not tell. Raises `BenchError`."""
         try:
-            answer = await self._http.get(f"{self.base}/models", headers=self._headers(key))
+            status, content = await asyncio.wait_for(self._listed(key), _SILENCE_S)
+        except BenchError as error:
+            raise BenchError(f"{self.base} is no server of OpenAI's API: {error}") from None
         except Exception as error:
             raise BenchError(f"nothing answers at {self.base} ({_why(error)}): start `diffoundry serve BUNDLE`, or "
                              "give --serve the address that it shows") from None  # fmt: skip
-        if answer.status_code in (401, 403):
+        if status in (401, 403):
             which = f"key {key + 1} of the file" if self._keys[key] else "requests without a key"
             raise BenchError(
-                f"{self.base} refuses {which} ({_message(answer.content)}): give --api-key-file a file with its keys"
+                f"{self.base} refuses {which} ({_message(content)}): give --api-key-file a file with its keys"
             )
-        if answer.status_code in (404, 405, 501):
+        if status in (404, 405, 501):
             return None
         try:
-            return {str(each["id"]): str(each.get("owned_by", "")) for each in answer.json()["data"]}
+            return {str(each["id"]): str(each.get("owned_by", "")) for each in _object(content)["data"]}
         except Exception:
             raise BenchError(
-                f"{self.base} is no server of OpenAI's API: {self.base}/models answers {answer.status_code}, "
-                f"{_message(answer.content)}"
+                f"{self.base} is no server of OpenAI's API: {self.base}/models answers {status}, {_message(content)}"
             ) from None
+
+    async def _listed(self, key: int) -> tuple[int, bytes]:
+        async with self._http.stream("GET", f"{self.base}/models", headers=self._headers(key)) as answer:
+            content = await _whole(answer.aiter_bytes(), _MOST_OF_TEXT)
+            if (elsewhere := answer.headers.get("location")) and answer.status_code in range(300, 400):
+                content = f"which points to {elsewhere}: give --serve the address that is meant".encode()
+            return answer.status_code, content
 
     async def draw(self, fields: Mapping[str, Any], key: int, partial: int) -> Outcome:
         """Ask for pictures and wait for them. partial: pictures on their way; 0 asks for one answer, without a stream.
@@ -110,18 +121,21 @@ class Client:
         outcome = Outcome(time.perf_counter())
         body = {**fields, **({"stream": True, "partial_images": partial} if partial else {})}
         try:
-            async with self._http.stream("POST", headers=self._headers(key), **_sent(self.base, body)) as answer:
-                outcome.status = answer.status_code
-                if answer.status_code != 200:
-                    outcome.retry_after = _seconds(answer.headers.get("retry-after"))
-                    outcome.error = _message(await answer.aread())
-                elif answer.headers.get("content-type", "").startswith(_STREAM):
-                    await _read_stream(answer.aiter_bytes(), outcome)
-                else:
-                    _count(await answer.aread(), outcome)
+            await asyncio.wait_for(self._draw(body, key, outcome), _LOST_S)
         except Exception as error:  # whatever a broken connection leads the library to
             outcome.error = _why(error)
         return outcome
+
+    async def _draw(self, body: Mapping[str, Any], key: int, outcome: Outcome) -> None:
+        async with self._http.stream("POST", headers=self._headers(key), **_sent(self.base, body)) as answer:
+            outcome.status = answer.status_code
+            if answer.status_code != 200:
+                outcome.retry_after = _seconds(answer.headers.get("retry-after"))
+                outcome.error = _message(await _whole(answer.aiter_bytes(), _MOST_OF_TEXT))
+            elif answer.headers.get("content-type", "").startswith(_STREAM):
+                await _read_stream(answer.aiter_bytes(), outcome)
+            else:
+                _count(await _whole(answer.aiter_bytes(), _MOST_BYTES), outcome)
 
     def _headers(self, key: int) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._keys[key]}"} if self._keys[key] else {}
@@ -146,6 +160,20 @@ def _decoded(text: str) -> bytes:
     return b64decode(text)
 
 
+async def _whole(chunks: AsyncIterator[bytes], most: int) -> bytes:
+    """All of an answer. Raises `BenchError` for one of more than `most` bytes."""
+    found = bytearray()
+    async for chunk in chunks:
+        found += chunk
+        _check_length(len(found), most)
+    return bytes(found)
+
+
+def _check_length(length: int, most: int) -> None:
+    if length > most:
+        raise BenchError(f"it answers with more than {most >> 20} MiB")
+
+
 async def _read_stream(chunks: AsyncIterator[bytes], outcome: Outcome) -> None:
     """Note when the pictures of a stream are there."""
     async for name, data in _events(chunks):
@@ -153,7 +181,7 @@ async def _read_stream(chunks: AsyncIterator[bytes], outcome: Outcome) -> None:
         kind = name or _object(data).get("type", "")
         if kind.endswith((".partial_image", ".completed")):
             outcome.first = outcome.first or now
-        if kind.endswith(".completed"):
+        if kind.endswith(".completed") and any(each in data for each in _PICTURE):
             outcome.images, outcome.last = outcome.images + 1, now
         elif kind == "error":
             outcome.error = _message(data)
@@ -166,6 +194,7 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, byte
     name, data, rest = "", b"", bytearray()
     async for chunk in chunks:
         rest += chunk
+        _check_length(len(rest) + len(data), _MOST_BYTES)
         if b"\n" not in chunk:
             continue
         *lines, last = rest.split(b"\n")

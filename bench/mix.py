@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shlex
 from base64 import b64encode
@@ -23,7 +24,7 @@ PROMPTS = (
 )
 """Of requests that say none, in turn."""
 FORM = "a share and fields, as '60% steps=4 size=512x512', with commas between values to choose from"
-_SHARE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)%?")
+_SHARE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})%?", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 _WHOLE = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3", "user")
 """Texts: their commas are meant."""
@@ -86,8 +87,9 @@ def _kind(text: str) -> Kind:
             raise BenchError(f"--mix {text!r:.100}: {name} is the same for all requests: give {_TAKEN[name]}")
         fields[name] = _values(name, value)
     kind = Kind(shlex.join(words), share, fields) if words else Kind("as the server draws", share, fields)
-    if len(kind.each()) > _MOST_EACH:
-        raise BenchError(f"--mix {text!r:.100} has {len(kind.each())} combinations, {_MOST_EACH} are the most")
+    count = math.prod(map(len, fields.values()))
+    if count > _MOST_EACH:
+        raise BenchError(f"--mix {text!r:.100} has {count} combinations, {_MOST_EACH} are the most")
     return kind
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -23,6 +25,7 @@ from .drawing import versions
 from .mix import PROMPTS, Arrival, Kind, arrivals
 from .report import Machine
 from .timing import percentile
+from .units import plain
 
 SCHEMA_VERSION = 1
 OWNER = "diffoundry"
@@ -173,6 +176,8 @@ def measure(options: Options, keep: Callable[[Report], None], progress: Progress
         with noting_interrupts() as came:
             asyncio.run(run.all(came))
         complete = True
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
     finally:
         if run.tried or complete:
             report = run.report(complete)
@@ -223,6 +228,7 @@ class _Run:
     async def all(self, interrupts: Interrupts) -> None:
         """Measure. interrupts: heeded between arrivals."""
         self._interrupts = interrupts
+        _cancel_by(interrupts)
         async with self._client:
             self._meter.show("asking for the models")
             await self._check_models()
@@ -256,7 +262,7 @@ class _Run:
         missing = [model for model in named if self._models is not None and model not in self._models]
         if missing:
             raise BenchError(
-                f"{self._options.base} has no model {missing[0]!r:.100}, only {', '.join(self._models or ())}: "
+                f"{self._options.base} has no model {missing[0]!r:.100}, only {plain(', '.join(self._models or ()))}: "
                 "name one of these in --mix"
             )
 
@@ -367,6 +373,19 @@ async def highest(first: float, holds: Callable[[float], Awaitable[bool]]) -> fl
         else:
             high = middle
     return low
+
+
+def _cancel_by(interrupts: Interrupts) -> None:
+    """Let an interrupt cancel this task: what it raises where another one runs is taken for a failure of that one."""
+    task = asyncio.current_task()
+
+    def cancel() -> None:
+        interrupts.note()
+        if task is not None:
+            task.cancel()
+
+    if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, cancel)
 
 
 def _begin(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffoundry.bench import client
 from diffoundry.bench.client import Outcome, _read_stream
 from diffoundry.bench.mix import arrivals, read_mix
 from diffoundry.bench.report import load
@@ -144,6 +145,8 @@ REFUSED = {
     "a field of the whole run": (None, ("--mix", "stream=true"), "give --partial-images"),
     "no share": (None, ("--mix", "0% steps=4"), "the shares of --mix are all 0"),
     "too many values": (None, ("--mix", "steps=1,2,3,4,5,6,7,8,9 seed=1,2,3,4,5,6,7,8"), "72 combinations"),
+    "more values than can be listed": (None, ("--mix", " ".join(f"f{i}=1,2" for i in range(90))), "has 1237940039285"),
+    "a share that is too large": (None, ("--mix", "9" * 400 + "% steps=4"), "is no NAME=VALUE"),
     "no picture": (None, ("--mix", "image=nowhere.png"), "the image nowhere.png of --mix cannot be read"),
     "another path": ("/other", (), "there is nothing at /other/images/generations"),
     "no folder": (None, ("--json", "nowhere/r.json"), "the folder nowhere does not exist"),
@@ -213,10 +216,10 @@ def test_the_search_finds_the_highest_rate(most):
     assert asyncio.run(highest(1e9, holds)) == 0 and len(tried) == 4
 
 
-def test_events_that_come_in_pieces_and_without_names():
+def test_events_that_come_in_pieces_and_without_names(monkeypatch):
     text = (
         b": here\r\n\r\ndata: {\"type\": \"image_generation.partial_image\"}\r\n\r\n"
-        b"event: image_edit.completed\ndata: {\ndata: }\n\ndata: [DONE]\n\n"
+        b"event: image_edit.completed\ndata: {\"b64_json\":\ndata: \"\"}\n\ndata: [DONE]\n\n"
         b"event: error\ndata: {\"error\": {\"message\": \"it broke\"}}\n\n"
     )  # fmt: skip
 
@@ -232,7 +235,11 @@ def test_events_that_come_in_pieces_and_without_names():
     for size in (1, 7, 1000):
         found = asyncio.run(read(text, size))
         assert 0 < found.first <= found.last and found.images == 1 and found.error == "it broke"
-    assert asyncio.run(read(b"data: {}\n\n", 9)).error == "the stream ended without a picture"
+    for none in (b"data: {}\n\n", b"event: image_generation.completed\ndata: {}\n\n"):
+        assert asyncio.run(read(none, 9)).error == "the stream ended without a picture"
+    monkeypatch.setattr(client, "_MOST_BYTES", 99)
+    with pytest.raises(BenchError, match="answers with more than"):
+        asyncio.run(read(b"data: " + b"a" * 100, 9))
 
 
 def test_reports_of_servers_are_not_compared_as_those_of_bundles(tmp_path):
