@@ -20,6 +20,8 @@ _TOLD_S = 0.05
 """Steps are told of once in so many seconds."""
 _QUEUE = 1_000_000
 """Images that may wait: a drawer refuses none, whoever sends them counts them."""
+_MOST_WARM = 64
+"""Models and sizes that it says it has warm."""
 _ERRORS = (OverdueError, LoraError, RequestError, BrokenError, DiffoundryError)
 """What an error is called on its way to another process, the first that fits."""
 
@@ -130,17 +132,24 @@ class Drawer:
             elif isinstance(event, Partial):
                 yield Shown(event.number, event.image)
             elif isinstance(event, Drawn):
-                self._drawn[ticket.model.name, ticket.job.size] = None
+                self._note(ticket.model.name, ticket.job.size)
                 pace = self._service.scheduler.pace(ticket)
                 yield Finished(event.image, ticket.tokens, dict(ticket.truncated), pace)
         if ticket.state != "succeeded":
             yield _failed(ticket.error or BrokenError("the server ended before this was drawn"))
 
+    def _note(self, model: str, size: tuple[int, int]) -> None:
+        """Something was drawn; what was drawn longest ago is forgotten where it is much."""
+        self._drawn.pop((model, size), None)
+        self._drawn[model, size] = None
+        if len(self._drawn) > _MOST_WARM:
+            del self._drawn[next(iter(self._drawn))]
+
     @property
     def warm(self) -> list[str]:
         """What was drawn here by models that are still in memory, as `kind_of` calls it."""
         held = {model.name for model in self._service.models if model.held}
-        return [kind_of(*kind) for kind in self._drawn if kind[0] in held]
+        return [kind_of(*kind) for kind in tuple(self._drawn) if kind[0] in held]
 
     @property
     def is_ready(self) -> bool:

@@ -85,12 +85,14 @@ class Jobs:
         async for _ in events:
             pass
         ticket = entry.ticket
-        if ticket.state == "succeeded":
-            entry.files = [await self._service.keep(ticket, entry.asked, i) for i in range(ticket.count)]
-        ticket.forget()
-        entry.asked = replace(entry.asked, request=Drawing())  # which holds the pictures that came with it
-        entry.until = time.monotonic() + KEPT_SECONDS
-        entry.is_whole.set()
+        try:
+            if ticket.state == "succeeded":
+                entry.files = [await self._service.keep(ticket, entry.asked, i) for i in range(ticket.count)]
+        finally:  # who asks for it waits for this
+            ticket.forget()
+            entry.asked = replace(entry.asked, request=Drawing())  # which holds the pictures that came with it
+            entry.until = time.monotonic() + KEPT_SECONDS
+            entry.is_whole.set()
 
     async def _events(self, entry: _Entry) -> AsyncIterator[bytes]:
         yield sse("state", self._described(entry))

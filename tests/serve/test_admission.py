@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import threading
 
 import pytest
 
@@ -148,6 +150,38 @@ def test_the_meter_knows_batches_of_other_sizes_and_kinds():
     assert meter.round("b", 4) == 2.0 and meter.row("a") == pytest.approx(0.55)
     meter.took("decode", "a", 3.0)
     assert meter.once("decode", "b") == 3.0 and meter.once("preview", "a") == 0.0
+    for size in range(1000):
+        meter.stepped(size, 1, 7.0)
+        meter.took("decode", size, 5.0)
+        meter.stepped("a", 4, 2.0)
+    assert meter.round("a", 4) == 2.0 and meter.once("decode", "another") == 5.0
+    assert len(meter._rounds) == len(meter._rows) == len(meter._parts["decode"]) == 256
+
+
+def test_the_meter_is_read_while_it_measures():
+    meter, stop, failed = Meter(), threading.Event(), []
+
+    def read():
+        while not stop.is_set():
+            try:
+                meter.round(-1, 99), meter.row(-1), meter.once("decode", -1)
+            except Exception as error:
+                failed.append(error)
+                return
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        for i in range(2000):
+            meter.stepped(i % 100, 1 + i % 7, 0.1)
+            meter.took("decode", i % 100, 0.1)
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        thread.join()
+    assert not failed
 
 
 def test_memory_is_given_back():
