@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.checks import LARGEST_SIDE, is_whole
 from ..common.errors import CheckpointError, DiffoundryError, reason
 from ..common.files import read_json, write_json
 from ..families.image_prompt import EMBEDS, FLUX, HIDDEN, SD3, UNET, Adapter
@@ -17,8 +18,8 @@ from .weight_files import open_safetensors, other_kind, read_pickle
 ENCODER = "image_encoder"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _PROJECTION = "image_proj."
-_KEY = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
-_OF_LAYER = re.compile(r"ip_adapter\.(\d+)\.(.+)")
+_KEY = re.compile(r"ip_adapter\.(\d{1,4})\.to_([kv])_ip\.weight")
+_OF_LAYER = re.compile(r"ip_adapter\.(\d{1,4})\.(.+)")
 _OF_XLABS = (
     (re.compile(r"ip_adapter_proj_model\."), _PROJECTION),
     (
@@ -62,6 +63,7 @@ class IPAdapterFile:
         path = _file(source)
         tensors = _read(path)
         kind = _kind(path, tensors)
+        _check_shapes(path, kind, tensors)
         if kind == "face":
             return cls(path, kind, tensors, None)
         if encoder is None:
@@ -173,6 +175,12 @@ def encoder_config(folder: Path, kind: str) -> dict[str, Any]:
             config: dict[str, Any] = own.from_pretrained(folder).to_dict()
     except Exception as error:  # each version has its own ways of refusing a configuration
         raise CheckpointError(f"{folder}/config.json is no image encoder's ({reason(error)})") from None
+    side, patch = config["image_size"], config["patch_size"]
+    if not (is_whole(side) and is_whole(patch) and 1 <= patch <= side <= LARGEST_SIDE):
+        raise CheckpointError(
+            f"{folder}/config.json says pictures of {side!r:.40} pixels in patches of {patch!r:.40}: give the image "
+            "encoder that the IP-Adapter was trained with"
+        )
     return config
 
 
@@ -240,6 +248,26 @@ def _kind(path: Path, tensors: Mapping[str, Any]) -> str:
     if lacking:
         raise CheckpointError(f"{path} lacks a key or a value of layer {lacking[0]}: download it again")
     return kind
+
+
+def _check_shapes(path: Path, kind: str, tensors: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where what is read of the shapes is not there, or layers do not agree."""
+    first = _PROJECTION + ("proj.0.weight" if kind == "face" else _FIRST[kind])
+    due = {first: 2} | ({_PROJECTION + "proj.2.weight": 2} if kind == "face" else {})
+    due |= {f"{_PROJECTION}latents": 3} if kind in ("plus", "sd3") else {}
+    due |= dict.fromkeys((name for name in tensors if _KEY.fullmatch(name)), 2)
+    shapes = {name: tuple(tensors[name].shape) if name in tensors else () for name in due}
+    wrong = [name for name, shape in shapes.items() if len(shape) != due[name] or not all(shape)]
+    seen: dict[str, tuple[int, ...]] = {}
+    for name in [] if wrong else tensors:
+        match = _OF_LAYER.fullmatch(name)
+        if match and (kind in _PARTS or _KEY.fullmatch(name)):
+            shape = tuple(tensors[name].shape)
+            own = shape if kind in _PARTS else shape[1:]  # those of a U-Net have as many channels as their layer
+            if seen.setdefault(match[2] if kind in _PARTS else "", own) != own:
+                wrong.append(name)
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {wrong[0]:.100} has another shape than is due; download it again")
 
 
 _SIGNS = {"sd3": ".norm_ip.linear.", "flux": "to_k_ip.bias"}

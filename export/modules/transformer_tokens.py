@@ -13,7 +13,8 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 
 from ...bundle import Tensor
 from ...bundle.wiring import ImagePrompt
-from ...families.image_prompt import SD3, Adapter, inputs
+from ...common.errors import CheckpointError, reason
+from ...families.image_prompt import PREFIX, SD3, Adapter, inputs
 from ..checkpoint import Checkpoint
 from ..ip_adapter import IPAdapterFile
 from .image_prompt import open_adapter, projection_of
@@ -138,7 +139,14 @@ def read_tokens(model: Any, adapters: Sequence[Tokens]) -> None:
                 for part in ("to_k_ip", "to_v_ip")
                 for kind in ("weight", "bias")
             }
-        made.load_state_dict({name: tensor.float() for name, tensor in own.items()}, assign=True)
+        try:
+            made.load_state_dict({name: tensor.float() for name, tensor in own.items()}, assign=True)
+        except RuntimeError as error:  # torch's, for weights that do not fit
+            names = " or ".join(each.component.removeprefix(PREFIX) for each in adapters)
+            raise CheckpointError(
+                f"the IP-Adapter {names} does not fit attention {i} of the checkpoint ({reason(error):.200}): give one "
+                "that was trained with this kind of checkpoint"
+            ) from None
         attention.set_processor(made.requires_grad_(False))
 
 
