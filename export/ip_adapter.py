@@ -251,21 +251,15 @@ def _kind(path: Path, tensors: Mapping[str, Any]) -> str:
 
 
 def _check_shapes(path: Path, kind: str, tensors: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` where what is read of the shapes is not there, or layers do not agree."""
+    """Raise `CheckpointError` where a shape that is read is not there, or tokens have several widths."""
     first = _PROJECTION + ("proj.0.weight" if kind == "face" else _FIRST[kind])
     due = {first: 2} | ({_PROJECTION + "proj.2.weight": 2} if kind == "face" else {})
     due |= {f"{_PROJECTION}latents": 3} if kind in ("plus", "sd3") else {}
     due |= dict.fromkeys((name for name in tensors if _KEY.fullmatch(name)), 2)
     shapes = {name: tuple(tensors[name].shape) if name in tensors else () for name in due}
     wrong = [name for name, shape in shapes.items() if len(shape) != due[name] or not all(shape)]
-    seen: dict[str, tuple[int, ...]] = {}
-    for name in [] if wrong else tensors:
-        match = _OF_LAYER.fullmatch(name)
-        if match and (kind in _PARTS or _KEY.fullmatch(name)):
-            shape = tuple(tensors[name].shape)
-            own = shape if kind in _PARTS else shape[1:]  # those of a U-Net have as many channels as their layer
-            if seen.setdefault(match[2] if kind in _PARTS else "", own) != own:
-                wrong.append(name)
+    widths = [] if wrong else [shape[1] for name, shape in shapes.items() if _KEY.fullmatch(name)]
+    wrong += [name for name in shapes if widths and _KEY.fullmatch(name) and shapes[name][1] != widths[0]]
     if wrong:
         raise CheckpointError(f"{path} is damaged: {wrong[0]:.100} has another shape than is due; download it again")
 

@@ -12,7 +12,8 @@ _MOST = 256
 """Kinds, and numbers of rows of a kind."""
 Part = Literal["prepare", "preview", "decode"]
 """What is done once for a picture: its prompt and pictures are encoded, it is shown on its way, it is decoded."""
-K, V = TypeVar("K", bound=Hashable), TypeVar("V")
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 class Meter:

@@ -292,6 +292,17 @@ def narrowed(tensors):
             },
             r"a key or a value of the IP-Adapter look has the shape \(64, 96\), this checkpoint takes \(32, 96\)",
         ),
+        (
+            lambda tensors: {**tensors, "ip_adapter_proj_model.proj.weight": torch.zeros(5)},
+            "is damaged: image_proj.proj.weight has another shape than is due",
+        ),
+        (
+            lambda tensors: {
+                **tensors,
+                "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": torch.zeros(32, 0),
+            },
+            "is damaged: ip_adapter.0.to_k_ip.weight has another shape than is due",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(change, problem, checkpoint_of, tmp_path):
