@@ -99,8 +99,8 @@ def choose(bundle: Bundle, ledger: Ledger, lower: bool, scan: Scan, meter: Meter
     lacking = _lacking_memory(bundle)
     if lacking:
         meter.step()
-        made = Choice(*tried[0], processor(), default_threads(), (), lacking)
-        return with_report(bundle, REPORT, asdict(made)), *_parsed(*tried[0])
+        untimed = Choice(*tried[0], processor(), default_threads(), (), lacking)
+        return with_report(bundle, REPORT, asdict(untimed)), *_parsed(*tried[0])
     key = sha256_json(
         {
             "revision": _REVISION,
