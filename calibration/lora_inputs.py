@@ -41,6 +41,7 @@ _OPENVINO = ("openvino.onnx", "openvino_per_prompt.onnx")
 """The fp32 graph for OpenVINO, which wants sizes that do not depend on what inputs hold."""
 _PLAIN = "plain.{}_data"
 """The weights that a graph shares with the plain one."""
+_PLAIN_FULL = _PLAIN.format("model")
 LAYERS = {
     "attention": re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)\.weight$"),
     "transformer": re.compile(
@@ -170,8 +171,8 @@ def _adapted(bundle: Bundle, denoiser: str, name: str, wanted: Callable[[str], b
         raise DiffoundryError(f"{denoiser} has none of the layers that are to take LoRAs: choose --lora-layers all")
     per_prompt = bundle.manifest.per_prompt(denoiser)
     variants[f"{FULL}/{OPENVINO}"] = _fused(folder, _FILES[FULL], per_prompt, _OPENVINO)
-    linked = _PLAIN.format(Path(_FILES[FULL]).stem)
-    _write(bundle.path(part.variants[f"{FULL}/{STANDARD}"].model), folder, _SPARING, partial(add, spares=True), linked)
+    plain_model = bundle.path(part.variants[f"{FULL}/{STANDARD}"].model)
+    _write(plain_model, folder, _SPARING, partial(add, spares=True), _PLAIN_FULL)
     variants[f"{FULL}/{ONNXRUNTIME}:cpu"] = _fused(folder, _SPARING, per_prompt)
     if _SPARING not in variants[f"{FULL}/{ONNXRUNTIME}:cpu"].model:
         remove(folder / _SPARING)
@@ -193,7 +194,7 @@ def _fused(
     """`model`, whose weights are those of the fp32 one, with the operators of ONNX Runtime's CPU provider."""
     both = fuse_for_cpu(folder / model, per_prompt, names)
     graphs = [each for each in both or (model,) if each]
-    data = [_PLAIN.format(Path(_FILES[FULL]).stem), f"{model}_data"]
+    data = [_PLAIN_FULL, f"{model}_data"]
     files = [name for name in (*graphs, *data) if (folder / name).is_file()]
     hashes = {f"{folder.name}/{name}": sha256_file(folder / name) for name in files}
     return Variant(f"{folder.name}/{graphs[0]}", hashes, *(f"{folder.name}/{each}" for each in graphs[1:]))
