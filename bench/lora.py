@@ -2,9 +2,9 @@
 
 python -m diffoundry.bench.lora BUNDLE CHECKPOINT
 
-BUNDLE is compiled from CHECKPOINT, with `build --lora-rank` where LoRAs are to be inputs. Files of random weights are
-made; each way takes one after another, each in place of the one before, in a process of its own. Its peak memory is
-told beside what it was before the first change.
+BUNDLE is compiled from CHECKPOINT. Files of random weights are made; each way, its denoiser loaded, takes one after
+another, each in place of the one before, in a process of its own. Its peak memory is told beside what it was before
+the first change.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from ..runtime.pipeline import load
 from .control import bound
 
 _WAYS = {
-    "as inputs": "ours: factors as inputs of the denoiser",
-    "hot": "ours: weights changed, the denoiser loaded again",
+    "hot": "ours: set_loras",
+    "inputs": "ours: set_loras, as_inputs=True",
+    "weights": "ours: set_loras, as_inputs=False",
     "diffusers": "diffusers: load_lora_weights, set_adapters, fuse_lora",
 }
+_AS_INPUTS = {"hot": None, "inputs": True, "weights": False}
 
 
 @click.command()
@@ -61,13 +63,13 @@ def main(
             print(json.dumps(_change(worker, bundle, checkpoint, sorted(files.iterdir()), rounds)))
             return
         pipe = load(bundle, engine="onnxruntime", precision="fp32")
-        ways = [way for way in _WAYS if way != "as inputs" or pipe.bundle.manifest.wiring.lora_inputs]
+        ways = [way for way in _WAYS if way != "inputs" or pipe.takes_loras]
         with tempfile.TemporaryDirectory(prefix="diffoundry-") as folder:
             for i in range(rounds):  # so that none is read before
                 _write(checkpoint, Path(folder) / f"{i}.safetensors", rank, layers, i)
             found = {way: _run(way, bundle, checkpoint, folder, rounds) for way in ways}
             _show(found)
-            if calls and "as inputs" in ways:
+            if calls and "inputs" in ways:
                 _time_steps(pipe, sorted(Path(folder).iterdir())[0], calls)
     except DiffoundryError as error:
         raise click.ClickException(str(error)) from None
@@ -104,7 +106,7 @@ def _run(way: str, bundle: Path, checkpoint: Path, files: str, rounds: int) -> d
 
 def _change(way: str, bundle: Path, checkpoint: Path, files: list[Path], rounds: int) -> dict[str, Any]:
     """Seconds of each change, and peak memory before and after, in GB."""
-    change = _theirs(checkpoint) if way == "diffusers" else _ours(bundle, way == "as inputs")
+    change = _theirs(checkpoint) if way == "diffusers" else _ours(bundle, _AS_INPUTS[way])
     before, seconds = _peak(), []
     for i in range(rounds):
         start = time.perf_counter()
@@ -113,15 +115,15 @@ def _change(way: str, bundle: Path, checkpoint: Path, files: list[Path], rounds:
     return {"seconds": seconds, "loaded": before, "peak": _peak()}
 
 
-def _ours(bundle: Path, as_inputs: bool) -> Callable[[Path, int], None]:
-    """A change of the LoRA, until the denoiser is ready to be called with it."""
+def _ours(bundle: Path, as_inputs: bool | None) -> Callable[[Path, int], None]:
+    """A change of the LoRA, until the denoiser is ready to be called with it. The plain one is loaded before."""
     pipe = load(bundle, engine="onnxruntime", precision="fp32")
-    denoiser = pipe.bundle.manifest.named("lora" if as_inputs else "denoiser")
-    pipe.engine(denoiser)
+    plain, adapted = pipe.bundle.manifest.named("denoiser"), pipe._loader.lora.name
+    pipe.engine(plain)
 
     def change(file: Path, i: int) -> None:
         pipe.set_loras([Lora(file, 0.8 + 0.01 * i)], as_inputs=as_inputs)
-        pipe.engine(denoiser)
+        pipe.engine(adapted if pipe._sets.base else plain)
 
     return change
 
@@ -161,13 +163,13 @@ def _show(found: dict[str, dict[str, Any]]) -> None:
 
 def _time_steps(pipe: Any, file: Path, calls: int) -> None:
     """A guided call of the plain denoiser, and of the one that takes LoRAs, turn by turn."""
-    manifest = pipe.bundle.manifest
+    manifest, lora = pipe.bundle.manifest, pipe._loader.lora
     pipe.set_loras([Lora(file)], as_inputs=True)
-    [inputs] = manifest.wiring.lora_inputs.values()
+    inputs = lora.inputs
     down, up = pipe._sets.factors(pipe.loras)
     factors = {inputs.down: down[None], inputs.up: up[None]}
     pixels, downscale = {"height": manifest.default_height, "width": manifest.default_width}, manifest.latents.downscale
-    plain, adapted = pipe.engine(manifest.named("denoiser")), pipe.engine(manifest.named("lora"))
+    plain, adapted = pipe.engine(manifest.named("denoiser")), pipe.engine(lora.name)
     first, second = bound(plain, pixels, downscale), bound(adapted, pixels, downscale, factors)
     seconds: dict[str, list[float]] = {"plain": [], "with LoRA": []}
     for _ in range(calls):
@@ -182,9 +184,10 @@ def _time_steps(pipe: Any, file: Path, calls: int) -> None:
         f"{1000 * median(seconds['with LoRA']):.1f} ms, ratio {middle:.3f} ({low:.3f}-{high:.3f})"
     )
     changes = []
+    sets = [Lora(file, 0.5)], [Lora(file)]
     for i in range(20):
         start = time.perf_counter()
-        pipe.set_loras([Lora(file)] if i % 2 else [], as_inputs=True)
+        pipe.set_loras(sets[i % 2], as_inputs=True)
         changes.append(time.perf_counter() - start)
     print(f"a change to a set that was used before: {1000 * median(changes[4:]):.3f} ms")
 

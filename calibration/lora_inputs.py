@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,14 +22,13 @@ from ..common.progress import Meter
 from ..engines.changed import new_values, sources_of
 from ..engines.fusion.cpu import fuse_for_cpu
 from ..engines.fusion.graph import moved, open_model, save
-from ..engines.fusion.lora import DOWN, RANK, SETS, UP, Layer, add_lora, names_of
+from ..engines.fusion.lora import DOWN, LAYERS, RANK, SETS, UP, Layer, add_lora, group_of, names_of
+from ..engines.lora_denoiser import NAME
 from ..engines.names import ONNXRUNTIME, OPENVINO
 from ..engines.onnxruntime import load_variant
 from ..engines.verify import compare_outputs, recorded_case, save_case
 from .hinted import HINTED_ENGINES
 
-NAME = "{}_lora"
-"""The name of the component, after the denoiser."""
 RECORD = "lora_inputs"
 _REVISION = 3
 """Raise it when the same models would give other graphs."""
@@ -42,15 +40,6 @@ _OPENVINO = ("openvino.onnx", "openvino_per_prompt.onnx")
 _PLAIN = "plain.{}_data"
 """The weights that a graph shares with the plain one."""
 _PLAIN_FULL = _PLAIN.format("model")
-LAYERS = {
-    "attention": re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)\.weight$"),
-    "transformer": re.compile(
-        r"(^|\.)(transformer_blocks|attentions|single_transformer_blocks|layers|noise_refiner|context_refiner)\."
-    ),
-    "all": re.compile(""),
-}
-"""Which weights take factors, by name: those of attentions; all in transformer blocks and before and after them, which
-is what most trainers train; every matrix and convolution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +104,6 @@ def chosen(wanted: Wanted, on_cpu: bool) -> Callable[[str], bool]:
     return lambda weight: layers.search(weight) is not None
 
 
-def _group(weight: str) -> int:
-    """The first of `LAYERS` that a weight is among: most LoRAs change the first, or the first two."""
-    return next(i for i, layers in enumerate(LAYERS.values()) if layers.search(weight))
-
-
 def with_lora(bundle: Bundle, ledger: Ledger, wanted: Callable[[str], bool], lora_rank: int, meter: Meter) -> Bundle:
     """`bundle`, which lies in the ledger's working folder, with a denoiser that takes factors, in every precision.
 
@@ -151,7 +135,7 @@ def _adapted(bundle: Bundle, denoiser: str, name: str, wanted: Callable[[str], b
 
     def add(model: Any, *, spares: bool = False) -> list[Layer]:
         return add_lora(
-            model, names_of(sources), lambda weight: _group(weight) if wanted(weight) else None, spares=spares
+            model, names_of(sources), lambda weight: group_of(weight) if wanted(weight) else None, spares=spares
         )
 
     remove(folder)

@@ -32,6 +32,7 @@ _DTYPES = {
     11: np.float64,
 }
 _BFLOAT16 = 16
+_Data = mmap.mmap | bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,26 +100,35 @@ def read_initializers(model: Path) -> dict[str, Initializer]:
     return found
 
 
-def with_values(model: Path, values: Mapping[str, tuple[int, Array]]) -> bytes:
-    """The model in `model` with other values of initializers, each with the type as ONNX numbers it, in the model."""
-    content = bytearray()
+def with_values(model: Path, values: Mapping[str, tuple[int, Array]], content: bytes | None = None) -> bytes:
+    """The model in `model` with other values of initializers, each with the type as ONNX numbers it, in the model.
+
+    content: a model in memory in place of that in the file, beside which its weights lie.
+    """
+    if content is not None:
+        return _with_values(content, values, model)
     with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for start, end, number, inner in _pieces(data, 0, len(data)):
-            if number != _GRAPH:
-                content += data[start:end]
-                continue
-            graph = bytearray()
-            for first, last, kind, body in _pieces(data, *inner):
-                found = _initializer(data, *body, model) if kind == _INITIALIZER else None
-                if found is None or found.name not in values:
-                    graph += data[first:last]
-                else:
-                    graph += _message(_INITIALIZER, _tensor(found.name, *values[found.name]))
-            content += _message(_GRAPH, bytes(graph))
+        return _with_values(data, values, model)
+
+
+def _with_values(data: _Data, values: Mapping[str, tuple[int, Array]], model: Path) -> bytes:
+    content = bytearray()
+    for start, end, number, inner in _pieces(data, 0, len(data)):
+        if number != _GRAPH:
+            content += data[start:end]
+            continue
+        graph = bytearray()
+        for first, last, kind, body in _pieces(data, *inner):
+            found = _initializer(data, *body, model) if kind == _INITIALIZER else None
+            if found is None or found.name not in values:
+                graph += data[first:last]
+            else:
+                graph += _message(_INITIALIZER, _tensor(found.name, *values[found.name]))
+        content += _message(_GRAPH, bytes(graph))
     return bytes(content)
 
 
-def _pieces(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+def _pieces(data: _Data, start: int, end: int) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
     """Each field of a message: where it begins and ends, its number, and where its body does."""
     at = start
     for number, kind, first, last in _fields(data, start, end):
@@ -147,7 +157,7 @@ def _as_varint(value: int) -> bytes:
     return bytes([*made, value])
 
 
-def _initializer(data: mmap.mmap, start: int, end: int, model: Path) -> Initializer | None:
+def _initializer(data: _Data, start: int, end: int, model: Path) -> Initializer | None:
     dims: list[int] = []
     dtype, name, raw, external = 0, "", None, {}
     for number, kind, first, last in _fields(data, start, end):
@@ -171,7 +181,7 @@ def _initializer(data: mmap.mmap, start: int, end: int, model: Path) -> Initiali
     return None if raw is None else Initializer(name, dtype, tuple(dims), model, *raw, True)
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def _fields(data: _Data, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Each field of a message: its number, its kind, and where its bytes begin and end; of a number first its value."""
     while start < end:
         tag, start = _varint(data, start)
@@ -191,7 +201,7 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
             raise ValueError("it is no ONNX model")
 
 
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+def _varint(data: _Data, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[at]
@@ -203,7 +213,7 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
             raise ValueError("it is no ONNX model")
 
 
-def _packed(data: mmap.mmap, at: int, end: int) -> list[int]:
+def _packed(data: _Data, at: int, end: int) -> list[int]:
     numbers = []
     while at < end:
         value, at = _varint(data, at)

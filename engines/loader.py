@@ -13,6 +13,7 @@ from ..common.errors import EngineError
 from .cache import EngineStore
 from .changed import Changes, NewValue, Rows, new_values, places, together
 from .engine import Engine
+from .lora_denoiser import LoraDenoiser
 from .names import FUSED_ENGINES, ONNXRUNTIME, OPENVINO, PLANNED, EngineName
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class EngineLoader:
         self._fused = self.engine.fused and self._has_fused()
         if self._fused or self.engine.backend not in (ONNXRUNTIME, OPENVINO):
             self._open_gpu()
+        self.lora = LoraDenoiser(bundle, self.engine == EngineName(ONNXRUNTIME, "cpu") and self.precision == FULL)
 
     @property
     def splits_rows(self) -> bool:
@@ -109,8 +111,12 @@ class EngineLoader:
         more: changes of its weights beside those of `change`.
         Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
         """
-        from .onnxruntime import load_variant
+        from .onnxruntime import load_made, load_variant
 
+        if self._is_made(name):
+            made, (changes, source) = self.lora.made, self.changes_of(name)
+            values = new_values(self._bundle, source, [made.source], changes, source)[made.source] if changes else []
+            return load_made(made, name, threads, values)
         variant = self._variant(name)
         if not self._bundle.foreign:
             component, own = self._bundle.component(name), f"{self.precision_of(name)}/"
@@ -178,11 +184,18 @@ class EngineLoader:
     def changes_of(self, name: str) -> tuple[Changes, str]:
         """The changes of the weights of component `name`, and the component whose they are."""
         denoiser = self._bundle.manifest.named("denoiser")
-        source = denoiser if self._bundle.component(name).role in _DENOISERS else name
+        is_one = self._is_made(name) or self._bundle.component(name).role in _DENOISERS
+        source = denoiser if is_one else name
         return self._changes.get(source, {}), source
+
+    def _is_made(self, name: str) -> bool:
+        """Whether `name` is the denoiser that takes LoRAs, and is made in memory."""
+        return name == self.lora.name and not self.lora.built
 
     def size_of(self, name: str) -> int:
         """The bytes on disk of the model of component `name`, about what it takes in memory; 0 where there is none."""
+        if self._is_made(name):
+            name = self._bundle.manifest.named("denoiser")
         try:
             files = self._variant(name).files
         except EngineError:

@@ -22,6 +22,7 @@ from ..common.errors import EngineError, reason
 from .changed import NewValue
 from .engine import ONE_ENGINE, DeviceArray, Engine
 from .initializers import with_values
+from .lora_denoiser import Graph, Made
 from .split import SplitEngine
 from .wheel import install, ort
 
@@ -114,11 +115,13 @@ class OnnxRuntimeEngine(Engine):
         threads: int | None = None,
         low_memory: bool = False,
         changed: Sequence[NewValue] = (),
+        content: bytes | None = None,
     ) -> OnnxRuntimeEngine:
         """Load `model`.
 
         provider: a key of `PROVIDERS`. threads: of one operator, default all processors. changed: initializers that
-        are others than in the file.
+        are others than in the file. content: a graph in memory in place of that in the file, beside which its weights
+        lie.
         low_memory: for a few calls: nothing is computed or packed ahead, weights are read from the file as they are
         needed, and those in half precision are cast in each call.
         Raises `EngineError` when the model cannot be read or the provider is not there.
@@ -126,7 +129,7 @@ class OnnxRuntimeEngine(Engine):
         component = component or model.parent.name
         require_provider(provider)
         options = new_options(threads or default_threads(), low_memory)
-        session = open_session(model, options, provider, component, changed=changed)
+        session = open_session(model, options, provider, component, changed=changed, content=content)
         if provider != "cpu" and (elsewhere := nodes_elsewhere(session, provider)):
             warnings.warn(
                 f"{component}: the provider {provider!r} leaves nodes to others: {elsewhere}",
@@ -264,6 +267,17 @@ def load_variant(
     return SplitEngine(name, load(variant.per_prompt), per_step) if variant.per_prompt else per_step
 
 
+def load_made(made: Made, name: str, threads: int | None, changed: Sequence[NewValue] = ()) -> Engine:
+    """The engine of a denoiser in memory, on the CPU. name: of its component. changed: of the model it was made of."""
+
+    def load(graph: Graph) -> OnnxRuntimeEngine:
+        own = [each for each in changed if each.initializer.name in graph.weights]
+        return OnnxRuntimeEngine.load(made.source, component=name, threads=threads, changed=own, content=graph.content)
+
+    per_step = load(made.model)
+    return per_step if made.per_prompt is None else SplitEngine(name, load(made.per_prompt), per_step)
+
+
 def require_provider(provider: str) -> str:
     """ONNX Runtime's name of `provider`, which starts here.
 
@@ -334,17 +348,18 @@ def open_session(
     component: str,
     chosen: _Providers | None = None,
     changed: Sequence[NewValue] = (),
+    content: bytes | None = None,
 ) -> ort.InferenceSession:
     """A session of the model in `path` on `provider`. chosen: providers and options other than its usual ones.
 
-    changed: initializers that are others than in the file.
+    changed, content: see `OnnxRuntimeEngine.load`.
 
     Raises `EngineError` when the model cannot be read.
     """
     if not path.is_file():
         raise EngineError(f"{component}: {path} is missing; compile the bundle again")
     try:
-        model = _with(path, options, changed) if changed else str(path)
+        model = _with(path, options, changed, content) if changed or content is not None else str(path)
         session = _new_session(model, options, provider, chosen)
     except Exception as error:
         if lacks_memory(error):
@@ -361,17 +376,20 @@ def open_session(
     return session
 
 
-def _with(path: Path, options: ort.SessionOptions, changed: Sequence[NewValue]) -> str | bytes:
+def _with(path: Path, options: ort.SessionOptions, changed: Sequence[NewValue], content: bytes | None) -> str | bytes:
     """The model in `path` with other values of initializers: those beside the graph are given to the session."""
     whole = [each for each in changed if each.value.shape == each.initializer.shape]
     apart = [each for each in whole if not each.initializer.embedded]
     if apart:
         options.add_external_initializers([each.initializer.name for each in apart], [_value(each) for each in apart])
     within = [each for each in changed if each.initializer.embedded or each.value.shape != each.initializer.shape]
-    if not within:
+    if content is None and not within:
         return str(path)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return with_values(path, {each.initializer.name: (each.initializer.dtype, each.value) for each in within})
+    if not within:
+        return content or b""
+    values = {each.initializer.name: (each.initializer.dtype, each.value) for each in within}
+    return with_values(path, values, content)
 
 
 def _value(changed: NewValue) -> ort.OrtValue:

@@ -65,8 +65,8 @@ class LoadedEngines:
         self._bundle, self._loader, self._threads, self._given = bundle, loader, threads, dict(given)
         self._wrap = wrap
         self._denoiser, self._step = manifest.named("denoiser"), manifest.named("step")
-        self._controlled, self._lora = manifest.named("controlled"), manifest.named("lora")
-        self._stepping = {name for role in ("step", *STEPPING) for name in manifest.with_role(role)}
+        self._controlled, self._lora = manifest.named("controlled"), loader.lora.name
+        self._stepping = {self._lora, *(name for role in ("step", *STEPPING) for name in manifest.with_role(role))}
         self._sharing = self._stepping - {self._step}
         sources = {plain(source): name for name, source in manifest.wiring.inputs.items()}
         self._ports = Ports(sources["latents"], sources["timestep"])

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..bundle import Bundle
-from ..bundle.wiring import LoraInputs
+from ..bundle.wiring import MOST_RANK, LoraInputs
 from ..common.arrays import Array
 from ..common.errors import LoraError, RequestError
 from ..engines.changed import weights_in
+from ..engines.lora_denoiser import LoraDenoiser
 from ..families.lora import Change, LoraFile, Sum, Weights, combined
 from ..families.lora.tensors import file_of
 from .lora import Lora, as_loras, open_lora, weights_of
@@ -32,11 +33,9 @@ _Kept = TypeVar("_Kept")
 class LoraSets:
     """Sets of LoRAs by what they are: their files, as they are now, and strengths. Several threads may ask."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-        inputs = bundle.manifest.wiring.lora_inputs
-        self.inputs: LoraInputs | None = next(iter(inputs.values()), None)
-        self._component = next(iter(inputs), "")
+    def __init__(self, bundle: Bundle, denoiser: LoraDenoiser) -> None:
+        """denoiser: that which takes them as inputs."""
+        self._bundle, self._denoiser = bundle, denoiser
         self.base: tuple[Lora, ...] = ()
         """What every request is drawn with, as inputs."""
         self._pinned: dict[Lora, tuple[Hashable, LoraFile]] = {}
@@ -53,16 +52,20 @@ class LoraSets:
                 self._weights = weights_of(self._bundle)
             return self._weights
 
+    @property
+    def inputs(self) -> LoraInputs:
+        """The inputs of the denoiser that takes them. Raises `EngineError` where there is none."""
+        return self._denoiser.inputs
+
     def of(self, loras: Sequence[Lora]) -> tuple[Lora, ...]:
         """The set of a request that asks for `loras`, checked: the pipeline's own and these.
 
         Raises `RequestError` where the bundle takes none as inputs, `LoraError` for what cannot be read or taken.
         """
         both = as_loras((*self.base, *loras)) if loras else self.base
-        if loras and self.inputs is None:
+        if loras and self._denoiser.lacks:
             raise RequestError(
-                f"{self._bundle.root} takes no LoRAs as inputs: run `diffoundry build {self._bundle.root} --lora-rank "
-                "32`, or draw all with the same ones, which `set_loras` and `run --lora` do"
+                f"{self._denoiser.lacks}, or draw all with the same ones, which `set_loras` and `run --lora` do"
             )
         if both:
             self.factors(both)
@@ -117,7 +120,6 @@ class LoraSets:
         return self._keep(("padded", self.key(loras), rank), make)
 
     def _factors(self, loras: Sequence[Lora]) -> tuple[Array, Array]:
-        assert self.inputs is not None  # `of` looked
         denoiser, rows = self.weights.denoiser, self._rows()
         found: dict[str, list[tuple[Array, Array]]] = {}
         others: list[tuple[str, Change, float, Lora]] = []
@@ -125,8 +127,8 @@ class LoraSets:
             for name, total in combined([(file, strengths)]).get(denoiser, {}).items():
                 if name not in rows:
                     raise LoraError(
-                        f"{lora.file} changes {name}, which takes no factors in {self._bundle.root}: run `diffoundry "
-                        f"build {self._bundle.root} --lora-rank {self.inputs.rank} --lora-layers all`"
+                        f"{lora.file} changes {name}, which takes no factors in {self._bundle.root}: "
+                        f"{self._remedy(self.inputs.rank, ' --lora-layers all')}"
                     )
                 for change, strength in total.parts:
                     if change.low_rank:
@@ -144,8 +146,8 @@ class LoraSets:
         rank = max((sum(len(down) for down, _ in own) for own in found.values()), default=1)
         if rank > self.inputs.rank:
             raise LoraError(
-                f"these LoRAs have the rank {rank} together, {self._bundle.root} takes {self.inputs.rank}: run "
-                f"`diffoundry build {self._bundle.root} --lora-rank {rank}`"
+                f"these LoRAs have the rank {rank} together, {self._bundle.root} takes {self.inputs.rank}: "
+                f"{self._remedy(rank)}"
             )
         down, up = self._empty(rank)
         for name, own in found.items():
@@ -158,11 +160,16 @@ class LoraSets:
                 at = end
         return down, up
 
+    def _remedy(self, rank: int, layers: str = "") -> str:
+        """What takes LoRAs of this rank, in these layers."""
+        if not self._denoiser.built or rank > MOST_RANK:
+            return "draw all with them, by set_loras(…, as_inputs=False) or `run --lora`"
+        return f"run `diffoundry build {self._bundle.root} --lora-rank {rank}{layers}`"
+
     def _approximate(
         self, others: Sequence[tuple[str, Change, float, Lora]], found: dict[str, list[tuple[Array, Array]]]
     ) -> None:
         """Add to `found` the factors nearest to changes of other forms, and tell what is lost."""
-        assert self.inputs is not None
         if not others:
             return
         values = weights_in(self._bundle, self.weights.denoiser, {name for name, *_ in others})
@@ -194,11 +201,10 @@ class LoraSets:
 
     def _rows(self) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
         """For each weight that takes factors where its rows begin in both inputs, and how many they are."""
-        assert self.inputs is not None
 
         def make() -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
             shapes, made, first, second = self.weights.shapes[self.weights.denoiser], {}, 0, 0
-            for name in self.inputs.weights if self.inputs is not None else ():
+            for name in self.inputs.weights:
                 if name not in shapes:
                     raise LoraError(
                         f"{self._bundle.root}: {name:.100} takes factors and is no weight: compile it again"
@@ -206,8 +212,7 @@ class LoraSets:
                 gives, reads = shapes[name][0], int(np.prod(shapes[name][1:]))
                 made[name] = (first, reads), (second, gives)
                 first, second = first + reads, second + gives
-            shape = {tensor.name: tensor.shape[1:2] for tensor in self._bundle.component(self._component).inputs}
-            if self.inputs is not None and ((first,), (second,)) != (shape[self.inputs.down], shape[self.inputs.up]):
+            if (first, second) != self._denoiser.sizes:
                 raise LoraError(
                     f"{self._bundle.root}: the weights that take factors are not those of its graph: build again"
                 )

@@ -50,6 +50,8 @@ GUIDANCE = {
     **{name: name for name in ("true_cfg_scale", *SKIPPING)},
 }
 """The fields of a `Guidance`, by the names of options."""
+_CHEAP_RANK = 64
+"""Up to this rank a denoiser that takes LoRAs as inputs is hardly slower than the plain one."""
 _RUN = ("batch", "low_memory", "callback")
 _OPTIONS = tuple(item.name for item in fields(Request) if item.name != "prompt")
 
@@ -99,7 +101,7 @@ class Pipeline:
         self._loop = loop or ("device" if steps and not self._loader.engine.on_cpu else "host")
         self._engines = LoadedEngines(bundle, self._loader, threads or default_threads(), engines or {}, wrap)
         self._autoencoder = Autoencoder(bundle, self.engine)
-        self._sets = LoraSets(bundle)
+        self._sets = LoraSets(bundle, self._loader.lora)
         self._jobs = Jobs(bundle, self.engine, self._autoencoder, self._sets, self._adapted)
         self._loras: tuple[Lora, ...] = ()
         self._changes: Mapping[str, Changes] = {}
@@ -117,10 +119,13 @@ class Pipeline:
         """Draw with these LoRAs from now on, [] for none: then it is the bare model again, exactly.
 
         loras: each a `Lora`, a path, a text `FILE=0.8`, or a pair of a path and a strength.
-        as_inputs: whether the denoiser takes them as inputs, which costs nothing to change; by default where the bundle
-        has such a denoiser and all of them are of a form and rank that it takes. Else the weights that they change are
-        computed anew, over those of the bundle; the parts that have them are loaded again when they are next used. In
-        no case is anything traced or built. It is not to be called while the pipeline draws.
+        as_inputs: whether the denoiser takes them as inputs: a change takes milliseconds, each step a little longer.
+        Else the weights that they change are computed anew, over those of the bundle; the parts that have them are
+        loaded again when they are next used, and steps take as long as ever. Where the bundle has no denoiser with such
+        inputs, ONNX Runtime on the CPU is given one made of the plain one in memory, in about a second.
+        The default is as inputs, where all are of a form and rank for it, if the bundle has such a denoiser; if it has
+        none, then in a pipeline that has drawn already, whose denoiser is large and goes without controls.
+        In no case is anything traced or built. It is not to be called while the pipeline draws.
         Raises `LoraError` for a file that cannot be read or is for another model, `EngineError` where the engine or
         the precision holds weights that cannot be changed; the pipeline is then as it was.
         """
@@ -133,7 +138,14 @@ class Pipeline:
             given = self._are_inputs(asked, as_inputs)
             self._change({} if given else combined(opened), self._rows)
             self._sets.set_base(asked if given else ())
+        if not self._loader.lora.built:  # the weights are in memory once
+            self._engines.release(self._denoiser if given else self._loader.lora.name)
         self._loras, self._opened = asked, opened
+
+    @property
+    def takes_loras(self) -> bool:
+        """Whether requests may have LoRAs of their own."""
+        return not self._loader.lora.lacks
 
     def set_embeddings(self, embeddings: Sequence[Any]) -> None:
         """Let prompts have these new words from now on, [] for none.
@@ -160,23 +172,32 @@ class Pipeline:
         self._loader.change(changes, rows)
         self._changes, self._rows = changes, rows
         roles = {name: self.bundle.component(name).role for name in self.bundle.manifest.components}
-        also = {name for name, role in roles.items() if role in ("controlled", "lora") and self._denoiser in changed}
+        also = {self._loader.lora.name, *(name for name, role in roles.items() if role == "controlled")}
         if changed:
-            self._engines.release(*changed, *also)
+            self._engines.release(*changed, *(also if self._denoiser in changed else ()))
 
     def _are_inputs(self, loras: Sequence[Lora], asked: bool | None) -> bool:
         """Whether the denoiser takes these LoRAs as inputs. Raises `LoraError` where it is asked to and cannot."""
-        if not loras or self._sets.inputs is None or asked is False:
-            if asked and loras:
-                self._sets.of(loras)
+        lora = self._loader.lora
+        if not loras or asked is False or (asked is None and not self._prefers_inputs()):
             return False
         try:
-            self._sets.factors(loras)
+            if lora.lacks:
+                self._sets.of(loras)
+            down, _ = self._sets.factors(loras)
         except LoraError:
             if asked:
                 raise
             return False
-        return True
+        return bool(asked) or lora.built or down.shape[1] <= _CHEAP_RANK
+
+    def _prefers_inputs(self) -> bool:
+        """Whether LoRAs are better inputs, where they can be. Weights not yet loaded cost nothing to change."""
+        lora, loaded = self._loader.lora, self._engines.names
+        if lora.built or lora.lacks:
+            return lora.built
+        is_large = not self._loader.is_small(self._denoiser) and not self.bundle.manifest.named("controlled")
+        return is_large and (self._denoiser in loaded or lora.name in loaded)
 
     def _adapted(self, name: str, loras: Sequence[Lora]) -> Engine:
         return self._engines.adapted(name, loras, self._sets)
@@ -212,7 +233,7 @@ class Pipeline:
 
     def release_all(self) -> None:
         """Drop every engine and its memory."""
-        self._engines.release(*self.bundle.manifest.components)
+        self._engines.release(*self.bundle.manifest.components, self._loader.lora.name)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Array, list[str]]:
         """Text embeddings, (len(prompts), tokens, width), and what was cut off each prompt."""

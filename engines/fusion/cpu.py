@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .attention import fuse_attention
 from .norms import fuse_rms_norms
@@ -26,15 +27,21 @@ def fuse_for_cpu(
     second where there is nothing to cut off. All graphs share the external weights.
     """
     import onnx_ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     loaded = onnx_ir.load(model)
-    fused = fuse_attention(loaded, masked=False) + fuse_rms_norms(loaded.graph)
-    RemoveUnusedNodesPass()(loaded)
-    part = split(loaded, per_prompt)
+    fused, part = fuse_model_for_cpu(loaded, per_prompt)
     if not fused and part is None:
         return None
     if part is not None:
         onnx_ir.save(part, model.with_name(names[1]))
     onnx_ir.save(loaded, model.with_name(names[0]))
     return names[0], "" if part is None else names[1]
+
+
+def fuse_model_for_cpu(model: Any, per_prompt: Sequence[str]) -> tuple[int, Any | None]:
+    """The same with an `onnx_ir.Model`, in place. Returns how many operators were made, and the part cut off."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    fused = fuse_attention(model, masked=False) + fuse_rms_norms(model.graph)
+    RemoveUnusedNodesPass()(model)
+    return fused, split(model, per_prompt)

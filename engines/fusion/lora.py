@@ -12,6 +12,7 @@ a group that are all zero are cut to rank 1 before they are used.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,17 @@ _INT64, _BOOL = "INT64", "BOOL"
 _GEOMETRY = ("strides", "pads", "dilations")
 
 
+LAYERS = {
+    "attention": re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)\.weight$"),
+    "transformer": re.compile(
+        r"(^|\.)(transformer_blocks|attentions|single_transformer_blocks|layers|noise_refiner|context_refiner)\."
+    ),
+    "all": re.compile(""),
+}
+"""Which weights take factors, by name: those of attentions; all in transformer blocks and before and after them, which
+is what most trainers train; every matrix and convolution."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A weight of the checkpoint that is changed by factors: its name, and how many numbers it reads and gives."""
@@ -37,6 +49,11 @@ class Layer:
     weight: str
     reads: int
     gives: int
+
+
+def group_of(weight: str) -> int:
+    """The first of `LAYERS` that a weight is among: most LoRAs change the first, or the first two."""
+    return next(i for i, layers in enumerate(LAYERS.values()) if layers.search(weight))
 
 
 def add_lora(

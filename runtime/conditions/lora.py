@@ -32,9 +32,9 @@ class LoraCondition(Condition):
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """The factors of each job, of one rank for all, where one of them has any."""
-        inputs = self._sets.inputs
-        if inputs is None or not any(job.loras for job in jobs):
+        if not any(job.loras for job in jobs):
             return [Fed() for _ in jobs]
+        inputs = self._sets.inputs
         rank = max(self._sets.factors(job.loras)[0].shape[1] for job in jobs if job.loras)
         fed = []
         for job in jobs:

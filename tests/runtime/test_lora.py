@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from diffoundry.calibration.build import build
 from diffoundry.common.errors import BundleError, DiffoundryError, EngineError, LoraError, RequestError
 from diffoundry.engines.changed import new_values, sources_of
 from diffoundry.engines.initializers import read_initializers
+from diffoundry.engines.lora_denoiser import LoraDenoiser
 from diffoundry.engines.verify import verify
 from diffoundry.export.checkpoint import Checkpoint
 from diffoundry.export.lora import Fused, fuse
@@ -75,7 +77,7 @@ def test_weights_at_compile_are_those_at_run(bundle, files, checkpoint_of, tmp_p
     source = Checkpoint.open(checkpoint_of(CHECKPOINT))
     made = fuse(source, Fused(loras), "unet", {"text_encoder": "tokenizer"}, tmp_path, keep_half=False)
     assert set(made) == {"unet", "text_encoder"}
-    for name, changes in LoraSets(opened).changes(loras).items():
+    for name, changes in LoraSets(opened, LoraDenoiser(opened, on_cpu=True)).changes(loras).items():
         [file] = made[name].glob("*.safetensors")
         fused, graph = load_file(file), opened.path(f"{name}/model.onnx")
         found = new_values(opened, name, [graph], changes, name)[graph]
@@ -178,8 +180,72 @@ def test_a_small_rank_and_few_layers_are_said(copied, files):
         diffoundry.load(copied, engine="onnxruntime").set_loras([files["peft"]], as_inputs=True)
     build(copied, lora_rank=0)
     assert not Bundle.open(copied).manifest.wiring.lora_inputs
-    with pytest.raises(RequestError, match="build"):
-        drawn(diffoundry.load(copied), loras=[Lora(files["peft"])])
+
+
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_a_bundle_without_such_a_denoiser_is_given_one_in_memory(bundle, bundle_of, files, loop):
+    """It is the very graph that `build --lora-rank` writes."""
+    plain, built = (diffoundry.load(path, engine="onnxruntime", loop=loop) for path in (bundle_of(CHECKPOINT), bundle))
+    sets = (), (Lora(files["peft"], 0.6),), (Lora(files["kohya"], -0.2), Lora(files["peft"], 0.3))
+    requests = [Request(PROMPT, seed=5 + i, loras=each, **ASKED) for i, each in enumerate(sets)]
+    made = plain.generate_many(requests)
+    for own, expected in zip(made, built.generate_many(requests), strict=True):
+        np.testing.assert_array_equal(own.latents, expected.latents)
+    assert plain.loaded.count("unet_lora") == 1
+    assert plain.weight_bytes("unet_lora") == plain.weight_bytes("unet")
+    plain.release_all()
+    assert not plain.loaded
+
+
+def test_a_pipeline_that_has_drawn_takes_new_ones_as_inputs(bundle_of, files, monkeypatch):
+    loras = [Lora(files["peft"], 0.6), Lora(files["kohya"], -0.3, 0.2)]
+    few = Lora(files["kohya"], 0.4)
+    small = diffoundry.load(bundle_of(CHECKPOINT), engine="onnxruntime")
+    bare = drawn(small)
+    small.set_loras(loras)
+    hot = drawn(small)
+    assert "unet_lora" not in small.loaded
+    monkeypatch.setattr("diffoundry.engines.loader._SMALL_BYTES", 0)
+    large = diffoundry.load(bundle_of(CHECKPOINT), engine="onnxruntime")
+    large.set_loras(loras)
+    np.testing.assert_allclose(drawn(large), hot, atol=NEAR, rtol=NEAR)
+    assert "unet_lora" not in large.loaded
+    large.set_loras([few])
+    once = drawn(large)
+    assert "unet" not in large.loaded
+    large.set_loras([few], as_inputs=False)
+    np.testing.assert_allclose(drawn(large), once, atol=NEAR, rtol=NEAR)
+    assert "unet_lora" not in large.loaded
+    large.set_loras([files["dora"]])
+    drawn(large)
+    assert "unet_lora" not in large.loaded
+    large.set_loras([few])
+    large.set_loras([])
+    np.testing.assert_allclose(drawn(large), bare, atol=NEAR, rtol=NEAR)
+    assert "unet_lora" not in large.loaded
+
+
+def test_a_request_adds_its_own_to_changed_weights_in_memory(bundle_of, files):
+    pipe = diffoundry.load(bundle_of(CHECKPOINT), engine="onnxruntime")
+    pipe.set_loras([(files["dora"], 0.5)])
+    both = drawn(pipe, loras=[Lora(files["kohya"], 0.4)])
+    pipe.set_loras([(files["dora"], 0.5), (files["kohya"], 0.4)])
+    np.testing.assert_allclose(both, drawn(pipe), atol=NEAR, rtol=NEAR)
+
+
+def test_what_cannot_be_made_in_memory_is_said(bundle_of, files, monkeypatch):
+    given = {"loras": [Lora(files["peft"])]}
+    with pytest.raises(RequestError, match=r"build .* --lora-rank 32"):
+        drawn(diffoundry.load(bundle_of(CHECKPOINT), engine="openvino"), **given)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    pipe = diffoundry.load(bundle_of(CHECKPOINT), engine="onnxruntime")
+    assert not pipe.takes_loras
+    with pytest.raises(RequestError, match=r"pip install 'diffoundry\[build\]'"):
+        drawn(pipe, **given)
+    with pytest.raises(RequestError, match=r"pip install 'diffoundry\[build\]'"):
+        pipe.set_loras(given["loras"], as_inputs=True)
+    pipe.set_loras(given["loras"])
+    assert pipe.loras
 
 
 def test_a_build_that_is_done_is_not_done_again(copied):
@@ -412,7 +478,8 @@ def test_a_file_that_changes_is_read_again(pipe, files, tmp_path):
 
 
 def test_equal_sets_have_the_same_factors(bundle, files):
-    sets = LoraSets(Bundle.open(bundle))
+    opened = Bundle.open(bundle)
+    sets = LoraSets(opened, LoraDenoiser(opened, on_cpu=True))
     first, second = (sets.padded((Lora(files["peft"], 0.6),), 8) for _ in "12")
     assert first[0] is second[0]
     assert first[0].shape[1] == 8
