@@ -63,7 +63,7 @@ def main(
             print(json.dumps(_change(worker, bundle, checkpoint, sorted(files.iterdir()), rounds)))
             return
         pipe = load(bundle, engine="onnxruntime", precision="fp32")
-        ways = [way for way in _WAYS if way != "inputs" or pipe.takes_loras]
+        ways = [way for way in _WAYS if way != "inputs" or pipe.lora_denoiser]
         with tempfile.TemporaryDirectory(prefix="diffoundry-") as folder:
             for i in range(rounds):  # so that none is read before
                 _write(checkpoint, Path(folder) / f"{i}.safetensors", rank, layers, i)
@@ -118,7 +118,7 @@ def _change(way: str, bundle: Path, checkpoint: Path, files: list[Path], rounds:
 def _ours(bundle: Path, as_inputs: bool | None) -> Callable[[Path, int], None]:
     """A change of the LoRA, until the denoiser is ready to be called with it. The plain one is loaded before."""
     pipe = load(bundle, engine="onnxruntime", precision="fp32")
-    plain, adapted = pipe.bundle.manifest.named("denoiser"), pipe._loader.lora.name
+    plain, adapted = pipe.bundle.manifest.named("denoiser"), pipe.lora_denoiser
     pipe.engine(plain)
 
     def change(file: Path, i: int) -> None:
@@ -163,13 +163,13 @@ def _show(found: dict[str, dict[str, Any]]) -> None:
 
 def _time_steps(pipe: Any, file: Path, calls: int) -> None:
     """A guided call of the plain denoiser, and of the one that takes LoRAs, turn by turn."""
-    manifest, lora = pipe.bundle.manifest, pipe._loader.lora
+    manifest = pipe.bundle.manifest
     pipe.set_loras([Lora(file)], as_inputs=True)
-    inputs = lora.inputs
+    inputs = pipe._sets.inputs
     down, up = pipe._sets.factors(pipe.loras)
     factors = {inputs.down: down[None], inputs.up: up[None]}
     pixels, downscale = {"height": manifest.default_height, "width": manifest.default_width}, manifest.latents.downscale
-    plain, adapted = pipe.engine(manifest.named("denoiser")), pipe.engine(lora.name)
+    plain, adapted = pipe.engine(manifest.named("denoiser")), pipe.engine(pipe.lora_denoiser)
     first, second = bound(plain, pixels, downscale), bound(adapted, pixels, downscale, factors)
     seconds: dict[str, list[float]] = {"plain": [], "with LoRA": []}
     for _ in range(calls):

@@ -121,7 +121,7 @@ class Case:
     size: width and height, None for the checkpoint's own. picture: size of the image and the mask where it differs.
     then: the second stage, which takes the latents of this one as its image.
     controls: what steers it, and guess_mode whether by the prompt alone. prompts: pictures beside the text.
-    loras: that it is drawn with, and as_inputs whether the denoiser takes them as inputs.
+    loras: that it is drawn with, and as_inputs whether the denoiser takes them as inputs; in_memory: one made for it.
     """
 
     checkpoint: str
@@ -139,6 +139,7 @@ class Case:
     prompts: tuple[Prompted, ...] = ()
     loras: tuple[Adapted, ...] = ()
     as_inputs: bool = False
+    in_memory: bool = False
 
     @property
     def flows(self) -> bool:
@@ -156,7 +157,7 @@ class Case:
         if self.flows and self.controls:
             return self.checkpoint + STEERED + "-".join(BESIDE[self.checkpoint])
         if self.loras:
-            return self.checkpoint + ADAPTED
+            return self.checkpoint if self.in_memory else self.checkpoint + ADAPTED
         more = "".join(f"{PROMPTED}{each.name}" for each in self.prompts)
         kind = CONTROLLED if self.controls else ""
         for each in self.controls:
@@ -182,7 +183,7 @@ class Case:
             f"lora {each.kind} {each.strength:g}" + ("" if each.text is None else f":{each.text:g}")
             for each in self.loras
         ]
-        steers += ["as inputs"] if self.as_inputs else []
+        steers += ["as inputs" + (" in memory" if self.in_memory else "")] if self.as_inputs else []
         about = (self.checkpoint, self.task, self.kind, self.label, *steers, self.scheduler)
         parts = (*about, size, f"batch {self.count}", then)
         return " ".join(part for part in parts if part)
@@ -553,6 +554,7 @@ def _of_loras() -> Iterator[Case]:
         two = (Adapted("peft", 0.7), Adapted("kohya", -0.4))
         yield replace(case, loras=two, count=2)
         yield replace(case, loras=two, count=2, size=WIDE, as_inputs=True)
+        yield replace(case, loras=two, count=2, size=WIDE, as_inputs=True, in_memory=True)
         for scheduler in ("ddim", "heun", "dpm++2m", "euler_a"):
             yield replace(case, loras=two, scheduler=scheduler, as_inputs=scheduler in ("ddim", "heun"))
         for task in ("img2img", "inpaint"):
@@ -569,6 +571,7 @@ def _of_loras_of_transformers() -> Iterator[Case]:
         two = (Adapted("peft", 0.7), Adapted("mixed", -0.4))
         yield replace(case, loras=two)
         yield replace(case, loras=two, count=2, as_inputs=True)
+        yield replace(case, loras=two, count=2, as_inputs=True, in_memory=True)
 
 
 def _of_transformers() -> Iterator[Case]:

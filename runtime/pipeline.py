@@ -143,9 +143,12 @@ class Pipeline:
         self._loras, self._opened = asked, opened
 
     @property
-    def takes_loras(self) -> bool:
-        """Whether requests may have LoRAs of their own."""
-        return not self._loader.lora.lacks
+    def lora_denoiser(self) -> str:
+        """The name of the denoiser that takes LoRAs as inputs, of the bundle or in memory; "" where there is none.
+
+        Requests may then have LoRAs of their own.
+        """
+        return "" if self._loader.lora.lacks else self._loader.lora.name
 
     def set_embeddings(self, embeddings: Sequence[Any]) -> None:
         """Let prompts have these new words from now on, [] for none.

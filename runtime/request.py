@@ -77,8 +77,8 @@ class Request:
     place of the text, float32 (tokens, width), and pooled (width,).
     conditioning, negative_conditioning: what SDXL is given of sizes; the negative is the same by default.
     control: pictures that steer the drawing, see `Control`; what several add is summed. image_prompt: pictures that
-    are read beside the text, see `ImagePrompt`. loras: LoRAs of this request alone, in a bundle that takes them as
-    inputs (`build --lora-rank`); those of the pipeline act as well.
+    are read beside the text, see `ImagePrompt`. loras: LoRAs of this request alone, as inputs of the denoiser, where
+    it takes such; those of the pipeline act as well.
     guidance_scale, num_inference_steps and mask_image, as diffusers calls them, stand for guidance, steps and mask.
     output: `image`, or `latent` to leave out the decoder. decoder: `full`, or `tiny` where the bundle has it. tiled:
     work through large images in tiles, in the memory that one takes.

@@ -23,22 +23,27 @@ class NoModelError(DiffoundryError):
 class Model:
     """A bundle under a name. loras: the files that requests may ask for, by the name that they know.
 
-    size: bytes that it takes, about, with all its components. used: when it was last needed.
+    used: when it was last needed.
     """
 
     name: str
     pipeline: Pipeline
     loras: dict[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
-    size: int = 0
     used: float = 0.0
     _sizes: dict[str, int] = field(default_factory=dict)
     _abilities: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pipeline = self.pipeline
-        self._sizes = {name: pipeline.weight_bytes(name) for name in pipeline.bundle.manifest.components}
-        self.size = sum(self._sizes.values())
+        names = {*pipeline.bundle.manifest.components, *filter(None, [pipeline.lora_denoiser])}
+        self._sizes = {name: pipeline.weight_bytes(name) for name in names}
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about, with all its components, and a denoiser for LoRAs where it has any."""
+        components = self.pipeline.bundle.manifest.components
+        return sum(size for name, size in self._sizes.items() if self.loras or name in components)
 
     @property
     def held(self) -> int:

@@ -130,7 +130,7 @@ def open_models(options: Options, say: Callable[[str], None]) -> Models:
 def _offer(models: Sequence[Model], lora: str, file: str) -> list[str]:
     """Let requests name a LoRA of the models that take it. Returns their names. Raises where none does."""
     errors: list[DiffoundryError] = []
-    takers = [model for model in models if model.pipeline.takes_loras]
+    takers = [model for model in models if model.pipeline.lora_denoiser]
     for model in takers or models:
         try:
             model.pipeline.job(Request("", steps=1, loras=(Lora(file),)))

@@ -239,7 +239,7 @@ def test_what_cannot_be_made_in_memory_is_said(bundle_of, files, monkeypatch):
         drawn(diffoundry.load(bundle_of(CHECKPOINT), engine="openvino"), **given)
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
     pipe = diffoundry.load(bundle_of(CHECKPOINT), engine="onnxruntime")
-    assert not pipe.takes_loras
+    assert not pipe.lora_denoiser
     with pytest.raises(RequestError, match=r"pip install 'diffoundry\[build\]'"):
         drawn(pipe, **given)
     with pytest.raises(RequestError, match=r"pip install 'diffoundry\[build\]'"):
