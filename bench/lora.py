@@ -165,7 +165,7 @@ def _time_steps(pipe: Any, file: Path, calls: int) -> None:
     """A guided call of the plain denoiser, and of the one that takes LoRAs, turn by turn."""
     manifest = pipe.bundle.manifest
     pipe.set_loras([Lora(file)], as_inputs=True)
-    inputs = pipe._sets.inputs
+    inputs = pipe._sets.inputs(pipe._sets.layout(pipe.loras))
     down, up = pipe._sets.factors(pipe.loras)
     factors = {inputs.down: down[None], inputs.up: up[None]}
     pixels, downscale = {"height": manifest.default_height, "width": manifest.default_width}, manifest.latents.downscale

@@ -111,12 +111,10 @@ class EngineLoader:
         more: changes of its weights beside those of `change`.
         Raises `BundleError` when its files were changed, `EngineError` when it cannot be loaded.
         """
-        from .onnxruntime import load_made, load_variant
+        from .onnxruntime import load_variant
 
         if self._is_made(name):
-            made, (changes, source) = self.lora.made, self.changes_of(name)
-            values = new_values(self._bundle, source, [made.source], changes, source)[made.source] if changes else []
-            return load_made(made, name, threads, values)
+            return self.load_lora(self.lora.layout, threads)
         variant = self._variant(name)
         if not self._bundle.foreign:
             component, own = self._bundle.component(name), f"{self.precision_of(name)}/"
@@ -148,6 +146,15 @@ class EngineLoader:
         return load_variant(
             self._bundle.root, name, variant, provider=self.engine.provider, threads=threads, changed=changed
         )
+
+    def load_lora(self, layout: int, threads: int | None = None) -> Engine:
+        """The engine of the denoiser in memory that takes LoRAs as inputs, in this layout; see `LoraDenoiser`."""
+        changes, source = self.changes_of(self.lora.name)
+
+        def change(graph: Path) -> list[NewValue]:
+            return new_values(self._bundle, source, [graph], changes, source)[graph] if changes else []
+
+        return self.lora.load(layout, threads, change)
 
     def change(self, changes: Mapping[str, Changes], rows: Mapping[str, Rows]) -> None:
         """Let components be loaded with changed weights from now on, by the component that the weights are of.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,9 @@ from typing import Any
 from ..bundle import FULL, STANDARD, Bundle
 from ..bundle.wiring import MOST_RANK, LoraInputs
 from ..common.errors import EngineError
-from .changed import WEIGHTS_NAME, sources_of
-from .fusion.cpu import fuse_model_for_cpu
-from .fusion.graph import open_model
-from .fusion.lora import DOWN, UP, add_lora, group_of, names_of
+from .changed import WEIGHTS_NAME, NewValue, sources_of
+from .engine import Engine
+from .split import SplitEngine
 
 NAME = "{}_lora"
 """The name of the component, after the denoiser."""
@@ -33,11 +32,12 @@ class Graph:
 class Made:
     """A denoiser in memory. source: the model that it was made of, beside which its weights lie.
 
-    sizes: the rows of both of its inputs for factors. per_prompt: what is computed once for a prompt, None where
-    nothing is.
+    groups: of layers, those that take factors; see `fusion.lora.group_of`. sizes: the rows of both of its inputs for
+    factors. per_prompt: what is computed once for a prompt, None where nothing is.
     """
 
     source: Path
+    groups: frozenset[int]
     inputs: LoraInputs
     sizes: tuple[int, int]
     model: Graph
@@ -47,21 +47,23 @@ class Made:
 class LoraDenoiser:
     """The denoiser of a bundle that takes LoRAs as inputs. Where the bundle has none, it is made when it is needed.
 
-    Only the graph is made, which takes about a second; its weights are those of the plain denoiser.
+    Only the graph is made, which takes about a second; its weights are those of the plain denoiser. Groups of layers
+    that no LoRA has changed so far take no factors and cost nothing: the first LoRA that changes one has the graph made
+    anew. Each is a layout, numbered from 1; a later one takes all that those before it do. The bundle's own is 1.
     """
 
     def __init__(self, bundle: Bundle, on_cpu: bool) -> None:
         """on_cpu: whether the engine is ONNX Runtime on the CPU, in fp32."""
         manifest = bundle.manifest
         self._bundle, self._denoiser = bundle, manifest.named("denoiser")
-        built = manifest.wiring.lora_inputs
-        self.built = bool(built)
+        self._inputs = next(iter(manifest.wiring.lora_inputs.values()), None)
+        self.built = self._inputs is not None
         """Whether it is of the bundle."""
-        self.name = next(iter(built), NAME.format(self._denoiser))
+        self.name = next(iter(manifest.wiring.lora_inputs), NAME.format(self._denoiser))
         """Of its component."""
         known = f"{self._denoiser}/{WEIGHTS_NAME}" in manifest.components[self._denoiser].files
         self._able = on_cpu and known and not bundle.foreign and self.name not in manifest.components
-        self._made: Made | None = None
+        self._made: tuple[Made, ...] = ()
 
     @property
     def lacks(self) -> str:
@@ -74,41 +76,68 @@ class LoraDenoiser:
         return f"{root} takes no LoRAs as inputs: {remedy}"
 
     @property
-    def inputs(self) -> LoraInputs:
-        """Its inputs for factors. Raises `EngineError` where there is none."""
-        return next(iter(self._bundle.manifest.wiring.lora_inputs.values())) if self.built else self.made.inputs
+    def layout(self) -> int:
+        """The last one, 0 where there is none yet."""
+        return 1 if self.built else len(self._made)
 
-    @property
-    def sizes(self) -> tuple[int, int]:
+    def layout_for(self, groups: frozenset[int]) -> int:
+        """One that takes factors for these groups of layers. Raises `EngineError` where none can be made."""
+        before = self._made[-1].groups if self._made else frozenset()
+        if not self.built and not (self._made and groups <= before):
+            self._made = (*self._made, self._make(before | groups))
+        return self.layout
+
+    def inputs(self, layout: int) -> LoraInputs:
+        """Its inputs for factors."""
+        return self._made[layout - 1].inputs if self._inputs is None else self._inputs
+
+    def sizes(self, layout: int) -> tuple[int, int]:
         """The rows of both inputs."""
-        if not self.built:
-            return self.made.sizes
+        if self._inputs is None:
+            return self._made[layout - 1].sizes
         shapes = {tensor.name: tensor.shape for tensor in self._bundle.component(self.name).inputs}
-        down, up = (shapes[name][1] for name in (self.inputs.down, self.inputs.up))
+        down, up = (shapes[name][1] for name in (self._inputs.down, self._inputs.up))
         return int(down), int(up)
 
-    @property
-    def made(self) -> Made:
-        """The one in memory. Raises `EngineError` where none can be made."""
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+    def load(self, layout: int, threads: int | None, change: Callable[[Path], Sequence[NewValue]]) -> Engine:
+        """The engine of one in memory. change: of a model, the initializers that are others than in the file."""
+        from .onnxruntime import OnnxRuntimeEngine
 
-    def _make(self) -> Made:
-        if self.built or self.lacks:
-            raise EngineError(self.lacks or f"{self._bundle.root} has {self.name} already")
+        made = self._made[layout - 1]
+        changed = change(made.source)
+
+        def engine_of(graph: Graph) -> Engine:
+            own = [each for each in changed if each.initializer.name in graph.weights]
+            return OnnxRuntimeEngine.load(
+                made.source, component=self.name, threads=threads, changed=own, content=graph.content
+            )
+
+        per_step = engine_of(made.model)
+        return per_step if made.per_prompt is None else SplitEngine(self.name, engine_of(made.per_prompt), per_step)
+
+    def _make(self, groups: frozenset[int]) -> Made:
+        from .fusion.cpu import fuse_model_for_cpu
+        from .fusion.graph import open_model
+        from .fusion.lora import DOWN, UP, add_lora, group_of, names_of
+
+        if self.lacks:
+            raise EngineError(self.lacks)
         bundle, denoiser = self._bundle, self._denoiser
         variant = bundle.component(denoiser).variants[f"{FULL}/{STANDARD}"]
         bundle.check(variant.files, known=True)
         model = open_model(bundle.path(variant.model))
         sources = {key: source.weights for key, source in sources_of(bundle, denoiser).items()}
-        layers = add_lora(model, names_of(sources), group_of, spares=True)
-        if not layers:
-            raise EngineError(f"{bundle.root}: its denoiser has no layers that take LoRAs as inputs")
+
+        def group(weight: str) -> int | None:
+            own = group_of(weight)
+            return own if own in groups else None
+
+        layers = add_lora(model, names_of(sources), group, spares=True)
         _, part = fuse_model_for_cpu(model, bundle.manifest.per_prompt(denoiser))
         inputs = LoraInputs(MOST_RANK, tuple(each.weight for each in layers), DOWN, UP)
         sizes = sum(each.reads for each in layers), sum(each.gives for each in layers)
-        return Made(bundle.path(variant.model), inputs, sizes, _graph(model), None if part is None else _graph(part))
+        per_prompt = None if part is None else _graph(part)
+        return Made(bundle.path(variant.model), groups, inputs, sizes, _graph(model), per_prompt)
 
 
 def _graph(model: Any) -> Graph:

@@ -22,7 +22,6 @@ from ..common.errors import EngineError, reason
 from .changed import NewValue
 from .engine import ONE_ENGINE, DeviceArray, Engine
 from .initializers import with_values
-from .lora_denoiser import Graph, Made
 from .split import SplitEngine
 from .wheel import install, ort
 
@@ -265,17 +264,6 @@ def load_variant(
 
     per_step = load(variant.model)
     return SplitEngine(name, load(variant.per_prompt), per_step) if variant.per_prompt else per_step
-
-
-def load_made(made: Made, name: str, threads: int | None, changed: Sequence[NewValue] = ()) -> Engine:
-    """The engine of a denoiser in memory, on the CPU. name: of its component. changed: of the model it was made of."""
-
-    def load(graph: Graph) -> OnnxRuntimeEngine:
-        own = [each for each in changed if each.initializer.name in graph.weights]
-        return OnnxRuntimeEngine.load(made.source, component=name, threads=threads, changed=own, content=graph.content)
-
-    per_step = load(made.model)
-    return per_step if made.per_prompt is None else SplitEngine(name, load(made.per_prompt), per_step)
 
 
 def require_provider(provider: str) -> str:

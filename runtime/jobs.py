@@ -115,6 +115,7 @@ class Jobs:
             loras,
             scale,
             run,
+            self._loras.layout(loras),
         )
 
     def fields(self, task: str) -> frozenset[str]:

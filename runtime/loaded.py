@@ -26,12 +26,12 @@ from .lora_sets import LoraSets
 class Form(NamedTuple):
     """Which of the denoisers of a bundle is to draw.
 
-    controls: the components that act in it, None where it is told of neither controls nor pictures. loras: whether it
-    takes LoRAs as inputs.
+    controls: the components that act in it, None where it is told of neither controls nor pictures. loras: the layout
+    in which it takes LoRAs as inputs, 0 where it takes none; see `LoraDenoiser`.
     """
 
     controls: tuple[str, ...] | None = None
-    loras: bool = False
+    loras: int = 0
 
 
 PLAIN = Form()
@@ -48,6 +48,8 @@ class LoadedEngines:
     _engines: dict[str, Engine]
     _phases: dict[Form, Phases]
     _adapted: OrderedDict[tuple[str, Hashable], Engine]
+    _pool: ThreadPoolExecutor | None
+    _layout: int
 
     def __init__(
         self,
@@ -81,6 +83,9 @@ class LoadedEngines:
         """
         self.check_process()
         with self._lock:
+            if name == self._lora and self._layout != self._loader.lora.layout:
+                self.release(name)
+                self._layout = self._loader.lora.layout
             if name not in self._engines:
                 load = self._given.get(name)
                 engine = self._load(name) if load is None else load()
@@ -122,7 +127,9 @@ class LoadedEngines:
     def denoiser(self, form: Form = PLAIN) -> Engine:
         """The denoiser in this form."""
         if form.loras:
-            return self(self._lora)
+            with self._lock:  # a newer one may have come since a run began
+                newest = form.loras == self._loader.lora.layout
+                return self(self._lora) if newest else self._loader.load_lora(form.loras, self._threads)
         if form.controls is None:
             return self(self._denoiser)
         plain = [tensor.name for tensor in self._bundle.component(self._denoiser).inputs]
@@ -174,6 +181,7 @@ class LoadedEngines:
         self._lock = threading.RLock()
         self._engines = {}
         self._phases = {}
+        self._layout = 0
         self._adapted = OrderedDict()
         self._pool = ThreadPoolExecutor(self._threads - 1, "diffoundry") if self._threads > 1 else None
 

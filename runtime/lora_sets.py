@@ -19,6 +19,7 @@ from ..bundle.wiring import MOST_RANK, LoraInputs
 from ..common.arrays import Array
 from ..common.errors import LoraError, RequestError
 from ..engines.changed import weights_in
+from ..engines.fusion.lora import group_of
 from ..engines.lora_denoiser import LoraDenoiser
 from ..families.lora import Change, LoraFile, Sum, Weights, combined
 from ..families.lora.tensors import file_of
@@ -52,10 +53,15 @@ class LoraSets:
                 self._weights = weights_of(self._bundle)
             return self._weights
 
-    @property
-    def inputs(self) -> LoraInputs:
-        """The inputs of the denoiser that takes them. Raises `EngineError` where there is none."""
-        return self._denoiser.inputs
+    def inputs(self, layout: int) -> LoraInputs:
+        """The inputs of the denoiser that takes them; see `LoraDenoiser` of layouts."""
+        return self._denoiser.inputs(layout)
+
+    def layout(self, loras: Sequence[Lora]) -> int:
+        """The layout of the denoiser that takes these; 0 of none. Raises `LoraError` for forms that are no inputs."""
+        if not loras:
+            return 0
+        return self._denoiser.layout_for(self._keep(("groups", self.key(loras)), lambda: self._groups(loras)))
 
     def of(self, loras: Sequence[Lora]) -> tuple[Lora, ...]:
         """The set of a request that asks for `loras`, checked: the pipeline's own and these.
@@ -102,54 +108,63 @@ class LoraSets:
         """Of these the changes of text encoders."""
         return {name: each for name, each in self.changes(loras).items() if name != self.weights.denoiser}
 
-    def factors(self, loras: Sequence[Lora]) -> tuple[Array, Array]:
+    def factors(self, loras: Sequence[Lora], layout: int | None = None) -> tuple[Array, Array]:
         """Both inputs of the denoiser for this set, (rows, rank). The same set gives the same arrays.
 
         Raises `LoraError` for what is no product of two factors, of a weight that takes none, or above the rank.
         """
-        return self._keep(("factors", self.key(loras)), lambda: self._factors(loras))
+        layout = self.layout(loras) if layout is None else layout
+        return self._keep(("factors", self.key(loras), layout), lambda: self._factors(loras, layout))
 
-    def padded(self, loras: Sequence[Lora], rank: int) -> tuple[Array, Array]:
+    def padded(self, loras: Sequence[Lora], rank: int, layout: int) -> tuple[Array, Array]:
         """The same, brought to a rank with zeros; of no LoRA they are zeros."""
 
         def make() -> tuple[Array, Array]:
-            made = self.factors(loras) if loras else self._empty(1)
+            made = self.factors(loras, layout) if loras else self._empty(1, layout)
             down, up = (np.pad(each, ((0, 0), (0, rank - each.shape[1]))) for each in made)
             return down, up
 
-        return self._keep(("padded", self.key(loras), rank), make)
+        return self._keep(("padded", self.key(loras), rank, layout), make)
 
-    def _factors(self, loras: Sequence[Lora]) -> tuple[Array, Array]:
-        denoiser, rows = self.weights.denoiser, self._rows()
-        found: dict[str, list[tuple[Array, Array]]] = {}
-        others: list[tuple[str, Change, float, Lora]] = []
-        for lora, (file, strengths) in zip(loras, self.opened(loras), strict=True):
-            for name, total in combined([(file, strengths)]).get(denoiser, {}).items():
-                if name not in rows:
-                    raise LoraError(
-                        f"{lora.file} changes {name}, which takes no factors in {self._bundle.root}: "
-                        f"{self._remedy(self.inputs.rank, ' --lora-layers all')}"
-                    )
+    def _changes(self, loras: Sequence[Lora]) -> Iterator[tuple[str, Change, float, Lora]]:
+        """What they change in the denoiser: the weight, by what, how much, and of which LoRA. Raises `LoraError`."""
+        for lora, opened in zip(loras, self.opened(loras), strict=True):
+            for name, total in combined([opened]).get(self.weights.denoiser, {}).items():
                 for change, strength in total.parts:
-                    if change.low_rank:
-                        found.setdefault(name, []).append(change.factors(strength))
-                    elif lora.approximate:
-                        others.append((name, change, strength, lora))
-                    else:
+                    if not change.low_rank and not lora.approximate:
                         what = f"{change.form}{' with a magnitude' if 'dora_scale' in change.parts else ''}"
                         raise LoraError(
                             f"{lora.file} changes {name} by a {what}, no product of two factors, which cannot be an "
                             "input: draw all with it, by set_loras(…, as_inputs=False) or `run --lora`, or bring it to "
                             "the rank with --lora-approximate"
                         )
-        self._approximate(others, found)
+                    yield name, change, strength, lora
+
+    def _groups(self, loras: Sequence[Lora]) -> frozenset[int]:
+        return frozenset(group_of(name) for name, *_ in self._changes(loras))
+
+    def _factors(self, loras: Sequence[Lora], layout: int) -> tuple[Array, Array]:
+        rows, inputs = self._rows(layout), self.inputs(layout)
+        found: dict[str, list[tuple[Array, Array]]] = {}
+        others: list[tuple[str, Change, float, Lora]] = []
+        for name, change, strength, lora in self._changes(loras):
+            if name not in rows:
+                raise LoraError(
+                    f"{lora.file} changes {name}, which takes no factors in {self._bundle.root}: "
+                    f"{self._remedy(inputs.rank, ' --lora-layers all')}"
+                )
+            if change.low_rank:
+                found.setdefault(name, []).append(change.factors(strength))
+            else:
+                others.append((name, change, strength, lora))
+        self._approximate(others, found, inputs.rank)
         rank = max((sum(len(down) for down, _ in own) for own in found.values()), default=1)
-        if rank > self.inputs.rank:
+        if rank > inputs.rank:
             raise LoraError(
-                f"these LoRAs have the rank {rank} together, {self._bundle.root} takes {self.inputs.rank}: "
+                f"these LoRAs have the rank {rank} together, {self._bundle.root} takes {inputs.rank}: "
                 f"{self._remedy(rank)}"
             )
-        down, up = self._empty(rank)
+        down, up = self._empty(rank, layout)
         for name, own in found.items():
             (first, reads), (second, gives) = rows[name]
             at = 0
@@ -167,7 +182,10 @@ class LoraSets:
         return f"run `diffoundry build {self._bundle.root} --lora-rank {rank}{layers}`"
 
     def _approximate(
-        self, others: Sequence[tuple[str, Change, float, Lora]], found: dict[str, list[tuple[Array, Array]]]
+        self,
+        others: Sequence[tuple[str, Change, float, Lora]],
+        found: dict[str, list[tuple[Array, Array]]],
+        rank: int,
     ) -> None:
         """Add to `found` the factors nearest to changes of other forms, and tell what is lost."""
         if not others:
@@ -178,7 +196,7 @@ class LoraSets:
         for name, change, strength, lora in others:
             taken = taken_of.get(name, 0)
             beside = sum(other == name for other, *_ in others)
-            room = (self.inputs.rank - taken) // beside if taken < self.inputs.rank else 0
+            room = (rank - taken) // beside if taken < rank else 0
             if not room or len(change.shape) < 2:
                 raise LoraError(
                     f"{lora.file}: no rank is left for {name}: draw all with it, by `run --lora` without it"
@@ -188,23 +206,23 @@ class LoraSets:
             lost[str(lora.file)] = max(lost.get(str(lora.file), 0.0), share)
         for file, share in lost.items():
             warnings.warn(
-                f"{file} was brought to rank {self.inputs.rank}: up to {100 * share:.1f} % of a layer's change is lost",
+                f"{file} was brought to rank {rank}: up to {100 * share:.1f} % of a layer's change is lost",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
-    def _empty(self, rank: int) -> tuple[Array, Array]:
+    def _empty(self, rank: int, layout: int) -> tuple[Array, Array]:
         """Factors of this rank that add nothing."""
-        sizes = [sum(sizes) for sizes in zip(*((r[1], g[1]) for r, g in self._rows().values()), strict=True)]
+        sizes = [sum(sizes) for sizes in zip(*((r[1], g[1]) for r, g in self._rows(layout).values()), strict=True)]
         down, up = (np.zeros((size, rank), np.float32) for size in sizes)
         return down, up
 
-    def _rows(self) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+    def _rows(self, layout: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
         """For each weight that takes factors where its rows begin in both inputs, and how many they are."""
 
         def make() -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
             shapes, made, first, second = self.weights.shapes[self.weights.denoiser], {}, 0, 0
-            for name in self.inputs.weights:
+            for name in self.inputs(layout).weights:
                 if name not in shapes:
                     raise LoraError(
                         f"{self._bundle.root}: {name:.100} takes factors and is no weight: compile it again"
@@ -212,13 +230,13 @@ class LoraSets:
                 gives, reads = shapes[name][0], int(np.prod(shapes[name][1:]))
                 made[name] = (first, reads), (second, gives)
                 first, second = first + reads, second + gives
-            if (first, second) != self._denoiser.sizes:
+            if (first, second) != self._denoiser.sizes(layout):
                 raise LoraError(
                     f"{self._bundle.root}: the weights that take factors are not those of its graph: build again"
                 )
             return made
 
-        return self._keep("rows", make)
+        return self._keep(("rows", layout), make)
 
     def _state(self, lora: Lora) -> Hashable:
         return self._pinned[lora][0] if lora in self._pinned else _state(lora)

@@ -426,7 +426,7 @@ class Pipeline:
     def _form(self, jobs: Sequence[Job]) -> Form:
         """Which denoiser draws these jobs."""
         controls = self._jobs.controls_of(jobs)
-        return Form(None if controls is None else tuple(controls), any(job.loras for job in jobs))
+        return Form(None if controls is None else tuple(controls), max((job.lora_layout for job in jobs), default=0))
 
     def _feed(self, jobs: Sequence[Job], low_memory: bool, seconds: dict[str, float]) -> list[Fed]:
         """What the conditions give each job."""

@@ -64,7 +64,7 @@ class Job:
     record: the request as JSON values, to ask for it again. controls, image_prompts: their pictures, by
     the names of controls and of IP-Adapters; those of masked controls have the mask as a last channel.
     regions: the masks of image prompts, float32 (images, H, W) of 0 and 1.
-    loras: that the denoiser takes as inputs.
+    loras: that the denoiser takes as inputs, in the layout lora_layout; see `LoraDenoiser`.
     """
 
     request: Request
@@ -80,6 +80,7 @@ class Job:
     loras: tuple[Lora, ...] = ()
     given: float = 0.0
     steps: int = 0
+    lora_layout: int = 0
 
 
 class Start(NamedTuple):

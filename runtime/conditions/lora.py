@@ -34,10 +34,11 @@ class LoraCondition(Condition):
         """The factors of each job, of one rank for all, where one of them has any."""
         if not any(job.loras for job in jobs):
             return [Fed() for _ in jobs]
-        inputs = self._sets.inputs
-        rank = max(self._sets.factors(job.loras)[0].shape[1] for job in jobs if job.loras)
+        layout = max(job.lora_layout for job in jobs)
+        inputs = self._sets.inputs(layout)
+        rank = max(self._sets.factors(job.loras, layout)[0].shape[1] for job in jobs if job.loras)
         fed = []
         for job in jobs:
-            down, up = self._sets.padded(job.loras, rank)
+            down, up = self._sets.padded(job.loras, rank, layout)
             fed.append(Fed(inputs={inputs.down: down, inputs.up: up}))
         return fed

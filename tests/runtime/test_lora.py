@@ -197,6 +197,30 @@ def test_a_bundle_without_such_a_denoiser_is_given_one_in_memory(bundle, bundle_
     assert not plain.loaded
 
 
+def test_in_memory_layers_take_factors_when_a_lora_first_changes_them(bundle, bundle_of, files, tmp_path):
+    plain, built = (diffoundry.load(path, engine="onnxruntime") for path in (bundle_of(CHECKPOINT), bundle))
+    attends = re.compile(r"unet\..*\.(to_[qkv]|to_out\.0)\.")
+    few = {key: value for key, value in load_file(files["peft"]).items() if attends.match(key)}
+    requests = [
+        Request(PROMPT, seed=5, loras=[Lora(file, 0.6)], **ASKED)
+        for file in (written(tmp_path / "few.safetensors", few), files["peft"])
+    ]
+    old, lora = plain.job(requests[0]), plain._loader.lora
+    alone = plain.generate(requests[0]).latents
+    np.testing.assert_allclose(alone, built.generate(requests[0]).latents, atol=NEAR, rtol=NEAR)
+    wanted = built.generate_many(requests)
+    for own, expected in zip(plain.generate_many(requests), wanted, strict=True):
+        np.testing.assert_allclose(own.latents, expected.latents, atol=NEAR, rtol=NEAR)
+    assert lora.layout == 2
+    assert all(first < second for first, second in zip(lora.sizes(1), lora.sizes(2), strict=True))
+    [ready] = plain.prepare([old])
+    batch = plain.batch(ready)
+    handle = batch.add(ready.samples[0])
+    while batch:
+        batch.step()
+    np.testing.assert_array_equal(batch.take(handle), alone[0])
+
+
 def test_a_pipeline_that_has_drawn_takes_new_ones_as_inputs(bundle_of, files, monkeypatch):
     loras = [Lora(files["peft"], 0.6), Lora(files["kohya"], -0.3, 0.2)]
     few = Lora(files["kohya"], 0.4)
@@ -480,10 +504,10 @@ def test_a_file_that_changes_is_read_again(pipe, files, tmp_path):
 def test_equal_sets_have_the_same_factors(bundle, files):
     opened = Bundle.open(bundle)
     sets = LoraSets(opened, LoraDenoiser(opened, on_cpu=True))
-    first, second = (sets.padded((Lora(files["peft"], 0.6),), 8) for _ in "12")
+    first, second = (sets.padded((Lora(files["peft"], 0.6),), 8, 1) for _ in "12")
     assert first[0] is second[0]
     assert first[0].shape[1] == 8
-    assert sets.padded((), 8)[0] is sets.padded((), 8)[0]
+    assert sets.padded((), 8, 1)[0] is sets.padded((), 8, 1)[0]
 
 
 def test_weights_that_a_model_has_in_another_form_are_said(pipe):
