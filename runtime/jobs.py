@@ -154,6 +154,11 @@ class Jobs:
         )
 
     @property
+    def layers(self) -> int:
+        """The layers of the denoiser that guidance may skip some of, 0 where it skips none."""
+        return self._guidance.layers
+
+    @property
     def largest_side(self) -> int:
         """The largest width and height that a picture may have, in pixels."""
         return self._bundle.manifest.largest_side

@@ -305,8 +305,10 @@ class Pipeline:
         `fields`: by task, those of `Request` that change what is drawn with guidance. `schedulers`: names that work in
         the bundle's own number of steps; `scheduler`: its own. `strength`: by task, where a request does not say.
         `unguided`: the guidance that is none. `largest_side`: pixels. `clip_skip`, `max_sequence_length`: the most, 0
-        where it takes none. `control_modes`: of each ControlNet-Union; `masked_controls`: those that
-        need a mask of their own. `pictured`: the IP-Adapters that take pictures.
+        where it takes none. `layers`: of the denoiser, that guidance may skip, 0 for none. `decoders`: what `decoder`
+        may be. `control_modes`: of each ControlNet-Union; `masked_controls`: those that need a mask of their own;
+        `guess_modes`: those that have a guess mode. `pictured`: the IP-Adapters that take pictures; `several`: those
+        that read more than one; `regions`: those that take masks; `attentions`: how many read each.
         """
         jobs, manifest = self._jobs, self.bundle.manifest
         schedules, encoders, wiring = jobs.schedules, jobs.text.encoders, manifest.wiring
@@ -319,9 +321,15 @@ class Pipeline:
             "largest_side": jobs.largest_side,
             "clip_skip": encoders.most_skipped,
             "max_sequence_length": encoders.longest,
+            "layers": jobs.layers,
+            "decoders": [name for name, role in DECODERS.items() if manifest.named(role)],
             "control_modes": {name: list(mode_names(each)) for name, each in wiring.controls.items() if each.modes},
             "masked_controls": [name for name, each in wiring.controls.items() if each.masked],
+            "guess_modes": [name for name, each in wiring.controls.items() if each.guess and each.kind != "adapter"],
             "pictured": [name for name, each in wiring.image_prompts.items() if each.encoder],
+            "several": [name for name, each in wiring.image_prompts.items() if each.several],
+            "regions": [name for name, each in wiring.image_prompts.items() if each.masks],
+            "attentions": {name: each.layers for name, each in wiring.image_prompts.items()},
         }
 
     def plan_sizes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:

@@ -55,6 +55,15 @@ _ANSWER = (
 )
 _REQUEST = tuple(item.name for item in fields(Request))
 KNOWN = (*_REQUEST, *SAME, *_GUIDANCE, *_NOTHING, *_ANSWER)
+_SPOKEN = (
+    (r"\bLoRAs?\b", "loras"),
+    (r"\bcontrols?\b|\bguess_mode\b", "control"),
+    (r"\bIP-Adapters?\b", "image_prompt"),
+    (r"\bguidance (interval|rescale|mode)\b", r"guidance_\1"),
+    (r"^(original_size|crop|target_size|aesthetic_score) of the negative\b", "negative_conditioning"),
+    (r"^(original_size|crop|target_size|aesthetic_score)\b", "conditioning"),
+)
+"""How messages speak of what has no name of its own among the fields, and the field that it belongs to."""
 _NO_HINT = "help(diffoundry.Request) lists all"
 _STEPPED = ("steps", "num_inference_steps")
 
@@ -112,6 +121,14 @@ def read_fields(given: Mapping[str, Any], model: Model, *, most_priority: int, u
         options["loras"] = parts.loras(options["loras"], model)
     options |= parts.pictures(options, model)
     return Asked(Request(**options), **answer)
+
+
+def field_in(message: str) -> str | None:
+    """The field that a message is about: the first that it speaks of; None where it speaks of none."""
+    for pattern, name in _SPOKEN:
+        if found := re.search(pattern, message):
+            return found.expand(name)
+    return next((word for word in re.findall(r"\w+", message) if word in KNOWN), None)
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from ..runtime.image_prompt import ImagePrompt
 from ..runtime.lora import Lora
 from .errors import FieldError
 from .models import Model
-from .pictures import mask, picture
+from .pictures import mask, part_error, picture
 
 _MOST = 16
 """Pictures, controls, image prompts or LoRAs of a request."""
@@ -83,7 +83,7 @@ def image_prompts(name: str, value: Any) -> tuple[ImagePrompt, ...]:
 def _all(name: str, value: Any) -> list[Image.Image]:
     given = value if isinstance(value, list) else [value]
     if not 1 <= len(given) <= _MOST:
-        raise FieldError(name, f"{name} takes from 1 to {_MOST} pictures, found {len(given)}")
+        raise part_error(name, f"{name} takes from 1 to {_MOST} pictures, found {len(given)}")
     return [picture(name, each) for each in given]
 
 

@@ -27,6 +27,11 @@ class Upload:
     data: bytes
 
 
+def part_error(name: str, message: str) -> FieldError:
+    """An error in a picture. name: of a field, or `part of field`."""
+    return FieldError(name.rpartition(" of ")[2], message)
+
+
 def picture(name: str, value: Any) -> Image.Image:
     """The picture of an upload or of base64. Raises `FieldError` for anything else: nothing is opened by its name."""
     if isinstance(value, Upload):
@@ -36,11 +41,11 @@ def picture(name: str, value: Any) -> Image.Image:
         try:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
-            raise FieldError(
+            raise part_error(
                 name, f"{name} must be an upload or base64: no path and no address of a picture is opened here"
             ) from None
     else:
-        raise FieldError(name, f"{name} must be an upload or base64, found {type(value).__name__}")
+        raise part_error(name, f"{name} must be an upload or base64, found {type(value).__name__}")
     return _decoded(name, data)
 
 
@@ -48,14 +53,14 @@ def _decoded(name: str, data: bytes) -> Image.Image:
     try:
         opened = Image.open(io.BytesIO(data), formats=[each.upper() for each in FORMATS])
         if opened.width * opened.height > _MOST_PIXELS:
-            raise FieldError(
+            raise part_error(
                 name, f"{name} has {opened.width}x{opened.height} pixels, {_MOST_PIXELS} are the most: make it smaller"
             )
         opened.load()
     except FieldError:
         raise
     except Exception:  # Pillow raises whatever a damaged file leads its readers to
-        raise FieldError(name, f"{name} is no whole picture: give a PNG, JPEG or WebP file") from None
+        raise part_error(name, f"{name} is no whole picture: give a PNG, JPEG or WebP file") from None
     return opened
 
 

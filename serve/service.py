@@ -20,7 +20,7 @@ from starlette.responses import StreamingResponse
 from ..common.errors import DiffoundryError
 from .body import read_body
 from .errors import Refusal, refusal
-from .fields import KNOWN, Asked, check_plans, check_size, model_name, read_fields
+from .fields import Asked, check_plans, check_size, field_in, model_name, read_fields
 from .guard import client_of
 from .kept import Kept
 from .models import Model, Models
@@ -61,10 +61,7 @@ class Service:
                 asked, ticket = await run_in_threadpool(_checked, given, model, client, priority, url)
             except DiffoundryError as error:
                 refused = refusal(error, hidden(model))
-                first = refused.message.removeprefix("the ").split(" ", 1)[
-                    0
-                ]  # most messages begin with the field that they are about
-                refused.param = refused.param or (first if first in KNOWN else None)
+                refused.param = refused.param or field_in(refused.message)
                 raise refused from None
         if asked.deadline is not None:
             ticket.deadline = time.monotonic() + asked.deadline

@@ -28,12 +28,12 @@ class GuidanceCondition(Condition):
         self._width = int(widths[0]) if widths else 0
         layers = [(tensor.name, tensor.shape[-1]) for tensor in inputs if wiring.inputs.get(tensor.name) == _LAYERS]
         self._layers_input, count = layers[0] if layers else ("", 0)
-        self._layers = int(count)
+        self.layers = int(count)
 
     def heeds(self, request: Request, guided: bool) -> frozenset[str]:
         """Rescale and interval act where the loop guides."""
         always = frozenset({"guidance.scale", "guidance.mode", *(["guidance.true_cfg_scale"] if self.given else [])})
-        always |= {f"guidance.{name}" for name in SKIPPING} if self._layers else frozenset()
+        always |= {f"guidance.{name}" for name in SKIPPING} if self.layers else frozenset()
         return always | {"guidance.rescale", "guidance.interval"} if guided else always
 
     def check(self, jobs: Sequence[Job]) -> None:
@@ -44,10 +44,10 @@ class GuidanceCondition(Condition):
                 raise RequestError(
                     "skip_guidance_layers has no effect without guidance: leave it out, or set guidance above 1"
                 )
-            if layers and layers[-1] >= self._layers:
+            if layers and layers[-1] >= self.layers:
                 raise RequestError(
-                    f"skip_guidance_layers must be from 0 to {self._layers - 1} for this model, which has "
-                    f"{self._layers} layers, found {layers[-1]}"
+                    f"skip_guidance_layers must be from 0 to {self.layers - 1} for this model, which has "
+                    f"{self.layers} layers, found {layers[-1]}"
                 )
             if layers:
                 self._check_steps(job)
@@ -67,10 +67,10 @@ class GuidanceCondition(Condition):
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
         """The scale, its embedding, and which layers are run."""
         fed = [self._fed(job.given) if self.given else Fed() for job in jobs]
-        return [each | self._kept(job.guidance) for each, job in zip(fed, jobs, strict=True)] if self._layers else fed
+        return [each | self._kept(job.guidance) for each, job in zip(fed, jobs, strict=True)] if self.layers else fed
 
     def _kept(self, guidance: Guidance) -> Fed:
-        every = np.ones(self._layers, np.float32)
+        every = np.ones(self.layers, np.float32)
         some = every.copy()
         some[list(guidance.skip_guidance_layers)] = 0
         skipped = {self._layers_input: some} if guidance.skips else {}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,10 +22,11 @@ import pytest
 from PIL import Image
 
 import diffoundry
-from diffoundry import Control, Lora, Request
+from diffoundry import Conditioning, Control, Guidance, ImagePrompt, Lora, Request
 from diffoundry.cli.serve import serve_command
+from diffoundry.runtime.names import SAME
 from diffoundry.serve import page
-from diffoundry.serve.fields import KNOWN
+from diffoundry.serve.fields import _NOTHING, KNOWN
 from diffoundry.serve.guard import Key
 from diffoundry.tests.serve.browser import PROGRAM, chromium
 from diffoundry.tests.serve.conftest import png, serving, until
@@ -108,14 +110,64 @@ def test_everything_has_a_name(elements):
         assert has, (tag, attributes)
 
 
-def test_what_it_sends_are_fields_of_the_server(elements):
-    fields = {attributes["data-field"] for _, attributes, _, _ in elements if "data-field" in attributes}
-    sent = fields | set(re.findall(r"\bbody\.(\w+)(?: =|\) body)", SCRIPT)) | {"control", "image_prompt", "mask"}
-    assert {"prompt", "seed", "steps", "width", "image", "loras", "partial_images"} <= sent
-    assert sent <= set(KNOWN), sent - set(KNOWN)
+ELSEWHERE = {
+    **dict.fromkeys(_NOTHING, "asks for nothing here"),
+    **dict.fromkeys(SAME, "another name of a field that the page sends"),
+    **dict.fromkeys(("guidance_scale", "count", "size"), "another name of what the page sends"),
+    "output": "the server gives pictures, and no latents",
+    "output_format": "the gallery keeps PNGs, whose record makes them again",
+    "output_compression": "PNGs lose nothing",
+    "stream": "jobs have events in its place",
+    "user": "changes nothing",
+    "safety_identifier": "changes nothing",
+    "priority": "is of the queue, for programs that know what can wait, and for keys that may ask for it",
+    "deadline": "is for programs: a person cancels",
+    "loras.file": "the server names LoRAs, and opens no path of a request",
+    "loras.ignore_unused": "the server takes no LoRA with it",
+    "loras.approximate": "the server takes no LoRA with it",
+}
+"""The fields of a request that the page cannot set, and why. All others it can."""
+_PARTS = {"control": Control, "image_prompt": ImagePrompt, "loras": Lora}
+_PARTS |= dict.fromkeys(("conditioning", "negative_conditioning"), Conditioning)
+
+
+def inside(elements, template):
+    """The parts that can be set in a template."""
+    within = [each for each in elements if any(around[1].get("id") == template for around in each[2])]
+    return {attributes["data-part"] for _, attributes, _, _ in within if "data-part" in attributes}
+
+
+def test_what_it_cannot_set_is_listed_with_the_reason(elements):
+    known = {*KNOWN, *(f"{name}.{item.name}" for name, kind in _PARTS.items() for item in dataclasses.fields(kind))}
+    known -= {"conditioning", "negative_conditioning"}  # which their parts are
+    sent = {
+        attributes[name]
+        for _, attributes, _, _ in elements
+        for name in ("data-field", "data-embeds", "data-of")
+        if name in attributes
+    }
+    sent |= {"model"} | (known & set(re.findall(r"\bbody\.(\w+)", SCRIPT)))
+    templates = {"control": ("control-row",), "image_prompt": ("adapter-row", "shot"), "loras": ("lora-row",)}
+    for name, ids in templates.items():
+        parts = set().union(*(inside(elements, each) for each in ids)) - {"scales"}
+        sent |= {f"{name}.{each}" for each in parts | ({"name"} if name != "loras" else set())}
+    assert not sent - known, "the server does not know it"
+    assert not sent & set(ELSEWHERE), "it is listed, and can be set"
+    assert sent | set(ELSEWHERE) == known, "it can be set, or is listed with the reason"
+
+
+def test_what_needs_a_field_of_the_model_names_one(elements):
     needs = {attributes["data-needs"] for _, attributes, _, _ in elements if "data-needs" in attributes}
-    known = {*KNOWN, *(f"guidance.{name}" for name in ("true_cfg_scale", "rescale"))}
-    assert needs <= known, needs - known
+    known = {*KNOWN, *(f"guidance.{item.name}" for item in dataclasses.fields(Guidance))}
+    known |= {
+        f"{name}.{item.name}"
+        for name in ("conditioning", "negative_conditioning")
+        for item in dataclasses.fields(Conditioning)
+    }
+    assert len(needs) > 30 and needs <= known, needs - known
+    for _, attributes, _, _ in elements:
+        if "data-at" in attributes:
+            assert attributes["data-at"] in ("0", "1") and attributes["data-name"], attributes
 
 
 def test_it_can_be_left_out_and_needs_no_key(bundle_of):
@@ -338,16 +390,16 @@ def test_a_mask_is_painted(opened, pipe, how):
     else:
         tab.press("ArrowRight", "ArrowRight", "ArrowRight", " ", *["ArrowDown"] * 6, " ", "ArrowDown")
         assert "The brush is lifted, " in text(tab, "#paint-said")
-    assert tab.run("state.strokes.length") == 1
+    assert tab.run("state.source.strokes.length") == 1
     for button, count in (("#paint-invert", 2), ("#paint-undo", 1), ("#paint-clear", 2), ("#paint-undo", 1)):
         tab.click(button)
-        assert tab.run("state.strokes.length") == count
+        assert tab.run("state.source.strokes.length") == count
     tab.click("#paint-done")
-    tab.until("state.mask && !document.querySelector('#paint').open")
+    tab.until("state.source.mask && !document.querySelector('#paint').open")
     assert tab.run("document.querySelector('#strength').value") == "1"
     fill(tab, prompt="a ring", seed=3, steps=10)
     found, own = draw(tab)
-    mask = pixels(tab, "state.mask.blob")[..., 3] == 0
+    mask = pixels(tab, "state.source.mask.blob")[..., 3] == 0
     assert 20 < mask.sum() < 1500 and mask[:, :10].sum() == 0
     image, mask = (Image.fromarray(each.astype(np.uint8)) for each in (source, mask * 255))
     near(found, pipe.generate(Request("a ring", seed=3, steps=10, image=image, mask=mask, strength=1.0)).images[0])
@@ -356,7 +408,7 @@ def test_a_mask_is_painted(opened, pipe, how):
     tab.click("#gallery .tile")
     assert "a picture, with a mask" in text(tab, "#shown-settings")
     tab.click("#shown-again")
-    tab.until("state.mask")
+    tab.until("state.source?.mask")
     again, _ = draw(tab)
     near(again, found)
 
@@ -374,8 +426,8 @@ def test_controls_and_loras_of_models_that_have_them(opened, many, tmp_path, che
         "edge",
         "depth",
     ]
-    tab.choose("#controls [data-key='control edge'] [type=file]", tmp_path / "edges.png")
-    tab.until("state.pictured.size === 1")
+    tab.choose("#controls [data-name=edge] [type=file]", tmp_path / "edges.png")
+    tab.until("rows().filter(isGiven).length === 1")
     slide(tab, "#controls [data-part=scale] input", 0.6)
     found, own = draw(tab, prompt=PROMPT, seed=5, steps=8)
     steered = diffoundry.load(bundle_of("pico+control+union+image-plus"))
@@ -394,7 +446,7 @@ def test_controls_and_loras_of_models_that_have_them(opened, many, tmp_path, che
     assert own["loras"] == [{"name": "style", "strength": 0.8}]
     tab.run("show(gallery.all[1])")  # back to the model, the picture and the strength of before
     tab.click("#shown-again")
-    tab.until("state.pictured.size === 1 && document.querySelector('#model').value === 'steered'")
+    tab.until("rows().filter(isGiven).length === 1 && document.querySelector('#model').value === 'steered'")
     again, _ = draw(tab)
     near(again, pixels(tab, "gallery.all[2].blob"))
 
@@ -427,9 +479,9 @@ def test_what_is_wrong_is_said_in_words(opened):
         assert tab.run("document.activeElement.id") == at
         assert tab.run(f"document.querySelector('#{at}').getAttribute('aria-describedby')") == "wrong"
     fill(tab, prompt="a", width=64, guidance=1)
-    assert tab.run("document.querySelector('#negative-box').hidden")
+    assert not tab.run("isThere(document.querySelector('#negative_prompt'))")
     fill(tab, guidance=7.5)
-    assert not tab.run("document.querySelector('#negative-box').hidden")
+    assert tab.run("isThere(document.querySelector('#negative_prompt'))")
     with expected(tab, "400"):
         fill(tab, width=4096, height=4096)
         tab.click("#draw")
@@ -546,12 +598,12 @@ def test_it_fits_and_everything_has_a_name(opened, width, dark):
 def check_layout(tab, width):
     assert tab.run("document.documentElement.scrollWidth") <= width
     out = tab.run(
-        "[...document.querySelectorAll('button, input, select, textarea, dialog')]"
+        "[...document.querySelectorAll('button, input:not([type=checkbox]), select, textarea, dialog')]"
         ".filter((each) => each.checkVisibility() && !each.closest('.unseen'))"
         ".map((each) => [each.id || each.className, each.getBoundingClientRect()])"
         f".filter(([, box]) => box.left < 0 || box.right > {width} || box.height < 24).map(([name]) => name)"
     )
-    assert not [each for each in out if each not in ("weights", "windows", "forecast", "tiled")], out
+    assert not out, out
     until(lambda: not nameless(tab), 5)  # what was shown just now gets its name a little later
 
 
@@ -607,3 +659,304 @@ def test_screenshots(opened, tmp_path):
         both.paste(side, (i * (side.width + 24), 0))
     both.save(folder / "serve-page-phone.png", optimize=True)
     assert all((folder / name).stat().st_size < 300_000 for name in ("serve-page.png", "serve-page-phone.png"))
+
+
+# --- Every other setting ---------------------------------------------------------------------------------------------
+
+FLOW = "sd3-small+dit-inpaint+image-look"
+
+
+@pytest.fixture(scope="module")
+def rare(bundle_of, checkpoint_of):
+    """A server of models that have, together, every setting that there is."""
+    bundles = {
+        "pico": "pico",
+        "steered": "pico+control+union+image-plus",
+        "lora": "pico+lora",
+        "sdxl": "sdxl-small",
+        "flow": FLOW,
+        "flux": "flux-dev-small",
+    }
+    loras = {"style": str(checkpoint_of("pico+lora-peft"))}
+    with serving({name: bundle_of(each) for name, each in bundles.items()}, rows=4, queue=60, loras=loras) as running:
+        yield running
+
+
+@pytest.fixture
+def walked(browser, rare):
+    """As `opened`, for these models, on a phone."""
+    tab = browser.tab()
+    tab.look(360, 780, still=True)
+    tab.open(f"{rare.url}/")
+    tab.until("!document.querySelector('#draw').disabled")
+    yield tab
+    assert not tab.complaints
+    assert all(url.startswith((f"{rare.url}/", "blob:", "data:")) for url in tab.asked), tab.asked
+    tab.send("Page.close")
+    until(rare.is_idle)
+
+
+def put(tab, **values):
+    """Set inputs by their fields; of two numbers that are one field, both."""
+    for field, value in values.items():
+        for at, each in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
+            place = f"[data-field={field}]" + (f"[data-at='{at}']" if at is not None else "")
+            put_in(tab, f"#ask {place}", each)
+
+
+def put_in(tab, selector, value):
+    """Set an input that is there, as a person does."""
+    name = "checked" if isinstance(value, bool) else "value"
+    script = f"const box = document.querySelector({json.dumps(selector)}); if (!isThere(box)) throw box.id;"
+    tab.run(
+        f"{{ {script} box.{name} = {json.dumps(value)}; box.dispatchEvent(new Event('input', {{bubbles: true}})) }}"
+    )
+
+
+def drawn_again(tab, pipe, wanted):
+    """Draw; then bring it all back from the gallery of a page that was opened anew, and draw again."""
+    tab.run("for (const each of document.querySelectorAll('#ask details')) each.open = true")
+    check_layout(tab, 360)
+    asked = tab.run("request().then(({ body }) => JSON.stringify(body))")
+    found, own = draw(tab)
+    near(found, pipe.generate(wanted).images[0])
+    tab.run("for (const name of Object.keys(localStorage)) localStorage.removeItem(name)")
+    tab.reload()
+    tab.until("!document.querySelector('#draw').disabled && document.querySelector('#gallery .tile')")
+    assert tab.run("request().then(({ body }) => JSON.stringify(body))") != asked
+    tab.click("#gallery .tile")
+    tab.click("#shown-again")
+    tab.until("document.activeElement.id === 'draw'")
+    assert json.loads(tab.run("request().then(({ body }) => JSON.stringify(body))")) == json.loads(asked)
+    again, _ = draw(tab)
+    assert np.array_equal(again, found)
+    return own
+
+
+def squares(folder, *places):
+    """Pictures of a white square each, in memory and as files."""
+    made = []
+    for x, y in places:
+        image = Image.new("RGB", (64, 64), (40, 20, 90))
+        image.paste((255, 255, 255), (x, y, x + 24, y + 24))
+        (folder / f"{x}-{y}.png").write_bytes(png(image))
+        made.append((image, folder / f"{x}-{y}.png"))
+    return made
+
+
+def paint(tab, button):
+    """A stroke from the middle to the right, by keyboard."""
+    tab.run(f"document.querySelector({json.dumps(button)}).focus()")
+    tab.press("Enter")
+    tab.until("document.activeElement.id === 'paint-over'")
+    tab.press(" ", *["ArrowRight"] * 9, " ")
+    tab.click("#paint-done")
+    tab.until("!document.querySelector('#paint').open")
+
+
+def mask_in(tab, row):
+    """What was painted over the first picture of a row, as `Request` takes it."""
+    painted = pixels(tab, f"document.querySelector({json.dumps(row)}).held.pictures[0].mask.blob")[..., 3] == 0
+    assert 20 < painted.sum() < painted.size / 2
+    return Image.fromarray(painted.astype(np.uint8) * 255)
+
+
+@real
+@pytest.mark.slow
+def test_guidance_and_schedules_in_all_detail(walked, bundle_of):
+    tab, pipe = walked, diffoundry.load(bundle_of("pico"))
+    fill(tab, prompt=PROMPT, seed=5, steps=8)
+    put(tab, guidance_interval=(0.2, 0.8), guidance_rescale=0.7, guidance_mode="split", scheduler="euler")
+    put(tab, scheduler_options='{"use_karras_sigmas": true}', denoising_end=0.9, rng="cuda", clip_skip=1)
+    put(tab, weights=True, windows=True, tiled=True)
+    guidance = Guidance(interval=(0.2, 0.8), rescale=0.7, mode="split")
+    options = {"scheduler": "euler", "scheduler_options": {"use_karras_sigmas": True}, "denoising_end": 0.9}
+    more = {"rng": "cuda", "clip_skip": 1, "weights": True, "windows": True, "tiled": True}
+    own = drawn_again(tab, pipe, Request(PROMPT, seed=5, steps=8, guidance=guidance, **options, **more))
+    assert own["guidance_interval"] == [0.2, 0.8] and own["scheduler_options"] == {"use_karras_sigmas": True}
+    tab.click("#reset")
+    fill(tab, seed=6)
+    put(tab, scheduler="ddim", timesteps="900, 600 300,100")
+    assert not tab.run("isThere(document.querySelector('#steps')) || isThere(document.querySelector('#sigmas'))")
+    own = drawn_again(tab, pipe, Request(PROMPT, seed=6, scheduler="ddim", timesteps=(900, 600, 300, 100)))
+    assert own["timesteps"] == [900, 600, 300, 100] and "steps" not in own
+    put(tab, timesteps="", guidance_mode="off")
+    assert tab.run("isThere(document.querySelector('#steps')) && isThere(document.querySelector('#guidance_mode'))")
+    assert not tab.run("isThere(document.querySelector('#negative_prompt'))")
+
+
+@real
+@pytest.mark.slow
+def test_embeddings_in_place_of_texts(walked, bundle_of, tmp_path):
+    tab, pipe = walked, diffoundry.load(bundle_of("pico"))
+    prompt, negative = pipe.encode([PROMPT, "a small ring"])[0]
+    np.save(tmp_path / "prompt.npy", prompt.astype(np.float32))
+    (tmp_path / "negative.json").write_text(json.dumps(negative.tolist()))
+    np.save(tmp_path / "turned.npy", np.asfortranarray(prompt))
+    (tmp_path / "none.json").write_text("{}")
+    fill(tab, prompt="a", seed=5, steps=6)
+    place = "[data-embeds={}] [type=file]".format
+    for name, words in (("none.json", "holds no embeddings"), ("turned.npy", "ascontiguousarray")):
+        tab.choose(place("prompt_embeds"), tmp_path / name)
+        tab.until(f"document.querySelector('#wrong').textContent.includes({json.dumps(words)})")
+        assert tab.run("Boolean(document.querySelector('#wrong').closest('[data-embeds=prompt_embeds]'))")
+    tab.choose(place("prompt_embeds"), tmp_path / "prompt.npy")
+    tab.until("state.embeds.size === 1 && !isThere(document.querySelector('#prompt'))")
+    assert tab.run("document.querySelector('#wrong').hidden && !isThere(document.querySelector('#clip_skip'))")
+    assert "prompt.npy (" in text(tab, "[data-embeds=prompt_embeds] .dim")
+    tab.choose(place("negative_prompt_embeds"), tmp_path / "negative.json")
+    tab.until("state.embeds.size === 2")
+    wanted = Request(seed=5, steps=6, prompt_embeds=prompt, negative_prompt_embeds=negative)
+    own = drawn_again(tab, pipe, wanted)
+    assert "prompt" not in own and "prompt_embeds" not in own
+    halves = np.array([1.5, -0.25, 6e-8, 65504], np.float16)
+    np.save(tmp_path / "half.npy", halves)
+    data = base64.b64encode((tmp_path / "half.npy").read_bytes()).decode()
+    assert tab.run(f"embeddingIn(blobOf('{data}'))") == halves.astype(float).tolist()
+
+
+@real
+@pytest.mark.slow
+def test_controls_and_pictures_beside_the_prompt_in_all_detail(walked, bundle_of, tmp_path):
+    tab, pipe = walked, diffoundry.load(bundle_of("pico+control+union+image-plus"))
+    choose_model(tab, "steered")
+    (first, first_file), (second, second_file), (third, third_file) = squares(tmp_path, (4, 4), (36, 20), (12, 40))
+    edge, union, plus = (f"[data-name={name}]" for name in ("edge", "union", "plus"))
+    fill(tab, prompt=PROMPT, seed=5, steps=8)
+    tab.choose(f"{edge} [type=file]", first_file)
+    tab.until("rows().filter(isGiven).length === 1")
+    put_in(tab, f"{edge} [data-part=scale] input", 0.6)
+    put_in(tab, f"{edge} [data-part=interval] input", 0)
+    put_in(tab, f"{edge} [data-part=interval] label + label input", 0.5)
+    put_in(tab, f"{edge} [data-part=guess_mode] input", True)
+    tab.choose(f"{union} [type=file]", second_file)
+    tab.until("rows().filter(isGiven).length === 2")
+    tab.click(f"{union} [data-do=another]")
+    tab.choose(f"{union} + {union} [type=file]", third_file)
+    tab.until("rows().filter(isGiven).length === 3")
+    put_in(tab, f"{union} + {union} [data-part=mode] select", "canny")
+    put_in(tab, f"{union} + {union} [data-part=scale] input", 0.4)
+    for count, file in enumerate((first_file, second_file), 1):
+        tab.choose(f"{plus} [data-part=image] input", file)
+        tab.until(f"document.querySelectorAll('.shots li').length === {count}")
+    put_in(tab, f"{plus} [data-part=scale] input", 0.7)
+    put_in(tab, f"{plus} [data-part=interval] input", 0.25)
+    tab.choose(f"{plus} [data-part=negative] [type=file]", third_file)
+    tab.until("!document.querySelector('[data-do=remove-negative]').hidden")
+    paint(tab, f"{plus} .shots [data-do=mask]")
+    assert tab.run("document.activeElement.dataset.do") == "mask"
+    mode = tab.run(f"document.querySelector({json.dumps(union)}).querySelector('select').value")
+    wanted = Request(
+        PROMPT,
+        seed=5,
+        steps=8,
+        control=(
+            Control("edge", first, 0.6, (0, 0.5), guess_mode=True),
+            Control("union", second, mode=mode),
+            Control("union", third, 0.4, mode="canny"),
+        ),
+        image_prompt=(
+            ImagePrompt(
+                "plus",
+                [first, second],
+                0.7,
+                (0.25, 1),
+                mask=[mask_in(tab, plus), Image.new("L", (64, 64), 255)],
+                negative=third,
+            ),
+        ),
+    )
+    own = drawn_again(tab, pipe, wanted)
+    assert own["control"][0] == {"name": "edge", "scale": 0.6, "interval": [0, 0.5], "guess_mode": True}
+    assert own["image_prompt"] == [{"name": "plus", "scale": 0.7, "interval": [0.25, 1]}]
+    layers = tab.run("can().attentions.plus")
+    scales = [round(0.1 * (i % 5), 1) for i in range(layers)]
+    tab.click(f"{plus} .shots li:last-child [data-do=remove]")
+    put_in(tab, f"{plus} [data-part=scales] input", " ".join(map(str, scales)))
+    tab.click(f"{edge} [data-do=remove]")
+    tab.click(f"{union} + {union} [data-do=remove]")
+    tab.click(f"{union} [data-do=remove]")
+    tab.click("[data-do=remove-negative]")
+    image_prompt = ImagePrompt("plus", [first], tuple(scales), (0.25, 1), mask=[mask_in(tab, plus)])
+    own = drawn_again(tab, pipe, Request(PROMPT, seed=5, steps=8, image_prompt=(image_prompt,)))
+    assert own["image_prompt"][0]["scale"] == scales and "control" not in own
+
+
+@real
+@pytest.mark.slow
+def test_what_models_of_flow_matching_have(walked, bundle_of, tmp_path):
+    tab, pipe = walked, diffoundry.load(bundle_of(FLOW))
+    choose_model(tab, "flow")
+    [(image, file), (other, other_file)] = squares(tmp_path, (20, 20), (4, 30))
+    fill(tab, prompt=PROMPT, prompt_2="a star", prompt_3="a red star", negative_prompt="b", seed=5, steps=6)
+    put(tab, negative_prompt_2="c", negative_prompt_3="d", max_sequence_length=40)
+    assert not tab.run("isThere(document.querySelector('#skip_layer_guidance_scale'))")
+    put(tab, skip_guidance_layers="0,2")
+    put(tab, skip_layer_guidance_scale=1.5, skip_layer_guidance_start=0, skip_layer_guidance_stop=0.9)
+    skipping = {"skip_layer_guidance_scale": 1.5, "skip_layer_guidance_start": 0, "skip_layer_guidance_stop": 0.9}
+    texts = {"prompt_2": "a star", "prompt_3": "a red star", "negative_prompt": "b", "negative_prompt_2": "c"}
+    texts |= {"negative_prompt_3": "d", "max_sequence_length": 40}
+    wanted = Request(PROMPT, seed=5, steps=6, guidance=Guidance(skip_guidance_layers=(0, 2), **skipping), **texts)
+    own = drawn_again(tab, pipe, wanted)
+    assert own["skip_guidance_layers"] == [0, 2]
+    with expected(tab, "400"):
+        put(tab, skip_guidance_layers="1, 7")
+        tab.click("#draw")
+        tab.until("document.querySelector('#wrong').textContent.includes('must be from 0 to 2')")
+    assert tab.run("document.activeElement.id") == "skip_guidance_layers"
+    assert tab.run("document.querySelector('#wrong').previousElementSibling.querySelector('input').id") == (
+        "skip_guidance_layers"
+    )
+    put(tab, skip_guidance_layers="one")
+    tab.click("#draw")
+    tab.until("document.querySelector('#wrong').textContent.endsWith('whole numbers, such as 7, 8, 9.')")
+    tab.click("#reset")
+    tab.choose("[data-name=inpaint] [type=file]", file)
+    tab.until("rows().filter(isGiven).length === 1")
+    fill(tab, seed=5, steps=6)
+    tab.click("#draw")
+    tab.until("document.querySelector('#wrong').textContent.startsWith('inpaint needs a mask')")
+    assert tab.run("document.querySelector('#wrong').closest('.drop').dataset.name") == "inpaint"
+    paint(tab, "[data-name=inpaint] [data-do=mask]")
+    control = Control("inpaint", image, mask=mask_in(tab, "[data-name=inpaint]"))
+    drawn_again(tab, pipe, Request(PROMPT, seed=5, steps=6, control=(control,)))
+    tab.click("[data-name=inpaint] [data-do=remove]")
+    tab.choose("[data-name=look] [data-part=image] input", other_file)
+    tab.until("rows().filter(isGiven).length === 1")
+    assert not tab.run("isThere(document.querySelector('.shots [data-do=mask]'))")
+    drawn_again(tab, pipe, Request(PROMPT, seed=5, steps=6, image_prompt=(ImagePrompt("look", other),)))
+
+
+@real
+@pytest.mark.slow
+def test_what_other_models_have(walked, bundle_of, checkpoint_of):
+    tab = walked
+    choose_model(tab, "sdxl")
+    fill(tab, prompt=PROMPT, prompt_2="a star", negative_prompt="b", seed=5, steps=4)
+    put(tab, negative_prompt_2="c")
+    put_in(tab, "[data-field='conditioning.original_size'][data-at='1']", 96)
+    tab.click("#draw")
+    tab.until("document.querySelector('#wrong').textContent.startsWith('Height of original size must be a number')")
+    put_in(tab, "[data-field='conditioning.original_size'][data-at='0']", 128)
+    for name, numbers in (("conditioning.crop", (8, 16)), ("negative_conditioning.target_size", (32, 48))):
+        for at, number in enumerate(numbers):
+            put_in(tab, f"[data-field='{name}'][data-at='{at}']", number)
+    told = {
+        "conditioning": Conditioning(original_size=(128, 96), crop=(8, 16)),
+        "negative_conditioning": Conditioning(target_size=(32, 48)),
+    }
+    texts = {"prompt_2": "a star", "negative_prompt": "b", "negative_prompt_2": "c"}
+    drawn_again(tab, diffoundry.load(bundle_of("sdxl-small")), Request(PROMPT, seed=5, steps=4, **texts, **told))
+    choose_model(tab, "flux")
+    fill(tab, seed=5, steps=4)
+    put(tab, true_cfg_scale=2.5)
+    put(tab, negative_prompt="b")
+    wanted = Request(PROMPT, negative_prompt="b", seed=5, steps=4, guidance=Guidance(true_cfg_scale=2.5))
+    drawn_again(tab, diffoundry.load(bundle_of("flux-dev-small")), wanted)
+    choose_model(tab, "lora")
+    fill(tab, negative_prompt="", seed=5, steps=6)
+    put_in(tab, "#loras [data-part=strength]", 0.8)
+    put_in(tab, "#loras [data-part=text_strength]", 0.3)
+    lora = Lora(checkpoint_of("pico+lora-peft"), 0.8, 0.3)
+    own = drawn_again(tab, diffoundry.load(bundle_of("pico+lora")), Request(PROMPT, seed=5, steps=6, loras=(lora,)))
+    assert own["loras"] == [{"name": "style", "strength": 0.8, "text_strength": 0.3}]
