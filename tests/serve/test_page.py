@@ -715,7 +715,7 @@ def put_in(tab, selector, value):
 
 def drawn_again(tab, pipe, wanted):
     """Draw; then bring it all back from the gallery of a page that was opened anew, and draw again."""
-    tab.run("for (const each of document.querySelectorAll('#ask details')) each.open = true")
+    unfold(tab)
     check_layout(tab, 360)
     asked = tab.run("request().then(({ body }) => JSON.stringify(body))")
     found, own = draw(tab)
@@ -730,7 +730,13 @@ def drawn_again(tab, pipe, wanted):
     assert json.loads(tab.run("request().then(({ body }) => JSON.stringify(body))")) == json.loads(asked)
     again, _ = draw(tab)
     assert np.array_equal(again, found)
+    unfold(tab)
     return own
+
+
+def unfold(tab):
+    """Open whatever is closed."""
+    tab.run("for (const each of document.querySelectorAll('#ask details')) each.open = true")
 
 
 def squares(folder, *places):
@@ -754,9 +760,9 @@ def paint(tab, button):
     tab.until("!document.querySelector('#paint').open")
 
 
-def mask_in(tab, row):
-    """What was painted over the first picture of a row, as `Request` takes it."""
-    painted = pixels(tab, f"document.querySelector({json.dumps(row)}).held.pictures[0].mask.blob")[..., 3] == 0
+def mask_in(tab, row, most=0):
+    """What was painted over the first picture of a row, as `Request` takes it. most: the alpha of what is."""
+    painted = pixels(tab, f"document.querySelector({json.dumps(row)}).held.pictures[0].mask.blob")[..., 3] <= most
     assert 20 < painted.sum() < painted.size / 2
     return Image.fromarray(painted.astype(np.uint8) * 255)
 
@@ -776,9 +782,9 @@ def test_guidance_and_schedules_in_all_detail(walked, bundle_of):
     assert own["guidance_interval"] == [0.2, 0.8] and own["scheduler_options"] == {"use_karras_sigmas": True}
     tab.click("#reset")
     fill(tab, seed=6)
-    put(tab, scheduler="ddim", timesteps="900, 600 300,100")
+    put(tab, scheduler="euler", timesteps="900, 600 300,100")
     assert not tab.run("isThere(document.querySelector('#steps')) || isThere(document.querySelector('#sigmas'))")
-    own = drawn_again(tab, pipe, Request(PROMPT, seed=6, scheduler="ddim", timesteps=(900, 600, 300, 100)))
+    own = drawn_again(tab, pipe, Request(PROMPT, seed=6, scheduler="euler", timesteps=(900, 600, 300, 100)))
     assert own["timesteps"] == [900, 600, 300, 100] and "steps" not in own
     put(tab, timesteps="", guidance_mode="off")
     assert tab.run("isThere(document.querySelector('#steps')) && isThere(document.querySelector('#guidance_mode'))")
@@ -861,7 +867,7 @@ def test_controls_and_pictures_beside_the_prompt_in_all_detail(walked, bundle_of
                 [first, second],
                 0.7,
                 (0.25, 1),
-                mask=[mask_in(tab, plus), Image.new("L", (64, 64), 255)],
+                mask=[mask_in(tab, plus, 127), Image.new("L", (64, 64), 255)],
                 negative=third,
             ),
         ),
@@ -877,7 +883,7 @@ def test_controls_and_pictures_beside_the_prompt_in_all_detail(walked, bundle_of
     tab.click(f"{union} + {union} [data-do=remove]")
     tab.click(f"{union} [data-do=remove]")
     tab.click("[data-do=remove-negative]")
-    image_prompt = ImagePrompt("plus", [first], tuple(scales), (0.25, 1), mask=[mask_in(tab, plus)])
+    image_prompt = ImagePrompt("plus", [first], tuple(scales), (0.25, 1), mask=[mask_in(tab, plus, 127)])
     own = drawn_again(tab, pipe, Request(PROMPT, seed=5, steps=8, image_prompt=(image_prompt,)))
     assert own["image_prompt"][0]["scale"] == scales and "control" not in own
 
