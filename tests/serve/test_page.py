@@ -676,6 +676,7 @@ def rare(bundle_of, checkpoint_of):
         "sdxl": "sdxl-small",
         "flow": FLOW,
         "flux": "flux-dev-small",
+        "face": "pico+image-face",
     }
     loras = {"style": str(checkpoint_of("pico+lora-peft"))}
     with serving({name: bundle_of(each) for name, each in bundles.items()}, rows=4, queue=60, loras=loras) as running:
@@ -886,6 +887,65 @@ def test_controls_and_pictures_beside_the_prompt_in_all_detail(walked, bundle_of
     image_prompt = ImagePrompt("plus", [first], tuple(scales), (0.25, 1), mask=[mask_in(tab, plus, 127)])
     own = drawn_again(tab, pipe, Request(PROMPT, seed=5, steps=8, image_prompt=(image_prompt,)))
     assert own["image_prompt"][0]["scale"] == scales and "control" not in own
+    choose_model(tab, "face")
+    unfold(tab)
+    assert not tab.run("isThere(document.querySelector('[data-name=face] [data-do=pick]'))")
+    pipe = diffoundry.load(bundle_of("pico+image-face"))
+    shape = pipe.bundle.component(pipe.bundle.manifest.wiring.image_prompts["face"].component).inputs[0].shape[1:]
+    embeds = np.random.default_rng(3).standard_normal((2, *map(int, shape))).astype(np.float32)
+    np.save(tmp_path / "face.npy", embeds)
+    tab.choose("[data-name=face] [data-part=embeds] [type=file]", tmp_path / "face.npy")
+    tab.until("rows().filter(isGiven).length === 1")
+    fill(tab, seed=5, steps=8)
+    drawn_again(tab, pipe, Request(PROMPT, seed=5, steps=8, image_prompt=(ImagePrompt("face", embeds=embeds),)))
+
+
+@real
+@pytest.mark.slow
+def test_what_is_drawn_from_outlives_the_page(walked, tmp_path):
+    """A page that is loaded again knows the pictures of a job; a model that lacks a setting says so."""
+    tab = walked
+    choose_model(tab, "steered")
+    [(_, file)] = squares(tmp_path, (4, 4))
+    fill(tab, prompt=PROMPT, seed=5, steps=300)
+    put(tab, guidance_interval=(0, 0.5))
+    tab.choose("[data-name=edge] [type=file]", file)
+    tab.until("rows().filter(isGiven).length === 1")
+    tab.click("#draw")
+    tab.until("document.querySelector('.job progress')?.value > 0")
+    tab.reload()
+    tab.until("gallery.all.length && document.querySelector('.job.ended .tile:not(:disabled)')")
+    assert tab.run("drawnFrom('readonly', (store) => store.count())") == 0
+    tab.click("#gallery .tile")
+    assert "edge 1" in text(tab, "#shown-settings") and "guidance interval0, 0.5" in text(tab, "#shown-settings")
+    tab.click("#shown-again")
+    tab.until("rows().filter(isGiven).length === 1 && document.querySelector('#guidance_interval').value === '0'")
+    assert tab.run("document.querySelector('#wrong').hidden")
+    tab.run("state.models.splice(1, 1); undefined")  # the server has it no more
+    tab.run("document.querySelector('#model').value = 'pico'; chooseModel(); use(gallery.all[0], true)")
+    assert text(tab, "#wrong") == "Not filled in, for pico has no such setting: Controls."
+    assert tab.run("settings().guidance_interval") == [0, 0.5]
+
+
+@real
+@pytest.mark.slow
+def test_pictures_to_start_from_and_the_tiny_decoder_in_all_detail(walked, bundle_of, tmp_path):
+    tab, pipe = walked, diffoundry.load(bundle_of("pico"))
+    [(image, file)] = squares(tmp_path, (20, 20))
+    tab.choose("#source-file", file)
+    tab.until("state.source")
+    fill(tab, prompt=PROMPT, seed=5, steps=8)
+    assert tab.run("isThere(document.querySelector('#strength')) && !isThere(document.querySelector('#decoder'))")
+    put(tab, denoising_start=0.3, resize="crop")
+    assert not tab.run("isThere(document.querySelector('#strength'))")
+    wanted = Request(PROMPT, seed=5, steps=8, image=image, denoising_start=0.3, resize="crop")
+    drawn_again(tab, pipe, wanted)
+    tab.run("can().decoders.push('tiny'); refresh()")
+    put(tab, decoder="tiny")
+    with expected(tab, "400"):
+        tab.click("#draw")
+        tab.until("document.querySelector('#wrong').textContent.includes('has no tiny decoder')")
+    assert tab.run("document.activeElement.id") == "decoder"
 
 
 @real
