@@ -150,7 +150,7 @@ class Request:
             raise RequestError("a forecast needs the same guidance in all steps: leave skip_guidance_layers out")
         if self.seed is not None and self.seed + self.count - 1 > _LARGEST_SEED:
             raise RequestError(
-                f"image i has seed + i, and that of the last would be above {_LARGEST_SEED}: "
+                f"the seed is too large, for image i has seed + i, and the last one's would be above {_LARGEST_SEED}: "
                 f"choose a smaller seed, {_LARGEST_SEED - self.count + 1} at most"
             )
 

@@ -115,6 +115,11 @@ def test_the_tiny_decoder_works_in_tiles(with_tiny, tiny_pipeline):
     np.testing.assert_allclose(with_tiny.decode(latents, "tiny", tiled=True), expected, atol=1e-4, rtol=1e-2)
 
 
+def test_a_bundle_says_which_decoders_it_has(with_tiny, bundle_of):
+    assert with_tiny.abilities()["decoders"] == ["full", "tiny"]
+    assert diffoundry.load(bundle_of("pico")).abilities()["decoders"] == ["full"]
+
+
 def test_a_bundle_without_a_tiny_decoder_says_how_to_get_one(bundle_of):
     pipe = diffoundry.load(bundle_of("pico"))
     with pytest.raises(DiffoundryError, match=r"no tiny decoder: .*--component vae_tiny=FOLDER"):

@@ -26,8 +26,11 @@ from diffoundry import Conditioning, Control, Guidance, ImagePrompt, Lora, Reque
 from diffoundry.cli.serve import serve_command
 from diffoundry.runtime.names import SAME
 from diffoundry.serve import page
-from diffoundry.serve.fields import _NOTHING, KNOWN
+from diffoundry.serve.errors import refusal
+from diffoundry.serve.fields import _NOTHING, KNOWN, field_in, read_fields
 from diffoundry.serve.guard import Key
+from diffoundry.serve.models import Model
+from diffoundry.serve.service import hidden
 from diffoundry.tests.serve.browser import PROGRAM, chromium
 from diffoundry.tests.serve.conftest import png, serving, until
 
@@ -227,6 +230,51 @@ def test_what_a_model_says_it_can_is_what_it_takes(bundle_of, name):
     assert can["pictured"] == list(manifest.wiring.image_prompts)
     assert all(len(modes) == manifest.wiring.controls[each].modes for each, modes in can["control_modes"].items())
     assert bool(can["control_modes"]) == ("union" in name)
+    assert (can["layers"], can["decoders"], can["masked_controls"]) == (0, ["full"], [])
+    assert can["guess_modes"] == list(manifest.wiring.controls)
+    assert can["several"] == can["regions"] == list(can["attentions"]) == list(manifest.wiring.image_prompts)
+
+
+@pytest.fixture(scope="module")
+def steered(bundle_of):
+    return Model("steered", diffoundry.load(bundle_of("pico+control+union+image-plus")))
+
+
+SMALL = base64.b64encode(png(Image.new("RGB", (64, 64)))).decode()
+
+
+@pytest.mark.parametrize(
+    ("param", "given"),
+    [
+        ("control", {"control": [{"name": "edge", "image": SMALL, "interval": [0.7, 0.5]}]}),
+        ("control", {"control": [{"name": "edge", "image": SMALL, "mask": SMALL}]}),
+        ("control", {"control": [{"name": "edge", "image": "x"}]}),
+        ("control", {"control": [{"name": "corner", "image": SMALL}]}),
+        ("control", {"control": [{"name": "union", "image": SMALL, "mode": "corner"}]}),
+        ("control", {"control": [{"name": "edge", "image": SMALL, "guess_mode": 1}]}),
+        ("image_prompt", {"image_prompt": [{"name": "plus", "image": SMALL, "scale": [1, 2]}]}),
+        ("image_prompt", {"image_prompt": [{"name": "plus", "image": []}]}),
+        ("image_prompt", {"image_prompt": [{"name": "plus", "image": [SMALL, "x"]}]}),
+        ("image_prompt", {"image_prompt": [{"image": SMALL, "negative": SMALL}], "guidance": 1}),
+        ("loras", {"loras": ["corner"]}),
+        ("guidance_interval", {"guidance_interval": [0.7, 0.5]}),
+        ("guidance_rescale", {"guidance_rescale": 2}),
+        ("guidance_mode", {"guidance_mode": "corner"}),
+        ("skip_guidance_layers", {"skip_guidance_layers": [1]}),
+        ("conditioning", {"conditioning": {"crop": [1]}}),
+        ("conditioning", {"conditioning": {"original_size": [1, 2]}}),
+        ("negative_conditioning", {"negative_conditioning": {"crop": [1, 2]}}),
+        ("scheduler", {"scheduler": "corner"}),
+        ("decoder", {"decoder": "tiny"}),
+        ("prompt_embeds", {"prompt": "", "prompt_embeds": [1, 2]}),
+        ("seed", {"seed": 2**64 - 1, "n": 2}),
+    ],
+)
+def test_what_is_wrong_is_said_of_a_field(steered, param, given):
+    with pytest.raises(diffoundry.RequestError) as refused:
+        steered.pipeline.job(read_fields({"prompt": "a", **given}, steered, most_priority=0).request)
+    said = refusal(refused.value, hidden(steered))
+    assert (said.param or field_in(said.message)) == param, said.message
 
 
 # --- In a browser ----------------------------------------------------------------------------------------------------
@@ -952,6 +1000,9 @@ def test_pictures_to_start_from_and_the_tiny_decoder_in_all_detail(walked, bundl
 @pytest.mark.slow
 def test_what_models_of_flow_matching_have(walked, bundle_of, tmp_path):
     tab, pipe = walked, diffoundry.load(bundle_of(FLOW))
+    can = pipe.abilities()
+    assert (can["layers"], can["masked_controls"], can["guess_modes"]) == (3, ["inpaint"], [])
+    assert can["regions"] == [] and list(can["attentions"]) == ["look"]
     choose_model(tab, "flow")
     [(image, file), (other, other_file)] = squares(tmp_path, (20, 20), (4, 30))
     fill(tab, prompt=PROMPT, prompt_2="a star", prompt_3="a red star", negative_prompt="b", seed=5, steps=6)
