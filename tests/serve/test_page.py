@@ -694,19 +694,48 @@ def test_screenshots(opened, tmp_path):
     tab.shot(folder / "serve-page.png")
     tab.look(360, 740, dark=True, scale=1.5)
     tab.run("scrollTo(0, 0)")
+    in_one(
+        tab,
+        folder / "serve-page-phone.png",
+        "scrollTo(0, 0)",
+        "scrollTo(0, document.querySelector('.job').getBoundingClientRect().top + scrollY - 12)",
+    )
+    tab.look(360, 740, scale=1.5)
+    choose_model(tab, "steered")
+    (_, star), (_, square), (_, other) = squares(tmp_path, (4, 4), (36, 20), (20, 20))
+    star.write_bytes(base64.b64decode(tab.run("base64Of(gallery.all[0].blob)")))
+    square.write_bytes(base64.b64decode(tab.run("base64Of(gallery.all[2].blob)")))
+    tab.choose("[data-name=edge] [type=file]", other)
+    for count, file in enumerate((star, square), 1):
+        tab.choose("[data-name=plus] [data-part=image] input", file)
+        tab.until(f"document.querySelectorAll('.shots li').length === {count}")
+    unfold(tab)
+    put_in(tab, "[data-name=edge] [data-part=interval] input", 0)
+    put_in(tab, "[data-name=edge] [data-part=interval] label + label input", 0.5)
+    put(tab, guidance_interval=(0.7, 0.2))
+    with expected(tab, "400"):
+        tab.click("#draw")
+        tab.until("!document.querySelector('#wrong').hidden")
+    top = "scrollTo(0, document.querySelector('{}').getBoundingClientRect().top + scrollY - 12)".format
+    tab.run("document.activeElement.blur()")
+    in_one(tab, folder / "serve-page-more.png", top("#controls-box"), top("#adapters-box"), top("#more"))
+    names = ("serve-page.png", "serve-page-phone.png", "serve-page-more.png")
+    assert all((folder / name).stat().st_size < 300_000 for name in names)
+
+
+def in_one(tab, path, *places):
+    """Write pictures of the tab, scrolled to each of these places, side by side."""
     sides = []
-    for i, where in enumerate(
-        ("scrollTo(0, 0)", "scrollTo(0, document.querySelector('.job').getBoundingClientRect().top + scrollY - 12)")
-    ):
+    for where in places:
         tab.run(where)
         tab.run("new Promise((done) => setTimeout(done, 400))")
-        tab.shot(tmp_path / f"{i}.png")
-        sides.append(Image.open(tmp_path / f"{i}.png").convert("RGB"))
-    both = Image.new("RGB", (sides[0].width * 2 + 24, sides[0].height), (120, 124, 128))
+        tab.shot(path)
+        sides.append(Image.open(path).convert("RGB"))
+    wide = sides[0].width + 24
+    both = Image.new("RGB", (wide * len(sides) - 24, sides[0].height), (120, 124, 128))
     for i, side in enumerate(sides):
-        both.paste(side, (i * (side.width + 24), 0))
-    both.save(folder / "serve-page-phone.png", optimize=True)
-    assert all((folder / name).stat().st_size < 300_000 for name in ("serve-page.png", "serve-page-phone.png"))
+        both.paste(side, (i * wide, 0))
+    both.save(path, optimize=True)
 
 
 # --- Every other setting ---------------------------------------------------------------------------------------------
@@ -932,6 +961,12 @@ def test_controls_and_pictures_beside_the_prompt_in_all_detail(walked, bundle_of
     tab.click(f"{union} + {union} [data-do=remove]")
     tab.click(f"{union} [data-do=remove]")
     tab.click("[data-do=remove-negative]")
+    with expected(tab, "400"):
+        put_in(tab, f"{plus} [data-part=scales] input", "1, 2")
+        tab.click("#draw")
+        tab.until("document.querySelector('#wrong').textContent.includes('found 2 scales')")
+    assert tab.run("document.activeElement.parentElement.dataset.part") == "scales"
+    put_in(tab, f"{plus} [data-part=scales] input", " ".join(map(str, scales)))
     image_prompt = ImagePrompt("plus", [first], tuple(scales), (0.25, 1), mask=[mask_in(tab, plus, 127)])
     own = drawn_again(tab, pipe, Request(PROMPT, seed=5, steps=8, image_prompt=(image_prompt,)))
     assert own["image_prompt"][0]["scale"] == scales and "control" not in own
@@ -965,7 +1000,7 @@ def test_what_is_drawn_from_outlives_the_page(walked, tmp_path):
     tab.until("gallery.all.length && document.querySelector('.job.ended .tile:not(:disabled)')")
     assert tab.run("drawnFrom('readonly', (store) => store.count())") == 0
     tab.click("#gallery .tile")
-    assert "edge 1" in text(tab, "#shown-settings") and "guidance interval0, 0.5" in text(tab, "#shown-settings")
+    assert "edge 1" in text(tab, "#shown-settings") and "Guidance interval0, 0.5" in text(tab, "#shown-settings")
     tab.click("#shown-again")
     tab.until("rows().filter(isGiven).length === 1 && document.querySelector('#guidance_interval').value === '0'")
     assert tab.run("document.querySelector('#wrong').hidden")
