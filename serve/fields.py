@@ -54,7 +54,8 @@ _ANSWER = (
     *("user", "safety_identifier", "priority", "deadline"),
 )
 _REQUEST = tuple(item.name for item in fields(Request))
-KNOWN = (*_REQUEST, *SAME, *_GUIDANCE, *_NOTHING, *_ANSWER)
+_SETTINGS = (*_REQUEST, *SAME, *_GUIDANCE)
+KNOWN = (*_SETTINGS, *_NOTHING, *_ANSWER)
 _SPOKEN = (
     (r"\bLoRAs?\b", "loras"),
     (r"\bcontrols?\b|\bguess_mode\b", "control"),
@@ -128,7 +129,7 @@ def field_in(message: str) -> str | None:
     for pattern, name in _SPOKEN:
         if found := re.search(pattern, message):
             return found.expand(name)
-    return next((word for word in re.findall(r"\w+", message) if word in KNOWN), None)
+    return next((word for word in re.findall(r"\w+", message) if word in _SETTINGS), None)
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:

@@ -61,7 +61,8 @@ class Service:
                 asked, ticket = await run_in_threadpool(_checked, given, model, client, priority, url)
             except DiffoundryError as error:
                 refused = refusal(error, hidden(model))
-                refused.param = refused.param or field_in(refused.message)
+                if refused.status == 400:
+                    refused.param = refused.param or field_in(refused.message)
                 raise refused from None
         if asked.deadline is not None:
             ticket.deadline = time.monotonic() + asked.deadline

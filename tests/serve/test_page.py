@@ -277,6 +277,11 @@ def test_what_is_wrong_is_said_of_a_field(steered, param, given):
     assert (said.param or field_in(said.message)) == param, said.message
 
 
+def test_a_field_is_found_behind_common_words():
+    assert field_in("this model needs pooled_prompt_embeds beside prompt_embeds") == "pooled_prompt_embeds"
+    assert field_in("this model cannot do this") is None
+
+
 # --- In a browser ----------------------------------------------------------------------------------------------------
 
 
@@ -621,11 +626,15 @@ def test_a_server_that_wants_a_key(browser, bundle_of):
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_it_fits_and_everything_has_a_name(opened, width, dark):
+def test_it_fits_and_everything_has_a_name(opened, width, dark, tmp_path):
     tab = opened(width, 780, dark=dark, still=True)
     choose_model(tab, "steered")
+    [(_, file)] = squares(tmp_path, (20, 20))
+    for count, row in enumerate(("edge", "union", "plus"), 1):
+        tab.choose(f"[data-name={row}] [data-part=image] input", file)
+        tab.until(f"rows().filter(isGiven).length === {count}")
     draw(tab, prompt=PROMPT, steps=2)
-    tab.run("document.querySelector('#more').open = true")
+    unfold(tab)
     shades = tab.run(
         "[document.body, document.querySelector('#prompt')].map((each) => getComputedStyle(each))"
         ".map((each) => [each.backgroundColor, each.color])"
@@ -1004,6 +1013,10 @@ def test_what_is_drawn_from_outlives_the_page(walked, tmp_path):
     tab.click("#shown-again")
     tab.until("rows().filter(isGiven).length === 1 && document.querySelector('#guidance_interval').value === '0'")
     assert tab.run("document.querySelector('#wrong').hidden")
+    own = tab.run("gallery.all[0].settings")
+    old = "{ ...gallery.all[0], given: { control: { edge: gallery.all[0].given.control[0].pictures[0] } } }"
+    tab.run(f"use({old}, true)")  # as it was kept before a control could have several pictures
+    assert tab.run("request().then(({ body }) => plain(body))") == own
     tab.run("state.models.splice(1, 1); undefined")  # the server has it no more
     tab.run("document.querySelector('#model').value = 'pico'; chooseModel(); use(gallery.all[0], true)")
     assert text(tab, "#wrong") == "Not filled in, for pico has no such setting: Controls."
