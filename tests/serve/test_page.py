@@ -889,10 +889,14 @@ def test_embeddings_in_place_of_texts(walked, bundle_of, tmp_path):
     (tmp_path / "none.json").write_text("{}")
     fill(tab, prompt="a", seed=5, steps=6)
     place = "[data-embeds={}] [type=file]".format
-    for name, words in (("none.json", "holds no embeddings"), ("turned.npy", "ascontiguousarray")):
+    (tmp_path / "short.npy").write_bytes((tmp_path / "prompt.npy").read_bytes()[:-4])
+    (tmp_path / "shortest.npy").write_bytes((tmp_path / "prompt.npy").read_bytes()[:8])
+    cases = {"none.json": "no embeddings", "turned.npy": "ascontiguousarray", "short.npy": "not whole"}
+    for name, words in {**cases, "shortest.npy": "not whole"}.items():
         tab.choose(place("prompt_embeds"), tmp_path / name)
         tab.until(f"document.querySelector('#wrong').textContent.includes({json.dumps(words)})")
         assert tab.run("Boolean(document.querySelector('#wrong').closest('[data-embeds=prompt_embeds]'))")
+        tab.run("wrong('')")
     tab.choose(place("prompt_embeds"), tmp_path / "prompt.npy")
     tab.until("state.embeds.size === 1 && !isThere(document.querySelector('#prompt'))")
     assert tab.run("document.querySelector('#wrong').hidden && !isThere(document.querySelector('#clip_skip'))")
