@@ -26,8 +26,8 @@ class LoraCondition(Condition):
             return
         if any(job.request.control or job.request.image_prompt for job in jobs):
             raise RequestError(
-                "the denoiser that takes LoRAs as inputs takes no controls and no image prompts: draw all with these "
-                "LoRAs, by set_loras(…, as_inputs=False), and none in the request"
+                "the denoiser that takes LoRAs as inputs takes no controls and no image prompts: ask for one of both, "
+                "or draw all with these LoRAs, by set_loras(…, as_inputs=False)"
             )
 
     def feed(self, jobs: Sequence[Job]) -> list[Fed]:
