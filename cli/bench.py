@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import ENGINES, NAMES, NUMBERS, engine_option, precision_option, threads_option
+from .options import ENGINES, NAMES, NUMBERS, Number, engine_option, precision_option, threads_option
 from .progress import progress
 from .served import OPTIONS as OF_SERVE
 from .served import bench_server, check_given
@@ -89,7 +89,7 @@ class _Grouped(click.Command):
 @click.option(
     "--p99",
     "p99_s",
-    type=click.FloatRange(0, 86_400, min_open=True),
+    type=Number(0, 86_400, min_open=True),
     metavar="SECONDS",
     help="The scenario server, and --serve: what 99 of 100 requests must stay within. [default: three times a single "
     "picture]",

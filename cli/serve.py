@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..common.errors import RequestError
-from .options import GIB, engine_option, precision_option, read_pairs, threads_option
+from .options import GIB, Number, engine_option, precision_option, read_pairs, threads_option
 
 
 @click.command("serve")
@@ -22,7 +22,7 @@ from .options import GIB, engine_option, precision_option, read_pairs, threads_o
 @click.option(
     "--patience",
     default=3.0,
-    type=click.FloatRange(1.0),
+    type=Number(1.0),
     help="Refuse what would take longer than so many times its time in a full batch; inf for nothing.",
 )
 @click.option(
@@ -51,7 +51,10 @@ from .options import GIB, engine_option, precision_option, read_pairs, threads_o
 )
 @click.option("--warm", is_flag=True, help="Load the models and draw once before the first request is taken.")
 @click.option(
-    "--drain", default=300.0, type=click.FloatRange(0), help="Seconds for what is drawn when the server is told to end."
+    "--drain",
+    default=300.0,
+    type=Number(0, 86_400),
+    help="Seconds for what is drawn when the server is told to end.",
 )
 @click.option("--ray", "on_ray", is_flag=True, help="Draw with several replicas, by Ray Serve: see --replicas.")
 @click.option(
