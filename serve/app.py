@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from ..common.errors import DiffoundryError
 from . import images
 from .errors import Refusal, refusal
-from .guard import BROKEN, Guard, Key, response_of
+from .guard import BROKEN, Guard, Key, explain, response_of
 from .jobs import Jobs
 from .page import page
 from .service import Service
@@ -41,6 +41,9 @@ def build(
     jobs = Jobs(service)
     every, one = images.models(service)
     scheduler = service.scheduler
+
+    async def job(request: Request) -> Response:
+        return await (jobs.cancel if request.method == "DELETE" else jobs.show)(request)
 
     async def live(request: Request) -> Response:
         return JSONResponse({"status": "live"})
@@ -66,8 +69,7 @@ def build(
         Route("/v1/models", every),
         Route("/v1/models/{name:path}", one),
         Route("/v1/jobs", jobs.create, methods=["POST"]),
-        Route("/v1/jobs/{id}", jobs.show, methods=["GET"]),
-        Route("/v1/jobs/{id}", jobs.cancel, methods=["DELETE"]),
+        Route("/v1/jobs/{id}", job, methods=["GET", "DELETE"]),
         Route("/v1/jobs/{id}/events", jobs.events),
         Route("/health/live", live),
         Route("/health/ready", ready),
@@ -99,19 +101,27 @@ def build(
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
+    explain(request, error)
     return response_of(error)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, DiffoundryError)
-    return response_of(refusal(error))
+    refused = refusal(error)
+    explain(request, refused)
+    return response_of(refused)
 
 
 async def _http(request: Request, error: Exception) -> Response:
     """What Starlette refuses: a path that is not there, a method that it does not take."""
     assert isinstance(error, HTTPException)
-    said = {404: f"there is nothing at {request.url.path[:100]}", 405: f"{request.url.path[:100]} takes other methods"}
-    return response_of(Refusal(error.status_code, said.get(error.status_code, str(error.detail)), code="not_found"))
+    path = request.url.path[:100]
+    if error.status_code == 405:
+        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+        message = f"{path} takes {allowed}, not {request.method[:20]}"
+        return response_of(Refusal(405, message, code="method_not_allowed", headers={"Allow": allowed}))
+    message = f"there is nothing at {path}" if error.status_code == 404 else str(error.detail)
+    return response_of(Refusal(error.status_code, message, code="not_found"))
 
 
 async def _broken(request: Request, error: Exception) -> Response:

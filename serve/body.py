@@ -27,6 +27,10 @@ _TEXTS = frozenset(
 """What a form says as it is meant. Everything else in it is JSON, such as 7, true or [0, 0.5]."""
 
 
+class NoNumberError(ValueError):
+    """What Python's reader takes for a number and JSON does not."""
+
+
 async def read_body(request: Request) -> dict[str, Any]:
     """The fields of a request; files in it are `Upload`. Raises `Refusal` and `FieldError` for what cannot be read."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -34,7 +38,8 @@ async def read_body(request: Request) -> dict[str, Any]:
         return read_json(await request.body())
     if kind == "multipart/form-data":
         return await _form(request)
-    raise Refusal(415, f"the body must be application/json or multipart/form-data, found {kind or 'neither'!r:.80}")
+    found = repr(kind) if kind else "no content-type"
+    raise Refusal(415, f"the body must be application/json or multipart/form-data, found {found:.80}")
 
 
 def read_json(data: bytes) -> dict[str, Any]:
@@ -44,7 +49,11 @@ def read_json(data: bytes) -> dict[str, Any]:
     except FieldError:
         raise
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        reason = " ".join(str(error).split())
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
+        elif not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, NoNumberError)):
+            reason = "a number in it has too many digits"
         raise Refusal(400, f"the body is no JSON: {reason:.200}") from None
     if not isinstance(value, dict):
         raise Refusal(400, f"the body must be a JSON object, found {type(value).__name__}")
@@ -61,7 +70,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise NoNumberError(f"{name} is no JSON number")
 
 
 async def _form(request: Request) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from .models import NoModelError
 from .queue import DrainingError
 from .tickets import OverdueError
 
+_LONGEST = 2000
 _INVALID, _SERVER = "invalid_request_error", "server_error"
 
 
@@ -49,6 +50,8 @@ def refusal(error: DiffoundryError, hidden: Mapping[str, str] | None = None) -> 
     text = " ".join(str(error).split())
     for own, said in (hidden or {}).items():
         text = text.replace(own, said)
+    if len(text) > _LONGEST:  # many say what they found
+        text = f"{text[:_LONGEST]}…"
     if isinstance(error, QueueFullError):
         return Refusal(429, text, "rate_limit_error", "queue_full", headers=_when(error.seconds))
     if isinstance(error, NoModelError):

@@ -22,7 +22,7 @@ MOST_PARTIAL = 3
 MOST_IMAGES, _MOST_LETTERS, MOST_STEPS = 10, 32_000, 1000
 MOST_PIXELS, LARGEST_SIDE = 2048 * 2048, 4096
 _MOST_PRIORITY, _LONGEST_S = 10, 86_400.0
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _GUIDANCE = {**GUIDANCE, "guidance_scale": "scale"}
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "quality": ("auto", "standard"),
@@ -104,7 +104,7 @@ def read_fields(given: Mapping[str, Any], model: Model, *, most_priority: int, u
     _refuse_unknown(values)
     for name, taken in _NOTHING.items():
         if name in values and values.pop(name) not in taken:
-            raise FieldError(name, f"{name} has no effect here: {_INSTEAD[name]}, and leave it out")
+            raise FieldError(name, f"{name} has no effect here ({_INSTEAD[name]}): leave it out")
     answer = _answer(values, most_priority, url)
     _limit(values)
     options = {name: value for name, value in values.items() if name not in _ANSWER and name not in _GUIDANCE}
@@ -196,7 +196,9 @@ def _limit(values: Mapping[str, Any]) -> None:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raise `FieldError` for more pixels than are drawn here."""
+    """Raise `FieldError` for more pixels than are drawn here, in all or on a side."""
+    if max(size) > LARGEST_SIDE:
+        raise FieldError("size", f"a side of {max(size)} pixels is too long, {LARGEST_SIDE} are the most")
     if size[0] * size[1] > MOST_PIXELS:
         raise FieldError("size", f"{size[0]}x{size[1]} pixels are too many, {MOST_PIXELS} are the most")
 

@@ -7,6 +7,7 @@ import hmac
 import json
 import logging
 import math
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +24,8 @@ from .errors import Refusal
 from .metrics import Metrics
 
 _BODY_SECONDS = 60.0
-_SHORTEST_KEY = 16
+_SHORTEST_KEY, _LONGEST_FILE = 16, 1 << 20
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^/?#@:\sA-Z]+)(:\d{1,5})?")
 _OPEN = ("/health/", "/v1/images/kept/")
 _PAGE = "/"
 """What is asked for without a key. Kept pictures have names that cannot be guessed; the page asks for the key."""
@@ -49,27 +52,43 @@ class Key:
 def read_keys(path: str | Path) -> list[Key]:
     """The keys in a file: one a line, with the most priority behind it where it is not 0. Lines with # are left out.
 
-    Raises `RequestError` for a file that cannot be read, or that has no keys or wrong ones.
+    Raises `RequestError` for a file that cannot be read, or that has no keys, wrong ones, or one twice.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            text = file.read(_LONGEST_FILE + 1).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise RequestError(f"the key file {path} cannot be read ({why}): give a file with a key a line") from None
-    keys: list[Key] = []
+    if len(text) > _LONGEST_FILE:
+        raise RequestError(f"the key file {path} has more than {_LONGEST_FILE} bytes: give a file with a key a line")
+    keys: dict[str, Key] = {}
     for number, line in enumerate(text.splitlines(), 1):
         secret, *more = line.split() or ["#"]
         if secret.startswith("#"):
             continue
-        if len(secret) < _SHORTEST_KEY or not secret.isascii() or len(more) > 1 or not _is_priority(*more):
+        is_key = len(secret) >= _SHORTEST_KEY and secret.isascii() and secret.isprintable()
+        if not is_key or len(more) > 1 or not _is_priority(*more):
             raise RequestError(
                 f"line {number} of the key file {path} must be a key of at least {_SHORTEST_KEY} letters, and after a "
                 "space the most priority that it may ask for, from -10 to 10"
             )
-        keys.append(Key(secret, f"key {len(keys) + 1}", int(more[0]) if more else 0))
+        if secret in keys:
+            raise RequestError(f"line {number} of the key file {path} is a key that is there before: leave one out")
+        keys[secret] = Key(secret, f"key {len(keys) + 1}", int(more[0]) if more else 0)
     if not keys:
         raise RequestError(f"the key file {path} has no keys: write one a line")
-    return keys
+    return list(keys.values())
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Raise `RequestError` for what is no origin as a browser says it: the header would never match."""
+    for each in origins:
+        if each not in ("*", "null") and not _ORIGIN.fullmatch(each):
+            raise RequestError(
+                f"cors takes the origin of a site, such as https://example.org or http://localhost:3000, or *, found "
+                f"{each!r:.100}"
+            )
 
 
 def _is_priority(text: str = "0") -> bool:
@@ -162,9 +181,19 @@ class Guard:
         _log.info("%s", json.dumps(line))
 
 
+def explain(request: Request, error: Refusal) -> None:
+    """Let the line in the log say what failed, where it is the server's to mend: the client alone would know."""
+    if error.status == 500:
+        request.scope["diffoundry"]["error"] = error.message
+
+
+_UNREAD = (401, 403, 408, 413)
+"""Answers to what may still be on its way, and is not waited for."""
+
+
 def response_of(error: Refusal) -> JSONResponse:
     """As OpenAI's API says an error."""
-    headers = {**error.headers, **({"Connection": "close"} if error.status in (401, 413) else {})}
+    headers = {**error.headers, **({"Connection": "close"} if error.status in _UNREAD else {})}
     return JSONResponse(error.body(), error.status, headers)
 
 

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from .errors import Refusal
 from .fields import LARGEST_SIDE, MOST_IMAGES, MOST_PIXELS, MOST_STEPS, Asked
+from .guard import explain
 from .models import Model
 from .pictures import encoded
 from .service import ALIVE, Events, Service, failure, gone, record_of, side, sse, stream
@@ -94,7 +95,9 @@ async def _streamed(
                 more = {**image, "usage": usage(ticket), "safety_identifier": asked.user}
                 yield said("completed", event.index, side(event.image), more)
             elif isinstance(event, Ended) and ticket.state != "succeeded":
-                yield sse("error", {"type": "error", **failure(ticket).body()})
+                refused = failure(ticket)
+                explain(request, refused)
+                yield sse("error", {"type": "error", **refused.body()})
     finally:
         service.scheduler.cancel(ticket)
 

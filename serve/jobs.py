@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from .pictures import encoded
 from .service import ALIVE, Events, Service, failure, record_of, sse, stream
 from .tickets import Drawn, Ended, Event, Partial, Step, Ticket
 
+_log = logging.getLogger("diffoundry.serve")
 _MOST_ENDED = 500
 _PATIENCE = 4.0
 """Jobs may take so many times as long as requests whose connection is open."""
@@ -86,6 +88,8 @@ class Jobs:
             pass
         ticket = entry.ticket
         try:
+            if ticket.state == "failed" and (refused := failure(ticket)).status == 500:
+                _log.error("job %s failed: %s", ticket.id, refused.message)
             if ticket.state == "succeeded":
                 entry.files = [await self._service.keep(ticket, entry.asked, i) for i in range(ticket.count)]
         finally:  # who asks for it waits for this

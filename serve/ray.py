@@ -24,7 +24,7 @@ from .cluster import Device, Replicas, absolute, device_of, read_arguments
 from .drawer import Drawer, News, Order
 from .fleet import Fleet, LostError
 from .guard import read_keys
-from .server import Options, log_to_stderr, open_models, reserve
+from .server import Options, guarded, log_to_stderr, open_models, reserve
 from .service import Service
 
 NAME = "diffoundry"
@@ -195,8 +195,7 @@ def serve(options: Options, replicas: Replicas | None, say: Callable[[str], None
         try:
             handle = ray_serve.run(application(options, replicas), name=NAME, route_prefix="/")
             host = f"[{options.host}]" if ":" in options.host else options.host
-            guarded = f"{len(keys)} keys" if keys else "no keys: everybody that reaches it may draw"
-            say(f"listening on http://{host}:{options.port}/v1 ({guarded})")
+            say(f"listening on http://{host}:{options.port}/v1 ({guarded(keys)})")
             ended.wait()
             handle.drain.remote(options.drain).result(timeout_s=options.drain + _ENDING_S)
             ray_serve.delete(NAME)

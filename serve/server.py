@@ -18,7 +18,7 @@ from ..runtime.pipeline import load
 from ..runtime.request import Request
 from .admission import PATIENCE
 from .app import DRAIN_SECONDS, build
-from .guard import read_keys
+from .guard import Key, check_origins, read_keys
 from .memory import few_arenas
 from .models import Model, Models
 from .scheduler import Scheduler
@@ -34,7 +34,7 @@ class Options:
     """What `diffoundry serve` is asked for. bundles: by the names of their models; loras: by theirs.
 
     patience: see `Admission`. memory: bytes. keys: the file of them. origins: of pages that may ask from a browser.
-    page: whether there is one at `/`. version: of diffoundry.
+    page: whether there is one at `/`. version: of diffoundry. Raises `RequestError` for origins that are none.
     """
 
     bundles: Mapping[str, Path]
@@ -55,6 +55,9 @@ class Options:
     page: bool = True
     version: str = ""
 
+    def __post_init__(self) -> None:
+        check_origins(self.origins)
+
 
 def serve(options: Options, say: Callable[[str], None]) -> None:
     """Serve until the process is told to end. say: shows a line.
@@ -62,7 +65,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     Raises `DiffoundryError` for what cannot be served, before the first request is taken.
     """
     try:
-        import uvicorn
+        from .http import Server
     except ImportError:
         raise missing() from None
     keys = [] if options.keys is None else read_keys(options.keys)
@@ -71,14 +74,6 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     try:
         service = make(options, say)
         app = build(service, keys=keys, origins=options.origins, drain=options.drain, with_page=options.page)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            server_header=False,
-            timeout_graceful_shutdown=max(1, int(options.drain)),
-        )
         log_to_stderr()
         try:
             listener.listen(_BACKLOG)
@@ -89,14 +84,20 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         service.scheduler.start()
         host, port = listener.getsockname()[:2]
         place = f"[{host}]" if ":" in host else host
-        guarded = f"{len(keys)} keys" if keys else "no keys: everybody that reaches it may draw"
-        say(f"listening on http://{place}:{port}/v1 ({guarded})")
+        say(f"listening on http://{place}:{port}/v1 ({guarded(keys)})")
         if options.page:
             say(f"a page to draw in: http://{place}:{port}/")
         with contextlib.suppress(KeyboardInterrupt):  # which ends it as SIGTERM does
-            uvicorn.Server(config).run(sockets=[listener])
+            Server(app, service.scheduler, options.drain, say).run(sockets=[listener])
     finally:
         listener.close()
+
+
+def guarded(keys: Sequence[Key]) -> str:
+    """How a server is guarded, in words."""
+    if not keys:
+        return "no keys: everybody that reaches it may draw"
+    return f"{len(keys)} key{'s' if len(keys) > 1 else ''}"
 
 
 def make(options: Options, say: Callable[[str], None]) -> Service:

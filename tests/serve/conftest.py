@@ -16,21 +16,23 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 
 import diffoundry
 from diffoundry.serve.app import build
+from diffoundry.serve.http import Server
 from diffoundry.serve.server import Options, make, reserve
 from diffoundry.serve.service import Service
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server that runs. url: where."""
+    """A server that runs. url: where. shown: the lines that it showed."""
 
     url: str
     service: Service
+    server: Server
+    shown: list[str]
 
     def client(self, key: str = "none", retries: int = 0) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=retries)
@@ -46,16 +48,14 @@ def serving(bundles: dict[str, Path], *, keys: Any = (), app: dict[str, Any] | N
     """A server for the time of the block."""
     service = make(Options(bundles, **options), lambda line: None)
     listener = reserve("127.0.0.1", 0)
-    config = uvicorn.Config(
-        build(service, keys=keys, drain=10, **(app or {})), log_config=None, access_log=False, lifespan="on"
-    )
-    server = uvicorn.Server(config)
+    shown: list[str] = []
+    server = Server(build(service, keys=keys, drain=10, **(app or {})), service.scheduler, 10, shown.append)
     service.scheduler.start()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     until(lambda: server.started)
     try:
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", service)
+        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", service, server, shown)
     finally:
         server.should_exit = True
         thread.join(20)

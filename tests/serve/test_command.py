@@ -74,8 +74,10 @@ def test_other_bad_input(called, bundle_of, tmp_path):
     fails(called("serve", f"a={pico}", f"a={pico}"), "two bundles are called a")
     fails(called("serve", pico, "--memory", "0.001", "--port", "0"), "--memory")
     fails(called("serve", pico, "--lora", f"style={tmp_path / 'none'}", "--port", "0"), "--lora style")
-    done = called("serve", pico, "--patience", "0.5")
-    assert done.returncode == 2 and "--patience" in done.stderr
+    fails(called("serve", pico, "--cors", "http://site.example/page"), "cors", "https://example.org", "/page")
+    for option, value in (("--patience", "0.5"), ("--patience", "nan"), ("--drain", "nan"), ("--drain", "inf")):
+        done = called("serve", pico, option, value)
+        assert done.returncode == 2 and option in done.stderr, (option, value)
     done = called("serve", pico, "--lora", "style")
     assert done.returncode == 2 and "NAME=FILE" in done.stderr
 

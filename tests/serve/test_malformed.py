@@ -217,6 +217,27 @@ def test_other_paths_and_methods(idle):
             assert answer.status_code == code and answer.json()["error"]["message"], path
 
 
+def test_a_method_that_is_not_taken_is_told_those_that_are(idle):
+    with httpx2.Client(base_url=idle.url) as http:
+        answer = http.put("/v1/jobs/x")
+    assert answer.headers["allow"] == "DELETE, GET, HEAD" and answer.json()["error"]["code"] == "method_not_allowed"
+    assert answer.json()["error"]["message"] == "/v1/jobs/x takes DELETE, GET, HEAD, not PUT"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"prompt": "a", "seed": ' + b"9" * 4000 + b"}", "seed must be a whole number"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "a number in it has too many digits"),
+        (b'{"prompt": "a", "size": "8x4104"}', "a side of 4104 pixels is too long, 4096 are the most"),
+        (b'{"prompt": "a", "background": "transparent"}', "no effect here (pictures here are opaque): leave it out"),
+    ],
+)
+def test_it_is_said_in_few_words(idle, body, words):
+    answer = httpx2.post(f"{idle.url}/v1/jobs", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"] and len(answer.text) < 2500
+
+
 def connected(served) -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from diffoundry.common.errors import RequestError
-from diffoundry.serve.guard import read_keys
+from diffoundry.serve.guard import check_origins, read_keys
 from diffoundry.serve.kept import KEPT_SECONDS, Kept
 from diffoundry.tests.serve.conftest import serving, until
 
@@ -80,6 +80,9 @@ def test_pages_of_other_sites(locked, served):
         (f"{FIRST}\n{SECOND} high\n", "line 2 of the key file"),
         (f"{FIRST} 11\n", "from -10 to 10"),
         (f"{FIRST} 1 2\n", "line 1"),
+        (f"{FIRST}\0\n", "line 1"),
+        (f"{FIRST}\n{SECOND}\n{FIRST} 5\n", "line 3 .* is there before"),
+        (f"{FIRST}\n" * 60_000, "more than 1048576 bytes"),
     ],
 )
 def test_key_files_that_are_wrong(tmp_path, text, words):
@@ -87,6 +90,17 @@ def test_key_files_that_are_wrong(tmp_path, text, words):
     file.write_text(text, encoding="utf-8")
     with pytest.raises(RequestError, match=words):
         read_keys(file)
+
+
+def test_a_key_file_of_an_editor_that_begins_with_a_mark(tmp_path):
+    (tmp_path / "keys").write_text(f"{FIRST} 3\n", encoding="utf-8-sig")
+    assert [(key.secret, key.priority) for key in read_keys(tmp_path / "keys")] == [(FIRST, 3)]
+
+
+@pytest.mark.parametrize("origin", ["", "example.org", "https://example.org/", "https://a b", "HTTPS://a", "http://"])
+def test_what_is_no_origin(origin):
+    with pytest.raises(RequestError, match="such as https:"):
+        check_origins(["https://example.org:8443", "http://[::1]:80", "null", "*", origin])
 
 
 def test_what_should_not_happen_is_not_told(idle, monkeypatch, caplog):
