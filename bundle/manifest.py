@@ -231,7 +231,7 @@ def from_json(value: dict[str, Any], where: str) -> Manifest:
         manifest = read(Manifest, schema1.upgraded(value) if "wiring" not in value else value)
         for name, component in manifest.components.items():
             for key, variant in component.variants.items():
-                for graph in filter(None, (variant.model, variant.per_prompt)):
+                for graph in (variant.model, *filter(None, [variant.per_prompt])):
                     if graph not in variant.files:
                         raise FieldError(f"components.{name}.variants.{key}.files has no hash for the model {graph!r}")
             if not component.variants:

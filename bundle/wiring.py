@@ -28,6 +28,7 @@ AtLeast1 = Annotated[int, Rule(lambda value: value >= 1, "be at least 1")]
 Patch = Annotated[int, Rule(lambda value: 1 <= value <= _LARGEST_PATCH, f"be from 1 to {_LARGEST_PATCH}")]
 Downscale = Annotated[int, Rule(lambda value: 1 <= value <= _MOST_DOWNSCALE, f"be from 1 to {_MOST_DOWNSCALE}")]
 NotZero = Annotated[float, Rule(lambda value: _SMALLEST <= abs(value) <= _LARGEST, "be a number other than zero")]
+Shift = Annotated[float, Rule(lambda value: abs(value) <= _LARGEST, f"be from {-_LARGEST:g} to {_LARGEST:g}")]
 TokenId = Annotated[int, Rule(lambda value: 0 <= value < _MOST_TOKENS, f"be from 0 to {_MOST_TOKENS - 1}")]
 Channels = Annotated[int, Rule(lambda value: 1 <= value <= _MOST_CHANNELS, f"be from 1 to {_MOST_CHANNELS}")]
 Rank = Annotated[int, Rule(lambda value: 1 <= value <= MOST_RANK, f"be from 1 to {MOST_RANK}")]
@@ -105,9 +106,9 @@ class Latents:
     channels: Channels
     downscale: Downscale
     scaling_factor: NotZero
-    shift_factor: float = 0.0
+    shift_factor: Shift = 0.0
     tile: AtLeast1 = 64
-    mean: tuple[float, ...] = ()
+    mean: tuple[Shift, ...] = ()
     std: tuple[NotZero, ...] = ()
     multiple: Patch = 1
     encoded: Literal["parameters", "sample"] = "parameters"
@@ -273,7 +274,7 @@ class ImagePrompt:
     scale: str
     masks: tuple[str, ...]
     side: AtLeast1
-    mean: tuple[float, float, float]
+    mean: tuple[Shift, Shift, Shift]
     std: tuple[NotZero, NotZero, NotZero]
     stretched: bool = False
     negative: Literal["usual", "black", "zeros"] = "usual"

@@ -19,7 +19,7 @@ from .inspect import inspect_command
 from .run import run_command
 from .schedulers import schedulers_command
 from .serve import serve_command
-from .streams import open_streams
+from .streams import open_streams, shown
 from .verify import verify_command
 
 _INTERRUPTED = "interrupted; what was finished is kept, run the same command again to go on"
@@ -69,5 +69,5 @@ def main() -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    print("Error: " + " ".join(message.split()), file=sys.stderr)
+    print("Error: " + shown(" ".join(message.split())), file=sys.stderr)
     sys.exit(1)

@@ -12,6 +12,7 @@ import click
 
 from ..families.control import mode_names
 from .options import json_option
+from .streams import shown
 
 _SHOWN = ("precision", "quality", "calibration")
 """The reports that the page on eight bits shows."""
@@ -56,7 +57,7 @@ def inspect_command(bundle: str, page: Path | None, as_json: bool) -> None:
             if opened.path(path).exists():
                 reports[name] = read_json(opened.path(path), f"the {name} report")
         except BundleError as error:
-            click.echo(f"Warning: {error}", err=True)
+            click.echo(f"Warning: {shown(str(error))}", err=True)
     engines = EngineStore(opened.root / "engines").records()
     sizes = {
         name: sum(path.stat().st_size for path in opened.path(name).glob("*") if path.is_file())
@@ -80,7 +81,12 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
     from ..runtime.schedule import Schedules
 
     manifest = opened.manifest
-    console = Console(highlight=False, markup=False)
+
+    class Page(Console):
+        def print(self, *objects: Any, **how: Any) -> None:
+            super().print(*(shown(each) if isinstance(each, str) else each for each in objects), **how)
+
+    console = Page(highlight=False, markup=False)
     source = manifest.source.get("name", "an ONNX folder without a manifest")
     if opened.foreign:
         console.print("there is no bundle.json: nothing in this folder is checked when it is run")
@@ -97,11 +103,13 @@ def _show(opened: Any, sizes: dict[str, int], reports: dict[str, Any], engines: 
     for name, source in manifest.wiring.inputs.items():
         console.print(f"{manifest.named('denoiser')}.{name}: {SOURCES.get(source, source)}")
     table = Table("component", "size", "largest error to torch")
-    shown = {name: part for name, part in manifest.components.items() if part.role != "step"}
-    for name in shown:
-        table.add_row(*(Text(cell) for cell in (name, _size(sizes[name]), _worst(reports.get("parity", {}).get(name)))))
+    models = {name: part for name, part in manifest.components.items() if part.role != "step"}
+    for name in models:
+        table.add_row(
+            *(Text(shown(cell)) for cell in (name, _size(sizes[name]), _worst(reports.get("parity", {}).get(name))))
+        )
     console.print(table)
-    for name, component in shown.items():
+    for name, component in models.items():
         for arrow, tensors in (("<-", component.inputs), ("->", component.outputs)):
             for names, tensor in _grouped(tensors):
                 shape = ", ".join(str(axis) for axis in tensor.shape)

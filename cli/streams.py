@@ -53,9 +53,16 @@ def open_streams() -> None:
     sys.stderr = _opened(sys.stderr, sys.__stderr__, _Messages)
 
 
+def shown(text: str) -> str:
+    """A text of a file as a terminal may get it: what it would act on, such as colours, is escaped."""
+    return "".join(
+        each if each.isprintable() or each.isspace() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:
     """A warning as it is shown, without the place in the code."""
-    return f"Warning: {' '.join(str(message).split())}\n"
+    return f"Warning: {shown(' '.join(str(message).split()))}\n"
 
 
 def _opened(stream: TextIO | None, at_start: TextIO | None, kind: type[io.FileIO]) -> TextIO:

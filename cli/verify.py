@@ -8,6 +8,7 @@ from dataclasses import asdict
 import click
 
 from .options import ENGINES, engine_option, json_option, precision_option, threads_option
+from .streams import shown
 
 
 @click.command("verify")
@@ -32,15 +33,15 @@ def verify_command(bundle: str, engine: str, precision: str | None, threads: int
         checks.append(check)
         if not as_json:
             verdict = "ok" if check.passed else "FAILED"
-            shown = check.component if check.precision == "fp32" else f"{check.component} {check.precision}"
-            click.echo(f"{shown}: {verdict}, error {check.max_abs_error:.1e} of {check.allowed:.1e} allowed")
+            name = check.component if check.precision == "fp32" else f"{check.component} {check.precision}"
+            click.echo(f"{shown(name)}: {verdict}, error {check.max_abs_error:.1e} of {check.allowed:.1e} allowed")
     failed = list(dict.fromkeys(check.component for check in checks if not check.passed))
     if as_json:
         rows = [asdict(check) for check in checks]
         print(json.dumps({"bundle": str(opened.root), "files": len(opened.manifest.all_files()), "components": rows}))
     else:
         for name, what in twins(opened).items():
-            click.echo(f"{name}: not run, of it a twin was held against torch ({what})")
+            click.echo(shown(f"{name}: not run, of it a twin was held against torch ({what})"))
         click.echo(f"{len(opened.manifest.all_files())} files unchanged")
     if failed:
         raise BundleError(

@@ -154,12 +154,19 @@ class _HostBinding:
                 self._waiting[name] = set()
         for residual, array in self._residuals.items():
             arrays = [each[residual] for each in made if residual in each]
-            if arrays:
-                np.copyto(array, arrays[0])
-            else:
-                array.fill(0)
-            for more in arrays[1:]:
-                array += more
+            try:
+                if arrays:
+                    np.copyto(array, arrays[0])
+                else:
+                    array.fill(0)
+                for more in arrays[1:]:
+                    array += more
+            except ValueError:
+                raise EngineError(
+                    f"{self._engine.component} takes {residual} of shape {array.shape}, a control gives it of "
+                    f"{', '.join(str(each.shape) for each in arrays)}: compile the bundle again with controls that "
+                    "were made for this model"
+                ) from None
         return self._denoiser(*changed, *self._residuals)
 
 

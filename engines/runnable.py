@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from ..bundle import AS_EXPORTED, PRECISIONS, Bundle, Component
 from ..bundle.wiring import MODE, NAME, PICTURE, PICTURE_SIDES, SCALE, SOURCES, STRENGTH, TASKS, plain
@@ -40,6 +41,7 @@ def check_runnable(bundle: Bundle) -> None:
             f"{manifest.largest_side}; compile the bundle again"
         )
     _check_shapes(bundle)
+    _check_texts(bundle)
     _check_told(bundle)
     _check_adapted(bundle)
     inputs = {tensor.name for tensor in bundle.component(manifest.named("denoiser")).inputs}
@@ -129,15 +131,26 @@ def _widths(bundle: Bundle) -> dict[str, int]:
     return {**widths, "text.pooled": pooled} if pooled else widths
 
 
+def _part(bundle: Bundle, name: str, role: str) -> Component:
+    """The component of this name. Raises `BundleError` where there is none, or one of another role."""
+    components = bundle.manifest.components
+    if name not in components or components[name].role != role:
+        raise BundleError(f"{bundle.root}: it has no component {name!r:.60} of the role {role}; compile it again")
+    return components[name]
+
+
+def _check_texts(bundle: Bundle) -> None:
+    """Raise `BundleError` unless text encoders give what the wiring reads of them."""
+    for encoder in bundle.manifest.wiring.text:
+        made = {tensor.name for tensor in _part(bundle, encoder.component, "text").outputs}
+        missing = {*filter(None, (encoder.hidden, *encoder.skips, encoder.pooled))} - made
+        if made and missing:
+            raise _disagree(bundle, min(missing))
+
+
 def _check_told(bundle: Bundle) -> None:
     """Raise `BundleError` unless controls and image prompts are what the wiring says of them."""
-    wiring, components = bundle.manifest.wiring, bundle.manifest.components
-
-    def part(name: str, role: str) -> Component:
-        if name not in components or components[name].role != role:
-            raise BundleError(f"{bundle.root}: it has no component {name!r:.60} of the role {role}; compile it again")
-        return components[name]
-
+    wiring, part = bundle.manifest.wiring, partial(_part, bundle)
     if not wiring.controls and not wiring.image_prompts:
         return
     latents = bundle.manifest.latents.channels

@@ -132,25 +132,35 @@ def with_t2i_adapters(
     parts, found = dict(pipeline.parts), dict(pipeline.wiring.controls)
     denoiser = next(name for name, part in parts.items() if part.role == "denoiser")
     last = parts.pop(CONTROLLED.format(denoiser), Part("controlled", parts[denoiser].source))
-    due = [each.channels for _, each in intrablocks(unet)]
+    due = [(each.channels, each.halvings) for _, each in intrablocks(unet)]
     for name, config in adapters.items():
         if name in found:
             raise CheckpointError(f"a ControlNet is called {name} already: give the T2I-Adapter another name")
-        own = [int(each) for each in config["channels"]]
-        is_xl = config.get("adapter_type") == "full_adapter_xl"
-        if own != due or is_xl != (len(unet["down_block_types"]) < _T2I_BLOCKS):
+        own = _given(config, pipeline.latents.downscale)
+        if own != due:
             raise CheckpointError(
-                f"the T2I-Adapter {name} ({config.get('adapter_type')}) gives residuals of {own} channels, this "
-                f"checkpoint takes {due}: it was made for another model; give one that was trained with this kind of "
-                "checkpoint"
+                f"the T2I-Adapter {name} ({config.get('adapter_type')}) gives residuals of (channels, halvings) {own}, "
+                f"this checkpoint takes {due}: it was made for another model; give one that was trained with this kind "
+                "of checkpoint"
             )
         parts[T2I_PREFIX + name] = Part("control", T2I_PREFIX + name)
-        multiple = max(int(config.get("downscale_factor", 8)) // pipeline.latents.downscale, 1)
+        multiple = int(config.get("downscale_factor", 8)) // pipeline.latents.downscale
         channels = int(config.get("in_channels", 3))
         found[name] = Control(T2I_PREFIX + name, len(due), channels, kind="adapter", multiple=multiple)
     if found:
         parts[CONTROLLED.format(denoiser)] = last
     return replace(pipeline, parts=parts, wiring=replace(pipeline.wiring, controls=found))
+
+
+def _given(config: Mapping[str, Any], downscale: int) -> list[tuple[int, float]]:
+    """Channels and halvings of what a T2I-Adapter of this configuration gives. downscale: pixels a latent.
+
+    It begins at its own downscale and halves the sides before each block, those of XL before the third alone.
+    """
+    first = math.log2(int(config.get("downscale_factor", 8)) / downscale)
+    first = int(first) if first.is_integer() else first
+    is_xl = config.get("adapter_type") == "full_adapter_xl"
+    return [(int(each), first + (i > 1 if is_xl else i)) for i, each in enumerate(config["channels"])]
 
 
 def side(axis: str, halvings: int) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...bundle import Bundle, Role
 from ...common.arrays import Array
-from ...common.errors import RequestError
+from ...common.errors import BundleError, RequestError
 from ...engines import Engine
 from ..loop.noise import Generator
 from .tiling import Tiles, run_tiled
@@ -47,17 +47,26 @@ class Autoencoder:
         return self._latents.channels, height, width
 
     def decode(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Array:
-        """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale)."""
+        """Pixels in [-1, 1], float (N, 3, H, W), of latents (N, C, H/downscale, W/downscale).
+
+        Raises `BundleError` for a decoder that gives another size.
+        """
         name, tiny, down = self._decoders[decoder], decoder == "tiny" or self._tiny, self._latents.downscale
         latents = latents * self._std / np.float32(self._latents.scaling_factor) + self._mean
         tiles = Tiles(self._tile(tiny), 1, down, tiny) if tiled else None
-        parts = [self._run(name, latents[i : i + 1], tiles) for i in range(len(latents))]
+        shape = 3, latents.shape[2] * down, latents.shape[3] * down
+        parts = [self._run(name, latents[i : i + 1], tiles, shape) for i in range(len(latents))]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def encode(self, pixels: Array, *, tiled: bool = False) -> Array:
-        """What the encoder gives for pixels in [-1, 1], float32 (3, H, W): see `sample`."""
+        """What the encoder gives for pixels in [-1, 1], float32 (3, H, W): see `sample`.
+
+        Raises `BundleError` where that has another size than latents have.
+        """
         tiles = Tiles(self._tile(self._tiny), self._latents.downscale, 1, self._tiny) if tiled else None
-        encoded: Array = self._run(self._encoder, pixels[None], tiles)[0]
+        channels, *sides = self.shape((pixels.shape[2], pixels.shape[1]))
+        shape = (channels if self._tiny else 2 * channels, *sides)
+        encoded: Array = self._run(self._encoder, pixels[None], tiles, shape)[0]
         return encoded
 
     def sample(self, encoded: Array, generator: Generator, *, inpaints: bool = False) -> Array:
@@ -87,7 +96,7 @@ class Autoencoder:
         """The side of a tile, in latents."""
         return max(_TINY_SIDE // self._latents.downscale, 1) if tiny else self._latents.tile
 
-    def _run(self, component: str, source: Array, tiles: Tiles | None) -> Array:
+    def _run(self, component: str, source: Array, tiles: Tiles | None, shape: tuple[int, ...]) -> Array:
         engine = self._engine(component)
         name, output, dtype = engine.inputs[0].name, engine.outputs[0].name, engine.inputs[0].dtype
 
@@ -95,4 +104,10 @@ class Autoencoder:
             return engine({name: part})[output]
 
         source = np.asarray(source, dtype, order="C")
-        return call(source) if tiles is None else run_tiled(call, source, tiles)
+        made = call(source) if tiles is None else run_tiled(call, source, tiles)
+        if made.shape[1:] != shape:
+            raise BundleError(
+                f"{component} makes {made.shape[1:]} of {source.shape[1:]}, and by the manifest it must make {shape}: "
+                "compile the bundle again"
+            )
+        return made

@@ -365,6 +365,38 @@ def test_a_manifest_that_vouches_for_too_little(command, copied, change, words):
     fails(command("verify", copied), *words)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("wiring", "text", 0, "component"), "step", "no component 'step' of the role text"),
+        (("wiring", "text", 0, "hidden"), "x", "do not agree on 'x'"),
+        (("wiring", "text", 0, "skips"), ["x"], "do not agree on 'x'"),
+        (("components", "unet", "variants", "fp32/onnx", "model"), "", "no hash for the model ''"),
+        (("latents", "shift_factor"), 1e300, "latents.shift_factor must be from -1e+30 to 1e+30"),
+        (("latents", "downscale"), 4, "must make (3, 32, 32)"),
+        (("wiring", "inputs", "sample"), "\x1b[31m\u202e", "reads \\x1b[31m\\u202e; this version"),
+    ],
+)
+def test_a_manifest_of_other_models(called, copied, path, value, words):
+    manifest = json.loads((copied / "bundle.json").read_text())
+    part = manifest
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    (copied / "bundle.json").write_text(json.dumps(manifest))
+    fails(called("run", copied, "x", "--steps", 1, "--width", 32, "--height", 32, "-o", copied.parent / "o.png"), words)
+    assert not (copied.parent / "o.png").exists()
+
+
+def test_a_name_in_a_bundle_is_shown_and_does_nothing(called, copied):
+    manifest = json.loads((copied / "bundle.json").read_text())
+    manifest["family"] = "\x1b]0;mine\x07"
+    manifest["versions"] = {"torch": "\x9b31m"}
+    (copied / "bundle.json").write_text(json.dumps(manifest))
+    done = called("inspect", copied)
+    assert "\\x1b]0;mine\\x07 from" in done.stdout and "\x1b" not in done.stdout and "\x9b" not in done.stdout
+
+
 def test_a_reference_without_outputs_verifies_nothing(command, copied):
     import numpy as np
 

@@ -444,7 +444,7 @@ def test_a_t2i_adapter_is_used_as_a_controlnet_is(checkpoint_of, bundle_of):
 
 
 def test_t2i_adapters_that_cannot_be_are_refused(checkpoint_of, tmp_path):
-    net = checkpoint_of("pico+control-edge")
+    net, halved = checkpoint_of("pico+control-edge"), checkpoint_of("pico+t2i-sketch")
     made = tmp_path / "made"
     make_t2i_adapter(
         {"block_out_channels": (8, 16), "layers_per_block": 1, "down_block_types": ("DownBlock2D",) * 2}, made
@@ -452,7 +452,12 @@ def test_t2i_adapters_that_cannot_be_are_refused(checkpoint_of, tmp_path):
     for folders, more, problem in (
         ({"sketch": net}, {}, "holds a ControlNetModel, which is not supported as a control; T2IAdapter is"),
         ({"sketch": tmp_path}, {}, "is no T2I-Adapter: give a diffusers folder"),
-        ({"sketch": made}, {}, r"gives residuals of \[8, 16, 16\] channels, this checkpoint takes \[48, 96, 96\]"),
+        (
+            {"sketch": made},
+            {},
+            r"gives residuals of .* \[\(8, 1\), \(16, 1\), \(16, 2\)\], this checkpoint takes \[\(48",
+        ),
+        ({"sketch": halved}, {}, r"\[\(48, 1\), \(96, 1\), \(96, 2\)\], .* takes \[\(48, 0\), \(96, 1\), \(96, 1\)\]"),
         ({"edge": made}, {"controlnets": {"edge": net}}, "a ControlNet is called edge already"),
     ):
         with pytest.raises(CheckpointError, match=problem):
