@@ -64,6 +64,7 @@ class IPAdapterFile:
         tensors = _read(path)
         kind = _kind(path, tensors)
         _check_shapes(path, kind, tensors)
+        _check_values(path, tensors)
         if kind == "face":
             return cls(path, kind, tensors, None)
         if encoder is None:
@@ -262,6 +263,19 @@ def _check_shapes(path: Path, kind: str, tensors: Mapping[str, Any]) -> None:
     wrong += [name for name in shapes if widths and _KEY.fullmatch(name) and shapes[name][1] != widths[0]]
     if wrong:
         raise CheckpointError(f"{path} is damaged: {wrong[0]:.100} has another shape than is due; download it again")
+
+
+def _check_values(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for weights that are no finite floats."""
+    import torch
+
+    for name, tensor in tensors.items():
+        if not name.startswith((_PROJECTION, "ip_adapter.")):
+            continue
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise CheckpointError(
+                f"{path} is damaged: {name:.100} ({tensor.dtype}) holds what is no finite float; download it again"
+            )
 
 
 _SIGNS = {"sd3": ".norm_ip.linear.", "flux": "to_k_ip.bias"}

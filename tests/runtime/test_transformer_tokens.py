@@ -303,6 +303,14 @@ def narrowed(tensors):
             },
             "is damaged: ip_adapter.0.to_k_ip.weight has another shape than is due",
         ),
+        (
+            lambda tensors: {**tensors, "ip_adapter_proj_model.norm.bias": torch.full((96,), torch.nan)},
+            r"is damaged: image_proj.norm.bias \(torch.float32\) holds what is no finite float",
+        ),
+        (
+            lambda tensors: {**tensors, "ip_adapter_proj_model.norm.bias": torch.zeros(96, dtype=torch.int64)},
+            r"is damaged: image_proj.norm.bias \(torch.int64\) holds what is no finite float",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(change, problem, checkpoint_of, tmp_path):
