@@ -112,6 +112,13 @@ def _config(unet: Mapping[str, Any], weights: Weights, first: str, original: boo
     shapes = weights.shapes
     pattern = rf"{prefix}{_HINT}(\d+)\.weight" if original else rf"{_EMBEDDING}blocks\.(\d+)\.weight"
     found = sorted((int(match[1]), name) for name in shapes if (match := re.fullmatch(pattern, name)))
+    read = {first: 4, **{name: 4 for _, name in found}, **{name: 2 for name in (_TASKS, _MODES) if name in shapes}}
+    for name, axes in read.items():
+        if len(shapes[name]) != axes or not all(shapes[name]):
+            raise CheckpointError(
+                f"{weights.path} is damaged: {name} has the shape {list(shapes[name])}, and {axes} axes are due; "
+                "download it again"
+            )
     layers = [shapes[name][0] for _, name in found][1 if original else 0 :]
     last = layers[:-1] if original else layers  # the last one makes what the U-Net reads
     own = {

@@ -275,6 +275,22 @@ def test_a_controlnet_in_one_file_is_what_it_is_in_a_folder(checkpoint_of, tmp_p
         ({"body.0.a": 1}, "holds a T2I-Adapter"),
         ({"x": 1}, "holds no ControlNet that is known"),
         ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)}, "a ControlNet, lacks conv_in.weight"),
+        (
+            {"controlnet_cond_embedding.conv_in.weight": (16,)},
+            r"conv_in.weight has the shape \[16\], and 4 axes are due",
+        ),
+        ({"control_model.input_hint_block.0.weight": (16, 3, 0, 3)}, r"is damaged: control_model.* \[16, 3, 0, 3\]"),
+        (
+            {
+                "controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3),
+                "controlnet_cond_embedding.blocks.0.weight": (),
+            },
+            r"blocks.0.weight has the shape \[\]",
+        ),
+        (
+            {"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3), "task_embedding": ()},
+            r"task_embedding has the shape \[\], and 2 axes",
+        ),
     ],
 )
 def test_files_of_other_kinds_are_refused_by_name(tensors, problem, checkpoint_of, tmp_path):
