@@ -17,11 +17,28 @@ _LOOK_S = 30.0
 """Between looks at a connection."""
 _ANSWERS_S = 5.0
 """For the answers, once nothing is drawn any more."""
+_OTHER_FILES, _MOST = 128, 100_000
+"""Descriptors that are left for files and engines, and the most connections where descriptors have no bound."""
+
+
+def most_connections() -> int:
+    """How many there may be: where a process runs out of descriptors, asyncio fills the log and little else."""
+    try:
+        import resource
+    except ImportError:
+        return _MOST
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST if most == resource.RLIM_INFINITY else min(max(most - _OTHER_FILES, most // 2), _MOST)
 
 
 class Connection(H11Protocol):
-    """A connection. It is closed where no request begins, or none of the answer is read: a process has few of them."""
+    """A connection. It is closed where no request begins, or none of the answer is read: a process has few of them.
 
+    Where there are as many as there may be, the one that has asked for nothing for longest makes room.
+    """
+
+    most = most_connections()
+    made = 0.0
     _look: asyncio.TimerHandle
     _idle_after: Any = None
     _unread = 0
@@ -29,6 +46,16 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._look = self.loop.call_later(_LOOK_S, self._watch)
+        self.made = self.loop.time()
+        if len(self.connections) > self.most:
+            others = (each for each in self.connections if isinstance(each, Connection) and each is not self)
+            idle = [each for each in others if each.is_idle]
+            min(idle, key=lambda each: each.made, default=self).transport.abort()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is answered."""
+        return self.cycle is None or self.cycle.response_complete
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._look.cancel()
@@ -36,8 +63,7 @@ class Connection(H11Protocol):
 
     def _watch(self) -> None:
         """End it where it stands as it did at the last look, between requests or amid an answer."""
-        is_idle = self.cycle is None or self.cycle.response_complete
-        unread = self.transport.get_write_buffer_size()
+        unread, is_idle = self.transport.get_write_buffer_size(), self.is_idle
         if (is_idle and self._idle_after is self.cycle) or (unread and unread == self._unread):
             self.transport.abort()
             return

@@ -96,7 +96,7 @@ USAGE = {
     "an environment for nobody": (["--setup", "nobody"], "unknown system 'nobody': choose one of"),
     "an environment and a bundle": (["x", "--setup", "diffusers"], "--setup is given alone: leave out BUNDLE"),
     "a comparison with an option": (["--compare", "a", "b", "--steps", "2"], "leave out --steps"),
-    "a limit that is no number": (["x", "--scenario", "server", "--p99", "nan"], "--p99 must be a number of seconds"),
+    "a limit that is no number": (["x", "--scenario", "server", "--p99", "nan"], "nan is not in the range 0<x<=86400"),
     "a page on standard output": (["x", "--html", "-"], "--html needs the name of a file"),
     "no name": (["x", "--json", ""], "--json needs the name of a file"),
     "one file for two things": (["x", "--json", "r.svg", "--plot", "r.svg"], "name one file"),

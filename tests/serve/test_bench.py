@@ -173,7 +173,7 @@ def test_no_server(called):
     [
         (("--serve", "http://x", "--rate", "0"), "--rate takes requests a second above 0"),
         (("--serve", "http://x", "--rate", "two"), "takes numbers with commas between them"),
-        (("--serve", "http://x", "--p99", "nan"), "--p99 must be a number of seconds"),
+        (("--serve", "http://x", "--p99", "nan"), "nan is not in the range 0<x<=86400"),
         (("--serve", "http://x", "--turns", "2"), "leave out --turns; fields of requests stand in --mix"),
         (("bundle", "--serve", "http://x"), "leave out BUNDLE"),
         (("bundle", "--rate", "2"), "--rate goes with --serve URL"),

@@ -12,6 +12,7 @@ import httpx2
 import pytest
 
 from diffoundry.runtime.request import Request
+from diffoundry.serve.http import most_connections
 from diffoundry.serve.tickets import Ticket
 from diffoundry.tests.serve.conftest import Served, serving, until
 
@@ -55,6 +56,30 @@ def test_one_whose_answer_is_not_read_is_closed(idle, often):
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 200)  # more than the system keeps on the way
         until(lambda: idle.server.server_state.connections)
         until(lambda: not idle.server.server_state.connections)
+
+
+def test_one_that_asks_takes_the_place_of_one_that_does_not(idle, monkeypatch):
+    until(lambda: not idle.server.server_state.connections)
+    monkeypatch.setattr("diffoundry.serve.http.Connection.most", 3)
+    with contextlib.ExitStack() as stack:
+        first, *others = (stack.enter_context(connected(idle)) for _ in range(3))
+        until(lambda: len(idle.server.server_state.connections) == 3)
+        assert httpx2.get(f"{idle.url}/health/live").status_code == 200
+        assert not ended(first)
+        for each in others:
+            each.sendall(ALIVE)
+            assert each.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_there_are_fewer_connections_than_descriptors():
+    resource = pytest.importorskip("resource")
+    files, bound = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for count, most in ((1024, 896), (64, 32)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, bound), bound))
+            assert most_connections() == most
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, bound))
 
 
 def test_a_body_that_does_not_come_ends_its_connection(idle, monkeypatch):
