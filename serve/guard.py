@@ -24,7 +24,7 @@ from .errors import Refusal
 from .metrics import Metrics
 
 _BODY_SECONDS = 60.0
-_SHORTEST_KEY, _LONGEST_FILE = 16, 1 << 20
+_SHORTEST_KEY, _LONGEST_FILE, _LONGEST_ADDRESS = 16, 1 << 20, 64
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^/?#@:\sA-Z]+)(:\d{1,5})?")
 _OPEN = ("/health/", "/v1/images/kept/")
 _PAGE = "/"
@@ -98,8 +98,12 @@ def _is_priority(text: str = "0") -> bool:
 def client_of(scope: Scope) -> tuple[str, int]:
     """Whose a request is, and the most priority that it may ask for."""
     key: Key | None = scope["diffoundry"]["key"]
-    address = (scope.get("client") or ("unknown", 0))[0]
-    return (address, 10) if key is None else (key.name, key.priority)
+    return (_address(scope), 10) if key is None else (key.name, key.priority)
+
+
+def _address(scope: Scope) -> str:
+    """Where a request comes from, which may be what a proxy says."""
+    return str((scope.get("client") or ("unknown", 0))[0])[:_LONGEST_ADDRESS]
 
 
 class Guard:
@@ -170,7 +174,7 @@ class Guard:
         key = note.pop("key")
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "client": (scope.get("client") or ("unknown", 0))[0],
+            "client": _address(scope),
             **({} if key is None else {"key": key.name}),
             "method": scope["method"],
             "route": route,

@@ -17,6 +17,9 @@ _LOOK_S = 30.0
 """Between looks at a connection."""
 _ANSWERS_S = 5.0
 """For the answers, once nothing is drawn any more."""
+_BACKLOG, _AT_ONCE = 2048, 1
+"""Connections that the system keeps until they are taken, and those that asyncio takes before it looks at any: where
+there is no descriptor for them it tries each again a second later, and all at once again."""
 _OTHER_FILES, _MOST = 128, 100_000
 """Descriptors that are left for files and engines, and the most connections where descriptors have no bound."""
 
@@ -87,11 +90,18 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 lifespan="on",
+                backlog=_AT_ONCE,
                 server_header=False,
                 timeout_graceful_shutdown=int(drain + _ANSWERS_S),
             )
         )
         self._queue, self._seconds, self._say = queue, drain, say
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. For asyncio both of the numbers are one."""
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(_BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take nothing more, draw what is there, answer."""

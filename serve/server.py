@@ -196,7 +196,8 @@ def log_to_stderr() -> None:
     """Let the server's lines, and what else is worth it, go to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
-    for name, level in (("diffoundry.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+    levels = {"diffoundry.serve": logging.INFO, "uvicorn": logging.WARNING, "asyncio": logging.WARNING}
+    for name, level in levels.items():
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(level)
