@@ -307,11 +307,11 @@ def test_a_missing_file(command, copied):
     fails(command("verify", copied), "vae_decoder/model.onnx is missing")
 
 
-def test_a_manifest_of_a_newer_schema(command, copied):
+def test_a_manifest_of_a_newer_schema(called, copied):
     manifest = json.loads((copied / "bundle.json").read_text())
     (copied / "bundle.json").write_text(json.dumps({**manifest, "schema_version": 99}))
-    fails(command("run", copied, "x"), "schema version 99", "upgrade diffoundry")
-    fails(command("inspect", copied), "schema version 99")
+    fails(called("run", copied, "x"), "schema version 99", "upgrade diffoundry")
+    fails(called("inspect", copied), "schema version 99")
 
 
 def rehash(bundle, *names):
@@ -337,11 +337,11 @@ def rehash(bundle, *names):
         {"_class_name": "NoSuchScheduler"},
     ],
 )
-def test_a_damaged_scheduler_configuration(command, copied, change):
+def test_a_damaged_scheduler_configuration(called, copied, change):
     path = copied / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     rehash(copied, "scheduler/scheduler_config.json")
-    fails(command("run", copied, "x"), "")
+    fails(called("run", copied, "x"), "")
 
 
 INPUTS = {"sample": "latents", "timestep": "timestep", "encoder_hidden_states": "text.hidden"}
@@ -358,11 +358,11 @@ INPUTS = {"sample": "latents", "timestep": "timestep", "encoder_hidden_states": 
         ({"files": {}}, ["no hash for scheduler/scheduler_config.json"]),
     ],
 )
-def test_a_manifest_that_vouches_for_too_little(command, copied, change, words):
+def test_a_manifest_that_vouches_for_too_little(called, copied, change, words):
     manifest = json.loads((copied / "bundle.json").read_text())
     (copied / "bundle.json").write_text(json.dumps({**manifest, **change}))
-    fails(command("run", copied, "x"), *words)
-    fails(command("verify", copied), *words)
+    fails(called("run", copied, "x"), *words)
+    fails(called("verify", copied), *words)
 
 
 @pytest.mark.parametrize(
