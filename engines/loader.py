@@ -116,15 +116,7 @@ class EngineLoader:
         if self._is_made(name):
             return self.load_lora(self.lora.layout, threads)
         variant = self._variant(name)
-        if not self._bundle.foreign:
-            component, own = self._bundle.component(name), f"{self.precision_of(name)}/"
-            others = {f"{own}{engine}" for engine in FUSED_ENGINES}  # can be made again, and are not loaded here
-            listed = [
-                each.files for key, each in component.variants.items() if key.startswith(own) and key not in others
-            ]
-            self._bundle.check(
-                {path for files in (component.files, variant.files, *listed) for path in files}, known=True
-            )
+        self.check(name)
         changes, source = self.changes_of(name)
         changes = together(changes, more) if more else changes
         rows = self._rows.get(name, {})
@@ -146,6 +138,15 @@ class EngineLoader:
         return load_variant(
             self._bundle.root, name, variant, provider=self.engine.provider, threads=threads, changed=changed
         )
+
+    def check(self, name: str) -> None:
+        """Hold the files of component `name` that are loaded against their hashes, once. Raises `BundleError`."""
+        if self._bundle.foreign:
+            return
+        component, variant, own = self._bundle.component(name), self._variant(name), f"{self.precision_of(name)}/"
+        others = {f"{own}{engine}" for engine in FUSED_ENGINES}  # can be made again, and are not loaded here
+        listed = [each.files for key, each in component.variants.items() if key.startswith(own) and key not in others]
+        self._bundle.check({path for files in (component.files, variant.files, *listed) for path in files}, known=True)
 
     def load_lora(self, layout: int, threads: int | None = None) -> Engine:
         """The engine of the denoiser in memory that takes LoRAs as inputs, in this layout; see `LoraDenoiser`."""

@@ -124,6 +124,11 @@ class LoadedEngines:
                 if name in self._stepping:
                     self._phases.clear()  # which are bound to them
 
+    def check(self, name: str) -> None:
+        """Raise `BundleError` where the files of component `name`, which is loaded later, were changed."""
+        if name not in self._given and name not in self.names:
+            self._loader.check(name)
+
     def denoiser(self, form: Form = PLAIN) -> Engine:
         """The denoiser in this form."""
         if form.loras:

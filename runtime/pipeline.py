@@ -409,6 +409,8 @@ class Pipeline:
     ) -> Generator[Progress, None, list[Result]]:
         """Feed, load, run, collect. at_once: the steps between two yields, None for as many as go in one piece."""
         seconds: dict[str, float] = {}
+        for role in {DECODERS[job.request.decoder] for job in jobs if job.request.output != "latent"}:
+            self._engines.check(self.bundle.manifest.named(role))  # what comes last fails first
         fed = self._feed(jobs, low_memory, seconds)
         form = self._form(jobs)
         with _timed(seconds, "load"):

@@ -60,6 +60,11 @@ class EmbeddingFile:
         for keys in _OF_XL:
             if keys.keys() == matrices.keys():
                 order = sorted(widths)
+                if len(order) == 1:
+                    raise LoraError(
+                        f"{file} has vectors for two text encoders ({' and '.join(keys)}), {weights.title} has one: it "
+                        "was made for another model"
+                    )
                 found = {order[i]: matrices[key] for key, i in keys.items() if i < len(order)}
         if not found:
             kept = {name: each for name, each in matrices.items() if name in ("string_to_param.*",)} or matrices

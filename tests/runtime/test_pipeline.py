@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import diffoundry
-from diffoundry.common.errors import EngineError, RequestError, StoppedError
+from diffoundry.common.errors import BundleError, EngineError, RequestError, StoppedError
 from diffoundry.runtime.loop.batch import Batch
 from diffoundry.runtime.loop.guidance import Guidance
 from diffoundry.runtime.loop.host import HostStepper
@@ -98,6 +98,17 @@ def test_the_callback_sees_every_step_and_can_stop(pipe):
         pipe(PROMPT, seed=1, steps=5, callback=lambda k, total, latents: k < 2)
     with pytest.raises(StoppedError):
         pipe(PROMPT, seed=1, steps=5, callback=lambda *step: np.bool_(False))
+
+
+def test_a_damaged_decoder_is_said_before_the_first_step(copied):
+    with next(copied.glob("vae_decoder/fused.onnx")).open("ab") as file:
+        file.write(b"x")
+    pipe, steps = load(copied, engine="onnxruntime"), []
+    with pytest.raises(BundleError, match=r"vae_decoder/fused\.onnx was changed"):
+        pipe("a ring", steps=2, callback=lambda *step: steps.append(step))
+    assert not steps
+    assert not pipe.loaded
+    assert pipe("a ring", steps=2, output="latent").latents.shape[0] == 1
 
 
 def test_numbers_of_numpy_are_numbers(pipe):

@@ -177,6 +177,8 @@ def test_each_encoder_of_xl_has_its_vectors(bundle_of, tmp_path):
     save_file(both, tmp_path / "xl.safetensors")
     opened = EmbeddingFile.open(tmp_path / "xl.safetensors", weights, "<fox>")
     assert [opened.vectors[name].shape[1] for name in ("text_encoder", "text_encoder_2")] == widths
+    with pytest.raises(LoraError, match=r"two text encoders .* has one"):
+        diffoundry.load(bundle_of("pico")).set_embeddings([tmp_path / "xl.safetensors"])
     ours.set_embeddings([f"{tmp_path / 'xl.safetensors'}=<fox>"])
     first, second = (ours.encode([text])[0] for text in ("a <fox>", "a <owl>"))
     assert np.abs(first - second).max() > 1e-3
