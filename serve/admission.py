@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from ..common.errors import DiffoundryError, RequestError
+from .demand import Demand
 from .meter import Meter
 from .pending import Pending
 from .returns import Returns
@@ -17,9 +19,11 @@ PATIENCE = 3.0
 """Times what a request takes in a full batch by which it is done, where it is not said."""
 _RESERVE, _RESERVE_OF_MANY = 0.15, 0.25
 """Parts of its time that a request leaves free for others; the second one where most images are of its client."""
+_RESERVE_UNDER_PRESSURE = 0.75
+"""What both grow to with the pressure (see `Demand`): with a patience of 3 that leaves less than a full batch takes."""
 _LEAST = 0.05
 """The shortest wait, as a part of the time that a request may take."""
-_BOOKED = 0.85
+_BOOKED = 0.6
 """The part of the server's time that is promised to those who are told to come again."""
 _EARLY = 0.05
 """Seconds by which one may come before the time that it was told."""
@@ -56,6 +60,7 @@ class Admission:
     clock: Callable[[], float]
     patience: float = PATIENCE
     returns: Returns = field(default_factory=Returns)
+    demand: Demand = field(default_factory=Demand)
     devices: int = 1
 
     @property
@@ -84,14 +89,17 @@ class Admission:
         if len(images) > self.capacity:
             raise RequestError(f"{len(images)} images are more than the queue holds: ask for {self.capacity}")
         self.give_time(images)
-        alone, together = self.foresee(here, decoding, now), self.foresee([*here, *images], decoding, now)
-        ends = max(together[image].ends for image in images)
-        if ticket.deadline is not None and now + ends >= ticket.deadline:
-            raise OverdueError(f"this would be done in about {ends:.1f} s, after its deadline: give it more time")
+        if ticket.deadline is not None:
+            together = self.foresee([*here, *images], decoding, now)
+            ends = max(together[image].ends for image in images)
+            if now + ends >= ticket.deadline:
+                raise OverdueError(f"this would be done in about {ends:.1f} s, after its deadline: give it more time")
         who = ticket.client, ticket.mark or ticket.id
         left = self.returns.left(who, now)
         is_due = left is not None and left <= _EARLY
-        wait = self._wait(here, decoding, images, _Foreseen(alone, together, now), is_due=is_due)
+        if left is None:
+            self.demand.come(now, self._work(ticket))
+        wait = self._wait(here, decoding, images, now, is_due=is_due)
         if wait is None or is_due:
             self.returns.come(who)
         if wait is None:
@@ -107,23 +115,20 @@ class Admission:
 
     def foresee(self, images: Sequence[Pending], decoding: int, now: float) -> dict[Pending, Wait]:
         """When each of these is done, if no other came."""
-        known: dict[tuple[Hashable, int], float] = {}
+        seconds, once = cache(self.meter.round), cache(self.meter.once)
 
         def step(image: Pending, rows: int) -> float:
-            key = image.ticket.kind, rows
-            if key not in known:
-                known[key] = self.meter.round(image.ticket.kind, math.ceil(rows / self.devices))
-            return known[key]
+            return seconds(image.ticket.kind, math.ceil(rows / self.devices))
 
         def decode(image: Pending) -> float:
-            kind, shown = image.ticket.kind, len([each for each in image.partials if each < image.remaining])
-            return (self.meter.once("decode", kind) + shown * self.meter.once("preview", kind)) / self.devices
+            kind, shown = image.ticket.kind, sum(each < image.remaining for each in image.partials)
+            return (once("decode", kind) + (shown and shown * once("preview", kind))) / self.devices
 
         def prepare(image: Pending) -> float:
             begins = image.ticket.ready is None and image.index == 0
-            return self.meter.once("prepare", image.ticket.kind) if begins else 0.0
+            return once("prepare", image.ticket.kind) if begins else 0.0
 
-        ahead = decoding * self.meter.once("decode", images[0].ticket.kind) if images else 0.0
+        ahead = decoding * once("decode", images[0].ticket.kind) if images else 0.0
         order = in_order(images, now)
         return dict(zip(order, waits(order, self.rows, step, decode, prepare, ahead=ahead), strict=True))
 
@@ -132,14 +137,15 @@ class Admission:
         here: Sequence[Pending],
         decoding: int,
         images: Sequence[Pending],
-        foreseen: _Foreseen,
+        now: float,
         *,
         is_due: bool,
     ) -> float | None:
         """Seconds until a request can be taken, None where it can be now. is_due: it comes when it was told to.
 
         Where rows are free it is taken in any case. Others leave room for those who were told to come before it is
-        done, and for some who may; the last quarter is for clients that have less than half of what is there.
+        done, and for some who may, the more of it the more is asked for: at last they are taken where rows are free
+        alone. The last quarter of the queue is for clients that have less than half of what is there.
         """
         present, count, capacity = len(here) + decoding, len(images), self.capacity
         own = sum(image.ticket.client == images[0].ticket.client for image in here)
@@ -148,20 +154,25 @@ class Admission:
             capacity = max(capacity - capacity // 4, count)
         if present + count <= min(self.rows, capacity):
             return None
-        allowed = images[0].due - foreseen.now
+        allowed = images[0].due - now
         work, pictures, reserve, before = 0.0, 0.0, 0.0, self.returns.again() / _BOOKED
         if not is_due:
-            expected = self.returns.expected(foreseen.now, foreseen.now + allowed, of_many=has_most)
+            expected = self.returns.expected(now, now + allowed, of_many=has_most)
             work, pictures, before = expected.work, expected.pictures, expected.every / _BOOKED
             reserve = _RESERVE_OF_MANY if has_most else _RESERVE
+            reserve += (_RESERVE_UNDER_PRESSURE - reserve) * self.demand.pressure
         late, short = -math.inf, -math.inf
         if math.isfinite(self.patience):
+            alone, together = (self.foresee(each, decoding, now) for each in (here, [*here, *images]))
+            foreseen = _Foreseen(alone, together, now)
             late, short = foreseen.late(images), foreseen.late(images, reserve)
         if present + count + min(pictures, self.queue) <= capacity and max(short, late + work) <= 0:
             return None
         if not self.meter.has_steps:
             return 1.0
-        room = until_room([*foreseen.alone.values()], count, capacity)
+        room = 0.0
+        if present + count > capacity:
+            room = until_room([*self.foresee(here, decoding, now).values()], count, capacity)
         return max(_LEAST * allowed, short, late + before, room + before)
 
     def _has_most(self, own: int, present: int, count: int) -> bool:

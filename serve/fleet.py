@@ -100,7 +100,6 @@ class Fleet(Queue[_Sent]):
         for image in [image for image in self._images if image.ticket is ticket]:
             # Not a part of the request that asks for it: a job goes on when its request was answered.
             image.task = contextvars.Context().run(self._loop.create_task, self._draw(image))
-        self._count()
 
     def cancel(self, ticket: Ticket) -> None:
         super().cancel(ticket)
@@ -141,7 +140,6 @@ class Fleet(Queue[_Sent]):
                 _log.warning("an image is drawn anew: its replica was lost (%s)", why)
                 self.metrics.redrawn.inc()
                 image.drawer, image.remaining = "", ticket.job.table.steps
-                self._count()
             raise BrokenError(f"{_MOST_LOST} replicas were lost while they drew this: it is not tried again")
         except DiffoundryError as error:
             self._end(ticket, "failed", error)
@@ -175,7 +173,6 @@ class Fleet(Queue[_Sent]):
         self._step(image, news.step if isinstance(news, Moved) else ticket.job.table.steps)
         if isinstance(news, Moved):
             image.drawer = news.drawer
-            self._count()
         if isinstance(news, Finished):
             ticket.tokens, ticket.truncated = news.tokens, news.truncated
             ticket.images[image.index] = news.image
@@ -216,9 +213,3 @@ class Fleet(Queue[_Sent]):
         with self._lock:
             self._images.remove(image)
             self._lock.notify_all()
-        self._count()
-
-    def _count(self) -> None:
-        begun = sum(image.has_begun for image in self._images)
-        self.metrics.moving.set(begun)
-        self.metrics.waiting.set(len(self._images) - begun)

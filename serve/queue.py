@@ -59,6 +59,9 @@ class Queue(ABC, Generic[T]):
         self._images: list[T] = []
         self._arrived = 0
         self._draining = False
+        self.metrics.moving.set_function(lambda: sum(image.has_begun for image in tuple(self._images)))
+        self.metrics.waiting.set_function(lambda: sum(not image.has_begun for image in tuple(self._images)))
+        self.metrics.decoding.set_function(lambda: self.decoding)
 
     @abstractmethod
     def start(self) -> None:

@@ -17,13 +17,12 @@ from .tickets import Ticket
 class Underway(Pending):
     """An image of a scheduler. batch, handle: where its row is. held: its row, where it had to give way.
 
-    moving: whether it is in a batch that is stepped. alone: whether a step beside others failed. key: of its batch.
+    alone: whether a step beside others failed. key: of its batch.
     """
 
     batch: Batch | None = None
     handle: int = -1
     held: Row | None = None
-    moving: bool = False
     shown: int = 0
     alone: bool = False
     key: Hashable = None
@@ -36,7 +35,7 @@ class Underway(Pending):
     def pause(self) -> None:
         """Take its row out of its batch."""
         if self.batch is not None:
-            self.held, self.batch, self.moving = self.batch.pause(self.handle), None, False
+            self.held, self.batch = self.batch.pause(self.handle), None
 
 
 def underway(ticket: Ticket, arrived: int, came: float) -> list[Underway]:

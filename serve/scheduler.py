@@ -113,12 +113,12 @@ class Scheduler(Queue[Underway]):
             self._drop_cancelled()
             chosen = self._choose()
         begin += self._place(chosen)
-        for image in self._images:
-            image.moving = image in chosen and image.batch is not None
+        moving = [image for image in chosen if image.batch is not None and not image.ticket.is_over]
         for key, batch in self._rows.items():
-            begin = self._step(key, batch, begin)
+            begin = self._step(key, batch, [image for image in moving if image.batch is batch], begin)
         self._undecoded.decode(self._round_seconds)
-        self._count()
+        for model in self._models:
+            self.metrics.loaded.labels(model.name).set(model.held)
         is_busy = bool(self._images or self._undecoded)
         self._last_end = self._clock() if is_busy else None
         return is_busy
@@ -189,7 +189,7 @@ class Scheduler(Queue[Underway]):
         """
         batches = [image.batch for image in chosen if image.batch is not None]
         for image in self._images:
-            if image.batch in batches and image not in chosen:
+            if image.batch is not None and image.batch in batches and image not in chosen:
                 image.pause()
         self._rows.close_empty()
         for model in dict.fromkeys(image.ticket.model for image in chosen):
@@ -239,9 +239,8 @@ class Scheduler(Queue[Underway]):
             ticket.state = "running"
             self.metrics.wait.observe(max(0.0, time.time() - ticket.created))
 
-    def _step(self, key: Hashable, batch: Batch, begin: float) -> float:
+    def _step(self, key: Hashable, batch: Batch, images: Sequence[Underway], begin: float) -> float:
         """Step the images of a batch that move. begin: of its round. Returns when that was done."""
-        images = [image for image in self._images if image.batch is batch and image.moving]
         if not images:
             return begin
         try:
@@ -282,7 +281,7 @@ class Scheduler(Queue[Underway]):
             except DiffoundryError as error:
                 self._fail([image.ticket], error)
                 return
-            image.batch, image.moving = None, False
+            image.batch = None
             with self._lock:
                 self._images.remove(image)
                 self._undecoded.add(image, latents)
@@ -310,11 +309,3 @@ class Scheduler(Queue[Underway]):
             if not ticket.is_over:
                 self.metrics.errors.labels(type(error).__name__).inc()
             ticket.end("failed", error)
-
-    def _count(self) -> None:
-        begun = sum(image.has_begun for image in self._images)
-        self.metrics.moving.set(begun)
-        self.metrics.waiting.set(len(self._images) - begun)
-        self.metrics.decoding.set(len(self._undecoded))
-        for model in self._models:
-            self.metrics.loaded.labels(model.name).set(model.held)

@@ -10,6 +10,7 @@ import pytest
 
 from diffoundry import Request
 from diffoundry.serve.admission import Admission, QueueFullError
+from diffoundry.serve.demand import Demand
 from diffoundry.serve.errors import refusal
 from diffoundry.serve.memory import few_arenas, trim
 from diffoundry.serve.meter import Meter
@@ -97,6 +98,50 @@ def test_one_that_comes_when_it_was_told_is_taken_before_others(queue):
         image.remaining -= 2
     refused(ask, 10, client="c", mark="three")
     ask(10, client="a", mark="one")
+
+
+def test_the_load_is_that_of_the_last_requests_whatever_becomes_of_them():
+    demand = Demand()
+    for i in range(60):  # each second one of a second: as much as can be drawn
+        demand.come(float(i), 1.0)
+    assert demand.load == pytest.approx(1.0, abs=0.1) and demand.pressure == 0
+    for _ in range(10):  # a burst
+        demand.come(60.0, 1.0)
+    assert 0 < demand.pressure < 1
+    for i in range(300):
+        demand.come(60.0 + i / 5, 1.0)
+    assert demand.load == pytest.approx(5.0, abs=0.1) and demand.pressure == 1
+    for i in range(30):
+        demand.come(120.0 + i, 1.0)
+    assert demand.pressure == 0
+    slow, fast = Demand(), Demand()
+    for i in range(40):
+        slow.come(i * 100.0, 300.0)
+        fast.come(i / 100, 0.03)
+    assert slow.load == pytest.approx(fast.load), "it does not matter how fast a model is"
+
+
+def test_while_far_too_much_is_asked_for_new_ones_wait_for_nobody(queue):
+    """But one that was told to come again has all its time, and a job more than others have."""
+    admission, clock, here, ask = queue
+    for i in range(40):
+        admission.demand.come(i / 100, 10.0)
+    clock.now = 0.4
+    assert admission.demand.pressure == 1
+    ask(10)
+    ask(10)
+    wait = refused(ask, 10, client="a", mark="one").seconds
+    ask(10, patience=4.0)
+    clock.now += wait
+    for image in here:
+        image.remaining -= 1
+    refused(ask, 10, client="b", mark="two")
+    ask(10, client="a", mark="one")
+    clock.now += 1000.0
+    del here[1:]
+    ask(10)
+    ask(10)
+    assert admission.demand.pressure == 0, "which is over when they stay away"
 
 
 def test_room_is_kept_for_as_many_as_come_again():
