@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -97,7 +97,7 @@ class Admission:
         who = ticket.client, ticket.mark or ticket.id
         left = self.returns.left(who, now)
         is_due = left is not None and left <= _EARLY
-        if left is None:
+        if not is_due:
             self.demand.come(now, self._work(ticket))
         wait = self._wait(here, decoding, images, now, is_due=is_due)
         if wait is None or is_due:

@@ -11,14 +11,14 @@ _CALM, _LASTING = 1.4, 2.0
 
 
 class Demand:
-    """The load: seconds of work that new requests bring in a second, those that are refused as well."""
+    """The load: seconds of work that is asked for in a second, by all but those who come when they were told to."""
 
     def __init__(self) -> None:
         self.load = 0.0
         self._count, self._mean, self._last = 0, 0.0, 0.0
 
     def come(self, now: float, work: float) -> None:
-        """Somebody asks for the first time. work: seconds that it keeps the server busy, 0 where it is not known."""
+        """Somebody asks. work: seconds that it keeps the server busy, 0 where it is not known."""
         if not work:
             return
         self._count = min(self._count + 1, _REQUESTS)

@@ -18,7 +18,7 @@ from diffoundry.serve.models import Model
 from diffoundry.serve.returns import Returns
 from diffoundry.serve.rows import underway
 from diffoundry.serve.tickets import Ticket
-from diffoundry.serve.turns import in_order
+from diffoundry.serve.turns import choose, in_order
 
 
 class Clock:
@@ -142,6 +142,25 @@ def test_while_far_too_much_is_asked_for_new_ones_wait_for_nobody(queue):
     ask(10)
     ask(10)
     assert admission.demand.pressure == 0, "which is over when they stay away"
+
+
+def test_those_who_are_taken_in_a_lasting_overload_take_as_long_as_in_a_full_batch(queue):
+    """Which is 20 s, a third of what they may take."""
+    _, clock, here, ask = queue
+    took, refusals = [], 0
+    for i in range(400):
+        try:
+            ask(10, client=str(i))
+        except QueueFullError:
+            refusals += 1
+        clock.now += 2.0
+        for image in choose(in_order(here, clock.now), 2):
+            image.remaining -= 1
+            if not image.remaining:
+                here.remove(image)
+                took.append(clock.now - image.came)
+    assert refusals > 300 and len(took) > 70, "five times as much is asked for as can be drawn, and no row is idle"
+    assert max(took) <= 60 and max(took[10:]) <= 24
 
 
 def test_room_is_kept_for_as_many_as_come_again():
