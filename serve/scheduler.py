@@ -115,11 +115,12 @@ class Scheduler(Queue[Underway]):
         begin += self._place(chosen)
         moving = [image for image in chosen if image.batch is not None and not image.ticket.is_over]
         for key, batch in self._rows.items():
-            begin = self._step(key, batch, [image for image in moving if image.batch is batch], begin)
+            if images := [image for image in moving if image.batch is batch]:
+                begin = self._step(key, batch, images, begin)
         self._undecoded.decode(self._round_seconds)
-        for model in self._models:
-            self.metrics.loaded.labels(model.name).set(model.held)
         is_busy = bool(self._images or self._undecoded)
+        if not is_busy:
+            self._note_memory()
         self._last_end = self._clock() if is_busy else None
         return is_busy
 
@@ -235,14 +236,13 @@ class Scheduler(Queue[Underway]):
         except Exception as error:
             self._fail([ticket], error)
             return
+        self._note_memory()
         if is_there and ticket.state == "queued":
             ticket.state = "running"
             self.metrics.wait.observe(max(0.0, time.time() - ticket.created))
 
     def _step(self, key: Hashable, batch: Batch, images: Sequence[Underway], begin: float) -> float:
         """Step the images of a batch that move. begin: of its round. Returns when that was done."""
-        if not images:
-            return begin
         try:
             batch.step()
         except Exception as error:
@@ -309,3 +309,7 @@ class Scheduler(Queue[Underway]):
             if not ticket.is_over:
                 self.metrics.errors.labels(type(error).__name__).inc()
             ticket.end("failed", error)
+
+    def _note_memory(self) -> None:
+        for model in self._models:
+            self.metrics.loaded.labels(model.name).set(model.held)
