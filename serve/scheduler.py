@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 
-from ..common.errors import DiffoundryError
+from ..common.errors import BundleError, DiffoundryError, EngineError
 from ..runtime.loop.batch import Batch
 from .memory import trim
 from .metrics import Metrics
@@ -20,7 +20,7 @@ from .turns import choose, in_order
 from .undecoded import Undecoded
 
 _MOST_FAILURES = 3
-"""Engines that fail as often in a row make a server that is not ready."""
+"""So many failures in a row, of engines or of a bundle's files, make a server that is not ready."""
 _TRIM_SECONDS = 10.0
 """After so long what was freed is given back to the system, when nothing is left to do."""
 _log = logging.getLogger("diffoundry.serve")
@@ -49,7 +49,9 @@ class Scheduler(Queue[Underway]):
         """most_rows: images of one step. queue, patience: see `Admission`."""
         super().__init__(most_rows, queue, patience, clock, metrics)
         self._models = models
-        self._undecoded = Undecoded(self._meter, self.metrics, clock, lambda ticket, error: self._fail([ticket], error))
+        self._undecoded = Undecoded(
+            self._meter, self.metrics, clock, lambda ticket, error: self._fail([ticket], error), self._drew
+        )
         self._rows = Rows()
         self._round_seconds = 0.0
         self._last_end: float | None = None
@@ -59,8 +61,8 @@ class Scheduler(Queue[Underway]):
 
     @property
     def decoding(self) -> int:
-        """The images whose latents wait for the decoder."""
-        return len(self._undecoded)
+        """The images whose last latents wait for the decoder."""
+        return self._undecoded.last
 
     def start(self) -> None:
         """Begin to draw, on a thread of its own."""
@@ -248,7 +250,6 @@ class Scheduler(Queue[Underway]):
         except Exception as error:
             self._broken(key, batch, images, error)
             return self._clock()
-        self._failures = 0
         for image in images:
             image.remaining -= 1
             image.ticket.step += 1
@@ -295,7 +296,6 @@ class Scheduler(Queue[Underway]):
         if batch.on_host and len(images) > 1:
             self._rows.scatter(images)
             return
-        self._failures += 1
         self._fail(list(dict.fromkeys(image.ticket for image in images)), error)
         self._rows.close(key)
 
@@ -304,11 +304,15 @@ class Scheduler(Queue[Underway]):
         if not isinstance(error, DiffoundryError):
             _log.error("a request failed by %s: %s", type(error).__name__, error)
             error = BrokenError("the server failed to draw this; its log says why")
+        self._failures += isinstance(error, (BundleError, EngineError, BrokenError))
         for ticket in tickets:
             self._drop(ticket)
             if not ticket.is_over:
                 self.metrics.errors.labels(type(error).__name__).inc()
             ticket.end("failed", error)
+
+    def _drew(self) -> None:
+        self._failures = 0
 
     def _note_memory(self) -> None:
         for model in self._models:

@@ -29,14 +29,24 @@ class Undecoded:
     """Makes pictures of latents, those first that wait longest."""
 
     def __init__(
-        self, meter: Meter, metrics: Metrics, clock: Callable[[], float], fail: Callable[[Ticket, Exception], None]
+        self,
+        meter: Meter,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        fail: Callable[[Ticket, Exception], None],
+        drew: Callable[[], None],
     ) -> None:
-        """fail: ends a ticket by an error."""
-        self._meter, self._metrics, self._clock, self._fail = meter, metrics, clock, fail
+        """fail: ends a ticket by an error. drew: is called when a picture is there."""
+        self._meter, self._metrics, self._clock, self._fail, self._drew = meter, metrics, clock, fail, drew
         self._waiting: deque[_Latents] = deque()
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def last(self) -> int:
+        """The images whose last latents wait: one that is shown on its way has steps left, and counts as moving."""
+        return sum(each.number is None for each in tuple(self._waiting))  # another thread may add one
 
     @property
     def images(self) -> list[Underway]:
@@ -79,6 +89,7 @@ class Undecoded:
         if waiting.number is not None:
             ticket.tell(Partial(image.index, waiting.number, drawn))
             return
+        self._drew()
         ticket.images[image.index] = drawn
         self._metrics.images.labels(ticket.model.name).inc()
         ticket.tell(Drawn(image.index, drawn))

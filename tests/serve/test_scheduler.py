@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import numpy as np
@@ -303,6 +304,38 @@ def test_models_take_turns_where_memory_holds_one(bundle_of, monkeypatch):
     assert [each.state for each in tickets] == ["succeeded"] * 2
     with pytest.raises(RequestError, match="--memory"):
         Models(models, models[0].size - 1)
+
+
+def test_a_scheduler_whose_bundle_is_gone_is_not_ready(copied):
+    model = Model("pico", diffoundry.load(copied, engine="onnxruntime"))
+    scheduler = Scheduler(Models([model]))
+    scheduler.start()
+    jobs = [Ticket(model, model.pipeline.job(Request(PROMPT, seed=1, steps=1))) for _ in range(4)]
+    scheduler.submit(jobs[0])
+    jobs[0].ended.wait(20)
+    assert jobs[0].state == "succeeded"
+    model.pipeline.release_all()
+    shutil.rmtree(copied / "text_encoder")
+    for each in jobs[1:]:
+        assert scheduler.is_ready
+        scheduler.submit(each)
+        each.ended.wait(20)
+        assert each.state == "failed"
+    assert not scheduler.is_ready
+    scheduler.drain(5)
+
+
+def test_an_image_that_is_shown_on_its_way_is_one(drawing):
+    make, ticket = drawing
+    scheduler, shown = make(most_rows=2, queue=2), ticket(steps=6, count=2)
+    shown.partial_images = 3
+    scheduler.submit(shown)
+    seen = []
+    while scheduler.round():
+        seen.append((scheduler.present, scheduler.decoding))
+    assert shown.state == "succeeded"
+    assert max(present for present, _ in seen) == 2
+    assert all(decoding <= 2 for _, decoding in seen)
 
 
 def test_a_scheduler_that_drains_takes_nothing_more_and_ends_what_it_has(drawing):
