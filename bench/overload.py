@@ -22,8 +22,8 @@ from ..serve.models import Model, Models
 from ..serve.scheduler import Scheduler
 from ..serve.tickets import Ended, Event, Ticket
 from .serving import Arrival, Clock, Mix
+from .serving_figures import STEPS
 
-_STEPS = 4, 20, 50
 _LOADS = ((0.5, 0.0), (1.0, 0.0), (5.0, 0.0), (5.0, 1.0))
 """Multiples of what can be drawn, and the part of those refused that comes again."""
 HEAD = (
@@ -40,7 +40,7 @@ class Found:
     waited: what they were told. most: images in the queue.
     """
 
-    seconds: dict[int, list[float]] = field(default_factory=lambda: {steps: [] for steps in _STEPS})
+    seconds: dict[int, list[float]] = field(default_factory=lambda: {steps: [] for steps in STEPS})
     refused: int = 0
     asked: int = 0
     came: int = 0
@@ -111,13 +111,13 @@ def measure(pipe: Pipeline, mix: Mix, rows: int, seconds: float, patience: float
     for load_, obeys in _LOADS:
         rate = load_ * capacity
         found = overload(pipe, mix.arrivals(int(rate * seconds), rate, 1), rows, patience, obeys)
-        own = {steps: 1000 * np.array(found.seconds[steps] or [np.nan]) for steps in _STEPS}
-        slow = [float(np.percentile(own[steps], 99)) for steps in _STEPS]
+        own = {steps: 1000 * np.array(found.seconds[steps] or [np.nan]) for steps in STEPS}
+        slow = [float(np.percentile(own[steps], 99)) for steps in STEPS]
         full = slow if load_ == 1 else full
         yield [
             f"{load_:.0%} of {capacity:.1f}/s",
             f"{obeys:.0%}",
-            f"{np.median(own[_STEPS[0]]):.0f}",
+            f"{np.median(own[STEPS[0]]):.0f}",
             *(
                 f"{each:.0f} ({each / base:.2f})" if load_ > 1 else f"{each:.0f}"
                 for each, base in zip(slow, full or slow, strict=True)

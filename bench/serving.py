@@ -37,9 +37,10 @@ from ..serve.models import Model, Models
 from ..serve.scheduler import Scheduler
 from ..serve.tickets import Ended, Event, Ticket
 from . import plot, serving_plot
+from .serving_figures import LONG, MIDDLE, SHORT, STEPS, Measured
 from .timing import median, percentile
 
-_STEPS, _SHARES = (4, 20, 50), (0.6, 0.25, 0.15)
+_SHARES = 0.6, 0.25, 0.15
 _PERCENTILES = (50, 90, 99)
 _PROMPTS = ("a large red star at the left", "a small white ring", "a green heart on a navy background")
 
@@ -65,7 +66,7 @@ class Mix:
         at, found = 0.0, []
         for i in range(count):
             at += float(rng.exponential(1 / rate)) if rate else 0.0
-            steps = int(rng.choice(_STEPS, p=_SHARES))
+            steps = int(rng.choice(STEPS, p=_SHARES))
             width, height = self.sizes[int(rng.integers(len(self.sizes)))]
             more = self.kinds[int(rng.integers(len(self.kinds)))]
             own = Request(_PROMPTS[i % 3], seed=i, steps=steps, width=width, height=height, **more)
@@ -139,24 +140,9 @@ WAYS: dict[str, Callable[[Pipeline, Sequence[Arrival], int], list[float]]] = {
     "batched": lambda pipe, coming, rows: batched(pipe, coming, rows, same_steps=False),
     "batched, same steps": lambda pipe, coming, rows: batched(pipe, coming, rows, same_steps=True),
 }
-SHORT, MIDDLE, LONG = (str(steps) for steps in _STEPS)
 HEAD = ("load", "way", "4 steps: p50", "p99", "20 steps: p99", "50 steps: p50", "p99", "pictures/s")
 _HEADING = f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}"
 _SHOWN = ((SHORT, "p50"), (SHORT, "p99"), (MIDDLE, "p99"), (LONG, "p50"), (LONG, "p99"))
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A way at a load. load: of what `batched` can draw, None where all come at once; rate: requests a second.
-
-    latency_ms: percentiles by the number of steps. images_per_s: the median of the turns.
-    """
-
-    load: float | None
-    rate: float
-    way: str
-    latency_ms: dict[str, dict[str, float]]
-    images_per_s: float
 
 
 def measure(pipe: Pipeline, mix: Mix, rows: int, count: int, turns: int) -> Iterator[Measured]:
@@ -181,7 +167,7 @@ def measure(pipe: Pipeline, mix: Mix, rows: int, count: int, turns: int) -> Iter
 
 def _latencies(found: Sequence[tuple[int, float]]) -> dict[str, dict[str, float]]:
     """Percentiles in ms, by the number of steps."""
-    own = {steps: [1000 * seconds for each, seconds in found if each == steps] for steps in _STEPS}
+    own = {steps: [1000 * seconds for each, seconds in found if each == steps] for steps in STEPS}
     return {
         str(steps): {f"p{share}": percentile(values, share) for share in _PERCENTILES}
         for steps, values in own.items()
@@ -191,17 +177,9 @@ def _latencies(found: Sequence[tuple[int, float]]) -> dict[str, dict[str, float]
 
 def row(measured: Measured) -> str:
     """A row of the table."""
-    load = name_of(measured)
     shown = [measured.latency_ms.get(steps, {}).get(share) for steps, share in _SHOWN]
     cells = ["–" if value is None else f"{value:.0f}" for value in shown]
-    return f"| {' | '.join([load, measured.way, *cells, f'{measured.images_per_s:.2f}'])} |"
-
-
-def name_of(measured: Measured) -> str:
-    """How the load is called."""
-    if measured.load is None:
-        return "all at once"
-    return f"{measured.load:.0%} of {measured.rate / measured.load:.1f}/s"
+    return f"| {' | '.join([measured.name, measured.way, *cells, f'{measured.images_per_s:.2f}'])} |"
 
 
 def main() -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import plot
+from .serving_figures import LONG, SHORT, Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from .serving import Measured
 
 _WIDTH, _HEIGHT = 11.0, 4.2
 _BAR = 0.27
@@ -28,10 +27,8 @@ def draw(measured: Sequence[Measured]) -> Figure:
     """p99 of the short and of the long requests, and throughput; a line for each way, a place for each load."""
     from matplotlib.figure import Figure
 
-    from .serving import LONG, SHORT, name_of
-
     loads = sorted({each.load for each in measured}, key=lambda load: (load is None, load or 0.0))
-    names = [next(name_of(each) for each in measured if each.load == load) for load in loads]
+    names = [next(each.name for each in measured if each.load == load) for load in loads]
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.subplots(1, 3)
     panels: tuple[tuple[str, Callable[[Measured], float | None]], ...] = (
