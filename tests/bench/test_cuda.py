@@ -46,6 +46,7 @@ def test_a_call_is_held_against_the_reference_and_captured(run, capsys):
     assert all(row["db"] > 100 and row["min_ms"] <= row["median_ms"] <= row["max_ms"] for row in rows)
 
 
+@pytest.mark.slow
 def test_pictures_batches_shapes_and_memory_are_measured(run, capsys, monkeypatch):
     cuda.pictures_ours(run)
     (row,) = printed(capsys)

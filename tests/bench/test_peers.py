@@ -121,6 +121,7 @@ def test_what_it_cannot_do_is_refused_and_the_next_question_answered(here, check
         assert process.ask("load", 60, **load(checkpoint_of("pico"), tmp_path))["seconds"]["load"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_against_diffusers_has_its_ratio_and_its_picture(here, command, bundle_of, checkpoint_of, tmp_path):
     command(
         *("bench", bundle_of("pico"), "--vs", "diffusers,optimum", "--checkpoint", checkpoint_of("pico")),

@@ -95,6 +95,7 @@ def test_output_over_something_that_is_no_bundle(called, tmp_path, checkpoint_of
     assert (tmp_path / "b" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_disk_full_during_compile(tmp_path, checkpoint_of):
     """A limit on the size of files stands in for the full disk: the write fails in the middle of the text encoder."""
     line = [sys.executable, "-m", "diffoundry", "compile", str(checkpoint_of("pico")), "-o", str(tmp_path / "b")]
@@ -110,6 +111,7 @@ def test_disk_full_during_compile(tmp_path, checkpoint_of):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_a_library_takes_for_an_error_of_its_own_is_one(tmp_path, checkpoint_of):
     """As diffusers does while it reads weights: whatever is raised there is a file that cannot be read."""
     code = (

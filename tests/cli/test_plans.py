@@ -149,6 +149,7 @@ def test_without_a_gpu_run_says_so_and_onnxruntime_still_runs(planned, command, 
     assert json.loads(default.stdout)["precision"] == "fp32"
 
 
+@pytest.mark.slow
 def test_the_pictures_of_a_gpu_are_scored_on_the_cpu(planned, bundle_of):
     import subprocess
     import sys
