@@ -51,7 +51,7 @@ GUIDANCE = {
 }
 """The fields of a `Guidance`, by the names of options."""
 _CHEAP_RANK = 64
-"""Up to this rank a denoiser that takes LoRAs as inputs is hardly slower than the plain one."""
+"""The most that LoRAs are inputs with where nothing is said: each call takes longer, the more the higher."""
 _RUN = ("batch", "low_memory", "callback")
 _OPTIONS = tuple(item.name for item in fields(Request) if item.name != "prompt")
 
