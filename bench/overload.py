@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..common.errors import DiffoundryError
 from ..runtime.pipeline import Pipeline, load
 from ..serve.admission import PATIENCE, QueueFullError
 from ..serve.models import Model, Models
@@ -140,10 +141,13 @@ def main() -> None:
     parser.add_argument("--sizes", default="64x64,96x64")
     asked = parser.parse_args()
     sizes = tuple((int(width), int(height)) for width, height in (each.split("x") for each in asked.sizes.split(",")))
-    pipe = load(asked.bundle, threads=1)
-    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-    for row in measure(pipe, Mix(sizes), asked.rows, asked.seconds, asked.patience):
-        print(f"| {' | '.join(row)} |", flush=True)
+    try:
+        pipe = load(asked.bundle, threads=1)
+        print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
+        for row in measure(pipe, Mix(sizes), asked.rows, asked.seconds, asked.patience):
+            print(f"| {' | '.join(row)} |", flush=True)
+    except DiffoundryError as error:
+        parser.exit(1, f"Error: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.errors import DiffoundryError
 from ..runtime.pipeline import load
 from .asking import STEPS, WAYS, Case, Client, Server, Tally, cases
 
@@ -114,7 +115,10 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="after --: options of diffoundry serve")
     asked = parser.parse_args()
     sizes = [(int(width), int(height)) for width, height in (each.split("x") for each in asked.sizes.split(","))]
-    known = cases(load(asked.bundle, threads=1), sizes, asked.control, asked.lora)
+    try:
+        known = cases(load(asked.bundle, threads=1), sizes, asked.control, asked.lora)
+    except DiffoundryError as error:
+        parser.exit(1, f"Error: {' '.join(str(error).split())}\n")
     print(f"{len(known)} distinct requests drawn", flush=True)
     loras = ["--lora", f"lora={asked.lora}"] if asked.lora else []
     command = [sys.executable, "-m", "diffoundry", "serve", asked.bundle, "--port", "0", "--warm", "--threads", "1"]

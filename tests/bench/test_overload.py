@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -20,6 +21,17 @@ def test_what_is_refused_comes_again_and_all_is_drawn(bundle_of):
     assert sum(len(each) for each in gone.seconds.values()) == 16 - gone.refused
     assert again.came > 0 and again.asked == 16 + again.came
     assert sum(len(each) for each in again.seconds.values()) == 16
+
+
+@pytest.mark.parametrize("name", ["overload", "soak", "serving"])
+def test_a_bundle_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys, name):
+    module = importlib.import_module(f"diffoundry.bench.{name}")
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "is not a folder" in line
 
 
 @pytest.mark.slow
