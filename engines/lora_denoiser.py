@@ -18,6 +18,8 @@ from .split import SplitEngine
 NAME = "{}_lora"
 """The name of the component, after the denoiser."""
 _LIBRARY = "onnx_ir"
+_ATTENTION = frozenset({0})
+"""The first group of layers, which every denoiser has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,11 @@ class LoraDenoiser:
         return 1 if self.built else len(self._made)
 
     def layout_for(self, groups: frozenset[int]) -> int:
-        """One that takes factors for these groups of layers. Raises `EngineError` where none can be made."""
+        """One that takes factors for these groups of layers, attention where a LoRA changes texts alone.
+
+        Raises `EngineError` where none can be made.
+        """
+        groups = groups or _ATTENTION
         before = self._made[-1].groups if self._made else frozenset()
         if not self.built and not (self._made and groups <= before):
             self._made = (*self._made, self._make(before | groups))

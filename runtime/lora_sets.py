@@ -61,7 +61,8 @@ class LoraSets:
         """The layout of the denoiser that takes these; 0 of none. Raises `LoraError` for forms that are no inputs."""
         if not loras:
             return 0
-        return self._denoiser.layout_for(self._keep(("groups", self.key(loras)), lambda: self._groups(loras)))
+        with self._lock:  # a layout is made once
+            return self._denoiser.layout_for(self._keep(("groups", self.key(loras)), lambda: self._groups(loras)))
 
     def of(self, loras: Sequence[Lora]) -> tuple[Lora, ...]:
         """The set of a request that asks for `loras`, checked: the pipeline's own and these.

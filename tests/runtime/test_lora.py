@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import diffusers
@@ -219,6 +220,25 @@ def test_in_memory_layers_take_factors_when_a_lora_first_changes_them(bundle, bu
     while batch:
         batch.step()
     np.testing.assert_array_equal(batch.take(handle), alone[0])
+
+
+def test_in_memory_a_lora_of_texts_alone_is_taken(bundle, bundle_of, files, tmp_path):
+    texts = {key: value for key, value in load_file(files["peft"]).items() if key.startswith("text_encoder.")}
+    assert texts
+    request = Request(PROMPT, seed=5, loras=[Lora(written(tmp_path / "texts.safetensors", texts), 0.8)], **ASKED)
+    plain, built = (diffoundry.load(path, engine="onnxruntime") for path in (bundle_of(CHECKPOINT), bundle))
+    found = plain.generate(request).latents
+    np.testing.assert_allclose(found, built.generate(request).latents, atol=NEAR, rtol=NEAR)
+    assert np.abs(found - drawn(plain, 5)).max() > 1e-3
+
+
+def test_in_memory_threads_that_ask_first_share_one_layout(bundle_of, files):
+    plain = diffoundry.load(bundle_of(CHECKPOINT), engine="onnxruntime")
+    request = Request(PROMPT, seed=5, loras=[Lora(files["peft"], 0.6)], **ASKED)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = list(pool.map(lambda _: plain.job(request), range(4)))
+    assert {job.lora_layout for job in jobs} == {1}
+    assert plain._loader.lora.layout == 1
 
 
 def test_a_pipeline_that_has_drawn_takes_new_ones_as_inputs(bundle_of, files, monkeypatch):
