@@ -36,6 +36,8 @@ from .schedule import Schedules
 
 _RECORDED = ("prompt", "negative_prompt", "seed", "count", "timesteps", "sigmas", "rng")
 """What a record always says; of the rest it says what is not the default."""
+_OF_FEW = {name: value for name, value in asdict(Guidance()).items() if name in ("true_cfg_scale", *SKIPPING)}
+"""What few models have of a guidance, and its defaults."""
 
 
 class Jobs:
@@ -196,8 +198,7 @@ class Jobs:
 
 def _guidance(guidance: Guidance) -> dict[str, Any]:
     """As JSON values; what few models have is left out where it is the default."""
-    few, usual = ("true_cfg_scale", *SKIPPING), asdict(Guidance())
-    return {name: value for name, value in asdict(guidance).items() if name not in few or value != usual[name]}
+    return {name: value for name, value in asdict(guidance).items() if name not in _OF_FEW or value != _OF_FEW[name]}
 
 
 def _record(request: Request) -> dict[str, Any]:

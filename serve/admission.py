@@ -23,7 +23,7 @@ _RESERVE_UNDER_PRESSURE = 0.75
 """What both grow to with the pressure (see `Demand`): with a patience of 3 that leaves less than a full batch takes."""
 _LEAST = 0.05
 """The shortest wait, as a part of the time that a request may take."""
-_BOOKED = 0.6
+_BOOKED = 0.4
 """The part of the server's time that is promised to those who are told to come again."""
 _EARLY = 0.05
 """Seconds by which one may come before the time that it was told."""
@@ -110,6 +110,7 @@ class Admission:
             raise QueueFullError(None)
         own = sum(image.ticket.client == ticket.client for image in here)
         of_many = self._has_most(own, len(here) + decoding, len(images))
+        of_many = of_many or self.returns.has_most(ticket.client, len(images), self.rows)
         self.returns.tell(who, now, wait, self._work(ticket), len(images), of_many=of_many, came=is_due)
         raise QueueFullError(wait)
 
@@ -157,7 +158,7 @@ class Admission:
         allowed = images[0].due - now
         work, pictures, reserve, before = 0.0, 0.0, 0.0, self.returns.again() / _BOOKED
         if not is_due:
-            expected = self.returns.expected(now, now + allowed, of_many=has_most)
+            expected = self.returns.expected(now, now + allowed, client=images[0].ticket.client, of_many=has_most)
             work, pictures, before = expected.work, expected.pictures, expected.every / _BOOKED
             reserve = _RESERVE_OF_MANY if has_most else _RESERVE
             reserve += (_RESERVE_UNDER_PRESSURE - reserve) * self.demand.pressure

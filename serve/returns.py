@@ -20,10 +20,11 @@ _MOST = 10_000
 class _Told:
     """Who was told: at what time to come, how long that holds, and the work and the pictures that come then.
 
-    of_many: whether it is of a client that had most of what was there. came: whether it came when it was told, and was
-    told once more.
+    client: whose it is. of_many: whether that one had most of what was there, or of what was promised. came: whether it
+    came when it was told, and was told once more.
     """
 
+    client: str
     at: float
     until: float
     work: float
@@ -41,13 +42,13 @@ class Expected(NamedTuple):
 
 
 class Returns:
-    """Those who were told to come again, by whose request it is and what is asked for.
+    """Those who were told to come again, by client and what it asks for.
 
     Not all of them do. The room that is kept is for the share of them that did of late.
     """
 
     def __init__(self) -> None:
-        self._told: dict[Hashable, _Told] = {}
+        self._told: dict[tuple[str, Hashable], _Told] = {}
         self._next = math.inf
         self.share = 1.0
 
@@ -55,36 +56,50 @@ class Returns:
         return len(self._told)
 
     def tell(
-        self, who: Hashable, now: float, wait: float, work: float, pictures: int, *, of_many: bool, came: bool
+        self,
+        who: tuple[str, Hashable],
+        now: float,
+        wait: float,
+        work: float,
+        pictures: int,
+        *,
+        of_many: bool,
+        came: bool,
     ) -> None:
         """Somebody is told to come again in `wait` seconds. work: seconds that the pictures take among others."""
         self._forget(now)
         if len(self._told) < _MOST:
             until = now + wait + _LATE + _LATE_SHARE * wait
-            self._told[who] = _Told(now + wait, until, work, pictures, of_many, came)
+            self._told[who] = _Told(who[0], now + wait, until, work, pictures, of_many, came)
             self._next = min(self._next, until)
 
-    def left(self, who: Hashable, now: float) -> float | None:
+    def left(self, who: tuple[str, Hashable], now: float) -> float | None:
         """Seconds until the time that somebody was told; None for those who were told none."""
         self._forget(now)
         told = self._told.get(who)
         return None if told is None else told.at - now
 
-    def come(self, who: Hashable) -> None:
+    def come(self, who: tuple[str, Hashable]) -> None:
         """Somebody has come again, and needs no room from now on."""
         if self._told.pop(who, None) is not None:
             self.share += _WEIGHT * (1 - self.share)
 
-    def expected(self, now: float, before: float = math.inf, *, of_many: bool) -> Expected:
+    def has_most(self, client: str, pictures: int, rows: int) -> bool:
+        """Whether more than half of the pictures told would be of one client, if these were too; not up to `rows`."""
+        own = pictures + sum(told.pictures for told in self._told.values() if told.client == client)
+        return own > rows and 2 * own > pictures + sum(told.pictures for told in self._told.values())
+
+    def expected(self, now: float, before: float = math.inf, *, client: str, of_many: bool) -> Expected:
         """What is expected to come again: before a time, and in all.
 
-        of_many: with those of clients that have most, for whom others do not keep room.
+        client: who wants to know. of_many: with those of other clients that have most, for whom it keeps no room where
+        it has little itself.
         """
         self._forget(now)
         share = min(1.0, _MORE * self.share)
         work = pictures = every = 0.0
         for told in self._told.values():
-            if of_many or not told.of_many:
+            if of_many or not told.of_many or told.client == client:
                 part = 1.0 if told.came else share
                 every += part * told.work
                 if told.at < before:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -205,4 +206,10 @@ def is_default(item: Any, value: Any) -> bool:
     """Whether `value` is what the field `item` of a dataclass is by default."""
     if isinstance(value, (np.ndarray, Image.Image)):
         return False
-    return bool(value == (item.default_factory() if callable(item.default_factory) else item.default))
+    return bool(value == _default(item))
+
+
+@cache
+def _default(item: Any) -> Any:
+    """Made once, as reading a request asks for it again and again. To compare with, not to be changed."""
+    return item.default_factory() if callable(item.default_factory) else item.default

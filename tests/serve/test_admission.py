@@ -79,7 +79,7 @@ def test_a_short_one_is_taken_only_where_it_makes_no_long_one_late(queue):
 
 def test_where_rows_are_free_all_is_taken(queue):
     admission, _, here, ask = queue
-    admission.returns.tell("other", 0.0, 1.0, 1000.0, 4, of_many=False, came=False)
+    admission.returns.tell(("other", ""), 0.0, 1.0, 1000.0, 4, of_many=False, came=False)
     ask(10)
     ask(10)
     assert refused(ask, 10).seconds is None, "all is promised for the next minute"
@@ -165,20 +165,37 @@ def test_those_who_are_taken_in_a_lasting_overload_take_as_long_as_in_a_full_bat
 
 def test_room_is_kept_for_as_many_as_come_again():
     returns = Returns()
-    told = {"of_many": False, "came": False}
-    returns.tell("a", 0.0, 5.0, 2.0, 1, **told)
-    assert returns.expected(0.0, of_many=True) == (2.0, 1.0, 2.0)
-    assert returns.expected(0.0, 4.0, of_many=True) == (0, 0, 2.0)
+    told, everyone = {"of_many": False, "came": False}, {"client": "", "of_many": True}
+    returns.tell(("a", ""), 0.0, 5.0, 2.0, 1, **told)
+    assert returns.expected(0.0, **everyone) == (2.0, 1.0, 2.0)
+    assert returns.expected(0.0, 4.0, **everyone) == (0, 0, 2.0)
     for i in range(200):  # none of whom come
-        returns.tell(i, 0.0, 1.0, 1.0, 1, **told)
-    assert returns.left("a", 4.0) == 1.0 and len(returns) == 1
-    assert returns.expected(4.0, of_many=True)[0] < 0.2
+        returns.tell((f"{i}", ""), 0.0, 1.0, 1.0, 1, **told)
+    assert returns.left(("a", ""), 4.0) == 1.0 and len(returns) == 1
+    assert returns.expected(4.0, **everyone)[0] < 0.2
     for i in range(200):
-        returns.tell(i, 4.0, 1.0, 1.0, 1, **told)
-        returns.come(i)
-    assert returns.expected(4.0, of_many=True) == (2.0, 1.0, 2.0)
-    returns.tell("b", 4.0, 1.0, 7.0, 1, of_many=True, came=True)
-    assert returns.expected(4.0, of_many=False)[0] == 2.0 and returns.again() == 7.0
+        returns.tell((f"{i}", ""), 4.0, 1.0, 1.0, 1, **told)
+        returns.come((f"{i}", ""))
+    assert returns.expected(4.0, **everyone) == (2.0, 1.0, 2.0)
+    returns.tell(("b", ""), 4.0, 1.0, 7.0, 1, of_many=True, came=True)
+    assert returns.expected(4.0, client="", of_many=False)[0] == 2.0 and returns.again() == 7.0
+    assert returns.expected(4.0, client="b", of_many=False)[0] == 9.0, "it keeps room for its own"
+
+
+def test_one_client_with_many_requests_books_no_more_than_the_rows_from_others(queue):
+    """All that it is told after that is kept from its own new requests alone."""
+    _, clock, here, ask = queue
+    for _ in range(5):
+        ask(10)
+    told = [refused(ask, 10, client="many", mark=str(i)).seconds for i in range(6)]
+    assert told == [9.0, 25.0, 50.0, None, None, None], "10 s of work each, in 40 % of the time"
+    one = refused(ask, 10, client="one", mark="one")
+    assert one.seconds == 50.0, "behind two of them, which is less than the next minute"
+    clock.now = one.seconds
+    here.clear()
+    for i in range(2):
+        ask(10, client="many", mark=str(i))
+    ask(10, client="one", mark="one")
 
 
 def test_the_headers_say_when_to_come_again():
