@@ -51,6 +51,15 @@ class Found:
     until: float = 0.0
     drawn: int = 0
 
+    def add(self, other: Found) -> None:
+        """What came of other arrivals as well."""
+        for steps, seconds in other.seconds.items():
+            self.seconds[steps] += seconds
+        self.waited += other.waited
+        self.most = max(self.most, other.most)
+        for name in ("refused", "asked", "came", "taken", "until", "drawn"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 def overload(
     pipe: Pipeline, coming: Sequence[Arrival], rows: int, patience: float, obeys: float, *, queue: int = 64
@@ -98,32 +107,39 @@ def overload(
     return found
 
 
-def measure(pipe: Pipeline, mix: Mix, rows: int, seconds: float, patience: float) -> Iterator[list[str]]:
-    """The rows of the table: seconds are those for which requests come.
+def measure(pipe: Pipeline, mix: Mix, rows: int, seconds: float, patience: float, turns: int) -> Iterator[list[str]]:
+    """The rows of the table: seconds are those for which requests come, in each turn.
 
-    Behind each p99 of an overload stands its ratio to that of 100 %.
+    In each turn what can be drawn is measured, then each load, so that a machine that is slower for a while is so for
+    all of them. Behind each p99 of an overload stands its ratio to that of 100 %.
     """
     start = [Arrival(0.0, each.request) for each in mix.arrivals(12 * rows, 0.0, 0)]
-    capacity = 0.0
-    for _ in range(2):  # the first time engines are loaded
-        found = overload(pipe, start, rows, float("inf"), 0.0, queue=len(start))
-        capacity = len(start) / found.until
+
+    def capacity() -> float:
+        return len(start) / overload(pipe, start, rows, float("inf"), 0.0, queue=len(start)).until
+
+    capacity()  # engines are loaded
+    rates, every = [], [Found() for _ in _LOADS]
+    for turn in range(turns):
+        rates.append(capacity())
+        for (load_, obeys), found in zip(_LOADS, every, strict=True):
+            rate = load_ * rates[-1]
+            coming = mix.arrivals(int(rate * seconds), rate, turn + 1)
+            found.add(overload(pipe, coming, rows, patience, obeys))
     full: list[float] = []
-    for load_, obeys in _LOADS:
-        rate = load_ * capacity
-        found = overload(pipe, mix.arrivals(int(rate * seconds), rate, 1), rows, patience, obeys)
+    for (load_, obeys), found in zip(_LOADS, every, strict=True):
         own = {steps: 1000 * np.array(found.seconds[steps] or [np.nan]) for steps in STEPS}
         slow = [float(np.percentile(own[steps], 99)) for steps in STEPS]
         full = slow if load_ == 1 else full
         yield [
-            f"{load_:.0%} of {capacity:.1f}/s",
+            f"{load_:.0%} of {np.mean(rates):.1f}/s",
             f"{obeys:.0%}",
             f"{np.median(own[STEPS[0]]):.0f}",
             *(
                 f"{each:.0f} ({each / base:.2f})" if load_ > 1 else f"{each:.0f}"
                 for each, base in zip(slow, full or slow, strict=True)
             ),
-            f"{found.drawn / seconds:.2f}",
+            f"{found.drawn / seconds / turns:.2f}",
             f"{found.refused / found.asked:.0%}",
             *((str(found.came), f"{found.taken / found.came:.0%}") if found.came else ("", "")),
             f"{np.median(found.waited):.1f} s" if found.waited else "",
@@ -136,7 +152,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("bundle")
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for which requests come, at each load")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="for which requests come, at each load in each turn"
+    )
+    parser.add_argument("--turns", type=int, default=2, help="of all loads, one after the other")
     parser.add_argument("--patience", type=float, default=PATIENCE)
     parser.add_argument("--sizes", default="64x64,96x64")
     asked = parser.parse_args()
@@ -144,7 +163,7 @@ def main() -> None:
     try:
         pipe = load(asked.bundle, threads=1)
         print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-        for row in measure(pipe, Mix(sizes), asked.rows, asked.seconds, asked.patience):
+        for row in measure(pipe, Mix(sizes), asked.rows, asked.seconds, asked.patience, asked.turns):
             print(f"| {' | '.join(row)} |", flush=True)
     except DiffoundryError as error:
         parser.exit(1, f"Error: {' '.join(str(error).split())}\n")
