@@ -39,6 +39,7 @@ from .lora_sets import LoraSets
 from .names import ours
 from .pictures.autoencoder import DECODERS, Autoencoder, check_decoder
 from .pictures.images import to_image
+from .pictures.tiling import Parts, finished
 from .request import Request
 from .run import Callback, Progress, Ready, Result, Run
 
@@ -342,7 +343,14 @@ class Pipeline:
 
     def picture(self, job: Job, latents: Array) -> Image.Image:
         """The picture of the final latents of one image of `job`, float32 (C, H/downscale, W/downscale)."""
-        return self._images(job, latents[None], {})[0]
+        return finished(self.picture_parts(job, latents))
+
+    def picture_parts(self, job: Job, latents: Array) -> Parts[Image.Image]:
+        """`picture` as work that can be left between the tiles of a tiled request, and taken up again."""
+        request = job.request
+        pixels = yield from self._autoencoder.decoding(latents[None], request.decoder, tiled=request.tiled)
+        image = to_image(pixels[0])
+        return image if job.picture is None else job.picture.finish(image)
 
     def generate(
         self, request: Request, *, batch: int | None = None, low_memory: bool = False, callback: Callback | None = None
@@ -494,9 +502,7 @@ class Pipeline:
 
     def _images(self, job: Job, latents: Array, seconds: dict[str, float]) -> list[Image.Image]:
         with _timed(seconds, DECODERS[job.request.decoder]):
-            pixels = self._autoencoder.decode(latents, job.request.decoder, tiled=job.request.tiled)
-            images = [to_image(sample) for sample in pixels]
-        return images if job.picture is None else [job.picture.finish(image) for image in images]
+            return [self.picture(job, each) for each in latents]
 
     def _samples(self, job: Job, fed: Fed) -> list[Sample]:
         """The rows of a job. fed: by its conditions."""

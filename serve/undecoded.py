@@ -7,22 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from ..common.arrays import Array
 from ..runtime.pictures.images import to_image
+from ..runtime.pictures.tiling import Parts
 from .meter import Meter, Part
 from .metrics import Metrics
 from .rows import Underway
 from .tickets import Drawn, Partial, Ticket
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Latents:
-    """number: of a partial image, None for the final one."""
+    """number: of a partial image, None for the final one. parts: its decoder, begun; seconds: that it took so far."""
 
     image: Underway
     latents: Array
     number: int | None = None
+    parts: Parts[Image.Image] | None = None
+    seconds: float = 0.0
 
 
 class Undecoded:
@@ -62,30 +66,29 @@ class Undecoded:
         self._waiting = deque(each for each in self._waiting if each.image.ticket is not ticket)
 
     def decode(self, seconds: float) -> None:
-        """Make one picture, and more where all of them take no longer than so many seconds."""
+        """Decode one picture, or a tile of one, and more where all of it takes no longer than so many seconds."""
         begin = self._clock()
         while self._waiting:
-            first = self._waiting.popleft()
-            part: Part = "decode" if first.number is None else "preview"
-            self._decode(first, part)
-            spent = self._clock() - begin
-            if not spent or spent + self._meter.once(part, first.image.ticket.kind) > seconds:
+            start = self._clock()
+            self._advance(self._waiting[0], start)
+            end = self._clock()
+            if end == begin or end - begin + (end - start) > seconds:
                 return
 
-    def _decode(self, waiting: _Latents, part: Part) -> None:
+    def _advance(self, waiting: _Latents, start: float) -> None:
+        """Decode the next part of this, and tell whose it is when it is a picture."""
         image, ticket = waiting.image, waiting.image.ticket
-        start = self._clock()
         try:
-            if waiting.number is not None:
-                decoder = ticket.model.preview_decoder
-                pixels = ticket.model.pipeline.decode(np.nan_to_num(waiting.latents)[None], decoder)
-                drawn = to_image(pixels[0])
-            else:
-                drawn = ticket.model.pipeline.picture(ticket.job, waiting.latents)
+            drawn = self._part(waiting)
         except Exception as error:
             self._fail(ticket, error)
             return
-        self._meter.took(part, ticket.kind, self._clock() - start)
+        waiting.seconds += self._clock() - start
+        if drawn is None:
+            return
+        self._waiting.remove(waiting)
+        part: Part = "decode" if waiting.number is None else "preview"
+        self._meter.took(part, ticket.kind, waiting.seconds)
         if waiting.number is not None:
             ticket.tell(Partial(image.index, waiting.number, drawn))
             return
@@ -95,3 +98,19 @@ class Undecoded:
         ticket.tell(Drawn(image.index, drawn))
         if len(ticket.images) == ticket.count:
             ticket.end("succeeded")
+
+    def _part(self, waiting: _Latents) -> Image.Image | None:
+        """Decode the next part. Returns the picture where it was the last one."""
+        ticket = waiting.image.ticket
+        pipeline = ticket.model.pipeline
+        if waiting.number is not None:
+            pixels = pipeline.decode(np.nan_to_num(waiting.latents)[None], ticket.model.preview_decoder)
+            return to_image(pixels[0])
+        if waiting.parts is None:
+            waiting.parts = pipeline.picture_parts(ticket.job, waiting.latents)
+        try:
+            next(waiting.parts)
+        except StopIteration as end:
+            drawn: Image.Image = end.value
+            return drawn
+        return None

@@ -11,7 +11,7 @@ from ...common.arrays import Array
 from ...common.errors import BundleError, RequestError
 from ...engines import Engine
 from ..loop.noise import Generator
-from .tiling import Tiles, run_tiled
+from .tiling import Parts, Tiles, finished, in_tiles
 
 DECODERS: dict[str, Role] = {"full": "decoder", "tiny": "preview"}
 """The role of the component behind each choice of decoder."""
@@ -51,12 +51,15 @@ class Autoencoder:
 
         Raises `BundleError` for a decoder that gives another size.
         """
+        parts = [finished(self.decoding(latents[i : i + 1], decoder, tiled=tiled)) for i in range(len(latents))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def decoding(self, latents: Array, decoder: str = "full", *, tiled: bool = False) -> Parts[Array]:
+        """`decode` of one picture, latents (1, C, H/downscale, W/downscale). It can be left between tiles."""
         name, tiny, down = self._decoders[decoder], decoder == "tiny" or self._tiny, self._latents.downscale
         latents = latents * self._std / np.float32(self._latents.scaling_factor) + self._mean
         tiles = Tiles(self._tile(tiny), 1, down, tiny) if tiled else None
-        shape = 3, latents.shape[2] * down, latents.shape[3] * down
-        parts = [self._run(name, latents[i : i + 1], tiles, shape) for i in range(len(latents))]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._run(name, latents, tiles, (3, latents.shape[2] * down, latents.shape[3] * down))
 
     def encode(self, pixels: Array, *, tiled: bool = False) -> Array:
         """What the encoder gives for pixels in [-1, 1], float32 (3, H, W): see `sample`.
@@ -66,7 +69,7 @@ class Autoencoder:
         tiles = Tiles(self._tile(self._tiny), self._latents.downscale, 1, self._tiny) if tiled else None
         channels, *sides = self.shape((pixels.shape[2], pixels.shape[1]))
         shape = (channels if self._tiny else 2 * channels, *sides)
-        encoded: Array = self._run(self._encoder, pixels[None], tiles, shape)[0]
+        encoded: Array = finished(self._run(self._encoder, pixels[None], tiles, shape))[0]
         return encoded
 
     def sample(self, encoded: Array, generator: Generator, *, inpaints: bool = False) -> Array:
@@ -96,15 +99,15 @@ class Autoencoder:
         """The side of a tile, in latents."""
         return max(_TINY_SIDE // self._latents.downscale, 1) if tiny else self._latents.tile
 
-    def _run(self, component: str, source: Array, tiles: Tiles | None, shape: tuple[int, ...]) -> Array:
+    def _run(self, component: str, source: Array, tiles: Tiles | None, shape: tuple[int, ...]) -> Parts[Array]:
         engine = self._engine(component)
         name, output, dtype = engine.inputs[0].name, engine.outputs[0].name, engine.inputs[0].dtype
 
         def call(part: Array) -> Array:
-            return engine({name: part})[output]
+            return self._engine(component)({name: part})[output]  # which may have been dropped since the last tile
 
         source = np.asarray(source, dtype, order="C")
-        made = call(source) if tiles is None else run_tiled(call, source, tiles)
+        made = call(source) if tiles is None else (yield from in_tiles(call, source, tiles))
         if made.shape[1:] != shape:
             raise BundleError(
                 f"{component} makes {made.shape[1:]} of {source.shape[1:]}, and by the manifest it must make {shape}: "

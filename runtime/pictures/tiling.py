@@ -6,14 +6,18 @@ call, because attention and group norms see a tile only; it is that of diffusers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from ...common.arrays import Array
 
+T = TypeVar("T")
 Call = Callable[[Array], Array]
+Parts = Generator[None, None, T]
+"""Work that can be left between its parts, and what it makes in the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +57,33 @@ class Tiles:
         return np.zeros((*piece.shape[:-2], *sides), piece.dtype)
 
 
-def run_tiled(call: Call, source: Array, tiles: Tiles) -> Array:
+def finished(parts: Parts[T]) -> T:
+    """What comes of all the parts, one after the other."""
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            made: T = end.value
+            return made
+
+
+def in_tiles(call: Call, source: Array, tiles: Tiles) -> Parts[Array]:
     """What an autoencoder makes of `source`, latents or pixels (1, C, H, W), as `AutoencoderKL` and `AutoencoderTiny`.
 
-    call: the encoder or decoder, for sides up to a tile's and ragged ones at the far edges. What is no larger than a
-    tile goes through in one call, unless the autoencoder is tiny.
+    It can be left between tiles. call: the encoder or decoder, for sides up to a tile and ragged ones at the far edges.
+    What is no larger than a tile goes through in one call, unless the autoencoder is tiny.
 
     Memory beyond the result: what `call` takes for one tile, twice its output, and the lower edges of one row of tiles,
     a third of a tile high; with a tiny one what `call` takes for one tile, and less than five times its output.
     """
     if tiles.tiny:
-        return _laid_over(call, source, tiles)
-    return call(source) if max(source.shape[-2:]) <= tiles.tile * tiles.before else _faded(call, source, tiles)
+        return (yield from _laid_over(call, source, tiles))
+    if max(source.shape[-2:]) <= tiles.tile * tiles.before:
+        return call(source)
+    return (yield from _faded(call, source, tiles))
 
 
-def _faded(call: Call, source: Array, tiles: Tiles) -> Array:
+def _faded(call: Call, source: Array, tiles: Tiles) -> Parts[Array]:
     """Each tile fades from the tile above, which was already faded into its own neighbours, then from that at its left.
 
     A tile's lower and right edges are therefore kept apart: in the result, the tile after it overwrites them.
@@ -77,6 +93,8 @@ def _faded(call: Call, source: Array, tiles: Tiles) -> Array:
     for i, top in enumerate(tiles.starts(source.shape[-2])):
         beside: Array | None = None
         for j, left in enumerate(tiles.starts(source.shape[-1])):
+            if i or j:
+                yield
             piece = np.array(call(tiles.cut(source, top, left)))
             if not i and not j:
                 result = tiles.result(source, piece)
@@ -99,11 +117,13 @@ def _fade(above: Array, piece: Array) -> None:
     piece[..., :rows, :] = above[..., above.shape[-2] - rows :, :] * other + piece[..., :rows, :] * own
 
 
-def _laid_over(call: Call, source: Array, tiles: Tiles) -> Array:
+def _laid_over(call: Call, source: Array, tiles: Tiles) -> Parts[Array]:
     """Each tile is laid over the result of those before it, with weights that rise along its upper and left edges."""
     after = tiles.after
     for top in tiles.starts(source.shape[-2]):
         for left in tiles.starts(source.shape[-1]):
+            if top or left:
+                yield
             piece = call(tiles.cut(source, top, left))
             if not top and not left:
                 result = tiles.result(source, piece)

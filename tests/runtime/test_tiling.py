@@ -11,18 +11,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from diffoundry.runtime.pictures.tiling import Tiles, run_tiled
+from diffoundry.runtime.pictures.tiling import Tiles, finished, in_tiles
 
 SIZES = [(8, 8), (9, 8), (8, 9), (16, 16), (13, 22), (14, 21), (30, 7), (6, 31), (19, 33)]
 """Latents; a tile of 8 has a stride of 6, so these end in whole tiles, ragged ones, and ones of a single latent."""
 
 
 def tiled_decode(decode, latents, *, tile, downscale, tiny=False):
-    return run_tiled(decode, latents, Tiles(tile, 1, downscale, tiny))
+    return finished(in_tiles(decode, latents, Tiles(tile, 1, downscale, tiny)))
 
 
 def tiled_encode(encode, pixels, *, tile, downscale, tiny=False):
-    return run_tiled(encode, pixels, Tiles(tile, downscale, 1, tiny))
+    return finished(in_tiles(encode, pixels, Tiles(tile, downscale, 1, tiny)))
 
 
 tiled_decode_tiny, tiled_encode_tiny = partial(tiled_decode, tiny=True), partial(tiled_encode, tiny=True)

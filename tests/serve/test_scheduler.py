@@ -116,6 +116,30 @@ def test_a_step_is_never_far_behind_a_decoder(drawing):
         assert (len(done.images), moving.step) == (k, k)
 
 
+def test_a_tiled_picture_is_decoded_a_tile_a_round(drawing, pipe):
+    """Steps of others come in between, its engine may be dropped meanwhile, and one that is cancelled is left."""
+    make, ticket = drawing
+    request = Request(PROMPT, seed=3, steps=2, width=128, height=64, tiled=True)
+    scheduler, (tiled, gone), moving = make(clock=Clock()), (ticket(request), ticket(request)), ticket(steps=9)
+    scheduler.submit(tiled)
+    scheduler.round()
+    scheduler.submit(moving)
+    scheduler.round()
+    assert scheduler.decoding == 1 and moving.step == 0, "the first of three tiles in a row, two above each other"
+    for k in range(1, 6):
+        assert not tiled.images
+        pipe.release("vae_decoder")
+        scheduler.round()
+        assert moving.step == k
+    assert np.array_equal(pixels(tiled.images[0]), pixels(pipe.generate(request).images[0]))
+    scheduler.submit(gone)
+    while not scheduler.decoding:
+        scheduler.round()
+    scheduler.cancel(gone)
+    finish(scheduler)
+    assert (gone.state, gone.images, moving.state) == ("cancelled", {}, "succeeded")
+
+
 def test_cancelling_frees_the_rows_at_the_next_step(drawing):
     make, ticket = drawing
     scheduler = make(most_rows=4)
@@ -269,14 +293,14 @@ def test_what_should_not_happen_ends_one_ticket_and_is_not_told(drawing, monkeyp
     scheduler, broken, good = make(), ticket(steps=2), ticket(steps=2, client="b")
     scheduler.submit(broken)
     scheduler.submit(good)
-    picture = type(broken.model.pipeline).picture
+    parts = type(broken.model.pipeline).picture_parts
 
     def fails(self, job, latents):
         if job is broken.job:
             raise ZeroDivisionError("of our own")
-        return picture(self, job, latents)
+        return parts(self, job, latents)
 
-    monkeypatch.setattr(type(broken.model.pipeline), "picture", fails)
+    monkeypatch.setattr(type(broken.model.pipeline), "picture_parts", fails)
     finish(scheduler)
     assert broken.state == "failed" and isinstance(broken.error, BrokenError)
     assert "of our own" not in str(broken.error)
