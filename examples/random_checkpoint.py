@@ -357,8 +357,11 @@ def make_union(unet: Mapping[str, Any], out: Path, seed: int = 0) -> None:
     make_controlnet(unet, out, seed, modes=6)
 
 
-def make_t2i_adapter(unet: Mapping[str, Any], out: Path, seed: int = 0) -> None:
-    """Write the diffusers folder of a T2I-Adapter with random weights to `out`. unet: the configuration it is for."""
+def make_t2i_adapter(unet: Mapping[str, Any], out: Path, seed: int = 0, *, light: bool = False) -> None:
+    """Write the diffusers folder of a T2I-Adapter with random weights to `out`. unet: the configuration it is for.
+
+    light: of the light kind, as the published one for colours.
+    """
     import diffusers
     import torch
 
@@ -368,6 +371,8 @@ def make_t2i_adapter(unet: Mapping[str, Any], out: Path, seed: int = 0) -> None:
     is_xl = len(unet["block_out_channels"]) < 4
     channels = [skip.channels for _, skip in intrablocks(unet)]
     kind, factor = ("full_adapter_xl", 16) if is_xl else ("full_adapter", 8)
+    if light:
+        kind, channels = "light_adapter", channels[:-1]
     model: Any = diffusers.T2IAdapter(3, channels, num_res_blocks=1, downscale_factor=factor, adapter_type=kind)
     model.save_pretrained(out)
 

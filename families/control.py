@@ -155,12 +155,14 @@ def with_t2i_adapters(
 def _given(config: Mapping[str, Any], downscale: int) -> list[tuple[int, float]]:
     """Channels and halvings of what a T2I-Adapter of this configuration gives. downscale: pixels a latent.
 
-    It begins at its own downscale and halves the sides before each block, those of XL before the third alone.
+    It begins at its own downscale and halves the sides before each block, those of XL before the third alone. A light
+    one has a last block that is named nowhere.
     """
     first = math.log2(int(config.get("downscale_factor", 8)) / downscale)
     first = int(first) if first.is_integer() else first
-    is_xl = config.get("adapter_type") == "full_adapter_xl"
-    return [(int(each), first + (i > 1 if is_xl else i)) for i, each in enumerate(config["channels"])]
+    kind, channels = config.get("adapter_type"), list(config["channels"])
+    given = [*channels, *channels[-1:]] if kind == "light_adapter" else channels
+    return [(int(each), first + (i > 1 if kind == "full_adapter_xl" else i)) for i, each in enumerate(given)]
 
 
 def side(axis: str, halvings: int) -> str:

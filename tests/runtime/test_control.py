@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import T2IAdapter
 from safetensors.torch import load_file, save_file
 
 import diffoundry
@@ -457,6 +458,23 @@ def test_a_t2i_adapter_is_used_as_a_controlnet_is(checkpoint_of, bundle_of):
         pipe("a star", control=sketch, width=136, height=128)
     with pytest.raises(RequestError, match="guess_mode has no effect on sketch, a T2I-Adapter"):
         pipe("a star", control=Control("sketch", picture(128, 128), guess_mode=True))
+
+
+@pytest.mark.slow
+def test_a_light_t2i_adapter_gives_what_it_gives_in_diffusers(checkpoint_of, tmp_path):
+    folder = checkpoint_of("sd15-small")
+    make_t2i_adapter(json.loads((folder / "unet" / "config.json").read_text()), tmp_path / "light", light=True)
+    diffoundry.compile(folder, tmp_path / "b", t2i_adapters={"color": tmp_path / "light"}, tasks=["txt2img"])
+    pipe, shown = diffoundry.load(tmp_path / "b"), np.random.default_rng(0).random((1, 3, 72, 88), np.float32)
+    scale = np.linspace(0.5, 1, 4, dtype=np.float32)[None]
+    found = pipe.engine("t2i_adapter_color")({"controlnet_cond": shown, "scale": scale})
+    with torch.no_grad():
+        wanted = T2IAdapter.from_pretrained(tmp_path / "light")(torch.from_numpy(shown))
+    assert len(found) == len(wanted) == 4
+    for i, (own, theirs) in enumerate(zip(found.values(), wanted, strict=True)):
+        np.testing.assert_allclose(own, theirs.numpy() * scale[0, i], atol=1e-5)
+    drawn = [pipe("a star", seed=1, steps=2, control=each).latents for each in ((), Control("color", picture(72, 88)))]
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.01
 
 
 def test_t2i_adapters_that_cannot_be_are_refused(checkpoint_of, tmp_path):
