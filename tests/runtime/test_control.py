@@ -473,7 +473,8 @@ def test_a_light_t2i_adapter_gives_what_it_gives_in_diffusers(checkpoint_of, tmp
     assert len(found) == len(wanted) == 4
     for i, (own, theirs) in enumerate(zip(found.values(), wanted, strict=True)):
         np.testing.assert_allclose(own, theirs.numpy() * scale[0, i], atol=1e-5)
-    drawn = [pipe("a star", seed=1, steps=2, control=each).latents for each in ((), Control("color", picture(72, 88)))]
+    size, sketch = {"width": 88, "height": 72}, Control("color", picture(88, 72))
+    drawn = [pipe("a star", seed=1, steps=2, control=each, **size).latents for each in ((), sketch)]
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01
 
 
