@@ -149,6 +149,8 @@ def test_what_it_cannot_set_is_listed_with_the_reason(elements):
         for name in ("data-field", "data-embeds", "data-of")
         if name in attributes
     }
+    assert "addNegative();" in SCRIPT
+    sent |= {f"negative_{each}" for each in sent if each.startswith("conditioning.")}  # which that makes
     sent |= {"model"} | (known & set(re.findall(r"\bbody\.(\w+)", SCRIPT)))
     templates = {"control": ("control-row",), "image_prompt": ("adapter-row", "shot"), "loras": ("lora-row",)}
     for name, ids in templates.items():
@@ -171,6 +173,12 @@ def test_what_needs_a_field_of_the_model_names_one(elements):
     for _, attributes, _, _ in elements:
         if "data-at" in attributes:
             assert attributes["data-at"] in ("0", "1") and attributes["data-name"], attributes
+
+
+def test_phones_have_the_keys_that_a_number_needs(elements):
+    """Where numbers alone are asked for, a phone's keyboard may have no minus, and no comma."""
+    asked = [attributes for _, attributes, _, _ in elements if "inputmode" in attributes]
+    assert len(asked) > 10 and all(each["type"] == "number" and float(each.get("min", 0)) >= 0 for each in asked)
 
 
 def test_it_can_be_left_out_and_needs_no_key(bundle_of):
@@ -291,15 +299,19 @@ def browser(tmp_path_factory):
         yield running
 
 
+@contextmanager
+def several(bundle_of, checkpoint_of, warm=False, **more):
+    """A server of models, one with controls and one that takes LoRAs."""
+    names = {"pico": "pico", "steered": "pico+control+union+image-plus", "lora": "pico+lora", **more}
+    bundles = {name: bundle_of(each) for name, each in names.items()}
+    loras = {"style": str(checkpoint_of("pico+lora-peft"))}
+    with serving(bundles, rows=4, queue=60, loras=loras, warm=warm) as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
 def many(bundle_of, checkpoint_of):
-    """A server of three models, one with controls and one that takes LoRAs."""
-    bundles = {
-        name: bundle_of(each)
-        for name, each in {"pico": "pico", "steered": "pico+control+union+image-plus", "lora": "pico+lora"}.items()
-    }
-    loras = {"style": str(checkpoint_of("pico+lora-peft"))}
-    with serving(bundles, rows=4, queue=60, loras=loras, warm=True) as running:
+    with several(bundle_of, checkpoint_of, warm=True) as running:
         yield running
 
 
@@ -308,10 +320,11 @@ def opened(browser, many):
     """Opens the page in a tab with a profile of its own, which must have nothing to complain about in the end."""
     tabs = []
 
-    def get(width=1280, height=860, **how):
+    def get(width=1280, height=860, before="", **how):
         tab = browser.tab()
         tabs.append(tab)
         tab.look(width, height, **how)
+        tab.send("Page.addScriptToEvaluateOnNewDocument", source=before)
         tab.open(f"{many.url}/")
         tab.until("!document.querySelector('#draw').disabled")
         return tab
@@ -568,7 +581,7 @@ def test_what_a_model_lacks_is_not_shown(opened):
         "loras": [],
         "clip_skip": 0,
         "max_sequence_length": 512,
-        "plans": [[[64, 64], [64, 64]], [[96, 64], [96, 64]]],
+        "plans": [[[96, 64], [96, 64]], [[64, 64], [64, 64]], [[128, 128], [128, 128]]],
     }
     tab.run("pngOf(canvasOf(400, 200)).then(pictureOf).then(setSource)")
     assert tab.run("[task(), settings().width, settings().height, settings().strength]") == ["img2img", 88, 48, 0.8]
@@ -586,6 +599,14 @@ def test_what_a_model_lacks_is_not_shown(opened):
     tab.run("setSize(3, 2)")
     sent = {"model": "pico", "prompt": "", "width": 96, "height": 64, "steps": 20, "guidance": 7.5, "n": 1}
     assert tab.run("settings()") == sent | {"true_cfg_scale": 3}
+    tab.run("apply({ width: 136, height: 120 })")  # of another model
+    assert text_of_size(tab) == "128x128"
+    tab.click("#reset")
+    assert text_of_size(tab) == "64x64"
+
+
+def text_of_size(tab):
+    return tab.run("drawnSize().join('x')")
 
 
 @contextmanager
@@ -609,7 +630,13 @@ def test_a_server_that_wants_a_key(browser, bundle_of):
             assert tab.run("document.querySelector('#wrong').hidden && document.querySelector('#settings').hidden")
             fill(tab, key="sk-another-0123456789")
             tab.press("Enter")
-            tab.until("document.querySelector('#wrong').textContent === 'The server does not know this key.'")
+            unknown = "document.querySelector('#key-box #wrong')?.textContent === 'The server does not know this key.'"
+            tab.until(unknown)
+            tab.run("wrong('')")
+            fill(tab, key="sk-of-three-€")  # which no header can say
+            tab.press("Enter")
+            tab.until(unknown)
+            assert tab.run("sessionStorage.getItem('key')") == ""
         fill(tab, key=SECRET)
         tab.press("Enter")
         tab.until("!document.querySelector('#draw').disabled && document.querySelector('#key-box').hidden")
@@ -621,6 +648,166 @@ def test_a_server_that_wants_a_key(browser, bundle_of):
         assert not tab.complaints
         tab.send("Page.close")
         until(served.is_idle)
+
+
+@real
+@pytest.mark.slow
+def test_more_jobs_than_a_browser_has_connections(opened):
+    tab = opened()
+    fill(tab, prompt="a", steps=900)
+    for count in range(1, 9):
+        tab.click("#draw")
+        tab.until(f"document.querySelectorAll('.job').length === {count} && !document.querySelector('#draw').disabled")
+    for left in reversed(range(8)):
+        tab.click(".job .line button")
+        tab.until(f"document.querySelectorAll('.job').length === {left}")
+    assert tab.run("streams") == 0
+
+
+@real
+@pytest.mark.slow
+def test_a_server_that_is_away_for_a_while(opened):
+    tab = opened()
+    fill(tab, prompt="a", steps=4)
+    assert tab.run("[0, 401, 404, 429, 500, 503].filter((status) => isRefusal({ status }))") == [401, 404]
+    tab.run(
+        "{ const there = fetch; let lost = 5; window.fetch = (url, how) => /jobs\\/./.test(url) && lost-- > 0 "
+        "? Promise.reject(new TypeError('lost')) : there(url, how) }"
+    )
+    tab.run(
+        "request().then(async ({ body }) => { const sent = { ...body, response_format: 'b64_json' }; "
+        "const job = await (await ask('/jobs', { method: 'POST', body: sent })).json(); "
+        "remember({ id: job.id, settings: plain(sent), given: {} }); resume(); })"
+    )
+    tab.until("document.querySelector('.job .line p')?.textContent.startsWith('The connection is lost')")
+    tab.until("gallery.all.length === 1 && !running().length")
+    with expected(tab, "404"):
+        tab.run("state.model = { ...state.model, id: 'gone' }; undefined")
+        tab.click("#draw")
+        tab.until("document.querySelector('#wrong').textContent.startsWith('There is no model')")
+    assert tab.run("document.querySelector('#model').value") == ""  # so that each can be chosen
+    choose_model(tab, "pico")
+    draw(tab)
+
+
+FORBIDDEN = """for (const name of ['localStorage', 'sessionStorage', 'indexedDB']) {
+    Object.defineProperty(window, name, { get() { throw new DOMException('not allowed', 'SecurityError'); } }); }"""
+
+
+@real
+@pytest.mark.slow
+def test_a_browser_that_keeps_nothing_and_one_without_room(opened, many):
+    tab = opened(before=FORBIDDEN)
+    draw(tab, prompt="a", steps=2)
+    assert tab.run("document.querySelector('#wrong').hidden && gallery.all[0].id") == "memory 1"
+    tab = opened()
+    tab.run("drawnFrom('readwrite', (store) => store.put({ created: 1 }, 'of a tab that was closed'))")
+    tab.run("drawnFrom('readwrite', (store) => store.put({ created: Date.now() }, 'of another tab'))")
+    tab.reload()
+    tab.until("!document.querySelector('#draw').disabled")
+    tab.run("gallery.ready.then(resume)")
+    assert tab.run("drawnFrom('readonly', (store) => store.getAllKeys())") == ["of another tab"]
+    tab.run("gallery.base = null; gallery.ready = gallery.open(); undefined")
+    tab.run("gallery.put({ blob: new Blob(['a']), settings: {} })")  # before those of before are there
+    assert tab.run("gallery.all.length") == tab.run("gallery.run('readonly', (store) => store.count())") == 1
+    tab = opened()
+    tab.send("Storage.overrideQuotaForOrigin", origin=many.url, quotaSize=100_000)
+    tab.run("gallery.put({ blob: new Blob([new Uint8Array(400_000)]), settings: {} })")
+    assert text(tab, "#wrong").startswith("The browser has no room for another picture")
+    assert tab.run("gallery.run('readonly', (store) => store.count())") == 0
+
+
+COUNTED = """window.urls_made = 0;
+    for (const [name, by] of [['createObjectURL', 1], ['revokeObjectURL', -1]]) {
+        const its = URL[name].bind(URL); URL[name] = (what) => { if (what) urls_made += by; return its(what); }; }"""
+
+
+@real
+@pytest.mark.slow
+def test_the_focus_a_key_that_is_held_and_pictures_that_are_removed(opened):
+    tab = opened(before=COUNTED)
+    fill(tab, prompt="a", steps=20, n=2)
+    tab.run("document.querySelector('#draw').focus()")
+    tab.press("Enter")
+    tab.until("gallery.all.length === 2 && !document.querySelector('.waiting')")
+    assert tab.run("document.activeElement.id") == "draw"
+    tab.until("urls_made === 2")  # none of those on their way
+    tab.run("document.querySelector('#gallery .tile').focus()")
+    assert tab.run("gallery.put({ ...gallery.all[1] }).then(() => document.activeElement.className)") == "tile"
+    tab.click("#gallery li:nth-child(2) .tile")
+    tab.click("#shown-remove")
+    tab.until("gallery.all.length === 2 && document.querySelectorAll('.job .tile').length === 1")
+    tab.run("gallery.remove(gallery.all[1])")
+    tab.until("!document.querySelector('.job') && gallery.all.length === 1")
+    tab.run("gallery.clear()")
+    assert tab.run("urls_made") == 0
+    tab.run("document.querySelector('#prompt').focus()")
+    before = sum(url.endswith("/v1/jobs") for url in tab.asked)
+    fill(tab, n=1)
+    for again in (False, True, True):
+        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "modifiers": 2, "autoRepeat": again}
+        tab.send("Input.dispatchKeyEvent", type="keyDown", **key)
+        tab.run("new Promise((done) => setTimeout(done, 300))")
+    tab.press("Enter", modifiers=2)
+    tab.press("Enter", modifiers=2)  # while the one before it is sent
+    tab.until("gallery.all.length === 2 && !running().length")
+    assert sum(url.endswith("/v1/jobs") for url in tab.asked) == before + 2
+
+
+TRANSFER = """const given = new DataTransfer(); given.setData('text/plain', 'a word');
+    given.items.add(new File([{picture}], 'a.png', {{ type: 'image/png' }}));"""
+
+
+@real
+@pytest.mark.slow
+def test_what_is_pasted_dropped_or_too_long(opened):
+    tab = opened()
+    given = TRANSFER.format(picture="await pngOf(canvasOf(8, 8))")
+    made = {
+        "paste": "new ClipboardEvent('paste', { clipboardData: given, bubbles: true, cancelable: true })",
+        "drop": "new DragEvent('drop', { dataTransfer: given, bubbles: true, cancelable: true })",
+    }
+
+    def taken(kind, at, *, words_alone=False):
+        less = "given.items.remove(1);" if words_alone else ""
+        return tab.run(
+            f"(async () => {{ {given} {less} const event = {made[kind]}; "
+            f"document.querySelector('{at}').dispatchEvent(event); return event.defaultPrevented; }})()"
+        )
+
+    assert not taken("paste", "#prompt") and taken("paste", "#draw")  # a text, of which there is a picture too
+    tab.until("state.source")
+    tab.run("setSource(null)")
+    assert taken("drop", "#gallery-head") and not taken("drop", "#source-drop", words_alone=True)
+    assert not tab.run("state.source") and taken("drop", "#source-drop")
+    tab.until("state.source")
+    tab.run("setSource(null)")
+    fill(tab, prompt="a" * 40_000)
+    with expected(tab, "400"):
+        tab.click("#draw")
+        tab.until("document.querySelector('#wrong').textContent === 'This has 40000 letters, 32000 are the most.'")
+    assert tab.run("document.activeElement.id") == "prompt"
+
+
+@real
+@pytest.mark.slow
+def test_a_second_finger_ends_no_stroke(opened):
+    tab = opened(360, 780)
+    tab.run("pngOf(canvasOf(64, 64)).then(pictureOf).then(setSource)")
+    tab.click("#mask-edit")
+    tab.until("document.activeElement.id === 'paint-over'")
+    (x, y), (other_x, other_y), (end_x, end_y) = middle_of(tab, "#paint-over", (0.2, 0.2), (0.8, 0.8), (0.5, 0.2))
+    one, two = {"x": x, "y": y, "id": 0}, {"x": other_x, "y": other_y, "id": 1}
+    for kind, points in (
+        ("touchStart", [one]),
+        ("touchStart", [one, two]),
+        ("touchEnd", [two]),
+        ("touchMove", [{**one, "x": end_x, "y": end_y}]),
+        ("touchEnd", []),
+    ):
+        tab.send("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    assert tab.run("state.source.strokes.map(({ points }) => Math.round(points.at(-1)[0]))") == [32]
+    tab.click("#paint-cancel")
 
 
 @real
@@ -756,17 +943,8 @@ FLOW = "sd3-small+dit-inpaint+image-look"
 @pytest.fixture(scope="module")
 def rare(bundle_of, checkpoint_of):
     """A server of models that have, together, every setting that there is."""
-    bundles = {
-        "pico": "pico",
-        "steered": "pico+control+union+image-plus",
-        "lora": "pico+lora",
-        "sdxl": "sdxl-small",
-        "flow": FLOW,
-        "flux": "flux-dev-small",
-        "face": "pico+image-face",
-    }
-    loras = {"style": str(checkpoint_of("pico+lora-peft"))}
-    with serving({name: bundle_of(each) for name, each in bundles.items()}, rows=4, queue=60, loras=loras) as running:
+    more = {"sdxl": "sdxl-small", "flow": FLOW, "flux": "flux-dev-small", "face": "pico+image-face"}
+    with several(bundle_of, checkpoint_of, **more) as running:
         yield running
 
 
