@@ -643,6 +643,16 @@ def test_a_server_that_wants_a_key(browser, bundle_of):
         draw(tab, prompt="a", steps=2)
         assert SECRET not in tab.run("JSON.stringify({ ...localStorage })")
         assert tab.run("sessionStorage.getItem('key')") == SECRET
+        tab.run(
+            "session.set('key', 'sk-of-before-0123'); state.embeds.set('pooled_prompt_embeds', { name: 'a', shape: [1] }); undefined"
+        )
+        with expected(tab, "401"):
+            tab.click("#draw")
+            tab.until(unknown)
+        fill(tab, key=SECRET)
+        tab.press("Enter")
+        tab.until("document.querySelector('#key-box').hidden")
+        assert tab.run("state.embeds.size") == 1  # what was chosen is still there
         tab.reload()
         tab.until("!document.querySelector('#draw').disabled")
         assert not tab.complaints
