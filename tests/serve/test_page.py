@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from contextlib import contextmanager
@@ -305,7 +306,7 @@ def several(bundle_of, checkpoint_of, warm=False, **more):
     names = {"pico": "pico", "steered": "pico+control+union+image-plus", "lora": "pico+lora", **more}
     bundles = {name: bundle_of(each) for name, each in names.items()}
     loras = {"style": str(checkpoint_of("pico+lora-peft"))}
-    with serving(bundles, rows=4, queue=60, loras=loras, warm=warm) as running:
+    with serving(bundles, rows=4, queue=60, patience=math.inf, loras=loras, warm=warm) as running:
         yield running
 
 
@@ -643,9 +644,8 @@ def test_a_server_that_wants_a_key(browser, bundle_of):
         draw(tab, prompt="a", steps=2)
         assert SECRET not in tab.run("JSON.stringify({ ...localStorage })")
         assert tab.run("sessionStorage.getItem('key')") == SECRET
-        tab.run(
-            "session.set('key', 'sk-of-before-0123'); state.embeds.set('pooled_prompt_embeds', { name: 'a', shape: [1] }); undefined"
-        )
+        tab.run("session.set('key', 'sk-of-before-0123')")
+        tab.run("state.embeds.set('pooled_prompt_embeds', { name: 'a', shape: [1] }); undefined")
         with expected(tab, "401"):
             tab.click("#draw")
             tab.until(unknown)
@@ -663,13 +663,13 @@ def test_a_server_that_wants_a_key(browser, bundle_of):
 @real
 @pytest.mark.slow
 def test_more_jobs_than_a_browser_has_connections(opened):
-    tab = opened()
+    tab = opened(still=True)
     fill(tab, prompt="a", steps=900)
     for count in range(1, 9):
         tab.click("#draw")
         tab.until(f"document.querySelectorAll('.job').length === {count} && !document.querySelector('#draw').disabled")
     for left in reversed(range(8)):
-        tab.click(".job .line button")
+        tab.run("document.querySelector('.job .line button').click()")
         tab.until(f"document.querySelectorAll('.job').length === {left}")
     assert tab.run("streams") == 0
 
