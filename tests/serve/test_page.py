@@ -668,6 +668,11 @@ def test_more_jobs_than_a_browser_has_connections(opened):
     for count in range(1, 9):
         tab.click("#draw")
         tab.until(f"document.querySelectorAll('.job').length === {count} && !document.querySelector('#draw').disabled")
+    assert tab.run("streams") == 3
+    for hidden, count in (("true", 0), ("false", 3)):
+        tab.run(f"Object.defineProperty(document, 'hidden', {{ value: {hidden}, configurable: true }})")
+        tab.run("document.dispatchEvent(new Event('visibilitychange'))")
+        tab.until(f"streams === {count}")
     for left in reversed(range(8)):
         tab.run("document.querySelector('.job .line button').click()")
         tab.until(f"document.querySelectorAll('.job').length === {left}")
@@ -697,6 +702,7 @@ def test_a_server_that_is_away_for_a_while(opened):
         tab.until("document.querySelector('#wrong').textContent.startsWith('There is no model')")
     assert tab.run("document.querySelector('#model').value") == ""  # so that each can be chosen
     choose_model(tab, "pico")
+    assert tab.run("document.querySelector('#wrong').hidden")
     draw(tab)
 
 
