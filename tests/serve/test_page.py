@@ -669,8 +669,8 @@ def test_more_jobs_than_a_browser_has_connections(opened):
         tab.click("#draw")
         tab.until(f"document.querySelectorAll('.job').length === {count} && !document.querySelector('#draw').disabled")
     assert tab.run("streams") == 3
-    for hidden, count in (("true", 0), ("false", 3)):
-        tab.run(f"Object.defineProperty(document, 'hidden', {{ value: {hidden}, configurable: true }})")
+    for is_hidden, count in (("true", 0), ("false", 3)):
+        tab.run(f"Object.defineProperty(document, 'hidden', {{ value: {is_hidden}, configurable: true }})")
         tab.run("document.dispatchEvent(new Event('visibilitychange'))")
         tab.until(f"streams === {count}")
     for left in reversed(range(8)):
@@ -716,6 +716,7 @@ def test_a_browser_that_keeps_nothing_and_one_without_room(opened, many):
     tab = opened(before=FORBIDDEN)
     draw(tab, prompt="a", steps=2)
     assert tab.run("document.querySelector('#wrong').hidden && gallery.all[0].id") == "memory 1"
+    assert text(tab, "#gallery-count") == "1 picture, kept until this page is closed"
     tab = opened()
     tab.run("drawnFrom('readwrite', (store) => store.put({ created: 1 }, 'of a tab that was closed'))")
     tab.run("drawnFrom('readwrite', (store) => store.put({ created: Date.now() }, 'of another tab'))")
