@@ -135,7 +135,7 @@ class Scheduler(Queue[Underway]):
             with self._lock:
                 self._lock.wait_for(lambda: self._images or self._undecoded or self._draining)
                 if self._stopping or not (self._images or self._undecoded):
-                    for image in self._images:
+                    for image in self._every():
                         image.ticket.end("cancelled")
                     return
             try:

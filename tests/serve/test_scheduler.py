@@ -214,6 +214,17 @@ def test_what_is_late_ends(drawing):
         scheduler.submit(ticket(steps=9, deadline=7.0))
 
 
+def test_one_that_waits_for_the_decoder_ends_when_the_server_does(drawing):
+    make, ticket = drawing
+    scheduler, late = make(most_rows=4, clock=Clock()), ticket(steps=1, count=3)
+    scheduler.submit(late)
+    scheduler.round()
+    assert not scheduler._images and scheduler.decoding == 2
+    assert not scheduler.drain(0.0)
+    scheduler._run()
+    assert late.state == "cancelled" and late.ended.is_set()
+
+
 def test_the_outlook_is_that_of_the_measured_steps(drawing):
     make, ticket = drawing
     scheduler = make(most_rows=1, clock=Clock())
