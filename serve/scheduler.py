@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 
-from ..common.errors import BundleError, DiffoundryError, EngineError
+from ..common.errors import BundleError, DiffoundryError, EngineError, OverflowedError
 from ..runtime.loop.batch import Batch
 from .memory import trim
 from .metrics import Metrics
@@ -304,7 +304,8 @@ class Scheduler(Queue[Underway]):
         if not isinstance(error, DiffoundryError):
             _log.error("a request failed by %s: %s", type(error).__name__, error)
             error = BrokenError("the server failed to draw this; its log says why")
-        self._failures += isinstance(error, (BundleError, EngineError, BrokenError))
+        if isinstance(error, (BundleError, EngineError, BrokenError)) and not isinstance(error, OverflowedError):
+            self._failures += 1  # which numbers of a request alone do not lead to
         for ticket in tickets:
             self._drop(ticket)
             if not ticket.is_over:

@@ -360,6 +360,18 @@ def test_a_scheduler_whose_bundle_is_gone_is_not_ready(copied):
     scheduler.drain(5)
 
 
+def test_requests_that_overflow_do_not_make_it_unready(drawing):
+    """Whoever asks could end the server so."""
+    make, ticket = drawing
+    scheduler, text = make(), np.full((77, 64), 1e38)
+    scheduler.start()
+    for _ in range(4):
+        scheduler.submit(bad := ticket(Request(prompt_embeds=text, steps=1, guidance=Guidance(1.0))))
+        assert bad.ended.wait(20) and "not finite" in str(bad.error)
+    assert scheduler.is_ready
+    scheduler.drain(5)
+
+
 def test_an_image_that_is_shown_on_its_way_is_one(drawing):
     make, ticket = drawing
     scheduler, shown = make(most_rows=2, queue=2), ticket(steps=6, count=2)
