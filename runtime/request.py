@@ -28,7 +28,8 @@ from .text.prompt_syntax import parse
 
 _SMALLEST_SEED, _LARGEST_SEED = -(2**63), 2**64 - 1
 """The seeds that `torch.Generator().manual_seed` takes."""
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Halves of letters: no text can be written with one."""
 _TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 _CHOICES = {
     "rng": tuple(GENERATORS),
@@ -217,7 +218,7 @@ def _text(name: str, text: Any) -> str:
         )
     if not isinstance(text, str):
         raise RequestError(f"{name} must be a string of text, found {type(text).__name__}")
-    if _SURROGATE.search(text):
+    if SURROGATE.search(text):
         raise RequestError(f"{name} must be a string of text, found bytes that are not UTF-8")
     return text
 

@@ -41,8 +41,9 @@ class Refusal(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """As JSON."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        """As JSON. Halves of letters, which JSON can say and UTF-8 cannot, are written as `repr` writes them."""
+        message, param = (text and text.encode(errors="backslashreplace").decode() for text in (self.message, self.param))
+        return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}
 
 
 def refusal(error: DiffoundryError, hidden: Mapping[str, str] | None = None) -> Refusal:

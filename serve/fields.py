@@ -12,7 +12,7 @@ from ..common.errors import RequestError
 from ..runtime.loop.guidance import Guidance
 from ..runtime.names import SAME, ours
 from ..runtime.pipeline import GUIDANCE
-from ..runtime.request import Request
+from ..runtime.request import SURROGATE, Request
 from . import parts
 from .errors import FieldError
 from .models import Model
@@ -165,7 +165,7 @@ def _answer(values: Mapping[str, Any], most_priority: int, url: str) -> dict[str
     if priority > most_priority:
         raise FieldError("priority", f"priority may be {most_priority} at most for this client, found {priority}")
     user = values.get("safety_identifier") or values.get("user")
-    if user is not None and (not isinstance(user, str) or len(user) > 512):
+    if user is not None and (not isinstance(user, str) or len(user) > 512 or SURROGATE.search(user)):
         raise FieldError("user", "user and safety_identifier must be texts of at most 512 letters")
     return {
         "response_format": _choice(values, "response_format", ("b64_json", "url"), url),
