@@ -161,7 +161,8 @@ def _answer(values: Mapping[str, Any], most_priority: int, url: str) -> dict[str
         raise FieldError(
             "deadline", f"deadline must be seconds above 0, {_LONGEST_S:g} at most, found {deadline!r:.60}"
         )
-    priority = _whole("priority", values.get("priority", 0), -_MOST_PRIORITY, _MOST_PRIORITY)
+    usual = min(0, most_priority)  # of a key that stands behind others
+    priority = _whole("priority", values.get("priority", usual), -_MOST_PRIORITY, _MOST_PRIORITY)
     if priority > most_priority:
         raise FieldError("priority", f"priority may be {most_priority} at most for this client, found {priority}")
     user = values.get("safety_identifier") or values.get("user")

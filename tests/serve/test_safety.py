@@ -10,8 +10,10 @@ import openai
 import pytest
 
 from diffoundry.common.errors import RequestError
+from diffoundry.serve.fields import read_fields
 from diffoundry.serve.guard import check_origins, read_keys
 from diffoundry.serve.kept import KEPT_SECONDS, Kept
+from diffoundry.serve.models import Model
 from diffoundry.tests.serve.conftest import serving, until
 
 FIRST, SECOND = "sk-first-0123456789", "sk-second-0123456789"
@@ -46,6 +48,13 @@ def test_priority_is_what_the_key_may_ask_for(locked):
         client.images.generate(**asked)
     with locked.client(SECOND) as client:
         assert client.images.generate(**asked).data
+
+
+def test_a_key_that_stands_behind_others_need_not_say_so(pipe):
+    model, asked = Model("pico", pipe), {"prompt": "a"}
+    assert [read_fields(asked, model, most_priority=most).priority for most in (-5, 0, 5)] == [-5, 0, 0]
+    with pytest.raises(RequestError, match="-5 at most"):
+        read_fields({**asked, "priority": 0}, model, most_priority=-5)
 
 
 def test_a_job_is_that_of_its_key(locked):
