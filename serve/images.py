@@ -29,6 +29,8 @@ def endpoint(service: Service, needs: tuple[str, ...], event: str) -> Endpoint:
 
     async def draw(request: Request) -> Response:
         ticket, asked = await service.ticket(request, needs)
+        if not asked.stream:
+            ticket.partial_images = 0  # for nobody would see them
         events = Events(ticket)
         service.scheduler.submit(ticket)
         if asked.stream:

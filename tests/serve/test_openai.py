@@ -187,6 +187,11 @@ def tickets(idle, monkeypatch):
     return found
 
 
+def test_partial_images_that_nobody_sees_are_not_made(client, tickets):
+    client.images.generate(prompt=PROMPT, partial_images=3, extra_body=FAST)
+    assert tickets[0].partial_images == 0
+
+
 def test_a_stream_that_fails_on_its_way(client, idle, tickets):
     events = iter(client.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": 80}))
     assert next(events).type == "image_generation.partial_image"
