@@ -41,7 +41,7 @@ class Connection(H11Protocol):
     """
 
     most = most_connections()
-    made = 0.0
+    idle_since = 0.0
     _look: asyncio.TimerHandle
     _idle_after: Any = None
     _unread = 0
@@ -49,16 +49,20 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._look = self.loop.call_later(_LOOK_S, self._watch)
-        self.made = self.loop.time()
+        self.idle_since = self.loop.time()
         if len(self.connections) > self.most:
             others = (each for each in self.connections if isinstance(each, Connection) and each is not self)
             idle = [each for each in others if each.is_idle]
-            min(idle, key=lambda each: each.made, default=self).transport.abort()
+            min(idle, key=lambda each: each.idle_since, default=self).transport.abort()
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is answered."""
         return self.cycle is None or self.cycle.response_complete
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.idle_since = self.loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._look.cancel()
@@ -92,6 +96,7 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 backlog=_AT_ONCE,
                 server_header=False,
+                timeout_keep_alive=int(2 * _LOOK_S),
                 timeout_graceful_shutdown=int(drain + _ANSWERS_S),
             )
         )

@@ -29,6 +29,14 @@ def connected(served: Served) -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=10)
 
 
+def answered(connection: socket.socket) -> bytes:
+    """The answer to `ALIVE`."""
+    data = b""
+    while not data.endswith(b"}"):
+        data += connection.recv(1000)
+    return data
+
+
 def ended(connection: socket.socket) -> bytes:
     """All that comes until the server closes it."""
     data = b""
@@ -64,11 +72,18 @@ def test_one_that_asks_takes_the_place_of_one_that_does_not(idle, monkeypatch):
     with contextlib.ExitStack() as stack:
         first, *others = (stack.enter_context(connected(idle)) for _ in range(3))
         until(lambda: len(idle.server.server_state.connections) == 3)
+        first.sendall(ALIVE)
+        assert b"live" in answered(first)
         assert httpx2.get(f"{idle.url}/health/live").status_code == 200
-        assert not ended(first)
-        for each in others:
+        assert not ended(others[0]), "it was made after the first, which asked for something since"
+        for each in (first, others[1]):
             each.sendall(ALIVE)
-            assert each.recv(100).startswith(b"HTTP/1.1 200")
+            assert answered(each).startswith(b"HTTP/1.1 200")
+
+
+def test_one_that_asked_may_ask_again_a_while_later(idle):
+    """Proxies and clients keep connections for longer than the 5 s of uvicorn."""
+    assert idle.server.config.timeout_keep_alive == 60
 
 
 def test_there_are_fewer_connections_than_descriptors():

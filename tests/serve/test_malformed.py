@@ -231,7 +231,7 @@ def test_a_method_that_is_not_taken_is_told_those_that_are(idle):
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "a number in it has too many digits"),
         (b'{"prompt": "a", "size": "8x4104"}', "a side of 4104 pixels is too long, 4096 are the most"),
         (b'{"prompt": "a", "user": "\\ud800"}', "must be texts of at most 512 letters"),
-        (b'{"prompt": "a", "\\ud800": 1}', "unknown option '\\\\ud800'"),
+        (b'{"prompt": "a", "\\ud800": 1}', "unknown option '\\ud800'"),
         (b'{"prompt": "a", "background": "transparent"}', "no effect here (pictures here are opaque): leave it out"),
     ],
 )
