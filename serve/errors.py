@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,19 @@ from .queue import DrainingError
 from .tickets import OverdueError
 
 _LONGEST = 2000
+_REMEDIES = (
+    (r"compile the bundle again with the --steps you need, or", "ask for one of these, or"),
+    (r"as in --control\S* \S+ or ", "as in "),
+    (r", or --ip-embeds FILE", ""),
+    (r"--(steps|scheduler)\b", r"\1"),
+    (r"`diffoundry schedulers` lists", "GET /v1/models lists"),
+    (r"run several in one batch with pipe\.generate_many\(.*\)", "send a request for each"),
+    (r", or draw all with (the same ones, which|these LoRAs, by) .*", ""),
+    (r"draw all with [\w ]+, by .*(`run --lora`|--lora-approximate|as_inputs=False\))( without it)?", "leave some out"),
+    (r"fuse some with `compile --lora`", "leave some out"),
+    (r"(compile (the \w+|it) again|run `(diffoundry|pip) )", r"whoever runs the server can \1"),
+)
+"""Remedies by the command line and in Python, and what they are for a client, or who has them."""
 _INVALID, _SERVER = "invalid_request_error", "server_error"
 
 
@@ -42,7 +56,9 @@ class Refusal(Exception):
 
     def body(self) -> dict[str, Any]:
         """As JSON. Halves of letters, which JSON can say and UTF-8 cannot, are written as `repr` writes them."""
-        message, param = (text and text.encode(errors="backslashreplace").decode() for text in (self.message, self.param))
+        message, param = (
+            text and text.encode(errors="backslashreplace").decode() for text in (self.message, self.param)
+        )
         return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}
 
 
@@ -53,6 +69,8 @@ def refusal(error: DiffoundryError, hidden: Mapping[str, str] | None = None) -> 
         text = text.replace(own, said)
     if len(text) > _LONGEST:  # many say what they found
         text = f"{text[:_LONGEST]}…"
+    for pattern, remedy in _REMEDIES:
+        text = re.sub(pattern, remedy, text)
     if isinstance(error, QueueFullError):
         return Refusal(429, text, "rate_limit_error", "queue_full", headers=_when(error.seconds))
     if isinstance(error, NoModelError):

@@ -49,6 +49,17 @@ _INSTEAD = {
     "frame_count": "pictures here do not move",
     "frame_duration_ms": "pictures here do not move",
 }
+_ELSEWHERE = {
+    "batch_size": "give n=, the number of images",
+    "output_type": "this server gives pictures",
+    "latents": "give seed= for the noise",
+    "cross_attention_kwargs": "give loras=",
+    **dict.fromkeys(
+        ("callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback_steps"),
+        "make a job, and read its events",
+    ),
+}
+"""Options of diffusers that are not taken, where there is something else to do here than in Python."""
 _ANSWER = (
     *("model", "n", "size", "response_format", "output_format", "output_compression", "stream", "partial_images"),
     *("user", "safety_identifier", "priority", "deadline"),
@@ -134,6 +145,8 @@ def field_in(message: str) -> str | None:
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
     for name in values:
+        if name in _ELSEWHERE:
+            raise FieldError(name, f"unknown option {name!r}: {_ELSEWHERE[name]}")
         if name not in KNOWN:
             try:
                 ours({name: None}, KNOWN)

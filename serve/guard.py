@@ -156,7 +156,11 @@ class Guard:
         origin, host = headers.get(b"origin", b"").decode("latin-1"), headers.get(b"host", b"").decode("latin-1")
         allowed = not origin or "*" in self._origins or origin in self._origins
         if not allowed and origin.partition("://")[2] != host:
-            raise Refusal(403, f"pages of {origin[:100]} may not ask here: start the server with --cors {origin[:100]}")
+            raise Refusal(
+                403,
+                f"pages of {origin[:100]} may not ask here: whoever runs the server can let them, by --cors "
+                f"{origin[:100]}",
+            )
 
     def _check_length(self, scope: Scope) -> None:
         length = dict(scope["headers"]).get(b"content-length", b"0")

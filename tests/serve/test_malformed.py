@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffoundry.common.errors import DiffoundryError
+from diffoundry.common.errors import DiffoundryError, RequestError
 from diffoundry.serve import parts
-from diffoundry.serve.errors import FieldError
+from diffoundry.serve.errors import FieldError, refusal
 from diffoundry.serve.fields import KNOWN, read_fields
 from diffoundry.serve.models import Model
 from diffoundry.tests.serve.conftest import png, until
@@ -141,6 +141,43 @@ def test_fields_of_any_kind_are_taken_or_refused(pipe):
         except DiffoundryError:
             refused += 1
     assert 3000 < refused < 5000
+
+
+def test_remedies_are_those_of_a_client(pipe):
+    """Who asks over HTTP has no command line here, and no Python."""
+    model, image = Model("pico", pipe), base64.b64encode(SMALL).decode()
+    for given, words in (
+        ({"prompt": ["a", "b"]}, "found a list of 2: send a request for each"),
+        ({"scheduler": "none"}, "GET /v1/models lists them"),
+        ({"scheduler": "flow-heun", "timesteps": [3, 2, 1]}, "ask for a number of steps, or"),
+        ({"control": {"name": "edge", "image": image}}, "whoever runs the server can compile the checkpoint again"),
+        ({"image_prompt": {"image": image}}, "whoever runs the server can compile the checkpoint again"),
+        ({"callback_on_step_end": "a"}, "make a job, and read its events"),
+        ({"output_type": "pil"}, "this server gives pictures"),
+    ):
+        with pytest.raises(DiffoundryError) as found:
+            pipe.job(read_fields({"prompt": "a", **given}, model, most_priority=0).request)
+        said = refusal(found.value).message
+        assert words in said and "`diffoundry schedulers" not in said and "--scheduler" not in said
+    for text, said in (
+        ("a has b: draw all with them, by set_loras(…, as_inputs=False) or `run --lora`", "a has b: leave some out"),
+        (
+            "a: no rank is left for b: draw all with it, by `run --lora` without it",
+            "a: no rank is left for b: leave some out",
+        ),
+        (
+            "a: ask for one of both, or draw all with these LoRAs, by set_loras(…, as_inputs=False)",
+            "a: ask for one of both",
+        ),
+        ("no steps: ask for fewer --steps, or b", "no steps: ask for fewer steps, or b"),
+        ("say which one, a, b, as in --control c:b=PICTURE or mode='b'", "say which one, a, b, as in mode='b'"),
+        ("give it a mask, as in --control-mask c=PICTURE or mask=PICTURE", "give it a mask, as in mask=PICTURE"),
+        (
+            "a takes 4: run `diffoundry build a --lora-rank 8`",
+            "a takes 4: whoever runs the server can run `diffoundry build a --lora-rank 8`",
+        ),
+    ):
+        assert refusal(RequestError(text)).message == said
 
 
 def ask_wrongly(served, seed: int, count: int) -> dict[int, int]:

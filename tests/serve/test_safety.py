@@ -78,6 +78,10 @@ def test_pages_of_other_sites(locked, served):
         for origin, code in (("https://page.example", 202), ("https://other.example", 403), (locked.url, 202)):
             answer = http.post(f"{locked.url}/v1/jobs", files=form, headers={**key, "origin": origin})
             assert answer.status_code == code, origin
+            if code == 403:
+                assert answer.json()["error"]["message"].endswith(
+                    "may not ask here: whoever runs the server can let them, by --cors https://other.example"
+                )
 
 
 @pytest.mark.parametrize(
