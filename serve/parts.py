@@ -30,12 +30,11 @@ def pictures(options: Mapping[str, Any], model: Model) -> dict[str, Any]:
     given = options["image"] if isinstance(options["image"], list) else [options["image"]]
     if not 1 <= len(given) <= _MOST:
         raise FieldError("image", f"image takes from 1 to {_MOST} pictures, found {len(given)}")
-    first, *others = (picture("image", each) for each in given)
-    made["image"] = first
+    adapters = list(model.pipeline.bundle.manifest.wiring.image_prompts)
+    if len(given) > 1 and (len(adapters) != 1 or "image_prompt" in options):
+        raise FieldError("image", f"{model.name} starts from one picture, found {len(given)}: give one")
+    made["image"], *others = (picture("image", each) for each in given)
     if others:
-        adapters = list(model.pipeline.bundle.manifest.wiring.image_prompts)
-        if len(adapters) != 1 or "image_prompt" in options:
-            raise FieldError("image", f"{model.name} starts from one picture, found {len(given)}: give one")
         made["image_prompt"] = (ImagePrompt(adapters[0], others),)
     return made
 

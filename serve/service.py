@@ -29,7 +29,8 @@ from .queue import Queue
 from .tickets import Ended, Event, Ticket
 
 _AT_ONCE = 4
-"""Requests whose pictures are read at the same time."""
+"""Requests whose pictures are read at the same time. Those without any do not wait for them."""
+_PICTURED = frozenset({"image", "mask", "mask_image", "control", "image_prompt"})
 _ALIVE_S = 15.0
 """After so long without an event a stream says that it is still there."""
 
@@ -56,7 +57,7 @@ class Service:
             if given.get(name) is None:
                 raise Refusal(400, f"{name} is needed: give it", code="missing_required_parameter", param=name)
         client, priority = client_of(request.scope)
-        async with self.reading:
+        async with self.reading if _PICTURED & given.keys() else contextlib.nullcontext():
             try:
                 asked, ticket = await run_in_threadpool(_checked, given, model, client, priority, url)
             except DiffoundryError as error:

@@ -20,6 +20,7 @@ from diffoundry.serve import parts
 from diffoundry.serve.errors import FieldError, refusal
 from diffoundry.serve.fields import KNOWN, read_fields
 from diffoundry.serve.models import Model
+from diffoundry.serve.pictures import Upload
 from diffoundry.tests.serve.conftest import png, until
 
 ROUTES = ("/v1/images/generations", "/v1/images/edits", "/v1/images/variations", "/v1/jobs")
@@ -203,6 +204,11 @@ def test_a_mask_of_a_control_is_no_path(tmp_path):
     assert isinstance(control.mask, Image.Image) and control.mask.getextrema() == (255, 255)
     with pytest.raises(FieldError, match="no path"):
         parts.controls("control", {**given, "mask": str(tmp_path / "mask.png")})
+
+
+def test_pictures_that_are_too_many_are_not_read(pipe):
+    with pytest.raises(FieldError, match="starts from one picture, found 2"):
+        parts.pictures({"image": [Upload(b"none"), Upload(b"none")]}, Model("pico", pipe))
 
 
 def test_a_hundred(idle):

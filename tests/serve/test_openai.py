@@ -192,6 +192,11 @@ def test_partial_images_that_nobody_sees_are_not_made(client, tickets):
     assert tickets[0].partial_images == 0
 
 
+def test_one_without_pictures_does_not_wait_for_pictures_of_others(client, idle, monkeypatch):
+    monkeypatch.setattr(idle.service, "reading", asyncio.Semaphore(0))
+    assert client.images.generate(prompt=PROMPT, timeout=5, extra_body=FAST).data
+
+
 def test_a_stream_that_fails_on_its_way(client, idle, tickets):
     events = iter(client.images.generate(prompt="a", stream=True, partial_images=3, extra_body={"steps": 80}))
     assert next(events).type == "image_generation.partial_image"
