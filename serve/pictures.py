@@ -59,6 +59,10 @@ def _decoded(name: str, data: bytes) -> Image.Image:
         opened.load()
     except FieldError:
         raise
+    except Image.DecompressionBombError:
+        raise part_error(
+            name, f"{name} has far more than {_MOST_PIXELS} pixels, which are the most: make it smaller"
+        ) from None
     except Exception:  # Pillow raises whatever a damaged file leads its readers to
         raise part_error(name, f"{name} is no whole picture: give a PNG, JPEG or WebP file") from None
     return opened
