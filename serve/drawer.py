@@ -30,8 +30,8 @@ _ERRORS = (OverdueError, LoraError, RequestError, BrokenError, DiffoundryError)
 class Order:
     """An image to draw: its seed is in `request`, so that any `Drawer` makes the same of it.
 
-    model: its name. client, priority: as those of a `Ticket`. partial_images: previews. seconds: until it is too late,
-    None for never.
+    model: its name. client, priority, patience: as those of a `Ticket`. partial_images: previews. seconds: until it is
+    too late, None for never.
     """
 
     model: str
@@ -40,6 +40,7 @@ class Order:
     priority: int = 0
     partial_images: int = 0
     seconds: float | None = None
+    patience: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,7 @@ class Drawer:
                 model.pipeline.job(order.request),
                 client=order.client,
                 priority=order.priority,
+                patience=order.patience,
                 partial_images=order.partial_images,
                 deadline=None if order.seconds is None else time.monotonic() + order.seconds,
             )

@@ -151,7 +151,15 @@ class Fleet(Queue[_Sent]):
         ticket = image.ticket
         seconds = None if ticket.deadline is None else ticket.deadline - self._clock()
         request = replace(ticket.job.request, seed=ticket.job.seeds[image.index], count=1)
-        return Order(ticket.model.name, request, ticket.client, ticket.priority, ticket.partial_images, seconds)
+        return Order(
+            model=ticket.model.name,
+            request=request,
+            client=ticket.client,
+            priority=ticket.priority,
+            partial_images=ticket.partial_images,
+            seconds=seconds,
+            patience=ticket.patience,
+        )
 
     def _hear(self, image: _Sent, news: News) -> None:
         ticket = image.ticket

@@ -105,6 +105,16 @@ def test_an_image_whose_drawer_is_lost_is_drawn_anew(models, drawers, pipe):
     until(lambda: is_idle(drawers))
 
 
+def test_a_job_may_take_as_long_in_a_drawer_as_here(models, drawers, monkeypatch):
+    taken, scheduler = [], drawers[0]._service.scheduler
+    submit = scheduler.submit
+    monkeypatch.setattr(scheduler, "submit", lambda ticket: (taken.append(ticket), submit(ticket)))
+    ticket = ticket_of(models, steps=1)
+    ticket.patience = 4.0
+    asyncio.run(drawn(fleet_of(models, Road(drawers)), ticket))
+    assert [each.patience for each in taken] == [4.0]
+
+
 def test_what_ends_every_drawer_is_given_up(models, drawers):
     road = Road(drawers, lost=[0] * 9)
     ticket, fleet = ticket_of(models, steps=30), fleet_of(models, road)
