@@ -7,6 +7,7 @@ import base64
 import hmac
 import logging
 import time
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,7 +44,10 @@ class _Entry:
 
 
 class Jobs:
-    """The jobs of a server. One that ended is forgotten after an hour, or where many ended since, with its pictures."""
+    """The jobs of a server. One that ended is forgotten with its pictures after an hour, or where many ended since.
+
+    Then the oldest of the client that has most goes: who makes many jobs takes no pictures from those who make few.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -167,12 +171,19 @@ class Jobs:
 
     def _forget(self) -> None:
         now, ended = time.monotonic(), [each for each in self._entries.values() if each.until is not None]
-        surplus = len(ended) - _MOST_ENDED
-        for i, entry in enumerate(sorted(ended, key=lambda each: each.until or 0.0)):
-            if i < surplus or (entry.until or 0.0) <= now:
-                del self._entries[entry.ticket.id]
-                for name in entry.files:
-                    self._service.kept.drop(name)
+        left: defaultdict[str, deque[_Entry]] = defaultdict(deque)
+        for entry in sorted(ended, key=lambda each: each.until or 0.0):
+            if (entry.until or 0.0) <= now:
+                self._drop(entry)
+            else:
+                left[entry.ticket.client].append(entry)
+        for _ in range(sum(map(len, left.values())) - _MOST_ENDED):
+            self._drop(max(left.values(), key=len).popleft())
+
+    def _drop(self, entry: _Entry) -> None:
+        del self._entries[entry.ticket.id]
+        for name in entry.files:
+            self._service.kept.drop(name)
 
 
 def _rounded(seconds: float | None) -> float | None:

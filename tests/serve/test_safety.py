@@ -66,6 +66,21 @@ def test_a_job_is_that_of_its_key(locked):
         until(lambda: http.get(path, headers=mine).json()["status"] == "succeeded")
 
 
+def test_many_jobs_of_one_key_leave_those_of_another(locked, monkeypatch):
+    monkeypatch.setattr("diffoundry.serve.jobs._MOST_ENDED", 3)
+    with httpx2.Client(base_url=locked.url) as http:
+
+        def made(key):
+            return http.post("/v1/jobs", json={"prompt": "a", "steps": 50}, headers=key).headers["location"]
+
+        few, many = ({"authorization": f"Bearer {key}"} for key in (FIRST, SECOND))
+        kept, *others = made(few), *(made(many) for _ in range(4))
+        for path, key in ((kept, few), *((each, many) for each in others)):
+            assert http.delete(path, headers=key).status_code == 200
+        assert http.get(kept, headers=few).status_code == 200
+        assert [http.get(each, headers=many).status_code for each in others] == [404, 404, 200, 200]
+
+
 def test_pages_of_other_sites(locked, served):
     ask = {"origin": "https://page.example", "access-control-request-method": "POST"}
     with httpx2.Client() as http:
