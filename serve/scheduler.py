@@ -168,10 +168,11 @@ class Scheduler(Queue[Underway]):
             self._undecoded.drop(ticket)
 
     def _choose(self) -> list[Underway]:
-        """The images of this round, none while as many wait for the decoder as may move."""
+        """The images of this round: none while as many wait for the decoder as may move, or their models for memory."""
         if len(self._undecoded) >= self._most or not self._images:
             return []
-        return choose(in_order(self._in_memory(), self._clock()), self._most)
+        order = in_order(self._in_memory(), self._clock())
+        return choose(order, self._most) if order else []
 
     def _in_memory(self) -> list[Underway]:
         """The images of models that are in memory, or can be, together. Rows of others are taken out."""

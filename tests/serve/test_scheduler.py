@@ -341,6 +341,17 @@ def test_models_take_turns_where_memory_holds_one(bundle_of, monkeypatch):
         Models(models, models[0].size - 1)
 
 
+def test_a_model_waits_while_pictures_of_another_are_decoded(bundle_of):
+    models = [Model(name, diffoundry.load(bundle_of("pico"))) for name in ("a", "b")]
+    scheduler = Scheduler(Models(models, int(models[0].size * 1.5)), clock=Clock())
+    requests = Request(PROMPT, steps=1, count=3), Request(PROMPT, steps=2)
+    tickets = [Ticket(model, model.pipeline.job(each)) for model, each in zip(models, requests, strict=True)]
+    for each in tickets:
+        scheduler.submit(each)
+    finish(scheduler)
+    assert [each.state for each in tickets] == ["succeeded"] * 2
+
+
 def test_a_scheduler_whose_bundle_is_gone_is_not_ready(copied):
     model = Model("pico", diffoundry.load(copied, engine="onnxruntime"))
     scheduler = Scheduler(Models([model]))
