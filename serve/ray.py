@@ -197,8 +197,10 @@ def serve(options: Options, replicas: Replicas | None, say: Callable[[str], None
             host = f"[{options.host}]" if ":" in options.host else options.host
             say(f"listening on http://{host}:{options.port}/v1 ({guarded(keys)})")
             ended.wait()
-            handle.drain.remote(options.drain).result(timeout_s=options.drain + _ENDING_S)
-            ray_serve.delete(NAME)
+            try:
+                handle.drain.remote(options.drain).result(timeout_s=options.drain + _ENDING_S)
+            finally:  # a cluster would run it on
+                ray_serve.delete(NAME)
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
