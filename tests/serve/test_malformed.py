@@ -226,7 +226,10 @@ def test_two_thousand(idle):
 
 def test_a_picture_of_too_many_pixels_is_not_decoded(idle):
     with httpx2.Client(base_url=idle.url) as http:
-        for data, words in ((bomb(60_000, 60_000), "far more than 16777216 pixels"), (bomb(5000, 5000), "16777216 are the most")):
+        for data, words in (
+            (bomb(60_000, 60_000), "far more than 16777216 pixels"),
+            (bomb(5000, 5000), "16777216 are the most"),
+        ):
             answer = http.post("/v1/images/edits", data={"prompt": "a"}, files={"image": ("a.png", data)})
             assert answer.status_code == 400 and words in answer.json()["error"]["message"]
 

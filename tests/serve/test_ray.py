@@ -16,6 +16,7 @@ import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import httpx2
 import numpy as np
@@ -53,7 +54,7 @@ def test_the_extra_is_named_where_ray_is_missing(called, bundle_of, monkeypatch)
 class AnyRay(types.ModuleType):
     """Takes every call, and is told of `delete`. What it serves does not answer."""
 
-    deleted: list = []
+    deleted: ClassVar[list[str]] = []
     RayError = TimeoutError
     delete = staticmethod(deleted.append)
 
