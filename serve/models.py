@@ -98,22 +98,25 @@ class Models:
             raise NoModelError(f"there is no model {name!r:.100}, only {', '.join(self._models)}")
         return self._models[name]
 
-    def together(self, wanted: Sequence[Model]) -> list[Model]:
+    def together(self, wanted: Sequence[Model], decoding: Collection[Model] = ()) -> list[Model]:
         """Those of `wanted`, the most wanted first, whose turn it is to be in memory: as many as fit beside each other.
 
         What is there stays while it is wanted. One that does not fit beside it waits for some rounds, and then has it
-        give way.
+        give way, when its pictures are decoded. decoding: models whose pictures are; one that stays for this alone is
+        in memory, but not among those returned.
         """
         kept: list[Model] = []
-        overdue = [model for model in wanted if self._blocked[model] >= _SWITCH]
-        for model in (*overdue[:1], *(each for each in self._together if each in wanted), *wanted):
+        decode = [model for model in self._together if model in decoding]
+        overdue = [model for model in wanted if self._blocked[model] >= _SWITCH][:1]
+        for model in (*decode, *overdue, *(each for each in self._together if each in wanted), *wanted):
             if model not in kept and self._fits([*kept, model]):
                 kept.append(model)
         self._blocked.update(model for model in wanted if model not in kept)
         for model in kept:
             del self._blocked[model]
         self._together = kept
-        return kept
+        gives_way = any(model not in kept for model in overdue)
+        return [model for model in kept if not (gives_way and model in decode)]
 
     def make_room(self, model: Model) -> None:
         """Drop the engines of models whose turn it is not, those longest not used first, until `model` fits."""

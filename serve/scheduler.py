@@ -178,9 +178,9 @@ class Scheduler(Queue[Underway]):
         """The images of models that are in memory, or can be, together. Rows of others are taken out."""
         if not self._models.has_bound:
             return self._images
-        decoding = self._undecoded.images
-        wanted = dict.fromkeys(image.ticket.model for image in (*in_order(self._images, self._clock()), *decoding))
-        together = self._models.together(list(wanted))
+        decoding = [image.ticket.model for image in self._undecoded.images]
+        wanted = dict.fromkeys([*(image.ticket.model for image in in_order(self._images, self._clock())), *decoding])
+        together = self._models.together(list(wanted), decoding)
         for image in self._images:
             if image.ticket.model not in together:
                 image.pause()

@@ -352,6 +352,23 @@ def test_a_model_waits_while_pictures_of_another_are_decoded(bundle_of):
     assert [each.state for each in tickets] == ["succeeded"] * 2
 
 
+def test_a_model_that_decodes_gives_way_when_that_is_done(bundle_of, monkeypatch):
+    """Else its decoder would be loaded again for each tile, beside the model that took its place."""
+    monkeypatch.setattr(sys.modules[Models.__module__], "_SWITCH", 3)
+    models = [Model(name, diffoundry.load(bundle_of("pico"))) for name in ("a", "b")]
+    scheduler = Scheduler(Models(models, int(models[0].size * 1.5)), clock=Clock())
+    tiled = Request(PROMPT, steps=1, width=128, height=64, tiled=True)
+    asked = (models[0], tiled), (models[0], Request(PROMPT, steps=40)), (models[1], Request(PROMPT, steps=2))
+    tickets = [Ticket(model, model.pipeline.job(request)) for model, request in asked]
+    for each in tickets:
+        scheduler.submit(each)
+    while scheduler.round():
+        assert not (models[0].held and models[1].held)
+        if tickets[2].state == "succeeded":
+            assert tickets[1].step < 40, "it gave way"
+    assert [each.state for each in tickets] == ["succeeded"] * 3
+
+
 def test_a_scheduler_whose_bundle_is_gone_is_not_ready(copied):
     model = Model("pico", diffoundry.load(copied, engine="onnxruntime"))
     scheduler = Scheduler(Models([model]))
