@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -27,7 +26,6 @@ from diffoundry import Request
 from diffoundry.common.errors import DiffoundryError
 from diffoundry.serve.cluster import Replicas, read_arguments
 from diffoundry.serve.drawer import Moved, Order, kind_of
-from diffoundry.serve.server import Options
 from diffoundry.tests.conftest import REPOSITORY
 from diffoundry.tests.serve.conftest import picture, until
 from diffoundry.tests.serve.test_command import fails
@@ -49,37 +47,6 @@ def test_the_extra_is_named_where_ray_is_missing(called, bundle_of, monkeypatch)
     fails(called("serve", pico, "--ray", "--threads", 1), "pip install 'diffoundry[ray]'")
     with pytest.raises(DiffoundryError, match=r"diffoundry\[ray\]"):
         build({"bundles": str(pico), "threads": "1"})
-
-
-class AnyRay(types.ModuleType):
-    """Takes every call, and is told of `delete`. What it serves does not answer."""
-
-    deleted: ClassVar[list[str]] = []
-    RayError = TimeoutError
-    delete = staticmethod(deleted.append)
-
-    def __getattr__(self, name):
-        if name == "result":
-            raise TimeoutError("it does not answer")
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *_, **__):
-        return self
-
-
-def test_an_application_is_ended_in_its_cluster_also_where_it_does_not_answer(bundle_of, monkeypatch):
-    from diffoundry.serve import ray
-
-    fake = AnyRay("ray")
-    monkeypatch.setitem(sys.modules, "ray", fake)
-    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
-    monkeypatch.setattr(ray, "application", lambda *_: None)
-    options = Options({"pico": bundle_of("pico")}, threads=1, port=8001)
-    with pytest.raises(DiffoundryError, match="it does not answer"):
-        ray.serve(options, None, lambda line: signal.raise_signal(signal.SIGTERM))
-    assert fake.deleted == ["diffoundry"]
 
 
 def test_bad_input_is_refused_before_ray_is_looked_for(called, bundle_of, tmp_path):
