@@ -24,6 +24,8 @@ from .errors import Refusal
 from .metrics import Metrics
 
 _BODY_SECONDS = 60.0
+_BODIES, _SMALL = 16, 1 << 20
+"""The largest bodies that are held at the same time; one of so many bytes is read beside them in any case."""
 _SHORTEST_KEY, _LONGEST_FILE, _LONGEST_ADDRESS = 16, 1 << 20, 64
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^/?#@:\sA-Z]+)(:\d{1,5})?")
 _OPEN = ("/health/", "/v1/images/kept/")
@@ -114,6 +116,7 @@ class Guard:
     ) -> None:
         """keys: [] lets everybody in. most_bytes: of a body. origins: sites whose pages may ask."""
         self._app, self._keys, self._metrics, self._most, self._origins = app, keys, metrics, most_bytes, origins
+        self._bodies = _Bodies(_BODIES * most_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -121,19 +124,20 @@ class Guard:
             return
         note: dict[str, Any] = {"id": secrets.token_hex(8), "key": None}
         scope["diffoundry"] = note
-        answer = _Answer(send, note["id"])
+        answer, body = _Answer(send, note["id"]), _Body(receive, self._most, self._bodies)
         start = time.perf_counter()
         try:
             self._check_origin(scope)
             note["key"] = self._key(scope)
             self._check_length(scope)
-            await self._app(scope, _Body(receive, self._most), answer)
+            await self._app(scope, body, answer)
         except Refusal as error:
             await self._refuse(error, scope, receive, answer)
         except Exception as error:
             _log.error("a request failed by %s: %s", type(error).__name__, error)
             await self._refuse(BROKEN, scope, receive, answer)
         finally:
+            body.forget()
             self._note(scope, note, answer.status, time.perf_counter() - start)
 
     def _key(self, scope: Scope) -> Key | None:
@@ -222,11 +226,19 @@ class _Answer:
         await self._send(message)
 
 
-class _Body:
-    """`receive`, for a body that must come within a time and a size."""
+@dataclass(slots=True)
+class _Bodies:
+    """The bytes of all bodies that are there, those of requests that are drawn as well. most: of them."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
-        self._receive, self._most, self._read = receive, most, 0
+    most: int
+    held: int = 0
+
+
+class _Body:
+    """`receive`, for a body that must come within a time and a size, and find room beside the others."""
+
+    def __init__(self, receive: Receive, most: int, bodies: _Bodies) -> None:
+        self._receive, self._most, self._read, self._bodies = receive, most, 0, bodies
         self._until = time.monotonic() + _BODY_SECONDS
         self._more = True
 
@@ -238,8 +250,22 @@ class _Body:
         except asyncio.TimeoutError:
             raise Refusal(408, f"the body did not come within {_BODY_SECONDS:g} s") from None
         if message["type"] == "http.request":
-            self._read += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            self._read += size
+            self._bodies.held += size
             self._more = message.get("more_body", False)
             if self._read > self._most:
                 raise _too_large(self._most)
+            if self._bodies.held > self._bodies.most and self._read > _SMALL:
+                raise Refusal(
+                    429,
+                    "the server holds as much of other requests as it may: try again in 1 s",
+                    "rate_limit_error",
+                    headers={"Retry-After": "1", "Connection": "close"},
+                )
         return message
+
+    def forget(self) -> None:
+        """Its request is answered."""
+        self._bodies.held -= self._read
+        self._read = 0

@@ -12,6 +12,7 @@ import httpx2
 import pytest
 
 from diffoundry.runtime.request import Request
+from diffoundry.serve.guard import Guard
 from diffoundry.serve.http import most_connections
 from diffoundry.serve.tickets import Ticket
 from diffoundry.tests.serve.conftest import Served, serving, until
@@ -103,6 +104,32 @@ def test_a_body_that_does_not_come_ends_its_connection(idle, monkeypatch):
     with connected(idle) as connection:
         connection.sendall(head)
         assert ended(connection).startswith(b"HTTP/1.1 408")
+
+
+def test_bodies_are_held_up_to_a_bound_in_all(bundle_of, monkeypatch):
+    """Small ones are read beside them, and others again when there is room."""
+    monkeypatch.setattr("diffoundry.serve.guard._SMALL", 1000)
+    head = b"POST /v1/jobs HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+    with serving({"pico": bundle_of("pico")}, app={"most_bytes": 1 << 14}) as served, contextlib.ExitStack() as stack:
+
+        def sent(body, size=1 << 14):
+            connection = stack.enter_context(connected(served))
+            connection.sendall(head % size + body)
+            return connection
+
+        guard = served.server.config.loaded_app
+        while not isinstance(guard, Guard):
+            guard = guard.app
+        others = [sent(b" " * 16_000) for _ in range(16)]
+        until(lambda: guard._bodies.held == 16 * 16_000)
+        answer = ended(sent(b" " * 16_000)).lower()
+        assert answer.startswith(b"http/1.1 429") and b"retry-after: 1\r\n" in answer
+        assert sent(b"no object", 9).recv(1000).startswith(b"HTTP/1.1 400")
+        for each in others:
+            each.close()
+        until(lambda: not guard._bodies.held)
+        assert sent(b" " * 16_000, 16_000).recv(1000).startswith(b"HTTP/1.1 400")
 
 
 def test_a_server_that_is_told_to_end_twice_ends_at_once(bundle_of):
