@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.arrays import Array
+from ..common.errors import BenchError
 from ..runtime.control import Control
 from ..runtime.lora import Lora
 from ..runtime.pipeline import Pipeline
@@ -121,6 +122,12 @@ class Server:
             if "Traceback" in line or '"level"' in line:
                 self.errors.append(line.strip())
         self._listens.set()
+
+    def check(self) -> None:
+        """Raise `BenchError` where its process has ended."""
+        if (status := self._process.poll()) is not None:
+            said = " ".join(self.shown[-3:])
+            raise BenchError(f"the server ended by itself with status {status}: {said:.300}")
 
     def end(self) -> int:
         """End it as an administrator does. Returns its exit status."""

@@ -13,6 +13,7 @@ memory of the server grew by more than 3 % after its first sixth of the time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -57,14 +58,24 @@ def capacity(client: Client, known: Sequence[Case], rng: np.random.Generator) ->
 
 
 def arrive(
-    client: Client, tally: Tally, known: Sequence[Case], rate: float, seconds: float, rng: np.random.Generator
+    server: Server,
+    client: Client,
+    tally: Tally,
+    known: Sequence[Case],
+    rate: float,
+    seconds: float,
+    rng: np.random.Generator,
 ) -> int:
-    """Let requests come at random, `rate` a second on average. Returns how many came; all of them have ended."""
+    """Let requests come at random, `rate` a second on average. Returns how many came; all of them have ended.
+
+    Raises `BenchError` where the server ends meanwhile.
+    """
     ways, shares = list(WAYS), np.array(list(WAYS.values())) / sum(WAYS.values())
     start, at, count = time.monotonic(), 0.0, 0
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         while (at := at + float(rng.exponential(1 / rate))) < seconds:
             time.sleep(max(0.0, start + at - time.monotonic()))
+            server.check()
             while tally.at_once >= _AT_ONCE:  # where the machine has become slower
                 time.sleep(0.05)
             pool.submit(client.send, str(rng.choice(ways, p=shares)), draw(known, rng))
@@ -84,8 +95,9 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._every):
-            found = self._server.metrics()["process_resident_memory_bytes"]
-            self.samples.append((time.monotonic() - self._begin, found, self._server.anonymous()))
+            with contextlib.suppress(OSError):  # `arrive` finds out where the server has ended
+                found = self._server.metrics()["process_resident_memory_bytes"]
+                self.samples.append((time.monotonic() - self._begin, found, self._server.anonymous()))
 
     def end(self) -> None:
         """Look no more."""
@@ -126,6 +138,10 @@ def main() -> None:
     try:
         found = run(server, tally, known, asked.minutes * 60, asked.load, rng)
         found["status"] = server.end()
+    except DiffoundryError as error:
+        parser.exit(1, f"Error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "Error: stopped before the time was over\n")
     finally:
         server.end()
     found["errors"] = server.errors
@@ -144,7 +160,7 @@ def run(
     for seconds_of in tally.seconds.values():
         seconds_of.clear()
     memory = Memory(server, max(0.5, seconds / 720))
-    count = arrive(client, tally, known, load * most, seconds, rng)
+    count = arrive(server, client, tally, known, load * most, seconds, rng)
     memory.end()
     time.sleep(1.0)
     counted = server.metrics()

@@ -6,11 +6,15 @@ import importlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import diffoundry
+from diffoundry.bench.asking import Server
 from diffoundry.bench.overload import overload
 from diffoundry.bench.serving import Mix
+from diffoundry.bench.soak import arrive
+from diffoundry.common.errors import BenchError
 
 
 def test_what_is_refused_comes_again_and_all_is_drawn(bundle_of):
@@ -32,6 +36,14 @@ def test_a_bundle_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys, n
     assert ended.value.code == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "is not a folder" in line
+
+
+def test_a_server_that_ends_by_itself_ends_the_soak():
+    code = "import sys; print('listening on http://127.0.0.1:9', file=sys.stderr); sys.exit('no memory left')"
+    server = Server([sys.executable, "-c", code])
+    assert server.end() == 1
+    with pytest.raises(BenchError, match="the server ended by itself with status 1: .*no memory left"):
+        arrive(server, None, None, [], 100.0, 60.0, np.random.default_rng(0))
 
 
 @pytest.mark.slow
