@@ -41,8 +41,8 @@ def test_a_bundle_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys, n
 def test_a_server_that_ends_by_itself_ends_the_soak():
     code = "import sys; print('listening on http://127.0.0.1:9', file=sys.stderr); sys.exit('no memory left')"
     server = Server([sys.executable, "-c", code])
-    assert server.end() == 1
-    with pytest.raises(BenchError, match="the server ended by itself with status 1: .*no memory left"):
+    assert server._process.wait(60) == 1
+    with pytest.raises(BenchError, match=r"the server ended by itself with status 1: .*no memory left"):
         arrive(server, None, None, [], 100.0, 60.0, np.random.default_rng(0))
 
 
