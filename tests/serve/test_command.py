@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import socket
@@ -131,7 +132,8 @@ def test_requests_that_share_a_batch_with_controls_and_loras(bundle_of, checkpoi
             control = {"name": "edge", "scale": 0.5 + 0.2 * i}
             own = {"control": [Control("edge", edges, scale=control["scale"])]}
             asked.append(("steered", {**same, "control": [{**control, "image": data}]}, own))
-    with serving(bundles, rows=6, queue=100, loras=files) as served, served.client() as client:
+    options = {"rows": 6, "queue": 100, "patience": math.inf, "loras": files}
+    with serving(bundles, **options) as served, served.client() as client:
 
         def ask(each):
             name, options, _ = each
