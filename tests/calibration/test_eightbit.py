@@ -397,6 +397,7 @@ def test_what_was_measured_is_kept_when_a_build_fails_or_is_stopped(bundle, monk
     assert not nothing.exists()  # there is nothing to go on from
 
 
+@pytest.mark.slow
 def test_a_page_shows_what_was_measured(bundle, called, tmp_path):
     page = tmp_path / "page.html"
     done = called("inspect", bundle, "--report", page)

@@ -23,6 +23,7 @@ def test_a_setting_must_be_nearer_than_fewer_steps_in_equal_time():
     assert not beats(row(FORECAST, 19, 99, 99), fewer)  # nothing in equal time to hold it against
 
 
+@pytest.mark.slow
 def test_the_table_says_what_is_nearer(bundle_of, tmp_path):
     drawing = tmp_path / "cheaper.png"
     options = [str(bundle_of("pico")), "--captions", "2", "--scheduler", "euler", "--plot", str(drawing), "--json"]
