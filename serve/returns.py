@@ -20,11 +20,10 @@ _MOST = 10_000
 class _Told:
     """Who was told: at what time to come, how long that holds, and the work and the pictures that come then.
 
-    client: whose it is. of_many: whether that one had most of what was there, or of what was promised. came: whether it
-    came when it was told, and was told once more.
+    of_many: whether it is of a client that had most of what was there, or of what was promised. came: whether it came
+    when it was told, and was told once more.
     """
 
-    client: str
     at: float
     until: float
     work: float
@@ -70,7 +69,7 @@ class Returns:
         self._forget(now)
         if len(self._told) < _MOST:
             until = now + wait + _LATE + _LATE_SHARE * wait
-            self._told[who] = _Told(who[0], now + wait, until, work, pictures, of_many, came)
+            self._told[who] = _Told(now + wait, until, work, pictures, of_many, came)
             self._next = min(self._next, until)
 
     def left(self, who: tuple[str, Hashable], now: float) -> float | None:
@@ -86,7 +85,7 @@ class Returns:
 
     def has_most(self, client: str, pictures: int, rows: int) -> bool:
         """Whether more than half of the pictures told would be of one client, if these were too; not up to `rows`."""
-        own = pictures + sum(told.pictures for told in self._told.values() if told.client == client)
+        own = pictures + sum(told.pictures for (theirs, _), told in self._told.items() if theirs == client)
         return own > rows and 2 * own > pictures + sum(told.pictures for told in self._told.values())
 
     def expected(self, now: float, before: float = math.inf, *, client: str, of_many: bool) -> Expected:
@@ -98,8 +97,8 @@ class Returns:
         self._forget(now)
         share = min(1.0, _MORE * self.share)
         work = pictures = every = 0.0
-        for told in self._told.values():
-            if of_many or not told.of_many or told.client == client:
+        for (theirs, _), told in self._told.items():
+            if of_many or not told.of_many or theirs == client:
                 part = 1.0 if told.came else share
                 every += part * told.work
                 if told.at < before:

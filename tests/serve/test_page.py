@@ -619,6 +619,14 @@ def expected(tab, words):
     tab.complaints.clear()
 
 
+def refused_at(tab, place, words):
+    """The server refuses what is to be drawn, in these words, and the page goes to the field that is wrong."""
+    with expected(tab, "400"):
+        tab.click("#draw")
+        tab.until(f"document.querySelector('#wrong').textContent.includes({json.dumps(words)})")
+    assert tab.run("document.activeElement.id") == place
+
+
 @real
 @pytest.mark.slow
 def test_a_server_that_wants_a_key(browser, bundle_of):
@@ -803,10 +811,7 @@ def test_what_is_pasted_dropped_or_too_long(opened):
     tab.click("#shown-start")
     tab.until("document.querySelector('#wrong').textContent.startsWith('This file is no picture')")
     fill(tab, prompt="a" * 40_000)
-    with expected(tab, "400"):
-        tab.click("#draw")
-        tab.until("document.querySelector('#wrong').textContent === 'This has 40000 letters, 32000 are the most.'")
-    assert tab.run("document.activeElement.id") == "prompt"
+    refused_at(tab, "prompt", "This has 40000 letters, 32000 are the most.")
 
 
 @real
@@ -1243,10 +1248,7 @@ def test_pictures_to_start_from_and_the_tiny_decoder_in_all_detail(walked, bundl
     drawn_again(tab, pipe, wanted)
     tab.run("can().decoders.push('tiny'); refresh()")
     put(tab, decoder="tiny")
-    with expected(tab, "400"):
-        tab.click("#draw")
-        tab.until("document.querySelector('#wrong').textContent.includes('has no tiny decoder')")
-    assert tab.run("document.activeElement.id") == "decoder"
+    refused_at(tab, "decoder", "has no tiny decoder")
 
 
 @real
@@ -1269,11 +1271,8 @@ def test_what_models_of_flow_matching_have(walked, bundle_of, tmp_path):
     wanted = Request(PROMPT, seed=5, steps=6, guidance=Guidance(skip_guidance_layers=(0, 2), **skipping), **texts)
     own = drawn_again(tab, pipe, wanted)
     assert own["skip_guidance_layers"] == [0, 2]
-    with expected(tab, "400"):
-        put(tab, skip_guidance_layers="1, 7")
-        tab.click("#draw")
-        tab.until("document.querySelector('#wrong').textContent.includes('must be from 0 to 2')")
-    assert tab.run("document.activeElement.id") == "skip_guidance_layers"
+    put(tab, skip_guidance_layers="1, 7")
+    refused_at(tab, "skip_guidance_layers", "must be from 0 to 2")
     assert tab.run("document.querySelector('#wrong').previousElementSibling.querySelector('input').id") == (
         "skip_guidance_layers"
     )
